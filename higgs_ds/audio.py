@@ -1,0 +1,144 @@
+"""Clips as a manifest names them: read, measured, told apart by content, and written."""
+
+import base64
+import hashlib
+import io
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import soundfile
+
+from .manifest import AudioRef
+
+# A header may claim any rate; resampling from 1 Hz would turn a small file into more than memory holds.
+MIN_SAMPLE_RATE, MAX_SAMPLE_RATE = 4000, 768_000
+# More samples than any clip has: what libsndfile gives for a stream whose header leaves its length open.
+UNKNOWN_LENGTH = 1 << 48
+READ_SAMPLES = 1 << 20
+HASH_BYTES = 1 << 20
+
+
+class AudioError(ValueError):
+    """What is wrong with a clip, as a short text to stand after its name: `is empty`, `cannot be decoded: ...`."""
+
+
+def read_audio(ref: AudioRef) -> tuple[np.ndarray, int]:
+    """Mono waveform float32 [samples], channels averaged, and its sample rate in Hz.
+
+    A slice that goes on past the end stops at the end. Raises AudioError for a clip that is missing, cannot be
+    decoded whole, is empty, holds NaN or infinite samples, or whose offset is past its end.
+    """
+    with _opened(ref) as file:
+        start, stop = _slice(file, ref)
+        file.seek(start)
+        # In blocks, so that memory follows what is there and not what the header claims.
+        block = max(1, READ_SAMPLES // file.channels)
+        mono, left = [], stop - start
+        while left > 0:
+            samples = file.read(min(left, block), dtype="float32", always_2d=True)  # [samples, channels]
+            if len(samples) == 0:
+                at, whole = (stop - left) / file.samplerate, file.frames / file.samplerate
+                raise AudioError(f"cannot be decoded: it ends after {at:.2f} s of {whole:.2f} s")
+            mono.append(samples.mean(axis=1))
+            left -= len(samples)
+        waveform, sample_rate = np.concatenate(mono), file.samplerate
+    if not np.isfinite(waveform).all():
+        raise AudioError("holds NaN or infinite samples")
+    return waveform, sample_rate
+
+
+def duration_sec(ref: AudioRef) -> float:
+    """Seconds that `read_audio` will return, from the header alone. Raises AudioError for what has no usable header."""
+    with _opened(ref) as file:
+        start, stop = _slice(file, ref)
+        return (stop - start) / file.samplerate
+
+
+def content_hash(ref: AudioRef) -> str:
+    """sha256 in hex of the file's bytes and the slice: equal for the same clip under any name.
+
+    Raises AudioError where the bytes cannot be had.
+    """
+    if ref.raw_audio is not None:
+        content = hashlib.sha256(_decoded_base64(ref.raw_audio))
+    else:
+        content = hashlib.sha256()
+        try:
+            with _existing(ref.path).open("rb") as file:
+                while chunk := file.read(HASH_BYTES):
+                    content.update(chunk)
+        except OSError as error:
+            raise AudioError(f"cannot be read: {error.strerror}") from error
+    span = f"{ref.offset_sec or 0.0} {ref.duration_sec}"
+    return hashlib.sha256(content.digest() + span.encode()).hexdigest()
+
+
+def write_wav(path: str | Path, waveform: np.ndarray, sample_rate: int) -> None:
+    """Write a mono waveform [samples] as 16-bit WAV; samples beyond -1..1 are clipped. The file appears whole.
+
+    Raises ValueError for a waveform that is not one-dimensional or not finite.
+    """
+    waveform = np.asarray(waveform)
+    if waveform.ndim != 1 or not np.isfinite(waveform).all():
+        raise ValueError(f"{path}: a waveform must be mono [samples] and finite, found shape {list(waveform.shape)}")
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        soundfile.write(temporary, np.clip(waveform, -1, 1), sample_rate, subtype="PCM_16", format="WAV")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _opened(ref: AudioRef) -> Iterator[soundfile.SoundFile]:
+    """The clip's file; what libsndfile says against it, also while it is read, becomes an AudioError."""
+    source = io.BytesIO(_decoded_base64(ref.raw_audio)) if ref.raw_audio is not None else _existing(ref.path)
+    try:
+        with soundfile.SoundFile(source) as file:
+            if not MIN_SAMPLE_RATE <= file.samplerate <= MAX_SAMPLE_RATE:
+                raise AudioError(
+                    f"has a sample rate of {file.samplerate} Hz, must be {MIN_SAMPLE_RATE} to {MAX_SAMPLE_RATE}"
+                )
+            if file.frames >= UNKNOWN_LENGTH:
+                raise AudioError("does not say in its header how long it is; write it anew as a plain WAV or FLAC")
+            yield file
+    except soundfile.LibsndfileError as error:
+        reason = error.error_string.removeprefix("Error : ").rstrip(".")
+        raise AudioError(f"cannot be decoded: {reason}") from error
+
+
+def _slice(file: soundfile.SoundFile, ref: AudioRef) -> tuple[int, int]:
+    """First sample of the clip in its file, and the one after its last; at least one apart."""
+    for name, value in (("offset", ref.offset_sec), ("duration", ref.duration_sec)):
+        if value is not None and not (math.isfinite(value) and value >= 0):
+            raise AudioError(f"has {name} {value} s, must be 0 or more")
+    if file.frames == 0:
+        raise AudioError("is empty")
+    offset_sec, whole_sec = ref.offset_sec or 0.0, file.frames / file.samplerate
+    if offset_sec >= whole_sec:
+        raise AudioError(f"has offset {offset_sec:g} s, past its end at {whole_sec:.2f} s")
+    end_sec = whole_sec if ref.duration_sec is None else min(offset_sec + ref.duration_sec, whole_sec)
+    start, stop = round(offset_sec * file.samplerate), round(end_sec * file.samplerate)
+    if start >= stop:
+        raise AudioError(f"is empty: {end_sec - offset_sec:g} s from {offset_sec:g} s hold no sample")
+    return start, stop
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():  # a pipe would block whoever opens it
+        raise AudioError("is missing" if not path.exists() else "is not a file")
+    if path.suffix.lower() == ".raw":
+        raise AudioError("cannot be decoded: .raw has no header; write it anew as WAV or FLAC")
+    return path
+
+
+def _decoded_base64(text: str) -> bytes:
+    try:
+        return base64.b64decode(text, validate=True)
+    except ValueError as error:
+        raise AudioError(f"is not base64: {error}") from error

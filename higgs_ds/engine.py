@@ -1,0 +1,200 @@
+"""The DeepSpeed engine and the process group: the only file that imports deepspeed.
+
+The boundaries of an optimizer step are ours (`managed_gradient_accumulation: false`): any number of `backward` calls,
+then one `step`. Only public calls are used, but for the one in `_without_kernel_build`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where this process stands among the others; `device` is what it computes on."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Element-wise sum over all ranks, float64."""
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def table(self, values: list[float]) -> list[list[float]]:
+        """Every rank's values, float64: [world_size][len(values)]."""
+        mine = torch.tensor(values, dtype=torch.float64, device=self.device)
+        rows = [torch.empty_like(mine) for _ in range(self.world_size)]
+        dist.all_gather(rows, mine)
+        return torch.stack(rows).tolist()
+
+    def gather(self, value: object) -> list:
+        """Every rank's Python object, on every rank."""
+        out: list = [None] * self.world_size
+        dist.all_gather_object(out, value)
+        return out
+
+    def seed(self, seed: int) -> None:
+        """Seeds torch for dropout, differently on every rank; LoRA's start and the data have their own generators."""
+        torch.manual_seed(seed + self.rank)
+
+    def barrier(self) -> None:
+        """Waits for every rank."""
+        dist.barrier()
+
+
+def start_ranks() -> Ranks:
+    """Joins the process group of the DeepSpeed launcher or torchrun; plain `python` becomes one rank of its own."""
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    on_cpu = os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available()
+    if on_cpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cpu") if on_cpu else torch.device("cuda", local_rank)
+    if on_cpu:
+        _without_kernel_build(deepspeed)
+    else:
+        torch.cuda.set_device(device)
+    deepspeed.init_distributed(dist_backend="gloo" if on_cpu else "nccl", verbose=False)
+    return Ranks(dist.get_rank(), dist.get_world_size(), local_rank, device)
+
+
+def _without_kernel_build(deepspeed) -> None:
+    """Keeps DeepSpeed from compiling its shared-memory kernel (65 s) on CPU, where it serves inference alone.
+
+    `deepspeed.ops.__compatible_ops__` is what `deepspeed.comm.torch.build_shm_op` asks; tests/test_engine.py fails
+    when that changes.
+    """
+    deepspeed.ops.__compatible_ops__ = {}
+
+
+def leave_ranks(exit_code: int, *, wait: bool = True) -> int:
+    """Leaves the process group, without which a process may abort after it has succeeded; returns `exit_code`.
+
+    `wait` for the other ranks, where all of them are known to come here.
+    """
+    if dist.is_initialized():
+        if wait:
+            dist.barrier()
+        dist.destroy_process_group()
+    return exit_code
+
+
+class DroppableAdamW(torch.optim.AdamW):
+    """AdamW whose next step can be dropped: moments and weights stay, the engine clears the gradients as always.
+
+    The same at every ZeRO stage, without reaching into how each of them keeps gradients. With `clip_norm` it clips
+    and reports the norm itself, for stage 0 in float32, where DeepSpeed does not report one.
+    """
+
+    drop_next = False
+    clip_norm: float | None = None
+    norm: float | None = None
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        if self.drop_next:
+            return None
+        if self.clip_norm is not None:
+            parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+            limit = self.clip_norm or float("inf")
+            self.norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+        return super().step(closure)
+
+
+@contextlib.contextmanager
+def loading(ds_config: dict) -> Iterator[None]:
+    """Inside, `from_pretrained` shards the weights over the ranks while it loads them, if the stage is 3."""
+    if ds_config["zero_optimization"]["stage"] != 3:
+        yield
+        return
+    from transformers.integrations import HfDeepSpeedConfig
+
+    keep_alive = HfDeepSpeedConfig(ds_config)  # transformers holds it weakly and asks it in from_pretrained
+    yield
+    del keep_alive
+
+
+class Engine:
+    """A module under DeepSpeed: forward, backward, one update an optimizer step."""
+
+    def __init__(self, module: nn.Module, ds_config: dict, *, weight_decay: float, max_grad_norm: float):
+        import deepspeed
+
+        self.stage: int = ds_config["zero_optimization"]["stage"]
+        trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self._optimizer = DroppableAdamW(trainable, lr=0.0, weight_decay=weight_decay)
+        if self.stage == 0 and not ds_config["bf16"]["enabled"] and not ds_config["fp16"]["enabled"]:
+            self._optimizer.clip_norm = max_grad_norm
+            ds_config = {**ds_config, "gradient_clipping": 0.0}
+        self._engine, *_ = deepspeed.initialize(model=module, optimizer=self._optimizer, config=ds_config)
+
+    @property
+    def module(self) -> nn.Module:
+        """The wrapped module."""
+        return self._engine.module
+
+    def describe(self, dtype: str) -> str:
+        """Stage, dtype and how many parameters train, as text."""
+        sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in self.module.parameters()]
+        trained = sum(size for size, learns in sizes if learns)
+        whole = sum(size for size, _ in sizes)
+        return f"engine: ZeRO-{self.stage}, {dtype}; {trained:,} of {whole:,} parameters train"
+
+    def train(self, mode: bool = True) -> None:
+        """Dropout on or off."""
+        self._engine.train(mode)
+
+    def forward(self, *args):
+        """The module's forward, with the stage's gathering of weights."""
+        return self._engine(*args)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Adds the loss's gradients to the step's; nothing is divided by the accumulation."""
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self, learning_rate: float) -> float:
+        """One update with all gradients since the last one; returns their norm before clipping, over all ranks."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._engine.step()
+        norm = self._optimizer.norm if self._optimizer.clip_norm is not None else self._engine.get_global_grad_norm()
+        return float("nan") if norm is None else float(norm)
+
+    def drop_step(self) -> None:
+        """Ends the optimizer step without an update: gradients are cleared, weights and moments stay."""
+        self._optimizer.drop_next = True
+        try:
+            self._engine.step()
+        finally:
+            self._optimizer.drop_next = False
+
+    def gather_trainable(self) -> dict[str, torch.Tensor]:
+        """Trained weights, whole, on the CPU, by their names in the module. Every rank must call it."""
+        import deepspeed
+
+        named = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        sharded = [parameter for parameter in named.values() if hasattr(parameter, "ds_id")]
+        with deepspeed.zero.GatheredParameters(sharded, enabled=bool(sharded)):
+            return {name: parameter.detach().cpu().clone() for name, parameter in named.items()}

@@ -1,0 +1,237 @@
+"""The loss guard: on every rank and every micro-batch, is this loss real?
+
+Checks of the batch run before the first forward of an optimizer step, checks of its result before the update. Both
+verdicts travel with collectives that the step needs anyway, so that all ranks agree and none is left waiting.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from .collate import Batch
+from .dataset import describe_bad_batch
+from .forward import STAT_FIELDS, ForwardReport
+from .loss import IGNORE, LossWeights
+
+EXIT_BAD_LOSS = 3
+# An exact cross-entropy of up to this many units of float32's resolution may come out as exactly 0.0.
+HONEST_ZERO_UNITS = 4.0
+
+CHECKS = {
+    "batch_keys": "the batch carries label_ids, label_audio_ids and audio_out_ids",
+    "audio_out_count": "as many <|AUDIO_OUT|> tokens as clips, and clips begin where the batch says",
+    "code_range": "audio codes lie within the codebooks, BOS and EOS included",
+    "expanded_labels": "text labels are as long as the model's sequence",
+    "audio_logits": "audio logits are [frames, codebooks, codes + 2]",
+    "label_count": "the model was asked for as many labels as the batch holds",
+    "finite": "losses are finite",
+    "text_loss": "text loss is above 0 where text is labelled",
+    "audio_loss": "audio loss is above 0 where audio is labelled",
+    "total": "total loss is above 0 where anything is labelled",
+}
+LIKELY_CAUSES = {
+    "batch_keys": "something between the collator and the model filtered the batch; only `labels` may be dropped",
+    "audio_out_count": "a text holds a literal <|AUDIO_OUT|>, or clips were dropped after tokenization",
+    "code_range": "codes of another codec, or a corrupt code cache; delete the run's codes_cache folder",
+    "expanded_labels": "labels were not expanded where <|AUDIO_OUT|> became many positions",
+    "audio_logits": "audio_out_ids did not reach the model, so that it had no audio positions to predict",
+    "label_count": "labels were shifted twice, masked in place, or cut between the collator and the loss",
+    "finite": "the learning rate is too high, or fp16 overflows (use --dtype bf16); look at the rows named above",
+    "text_loss": "label_ids are all masked, or the loss was replaced by a constant",
+    "audio_loss": "label_audio_ids are all masked, unshifted and copied from the input, or replaced by a constant",
+    "total": "both heads' labels were lost on the way to the loss",
+}
+
+
+@dataclass(frozen=True)
+class Failure:
+    """One failed check of one micro-batch on one rank."""
+
+    check: str
+    rank: int
+    step: int
+    micro_batch: int
+    rows: tuple[str, ...]
+    found: str
+    saved_to: str = ""
+
+    def __str__(self) -> str:
+        lines = [
+            f"loss check failed: {self.check} (rank {self.rank}, optimizer step {self.step}, "
+            f"micro-batch {self.micro_batch})",
+            f"  rows:    {', '.join(self.rows)}",
+            f"  demands: {CHECKS[self.check]}",
+            f"  found:   {self.found}",
+            f"  likely:  {LIKELY_CAUSES[self.check]}",
+        ]
+        if self.saved_to:
+            lines.append(f"  batch:   {self.saved_to}")
+        return "\n".join(lines)
+
+    def as_row(self) -> dict:
+        """Flat values for W&B's table and the JSONL file."""
+        return {**asdict(self), "rows": ", ".join(self.rows)}
+
+
+class BadLossError(RuntimeError):
+    """A loss check failed on some rank and `--on_bad_loss raise` holds; the same on every rank."""
+
+    def __init__(self, failures: list[Failure]):
+        self.failures = failures
+        super().__init__("\n".join(map(str, failures)))
+
+
+class Guard:
+    """The checks of one rank, and what they have seen so far."""
+
+    def __init__(self, *, rank: int, output_dir: Path, audio_out_token: int, max_code: int, weights: LossWeights):
+        """`max_code` is the largest id that may stand in `audio_out_ids`: 1025, the stream's EOS."""
+        self.rank = rank
+        self.output_dir = output_dir
+        self.audio_out_token = audio_out_token
+        self.max_code = max_code
+        self.weights = weights
+        self.num_codebooks = len(weights.codebooks)
+        self.failed: Counter[str] = Counter()
+        self.honest_zeros = 0
+
+    def check_batch(self, batch: Batch, step: int, micro_batch: int) -> list[Failure]:
+        """What can be known before the forward: keys, placeholders, codes."""
+        problems: list[tuple[str, str]] = []
+        missing = [
+            name for name in ("label_ids", "label_audio_ids", "audio_out_ids") if getattr(batch, name, None) is None
+        ]
+        if missing:
+            problems.append(("batch_keys", f"missing: {', '.join(missing)}"))
+            return self._failures(problems, batch, step, micro_batch)
+        placeholders = int((batch.input_ids == self.audio_out_token).sum())
+        clips = len(batch.audio_out_ids_start)
+        frames = batch.audio_out_ids.shape[-1]
+        if placeholders != clips:
+            problems.append(("audio_out_count", f"{placeholders} <|AUDIO_OUT|> tokens for {clips} clips"))
+        if clips and not (
+            int(batch.audio_out_ids_start[0]) == 0
+            and bool((torch.diff(batch.audio_out_ids_start) > 0).all())
+            and int(batch.audio_out_ids_start[-1]) < frames
+        ):
+            problems.append(
+                ("audio_out_count", f"clips start at {batch.audio_out_ids_start.tolist()} in {frames} frames")
+            )
+        if frames:
+            low, high = int(batch.audio_out_ids.min()), int(batch.audio_out_ids.max())
+            if low < 0 or high > self.max_code:
+                problems.append(("code_range", f"codes from {low} to {high}, expected 0 to {self.max_code}"))
+        if batch.label_audio_ids.shape != batch.audio_out_ids.shape:
+            problems.append(
+                (
+                    "label_count",
+                    f"label_audio_ids {tuple(batch.label_audio_ids.shape)} beside "
+                    f"audio_out_ids {tuple(batch.audio_out_ids.shape)}",
+                )
+            )
+        elif clips and frames:
+            starts = batch.audio_out_ids_start.clamp(0, frames - 1)
+            if bool((batch.label_audio_ids[:, starts] != IGNORE).any()):
+                problems.append(
+                    ("label_count", "the first frame of a clip is labelled, so that the shift would cross clips")
+                )
+        if not batch.filler and not batch.text_count and not any(batch.codebook_counts):
+            problems.append(("label_count", "no label in any row of the batch"))
+        return self._failures(problems, batch, step, micro_batch)
+
+    def check_result(
+        self, batch: Batch, report: ForwardReport, stats: list[float], step: int, micro_batch: int
+    ) -> list[Failure]:
+        """What the forward gave; `stats` is `TrainingForward`'s vector, on the host."""
+        problems = list(report.problems)
+        if not problems:
+            problems = self._result_problems(batch, stats)
+        return self._failures(problems, batch, step, micro_batch)
+
+    def _result_problems(self, batch: Batch, stats: list[float]) -> list[tuple[str, str]]:
+        text_sum, text_count, saturation, loss = stats[: len(STAT_FIELDS)]
+        sums = stats[len(STAT_FIELDS) : len(STAT_FIELDS) + self.num_codebooks]
+        counts = stats[len(STAT_FIELDS) + self.num_codebooks :]
+        problems: list[tuple[str, str]] = []
+        expected = batch.codebook_counts or [0] * self.num_codebooks
+        if text_count != batch.text_count:
+            problems.append(("label_count", f"text: {text_count:.0f} labels reached the loss of {batch.text_count}"))
+        if counts != expected:
+            problems.append(("label_count", f"audio, by codebook: {counts} labels reached the loss of {expected}"))
+        if not all(map(math.isfinite, [text_sum, saturation, loss, *sums])):
+            problems.append(("finite", f"text sum {text_sum}, codebook sums {sums}, loss {loss}"))
+            return problems
+        honest = text_sum == 0 and text_count > 0 and saturation <= HONEST_ZERO_UNITS
+        self.honest_zeros += honest
+        if text_count and not text_sum > 0 and not honest:
+            problems.append(
+                (
+                    "text_loss",
+                    f"sum {text_sum} over {text_count:.0f} labels, while the logits give a cross-entropy of "
+                    f"{saturation:.3g} times what float32 can hold",
+                )
+            )
+        if any(counts) and not all(total > 0 for total, count in zip(sums, counts, strict=True) if count):
+            problems.append(("audio_loss", f"sums by codebook {sums} over {counts} labels"))
+        # A total of 0 is right only where no head that counts has a label, or where the text's zero is honest.
+        text_counts = text_count > 0 and self.weights.text > 0 and not honest
+        audio_counts = self.weights.audio > 0 and any(
+            count and share for count, share in zip(counts, self.weights.codebooks, strict=True)
+        )
+        if (text_counts or audio_counts) and not loss > 0 and not problems:
+            problems.append(("total", f"total {loss} with {text_count:.0f} text labels and audio labels {counts}"))
+        return problems
+
+    def _failures(self, problems, batch: Batch, step: int, micro_batch: int) -> list[Failure]:
+        if not problems:
+            return []
+        saved = self._save(batch, problems, step, micro_batch)
+        rows = tuple(batch.origins)
+        failures = [Failure(check, self.rank, step, micro_batch, rows, found, saved) for check, found in problems]
+        self.failed.update(failure.check for failure in failures)
+        return failures
+
+    def _save(self, batch: Batch, problems, step: int, micro_batch: int) -> str:
+        folder = self.output_dir / "bad_batches"
+        folder.mkdir(parents=True, exist_ok=True)
+        stem = folder / f"step-{step:06d}-rank-{self.rank}-micro-{micro_batch}"
+        save_file(describe_bad_batch(batch), f"{stem}.safetensors")
+        facts = {"step": step, "rank": self.rank, "micro_batch": micro_batch, "rows": batch.origins, "failed": problems}
+        Path(f"{stem}.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        return f"{stem}.safetensors"
+
+
+def checklist(
+    rank: int, batch: Batch, report: ForwardReport, losses: dict[str, float], failures: list[Failure]
+) -> list[tuple[bool, str]]:
+    """What each rank says of its first batch: (passed, line)."""
+    failed = {failure.check for failure in failures}
+    keys = [name for name in batch.MODEL_KEYS if getattr(batch, name) is not None]
+    books = "  ".join(f"{k}: {losses[f'codebook_loss/{k}']:.4f}" for k in range(64) if f"codebook_loss/{k}" in losses)
+
+    def loss(name: str) -> str:
+        return f"{losses[name]:.4f}" if name in losses else "no labels"
+
+    lines = [
+        ("batch_keys", f"keys received: {', '.join(keys)}"),
+        ("batch_keys", f"label_ids present: {tuple(batch.label_ids.shape)}"),
+        ("audio_out_count", f"audio_out_ids present: {tuple(batch.audio_out_ids.shape)}, "
+                            f"{len(batch.audio_out_ids_start)} clips"),
+        ("code_range", "audio codes within the codebooks"),
+        ("expanded_labels", f"expanded labels: {report.expanded_labels_shape}, path: {report.path}"),
+        ("audio_logits", f"audio logits: {report.audio_logits_shape}"),
+        ("label_count", f"valid tokens: {batch.text_count} text, {batch.codebook_counts} audio by codebook"),
+        ("text_loss", f"text loss: {loss('text_loss')}"),
+        ("audio_loss", f"audio loss: {loss('audio_loss')}"),
+        ("audio_loss", f"codebook losses: {books or 'no labels'}"),
+        ("finite", "losses are finite"),
+        ("total", f"total loss: {losses.get('loss', float('nan')):.4f}"),
+    ]  # fmt: skip
+    return [(name not in failed, f"[rank {rank}] {text}") for name, text in lines]

@@ -1,0 +1,196 @@
+"""The base checkpoint, every weight accounted for, and the LoRA adapter on it.
+
+What the checkpoint holds is compared with what the model needs from the files' headers alone, before anything is
+loaded: the same verdict on every rank and under every ZeRO stage, where loading itself would leave random weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from boson_multimodal.model.higgs_audio import HiggsAudioConfig, HiggsAudioModel
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
+from torch import nn
+
+from .config import DEFAULT_BASE, DEFAULT_BASE_REVISION, ConfigError, nearest
+from .forward import HiggsAudioForTraining
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def locate_checkpoint(name_or_path: str, revision: str | None = None) -> Path:
+    """The folder of a base checkpoint; a hub id is downloaded (safetensors, JSON and tokenizer files only).
+
+    Raises:
+        ConfigError: neither a folder nor a hub id that can be had.
+    """
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        return folder
+    if folder.is_absolute() or name_or_path.startswith(".") or name_or_path.count("/") != 1:
+        raise ConfigError([f"--base_ckpt: {name_or_path} is neither a folder nor a hub id (owner/name)"])
+    from huggingface_hub import snapshot_download
+
+    if revision is None and name_or_path == DEFAULT_BASE:
+        revision = DEFAULT_BASE_REVISION
+    patterns = ["*.json", "*.safetensors", "tokenizer*", "*.txt"]
+    try:
+        return Path(snapshot_download(name_or_path, revision=revision, allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            [f"--base_ckpt: {name_or_path} (revision {revision}) cannot be had from the hub: {error}"]
+        ) from error
+
+
+def read_model_config(folder: Path) -> HiggsAudioConfig:
+    """The checkpoint's `config.json`, refused where this trainer would train something else than the model is.
+
+    Raises:
+        ConfigError: not a Higgs Audio checkpoint, in the newer transformers layout, or with an audio tower.
+    """
+    file = folder / "config.json"
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError([f"--base_ckpt: {file} cannot be read: {error}"]) from None
+    model_type = raw.get("model_type") if isinstance(raw, dict) else None
+    if isinstance(model_type, str) and model_type.startswith("higgs_audio_v2"):
+        raise ConfigError(
+            [
+                f"--base_ckpt: {folder} is in transformers' newer layout (model_type {model_type!r}), which "
+                f"boson_multimodal cannot load; use {DEFAULT_BASE} with --base_revision {DEFAULT_BASE_REVISION}"
+            ]
+        )
+    if model_type != "higgs_audio":
+        raise ConfigError([f"--base_ckpt: {file} says model_type {model_type!r}, expected 'higgs_audio'"])
+    config = HiggsAudioConfig.from_pretrained(folder)
+    if config.encode_whisper_embed or not config.skip_audio_tower:
+        raise ConfigError(
+            [
+                f"--base_ckpt: {folder} has a Whisper audio tower (encode_whisper_embed or not skip_audio_tower); "
+                "this trainer covers the generation checkpoints, which have none"
+            ]
+        )
+    return config
+
+
+def check_weights(folder: Path, config: HiggsAudioConfig) -> None:
+    """Compares names and shapes in the safetensors headers with those that the model has.
+
+    Raises:
+        ConfigError: missing, extra or misshapen weights, each named.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ConfigError(
+            [f"--base_ckpt: {folder} holds no .safetensors file (pickled checkpoints are not loaded: convert it)"]
+        )
+    found: dict[str, tuple[int, ...]] = {}
+    problems: list[str] = []
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for key in tensors.keys():  # noqa: SIM118 - safe_open is not a mapping
+                    if key in found:
+                        problems.append(f"{file.name}: {key} stands in two files")
+                    found[key] = tuple(tensors.get_slice(key).get_shape())
+        except Exception as error:  # the safetensors reader raises its own SafetensorError, OSError or ValueError
+            problems.append(f"{file.name} cannot be read: {error}")
+    with torch.device("meta"):
+        wanted = {key: tuple(value.shape) for key, value in HiggsAudioModel(config).state_dict().items()}
+    if not problems:
+        problems += [f"missing weight {key} {list(wanted[key])}" for key in wanted if key not in found]
+        problems += [f"extra weight {key} {list(found[key])}" for key in found if key not in wanted]
+        problems += [
+            f"weight {key} has shape {list(found[key])}, the model needs {list(wanted[key])}"
+            for key in wanted
+            if key in found and found[key] != wanted[key]
+        ]
+    if problems:
+        shown = problems[:20] + ([f"… and {len(problems) - 20} more"] if len(problems) > 20 else [])
+        raise ConfigError([f"--base_ckpt: {folder}: {problem}" for problem in shown])
+
+
+def load_tokenizer(folder: Path):
+    """The checkpoint's own tokenizer; nothing in the checkpoint is run."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ConfigError([f"--base_ckpt: {folder}: the tokenizer cannot be loaded: {error}"]) from error
+
+
+def load_base(folder: Path, config: HiggsAudioConfig, dtype: str) -> HiggsAudioForTraining:
+    """The base model, all parameters frozen, in `dtype` ("bf16", "fp16", "fp32")."""
+    check_weights(folder, config)
+    model = HiggsAudioForTraining.from_pretrained(
+        folder, config=config, torch_dtype=DTYPES[dtype], use_safetensors=True, low_cpu_mem_usage=False
+    )
+    model.requires_grad_(False)
+    return model
+
+
+def attach_lora(
+    model: HiggsAudioModel,
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    target_modules: list[str],
+    seed: int,
+    base_name: str,
+    base_revision: str | None = None,
+) -> PeftModel:
+    """LoRA on every linear layer whose name ends in one of `target_modules`, A drawn from our own generator, B zero.
+
+    The draw depends on the seed and the weight's name alone: the same start under every ZeRO stage and world size.
+
+    Raises:
+        ConfigError: a target that names no linear layer.
+    """
+    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    suffixes = {name.rsplit(".", 1)[-1] for name in linears}
+    problems = [
+        f"--lora_target_modules: {target!r} names no linear layer{nearest(target, suffixes)}"
+        for target in target_modules
+        if not any(name == target or name.endswith("." + target) for name in linears)
+    ]
+    if problems:
+        raise ConfigError(problems)
+    lora = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=list(target_modules),
+        bias="none",
+        task_type="CAUSAL_LM",
+        revision=base_revision,
+    )
+    # peft's default would keep float32 copies of LoRA under zero.Init alone, so that the stages would differ.
+    peft_model = get_peft_model(model, lora, autocast_adapter_dtype=False)
+    peft_model.peft_config["default"].base_model_name_or_path = base_name
+    for name, parameter in peft_model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data.copy_(initial_lora(name, tuple(parameter.shape), seed))
+    return peft_model
+
+
+def initial_lora(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    """B is zero; A is uniform in ±1/sqrt(fan_in), peft's kaiming_uniform(a=sqrt(5)), from (seed, name) alone."""
+    if "lora_B" in name:
+        return torch.zeros(shape)
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    bound = shape[-1] ** -0.5
+    return torch.rand(shape, generator=generator) * (2 * bound) - bound
+
+
+def widest_layer(config: HiggsAudioConfig) -> int:
+    """Largest in- or output width of a decoder projection: what a LoRA matrix is at most rank times as large as."""
+    text = config.text_config
+    return max(text.hidden_size, text.intermediate_size)

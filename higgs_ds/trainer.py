@@ -1,0 +1,220 @@
+"""The training loop over objects that `train_ds.py` built; knows nothing of DeepSpeed or W&B."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from .collate import Batch
+from .engine import Engine, Ranks
+from .forward import ForwardReport
+from .guard import CHECKS, BadLossError, Failure, Guard, checklist
+from .loss import LossWeights, loss_scales, mean_losses
+from .metrics import StepSums, peak_memory_gib, step_metrics
+from .sampler import Window
+
+if TYPE_CHECKING:
+    from .tracking import Tracker
+
+HEADLINES = ("loss", "text_loss", "audio_loss")
+
+
+@dataclass
+class StepResult:
+    """What one optimizer step gave, the same on every rank."""
+
+    ranks: list[StepSums]
+    failures: list[Failure]
+    grad_norm: float = float("nan")
+
+
+@dataclass
+class Trainer:
+    """Runs windows of micro-batches through the engine, under the guard. `tracker` is rank 0's, None elsewhere."""
+
+    engine: Engine
+    ranks: Ranks
+    guard: Guard
+    weights: LossWeights
+    learning_rate: Callable[[int], float]
+    on_bad_loss: str
+    log_every: int
+    total_steps: int
+    eval_every: int
+    validation: Callable[[], Iterable[tuple[Window, list[Batch]]]] | None = None
+    tracker: Tracker | None = None
+    dropped_steps: int = 0
+    last_losses: dict[str, float] = field(default_factory=dict)
+    _said: set[str] = field(default_factory=set)
+    _checklist_due: bool = True
+
+    def train(self, windows: Iterable[tuple[Window, list[Batch]]]) -> None:
+        """All windows, one optimizer step each.
+
+        Raises:
+            BadLossError: on every rank, when a check failed on some rank and `on_bad_loss` is "raise".
+        """
+        self.engine.train()
+        started = time.perf_counter()
+        for window, batches in windows:
+            data_sec = time.perf_counter() - started
+            lr = self.learning_rate(window.step)
+            result = self.train_step(window.step, batches, lr)
+            if result.failures:
+                self._bad_step(result.failures)
+            step_sec = time.perf_counter() - started
+            self._log(window, result, lr, step_sec, data_sec)
+            if self.validation and (window.step % self.eval_every == 0 or window.step == self.total_steps):
+                self.evaluate(window.step)
+            started = time.perf_counter()
+
+    def train_step(self, step: int, batches: list[Batch], lr: float) -> StepResult:
+        """One optimizer step over this rank's micro-batches; the update happens only if no rank saw a failure."""
+        failures = [f for i, batch in enumerate(batches) for f in self.guard.check_batch(batch, step, i)]
+        # The labels of the whole step are counted before its first forward, and the verdict on the batches with them.
+        counts = [0.0, 0.0, *[0.0] * len(self.weights.codebooks)]
+        counts[0] = len(failures)
+        if not failures:
+            for batch in batches:
+                counts[1] += batch.text_count
+                for k, count in enumerate(batch.codebook_counts):
+                    counts[2 + k] += count
+        num_failures, text_count, *codebook_counts = self.ranks.sum(counts)
+        if num_failures:
+            return StepResult([], self._all_failures(failures))
+        self._say_missing_kind(step, text_count, codebook_counts)
+        text_scale, scales = loss_scales(self.weights, text_count, codebook_counts, self.ranks.world_size)
+        codebook_scales = torch.tensor(scales, device=self.ranks.device)
+
+        stats: list[torch.Tensor] = []
+        reports: list[ForwardReport] = []
+        for batch in batches:
+            loss, stat, report = self.engine.forward(batch.model_inputs(self.ranks.device), text_scale, codebook_scales)
+            self.engine.backward(loss)
+            stats.append(stat)
+            reports.append(report)
+        on_host = torch.stack(stats).tolist()  # the step's one copy from the device
+
+        sums = StepSums(len(self.weights.codebooks))
+        for i, (batch, report, values) in enumerate(zip(batches, reports, on_host, strict=True)):
+            failures += self.guard.check_result(batch, report, values, step, i)
+            sums.add(values, tokens=batch.num_tokens, re_expanded=report.path == "re-expanded")
+        if self._checklist_due:
+            self._say_checklist(batches[0], reports[0], on_host[0], failures)
+        table = self.ranks.table([len(failures), *sums.values()])
+        if any(row[0] for row in table):
+            self.engine.drop_step()
+            return StepResult([], self._all_failures(failures))
+        self._say_honest_zero(step)
+        grad_norm = self.engine.step(lr)
+        return StepResult([StepSums.of(row[1:], len(self.weights.codebooks)) for row in table], [], grad_norm)
+
+    @torch.no_grad()
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Losses over the validation rows, as `eval/*`; every rank runs as many forwards."""
+        self.engine.train(False)
+        sums = StepSums(len(self.weights.codebooks))
+        ones = torch.ones(len(self.weights.codebooks), device=self.ranks.device)
+        failures: list[Failure] = []
+        for _, batches in self.validation():
+            failures += [f for i, batch in enumerate(batches) for f in self.guard.check_batch(batch, step, i)]
+            if self.ranks.sum([len(failures)])[0]:
+                break
+            for i, batch in enumerate(batches):
+                _, stat, report = self.engine.forward(batch.model_inputs(self.ranks.device), 1.0, ones)
+                values = stat.tolist()
+                failures += self.guard.check_result(batch, report, values, step, i)
+                sums.add(values, tokens=batch.num_tokens, re_expanded=report.path == "re-expanded")
+        self.engine.train()
+        table = self.ranks.table([len(failures), *sums.values()])
+        if any(row[0] for row in table):
+            self._bad_step(self._all_failures(failures))
+            return {}
+        total = StepSums.total([StepSums.of(row[1:], len(self.weights.codebooks)) for row in table])
+        losses = total.losses(self.weights)
+        metrics = {f"eval/{name}": value for name, value in losses.items()}
+        self.last_losses |= {f"validation {name}": losses[name] for name in HEADLINES if name in losses}
+        if self.tracker:
+            self.tracker.log(metrics, step)
+            shown = "  ".join(f"{name} {losses[name]:.4f}" for name in HEADLINES if name in losses)
+            self.tracker.message(f"step {step}: validation  {shown}")
+        return metrics
+
+    def _all_failures(self, mine: list[Failure]) -> list[Failure]:
+        return [failure for part in self.ranks.gather(mine) for failure in part]
+
+    def _bad_step(self, failures: list[Failure]) -> None:
+        if self.tracker:
+            self.tracker.failures([failure.as_row() for failure in failures])
+            self.tracker.alert(f"loss check failed at step {failures[0].step}", "\n".join(map(str, failures)))
+        if self.on_bad_loss == "raise":
+            raise BadLossError(failures)
+        self.dropped_steps += 1
+
+    def _log(self, window: Window, result: StepResult, lr: float, step_sec: float, data_sec: float) -> None:
+        due = window.step % self.log_every == 0 or window.step == self.total_steps or bool(result.failures)
+        guard = [float(self.guard.failed[check]) for check in CHECKS]
+        mine = [step_sec, data_sec, peak_memory_gib(self.ranks.device), float(self.guard.honest_zeros), *guard]
+        table = self.ranks.table(mine) if due else None
+        if not self.tracker:
+            return
+        if table is None:
+            self.tracker.progress(window.step)
+            return
+        slowest = max(row[0] for row in table)
+        metrics: dict[str, float] = {}
+        if result.ranks:
+            metrics = step_metrics(
+                result.ranks,
+                self.weights,
+                learning_rate=lr,
+                grad_norm=result.grad_norm,
+                epoch=window.epoch,
+                step_sec=slowest,
+                data_sec=max(row[1] for row in table),
+                peak_gib=max(row[2] for row in table),
+            )
+        metrics["train/dropped_steps"] = float(self.dropped_steps)
+        metrics["guard/honest_zeros"] = sum(row[3] for row in table)
+        for i, check in enumerate(CHECKS):
+            for rank, row in enumerate(table):
+                metrics[f"guard/{check}/rank_{rank}"] = row[4 + i]
+        self.tracker.log(metrics, window.step)
+        shown = {name: metrics[f"train/{name}"] for name in HEADLINES if f"train/{name}" in metrics}
+        self.last_losses |= {f"training {name}": value for name, value in shown.items()}
+        if "perf/tokens_per_sec" in metrics:
+            shown["tokens_per_sec"] = metrics["perf/tokens_per_sec"]
+        self.tracker.progress(window.step, **shown)
+
+    def _say(self, key: str, text: str) -> None:
+        """Once a run, on rank 0's console."""
+        if key not in self._said:
+            self._said.add(key)
+            if self.tracker:
+                self.tracker.message(text)
+
+    def _say_missing_kind(self, step: int, text_count: float, codebook_counts: list[float]) -> None:
+        if not text_count:
+            self._say("text", f"step {step}: no text label on any rank; its loss is the audio term alone")
+        if not any(codebook_counts):
+            self._say("audio", f"step {step}: no audio label on any rank; its loss is the text term alone")
+
+    def _say_honest_zero(self, step: int) -> None:
+        if self.guard.honest_zeros and "zero" not in self._said:
+            self._said.add("zero")
+            print(
+                f"[rank {self.ranks.rank}] step {step}: a text loss of exactly 0.0 is honest: the margins of all "
+                "labelled tokens are beyond what float32 can tell from 0 (said once)",
+                flush=True,
+            )
+
+    def _say_checklist(self, batch: Batch, report: ForwardReport, stats: list[float], failures: list[Failure]) -> None:
+        self._checklist_due = False
+        books = len(self.weights.codebooks)
+        losses = mean_losses(self.weights, stats[0], stats[1], stats[-2 * books : -books], stats[-books:])
+        lines = checklist(self.ranks.rank, batch, report, losses, [f for f in failures if f.micro_batch == 0])
+        print("\n".join(f"{'ok  ' if ok else 'FAIL'} {text}" for ok, text in lines), flush=True)

@@ -1,0 +1,40 @@
+"""Shared by the tests: a tiny base checkpoint, the sample codec on the shipped speech, and a launcher of real ranks."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+from higgs_ds.tiny import write_tiny
+
+ROOT = Path(__file__).resolve().parents[1]
+SPEECH = ROOT / "examples" / "speech" / "manifest.jsonl"
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_dir(tmp_path_factory) -> Path:
+    """A base checkpoint small enough for unit tests: hidden 64, 2 layers."""
+    folder = tmp_path_factory.mktemp("tiny")
+    write_tiny(folder, seed=0, hidden_size=64, num_layers=2)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tiny_dir):
+    from higgs_ds.model import read_model_config
+
+    return read_model_config(tiny_dir)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny_dir):
+    from higgs_ds.model import load_tokenizer
+
+    return load_tokenizer(tiny_dir)

@@ -1,0 +1,190 @@
+"""LoRA fine-tuning of Higgs Audio v2 on DeepSpeed: `deepspeed --num_gpus 8 train_ds.py --train_manifest …`.
+
+Numbered stages only; this is the one file that sees the whole configuration.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from functools import partial
+from pathlib import Path
+
+from higgs_ds.config import ConfigError, TrainConfig, parse_args
+from higgs_ds.ds_config import read_deepspeed_config, resolve
+
+EXIT_OK, EXIT_CHECK_FAILED, EXIT_CONFIG, EXIT_BAD_LOSS = 0, 1, 2, 3
+
+
+def main(argv: list[str], *, check_only: bool = False) -> int:
+    """Trains; with `check_only` runs one optimizer step for its checklist and leaves no run behind.
+
+    Returns the exit code: 0 done, 1 a failed checklist, 2 wrong flags or data, 3 a loss that is not real.
+    """
+    try:
+        # 1. Parse: every wrong flag and YAML key, before torch is imported.
+        config = parse_args(argv)
+        ds_raw = read_deepspeed_config(config.deepspeed_config)
+        return run(config, ds_raw, check_only=check_only)
+    except ConfigError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print("\n".join(error.problems), file=sys.stderr, flush=True)
+        return EXIT_CONFIG
+
+
+def run(config: TrainConfig, ds_raw: dict, *, check_only: bool) -> int:
+    """Stages 2 to 6."""
+    from higgs_ds import checkpoint, model
+    from higgs_ds.codec import load_codec
+    from higgs_ds.codes import CodeCache
+    from higgs_ds.collate import Collator
+    from higgs_ds.dataset import MicroBatches, load_rows, load_windows
+    from higgs_ds.engine import Engine, leave_ranks, loading, start_ranks
+    from higgs_ds.forward import TrainingForward
+    from higgs_ds.guard import BadLossError, Guard
+    from higgs_ds.loss import LossWeights
+    from higgs_ds.sampler import Plan, evaluation_windows
+    from higgs_ds.schedule import learning_rate
+    from higgs_ds.tracking import open_tracker
+    from higgs_ds.trainer import Trainer
+
+    # 2. Distribute: this process among the other ranks.
+    ranks = start_ranks()
+    ranks.seed(config.seed)
+    say = partial(print, flush=True) if ranks.is_main else lambda *_, **__: None
+    try:
+        output_dir = checkpoint.prepare_run_dir(Path(config.output_dir), check_only=check_only)
+        base_dir = model.locate_checkpoint(config.base_ckpt, config.base_revision)
+        model_config = model.read_model_config(base_dir)
+        weights = LossWeights.of(
+            config.text_loss_weight,
+            config.audio_loss_weight,
+            config.codebook_weights,
+            model_config.audio_num_codebooks,
+        )
+        ds_config = resolve(
+            ds_raw,
+            config,
+            world_size=ranks.world_size,
+            on_cpu=ranks.device.type == "cpu",
+            widest_layer=model.widest_layer(model_config),
+        )
+
+        # 3. Data: every row checked and every clip encoded once, before anything large is loaded.
+        codec = load_codec(config.codec, config.codec_revision, device=str(ranks.device))
+        cache = CodeCache(output_dir / "codes_cache", codec)
+        tokenizer = model.load_tokenizer(base_dir)
+        read = partial(
+            load_rows,
+            cache=cache,
+            num_codebooks=model_config.audio_num_codebooks,
+            max_duration_sec=config.max_duration_sec,
+            skip_bad_rows=config.skip_bad_rows,
+            ranks=ranks,
+            warn=say,
+        )
+        train_rows, val_rows = read([m for m in (config.train_manifest, config.val_manifest) if m])
+        plan = Plan(
+            len(train_rows),
+            batch_size=config.batch_size,
+            grad_accum=config.grad_accum,
+            world_size=ranks.world_size,
+            seed=config.seed,
+        )
+        total_steps = 1 if check_only else plan.total_steps(config.epochs, config.max_steps)
+
+        def batches(rows, windows):
+            dataset = MicroBatches(rows, tokenizer, cache, Collator.of(model_config))
+            on_gpu = ranks.device.type == "cuda"
+            return load_windows(dataset, list(windows), num_workers=config.num_workers, pin_memory=on_gpu)
+
+        def validation():
+            return batches(val_rows, evaluation_windows(len(val_rows), config.batch_size, ranks.rank, ranks.world_size))
+
+        # 4. Model: base weights, LoRA, engine, guard.
+        with loading(ds_config):
+            base = model.load_base(base_dir, model_config, config.dtype)
+        lora_model = model.attach_lora(
+            base,
+            rank=config.lora_r,
+            alpha=config.lora_alpha,
+            dropout=config.lora_dropout,
+            target_modules=config.lora_target_modules,
+            seed=config.seed,
+            base_name=config.base_ckpt,
+            base_revision=config.base_revision,
+        )
+        engine = Engine(
+            TrainingForward.of(lora_model, model_config),
+            ds_config,
+            weight_decay=config.weight_decay,
+            max_grad_norm=config.max_grad_norm,
+        )
+        guard = Guard(
+            rank=ranks.rank,
+            output_dir=output_dir,
+            audio_out_token=model_config.audio_out_token_idx,
+            max_code=model_config.audio_codebook_size + 1,
+            weights=weights,
+        )
+        say(plan.describe(total_steps), engine.describe(config.dtype), sep="\n")
+
+        # 5. Train, under the guard.
+        opened = contextlib.nullcontext(None)
+        if ranks.is_main and not check_only:
+            checkpoint.write_resolved(output_dir, config.as_dict(), ds_config)
+            opened = open_tracker(
+                output_dir,
+                config=config.as_dict() | {"world_size": ranks.world_size, "deepspeed": ds_config},
+                total_steps=total_steps,
+                run_name=config.run_name,
+                wandb_project=config.wandb_project,
+                wandb_mode=config.wandb_mode,
+            )
+        try:
+            with opened as tracker:
+                trainer = Trainer(
+                    engine=engine,
+                    ranks=ranks,
+                    guard=guard,
+                    weights=weights,
+                    learning_rate=partial(
+                        learning_rate,
+                        peak=config.lr,
+                        total_steps=total_steps,
+                        warmup_ratio=config.warmup_ratio,
+                        shape=config.lr_scheduler,
+                    ),
+                    on_bad_loss="raise" if check_only else config.on_bad_loss,
+                    log_every=config.log_every,
+                    total_steps=total_steps,
+                    eval_every=config.eval_every or plan.steps_per_epoch,
+                    validation=validation if val_rows else None,
+                    tracker=tracker,
+                )
+                trainer.train(batches(train_rows, plan.windows(ranks.rank, 1, total_steps)))
+        except BadLossError as error:
+            say(error)
+            if check_only:
+                return leave_ranks(EXIT_CHECK_FAILED)
+            saved = checkpoint.save_adapter(lora_model, engine.gather_trainable(), output_dir / "adapter_before_failure",
+                                            ranks, facts={"stopped": "by the loss guard, before the failed step"})  # fmt: skip
+            say(f"nothing of the failed step was trained; the weights before it are in {saved}")
+            return leave_ranks(EXIT_BAD_LOSS)
+
+        # 6. Close: the adapter, and where to look.
+        if not check_only:
+            facts = {"rows": len(train_rows), "optimizer steps": total_steps, **trainer.last_losses}
+            saved = checkpoint.save_adapter(lora_model, engine.gather_trainable(), output_dir / "adapter", ranks, facts)
+            say(f"adapter: {saved}")
+            say(f"listen:  python -m higgs_ds generate --base_ckpt {config.base_ckpt} --adapter {saved} "
+                f"--codec {config.codec} --text '…' --output_file speech.wav")  # fmt: skip
+        return leave_ranks(EXIT_OK)
+    except ConfigError:
+        leave_ranks(EXIT_CONFIG, wait=False)
+        raise
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

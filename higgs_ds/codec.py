@@ -48,8 +48,8 @@ def load_codec(name_or_path: str, revision: str | None = None, device: str = "cp
         return _load_folder(folder, device)
     except OSError as error:
         raise ValueError(
-            f"codec {name_or_path!r} cannot be loaded: {error}. Boson's codec needs its own files and "
-            "bosonai/hubert_base from the hub or its cache; without them, name the folder of a sample codec"
+            f"codec {name_or_path!r} cannot be loaded: {error}. A folder is looked for first, then the hub or its "
+            "cache, where Boson's codec also has its bosonai/hubert_base; a sample codec needs neither"
         ) from error
 
 
@@ -79,7 +79,8 @@ class BosonCodec:
         config_path, weights_path = self._files
         try:
             config = json.loads(config_path.read_bytes())
-            # The constructor gets the HuBERT that it needs from the hub or its cache; its weights are replaced below.
+            # The constructor gets bosonai/hubert_base from the hub or its cache, with trust_remote_code=True; the
+            # weights of that HuBERT are among those in model.pth.
             self._model = HiggsAudioTokenizer(**config, device=device)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{config_path} is no config of Boson's codec: {error}") from error

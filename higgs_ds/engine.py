@@ -172,7 +172,9 @@ class Engine:
 
     def backward(self, loss: torch.Tensor) -> None:
         """Adds the loss's gradients to the step's; nothing is divided by the accumulation."""
-        self._engine.backward(loss, scale_wrt_gas=False)
+        # The clone matters at stage 0: DeepSpeed 0.19.8 hooks the module's own output to divide by the accumulation,
+        # and learns that `backward` was told not to only from a hook on what it is given, which must fire first.
+        self._engine.backward(loss.clone(), scale_wrt_gas=False)
 
     def step(self, learning_rate: float) -> float:
         """One update with all gradients since the last one; returns their norm before clipping, over all ranks."""

@@ -153,8 +153,8 @@ class SampleCodec:
             tensors = load(tensors_path.read_bytes())
         except FileNotFoundError as error:
             raise ValueError(f"{folder} is no sample codec: it has no {Path(error.filename).name}") from error
-        except SafetensorError as error:
-            raise ValueError(f"{tensors_path} is not safetensors ({error}); fit the codec again") from error
+        except (SafetensorError, KeyError) as error:  # KeyError: a dtype that numpy does not have
+            raise ValueError(f"{tensors_path} cannot be read as safetensors ({error}); fit the codec again") from error
         except ValueError as error:
             raise ValueError(f"{settings_path} is not JSON ({error}); fit the codec again") from error
 

@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# Set-up, then the main job on CPU: a small model learns to speak real recordings under DeepSpeed, and speaks them.
+#   bash launch/quickstart.sh [--ranks N] [--stage 2|3] [--output_dir DIR]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+ranks=2 stage=2 output_dir=runs/quickstart
+usage() { echo "usage: bash launch/quickstart.sh [--ranks N] [--stage 2|3] [--output_dir DIR]" >&2; exit 2; }
+while [ $# -gt 0 ]; do
+  [ $# -ge 2 ] || usage
+  case "$1" in
+    --ranks) ranks=$2 ;;
+    --stage) stage=$2 ;;
+    --output_dir) output_dir=$2 ;;
+    *) echo "unknown flag: $1" >&2; usage ;;
+  esac
+  shift 2
+done
+[[ "$stage" =~ ^[0-3]$ ]] || { echo "--stage: $stage is not a ZeRO stage (2 or 3)" >&2; exit 2; }
+[[ "$ranks" =~ ^[1-8]$ ]] || { echo "--ranks: $ranks is not 1 to 8" >&2; exit 2; }
+source launch/setup.sh
+
+speech=examples/speech/manifest.jsonl
+if [ -e "$output_dir" ] && [ -n "$(ls -A "$output_dir")" ]; then
+  kept="$output_dir-$(date +%Y%m%d-%H%M%S)"
+  echo "quickstart: $output_dir holds an earlier run; it is kept as $kept"
+  mv "$output_dir" "$kept"
+fi
+mkdir -p "$output_dir"
+export DS_ACCELERATOR=cpu OMP_NUM_THREADS=$(( $(nproc) > ranks ? $(nproc) / ranks : 1 ))
+started=$SECONDS
+step() { echo; echo "== $* ($((SECONDS - started)) s)"; }
+
+step "1/4 a small random base checkpoint"
+"$PYTHON" -m higgs_ds tiny --output_dir "$output_dir/base"
+
+step "2/4 the sample codec, fitted on the shipped speech"
+"$PYTHON" -m higgs_ds sample-codec --train_manifest "$speech" --output_dir "$output_dir/codec"
+
+step "3/4 training: $ranks ranks, ZeRO-$stage"
+deepspeed --num_accelerators "$ranks" --master_port "$("$PYTHON" launch/free_port.py)" train_ds.py \
+  --config examples/quickstart.yaml --deepspeed_config "ds_configs/zero$stage.json" \
+  --train_manifest "$speech" --val_manifest examples/speech/val.jsonl --codec "$output_dir/codec" \
+  --base_ckpt "$output_dir/base" --batch_size $(( ranks < 8 ? 8 / ranks : 1 )) --output_dir "$output_dir"
+
+step "4/4 every training sentence, spoken by upstream's own generate"
+"$PYTHON" -m higgs_ds recite --base_ckpt "$output_dir/base" --adapter "$output_dir/adapter" \
+  --codec "$output_dir/codec" --train_manifest "$speech" --output_dir "$output_dir/speech"
+
+step "done"
+echo "look:   $output_dir/loss.png (curves), $output_dir/metrics.jsonl (numbers)"
+echo "listen: $output_dir/speech/*.spoken.wav beside *.original.wav"
+echo "speak:  python -m higgs_ds generate --base_ckpt $output_dir/base --adapter $output_dir/adapter \\"
+echo "          --codec $output_dir/codec --text 'Activated.' --output_file hello.wav"
+echo "next:   your own voice on 8 GPUs: README.md, \"Fine-tune Boson's checkpoint\""

@@ -131,17 +131,21 @@ def run(config: TrainConfig, ds_raw: dict, *, check_only: bool) -> int:
         say(plan.describe(total_steps), engine.describe(config.dtype), sep="\n")
 
         # 5. Train, under the guard.
-        opened = contextlib.nullcontext(None)
+        opened, problem = contextlib.nullcontext(None), None
         if ranks.is_main and not check_only:
             checkpoint.write_resolved(output_dir, config.as_dict(), ds_config)
-            opened = open_tracker(
-                output_dir,
-                config=config.as_dict() | {"world_size": ranks.world_size, "deepspeed": ds_config},
-                total_steps=total_steps,
-                run_name=config.run_name,
-                wandb_project=config.wandb_project,
-                wandb_mode=config.wandb_mode,
-            )
+            try:
+                opened = open_tracker(
+                    output_dir,
+                    config=config.as_dict() | {"world_size": ranks.world_size, "deepspeed": ds_config},
+                    total_steps=total_steps,
+                    run_name=config.run_name,
+                    wandb_project=config.wandb_project,
+                    wandb_mode=config.wandb_mode,
+                )
+            except (ValueError, RuntimeError) as error:
+                problem = str(error)
+        ranks.agree(problem)
         try:
             with opened as tracker:
                 trainer = Trainer(
@@ -168,8 +172,10 @@ def run(config: TrainConfig, ds_raw: dict, *, check_only: bool) -> int:
             say(error)
             if check_only:
                 return leave_ranks(EXIT_CHECK_FAILED)
-            saved = checkpoint.save_adapter(lora_model, engine.gather_trainable(), output_dir / "adapter_before_failure",
-                                            ranks, facts={"stopped": "by the loss guard, before the failed step"})  # fmt: skip
+            facts = {"stopped": "by the loss guard, before the failed step was trained"}
+            saved = checkpoint.save_adapter(
+                lora_model, engine.gather_trainable(), output_dir / "adapter_before_failure", ranks, facts
+            )
             say(f"nothing of the failed step was trained; the weights before it are in {saved}")
             return leave_ranks(EXIT_BAD_LOSS)
 
@@ -178,8 +184,10 @@ def run(config: TrainConfig, ds_raw: dict, *, check_only: bool) -> int:
             facts = {"rows": len(train_rows), "optimizer steps": total_steps, **trainer.last_losses}
             saved = checkpoint.save_adapter(lora_model, engine.gather_trainable(), output_dir / "adapter", ranks, facts)
             say(f"adapter: {saved}")
-            say(f"listen:  python -m higgs_ds generate --base_ckpt {config.base_ckpt} --adapter {saved} "
-                f"--codec {config.codec} --text '…' --output_file speech.wav")  # fmt: skip
+            say(
+                f"listen:  python -m higgs_ds generate --base_ckpt {config.base_ckpt} --adapter {saved} "
+                f"--codec {config.codec} --text '…' --output_file speech.wav"
+            )
         return leave_ranks(EXIT_OK)
     except ConfigError:
         leave_ranks(EXIT_CONFIG, wait=False)

@@ -9,9 +9,8 @@ from typing import Protocol
 
 import numpy as np
 
-DEFAULT_CODEC = "bosonai/higgs-audio-v2-tokenizer"
-# The last revision that boson_multimodal can read: the hub's `main` is in the layout of newer transformers.
-DEFAULT_CODEC_REVISION = "9d4988fbd4ad07b4cac3a5fa462741a41810dbec"
+from .config import DEFAULT_CODEC, DEFAULT_CODEC_REVISION, ConfigError
+
 CODEC_FILES = ("config.json", "model.pth", "sample_codec.json", "codebooks.safetensors")
 
 # Only HuBERT's training masks frames with it. Checkpoint and model may each have it or not, and the codes are the same.
@@ -36,7 +35,7 @@ def load_codec(name_or_path: str, revision: str | None = None, device: str = "cp
     """The codec in a local folder (Boson's or a sample codec) or in a repository of the hub.
 
     `revision` is of the hub; None means the pinned one for `DEFAULT_CODEC`, the newest for any other.
-    Raises ValueError for what is neither, for a folder that lacks a file or holds the newer layout, for weights that
+    Raises ConfigError for what is neither, for a folder that lacks a file or holds the newer layout, for weights that
     do not fit their config, and for what the hub does not give.
     """
     try:
@@ -47,10 +46,14 @@ def load_codec(name_or_path: str, revision: str | None = None, device: str = "cp
             raise ValueError(f"codec {name_or_path!r} is a local folder, which has no revision: leave {revision!r} out")
         return _load_folder(folder, device)
     except OSError as error:
-        raise ValueError(
-            f"codec {name_or_path!r} cannot be loaded: {error}. A folder is looked for first, then the hub or its "
-            "cache, where Boson's codec also has its bosonai/hubert_base; a sample codec needs neither"
+        raise ConfigError(
+            [
+                f"--codec: {name_or_path!r} cannot be loaded: {error}. A folder is looked for first, then the hub or "
+                "its cache, where Boson's codec also has its bosonai/hubert_base; a sample codec needs neither"
+            ]
         ) from error
+    except ValueError as error:
+        raise ConfigError([f"--codec: {error}"]) from error
 
 
 def check_codes(codes: np.ndarray, codec: Codec) -> None:

@@ -64,6 +64,14 @@ class CodeCache:
                 progress(done, len(unique))
         return problems
 
+    def known_hashes(self) -> dict[AudioRef, str]:
+        """Content hashes of the clips seen so far, for other ranks' `add_hashes`."""
+        return dict(self._hashes)
+
+    def add_hashes(self, hashes: dict[AudioRef, str]) -> None:
+        """Takes over what another rank hashed, so that every clip is read once in all."""
+        self._hashes.update(hashes)
+
     def _ensure_one(self, ref: AudioRef, max_duration_sec: float | None) -> None:
         # By the header first: a clip that is hours too long need not be decoded to know it.
         if max_duration_sec is not None and (lasts := duration_sec(ref)) > max_duration_sec:

@@ -19,6 +19,7 @@ import yaml
 
 DEFAULT_BASE = "bosonai/higgs-audio-v2-generation-3B-base"
 DEFAULT_BASE_REVISION = "10840182ca4ad5d9d9113b60b9bb3c1ef1ba3f84"
+# The last revisions that boson_multimodal can read: the hub's `main` is in the layout of newer transformers.
 DEFAULT_CODEC = "bosonai/higgs-audio-v2-tokenizer"
 DEFAULT_CODEC_REVISION = "9d4988fbd4ad07b4cac3a5fa462741a41810dbec"
 DEFAULT_LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

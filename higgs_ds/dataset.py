@@ -56,7 +56,10 @@ def load_rows(
             max_duration_sec=max_duration_sec,
             progress=progress,
         )
-    problems = {ref: problem for part in ranks.gather(problems) for ref, problem in part.items()}
+    gathered = ranks.gather((problems, cache.known_hashes()))
+    problems = {ref: problem for part, _ in gathered for ref, problem in part.items()}
+    for _, hashes in gathered:
+        cache.add_hashes(hashes)
     usable: list[list[Row]] = []
     faults: list[Fault] = []
     for rows, found in read:

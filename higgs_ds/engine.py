@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from .config import ConfigError
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -48,6 +50,12 @@ class Ranks:
         out: list = [None] * self.world_size
         dist.all_gather_object(out, value)
         return out
+
+    def agree(self, problem: str | None) -> None:
+        """Raises a ConfigError on every rank if any rank brings a problem."""
+        problems = [text for text in self.gather(problem) if text]
+        if problems:
+            raise ConfigError(problems)
 
     def seed(self, seed: int) -> None:
         """Seeds torch for dropout, differently on every rank; LoRA's start and the data have their own generators."""

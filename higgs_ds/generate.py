@@ -102,7 +102,8 @@ class Speaker:
         codes = tuple(torch.from_numpy(np.asarray(c, dtype=np.int64)) for c in context)
         sample = Sample(input_ids, torch.full_like(input_ids, -100), codes, "prompt")
         inputs = self.collator([sample]).model_inputs(self.device)
-        names = ("input_ids", "attention_mask", "audio_out_ids", "audio_out_ids_start", "audio_in_ids", "audio_in_ids_start")  # fmt: skip
+        kinds = ("input_ids", "attention_mask", "audio_out_ids", "audio_out_ids_start")
+        names = (*kinds, "audio_in_ids", "audio_in_ids_start")
         _, sequences = self.model.generate(
             **{name: inputs[name] for name in names},
             use_cache=True,

@@ -30,7 +30,7 @@ SPECIAL_TOKENS = (
     "<|scene_desc_start|>",
     "<|scene_desc_end|>",
 )
-HEAD_STD = 0.25
+HEAD_STD = 0.15
 EMBEDDING_STD = 0.5
 
 

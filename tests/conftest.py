@@ -27,6 +27,20 @@ def tiny_dir(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def codec_dir(tmp_path_factory) -> Path:
+    """The sample codec, fitted on the shipped speech."""
+    from higgs_ds.audio import read_audio
+    from higgs_ds.manifest import read_manifest
+    from higgs_ds.sample_codec import SampleCodec
+
+    rows, faults = read_manifest(SPEECH)
+    assert not faults
+    folder = tmp_path_factory.mktemp("codec")
+    SampleCodec.fit([read_audio(ref) for row in rows for _, ref in row.audio_refs]).save(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_config(tiny_dir):
     from higgs_ds.model import read_model_config
 

@@ -157,7 +157,7 @@ def test_a_filler_has_nothing_to_learn(tokenizer, tiny_config):
 def test_counts_are_what_is_predicted(tokenizer, tiny_config):
     samples = samples_of(["speech", "dialog"], tokenizer)
     batch = Collator.of(tiny_config)(samples)
-    clips = [codes for codes in [samples[0].codes[-1], *samples[1].codes[2:]]]
+    clips = [samples[0].codes[-1], *samples[1].codes[2:]]
     assert batch.codebook_counts == [sum(codes.shape[1] + 1 for codes in clips)] * 8
     assert batch.text_count == int((batch.label_ids != -100).sum())
     assert batch.num_tokens > batch.input_ids.shape[0]

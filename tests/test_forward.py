@@ -49,9 +49,7 @@ def test_sums_are_the_float64_reference_on_the_models_own_logits(name, lora_mode
     assert report.problems == [] and report.path == "expanded_labels"
     with torch.no_grad():
         outputs = lora_model(**batch.model_inputs())
-    text_sum, text_count = reference_sum(
-        outputs.logits.flatten(0, 1), text_targets(outputs.expanded_labels).flatten()
-    )
+    text_sum, text_count = reference_sum(outputs.logits.flatten(0, 1), text_targets(outputs.expanded_labels).flatten())
     assert float(stats[0]) == pytest.approx(text_sum, rel=1e-5)
     assert int(stats[1]) == text_count == batch.text_count
     total = text_sum

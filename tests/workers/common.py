@@ -39,6 +39,7 @@ class Run:
     guard: Guard
     trainer: Trainer
     weights: LossWeights
+    broken: str | None = None
 
     def batches(self, *, last_step: int, first_step: int = 1):
         windows = list(self.plan.windows(self.ranks.rank, first_step, last_step))
@@ -60,6 +61,7 @@ def build(
     on_bad_loss: str = "raise",
     lr: float = 1e-2,
     ds_file: str | None = None,
+    wrap_model=None,
 ) -> Run:
     flags = {
         "train_manifest": "unused",
@@ -89,6 +91,8 @@ def build(
         seed=config.seed,
         base_name=str(base_dir),
     )
+    if wrap_model is not None:
+        lora_model = wrap_model(lora_model)
     engine = Engine(
         TrainingForward.of(lora_model, model_config),
         ds_config,

@@ -1,0 +1,224 @@
+"""Every check: what it catches in one process, and what all ranks do about it in two."""
+
+import dataclasses
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from higgs_ds.collate import Collator
+from higgs_ds.forward import ForwardReport, TrainingForward
+from higgs_ds.guard import CHECKS, HONEST_ZERO_UNITS, LIKELY_CAUSES, Guard, checklist
+from higgs_ds.loss import LossWeights
+from higgs_ds.model import load_base
+from tests.ranks import assert_all, run_ranks
+from tests.test_collate import samples_of
+
+
+@pytest.fixture
+def batch(tokenizer, tiny_config):
+    return Collator.of(tiny_config)(samples_of(["speech", "clone"], tokenizer))
+
+
+@pytest.fixture
+def guard(tmp_path, tiny_config):
+    return Guard(
+        rank=3,
+        output_dir=tmp_path,
+        audio_out_token=tiny_config.audio_out_token_idx,
+        max_code=1025,
+        weights=LossWeights.of(1.0, 1.0, None, 8),
+    )
+
+
+def good_stats(batch) -> list[float]:
+    return [30.0, float(batch.text_count), 1e6, 9.0, *[50.0] * 8, *map(float, batch.codebook_counts)]
+
+
+def checks(failures) -> set[str]:
+    return {failure.check for failure in failures}
+
+
+def test_a_sound_batch_passes(guard, batch):
+    assert guard.check_batch(batch, 1, 0) == []
+    assert guard.check_result(batch, ForwardReport(), good_stats(batch), 1, 0) == []
+    assert not guard.failed
+    assert set(CHECKS) == set(LIKELY_CAUSES)
+
+
+BROKEN_BATCHES = {
+    "no label_ids": ("batch_keys", {"label_ids": None}),
+    "no label_audio_ids": ("batch_keys", {"label_audio_ids": None}),
+    "no audio_out_ids": ("batch_keys", {"audio_out_ids": None}),
+    "one clip too few": ("audio_out_count", {"audio_out_ids_start": torch.tensor([0])}),
+    "clips start out of order": ("audio_out_count", {"audio_out_ids_start": torch.tensor([0, 20, 20])}),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_BATCHES)
+def test_broken_batches(name, guard, batch):
+    check, changes = BROKEN_BATCHES[name]
+    assert check in checks(guard.check_batch(dataclasses.replace(batch, **changes), 1, 0))
+
+
+@pytest.mark.parametrize(("value", "fails"), [(-1, True), (0, False), (1025, False), (1026, True)])
+def test_codes_lie_in_the_codebooks(value, fails, guard, batch):
+    batch.audio_out_ids[3, 5] = value
+    assert ("code_range" in checks(guard.check_batch(batch, 1, 0))) is fails
+
+
+def test_labels_that_would_cross_clips(guard, batch):
+    batch.label_audio_ids[0, 0] = 7
+    (failure,) = guard.check_batch(batch, 1, 0)
+    assert failure.check == "label_count" and "cross clips" in failure.found
+
+
+def test_a_batch_with_nothing_to_learn_fails_unless_it_is_a_filler(guard, batch):
+    masked = dataclasses.replace(
+        batch,
+        label_ids=torch.full_like(batch.label_ids, -100),
+        label_audio_ids=torch.full_like(batch.label_audio_ids, -100),
+    )
+    assert checks(guard.check_batch(masked, 1, 0)) == {"label_count"}
+    assert guard.check_batch(dataclasses.replace(masked, filler=True), 1, 0) == []
+
+
+def broken_stats(batch, **changes):
+    stats = good_stats(batch)
+    index = {"text_sum": 0, "text_count": 1, "saturation": 2, "loss": 3, "book_sum": 4, "book_count": 12}
+    for name, value in changes.items():
+        stats[index[name]] = value
+    return stats
+
+
+@pytest.mark.parametrize(
+    ("check", "changes"),
+    [
+        ("text_loss", {"text_sum": 0.0}),
+        ("audio_loss", {"book_sum": 0.0}),
+        ("finite", {"text_sum": float("nan")}),
+        ("finite", {"book_sum": float("inf")}),
+        ("finite", {"saturation": float("nan")}),
+        ("total", {"loss": 0.0}),
+        ("total", {"loss": -1.0}),
+        ("label_count", {"text_count": 1.0}),
+        ("label_count", {"book_count": 0.0}),
+    ],
+)
+def test_broken_results(check, changes, guard, batch):
+    failures = guard.check_result(batch, ForwardReport(), broken_stats(batch, **changes), 5, 2)
+    assert checks(failures) == {check}
+    text = str(failures[0])
+    assert "rank 3" in text and "step 5" in text and "m.jsonl:1, m.jsonl:2" in text and LIKELY_CAUSES[check] in text
+    assert guard.failed[check] == 1
+
+
+def test_a_zero_of_text_that_its_margins_explain_is_honest(guard, batch):
+    stats = broken_stats(batch, text_sum=0.0, saturation=HONEST_ZERO_UNITS / 2)
+    assert guard.check_result(batch, ForwardReport(), stats, 1, 0) == []
+    assert guard.honest_zeros == 1
+
+
+@pytest.mark.parametrize("zeroed", [False, True])
+def test_the_two_zeros_are_told_apart_on_the_models_own_logits(zeroed, guard, tiny_dir, tiny_config, tokenizer):
+    """Honest: the logits themselves say 0.0. Not honest: the sum was lost on the way, the logits say otherwise."""
+    model = load_base(tiny_dir, tiny_config, "fp32")
+    batch = Collator.of(tiny_config)(samples_of(["text"], tokenizer))
+
+    class Saturated(torch.nn.Module):
+        def forward(self, **inputs):
+            outputs = model(**inputs)
+            target = outputs.expanded_labels.roll(-1, 1).clamp(min=0)
+            if not zeroed:
+                outputs.logits = torch.nn.functional.one_hot(target, outputs.logits.shape[-1]) * 60.0
+            return outputs
+
+    _, stats, report = TrainingForward.of(Saturated(), tiny_config)(batch.model_inputs(), 1.0, torch.ones(8))
+    values = stats.tolist()
+    if zeroed:
+        values[0] = values[3] = 0.0
+    else:
+        assert values[0] == 0.0 and values[1] == batch.text_count > 0
+    failures = guard.check_result(batch, report, values, 1, 0)
+    assert checks(failures) == ({"text_loss"} if zeroed else set())
+
+
+def test_the_failing_batch_is_saved(guard, batch, tmp_path):
+    batch.audio_out_ids[0, 3] = 4000
+    (failure,) = guard.check_batch(batch, 7, 1)
+    saved = load_file(failure.saved_to)
+    assert int(saved["audio_out_ids"][0, 3]) == 4000
+    facts = json.loads((tmp_path / "bad_batches/step-000007-rank-3-micro-1.json").read_text())
+    assert facts["rows"] == ["m.jsonl:1", "m.jsonl:2"] and facts["failed"][0][0] == "code_range"
+
+
+def test_checklist_names_what_the_first_batch_showed(batch):
+    report = ForwardReport(expanded_labels_shape=(2, 64), audio_logits_shape=(30, 8, 1026))
+    losses = {"text_loss": 1.0, "audio_loss": 2.0, "loss": 3.0, **{f"codebook_loss/{k}": k + 0.5 for k in range(8)}}
+    lines = checklist(1, batch, report, losses, [SimpleNamespace(check="audio_loss")])
+    text = "\n".join(line for _, line in lines)
+    for word in ("keys received: input_ids", "label_ids present", "audio_out_ids present", "(2, 64)", "(30, 8, 1026)",
+                 "path: expanded_labels", "text loss: 1.0000", "audio loss: 2.0000", "7: 7.5000",
+                 "total loss: 3.0000"):  # fmt: skip
+        assert word in text
+    failed = [line for ok, line in lines if not ok]
+    assert failed == ["[rank 1] audio loss: 2.0000", next(line for _, line in lines if "codebook losses" in line)]
+
+
+BREAKAGES = [
+    "batch_keys",
+    "audio_out_count",
+    "code_range",
+    "expanded_labels",
+    "audio_logits",
+    "label_count",
+    "finite",
+    "text_loss",
+    "audio_loss",
+    "total",
+]
+
+
+@pytest.fixture(scope="module")
+def broken_runs(tiny_dir, codec_dir, tmp_path_factory):
+    """All breakages in one launch of two ranks: `skip` first, then `raise`; what each rank saw, by breakage."""
+    out = tmp_path_factory.mktemp("guard")
+    results = run_ranks(
+        ["tests/workers/broken_losses.py", str(tiny_dir), str(codec_dir), str(out), *BREAKAGES], 2, timeout=240
+    )
+    assert_all(results)
+    return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_every_check_has_a_breakage():
+    assert set(BREAKAGES) == set(CHECKS)
+
+
+@pytest.mark.parametrize("check", BREAKAGES)
+@pytest.mark.parametrize("stage", [2, 3])
+def test_all_ranks_agree_and_name_rank_and_row(check, stage, broken_runs):
+    for seen in broken_runs:
+        case = seen[f"{stage}:{check}:raise"]
+        assert case["raised"] and case["seconds"] < 30
+        assert {f["check"] for f in case["failures"]} == {check}
+        assert {f["rank"] for f in case["failures"]} == {1}
+        assert case["failures"][0]["rows"] == case["rows_of_rank_1"]
+        assert case["moved_in_step"] == [True, False]
+
+
+@pytest.mark.parametrize("check", BREAKAGES)
+@pytest.mark.parametrize("stage", [2, 3])
+def test_skip_drops_the_step_on_all_ranks_and_goes_on(check, stage, broken_runs):
+    for seen in broken_runs:
+        case = seen[f"{stage}:{check}:skip"]
+        assert not case["raised"]
+        assert case["dropped_steps"] == 1
+        assert case["moved_in_step"] == [True, False, True]
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_dropped_step_leaves_nothing_behind(stage, broken_runs):
+    """Weights after steps 1 and 3 are to the bit those of a run that never saw step 2: no moment, no gradient."""
+    assert all(seen[f"{stage}:as if the step had not been"] for seen in broken_runs)

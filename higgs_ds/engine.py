@@ -156,7 +156,11 @@ class Engine:
         if self.stage == 0 and not ds_config["bf16"]["enabled"] and not ds_config["fp16"]["enabled"]:
             self._optimizer.clip_norm = max_grad_norm
             ds_config = {**ds_config, "gradient_clipping": 0.0}
+        # At stage 0 in bf16, DeepSpeed takes a step on zero gradients to make the moments, and leaves it counted:
+        # Adam's bias correction would then be off by one, and the first update 0.74 of what it should be.
+        self._optimizer.drop_next = self.stage == 0
         self._engine, *_ = deepspeed.initialize(model=module, optimizer=self._optimizer, config=ds_config)
+        self._optimizer.drop_next = False
 
     @property
     def module(self) -> nn.Module:

@@ -57,7 +57,7 @@ def tiny_config(tokenizer, *, hidden_size: int = 256, num_layers: int = 4) -> Hi
     text = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden_size,
-        intermediate_size=2 * hidden_size,
+        intermediate_size=4 * hidden_size,
         num_hidden_layers=num_layers,
         num_attention_heads=hidden_size // 64,
         num_key_value_heads=max(1, hidden_size // 128),
@@ -74,7 +74,7 @@ def tiny_config(tokenizer, *, hidden_size: int = 256, num_layers: int = 4) -> Hi
         audio_adapter_type="dual_ffn",
         audio_dual_ffn_layers=list(range(num_layers)),
         audio_ffn_hidden_size=hidden_size,
-        audio_ffn_intermediate_size=2 * hidden_size,
+        audio_ffn_intermediate_size=4 * hidden_size,
         encode_whisper_embed=False,
         encode_audio_in_tokens=True,
         use_delay_pattern=True,

@@ -23,6 +23,9 @@ def main() -> None:
         run = build(
             ranks, base_dir, codec_dir, cache_dir, rows, stage=stage, batch_size=batch_size, grad_accum=grad_accum
         )
+        start = run.engine.gather_trainable()
+        if ranks.is_main and stage == 3:
+            save_file(start, output_dir / "start.safetensors")
         run.trainer.train(run.batches(last_step=3))
         weights = run.engine.gather_trainable()
         if ranks.is_main:

@@ -1,0 +1,173 @@
+"""Defaults ← YAML ← flags; all problems at once, each naming its flag and the nearest valid name."""
+
+import json
+
+import pytest
+import yaml
+
+from higgs_ds.config import DEFAULT_BASE_REVISION, DEFAULT_CODEC_REVISION, FIELDS, ConfigError, parse_args
+from higgs_ds.ds_config import read_deepspeed_config, resolve
+from tests.conftest import ROOT
+
+NEEDED = ["--train_manifest", "train.json", "--output_dir", "out"]
+
+
+def problems_of(argv) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        parse_args(argv)
+    return caught.value.problems
+
+
+def test_the_documented_command_parses():
+    config = parse_args(
+        "--deepspeed_config ds_configs/zero2.json --train_manifest train.json --output_dir out "
+        "--base_ckpt bosonai/higgs-audio-v2-generation-3B-base --batch_size 2 --lr 2e-4 --epochs 2 --grad_accum 8 "
+        "--lora_r 16 --lora_alpha 32 --lora_dropout 0.05 --local_rank=3".split()
+    )
+    assert (config.batch_size, config.lr, config.epochs, config.grad_accum) == (2, 2e-4, 2.0, 8)
+    assert (config.lora_r, config.lora_alpha, config.lora_dropout) == (16, 32.0, 0.05)
+    assert config.base_revision == DEFAULT_BASE_REVISION and config.codec_revision == DEFAULT_CODEC_REVISION
+
+
+def test_aliases():
+    config = parse_args(
+        [*NEEDED, *"--learning_rate 1e-3 --per_device_train_batch_size 3 --gradient_accumulation_steps 5".split()]
+        + ["--num_train_epochs", "7"]
+    )
+    assert (config.lr, config.batch_size, config.grad_accum, config.epochs) == (1e-3, 3, 5, 7.0)
+
+
+def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("learning_rate: 5e-4\nbatch_size: 4\nskip_bad_rows: true\nlora_target_modules: [q_proj, v_proj]\n")
+    config = parse_args([*NEEDED, "--config", str(file), "--batch_size", "6", "--codebook_weights", "1", "2", "3"])
+    assert config.lr == 5e-4 and config.batch_size == 6 and config.skip_bad_rows is True
+    assert config.lora_target_modules == ["q_proj", "v_proj"] and config.codebook_weights == [1.0, 2.0, 3.0]
+
+
+def test_the_resolved_config_can_be_given_back(tmp_path):
+    config = parse_args([*NEEDED, "--skip_bad_rows", "--max_steps", "9", "--lora_target_modules", "q_proj,v_proj"])
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(config.as_dict()))
+    assert parse_args(["--config", str(file)]) == config
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--gradient_cliping", "1"], ["--gradient_cliping: unknown flag"]),
+        (["--batchsize", "2"], ["--batchsize: unknown flag", "'--batch_size'"]),
+        (["--lr", "fast"], ["--lr: expected a number, got 'fast'"]),
+        (["--lr", "nan"], ["--lr: expected a finite number"]),
+        (["--batch_size", "0"], ["--batch_size: 0 is below 1"]),
+        (["--batch_size", "1.5"], ["--batch_size: expected a whole number, got '1.5'"]),
+        (["--dtype", "int8"], ["--dtype: 'int8' is not one of bf16, fp16, fp32"]),
+        (["--lora_dropout", "1"], ["--lora_dropout: 1.0 must be below 1"]),
+        (["--text_loss_weight", "0", "--audio_loss_weight", "0"], ["there is no loss to train on"]),
+        (["--codebook_weights", "1,-1"], ["holds a negative weight"]),
+        (["--config", "nowhere.yaml"], ["--config: nowhere.yaml cannot be read"]),
+        (["stray"], ["'stray': not a flag"]),
+    ],
+)
+def test_wrong_flags(argv, words):
+    text = "\n".join(problems_of([*NEEDED, *argv]))
+    assert all(word in text for word in words), text
+
+
+def test_all_problems_at_once(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("bach_size: 2\nepochs: -1\nlr: [1]\n")
+    found = problems_of(["--config", str(file), "--dtype", "fp8", "--no_such"])
+    assert len(found) == 7
+    text = "\n".join(found)
+    for word in ("bach_size: unknown key (did you mean 'batch_size'?)", "epochs: -1.0 must be above 0",
+                 "lr: expected a number", "--dtype: 'fp8'", "--no_such", "--train_manifest: is required",
+                 "--output_dir: is required"):  # fmt: skip
+        assert word in text, text
+
+
+# --- DeepSpeed's JSON
+
+
+def resolved(raw=None, *, name="zero2.json", argv=(), world_size=4, on_cpu=True):
+    config = parse_args([*NEEDED, "--deepspeed_config", f"ds_configs/{name}", *argv])
+    raw = read_deepspeed_config(config.deepspeed_config) if raw is None else raw
+    return resolve(raw, config, world_size=world_size, on_cpu=on_cpu, widest_layer=8192)
+
+
+def refused(raw, **kwargs) -> str:
+    with pytest.raises(ConfigError) as caught:
+        resolved(raw, **kwargs)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "stage", "offload"),
+    [
+        ("zero0", 0, False),
+        ("zero1", 1, False),
+        ("zero2", 2, False),
+        ("zero3", 3, False),
+        ("zero2_offload", 2, True),
+        ("zero3_offload", 3, True),
+    ],
+)
+def test_the_shipped_files_resolve_from_flags_alone(name, stage, offload):
+    out = resolved(name=f"{name}.json", argv=["--batch_size", "2", "--grad_accum", "8", "--max_grad_norm", "0.5"])
+    assert "auto" not in json.dumps(out)
+    assert out["zero_optimization"]["stage"] == stage
+    assert out["train_batch_size"] == 64 and out["train_micro_batch_size_per_gpu"] == 2
+    assert out["gradient_accumulation_steps"] == 8 and out["gradient_clipping"] == 0.5
+    assert out["bf16"]["enabled"] and not out["fp16"]["enabled"]
+    assert ("offload_optimizer" in out["zero_optimization"]) is offload
+    if stage == 3:
+        assert out["zero_optimization"]["stage3_param_persistence_threshold"] >= 16 * 8192
+    assert sorted(path.stem for path in (ROOT / "ds_configs").glob("*.json")) == [
+        "zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        ({"gradient_cliping": 1.0}, ["gradient_cliping: unknown key", "'gradient_clipping'"]),
+        ({"zero_optimization": {"stge": 2}}, ["zero_optimization.stge: unknown key", "'stage'"]),
+        ({"zero_optimization": {"stage": 4}}, ["stage is 4"]),
+        ({"gradient_clipping": 2.0}, ["gradient_clipping is 2.0, but --max_grad_norm gives 1.0"]),
+        ({"train_batch_size": 7}, ["train_batch_size is 7", "× 4 ranks gives 4"]),
+        ({"fp16": {"enabled": True}}, ["fp16.enabled is True, but --dtype bf16 gives False"]),
+        ({"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}, ["optimizer.params.lr is 0.001", "--lr", "0.0002"]),
+        ({"optimizer": {"type": "Lamb"}}, ["this trainer uses AdamW"]),
+        ({"scheduler": {"type": "WarmupLR"}}, ["--lr_scheduler"]),
+        ({"zero_optimization": {"stage": 2, "sub_group_size": "auto"}}, ["sub_group_size: 'auto' has no meaning here"]),
+        ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, ["offload_param needs stage 3"]),
+        ({"bf16": True}, ["bf16: must be an object"]),
+    ],
+)
+def test_contradictions_and_unknown_keys_are_refused_with_both_values(raw, words):
+    text = refused(raw)
+    assert all(word in text for word in words), text
+
+
+def test_fp16_is_refused_on_cpu():
+    assert "fp16 needs a GPU" in refused({}, argv=["--dtype", "fp16"])
+    assert resolved({}, argv=["--dtype", "fp16"], on_cpu=False)["fp16"]["enabled"]
+
+
+def test_an_optimizer_block_that_agrees_is_taken():
+    raw = {"optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": [0.9, 0.999], "torch_adam": True}}}
+    assert "optimizer" not in resolved(raw)
+
+
+@pytest.mark.parametrize("text", ["{", '{"bf16": {}, "bf16": {}}', "[]"])
+def test_a_file_that_is_no_config(text, tmp_path):
+    file = tmp_path / "ds.json"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match="--deepspeed_config"):
+        read_deepspeed_config(str(file))
+
+
+def test_every_flag_is_in_the_readme():
+    readme = (ROOT / "README.md").read_text()
+    missing = [name for name in FIELDS if f"`--{name}`" not in readme]
+    assert not missing, missing

@@ -1,0 +1,86 @@
+"""The same training at every ZeRO stage and world size, with real ranks."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.ranks import assert_all, run_ranks
+
+STAGES = (0, 1, 2, 3)
+SPLITS = {1: 8, 2: 4, 4: 2}  # world size: accumulation, for 8 rows a step
+
+
+def distance(ours: dict, wanted: dict) -> float:
+    """Relative L2 distance over all weights."""
+    assert ours.keys() == wanted.keys()
+    difference = sum(float((ours[name] - wanted[name]).double().square().sum()) for name in wanted)
+    return (difference / sum(float(wanted[name].double().square().sum()) for name in wanted)) ** 0.5
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_dir, codec_dir, tmp_path_factory):
+    """LoRA weights after 3 steps on the same 16 rows, by (world size, file); and where kernels would be built."""
+    root = tmp_path_factory.mktemp("equivalence")
+    weights = {}
+    for world_size, grad_accum in SPLITS.items():
+        out = root / f"ranks{world_size}"
+        out.mkdir()
+        command = ["tests/workers/equivalence.py", *map(str, (tiny_dir, codec_dir, root, out)), "1", str(grad_accum)]
+        results = run_ranks(command, world_size, timeout=240, env={"TORCH_EXTENSIONS_DIR": str(root / "kernels")})
+        assert_all(results)
+        for file in out.glob("*.safetensors"):
+            weights[world_size, file.stem] = load_file(file)
+    weights["kernels"] = list((root / "kernels").rglob("*.so")) if (root / "kernels").exists() else []
+    return weights
+
+
+@pytest.mark.parametrize("world_size", SPLITS)
+@pytest.mark.parametrize("stage", STAGES)
+def test_lora_weights_agree_over_ranks_accumulation_and_stages(world_size, stage, trained):
+    assert distance(trained[world_size, f"stage{stage}"], trained[1, "stage0"]) < 1e-5
+
+
+@pytest.mark.parametrize("world_size", SPLITS)
+def test_the_mean_of_means_does_not_agree(world_size, trained):
+    assert distance(trained[world_size, "mean_of_means"], trained[1, "stage0"]) > 1e-3
+
+
+def test_training_moved_every_weight(trained):
+    start = {name: value for name, value in trained[1, "start"].items()}
+    end = trained[1, "stage0"]
+    assert all(not torch.equal(start[name], end[name]) for name in end)
+    assert all(torch.equal(start[name], trained[4, "start"][name]) for name in start)
+
+
+def test_no_kernel_is_built_on_cpu(trained):
+    """DeepSpeed would compile its shared-memory kernel for 65 s; this fails when its switch is found elsewhere."""
+    assert trained["kernels"] == []
+
+
+@pytest.fixture(scope="module")
+def uneven(tiny_dir, codec_dir, tmp_path_factory):
+    out = tmp_path_factory.mktemp("uneven")
+    return lambda world_size, steps: run_ranks(
+        ["tests/workers/uneven.py", *map(str, (tiny_dir, codec_dir, out, steps))], world_size, timeout=280
+    )
+
+
+def test_four_uneven_ranks_under_zero3_do_not_hang(uneven):
+    """Text only, audio only, 20 s clips, 0.5 s clips: one kind a rank, 20 steps."""
+    results = uneven(4, 20)
+    assert_all(results)
+    assert "done: 20 steps" in results[0].output
+
+
+def test_eight_ranks_under_zero3(uneven):
+    results = uneven(8, 3)
+    assert_all(results)
+    assert "done: 3 steps" in results[7].output
+
+
+def test_every_shipped_config_trains_in_bf16(tiny_dir, codec_dir, tmp_path):
+    results = run_ranks(["tests/workers/all_configs.py", *map(str, (tiny_dir, codec_dir, tmp_path))], 2, timeout=240)
+    assert_all(results)
+    losses = dict(line.split()[1:] for line in results[0].output.splitlines() if line.startswith("config "))
+    assert len(losses) == 6
+    assert max(map(float, losses.values())) - min(map(float, losses.values())) < 0.05, losses

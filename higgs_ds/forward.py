@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import warnings
 from dataclasses import dataclass, field
 
 import torch
@@ -130,7 +129,6 @@ class TrainingForward(nn.Module):
         self.audio_in_token = audio_in_token
         self.num_codebooks = num_codebooks
         self.classes = classes
-        self._warned_re_expansion = False
 
     @classmethod
     def of(cls, model: nn.Module, config) -> TrainingForward:
@@ -188,11 +186,6 @@ class TrainingForward(nn.Module):
         length = outputs.logits.shape[1]
         if labels is None:
             report.path = "re-expanded"
-            if not self._warned_re_expansion:
-                self._warned_re_expansion = True
-                warnings.warn(
-                    "the model returned no expanded_labels; they are re-expanded from the batch", stacklevel=2
-                )
             try:
                 labels = self._re_expand(inputs, length)
             except AlignmentError as error:

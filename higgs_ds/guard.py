@@ -208,16 +208,23 @@ class Guard:
         return f"{stem}.safetensors"
 
 
+def shown(loss: float) -> str:
+    """A loss as text; a small one must not look like the 0.0000 of a loss that is not there."""
+    return f"{loss:.2e}" if 0 < abs(loss) < 1e-3 else f"{loss:.4f}"
+
+
 def checklist(
     rank: int, batch: Batch, report: ForwardReport, losses: dict[str, float], failures: list[Failure]
 ) -> list[tuple[bool, str]]:
     """What each rank says of its first batch: (passed, line)."""
     failed = {failure.check for failure in failures}
     keys = [name for name in batch.MODEL_KEYS if getattr(batch, name) is not None]
-    books = "  ".join(f"{k}: {losses[f'codebook_loss/{k}']:.4f}" for k in range(64) if f"codebook_loss/{k}" in losses)
+    books = "  ".join(
+        f"{k}: {shown(losses[f'codebook_loss/{k}'])}" for k in range(64) if f"codebook_loss/{k}" in losses
+    )
 
     def loss(name: str) -> str:
-        return f"{losses[name]:.4f}" if name in losses else "no labels"
+        return shown(losses[name]) if name in losses else "no labels"
 
     lines = [
         ("batch_keys", f"keys received: {', '.join(keys)}"),
@@ -232,6 +239,6 @@ def checklist(
         ("audio_loss", f"audio loss: {loss('audio_loss')}"),
         ("audio_loss", f"codebook losses: {books or 'no labels'}"),
         ("finite", "losses are finite"),
-        ("total", f"total loss: {losses.get('loss', float('nan')):.4f}"),
+        ("total", f"total loss: {shown(losses.get('loss', float('nan')))}"),
     ]  # fmt: skip
     return [(name not in failed, f"[rank {rank}] {text}") for name, text in lines]

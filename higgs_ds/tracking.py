@@ -441,7 +441,8 @@ def _format_figures(figures: dict[str, float | str]) -> str:
         elif name == "lr":
             parts.append(f"lr {value:.2e}")
         elif isinstance(value, float):
-            parts.append(f"{name} {value:.4f}")
+            # A small loss must not look like the 0.0000 of a loss that is not there.
+            parts.append(f"{name} {value:.4f}" if value == 0 or abs(value) >= 1e-3 else f"{name} {value:.2e}")
         else:
             parts.append(f"{name} {value}")
     return "  ".join(parts)

@@ -12,7 +12,7 @@ import torch
 from .collate import Batch
 from .engine import Engine, Ranks
 from .forward import ForwardReport
-from .guard import CHECKS, BadLossError, Failure, Guard, checklist
+from .guard import CHECKS, BadLossError, Failure, Guard, checklist, shown
 from .loss import LossWeights, loss_scales, mean_losses
 from .metrics import StepSums, peak_memory_gib, step_metrics
 from .sampler import Window
@@ -109,7 +109,17 @@ class Trainer:
         if any(row[0] for row in table):
             self.engine.drop_step()
             return StepResult([], self._all_failures(failures))
-        self._say_honest_zero(step)
+        if self.guard.honest_zeros:
+            self._say_of_this_rank(
+                step,
+                "honest zero",
+                "a text loss of exactly 0.0 is honest: the margins of all labelled tokens are beyond what float32 "
+                "can tell from 0",
+            )
+        if sums.re_expanded:
+            self._say_of_this_rank(
+                step, "re-expanded", "the model returned no expanded_labels; re-expanding them from the batch"
+            )
         grad_norm = self.engine.step(lr)
         return StepResult([StepSums.of(row[1:], len(self.weights.codebooks)) for row in table], [], grad_norm)
 
@@ -140,8 +150,8 @@ class Trainer:
         self.last_losses |= {f"validation {name}": losses[name] for name in HEADLINES if name in losses}
         if self.tracker:
             self.tracker.log(metrics, step)
-            shown = "  ".join(f"{name} {losses[name]:.4f}" for name in HEADLINES if name in losses)
-            self.tracker.message(f"step {step}: validation  {shown}")
+            line = "  ".join(f"{name} {shown(losses[name])}" for name in HEADLINES if name in losses)
+            self.tracker.message(f"step {step}: validation  {line}")
         return metrics
 
     def _all_failures(self, mine: list[Failure]) -> list[Failure]:
@@ -184,11 +194,11 @@ class Trainer:
             for rank, row in enumerate(table):
                 metrics[f"guard/{check}/rank_{rank}"] = row[4 + i]
         self.tracker.log(metrics, window.step)
-        shown = {name: metrics[f"train/{name}"] for name in HEADLINES if f"train/{name}" in metrics}
-        self.last_losses |= {f"training {name}": value for name, value in shown.items()}
+        figures = {name: metrics[f"train/{name}"] for name in HEADLINES if f"train/{name}" in metrics}
+        self.last_losses |= {f"training {name}": value for name, value in figures.items()}
         if "perf/tokens_per_sec" in metrics:
-            shown["tokens_per_sec"] = metrics["perf/tokens_per_sec"]
-        self.tracker.progress(window.step, **shown)
+            figures["tokens_per_sec"] = metrics["perf/tokens_per_sec"]
+        self.tracker.progress(window.step, **figures)
 
     def _say(self, key: str, text: str) -> None:
         """Once a run, on rank 0's console."""
@@ -203,14 +213,11 @@ class Trainer:
         if not any(codebook_counts):
             self._say("audio", f"step {step}: no audio label on any rank; its loss is the text term alone")
 
-    def _say_honest_zero(self, step: int) -> None:
-        if self.guard.honest_zeros and "zero" not in self._said:
-            self._said.add("zero")
-            print(
-                f"[rank {self.ranks.rank}] step {step}: a text loss of exactly 0.0 is honest: the margins of all "
-                "labelled tokens are beyond what float32 can tell from 0 (said once)",
-                flush=True,
-            )
+    def _say_of_this_rank(self, step: int, key: str, text: str) -> None:
+        """Once a run and rank; plain print, because libraries silence Python's warnings."""
+        if key not in self._said:
+            self._said.add(key)
+            print(f"WARNING [rank {self.ranks.rank}] step {step}: {text} (said once)", flush=True)
 
     def _say_checklist(self, batch: Batch, report: ForwardReport, stats: list[float], failures: list[Failure]) -> None:
         self._checklist_due = False

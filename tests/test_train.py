@@ -1,0 +1,282 @@
+"""The commands of the README, run as a user runs them: real launcher, real ranks, real audio, upstream's generate."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+import yaml
+from boson_multimodal.model.higgs_audio import HiggsAudioModel
+from peft import PeftModel
+from PIL import Image
+
+from higgs_ds.generate import Recital
+from tests.conftest import ROOT, SPEECH
+from tests.ranks import assert_all, run_ranks
+
+PYTHON_DIR = os.path.dirname(sys.executable)
+ENV = {**os.environ, "PATH": f"{PYTHON_DIR}:{os.environ['PATH']}", "WANDB_MODE": "offline"}
+ENV.pop("WANDB_API_KEY", None)
+
+
+def run(*command, timeout=420, **env):
+    return subprocess.run(
+        [str(word) for word in command],
+        cwd=ROOT,
+        env={**ENV, **env},
+        text=True,
+        timeout=timeout,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def metrics_of(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def quickstart(request, tmp_path_factory):
+    """The main job, whole, under ZeRO-2 and under ZeRO-3."""
+    folder = tmp_path_factory.mktemp("quickstart") / f"stage{request.param}"
+    command = ("bash", "launch/quickstart.sh", "--ranks", 2, "--stage", request.param, "--output_dir", folder)
+    started = time.monotonic()
+    result = run(*command, timeout=600)
+    seconds = time.monotonic() - started
+    assert result.returncode == 0, result.stdout[-5000:]
+    return folder, result.stdout, seconds
+
+
+def test_it_speaks(quickstart):
+    folder, output, seconds = quickstart
+    recitals = [Recital(**row) for row in json.loads((folder / "speech/recital.json").read_text())]
+    assert len(recitals) == 32
+    assert min(r.share for r in recitals) >= 0.99
+    assert all(r.frames == r.spoken_frames for r in recitals)
+    for recital in recitals:
+        waveform, rate = soundfile.read(folder / "speech" / recital.file)
+        original, original_rate = soundfile.read(folder / "speech" / recital.file.replace("spoken", "original"))
+        assert rate == 24000 and abs(len(waveform) / rate - len(original) / original_rate) < 0.05
+        assert np.abs(waveform).max() > 0.01
+    print(f"main job: {seconds:.0f} s")
+
+
+def test_what_a_run_leaves(quickstart):
+    folder, output, _ = quickstart
+    assert yaml.safe_load((folder / "config.yaml").read_text())["lora_r"] == 64
+    assert json.loads((folder / "ds_config.json").read_text())["train_batch_size"] == 8
+    with Image.open(folder / "loss.png") as image:
+        assert image.size[0] >= 1200
+    assert list((folder / "wandb").glob("offline-run-*/*.wandb"))
+    for name in ("adapter_config.json", "adapter_model.safetensors", "README.md"):
+        assert (folder / "adapter" / name).stat().st_size > 0
+    for word in ("wandb sync", "wandb beta leet", "ETA", "100.00 %", "listen:", "keys received", "ok   [rank 1]"):
+        assert word in output, word
+
+    rows = metrics_of(folder)
+    names = set().union(*rows)
+    wanted = {"global_step", "train/loss", "train/text_loss", "train/audio_loss", "train/learning_rate"}
+    wanted |= {"train/grad_norm", "train/epoch", "train/text_tokens", "train/audio_frames"}
+    wanted |= {f"train/codebook_loss/{k}" for k in range(8)}
+    wanted |= {f"rank/{r}/{name}" for r in (0, 1) for name in ("loss", "text_loss", "audio_loss")}
+    wanted |= {"eval/loss", "eval/text_loss", "eval/audio_loss", "perf/tokens_per_sec", "perf/step_sec"}
+    wanted |= {"perf/data_sec", "memory/peak_gib", "guard/audio_loss/rank_0", "guard/audio_loss/rank_1"}
+    assert wanted <= names, wanted - names
+    train = [row for row in rows if "train/loss" in row]
+    assert [row["global_step"] for row in train] == list(range(1, 241))
+    assert all(math.isfinite(row["train/loss"]) and row["train/loss"] > 0 for row in train)
+    assert train[0]["train/loss"] > 10 and train[-1]["train/loss"] < 0.1
+    assert train[-1]["train/epoch"] == 60
+    assert sum(row["memory/peak_gib"] for row in train[-1:]) < 3  # a rank; two of them and the launcher under 6 GB
+
+
+def test_every_epoch_has_as_many_labelled_codes(quickstart):
+    """Upstream's collator masks a cached sample's own labels: its second epoch would have none."""
+    folder, *_ = quickstart
+    train = [row for row in metrics_of(folder) if "train/loss" in row]
+    frames = [sum(row["train/audio_frames"] for row in train[i : i + 4]) for i in range(0, 240, 4)]
+    tokens = [sum(row["train/text_tokens"] for row in train[i : i + 4]) for i in range(0, 240, 4)]
+    assert frames[0] > 1000 and set(frames) == {frames[0]} and set(tokens) == {3 * 32}
+
+
+def test_plain_peft_loads_the_adapter_whole(quickstart):
+    folder, *_ = quickstart
+    base = HiggsAudioModel.from_pretrained(folder / "base")
+    model = PeftModel.from_pretrained(base, folder / "adapter")
+    loaded = {name: p for name, p in model.named_parameters() if "lora_" in name}
+    assert len(loaded) == 2 * 4 * (4 + 3 + 3)
+    assert all(p.numel() > 0 and torch.isfinite(p).all() for p in loaded.values())
+    assert all(p.any() for name, p in loaded.items() if "lora_B" in name)
+    assert str(folder / "base") in (folder / "adapter/adapter_config.json").read_text()
+
+
+def test_generate_speaks_a_sentence(quickstart, tmp_path):
+    folder, *_ = quickstart
+    row = json.loads(SPEECH.read_text().splitlines()[0])
+    out = tmp_path / "out.wav"
+    result = run(
+        *("python", "-m", "higgs_ds", "generate", "--base_ckpt", folder / "base", "--adapter", folder / "adapter"),
+        *("--codec", folder / "codec", "--text", row["text"], "--output_file", out),
+    )
+    assert result.returncode == 0, result.stdout
+    waveform, rate = soundfile.read(out)
+    assert abs(len(waveform) / rate - row["duration"]) < 0.05
+
+
+def training_flags(folder, tiny_dir, codec_dir, **changes):
+    flags = {
+        "train_manifest": SPEECH,
+        "base_ckpt": tiny_dir,
+        "codec": codec_dir,
+        "output_dir": folder,
+        "dtype": "fp32",
+        "num_workers": 0,
+        "max_steps": 3,
+        "batch_size": 2,
+        "wandb_mode": "disabled",
+    }
+    return [str(word) for name, value in (flags | changes).items() for word in (f"--{name}", value)]
+
+
+def test_the_same_run_with_unshifted_labels_does_not_speak(quickstart, tmp_path):
+    """Otherwise the test above would pass whatever is trained."""
+    folder, *_ = quickstart
+    if folder.name != "stage2":
+        pytest.skip("once is enough")
+    flags = ["--config", "examples/quickstart.yaml", "--epochs", "30", "--eval_every", "1000"]
+    flags += training_flags(tmp_path / "run", folder / "base", folder / "codec", batch_size=4, max_steps=120)
+    assert_all(run_ranks(["tests/workers/train_with.py", "unshifted_audio", "-1", *flags], 2, timeout=400))
+    train = metrics_of(tmp_path / "run")
+    assert train[-1]["train/loss"] < 0.1  # the loss falls all the same …
+    result = run(
+        *("python", "-m", "higgs_ds", "recite", "--base_ckpt", folder / "base", "--codec", folder / "codec"),
+        *("--adapter", tmp_path / "run/adapter", "--train_manifest", SPEECH, "--output_dir", tmp_path / "speech"),
+        *("--at_least", "0.99"),
+    )
+    assert result.returncode == 1, result.stdout  # … and no clip comes back
+    recitals = [Recital(**row) for row in json.loads((tmp_path / "speech/recital.json").read_text())]
+    assert max(r.share for r in recitals) < 0.5
+
+
+def test_a_loss_that_is_not_real_ends_every_rank_with_code_3(tiny_dir, codec_dir, tmp_path):
+    flags = training_flags(tmp_path / "run", tiny_dir, codec_dir)
+    results = run_ranks(["tests/workers/train_with.py", "lost_audio", "1", *flags], 2, timeout=120)
+    assert_all(results, returncode=3)
+    text = results[0].output
+    for word in ("loss check failed: audio_logits (rank 1, optimizer step 1, micro-batch 0)", "manifest.jsonl:",
+                 "(0, 8, 1026)", "likely:", "FAIL [rank 1]"):  # fmt: skip
+        assert word in text + results[1].output, text[-3000:]
+    assert list((tmp_path / "run/bad_batches").glob("step-000001-rank-1-*.safetensors"))
+    assert (tmp_path / "run/adapter_before_failure/adapter_model.safetensors").exists()
+    assert not (tmp_path / "run/adapter").exists()
+    (failure,) = map(json.loads, (tmp_path / "run/guard_failures.jsonl").read_text().splitlines())
+    assert failure["check"] == "audio_logits" and failure["rank"] == 1
+
+
+def test_skip_goes_on_and_counts(tiny_dir, codec_dir, tmp_path):
+    flags = training_flags(tmp_path / "run", tiny_dir, codec_dir, on_bad_loss="skip", wandb_mode="offline")
+    results = run_ranks(["tests/workers/train_with.py", "code_out_of_range", "0", *flags], 2, timeout=120)
+    assert_all(results)
+    rows = metrics_of(tmp_path / "run")
+    assert [row["train/dropped_steps"] for row in rows] == [1, 2, 3]
+    assert [row["guard/code_range/rank_0"] for row in rows] == [1, 2, 3]
+    assert all(row["guard/code_range/rank_1"] == 0 for row in rows)
+
+
+def test_missing_expanded_labels_are_counted_in_the_metrics(tiny_dir, codec_dir, tmp_path):
+    flags = training_flags(tmp_path / "run", tiny_dir, codec_dir, max_steps=2, grad_accum=2)
+    (result,) = run_ranks(["tests/workers/train_with.py", "no_expanded_labels", "0", *flags], 1, timeout=120)
+    assert_all([result])
+    assert [row["train/re_expanded_labels"] for row in metrics_of(tmp_path / "run")] == [2, 2]
+    assert result.output.count("re-expanding them from the batch") == 1 and "path: re-expanded" in result.output
+
+
+def test_check_prints_the_checklist_and_leaves_no_run(tiny_dir, codec_dir, tmp_path):
+    flags = training_flags(tmp_path / "run", tiny_dir, codec_dir)
+    result = run("python", "-m", "higgs_ds", "check", *flags)
+    assert result.returncode == 0, result.stdout
+    lines = [line for line in result.stdout.splitlines() if line.startswith(("ok  ", "FAIL"))]
+    assert len(lines) == 12 and all(line.startswith("ok   [rank 0]") for line in lines)
+    assert not (tmp_path / "run/metrics.jsonl").exists() and not (tmp_path / "run/adapter").exists()
+
+    (broken,) = run_ranks(["tests/workers/train_with.py", "lost_audio", "0", *flags, "--check"], 1, timeout=120)
+    assert broken.returncode == 1
+    assert "FAIL [rank 0] audio logits: (0, 8, 1026)" in broken.output
+
+
+def test_bad_rows_are_listed_together_and_nothing_is_trained(tiny_dir, codec_dir, tmp_path):
+    tone = np.sin(np.arange(16000) / 20) * 0.1
+    soundfile.write(tmp_path / "good.wav", tone, 16000)
+    soundfile.write(tmp_path / "empty.wav", tone[:0], 16000)
+    soundfile.write(tmp_path / "long.wav", np.tile(tone, 4), 16000)
+    soundfile.write(tmp_path / "nan.wav", np.full(1000, np.nan), 16000, subtype="FLOAT")
+    (tmp_path / "noise.wav").write_bytes(b"RIFF this is no audio at all")
+    rows = [
+        {"audio": "good.wav", "text": "one"},
+        {"audio": "missing.wav", "text": "two"},
+        {"audio": "empty.wav", "text": "three"},
+        {"audio": "nan.wav", "text": "four"},
+        {"audio": "noise.wav", "text": "five"},
+        {"audio": "long.wav", "text": "six"},
+        {"audio": "https://example.com/a.wav", "text": "seven"},
+        {"text": "eight"},
+        {"messages": [{"role": "user", "content": "nine"}]},
+    ]
+    manifest = tmp_path / "train.jsonl"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows) + "{broken\n")
+    flags = training_flags(tmp_path / "run", tiny_dir, codec_dir, train_manifest=manifest, max_duration_sec=3)
+    results = run_ranks(["train_ds.py", *flags], 2, timeout=120)
+    assert_all(results, returncode=2)
+    lines = [line for line in results[0].output.splitlines() if line.startswith(str(manifest))]
+    expected = [
+        (2, "audio", "missing.wav"),
+        (3, "audio", "empty"),
+        (4, "audio", "NaN"),
+        (5, "audio", "decoded"),
+        (6, "audio", "over --max_duration_sec 3"),
+        (7, "audio", "nothing is fetched"),
+        (8, "audio", "missing"),
+        (9, "messages", "assistant"),
+        (10, "", ""),
+    ]
+    assert len(lines) == len(expected), lines
+    for line, (number, field, words) in zip(lines, expected, strict=True):
+        assert line.startswith(f"{manifest}:{number}: {field}"), line
+        assert words in line, line
+    assert "9 bad rows; nothing was trained" in results[0].output
+    assert not (tmp_path / "run/metrics.jsonl").exists()
+
+    results = run_ranks(["train_ds.py", *flags, "--skip_bad_rows"], 2, timeout=120)
+    assert_all(results)
+    assert "training without 9 bad rows" in results[0].output
+    assert (tmp_path / "run/adapter/adapter_model.safetensors").exists()
+
+    # The same folder again: an earlier run is never overwritten.
+    (again,) = run_ranks(["train_ds.py", *flags, "--skip_bad_rows"], 1, timeout=120)
+    assert again.returncode == 2 and "holds a run already" in again.output
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (
+            ["--train_manifst", "x"],
+            ["--train_manifst: unknown flag", "'--train_manifest'", "--output_dir: is required"],
+        ),
+        (["--train_manifest", "x", "--output_dir", "y", "--deepspeed_config", "no.json"], ["no.json cannot be read"]),
+    ],
+)
+def test_wrong_flags_end_with_code_2_before_torch_is_imported(argv, words):
+    started = time.monotonic()
+    result = run("python", "train_ds.py", *argv)
+    assert result.returncode == 2 and time.monotonic() - started < 5
+    assert all(word in result.stdout for word in words), result.stdout
+    assert "Traceback" not in result.stdout

@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from .audio import AudioError
 from .config import DEFAULT_BASE, DEFAULT_CODEC, ConfigError
 
 EXIT_OK, EXIT_FAILED, EXIT_CONFIG = 0, 1, 2
@@ -21,7 +22,7 @@ def main(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
     try:
         return args.verb(args)
-    except (ConfigError, FileExistsError) as error:
+    except (ConfigError, AudioError, FileExistsError) as error:
         print(error, file=sys.stderr)
         return EXIT_CONFIG
 
@@ -84,7 +85,7 @@ def _tiny(args) -> int:
 
 
 def _sample_codec(args) -> int:
-    from .audio import AudioError, read_audio
+    from .audio import read_audio
     from .manifest import Fault, read_manifest
     from .sample_codec import SampleCodec
 

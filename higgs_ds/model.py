@@ -15,6 +15,7 @@ from boson_multimodal.model.higgs_audio import HiggsAudioConfig, HiggsAudioModel
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from torch import nn
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .config import DEFAULT_BASE, DEFAULT_BASE_REVISION, ConfigError, nearest
 from .forward import HiggsAudioForTraining
@@ -129,7 +130,12 @@ def load_base(folder: Path, config: HiggsAudioConfig, dtype: str) -> HiggsAudioF
     """The base model, all parameters frozen, in `dtype` ("bf16", "fp16", "fp32")."""
     check_weights(folder, config)
     model = HiggsAudioForTraining.from_pretrained(
-        folder, config=config, torch_dtype=DTYPES[dtype], use_safetensors=True, low_cpu_mem_usage=False
+        folder,
+        config=config,
+        torch_dtype=DTYPES[dtype],
+        use_safetensors=True,
+        # Without it every rank would hold the weights twice for a moment; with stage 3 it is not to be had.
+        low_cpu_mem_usage=not is_deepspeed_zero3_enabled(),
     )
     model.requires_grad_(False)
     return model

@@ -15,8 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
+
+from .curves import History, draw_history, remember
+from .jsonl import append_rows, keep_rows, strict
 
 WANDB_MODES = ("auto", "online", "offline", "disabled")
 DEFAULT_WANDB_PROJECT = "higgs-ds"
@@ -29,19 +31,6 @@ PLAIN_LINE_INTERVAL_SEC = 5.0
 # Both redraw or resend everything so far, so their cost grows with the run.
 PLOT_INTERVAL_SEC = 30.0
 TABLE_INTERVAL_SEC = 30.0
-
-NUM_CODEBOOKS = 8
-# label, training metric, validation metric, colour
-LOSS_CURVES = (
-    ("total", "train/loss", "eval/loss", "#222222"),
-    ("text", "train/text_loss", "eval/text_loss", "#1f77b4"),
-    ("audio", "train/audio_loss", "eval/audio_loss", "#d95f02"),
-)
-CODEBOOK_METRICS = tuple(f"train/codebook_loss/{codebook}" for codebook in range(NUM_CODEBOOKS))
-PLOTTED_METRICS = {name for _, *names, _ in LOSS_CURVES for name in names} | set(CODEBOOK_METRICS)
-
-# metric name -> (global steps, values)
-History = dict[str, tuple[list[int], list[float]]]
 
 SECRET_KEY = re.compile(r"api[_-]?key|access[_-]?key|private[_-]?key|secret|password|credential|token$", re.IGNORECASE)
 # Keys such as eos_token or audio_out_token name an entry of the vocabulary.
@@ -116,9 +105,9 @@ class Tracker:
         self._wandb_run = wandb_run
         self._global_step = first_step
         self._history: History = {}
-        for row in _keep_rows(self.metrics_path, first_step):
-            _remember(self._history, row)
-        self._failure_rows = _keep_rows(self.failures_path, first_step)
+        for row in keep_rows(self.metrics_path, first_step):
+            remember(self._history, row)
+        self._failure_rows = keep_rows(self.failures_path, first_step)
         self._last_plot_time = -math.inf
         self._last_table_time = -math.inf
         self._table_is_stale = False
@@ -139,8 +128,8 @@ class Tracker:
                 raise TypeError(f"metric {name} is a {type(value).__name__}; log a Python number, e.g. tensor.item()")
         self._global_step = step
         row = {"global_step": step, **metrics, "time": round(time.time(), 3)}
-        _append_rows(self.metrics_path, [row])
-        _remember(self._history, row)
+        append_rows(self.metrics_path, [row])
+        remember(self._history, row)
         if self._wandb_run:
             self._wandb_run.log({"global_step": step, **metrics})
         has_validation = any(name.startswith("eval/") for name in metrics)
@@ -171,7 +160,7 @@ class Tracker:
         30 s or at close. "global_step" is the row's own "step", or else the step last logged.
         """
         rows = [{"global_step": row.get("step", self._global_step), **row} for row in rows]
-        _append_rows(self.failures_path, rows)
+        append_rows(self.failures_path, rows)
         self._failure_rows += rows
         self._table_is_stale = True
         if time.monotonic() - self._last_table_time >= TABLE_INTERVAL_SEC:
@@ -209,7 +198,7 @@ class Tracker:
 
     def _draw(self) -> None:
         if self._history:
-            _draw_history(self._history, self.plot_path, self._title)
+            draw_history(self._history, self.plot_path, self._title)
         self._last_plot_time = time.monotonic()
 
     def _send_failures(self) -> None:
@@ -227,24 +216,6 @@ class Tracker:
             self.message(f"guard failures: {self.failures_path} ({len(self._failure_rows)} rows)")
         if self._wandb_run:
             self.message(self._wandb_run.where_to_look())
-
-
-def draw_curves(metrics_jsonl: Path, png: Path, title: str) -> None:
-    """Draw the loss curves of a metrics.jsonl, of a finished or a running training.
-
-    Left: total, text and audio loss in nats, raw (thin) and smoothed (thick), with validation as marked lines.
-    Right: the losses of the 8 codebooks. x is the global step; the y axis turns logarithmic above 1.5 decades.
-
-    Raises:
-        FileNotFoundError: no such metrics file.
-        ValueError: it holds none of the losses above, or a line that is not JSON.
-    """
-    history: History = {}
-    for row in _read_rows(Path(metrics_jsonl)):
-        _remember(history, row)
-    if not history:
-        raise ValueError(f"{metrics_jsonl} has no losses to draw; expected names such as train/loss, eval/loss")
-    _draw_history(history, Path(png), title)
 
 
 def redact(config: dict) -> dict:
@@ -271,164 +242,6 @@ def _exit_code(exception: BaseException | None) -> int:
     if isinstance(exception, SystemExit) and isinstance(exception.code, (int, type(None))):
         return exception.code or 0
     return 1
-
-
-def _strict(value: Any) -> Any:
-    """A value that JSON has: NaN and infinities become the strings that `float` reads back."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    return value
-
-
-def _json_line(row: dict) -> str:
-    return json.dumps({name: _strict(value) for name, value in row.items()}, allow_nan=False) + "\n"
-
-
-def _append_rows(path: Path, rows: list[dict]) -> None:
-    # Opened for each write: a reader sees every step, and a killed run loses at most the line being written.
-    with open(path, "a", encoding="utf-8") as file:
-        file.write("".join(map(_json_line, rows)))
-
-
-def _read_rows(path: Path) -> list[dict]:
-    """The rows of a JSONL file. A last line without its newline is a write cut short, and is left out."""
-    rows = []
-    with open(path, encoding="utf-8") as file:
-        for line_number, line in enumerate(file, start=1):
-            if not line.endswith("\n"):
-                break
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {line_number} is not JSON ({error}); mend or delete it") from error
-    return rows
-
-
-def _keep_rows(path: Path, last_step: int) -> list[dict]:
-    """Cut a JSONL file back to the rows up to `last_step`, delete it at 0, and return what is left."""
-    if not path.exists():
-        return []
-    if last_step == 0:
-        path.unlink()
-        return []
-    rows = [row for row in _read_rows(path) if row["global_step"] <= last_step]
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(map(_json_line, rows)), encoding="utf-8")
-    os.replace(temporary, path)
-    return rows
-
-
-def _remember(history: History, row: dict) -> None:
-    """Add the losses of one row to what the plot is drawn from."""
-    for name in PLOTTED_METRICS & row.keys():
-        steps, values = history.setdefault(name, ([], []))
-        steps.append(row["global_step"])
-        values.append(float(row[name]))
-
-
-def _smooth(values: np.ndarray) -> np.ndarray:
-    """Mean over a centred window of about 1/25 of the run, at most 500 points; non-finite values are skipped."""
-    half = min(len(values) // 50, 250)
-    window = np.ones(2 * half + 1)
-    finite = np.isfinite(values)
-    # np.convolve adds directly: with a running sum, rounding would turn losses of exactly 0 into 1e-13 and the like.
-    total = np.convolve(np.where(finite, values, 0.0), window)[half : half + len(values)]
-    count = np.convolve(finite.astype(float), window)[half : half + len(values)]
-    return np.divide(total, count, out=np.full(len(values), np.nan), where=count > 0.5)
-
-
-def _draw_history(history: History, png: Path, title: str) -> None:
-    # The object interface of matplotlib leaves pyplot's global state alone, and the import waits for the first plot.
-    from matplotlib import colormaps
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(16, 7), dpi=100)  # 1600 x 700 pixels
-    FigureCanvasAgg(figure)
-    figure.subplots_adjust(left=0.055, right=0.985, bottom=0.225, top=0.87, wspace=0.14)
-    figure.suptitle(title, fontsize=17, fontweight="bold", y=0.97, parse_math=False)
-    losses, codebooks = figure.subplots(1, 2)
-
-    for label, train, validation, colour in LOSS_CURVES:
-        # The total is wider: it stays visible under a text or audio loss that is all of it.
-        _draw_curve(losses, history, train, label, colour, width=3.8 if label == "total" else 2.2)
-        if validation in history:
-            steps, values = history[validation]
-            losses.plot(
-                steps,
-                values,
-                color=colour,
-                linestyle="--",
-                linewidth=1.4,
-                marker="o",
-                markersize=7,
-                markevery=math.ceil(len(steps) / 30),
-                markerfacecolor="white",
-                markeredgewidth=1.8,
-                zorder=4,
-                label=f"validation  {values[-1]:#.4g}",
-            )
-    for codebook, name in enumerate(CODEBOOK_METRICS):
-        colour = colormaps["viridis"](0.92 * codebook / (NUM_CODEBOOKS - 1))
-        _draw_curve(codebooks, history, name, f"{codebook}:", colour, width=2.2)
-
-    losses.set_title("Loss", fontsize=14)
-    codebooks.set_title("Audio loss by codebook (train)", fontsize=14)
-    _finish_axes(losses, legend_title=None, legend_columns=3)
-    _finish_axes(codebooks, legend_title="codebook", legend_columns=4)
-
-    temporary = png.with_name(png.name + ".tmp")
-    figure.savefig(temporary, format="png")
-    os.replace(temporary, png)
-
-
-def _draw_curve(axes, history: History, name: str, label: str, colour, width: float) -> None:
-    """One training metric: every value thin, their smoothed course thick."""
-    if name not in history:
-        return
-    steps, values = history[name]
-    smoothed = _smooth(np.array(values))
-    axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.3)
-    # A line through very few points is a speck: mark them.
-    marker = "o" if len(steps) < 10 else None
-    axes.plot(steps, smoothed, color=colour, linewidth=width, marker=marker, label=f"{label}  {smoothed[-1]:#.4g}")
-
-
-def _finish_axes(axes, legend_title: str | None, legend_columns: int) -> None:
-    """Scale, labels and legend, the same for both panels."""
-    from matplotlib.ticker import LogLocator, NullFormatter
-
-    values = np.array([value for line in axes.get_lines() for value in line.get_ydata()], dtype=float)
-    positive = values[np.isfinite(values) & (values > 0)]
-    unit = "nats"
-    if positive.size and positive.max() > positive.min() * 10**1.5:
-        # A loss of exactly 0 has no place on a log axis: its points are left out.
-        axes.set_yscale("log", nonpositive="mask")
-        unit = "nats, log scale"
-        if positive.max() < positive.min() * 1e4:
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.yaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel("optimizer step", fontsize=13)
-    axes.set_ylabel(f"cross-entropy ({unit})", fontsize=13)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.tick_params(labelsize=12)
-    axes.grid(True, which="major", color="#dddddd")
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    if axes.get_lines():
-        # Below the axes no curve can run into it. Figures are the last of the thick line.
-        axes.legend(
-            fontsize=12,
-            loc="upper center",
-            bbox_to_anchor=(0.5, -0.12),
-            title=legend_title,
-            title_fontsize=12,
-            ncols=legend_columns,
-            frameon=False,
-        )
-    else:
-        axes.text(0.5, 0.5, "nothing logged", transform=axes.transAxes, ha="center", fontsize=13, color="#888888")
 
 
 def _format_figures(figures: dict[str, float | str]) -> str:
@@ -573,5 +386,5 @@ def _wandb_errors(action: str) -> Iterator[None]:
 
 def _table_cell(value: Any) -> Any:
     """A value that a W&B table holds without conversion; lists and dicts as JSON text."""
-    value = _strict(value)
+    value = strict(value)
     return value if isinstance(value, (str, int, float, type(None))) else json.dumps(value)

@@ -137,4 +137,7 @@ def test_base_is_frozen_and_in_its_dtype(dtype, wanted, tiny_dir, tiny_config):
     model = load_base(tiny_dir, tiny_config, dtype)
     assert {p.dtype for p in model.parameters()} == {wanted}
     assert not any(p.requires_grad for p in model.parameters())
+    upstream = HiggsAudioModel.from_pretrained(tiny_dir, torch_dtype=wanted)
+    inputs = {"input_ids": torch.arange(16)[None], "attention_mask": torch.ones(1, 16, dtype=torch.long)}
+    assert torch.equal(model.eval()(**inputs).logits, upstream.eval()(**inputs).logits)
     assert {p.dtype for p in lora_on(model).parameters()} == {wanted}

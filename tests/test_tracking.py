@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from higgs_ds import tracking
-from higgs_ds.tracking import draw_curves, open_tracker, redact
+from higgs_ds import curves, tracking
+from higgs_ds.curves import draw_curves
+from higgs_ds.tracking import open_tracker, redact
 
 ROOT = Path(__file__).resolve().parents[1]
 API_KEY = "0123456789" * 4
@@ -221,7 +222,7 @@ def test_a_sink_that_fails_to_close_does_not_hide_why_the_run_ended(tmp_path, mo
     def disk_is_full(*args):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(tracking, "_draw_history", disk_is_full)
+    monkeypatch.setattr(tracking, "draw_history", disk_is_full)
     with pytest.raises(ZeroDivisionError), start(tmp_path, wandb_mode="offline") as tracker:
         tracker.log(step_metrics(1), 1)
         raise ZeroDivisionError
@@ -270,7 +271,7 @@ def test_plot_of_few_points_zero_and_nan(tmp_path, text_losses):
 
 def test_plot_follows_validation_but_not_every_one(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(tracking, "_draw_history", lambda *args: drawn.append(args))
+    monkeypatch.setattr(tracking, "draw_history", lambda *args: drawn.append(args))
     with start(tmp_path) as tracker:
         tracker.log(step_metrics(1), 1)
         assert len(drawn) == 0
@@ -287,8 +288,8 @@ def test_curves_need_losses(tmp_path):
 
 
 def test_smoothing_keeps_zero_and_skips_nan():
-    values = tracking.np.array([0.0] * 60 + [math.nan] + [0.0] * 60 + [3.0] * 60)
-    smoothed = tracking._smooth(values)
+    values = curves.np.array([0.0] * 60 + [math.nan] + [0.0] * 60 + [3.0] * 60)
+    smoothed = curves._smooth(values)
     assert smoothed.shape == values.shape
     assert (smoothed[:110] == 0.0).all() and smoothed[-1] == 3.0
 

@@ -1,0 +1,54 @@
+"""Files of one JSON object a line that stay strict JSON and survive a killed writer."""
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+
+def strict(value: Any) -> Any:
+    """A value that JSON has: NaN and infinities become the strings that `float` reads back."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    return value
+
+
+def json_line(row: dict) -> str:
+    """One row with its newline."""
+    return json.dumps({name: strict(value) for name, value in row.items()}, allow_nan=False) + "\n"
+
+
+def append_rows(path: Path, rows: list[dict]) -> None:
+    """Adds rows to a file, which is made if it is not there."""
+    # Opened for each write: a reader sees every step, and a killed run loses at most the line being written.
+    with open(path, "a", encoding="utf-8") as file:
+        file.write("".join(map(json_line, rows)))
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a JSONL file. A last line without its newline is a write cut short, and is left out."""
+    rows = []
+    with open(path, encoding="utf-8") as file:
+        for line_number, line in enumerate(file, start=1):
+            if not line.endswith("\n"):
+                break
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {line_number} is not JSON ({error}); mend or delete it") from error
+    return rows
+
+
+def keep_rows(path: Path, last_step: int) -> list[dict]:
+    """Cut a JSONL file back to the rows up to `last_step`, delete it at 0, and return what is left."""
+    if not path.exists():
+        return []
+    if last_step == 0:
+        path.unlink()
+        return []
+    rows = [row for row in read_rows(path) if row["global_step"] <= last_step]
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text("".join(map(json_line, rows)), encoding="utf-8")
+    os.replace(temporary, path)
+    return rows

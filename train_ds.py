@@ -79,6 +79,7 @@ def run(config: TrainConfig, ds_raw: dict, *, check_only: bool) -> int:
             load_rows,
             cache=cache,
             num_codebooks=model_config.audio_num_codebooks,
+            codebook_size=model_config.audio_codebook_size,
             max_duration_sec=config.max_duration_sec,
             skip_bad_rows=config.skip_bad_rows,
             ranks=ranks,

@@ -25,6 +25,7 @@ def load_rows(
     *,
     cache: CodeCache,
     num_codebooks: int,
+    codebook_size: int,
     max_duration_sec: float,
     skip_bad_rows: bool,
     ranks: Ranks,
@@ -40,6 +41,10 @@ def load_rows(
     if cache.codec.num_codebooks < num_codebooks:
         raise ConfigError(
             [f"--codec: has {cache.codec.num_codebooks} codebooks, the model needs {num_codebooks}; use its own codec"]
+        )
+    if cache.codec.codebook_size > codebook_size:
+        raise ConfigError(
+            [f"--codec: has codes up to {cache.codec.codebook_size - 1}, the model knows 0 to {codebook_size - 1}"]
         )
     read = [read_manifest(manifest) for manifest in manifests]
     refs = list(dict.fromkeys(ref for rows, _ in read for row in rows for _, ref in row.audio_refs))

@@ -164,6 +164,9 @@ def resolve(raw: dict, config: TrainConfig, *, world_size: int, on_cpu: bool, wi
     settle(out, "gradient_clipping", config.max_grad_norm, "--max_grad_norm")
     for key, wanted in (("bf16", config.dtype == "bf16"), ("fp16", config.dtype == "fp16")):
         settle(section(key), "enabled", wanted, f"--dtype {config.dtype}", f"{key}.")
+    if config.dtype == "bf16":
+        # Switched off, DeepSpeed would apply an update whose gradients are NaN.
+        settle(section("bf16"), "check_grad_overflow", True, "this trainer", "bf16.")
     if config.dtype == "fp16" and on_cpu:
         problems.append("--dtype: fp16 needs a GPU; on CPU use bf16 or fp32")
     # LoRA gradients are tiny: they are summed and sent in float32. Stage 0 has no such choice.

@@ -7,6 +7,7 @@ then one `step`. Only public calls are used, but for the one in `_without_kernel
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import socket
 from collections.abc import Iterator
@@ -128,6 +129,8 @@ class DroppableAdamW(torch.optim.AdamW):
             parameters = [parameter for group in self.param_groups for parameter in group["params"]]
             limit = self.clip_norm or float("inf")
             self.norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+            if not math.isfinite(self.norm):
+                return None
         return super().step(closure)
 
 
@@ -150,6 +153,8 @@ class Engine:
     def __init__(self, module: nn.Module, ds_config: dict, *, weight_decay: float, max_grad_norm: float):
         import deepspeed
 
+        # With fp16 the loss is scaled up until gradients overflow now and then: such a step is dropped, and no failure.
+        self.overflows_by_design: bool = ds_config["fp16"]["enabled"]
         self.stage: int = ds_config["zero_optimization"]["stage"]
         trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self._optimizer = DroppableAdamW(trainable, lr=0.0, weight_decay=weight_decay)
@@ -189,7 +194,10 @@ class Engine:
         self._engine.backward(loss.clone(), scale_wrt_gas=False)
 
     def step(self, learning_rate: float) -> float:
-        """One update with all gradients since the last one; returns their norm before clipping, over all ranks."""
+        """One update with all gradients since the last one; returns their norm before clipping, over all ranks.
+
+        A norm that is not finite means that the update was not made, at any stage and dtype.
+        """
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         self._engine.step()

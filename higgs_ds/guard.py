@@ -32,6 +32,7 @@ CHECKS = {
     "audio_logits": "audio logits are [frames, codebooks, codes + 2]",
     "label_count": "the model was asked for as many labels as the batch holds",
     "finite": "losses are finite",
+    "gradient": "the gradient norm is finite",
     "text_loss": "text loss is above 0 where text is labelled",
     "audio_loss": "audio loss is above 0 where audio is labelled",
     "total": "total loss is above 0 where anything is labelled",
@@ -44,6 +45,7 @@ LIKELY_CAUSES = {
     "audio_logits": "audio_out_ids did not reach the model, so that it had no audio positions to predict",
     "label_count": "labels were shifted twice, masked in place, or cut between the collator and the loss",
     "finite": "the learning rate is too high, or fp16 overflows (use --dtype bf16); look at the rows named above",
+    "gradient": "backward overflows while the loss is finite: a lower learning rate, or --dtype fp32 to find the layer",
     "text_loss": "label_ids are all masked, or the loss was replaced by a constant",
     "audio_loss": "label_audio_ids are all masked, unshifted and copied from the input, or replaced by a constant",
     "total": "both heads' labels were lost on the way to the loss",
@@ -154,6 +156,11 @@ class Guard:
         if not problems:
             problems = self._result_problems(batch, stats)
         return self._failures(problems, batch, step, micro_batch)
+
+    def check_gradient(self, batches: list[Batch], grad_norm: float, step: int) -> list[Failure]:
+        """What the engine found after backward: a norm over all ranks, so that every rank reports its own rows."""
+        found = [("gradient", f"gradient norm {grad_norm} over all ranks, while every loss was finite")]
+        return self._failures(found, batches[0], step, 0)
 
     def _result_problems(self, batch: Batch, stats: list[float]) -> list[tuple[str, str]]:
         text_sum, text_count, saturation, loss = stats[: len(STAT_FIELDS)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -85,6 +86,9 @@ class Trainer:
                     counts[2 + k] += count
         num_failures, text_count, *codebook_counts = self.ranks.sum(counts)
         if num_failures:
+            if self._checklist_due:
+                self._checklist_due = False
+                print("\n".join(f"FAIL [rank {f.rank}] {f.check}: {f.found}" for f in failures), flush=True)
             return StepResult([], self._all_failures(failures))
         self._say_missing_kind(step, text_count, codebook_counts)
         text_scale, scales = loss_scales(self.weights, text_count, codebook_counts, self.ranks.world_size)
@@ -121,6 +125,12 @@ class Trainer:
                 step, "re-expanded", "the model returned no expanded_labels; re-expanding them from the batch"
             )
         grad_norm = self.engine.step(lr)
+        if not math.isfinite(grad_norm):
+            if self.engine.overflows_by_design:
+                self.dropped_steps += 1
+            else:
+                failures = self.guard.check_gradient(batches, grad_norm, step)
+                return StepResult([], self._all_failures(failures))
         return StepResult([StepSums.of(row[1:], len(self.weights.codebooks)) for row in table], [], grad_norm)
 
     @torch.no_grad()

@@ -166,10 +166,20 @@ def test_the_same_run_with_unshifted_labels_does_not_speak(quickstart, tmp_path)
     assert max(r.share for r in recitals) < 0.5
 
 
+def test_a_batch_that_fails_before_the_forward_ends_every_rank_with_code_3(tiny_dir, codec_dir, tmp_path):
+    flags = training_flags(tmp_path / "run", tiny_dir, codec_dir, deepspeed_config="ds_configs/zero3.json")
+    results = run_ranks(["tests/workers/train_with.py", "code_out_of_range", "1", *flags], 2, timeout=120)
+    assert_all(results, returncode=3)
+    assert max(r.ended_after_sec for r in results) - min(r.ended_after_sec for r in results) < 30
+    assert "loss check failed: code_range (rank 1, optimizer step 1" in results[0].output
+    assert "FAIL [rank 1] code_range: codes from" in results[1].output
+
+
 def test_a_loss_that_is_not_real_ends_every_rank_with_code_3(tiny_dir, codec_dir, tmp_path):
     flags = training_flags(tmp_path / "run", tiny_dir, codec_dir)
     results = run_ranks(["tests/workers/train_with.py", "lost_audio", "1", *flags], 2, timeout=120)
     assert_all(results, returncode=3)
+    assert max(r.ended_after_sec for r in results) - min(r.ended_after_sec for r in results) < 30
     text = results[0].output
     for word in ("loss check failed: audio_logits (rank 1, optimizer step 1, micro-batch 0)", "manifest.jsonl:",
                  "(0, 8, 1026)", "likely:", "FAIL [rank 1]"):  # fmt: skip

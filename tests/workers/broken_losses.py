@@ -43,6 +43,8 @@ class Breaker(torch.nn.Module):
             outputs.audio_logits = outputs.audio_logits[:0] + outputs.audio_logits.sum() * 0
         elif self.check == "finite":
             outputs.logits = outputs.logits * float("nan")
+        elif self.check == "gradient":
+            outputs.logits.register_hook(lambda grad: grad * float("nan"))
         return outputs
 
 
@@ -70,12 +72,11 @@ def main() -> None:
     ranks = start_ranks()
     rows = speech_rows(12)
     seen = {}
-    for stage in (2, 3):
+    for stage, dtype in ((2, "bf16"), (3, "fp32")):
 
-        def fresh(mode, stage=stage):
-            run = build(
-                ranks, base_dir, codec_dir, out, rows, stage=stage, batch_size=2, on_bad_loss=mode, wrap_model=Breaker
-            )
+        def fresh(mode, stage=stage, dtype=dtype):
+            settings = {"stage": stage, "dtype": dtype, "batch_size": 2, "on_bad_loss": mode}
+            run = build(ranks, base_dir, codec_dir, out, rows, **settings, wrap_model=Breaker)
             spoil_stats(run)
             return run
 

@@ -54,9 +54,11 @@ def run(config: TrainConfig, ds_raw: dict, *, check_only: bool) -> int:
     ranks.seed(config.seed)
     say = partial(print, flush=True) if ranks.is_main else lambda *_, **__: None
     try:
-        output_dir = checkpoint.prepare_run_dir(Path(config.output_dir), check_only=check_only)
-        base_dir = model.locate_checkpoint(config.base_ckpt, config.base_revision)
-        model_config = model.read_model_config(base_dir)
+        output_dir = Path(config.output_dir)
+        ranks.each(lambda: checkpoint.prepare_run_dir(output_dir, check_only=check_only))
+        base_dir = ranks.each(lambda: model.locate_checkpoint(config.base_ckpt, config.base_revision))
+        model_config = ranks.each(lambda: model.read_model_config(base_dir))
+        ranks.each(lambda: model.check_weights(base_dir, model_config))
         weights = LossWeights.of(
             config.text_loss_weight,
             config.audio_loss_weight,
@@ -72,9 +74,9 @@ def run(config: TrainConfig, ds_raw: dict, *, check_only: bool) -> int:
         )
 
         # 3. Data: every row checked and every clip encoded once, before anything large is loaded.
-        codec = load_codec(config.codec, config.codec_revision, device=str(ranks.device))
+        codec = ranks.each(lambda: load_codec(config.codec, config.codec_revision, device=str(ranks.device)))
         cache = CodeCache(output_dir / "codes_cache", codec)
-        tokenizer = model.load_tokenizer(base_dir)
+        tokenizer = ranks.each(lambda: model.load_tokenizer(base_dir))
         read = partial(
             load_rows,
             cache=cache,
@@ -132,23 +134,22 @@ def run(config: TrainConfig, ds_raw: dict, *, check_only: bool) -> int:
         say(plan.describe(total_steps), engine.describe(config.dtype), sep="\n")
 
         # 5. Train, under the guard.
-        opened, problem = contextlib.nullcontext(None), None
-        if ranks.is_main and not check_only:
+        def opened():
+            if check_only or not ranks.is_main:
+                return contextlib.nullcontext(None)
+            tracker = open_tracker(
+                output_dir,
+                config=config.as_dict() | {"world_size": ranks.world_size, "deepspeed": ds_config},
+                total_steps=total_steps,
+                run_name=config.run_name,
+                wandb_project=config.wandb_project,
+                wandb_mode=config.wandb_mode,
+            )
             checkpoint.write_resolved(output_dir, config.as_dict(), ds_config)
-            try:
-                opened = open_tracker(
-                    output_dir,
-                    config=config.as_dict() | {"world_size": ranks.world_size, "deepspeed": ds_config},
-                    total_steps=total_steps,
-                    run_name=config.run_name,
-                    wandb_project=config.wandb_project,
-                    wandb_mode=config.wandb_mode,
-                )
-            except (ValueError, RuntimeError) as error:
-                problem = str(error)
-        ranks.agree(problem)
+            return tracker
+
         try:
-            with opened as tracker:
+            with ranks.each(opened) as tracker:
                 trainer = Trainer(
                     engine=engine,
                     ranks=ranks,

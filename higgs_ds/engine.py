@@ -10,14 +10,17 @@ import contextlib
 import math
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from .config import ConfigError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -52,11 +55,17 @@ class Ranks:
         dist.all_gather_object(out, value)
         return out
 
-    def agree(self, problem: str | None) -> None:
-        """Raises a ConfigError on every rank if any rank brings a problem."""
-        problems = [text for text in self.gather(problem) if text]
-        if problems:
-            raise ConfigError(problems)
+    def each(self, function: Callable[[], T]) -> T:
+        """`function()` on every rank; a ConfigError on any rank becomes one on all of them, so that none waits."""
+        value, problems = None, []
+        try:
+            value = function()
+        except ConfigError as error:
+            problems = error.problems
+        found = dict.fromkeys(problem for part in self.gather(problems) for problem in part)
+        if found:
+            raise ConfigError(list(found))
+        return value
 
     def seed(self, seed: int) -> None:
         """Seeds torch for dropout, differently on every rank; LoRA's start and the data have their own generators."""

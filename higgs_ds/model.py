@@ -127,8 +127,7 @@ def load_tokenizer(folder: Path):
 
 
 def load_base(folder: Path, config: HiggsAudioConfig, dtype: str) -> HiggsAudioForTraining:
-    """The base model, all parameters frozen, in `dtype` ("bf16", "fp16", "fp32")."""
-    check_weights(folder, config)
+    """The base model, all parameters frozen, in `dtype` ("bf16", "fp16", "fp32"); after `check_weights`."""
     model = HiggsAudioForTraining.from_pretrained(
         folder,
         config=config,

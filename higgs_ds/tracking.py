@@ -17,6 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from .config import ConfigError
 from .curves import History, draw_history, remember
 from .jsonl import append_rows, keep_rows, strict
 
@@ -61,15 +62,15 @@ def open_tracker(
             of later steps is dropped; at 0 they are replaced.
 
     Raises:
-        ValueError: unknown `wandb_mode`; "online" without an API key; a damaged metrics.jsonl to continue.
-        RuntimeError: wandb is not installed or does not start.
+        ConfigError: unknown `wandb_mode`; "online" without an API key; wandb is not installed or does not start.
+        ValueError: a damaged metrics.jsonl to continue.
     """
     requested_mode = wandb_mode
     if wandb_mode == "auto":
         wandb_mode = os.environ.get("WANDB_MODE", "auto")
     if wandb_mode not in WANDB_MODES:
         source = "--wandb_mode" if wandb_mode == requested_mode else "the environment variable WANDB_MODE"
-        raise ValueError(f"{source} is {wandb_mode!r}; use one of {', '.join(WANDB_MODES)}")
+        raise ConfigError([f"{source} is {wandb_mode!r}; use one of {', '.join(WANDB_MODES)}"])
 
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -77,7 +78,10 @@ def open_tracker(
     # W&B comes first: if it does not start, the files of an earlier run in output_dir are still whole.
     wandb_run = None
     if wandb_mode != "disabled":
-        wandb_run = _WandbRun(output_dir, config, title, wandb_project or DEFAULT_WANDB_PROJECT, wandb_mode)
+        try:
+            wandb_run = _WandbRun(output_dir, config, title, wandb_project or DEFAULT_WANDB_PROJECT, wandb_mode)
+        except RuntimeError as error:
+            raise ConfigError([str(error)]) from error
     console = _Console(total_steps, first_step)
     return Tracker(output_dir, title=title, console=console, wandb_run=wandb_run, first_step=first_step)
 
@@ -324,9 +328,11 @@ class _WandbRun:
             mode = "online" if has_key else "offline"
         if mode == "online" and not has_key:
             # Without this check wandb would ask for a key on the terminal while the other ranks wait.
-            raise ValueError(
-                "--wandb_mode online found no W&B API key; run `wandb login`, set WANDB_API_KEY, "
-                "or use --wandb_mode offline or disabled"
+            raise ConfigError(
+                [
+                    "--wandb_mode online found no W&B API key; run `wandb login`, set WANDB_API_KEY, "
+                    "or use --wandb_mode offline or disabled"
+                ]
             )
         self.mode = mode
         settings = wandb.Settings(

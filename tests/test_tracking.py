@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from higgs_ds import curves, tracking
+from higgs_ds.config import ConfigError
 from higgs_ds.curves import draw_curves
 from higgs_ds.tracking import open_tracker, redact
 
@@ -375,9 +376,7 @@ def test_auto_is_online_with_a_key(tmp_path, monkeypatch):
     (tmp_path / "metrics.jsonl").write_text('{"global_step": 1}\n')
     monkeypatch.setenv("WANDB_API_KEY", API_KEY)
     monkeypatch.setattr(wandb, "init", init)
-    with pytest.raises(
-        RuntimeError, match=r"W&B could not start \(CommError: no route to host\).*--wandb_mode offline"
-    ):
+    with pytest.raises(ConfigError, match=r"W&B could not start \(CommError: no route to host\).*--wandb_mode offline"):
         start(tmp_path, wandb_mode="auto")
     assert (asked["mode"], asked["project"], asked["name"]) == ("online", "higgs-ds", "test run")
     # The run did not start: what an earlier one left is untouched.
@@ -386,11 +385,11 @@ def test_auto_is_online_with_a_key(tmp_path, monkeypatch):
 
 def test_a_malformed_key_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "short")
-    with pytest.raises(RuntimeError, match=r"W&B could not start .*WANDB_API_KEY"):
+    with pytest.raises(ConfigError, match=r"W&B could not start .*WANDB_API_KEY"):
         start(tmp_path, wandb_mode="online")
 
 
 def test_wandb_that_is_not_installed_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(RuntimeError, match=r"cannot import wandb.*--wandb_mode disabled"):
+    with pytest.raises(ConfigError, match=r"cannot import wandb.*--wandb_mode disabled"):
         start(tmp_path, wandb_mode="offline")

@@ -171,8 +171,8 @@ def run(config: TrainConfig, ds_raw: dict, *, check_only: bool) -> int:
                 )
                 trainer.train(batches(train_rows, plan.windows(ranks.rank, 1, total_steps)))
         except BadLossError as error:
-            say(error)
             if check_only:
+                say(error)
                 return leave_ranks(EXIT_CHECK_FAILED)
             facts = {"stopped": "by the loss guard, before the failed step was trained"}
             saved = checkpoint.save_adapter(

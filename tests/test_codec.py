@@ -262,7 +262,7 @@ def test_names_that_lead_nowhere(tmp_path, folder, monkeypatch):
     with pytest.raises(ValueError, match="cannot be loaded.*Not a directory"):
         load_codec(str(tmp_path / "file"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match="codec 'someone/absent' cannot be loaded"):
+    with pytest.raises(ValueError, match="--codec: 'someone/absent' cannot be loaded"):
         load_codec("someone/absent")
 
 

@@ -60,7 +60,7 @@ def test_sums_are_the_float64_reference_on_the_models_own_logits(name, lora_mode
             assert float(stats[4 + k]) == pytest.approx(wanted, rel=1e-5)
             assert int(stats[12 + k]) == count == batch.codebook_counts[k]
             total += wanted
-    assert float(loss) == pytest.approx(total, rel=1e-5)
+    assert float(loss.detach()) == pytest.approx(total, rel=1e-5)
     loss.backward()
     grads = [p.grad for p in lora_model.parameters() if p.requires_grad]
     assert all(grad is not None for grad in grads)

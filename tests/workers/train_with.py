@@ -54,7 +54,7 @@ def no_expanded_labels() -> None:
 CHANGES = {f.__name__: f for f in (code_out_of_range, lost_audio, unshifted_audio, no_expanded_labels)}
 
 if __name__ == "__main__":
-    change, rank, *flags = sys.argv[1:]
+    change, rank, *flags = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
     torch.set_num_threads(1)
     if int(rank) in (-1, int(os.environ.get("RANK", "0"))):
         CHANGES[change]()

@@ -14,13 +14,14 @@ from pathlib import Path
 from higgs_ds.config import ConfigError, TrainConfig, parse_args
 from higgs_ds.ds_config import read_deepspeed_config, resolve
 
-EXIT_OK, EXIT_CHECK_FAILED, EXIT_CONFIG, EXIT_BAD_LOSS = 0, 1, 2, 3
+EXIT_OK, EXIT_CHECK_FAILED, EXIT_CONFIG, EXIT_BAD_LOSS, EXIT_STOPPED = 0, 1, 2, 3, 75
 
 
 def main(argv: list[str], *, check_only: bool = False) -> int:
     """Trains; with `check_only` runs one optimizer step for its checklist and leaves no run behind.
 
-    Returns the exit code: 0 done, 1 a failed checklist, 2 wrong flags or data, 3 a loss that is not real.
+    Returns the exit code: 0 done, 1 a failed checklist, 2 wrong flags or data, 3 a loss that is not real, 75 asked to
+    stop, saved.
     """
     try:
         # 1. Parse: every wrong flag and YAML key, before torch is imported.
@@ -35,16 +36,16 @@ def main(argv: list[str], *, check_only: bool = False) -> int:
 
 def run(config: TrainConfig, ds_raw: dict, *, check_only: bool) -> int:
     """Stages 2 to 6."""
-    from higgs_ds import checkpoint, model
+    from higgs_ds import checkpoint, model, run_dir
     from higgs_ds.codec import load_codec
     from higgs_ds.codes import CodeCache
     from higgs_ds.collate import Collator
     from higgs_ds.dataset import MicroBatches, load_rows, load_windows
-    from higgs_ds.engine import Engine, leave_ranks, loading, start_ranks
+    from higgs_ds.engine import Engine, StopSignal, leave_ranks, loading, start_ranks
     from higgs_ds.forward import TrainingForward
     from higgs_ds.guard import BadLossError, Guard
     from higgs_ds.loss import LossWeights
-    from higgs_ds.sampler import Plan, evaluation_windows
+    from higgs_ds.sampler import MicroBatch, Plan, evaluation_windows
     from higgs_ds.schedule import learning_rate
     from higgs_ds.tracking import open_tracker
     from higgs_ds.trainer import Trainer
@@ -52,10 +53,13 @@ def run(config: TrainConfig, ds_raw: dict, *, check_only: bool) -> int:
     # 2. Distribute: this process among the other ranks.
     ranks = start_ranks()
     ranks.seed(config.seed)
+    stop = StopSignal()
     say = partial(print, flush=True) if ranks.is_main else lambda *_, **__: None
     try:
         output_dir = Path(config.output_dir)
-        ranks.each(lambda: checkpoint.prepare_run_dir(output_dir, check_only=check_only))
+        may_hold_a_run = check_only or config.resume != "none"
+        ranks.each(lambda: run_dir.prepare_run_dir(output_dir, may_hold_a_run=may_hold_a_run))
+        resumed, notes = ranks.each(lambda: checkpoint.find_checkpoint(config.resume, output_dir))
         base_dir = ranks.each(lambda: model.locate_checkpoint(config.base_ckpt, config.base_revision))
         model_config = ranks.each(lambda: model.read_model_config(base_dir))
         ranks.each(lambda: model.check_weights(base_dir, model_config))
@@ -65,6 +69,8 @@ def run(config: TrainConfig, ds_raw: dict, *, check_only: bool) -> int:
             config.codebook_weights,
             model_config.audio_num_codebooks,
         )
+        if resumed:
+            config.grad_accum = ranks.each(lambda: checkpoint.keep_global_batch(resumed, config, ranks.world_size))
         ds_config = resolve(
             ds_raw,
             config,
@@ -96,6 +102,9 @@ def run(config: TrainConfig, ds_raw: dict, *, check_only: bool) -> int:
             seed=config.seed,
         )
         total_steps = 1 if check_only else plan.total_steps(config.epochs, config.max_steps)
+        first_step = resumed.position.step + 1 if resumed else 1
+        notes += checkpoint.changed_settings(resumed, config.as_dict(), len(train_rows))
+        say("\n".join([*notes, f"resuming after step {first_step - 1}" if resumed else "a fresh start"]))
 
         def batches(rows, windows):
             dataset = MicroBatches(rows, tokenizer, cache, Collator.of(model_config))
@@ -118,6 +127,11 @@ def run(config: TrainConfig, ds_raw: dict, *, check_only: bool) -> int:
             base_name=config.base_ckpt,
             base_revision=config.base_revision,
         )
+        if resumed:
+            ranks.each(lambda: model.set_lora(lora_model, resumed.adapter, str(resumed.folder)))
+        elif config.init_adapter:
+            adapter = ranks.each(lambda: model.read_adapter(Path(config.init_adapter)))
+            ranks.each(lambda: model.set_lora(lora_model, adapter, f"--init_adapter {config.init_adapter}"))
         engine = Engine(
             TrainingForward.of(lora_model, model_config),
             ds_config,
@@ -131,6 +145,10 @@ def run(config: TrainConfig, ds_raw: dict, *, check_only: bool) -> int:
             max_code=model_config.audio_codebook_size + 1,
             weights=weights,
         )
+        if resumed:
+            any_batch = MicroBatches(train_rows, tokenizer, cache, Collator.of(model_config))[MicroBatch((0,))]
+            engine.load_state(resumed.state, any_batch.model_inputs(ranks.device))
+            checkpoint.restore_rng(resumed.rng, ranks, config.seed + resumed.position.step)
         say(plan.describe(total_steps), engine.describe(config.dtype), sep="\n")
 
         # 5. Train, under the guard.
@@ -141,12 +159,32 @@ def run(config: TrainConfig, ds_raw: dict, *, check_only: bool) -> int:
                 output_dir,
                 config=config.as_dict() | {"world_size": ranks.world_size, "deepspeed": ds_config},
                 total_steps=total_steps,
+                first_step=first_step - 1,
                 run_name=config.run_name,
                 wandb_project=config.wandb_project,
                 wandb_mode=config.wandb_mode,
             )
-            checkpoint.write_resolved(output_dir, config.as_dict(), ds_config)
+            run_dir.write_resolved(output_dir, config.as_dict(), ds_config)
             return tracker
+
+        writer = checkpoint.CheckpointWriter(
+            output_dir / "checkpoints", keep_last=config.keep_last, lora=lora_model.peft_config["default"]
+        )
+
+        def save(window):
+            writer.save(
+                checkpoint.Position(
+                    step=window.step,
+                    epoch=window.epoch,
+                    dropped_steps=trainer.dropped_steps,
+                    rows_per_step=plan.rows_per_step,
+                    num_rows=len(train_rows),
+                    world_size=ranks.world_size,
+                    config=config.as_dict(),
+                ),
+                engine,
+                ranks,
+            )
 
         try:
             with ranks.each(opened) as tracker:
@@ -168,23 +206,32 @@ def run(config: TrainConfig, ds_raw: dict, *, check_only: bool) -> int:
                     eval_every=config.eval_every or plan.steps_per_epoch,
                     validation=validation if val_rows else None,
                     tracker=tracker,
+                    save=None if check_only else save,
+                    save_every=config.save_every,
+                    raise_if_save_failed=writer.raise_if_failed,
+                    stop_requested=stop.requested,
+                    dropped_steps=resumed.position.dropped_steps if resumed else 0,
                 )
-                trainer.train(batches(train_rows, plan.windows(ranks.rank, 1, total_steps)))
+                finished = trainer.train(batches(train_rows, plan.windows(ranks.rank, first_step, total_steps)))
+                writer.wait()
         except BadLossError as error:
             if check_only:
                 say(error)
                 return leave_ranks(EXIT_CHECK_FAILED)
             facts = {"stopped": "by the loss guard, before the failed step was trained"}
-            saved = checkpoint.save_adapter(
+            saved = run_dir.save_adapter(
                 lora_model, engine.gather_trainable(), output_dir / "adapter_before_failure", ranks, facts
             )
             say(f"nothing of the failed step was trained; the weights before it are in {saved}")
             return leave_ranks(EXIT_BAD_LOSS)
 
         # 6. Close: the adapter, and where to look.
+        if not finished:
+            say(f"asked to stop: saved in {output_dir / 'checkpoints'}; --resume auto goes on from there")
+            return leave_ranks(EXIT_STOPPED)
         if not check_only:
             facts = {"rows": len(train_rows), "optimizer steps": total_steps, **trainer.last_losses}
-            saved = checkpoint.save_adapter(lora_model, engine.gather_trainable(), output_dir / "adapter", ranks, facts)
+            saved = run_dir.save_adapter(lora_model, engine.gather_trainable(), output_dir / "adapter", ranks, facts)
             say(f"adapter: {saved}")
             say(
                 f"listen:  python -m higgs_ds generate --base_ckpt {config.base_ckpt} --adapter {saved} "

@@ -1,112 +1,280 @@
-"""What a run leaves in its folder, written so that a reader never sees half of it."""
+"""Checkpoints of a run: everything that trains, once, independent of ZeRO stage and world size.
+
+`output_dir/checkpoints/step-000500/` holds `adapter/` (PEFT's format, float32), `optimizer.safetensors` (Adam's
+moments), `rng.safetensors`, `state.json` and `checksums.json`. Nothing in it is pickled. It is written beside, synced
+and renamed, so that a folder with that name is whole, and its checksums prove it.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import yaml
-from peft import PeftModel
+from peft import LoraConfig
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
-from .config import ConfigError
-from .engine import Ranks
+from .config import ConfigError, TrainConfig
+from .engine import Engine, OptimizerState, Ranks
 
-RUN_FILES = ("config.yaml", "metrics.jsonl", "adapter")
-
-
-def prepare_run_dir(output_dir: Path, *, check_only: bool) -> Path:
-    """Makes the run's folder; refuses one that holds a run already, or that cannot be written to.
-
-    Raises:
-        ConfigError: with the folder and what to do.
-    """
-    held = [name for name in RUN_FILES if (output_dir / name).exists()]
-    if held and not check_only:
-        raise ConfigError(
-            [f"--output_dir: {output_dir} holds a run already ({', '.join(held)}); name another folder or remove it"]
-        )
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        probe = output_dir / f".writable-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ConfigError([f"--output_dir: {output_dir} cannot be written to: {error.strerror or error}"]) from None
-    return output_dir
+CHECKSUMS = "checksums.json"
+# A change of these would make another run of it; the adapter's shape cannot change at all.
+SHAPE_OPTIONS = ("lora_r", "lora_target_modules")
+TRAJECTORY_OPTIONS = (
+    *("lora_alpha", "lora_dropout", "train_manifest", "codec", "base_ckpt", "base_revision", "seed", "dtype", "lr"),
+    *("lr_scheduler", "warmup_ratio", "weight_decay", "max_grad_norm", "epochs", "max_steps", "text_loss_weight"),
+    *("audio_loss_weight", "codebook_weights", "max_duration_sec"),
+)
 
 
-def write_resolved(output_dir: Path, config: dict, ds_config: dict) -> None:
-    """`config.yaml` and `ds_config.json`, as the run uses them; both can be given back as flags' files."""
-    text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
-    _write(output_dir / "config.yaml", f"# python train_ds.py --config {output_dir / 'config.yaml'}\n{text}")
-    _write(output_dir / "ds_config.json", json.dumps(ds_config, indent=2) + "\n")
+@dataclass
+class Position:
+    """Where in the run a checkpoint stands; with the seed, that fixes every batch to come."""
+
+    step: int  # optimizer steps done
+    epoch: float
+    dropped_steps: int
+    rows_per_step: int  # of a global batch
+    num_rows: int
+    world_size: int
+    config: dict
+    adam_steps: int = 0  # updates made; fewer than `step` where steps were dropped
 
 
-def _write(path: Path, text: str) -> None:
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
+@dataclass
+class Checkpoint:
+    """A checkpoint that was read whole."""
+
+    folder: Path
+    position: Position
+    state: OptimizerState
+    rng: dict[str, torch.Tensor]
+
+    @property
+    def adapter(self) -> dict[str, torch.Tensor]:
+        """The weights by PEFT's keys."""
+        return {adapter_key(name): value for name, value in self.state.weights.items()}
 
 
-def save_adapter(
-    model: PeftModel, weights: dict[str, torch.Tensor], folder: Path, ranks: Ranks, facts: dict[str, object]
-) -> Path:
-    """The adapter in PEFT's format, from whole weights by module name; rank 0 writes, all ranks wait.
+class CheckpointError(ValueError):
+    """A checkpoint that is incomplete or damaged; says which file and how."""
 
-    Args:
-        weights: what `Engine.gather_trainable` gave, named within the training module (`model.` before PEFT's names).
-        facts: lines of the model card.
 
-    Raises:
-        ValueError: a weight is empty or not finite, so that the file would not hold what was trained.
-    """
-    if ranks.is_main:
-        state = {name.removeprefix("model."): value.contiguous() for name, value in weights.items()}
-        for name, value in state.items():
-            if value.numel() == 0 or not bool(torch.isfinite(value).all()):
-                raise ValueError(f"{name} has shape {tuple(value.shape)} or holds NaN: refusing to write this adapter")
-        beside = folder.with_name(folder.name + ".tmp")
+def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """This process's generators, as bytes."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def restore_rng(rng: dict[str, torch.Tensor], ranks: Ranks, seed: int) -> None:
+    """Sets this rank's generators; from `seed` where the checkpoint has none for it (another world size or device)."""
+    wanted = {kind: f"{ranks.rank}.{kind}" for kind in ("cpu", ranks.device.type)}
+    if not all(key in rng for key in wanted.values()):
+        ranks.seed(seed)
+        return
+    torch.set_rng_state(rng[wanted["cpu"]])
+    if ranks.device.type == "cuda":
+        torch.cuda.set_rng_state(rng[wanted["cuda"]], ranks.device)
+
+
+class CheckpointWriter:
+    """Writes checkpoints in the background, on rank 0; an error surfaces at the next call."""
+
+    def __init__(self, folder: Path, *, keep_last: int, lora: LoraConfig):
+        self.folder = folder
+        self.keep_last = keep_last
+        self.lora = lora
+        self._pool = ThreadPoolExecutor(1)
+        self._pending: Future | None = None
+
+    def save(self, position: Position, engine: Engine, ranks: Ranks) -> None:
+        """Gathers on all ranks, then writes behind their backs on rank 0; waits for the checkpoint before."""
+        self.wait()
+        state = engine.gather_state()
+        rng = ranks.gather(rng_state(ranks.device))
+        if ranks.is_main:
+            position.adam_steps = state.adam_steps
+            self._pending = self._pool.submit(self._write, position, state, rng)
+
+    def raise_if_failed(self) -> None:
+        """Raises what went wrong in the background, once that is known."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Until the last checkpoint is on disk.
+
+        Raises:
+            OSError: it could not be written; earlier checkpoints are as they were.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def _write(self, position: Position, state: OptimizerState, rng: list[dict[str, torch.Tensor]]) -> None:
+        name = f"step-{position.step:06d}"
+        beside = self.folder / f".{name}.tmp"
         shutil.rmtree(beside, ignore_errors=True)
-        model.save_pretrained(beside, state_dict=state, safe_serialization=True, save_embedding_layers=False)
-        (beside / "README.md").write_text(_model_card(model, facts), encoding="utf-8")
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(beside, folder)
-    ranks.barrier()
-    return folder
+        try:
+            (beside / "adapter").mkdir(parents=True)
+            self.lora.save_pretrained(beside / "adapter")
+            weights = {adapter_key(key): value.contiguous() for key, value in state.weights.items()}
+            save_file(weights, beside / "adapter" / "adapter_model.safetensors", metadata={"format": "pt"})
+            moments = {f"{part}.{key}": value for part in ("exp_avg", "exp_avg_sq")
+                       for key, value in getattr(state, part).items()}  # fmt: skip
+            save_file(moments, beside / "optimizer.safetensors")
+            generators = {f"{rank}.{kind}": value for rank, kinds in enumerate(rng) for kind, value in kinds.items()}
+            save_file(generators, beside / "rng.safetensors")
+            (beside / "state.json").write_text(json.dumps(asdict(position), indent=2) + "\n", encoding="utf-8")
+            files = sorted(path for path in beside.rglob("*") if path.is_file())
+            sums = {str(path.relative_to(beside)): _sha256(path) for path in files}
+            (beside / CHECKSUMS).write_bytes(_sealed(sums))
+            for path in (*files, beside / CHECKSUMS, beside / "adapter", beside):
+                _sync(path)
+            final = self.folder / name
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(beside, final)
+            _sync(self.folder)
+        except OSError as error:
+            shutil.rmtree(beside, ignore_errors=True)
+            raise OSError(
+                error.errno, f"checkpoint {name} could not be written to {self.folder}: {error.strerror or error}"
+            ) from error
+        for old in list_checkpoints(self.folder)[: -self.keep_last]:
+            shutil.rmtree(old)
 
 
-def _model_card(model: PeftModel, facts: dict[str, object]) -> str:
-    lora = model.peft_config["default"]
-    base = f"`{lora.base_model_name_or_path}`" + (f" at revision `{lora.revision}`" if lora.revision else "")
-    rows = {
-        "base": base,
-        "LoRA rank / alpha / dropout": f"{lora.r} / {lora.lora_alpha:g} / {lora.lora_dropout:g}",
-        "layers": ", ".join(sorted(lora.target_modules)),
-        **{key: f"{value:.4f}" if isinstance(value, float) else value for key, value in facts.items()},
-    }
-    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
-    return f"""---
-library_name: peft
-base_model: {lora.base_model_name_or_path}
-pipeline_tag: text-to-speech
----
-# LoRA adapter for Higgs Audio v2
+def adapter_key(name: str) -> str:
+    """A weight's name in the training module -> its key in PEFT's file."""
+    return name.removeprefix("model.").replace(".default.", ".")
 
-| | |
-|---|---|
-{table}
 
-```python
-from boson_multimodal.model.higgs_audio import HiggsAudioModel
-from peft import PeftModel
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Complete-looking checkpoints, oldest first; what is being written has another name."""
+    return sorted(path for path in folder.glob("step-*") if path.is_dir())
 
-model = HiggsAudioModel.from_pretrained("{lora.base_model_name_or_path}")
-model = PeftModel.from_pretrained(model, "adapter")
-```
 
-Trained with higgs_ds.
-"""
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Reads a checkpoint after proving every file by its checksum.
+
+    Raises:
+        CheckpointError: naming the file that is missing, cut short or changed.
+    """
+    try:
+        content = (folder / CHECKSUMS).read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{folder / CHECKSUMS} cannot be read: {error.strerror}") from error
+    try:
+        sums = json.loads(content)["files"]
+        intact = _sealed(sums) == content
+    except (ValueError, KeyError, TypeError):
+        intact = False
+    if not intact:
+        raise CheckpointError(f"{folder / CHECKSUMS} is damaged")
+    for name, wanted in sums.items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing")
+        if _sha256(path) != wanted:
+            raise CheckpointError(f"{path} is damaged: its checksum is not the one that was written")
+    try:
+        position = Position(**json.loads((folder / "state.json").read_text(encoding="utf-8")))
+        weights = load_file(folder / "adapter" / "adapter_model.safetensors")
+        moments = load_file(folder / "optimizer.safetensors")
+        rng = load_file(folder / "rng.safetensors")
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise CheckpointError(f"{folder} cannot be read: {error}") from error
+    exp_avg = {key.removeprefix("exp_avg."): v for key, v in moments.items() if key.startswith("exp_avg.")}
+    exp_avg_sq = {key.removeprefix("exp_avg_sq."): v for key, v in moments.items() if key.startswith("exp_avg_sq.")}
+    weights = {name: weights[adapter_key(name)] for name in exp_avg}
+    return Checkpoint(folder, position, OptimizerState(weights, exp_avg, exp_avg_sq, position.adam_steps), rng)
+
+
+def find_checkpoint(resume: str, output_dir: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The checkpoint that `--resume` means, and what has to be said about those that were passed over.
+
+    Raises:
+        ConfigError: an explicit path whose checkpoint is not whole.
+    """
+    if resume == "none":
+        return None, []
+    if resume != "auto":
+        try:
+            return read_checkpoint(Path(resume)), []
+        except CheckpointError as error:
+            raise ConfigError([f"--resume: {error}"]) from error
+    passed_over = []
+    for folder in reversed(list_checkpoints(output_dir / "checkpoints")):
+        try:
+            return read_checkpoint(folder), passed_over
+        except CheckpointError as error:
+            passed_over.append(f"--resume auto: {error}; taking the checkpoint before it")
+    return None, passed_over
+
+
+def keep_global_batch(resumed: Checkpoint, config: TrainConfig, world_size: int) -> int:
+    """The accumulation with which this world size makes the checkpoint's global batches.
+
+    Raises:
+        ConfigError: none does; or LoRA's shape is another.
+    """
+    position = resumed.position
+    saved = position.config
+    problems = [
+        f"--resume: --{name} is {getattr(config, name)}, the checkpoint has {saved.get(name)}; it cannot change"
+        for name in SHAPE_OPTIONS
+        if getattr(config, name) != saved.get(name)
+    ]
+    if position.rows_per_step % (config.batch_size * world_size):
+        problems.append(
+            f"--resume: the checkpoint's global batch of {position.rows_per_step} rows is no multiple of "
+            f"--batch_size {config.batch_size} × {world_size} ranks"
+        )
+    if problems:
+        raise ConfigError(problems)
+    return position.rows_per_step // (config.batch_size * world_size)
+
+
+def changed_settings(resumed: Checkpoint | None, config: dict, num_rows: int) -> list[str]:
+    """What differs from the checkpoint's settings and makes another trajectory, a line each."""
+    if resumed is None:
+        return []
+    saved = resumed.position.config
+    changed = [
+        f"--{name} is {config[name]}, the checkpoint has {saved.get(name)}"
+        for name in TRAJECTORY_OPTIONS
+        if config[name] != saved.get(name)
+    ]
+    if num_rows != resumed.position.num_rows:
+        changed.append(f"the manifest has {num_rows} usable rows, the checkpoint's had {resumed.position.num_rows}")
+    return [f"WARNING: --resume with another setting: {line}" for line in changed]
+
+
+def _sealed(sums: dict[str, str]) -> bytes:
+    """The checksum file's content: itself proven by a checksum, and in one spelling only."""
+    seal = hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
+    return (json.dumps({"files": sums, "seal": seal}, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -116,6 +116,12 @@ class TrainConfig:
     eval_every: int | None = _option(
         None, "run", "optimizer steps between two validations (default: once an epoch)", least=1
     )
+    save_every: int | None = _option(None, "run", "optimizer steps between two checkpoints (default: none)", least=1)
+    keep_last: int = _option(3, "run", "checkpoints that are kept; older ones are removed", least=1)
+    resume: str = _option(
+        "none", "run", "auto: go on from the newest whole checkpoint of --output_dir; none; or a checkpoint's folder"
+    )
+    init_adapter: str | None = _option(None, "model", "start from this adapter's weights: a new run, not a resume")
     run_name: str | None = _option(None, "run", "name of the run in W&B and on the plot")
     wandb_project: str | None = _option(None, "run", "W&B project (default: higgs-ds)")
     wandb_mode: str = _option(

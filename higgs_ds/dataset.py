@@ -122,6 +122,7 @@ def load_windows(
         num_workers=num_workers,
         pin_memory=pin_memory,
         prefetch_factor=4 if num_workers else None,
+        generator=torch.Generator(),  # its own: a loader draws from it, and dropout's must be the same after a resume
     )
     batches = iter(loader)
     for window in windows:

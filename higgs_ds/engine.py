@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import signal
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -119,6 +120,24 @@ def leave_ranks(exit_code: int, *, wait: bool = True) -> int:
     return exit_code
 
 
+class StopSignal:
+    """SIGTERM and SIGUSR1 ask for a stop after the step in hand; the second one ends the process at once."""
+
+    def __init__(self):
+        self._asked = False
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number, frame) -> None:
+        if self._asked:
+            os._exit(128 + number)
+        self._asked = True
+
+    def requested(self) -> bool:
+        """Whether this process was asked."""
+        return self._asked
+
+
 class DroppableAdamW(torch.optim.AdamW):
     """AdamW whose next step can be dropped: moments and weights stay, the engine clears the gradients as always.
 
@@ -141,6 +160,16 @@ class DroppableAdamW(torch.optim.AdamW):
             if not math.isfinite(self.norm):
                 return None
         return super().step(closure)
+
+
+@dataclass
+class OptimizerState:
+    """Float32 weights and Adam's moments by name, and how many updates Adam has counted."""
+
+    weights: dict[str, torch.Tensor]
+    exp_avg: dict[str, torch.Tensor]
+    exp_avg_sq: dict[str, torch.Tensor]
+    adam_steps: int
 
 
 @contextlib.contextmanager
@@ -220,6 +249,71 @@ class Engine:
             self._engine.step()
         finally:
             self._optimizer.drop_next = False
+
+    def gather_state(self) -> OptimizerState:
+        """Weights in float32 and Adam's moments, whole, on the CPU, by name in the module. Every rank must call it.
+
+        The same whatever the stage and the world size, so that any of them can go on from it.
+        """
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        state = OptimizerState({}, {}, {}, self._adam_steps())
+        parts = (state.weights, state.exp_avg, state.exp_avg_sq)
+        for (name, parameter), master in zip(self._named_trainable(), self._masters(), strict=True):
+            if self.stage == 0:
+                own = self._optimizer.state[master]
+                values = (master, own["exp_avg"], own["exp_avg_sq"])
+            else:
+                moments = (safe_get_full_optimizer_state(parameter, key) for key in ("exp_avg", "exp_avg_sq"))
+                values = (safe_get_full_fp32_param(parameter), *moments)
+            for part, value in zip(parts, values, strict=True):
+                part[name] = value.detach().float().cpu().reshape(self._shape(parameter)).clone()
+        return state
+
+    def load_state(self, state: OptimizerState, first_inputs: dict) -> None:
+        """Sets what `gather_state` gave; the module's own weights must hold the same, in the engine's dtype, already.
+
+        Args:
+            first_inputs: any micro-batch's model inputs. One step with gradients of zero and learning rate 0 on it
+                makes every stage create its moments, which are then set.
+        """
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        books = self.module.num_codebooks
+        device = next(value for value in first_inputs.values() if value is not None).device
+        loss, _, _ = self.forward(first_inputs, 0.0, torch.zeros(books, device=device))
+        self.backward(loss)
+        self.step(0.0)
+        for (name, parameter), master in zip(self._named_trainable(), self._masters(), strict=True):
+            values = [part[name].to(device) for part in (state.weights, state.exp_avg, state.exp_avg_sq)]
+            if self.stage == 0:
+                own = self._optimizer.state[master]
+                for target, value in zip((master.data, own["exp_avg"], own["exp_avg_sq"]), values, strict=True):
+                    target.copy_(value)
+            else:
+                safe_set_full_fp32_param(parameter, values[0])
+                safe_set_full_optimizer_state(parameter, values[1], "exp_avg")
+                safe_set_full_optimizer_state(parameter, values[2], "exp_avg_sq")
+        for own in self._optimizer.state.values():
+            own["step"].fill_(state.adam_steps)
+
+    def _named_trainable(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
+
+    def _masters(self) -> list[torch.Tensor]:
+        """What the optimizer steps at stage 0, in the module's order; placeholders at the sharded stages."""
+        if self.stage == 0:
+            return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+        return [parameter for _, parameter in self._named_trainable()]
+
+    @staticmethod
+    def _shape(parameter: nn.Parameter) -> torch.Size:
+        return getattr(parameter, "ds_shape", parameter.shape)
+
+    def _adam_steps(self) -> int:
+        steps = {int(own["step"]) for own in self._optimizer.state.values()}
+        assert len(steps) == 1, steps
+        return steps.pop()
 
     def gather_trainable(self) -> dict[str, torch.Tensor]:
         """Trained weights, whole, on the CPU, by their names in the module. Every rank must call it."""

@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from boson_multimodal.model.higgs_audio import HiggsAudioConfig, HiggsAudioModel
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -183,6 +184,39 @@ def attach_lora(
         if parameter.requires_grad:
             parameter.data.copy_(initial_lora(name, tuple(parameter.shape), seed))
     return peft_model
+
+
+def set_lora(model: PeftModel, weights: dict[str, torch.Tensor], source: str) -> None:
+    """Takes over LoRA weights, keyed as in PEFT's files; before the engine, which makes its masters of them.
+
+    Raises:
+        ConfigError: weights that are missing, extra or of another shape, each named.
+    """
+    own = {name.replace(".default.", "."): p for name, p in model.named_parameters() if p.requires_grad}
+    problems = [f"{source}: missing weight {key}" for key in own if key not in weights]
+    problems += [f"{source}: extra weight {key}" for key in weights if key not in own]
+    problems += [
+        f"{source}: {key} has shape {list(weights[key].shape)}, this run needs {list(p.shape)}"
+        for key, p in own.items()
+        if key in weights and weights[key].shape != p.shape
+    ]
+    if problems:
+        raise ConfigError(problems[:20])
+    for key, parameter in own.items():
+        parameter.data.copy_(weights[key])
+
+
+def read_adapter(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights of a PEFT adapter, by the keys of its file.
+
+    Raises:
+        ConfigError: no adapter there, or one that cannot be read.
+    """
+    file = folder / "adapter_model.safetensors"
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError([f"--init_adapter: {file} cannot be read: {error}"]) from error
 
 
 def initial_lora(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:

@@ -31,6 +31,7 @@ class StepResult:
     ranks: list[StepSums]
     failures: list[Failure]
     grad_norm: float = float("nan")
+    stop: bool = False  # some rank was asked to stop
 
 
 @dataclass
@@ -48,13 +49,17 @@ class Trainer:
     eval_every: int
     validation: Callable[[], Iterable[tuple[Window, list[Batch]]]] | None = None
     tracker: Tracker | None = None
+    save: Callable[[Window], None] | None = None
+    save_every: int | None = None
+    raise_if_save_failed: Callable[[], None] = lambda: None
+    stop_requested: Callable[[], bool] = lambda: False
     dropped_steps: int = 0
     last_losses: dict[str, float] = field(default_factory=dict)
     _said: set[str] = field(default_factory=set)
     _checklist_due: bool = True
 
-    def train(self, windows: Iterable[tuple[Window, list[Batch]]]) -> None:
-        """All windows, one optimizer step each.
+    def train(self, windows: Iterable[tuple[Window, list[Batch]]]) -> bool:
+        """All windows, one optimizer step each; False if a rank was asked to stop, after its step is saved.
 
         Raises:
             BadLossError: on every rank, when a check failed on some rank and `on_bad_loss` is "raise".
@@ -64,6 +69,7 @@ class Trainer:
         for window, batches in windows:
             data_sec = time.perf_counter() - started
             lr = self.learning_rate(window.step)
+            self.raise_if_save_failed()
             result = self.train_step(window.step, batches, lr)
             if result.failures:
                 self._bad_step(result.failures)
@@ -71,7 +77,13 @@ class Trainer:
             self._log(window, result, lr, step_sec, data_sec)
             if self.validation and (window.step % self.eval_every == 0 or window.step == self.total_steps):
                 self.evaluate(window.step)
+            last = window.step == self.total_steps
+            if self.save and (result.stop or (self.save_every and (last or window.step % self.save_every == 0))):
+                self.save(window)
+            if result.stop:
+                return False
             started = time.perf_counter()
+        return True
 
     def train_step(self, step: int, batches: list[Batch], lr: float) -> StepResult:
         """One optimizer step over this rank's micro-batches; the update happens only if no rank saw a failure."""
@@ -109,10 +121,11 @@ class Trainer:
             sums.add(values, tokens=batch.num_tokens, re_expanded=report.path == "re-expanded")
         if self._checklist_due:
             self._say_checklist(batches[0], reports[0], on_host[0], failures)
-        table = self.ranks.table([len(failures), *sums.values()])
+        table = self.ranks.table([len(failures), self.stop_requested(), *sums.values()])
+        stop = any(row[1] for row in table)
         if any(row[0] for row in table):
             self.engine.drop_step()
-            return StepResult([], self._all_failures(failures))
+            return StepResult([], self._all_failures(failures), stop=stop)
         if self.guard.honest_zeros:
             self._say_of_this_rank(
                 step,
@@ -131,7 +144,8 @@ class Trainer:
             else:
                 failures = self.guard.check_gradient(batches, grad_norm, step)
                 return StepResult([], self._all_failures(failures))
-        return StepResult([StepSums.of(row[1:], len(self.weights.codebooks)) for row in table], [], grad_norm)
+        ranks = [StepSums.of(row[2:], len(self.weights.codebooks)) for row in table]
+        return StepResult(ranks, [], grad_norm, stop)
 
     @torch.no_grad()
     def evaluate(self, step: int) -> dict[str, float]:

@@ -1,0 +1,115 @@
+"""What a run leaves in its folder, written so that a reader never sees half of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+import yaml
+from peft import PeftModel
+
+from .config import ConfigError
+from .engine import Ranks
+
+RUN_FILES = ("config.yaml", "metrics.jsonl", "adapter", "checkpoints")
+
+
+def prepare_run_dir(output_dir: Path, *, may_hold_a_run: bool) -> Path:
+    """Makes the run's folder; refuses one that cannot be written to, or that holds a run already unless it may.
+
+    Raises:
+        ConfigError: with the folder and what to do.
+    """
+    held = [name for name in RUN_FILES if (output_dir / name).exists()]
+    if held and not may_hold_a_run:
+        raise ConfigError(
+            [
+                f"--output_dir: {output_dir} holds a run already ({', '.join(held)}); --resume auto goes on with it, "
+                "or name another folder"
+            ]
+        )
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        probe = output_dir / f".writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError([f"--output_dir: {output_dir} cannot be written to: {error.strerror or error}"]) from None
+    return output_dir
+
+
+def write_resolved(output_dir: Path, config: dict, ds_config: dict) -> None:
+    """`config.yaml` and `ds_config.json`, as the run uses them; both can be given back as flags' files."""
+    text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+    _write(output_dir / "config.yaml", f"# python train_ds.py --config {output_dir / 'config.yaml'}\n{text}")
+    _write(output_dir / "ds_config.json", json.dumps(ds_config, indent=2) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    beside = path.with_name(path.name + ".tmp")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, path)
+
+
+def save_adapter(
+    model: PeftModel, weights: dict[str, torch.Tensor], folder: Path, ranks: Ranks, facts: dict[str, object]
+) -> Path:
+    """The adapter in PEFT's format, from whole weights by module name; rank 0 writes, all ranks wait.
+
+    Args:
+        weights: what `Engine.gather_trainable` gave, named within the training module (`model.` before PEFT's names).
+        facts: lines of the model card.
+
+    Raises:
+        ValueError: a weight is empty or not finite, so that the file would not hold what was trained.
+    """
+    if ranks.is_main:
+        state = {name.removeprefix("model."): value.contiguous() for name, value in weights.items()}
+        for name, value in state.items():
+            if value.numel() == 0 or not bool(torch.isfinite(value).all()):
+                raise ValueError(f"{name} has shape {tuple(value.shape)} or holds NaN: refusing to write this adapter")
+        beside = folder.with_name(folder.name + ".tmp")
+        shutil.rmtree(beside, ignore_errors=True)
+        model.save_pretrained(beside, state_dict=state, safe_serialization=True, save_embedding_layers=False)
+        (beside / "README.md").write_text(_model_card(model, facts), encoding="utf-8")
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(beside, folder)
+    ranks.barrier()
+    return folder
+
+
+def _model_card(model: PeftModel, facts: dict[str, object]) -> str:
+    lora = model.peft_config["default"]
+    base = f"`{lora.base_model_name_or_path}`" + (f" at revision `{lora.revision}`" if lora.revision else "")
+    rows = {
+        "base": base,
+        "LoRA rank / alpha / dropout": f"{lora.r} / {lora.lora_alpha:g} / {lora.lora_dropout:g}",
+        "layers": ", ".join(sorted(lora.target_modules)),
+        **{key: f"{value:.4f}" if isinstance(value, float) else value for key, value in facts.items()},
+    }
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    return f"""---
+library_name: peft
+base_model: {lora.base_model_name_or_path}
+pipeline_tag: text-to-speech
+---
+# LoRA adapter for Higgs Audio v2
+
+| | |
+|---|---|
+{table}
+
+```python
+from boson_multimodal.model.higgs_audio import HiggsAudioModel
+from peft import PeftModel
+
+model = HiggsAudioModel.from_pretrained("{lora.base_model_name_or_path}")
+model = PeftModel.from_pretrained(model, "adapter")
+```
+
+Trained with higgs_ds.
+"""

@@ -1,0 +1,201 @@
+"""A run that cannot be lost: saved, proven, gone on with, at any stage and world size."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from boson_multimodal.model.higgs_audio import HiggsAudioModel
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from higgs_ds.checkpoint import CheckpointError, find_checkpoint, list_checkpoints, read_checkpoint
+from higgs_ds.config import ConfigError
+from tests.conftest import ROOT, SPEECH
+from tests.ranks import assert_all, free_port, run_ranks
+from tests.test_engine import distance
+
+
+@pytest.fixture(scope="module")
+def flags_of(tiny_dir, codec_dir):
+    def flags(output_dir, **changes) -> list[str]:
+        settings = {
+            "train_manifest": SPEECH,
+            "base_ckpt": tiny_dir,
+            "codec": codec_dir,
+            "output_dir": output_dir,
+            "num_workers": 0,
+            "wandb_mode": "disabled",
+            "batch_size": 2,
+            "lora_r": 8,
+            "lr": 1e-2,
+            "epochs": 10,
+        }
+        return [str(word) for name, value in (settings | changes).items() for word in (f"--{name}", value)]
+
+    return flags
+
+
+def losses(folder) -> list[dict]:
+    """Every logged loss by step, as written."""
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    kinds = ("train/loss", "train/text_loss", "train/audio_loss", "train/codebook_loss", "train/grad_norm", "rank/")
+    return [{k: v for k, v in row.items() if k == "global_step" or k.startswith(kinds)} for row in rows]
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_interrupted_and_resumed_is_never_interrupted_bit_for_bit(stage, flags_of, tmp_path):
+    """bf16, dropout on: SIGTERM to one of two ranks in the middle, exit 75, `--resume auto`."""
+    common = {"deepspeed_config": f"ds_configs/zero{stage}.json", "dtype": "bf16", "max_steps": 12, "grad_accum": 2}
+    assert_all(run_ranks(["train_ds.py", *flags_of(tmp_path / "whole", **common)], 2, timeout=180))
+
+    first = flags_of(tmp_path / "parts", **common)
+    results = run_ranks(["tests/workers/train_and_stop.py", "5", "1", *first], 2, timeout=180)
+    assert_all(results, returncode=75)
+    assert [path.name for path in list_checkpoints(tmp_path / "parts/checkpoints")] == ["step-000005"]
+    assert "--resume auto goes on from there" in results[0].output
+
+    results = run_ranks(["train_ds.py", *first, "--resume", "auto"], 2, timeout=180)
+    assert_all(results)
+    assert "resuming after step 5" in results[0].output
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    ours, wanted = (load_file(tmp_path / run / "adapter/adapter_model.safetensors") for run in ("parts", "whole"))
+    assert ours.keys() == wanted.keys() and all(torch.equal(ours[key], wanted[key]) for key in wanted)
+
+
+def test_other_stages_and_world_sizes_go_on_with_the_same_run(flags_of, tmp_path):
+    """2 ranks ZeRO-2 → 4 ranks ZeRO-3 → 1 rank ZeRO-0, against 1 rank that was never interrupted."""
+    common = {"dtype": "fp32", "lora_dropout": 0, "lr_scheduler": "constant", "warmup_ratio": 0, "save_every": 2}
+
+    def run(folder, ranks, stage, steps, **changes):
+        flags = flags_of(folder, deepspeed_config=f"ds_configs/zero{stage}.json", max_steps=steps, **common, **changes)
+        results = run_ranks(["train_ds.py", *flags], ranks, timeout=180)
+        assert_all(results)
+        return results[0].output
+
+    run(tmp_path / "whole", 1, 2, 6, grad_accum=4)
+    run(tmp_path / "parts", 2, 2, 2, grad_accum=2)
+    output = run(tmp_path / "parts", 4, 3, 4, grad_accum=2, resume="auto")
+    assert "= 8 rows" in output and "--max_steps is 4, the checkpoint has 2" in output
+    run(tmp_path / "parts", 1, 0, 6, grad_accum=1, resume="auto")
+    ours = read_checkpoint(tmp_path / "parts/checkpoints/step-000006").state
+    wanted = read_checkpoint(tmp_path / "whole/checkpoints/step-000006").state
+    assert distance(ours.weights, wanted.weights) < 1e-5
+    assert distance(ours.exp_avg, wanted.exp_avg) < 1e-4 and ours.adam_steps == wanted.adam_steps == 6
+
+
+@pytest.fixture(scope="module")
+def saved(flags_of, tmp_path_factory):
+    """A run of one rank with a checkpoint every step, three of them kept."""
+    folder = tmp_path_factory.mktemp("saved") / "run"
+    flags = flags_of(folder, max_steps=5, save_every=1, keep_last=3, dtype="fp32")
+    assert_all(run_ranks(["train_ds.py", *flags], 1, timeout=120))
+    return folder, flags
+
+
+def test_rotation_and_what_a_checkpoint_holds(saved, tiny_dir):
+    folder, _ = saved
+    kept = list_checkpoints(folder / "checkpoints")
+    assert [path.name for path in kept] == ["step-000003", "step-000004", "step-000005"]
+    assert not list((folder / "checkpoints").glob(".*"))
+    newest = read_checkpoint(kept[-1])
+    assert newest.position.step == 5 and newest.state.adam_steps == 5 and newest.position.rows_per_step == 2
+    size = sum(path.stat().st_size for path in kept[-1].rglob("*") if path.is_file())
+    parameters = sum(value.numel() for value in newest.state.weights.values())
+    assert size <= 16 * parameters + 1_000_000
+    model = PeftModel.from_pretrained(HiggsAudioModel.from_pretrained(tiny_dir), kept[-1] / "adapter")
+    final = load_file(folder / "adapter/adapter_model.safetensors")
+    loaded = {name.replace(".default.", "."): p for name, p in model.named_parameters() if "lora_" in name}
+    assert all(torch.equal(loaded[key], final[key]) for key in final)
+
+
+FILES = [
+    "adapter/adapter_config.json",
+    "adapter/adapter_model.safetensors",
+    "optimizer.safetensors",
+    "rng.safetensors",
+    "state.json",
+    "checksums.json",
+]
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", ["cut", "flipped", "gone"])
+def test_any_damage_to_any_file_is_detected(name, damage, saved, tmp_path):
+    folder, _ = saved
+    shutil.copytree(folder / "checkpoints", tmp_path / "checkpoints")
+    newest = list_checkpoints(tmp_path / "checkpoints")[-1]
+    assert sorted(str(p.relative_to(newest)) for p in newest.rglob("*") if p.is_file() and p.name != "README.md") == (
+        sorted(FILES)
+    )
+    file = newest / name
+    content = bytearray(file.read_bytes())
+    if damage == "gone":
+        file.unlink()
+    elif damage == "cut":
+        file.write_bytes(content[:-1])
+    else:
+        places = range(len(content)) if name == "checksums.json" else [0, len(content) // 2, len(content) - 1]
+        for place in places:
+            flipped = bytearray(content)
+            flipped[place] ^= 1
+            file.write_bytes(flipped)
+            with pytest.raises(CheckpointError, match=name):
+                read_checkpoint(newest)
+    with pytest.raises(CheckpointError, match=name):
+        read_checkpoint(newest)
+    with pytest.raises(ConfigError, match="--resume"):
+        find_checkpoint(str(newest), tmp_path)
+    found, said = find_checkpoint("auto", tmp_path)
+    assert found.position.step == 4 and len(said) == 1 and "step-000005" in said[0]
+
+
+def test_what_cannot_go_on_is_refused_and_what_changes_is_said(saved, tmp_path):
+    folder, flags = saved
+    copy = tmp_path / "run"
+    shutil.copytree(folder, copy)
+
+    def resume(*changes):
+        words = [str(copy) if word == str(folder) else word for word in flags]
+        (result,) = run_ranks(["train_ds.py", *words, "--resume", "auto", *changes], 1, timeout=120)
+        return result
+
+    other_rank = resume("--lora_r", "4")
+    assert other_rank.returncode == 2 and "--lora_r is 4, the checkpoint has 8; it cannot change" in other_rank.output
+    other_batch = resume("--batch_size", "3")
+    assert other_batch.returncode == 2 and "global batch of 2 rows is no multiple" in other_batch.output
+    done = resume("--lr", "0.5", "--seed", "7")
+    assert done.returncode == 0 and "--lr is 0.5, the checkpoint has 0.01" in done.output
+    assert "--seed is 7, the checkpoint has 42" in done.output
+
+
+def test_a_new_run_can_start_from_an_adapter(saved, flags_of, tmp_path):
+    folder, _ = saved
+    flags = flags_of(tmp_path / "run", max_steps=1, dtype="fp32", init_adapter=folder / "adapter", lr=1e-9)
+    assert_all(run_ranks(["train_ds.py", *flags], 1, timeout=120))
+    ours, wanted = (load_file(run / "adapter/adapter_model.safetensors") for run in (tmp_path / "run", folder))
+    assert distance(ours, wanted) < 1e-4
+    (refused,) = run_ranks(["train_ds.py", *flags_of(tmp_path / "x", init_adapter=folder)], 1, timeout=120)
+    assert refused.returncode == 2 and "--init_adapter" in refused.output
+
+
+def test_the_second_signal_ends_at_once(flags_of, tmp_path):
+    """A real SIGTERM to a real process; the second one does not wait for the step."""
+    code = (
+        "import os, signal, time\n"
+        "from higgs_ds.engine import StopSignal\n"
+        "stop = StopSignal()\n"
+        "os.kill(os.getpid(), signal.SIGUSR1)\n"
+        "time.sleep(0.1)\n"
+        "assert stop.requested()\n"
+        "os.kill(os.getpid(), signal.SIGTERM)\n"
+        "time.sleep(10)\n"
+    )
+    started = time.monotonic()
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PORT": str(free_port())})
+    assert result.returncode == 128 + signal.SIGTERM and time.monotonic() - started < 9

@@ -1,0 +1,23 @@
+"""`train_ds.py`, with SIGTERM sent to one rank while it is in a given step.
+
+usage: train_and_stop.py STEP RANK FLAG…
+"""
+
+import os
+import signal
+import sys
+
+import train_ds
+from higgs_ds import trainer
+
+if __name__ == "__main__":
+    step, rank, *flags = sys.argv[1:]
+    original = trainer.Trainer.train_step
+
+    def train_step(self, number, batches, lr):
+        if number == int(step) and self.ranks.rank == int(rank):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, number, batches, lr)
+
+    trainer.Trainer.train_step = train_step
+    sys.exit(train_ds.main(flags))

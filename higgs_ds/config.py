@@ -147,9 +147,9 @@ def _convert(name: str, value):
     """A flag's text or a YAML value in the field's type; ValueError says what was expected."""
     hint = _HINTS[name]
     arms = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
-        if type(None) in arms:
-            return None
+    if type(None) in arms and (value is None or str(value).lower() in ("none", "null")):
+        return None
+    if value is None:
         raise ValueError("needs a value")
     kind = next(arm for arm in arms if arm is not type(None))
     if typing.get_origin(kind) is list:

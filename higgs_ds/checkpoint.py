@@ -100,7 +100,7 @@ class CheckpointWriter:
         self.wait()
         state = engine.gather_state()
         rng = ranks.gather(rng_state(ranks.device))
-        if ranks.is_main:
+        if state is not None:
             position.adam_steps = state.adam_steps
             self._pending = self._pool.submit(self._write, position, state, rng)
 

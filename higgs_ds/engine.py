@@ -250,25 +250,71 @@ class Engine:
         finally:
             self._optimizer.drop_next = False
 
-    def gather_state(self) -> OptimizerState:
-        """Weights in float32 and Adam's moments, whole, on the CPU, by name in the module. Every rank must call it.
+    def gather_state(self) -> OptimizerState | None:
+        """Weights in float32 and Adam's moments, whole, on rank 0's CPU, by name in the module; None elsewhere.
 
-        The same whatever the stage and the world size, so that any of them can go on from it.
+        The same whatever the stage and the world size, so that any of them can go on from it. Every rank must call
+        it. One collective for all: gathered tensor by tensor, a large adapter would hold up training for seconds.
         """
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-
-        state = OptimizerState({}, {}, {}, self._adam_steps())
-        parts = (state.weights, state.exp_avg, state.exp_avg_sq)
-        for (name, parameter), master in zip(self._named_trainable(), self._masters(), strict=True):
-            if self.stage == 0:
-                own = self._optimizer.state[master]
-                values = (master, own["exp_avg"], own["exp_avg_sq"])
-            else:
-                moments = (safe_get_full_optimizer_state(parameter, key) for key in ("exp_avg", "exp_avg_sq"))
-                values = (safe_get_full_fp32_param(parameter), *moments)
-            for part, value in zip(parts, values, strict=True):
-                part[name] = value.detach().float().cpu().reshape(self._shape(parameter)).clone()
+        local = [torch.cat(parts) for parts in zip(*self._local_state(), strict=True)]
+        flat = torch.cat(local)  # this rank's share of the weights, then of the moments
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        if self.stage == 0 or world_size == 1:
+            shares = [flat]
+        else:
+            shares = [torch.empty_like(flat) for _ in range(world_size)] if rank == 0 else None
+            dist.gather(flat, shares)
+        if rank != 0:
+            return None
+        kinds = zip(*(share.cpu().split(len(local[0])) for share in shares), strict=True)
+        weights, exp_avg, exp_avg_sq = (self._whole(list(kind)) for kind in kinds)
+        state = OptimizerState(weights, exp_avg, exp_avg_sq, self._adam_steps())
+        self._check_layout(weights)
         return state
+
+    def _local_state(self) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """This rank's (weights, exp_avg, exp_avg_sq), flat float32: by parameter, or at stages 1 and 2 by partition."""
+        if self.stage == 3:
+            from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+
+            return [
+                (
+                    safe_get_local_fp32_param(p).flatten(),
+                    safe_get_local_optimizer_state(p, "exp_avg").flatten(),
+                    safe_get_local_optimizer_state(p, "exp_avg_sq").flatten(),
+                )
+                for _, p in self._named_trainable()
+            ]
+        masters = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+        own = self._optimizer.state
+        return [(m.detach().flatten(), own[m]["exp_avg"].flatten(), own[m]["exp_avg_sq"].flatten()) for m in masters]
+
+    def _whole(self, shares: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Whole tensors by name, from every rank's share of one kind.
+
+        Stage 3 cuts each parameter into equal parts, padded; stages 1 and 2 cut the concatenation of all of them.
+        """
+        named = self._named_trainable()
+        whole: dict[str, torch.Tensor] = {}
+        if self.stage == 3:
+            at = 0
+            for name, p in named:
+                part = -(-p.ds_numel // len(shares))
+                whole[name] = torch.cat([share[at : at + part] for share in shares])[: p.ds_numel].view(p.ds_shape)
+                at += part
+        else:
+            flat, at = torch.cat(shares), 0
+            for name, p in named:
+                whole[name] = flat[at : at + p.numel()].view(p.shape)
+                at += p.numel()
+        # Own memory: shares of one tensor would each be saved whole, and masters go on training.
+        return {name: value.clone() for name, value in whole.items()}
+
+    def _check_layout(self, weights: dict[str, torch.Tensor]) -> None:
+        """The masters, rounded, are the module's weights: fails loudly where a DeepSpeed cuts them otherwise."""
+        for name, p in self._named_trainable():
+            if self.stage < 3 and not torch.equal(weights[name].to(p.dtype), p.detach().cpu()):
+                raise RuntimeError(f"{name}: gathered weights are not the model's; DeepSpeed's layout has changed")
 
     def load_state(self, state: OptimizerState, first_inputs: dict) -> None:
         """Sets what `gather_state` gave; the module's own weights must hold the same, in the engine's dtype, already.
@@ -305,10 +351,6 @@ class Engine:
         if self.stage == 0:
             return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
         return [parameter for _, parameter in self._named_trainable()]
-
-    @staticmethod
-    def _shape(parameter: nn.Parameter) -> torch.Size:
-        return getattr(parameter, "ds_shape", parameter.shape)
 
     def _adam_steps(self) -> int:
         steps = {int(own["step"]) for own in self._optimizer.state.values()}

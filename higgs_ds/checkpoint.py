@@ -98,11 +98,10 @@ class CheckpointWriter:
     def save(self, position: Position, engine: Engine, ranks: Ranks) -> None:
         """Gathers on all ranks, then writes behind their backs on rank 0; waits for the checkpoint before."""
         self.wait()
-        state = engine.gather_state()
+        put_together = engine.gather_state()
         rng = ranks.gather(rng_state(ranks.device))
-        if state is not None:
-            position.adam_steps = state.adam_steps
-            self._pending = self._pool.submit(self._write, position, state, rng)
+        if put_together is not None:
+            self._pending = self._pool.submit(lambda: self._write(position, put_together(), rng))
 
     def raise_if_failed(self) -> None:
         """Raises what went wrong in the background, once that is known."""
@@ -120,6 +119,7 @@ class CheckpointWriter:
             pending.result()
 
     def _write(self, position: Position, state: OptimizerState, rng: list[dict[str, torch.Tensor]]) -> None:
+        position.adam_steps = state.adam_steps
         name = f"step-{position.step:06d}"
         beside = self.folder / f".{name}.tmp"
         shutil.rmtree(beside, ignore_errors=True)

@@ -172,6 +172,13 @@ class OptimizerState:
     adam_steps: int
 
 
+def _span(shares: list[torch.Tensor], start: int, length: int) -> torch.Tensor:
+    """`length` values from `start` of the concatenation of equally long shares, in memory of its own."""
+    size = len(shares[0])
+    ends = [(max(0, start - i * size), max(0, start + length - i * size)) for i in range(len(shares))]
+    return torch.cat([share[first:last] for share, (first, last) in zip(shares, ends, strict=True)])
+
+
 @contextlib.contextmanager
 def loading(ds_config: dict) -> Iterator[None]:
     """Inside, `from_pretrained` shards the weights over the ranks while it loads them, if the stage is 3."""
@@ -250,70 +257,72 @@ class Engine:
         finally:
             self._optimizer.drop_next = False
 
-    def gather_state(self) -> OptimizerState | None:
-        """Weights in float32 and Adam's moments, whole, on rank 0's CPU, by name in the module; None elsewhere.
+    def gather_state(self) -> Callable[[], OptimizerState] | None:
+        """Weights in float32 and Adam's moments for rank 0, as a function that puts them together; None elsewhere.
 
         The same whatever the stage and the world size, so that any of them can go on from it. Every rank must call
-        it. One collective for all: gathered tensor by tensor, a large adapter would hold up training for seconds.
+        this; training may go on before the function is called. Three collectives in all: gathered tensor by tensor,
+        a large adapter would hold up training for seconds.
         """
-        local = [torch.cat(parts) for parts in zip(*self._local_state(), strict=True)]
-        flat = torch.cat(local)  # this rank's share of the weights, then of the moments
         rank, world_size = dist.get_rank(), dist.get_world_size()
-        if self.stage == 0 or world_size == 1:
-            shares = [flat]
-        else:
-            shares = [torch.empty_like(flat) for _ in range(world_size)] if rank == 0 else None
-            dist.gather(flat, shares)
+        gathered: list[list[torch.Tensor]] = []  # weights, exp_avg, exp_avg_sq: every rank's share
+        for parts in self._local_state():
+            if self.stage == 0 or world_size == 1:
+                gathered.append([torch.cat(parts)])  # a copy: the masters go on training
+                continue
+            share = parts[0] if len(parts) == 1 else torch.cat(parts)
+            shares = [torch.empty_like(share) for _ in range(world_size)] if rank == 0 else None
+            dist.gather(share, shares)
+            gathered.append(shares)
         if rank != 0:
             return None
-        kinds = zip(*(share.cpu().split(len(local[0])) for share in shares), strict=True)
-        weights, exp_avg, exp_avg_sq = (self._whole(list(kind)) for kind in kinds)
-        state = OptimizerState(weights, exp_avg, exp_avg_sq, self._adam_steps())
-        self._check_layout(weights)
-        return state
+        self._check_layout(gathered[0])
+        steps = self._adam_steps()
 
-    def _local_state(self) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """This rank's (weights, exp_avg, exp_avg_sq), flat float32: by parameter, or at stages 1 and 2 by partition."""
+        def put_together() -> OptimizerState:
+            return OptimizerState(*({n: v.cpu() for n, v in self._whole(shares)} for shares in gathered), steps)
+
+        return put_together
+
+    def _local_state(self) -> Iterator[list[torch.Tensor]]:
+        """This rank's weights, exp_avg, exp_avg_sq, flat float32: by parameter, or at stages 1 and 2 by partition."""
         if self.stage == 3:
             from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 
-            return [
-                (
-                    safe_get_local_fp32_param(p).flatten(),
-                    safe_get_local_optimizer_state(p, "exp_avg").flatten(),
-                    safe_get_local_optimizer_state(p, "exp_avg_sq").flatten(),
-                )
-                for _, p in self._named_trainable()
-            ]
+            parameters = [p for _, p in self._named_trainable()]
+            yield [safe_get_local_fp32_param(p).flatten() for p in parameters]
+            for key in ("exp_avg", "exp_avg_sq"):
+                yield [safe_get_local_optimizer_state(p, key).flatten() for p in parameters]
+            return
         masters = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
-        own = self._optimizer.state
-        return [(m.detach().flatten(), own[m]["exp_avg"].flatten(), own[m]["exp_avg_sq"].flatten()) for m in masters]
+        yield [master.detach().flatten() for master in masters]
+        for key in ("exp_avg", "exp_avg_sq"):
+            yield [self._optimizer.state[master][key].flatten() for master in masters]
 
-    def _whole(self, shares: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Whole tensors by name, from every rank's share of one kind.
+    def _whole(self, shares: list[torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, whole tensor) from every rank's share of one kind, each in memory of its own.
 
         Stage 3 cuts each parameter into equal parts, padded; stages 1 and 2 cut the concatenation of all of them.
         """
-        named = self._named_trainable()
-        whole: dict[str, torch.Tensor] = {}
-        if self.stage == 3:
-            at = 0
-            for name, p in named:
-                part = -(-p.ds_numel // len(shares))
-                whole[name] = torch.cat([share[at : at + part] for share in shares])[: p.ds_numel].view(p.ds_shape)
-                at += part
-        else:
-            flat, at = torch.cat(shares), 0
-            for name, p in named:
-                whole[name] = flat[at : at + p.numel()].view(p.shape)
-                at += p.numel()
-        # Own memory: shares of one tensor would each be saved whole, and masters go on training.
-        return {name: value.clone() for name, value in whole.items()}
-
-    def _check_layout(self, weights: dict[str, torch.Tensor]) -> None:
-        """The masters, rounded, are the module's weights: fails loudly where a DeepSpeed cuts them otherwise."""
+        at = 0
         for name, p in self._named_trainable():
-            if self.stage < 3 and not torch.equal(weights[name].to(p.dtype), p.detach().cpu()):
+            if self.stage == 3:
+                part = -(-p.ds_numel // len(shares))
+                yield name, torch.cat([share[at : at + part] for share in shares])[: p.ds_numel].view(p.ds_shape)
+                at += part
+            else:
+                yield name, _span(shares, at, p.numel()).view(p.shape)
+                at += p.numel()
+
+    def _check_layout(self, shares: list[torch.Tensor]) -> None:
+        """The masters, rounded, are the module's weights: fails loudly where a DeepSpeed cuts them otherwise.
+
+        The last weight alone is compared: it is where it is only if all before it are.
+        """
+        if self.stage < 3:
+            *before, (name, last) = self._named_trainable()
+            weight = _span(shares, sum(p.numel() for _, p in before), last.numel()).view(last.shape)
+            if not torch.equal(weight.to(last.dtype), last.detach()):
                 raise RuntimeError(f"{name}: gathered weights are not the model's; DeepSpeed's layout has changed")
 
     def load_state(self, state: OptimizerState, first_inputs: dict) -> None:

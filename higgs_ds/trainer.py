@@ -55,6 +55,7 @@ class Trainer:
     stop_requested: Callable[[], bool] = lambda: False
     dropped_steps: int = 0
     last_losses: dict[str, float] = field(default_factory=dict)
+    _save_stall_sec: float | None = None
     _said: set[str] = field(default_factory=set)
     _checklist_due: bool = True
 
@@ -79,7 +80,9 @@ class Trainer:
                 self.evaluate(window.step)
             last = window.step == self.total_steps
             if self.save and (result.stop or (self.save_every and (last or window.step % self.save_every == 0))):
+                began = time.perf_counter()
                 self.save(window)
+                self._save_stall_sec = time.perf_counter() - began
             if result.stop:
                 return False
             started = time.perf_counter()
@@ -212,6 +215,9 @@ class Trainer:
                 data_sec=max(row[1] for row in table),
                 peak_gib=max(row[2] for row in table),
             )
+        if self._save_stall_sec is not None:
+            # Of the save after the step before: how long training stood still for it on rank 0.
+            metrics["perf/save_stall_sec"], self._save_stall_sec = self._save_stall_sec, None
         metrics["train/dropped_steps"] = float(self.dropped_steps)
         metrics["guard/honest_zeros"] = sum(row[3] for row in table)
         for i, check in enumerate(CHECKS):

@@ -1,0 +1,73 @@
+"""How long training stands still for a checkpoint, and how large one is: 39.5 M trainable parameters, 2 CPU ranks.
+
+usage: python benchmarks/checkpoint.py [--stage 2|3] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from higgs_ds.cli import main as higgs_ds  # noqa: E402
+from higgs_ds.tiny import write_tiny  # noqa: E402
+
+SPEECH = ROOT / "examples/speech/manifest.jsonl"
+RANK = 260  # of LoRA on 8 layers of 512: 39.4 M parameters
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--stage", type=int, choices=(2, 3), default=2)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        write_tiny(work / "base", hidden_size=512, num_layers=8)
+        higgs_ds(["sample-codec", "--train_manifest", str(SPEECH), "--output_dir", str(work / "codec")])
+        flags = {
+            "deepspeed_config": ROOT / f"ds_configs/zero{args.stage}.json",
+            "train_manifest": SPEECH,
+            "base_ckpt": work / "base",
+            "codec": work / "codec",
+            "output_dir": work / "run",
+            "lora_r": RANK,
+            "max_steps": 21,
+            "save_every": 4,
+            "epochs": 2,
+            "dtype": "fp32",
+            "num_workers": 0,
+            "wandb_mode": "disabled",
+        }
+        words = [str(word) for key, value in flags.items() for word in (f"--{key}", value)]
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "train_ds.py")]
+        env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+        subprocess.run([sys.executable, *launch, *words], cwd=ROOT, env=env, check=True, stdout=subprocess.DEVNULL)
+        rows = map(json.loads, (work / "run/metrics.jsonl").read_text().splitlines())
+        stalls = [row["perf/save_stall_sec"] for row in rows if "perf/save_stall_sec" in row]
+        newest = sorted((work / "run/checkpoints").glob("step-*"))[-1]
+        size = sum(path.stat().st_size for path in newest.rglob("*") if path.is_file())
+        parameters = (newest / "adapter/adapter_model.safetensors").stat().st_size / 4
+    figures = [
+        {"figure": "stall of a save, s (median)", "value": statistics.median(stalls), "bar": 1.0},
+        {"figure": "bytes on disk a trainable parameter", "value": size / parameters, "bar": 16.0},
+    ]
+    for row in figures:
+        row |= {"holds": row["value"] <= row["bar"], "rows": len(stalls), "device": f"CPU, {platform.machine()}"}
+        print(f"{row['figure']:<40} {row['value']:8.3f}  bar {row['bar']:g}  {'holds' if row['holds'] else 'MISSED'}")
+    print(f"stalls: {', '.join(f'{stall:.2f}' for stall in stalls)} s; {parameters / 1e6:.1f} M parameters")
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -122,11 +123,18 @@ def load_windows(
         num_workers=num_workers,
         pin_memory=pin_memory,
         prefetch_factor=4 if num_workers else None,
+        worker_init_fn=_outlive_stop_signals,
         generator=torch.Generator(),  # its own: a loader draws from it, and dropout's must be the same after a resume
     )
     batches = iter(loader)
     for window in windows:
         yield window, [next(batches) for _ in window.micro_batches]
+
+
+def _outlive_stop_signals(worker: int) -> None:
+    """A queue's SIGTERM reaches every process; the rank still needs its workers to finish the step and save."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def describe_bad_batch(batch: Batch) -> dict[str, torch.Tensor]:

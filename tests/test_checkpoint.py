@@ -52,6 +52,7 @@ def losses(folder) -> list[dict]:
 def test_interrupted_and_resumed_is_never_interrupted_bit_for_bit(stage, flags_of, tmp_path):
     """bf16, dropout on: SIGTERM to one of two ranks in the middle, exit 75, `--resume auto`."""
     common = {"deepspeed_config": f"ds_configs/zero{stage}.json", "dtype": "bf16", "max_steps": 12, "grad_accum": 2}
+    common["num_workers"] = 1
     assert_all(run_ranks(["train_ds.py", *flags_of(tmp_path / "whole", **common)], 2, timeout=180))
 
     first = flags_of(tmp_path / "parts", **common)

@@ -1,8 +1,9 @@
-"""`train_ds.py`, with SIGTERM sent to one rank while it is in a given step.
+"""`train_ds.py`, with SIGTERM sent to one rank and its data workers while it is in a given step, as a queue does.
 
 usage: train_and_stop.py STEP RANK FLAG…
 """
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -16,7 +17,8 @@ if __name__ == "__main__":
 
     def train_step(self, number, batches, lr):
         if number == int(step) and self.ranks.rank == int(rank):
-            os.kill(os.getpid(), signal.SIGTERM)
+            for process in (*multiprocessing.active_children(), multiprocessing.current_process()):
+                os.kill(process.pid, signal.SIGTERM)
         return original(self, number, batches, lr)
 
     trainer.Trainer.train_step = train_step

@@ -101,8 +101,8 @@ def run(config: TrainConfig, ds_raw: dict, *, check_only: bool) -> int:
             world_size=ranks.world_size,
             seed=config.seed,
         )
-        total_steps = 1 if check_only else plan.total_steps(config.epochs, config.max_steps)
         first_step = resumed.position.step + 1 if resumed else 1
+        total_steps = first_step if check_only else plan.total_steps(config.epochs, config.max_steps)
         notes += checkpoint.changed_settings(resumed, config.as_dict(), len(train_rows))
         say("\n".join([*notes, f"resuming after step {first_step - 1}" if resumed else "a fresh start"]))
 

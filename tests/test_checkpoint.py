@@ -175,6 +175,15 @@ def test_what_cannot_go_on_is_refused_and_what_changes_is_said(saved, tmp_path):
     assert "--seed is 7, the checkpoint has 42" in done.output
 
 
+def test_check_of_a_resumed_run_looks_at_its_next_batch(saved):
+    folder, flags = saved
+    before = sorted(folder.rglob("*"))
+    (result,) = run_ranks(["-m", "higgs_ds", "check", *flags, "--resume", "auto"], 1, timeout=120)
+    assert result.returncode == 0, result.output
+    assert "resuming after step 5" in result.output and result.output.count("ok   [rank 0]") == 12
+    assert sorted(folder.rglob("*")) == before
+
+
 def test_a_new_run_can_start_from_an_adapter(saved, flags_of, tmp_path):
     folder, _ = saved
     flags = flags_of(tmp_path / "run", max_steps=1, dtype="fp32", init_adapter=folder / "adapter", lr=1e-9)

@@ -10,9 +10,14 @@ import os
 import sys
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from higgs_ds.config import ConfigError, TrainConfig, parse_args
 from higgs_ds.ds_config import read_deepspeed_config, resolve
+
+if TYPE_CHECKING:
+    from higgs_ds.engine import Ranks
+    from higgs_ds.watch import Watch
 
 EXIT_OK, EXIT_CHECK_FAILED, EXIT_CONFIG, EXIT_BAD_LOSS, EXIT_STOPPED = 0, 1, 2, 3, 75
 
@@ -35,13 +40,35 @@ def main(argv: list[str], *, check_only: bool = False) -> int:
 
 
 def run(config: TrainConfig, ds_raw: dict, *, check_only: bool) -> int:
-    """Stages 2 to 6."""
+    """Stage 2, and around all that follows a watch over the other ranks."""
+    from higgs_ds.engine import leave_ranks, start_ranks
+    from higgs_ds.run_dir import lock_run_dir, prepare_run_dir
+    from higgs_ds.watch import Watch
+
+    # 2. Distribute: this process among the other ranks, in a folder that is this run's alone.
+    ranks = start_ranks()
+    ranks.seed(config.seed)
+    output_dir = Path(config.output_dir)
+    may_hold_a_run = check_only or config.resume != "none"
+    alone = ranks.is_main and not check_only
+    with Watch(ranks, stall_timeout_sec=config.stall_timeout_sec) as watch:
+        try:
+            ranks.each(lambda: prepare_run_dir(output_dir, may_hold_a_run=may_hold_a_run))
+            with ranks.each(lambda: lock_run_dir(output_dir) if alone else contextlib.nullcontext()):
+                return train(config, ds_raw, ranks, watch, check_only=check_only)
+        except ConfigError:
+            leave_ranks(EXIT_CONFIG, wait=False)
+            raise
+
+
+def train(config: TrainConfig, ds_raw: dict, ranks: Ranks, watch: Watch, *, check_only: bool) -> int:
+    """Stages 3 to 6."""
     from higgs_ds import checkpoint, model, run_dir
     from higgs_ds.codec import load_codec
     from higgs_ds.codes import CodeCache
     from higgs_ds.collate import Collator
     from higgs_ds.dataset import MicroBatches, load_rows, load_windows
-    from higgs_ds.engine import Engine, StopSignal, leave_ranks, loading, start_ranks
+    from higgs_ds.engine import Engine, StopSignal, leave_ranks, loading
     from higgs_ds.forward import TrainingForward
     from higgs_ds.guard import BadLossError, Guard
     from higgs_ds.loss import LossWeights
@@ -50,197 +77,200 @@ def run(config: TrainConfig, ds_raw: dict, *, check_only: bool) -> int:
     from higgs_ds.tracking import open_tracker
     from higgs_ds.trainer import Trainer
 
-    # 2. Distribute: this process among the other ranks.
-    ranks = start_ranks()
-    ranks.seed(config.seed)
     stop = StopSignal()
     say = partial(print, flush=True) if ranks.is_main else lambda *_, **__: None
+    output_dir = Path(config.output_dir)
+    resumed, notes = ranks.each(lambda: checkpoint.find_checkpoint(config.resume, output_dir))
+    watch.untimed("finding the base checkpoint")
+    base_dir = ranks.each(lambda: model.locate_checkpoint(config.base_ckpt, config.base_revision))
+    model_config = ranks.each(lambda: model.read_model_config(base_dir))
+    ranks.each(lambda: model.check_weights(base_dir, model_config))
+    weights = LossWeights.of(
+        config.text_loss_weight,
+        config.audio_loss_weight,
+        config.codebook_weights,
+        model_config.audio_num_codebooks,
+    )
+    if resumed:
+        config.grad_accum = ranks.each(lambda: checkpoint.keep_global_batch(resumed, config, ranks.world_size))
+    ds_config = resolve(
+        ds_raw,
+        config,
+        world_size=ranks.world_size,
+        on_cpu=ranks.device.type == "cpu",
+        widest_layer=model.widest_layer(model_config),
+    )
+
+    # 3. Data: every row checked and every clip encoded once, before anything large is loaded.
+    watch.untimed("loading the codec")
+    codec = ranks.each(lambda: load_codec(config.codec, config.codec_revision, device=str(ranks.device)))
+    cache = CodeCache(output_dir / "codes_cache", codec)
+    tokenizer = ranks.each(lambda: model.load_tokenizer(base_dir))
+    watch.at(0, "reading manifests, encoding clips")
+    read = partial(
+        load_rows,
+        cache=cache,
+        num_codebooks=model_config.audio_num_codebooks,
+        codebook_size=model_config.audio_codebook_size,
+        max_duration_sec=config.max_duration_sec,
+        skip_bad_rows=config.skip_bad_rows,
+        ranks=ranks,
+        warn=say,
+        moved=watch.moved,
+    )
+    train_rows, val_rows = read([m for m in (config.train_manifest, config.val_manifest) if m])
+    plan = Plan(
+        len(train_rows),
+        batch_size=config.batch_size,
+        grad_accum=config.grad_accum,
+        world_size=ranks.world_size,
+        seed=config.seed,
+    )
+    first_step = resumed.position.step + 1 if resumed else 1
+    total_steps = first_step if check_only else plan.total_steps(config.epochs, config.max_steps)
+    notes += checkpoint.changed_settings(resumed, config.as_dict(), len(train_rows))
+    say("\n".join([*notes, f"resuming after step {first_step - 1}" if resumed else "a fresh start"]))
+
+    def batches(rows, windows):
+        dataset = MicroBatches(rows, tokenizer, cache, Collator.of(model_config))
+        on_gpu = ranks.device.type == "cuda"
+        return load_windows(dataset, list(windows), num_workers=config.num_workers, pin_memory=on_gpu)
+
+    def validation():
+        return batches(val_rows, evaluation_windows(len(val_rows), config.batch_size, ranks.rank, ranks.world_size))
+
+    # 4. Model: base weights, LoRA, engine, guard.
+    watch.untimed("loading the model")
+    with loading(ds_config):
+        base = model.load_base(base_dir, model_config, config.dtype)
+    lora_model = model.attach_lora(
+        base,
+        rank=config.lora_r,
+        alpha=config.lora_alpha,
+        dropout=config.lora_dropout,
+        target_modules=config.lora_target_modules,
+        seed=config.seed,
+        base_name=config.base_ckpt,
+        base_revision=config.base_revision,
+    )
+    if resumed:
+        ranks.each(lambda: model.set_lora(lora_model, resumed.adapter, str(resumed.folder)))
+    elif config.init_adapter:
+        adapter = ranks.each(lambda: model.read_adapter(Path(config.init_adapter)))
+        ranks.each(lambda: model.set_lora(lora_model, adapter, f"--init_adapter {config.init_adapter}"))
+    engine = Engine(
+        TrainingForward.of(lora_model, model_config),
+        ds_config,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+    )
+    guard = Guard(
+        rank=ranks.rank,
+        output_dir=output_dir,
+        audio_out_token=model_config.audio_out_token_idx,
+        max_code=model_config.audio_codebook_size + 1,
+        weights=weights,
+    )
+    if resumed:
+        any_batch = MicroBatches(train_rows, tokenizer, cache, Collator.of(model_config))[MicroBatch((0,))]
+        engine.load_state(resumed.state, any_batch.model_inputs(ranks.device))
+        checkpoint.restore_rng(resumed.rng, ranks, config.seed + resumed.position.step)
+    say(plan.describe(total_steps), engine.describe(config.dtype), sep="\n")
+
+    # 5. Train, under the guard.
+    def opened():
+        if check_only or not ranks.is_main:
+            return contextlib.nullcontext(None)
+        tracker = open_tracker(
+            output_dir,
+            config=config.as_dict() | {"world_size": ranks.world_size, "deepspeed": ds_config},
+            total_steps=total_steps,
+            first_step=first_step - 1,
+            run_name=config.run_name,
+            wandb_project=config.wandb_project,
+            wandb_mode=config.wandb_mode,
+        )
+        run_dir.write_resolved(output_dir, config.as_dict(), ds_config)
+        return tracker
+
+    writer = checkpoint.CheckpointWriter(
+        output_dir / "checkpoints", keep_last=config.keep_last, lora=lora_model.peft_config["default"]
+    )
+
+    watch.before_end.append(writer.finish)
+    if ranks.is_main and not check_only:
+        writer.clean()
+
+    def save(window):
+        writer.save(
+            checkpoint.Position(
+                step=window.step,
+                epoch=window.epoch,
+                dropped_steps=trainer.dropped_steps,
+                rows_per_step=plan.rows_per_step,
+                num_rows=len(train_rows),
+                world_size=ranks.world_size,
+                config=config.as_dict(),
+            ),
+            engine,
+            ranks,
+        )
+
     try:
-        output_dir = Path(config.output_dir)
-        may_hold_a_run = check_only or config.resume != "none"
-        ranks.each(lambda: run_dir.prepare_run_dir(output_dir, may_hold_a_run=may_hold_a_run))
-        resumed, notes = ranks.each(lambda: checkpoint.find_checkpoint(config.resume, output_dir))
-        base_dir = ranks.each(lambda: model.locate_checkpoint(config.base_ckpt, config.base_revision))
-        model_config = ranks.each(lambda: model.read_model_config(base_dir))
-        ranks.each(lambda: model.check_weights(base_dir, model_config))
-        weights = LossWeights.of(
-            config.text_loss_weight,
-            config.audio_loss_weight,
-            config.codebook_weights,
-            model_config.audio_num_codebooks,
-        )
-        if resumed:
-            config.grad_accum = ranks.each(lambda: checkpoint.keep_global_batch(resumed, config, ranks.world_size))
-        ds_config = resolve(
-            ds_raw,
-            config,
-            world_size=ranks.world_size,
-            on_cpu=ranks.device.type == "cpu",
-            widest_layer=model.widest_layer(model_config),
-        )
-
-        # 3. Data: every row checked and every clip encoded once, before anything large is loaded.
-        codec = ranks.each(lambda: load_codec(config.codec, config.codec_revision, device=str(ranks.device)))
-        cache = CodeCache(output_dir / "codes_cache", codec)
-        tokenizer = ranks.each(lambda: model.load_tokenizer(base_dir))
-        read = partial(
-            load_rows,
-            cache=cache,
-            num_codebooks=model_config.audio_num_codebooks,
-            codebook_size=model_config.audio_codebook_size,
-            max_duration_sec=config.max_duration_sec,
-            skip_bad_rows=config.skip_bad_rows,
-            ranks=ranks,
-            warn=say,
-        )
-        train_rows, val_rows = read([m for m in (config.train_manifest, config.val_manifest) if m])
-        plan = Plan(
-            len(train_rows),
-            batch_size=config.batch_size,
-            grad_accum=config.grad_accum,
-            world_size=ranks.world_size,
-            seed=config.seed,
-        )
-        first_step = resumed.position.step + 1 if resumed else 1
-        total_steps = first_step if check_only else plan.total_steps(config.epochs, config.max_steps)
-        notes += checkpoint.changed_settings(resumed, config.as_dict(), len(train_rows))
-        say("\n".join([*notes, f"resuming after step {first_step - 1}" if resumed else "a fresh start"]))
-
-        def batches(rows, windows):
-            dataset = MicroBatches(rows, tokenizer, cache, Collator.of(model_config))
-            on_gpu = ranks.device.type == "cuda"
-            return load_windows(dataset, list(windows), num_workers=config.num_workers, pin_memory=on_gpu)
-
-        def validation():
-            return batches(val_rows, evaluation_windows(len(val_rows), config.batch_size, ranks.rank, ranks.world_size))
-
-        # 4. Model: base weights, LoRA, engine, guard.
-        with loading(ds_config):
-            base = model.load_base(base_dir, model_config, config.dtype)
-        lora_model = model.attach_lora(
-            base,
-            rank=config.lora_r,
-            alpha=config.lora_alpha,
-            dropout=config.lora_dropout,
-            target_modules=config.lora_target_modules,
-            seed=config.seed,
-            base_name=config.base_ckpt,
-            base_revision=config.base_revision,
-        )
-        if resumed:
-            ranks.each(lambda: model.set_lora(lora_model, resumed.adapter, str(resumed.folder)))
-        elif config.init_adapter:
-            adapter = ranks.each(lambda: model.read_adapter(Path(config.init_adapter)))
-            ranks.each(lambda: model.set_lora(lora_model, adapter, f"--init_adapter {config.init_adapter}"))
-        engine = Engine(
-            TrainingForward.of(lora_model, model_config),
-            ds_config,
-            weight_decay=config.weight_decay,
-            max_grad_norm=config.max_grad_norm,
-        )
-        guard = Guard(
-            rank=ranks.rank,
-            output_dir=output_dir,
-            audio_out_token=model_config.audio_out_token_idx,
-            max_code=model_config.audio_codebook_size + 1,
-            weights=weights,
-        )
-        if resumed:
-            any_batch = MicroBatches(train_rows, tokenizer, cache, Collator.of(model_config))[MicroBatch((0,))]
-            engine.load_state(resumed.state, any_batch.model_inputs(ranks.device))
-            checkpoint.restore_rng(resumed.rng, ranks, config.seed + resumed.position.step)
-        say(plan.describe(total_steps), engine.describe(config.dtype), sep="\n")
-
-        # 5. Train, under the guard.
-        def opened():
-            if check_only or not ranks.is_main:
-                return contextlib.nullcontext(None)
-            tracker = open_tracker(
-                output_dir,
-                config=config.as_dict() | {"world_size": ranks.world_size, "deepspeed": ds_config},
-                total_steps=total_steps,
-                first_step=first_step - 1,
-                run_name=config.run_name,
-                wandb_project=config.wandb_project,
-                wandb_mode=config.wandb_mode,
-            )
-            run_dir.write_resolved(output_dir, config.as_dict(), ds_config)
-            return tracker
-
-        writer = checkpoint.CheckpointWriter(
-            output_dir / "checkpoints", keep_last=config.keep_last, lora=lora_model.peft_config["default"]
-        )
-
-        def save(window):
-            writer.save(
-                checkpoint.Position(
-                    step=window.step,
-                    epoch=window.epoch,
-                    dropped_steps=trainer.dropped_steps,
-                    rows_per_step=plan.rows_per_step,
-                    num_rows=len(train_rows),
-                    world_size=ranks.world_size,
-                    config=config.as_dict(),
-                ),
-                engine,
-                ranks,
-            )
-
-        try:
-            with ranks.each(opened) as tracker:
-                trainer = Trainer(
-                    engine=engine,
-                    ranks=ranks,
-                    guard=guard,
-                    weights=weights,
-                    learning_rate=partial(
-                        learning_rate,
-                        peak=config.lr,
-                        total_steps=total_steps,
-                        warmup_ratio=config.warmup_ratio,
-                        shape=config.lr_scheduler,
-                    ),
-                    on_bad_loss="raise" if check_only else config.on_bad_loss,
-                    log_every=config.log_every,
+        with ranks.each(opened) as tracker:
+            trainer = Trainer(
+                engine=engine,
+                ranks=ranks,
+                guard=guard,
+                weights=weights,
+                learning_rate=partial(
+                    learning_rate,
+                    peak=config.lr,
                     total_steps=total_steps,
-                    eval_every=config.eval_every or plan.steps_per_epoch,
-                    validation=validation if val_rows else None,
-                    tracker=tracker,
-                    save=None if check_only else save,
-                    save_every=config.save_every,
-                    raise_if_save_failed=writer.raise_if_failed,
-                    stop_requested=stop.requested,
-                    dropped_steps=resumed.position.dropped_steps if resumed else 0,
-                )
-                finished = trainer.train(batches(train_rows, plan.windows(ranks.rank, first_step, total_steps)))
-                writer.wait()
-        except BadLossError as error:
-            if check_only:
-                say(error)
-                return leave_ranks(EXIT_CHECK_FAILED)
-            facts = {"stopped": "by the loss guard, before the failed step was trained"}
-            saved = run_dir.save_adapter(
-                lora_model, engine.gather_trainable(), output_dir / "adapter_before_failure", ranks, facts
+                    warmup_ratio=config.warmup_ratio,
+                    shape=config.lr_scheduler,
+                ),
+                on_bad_loss="raise" if check_only else config.on_bad_loss,
+                log_every=config.log_every,
+                total_steps=total_steps,
+                first_step=first_step,
+                eval_every=config.eval_every or plan.steps_per_epoch,
+                validation=validation if val_rows else None,
+                tracker=tracker,
+                save=None if check_only else save,
+                save_every=config.save_every,
+                raise_if_save_failed=writer.raise_if_failed,
+                stop_requested=stop.requested,
+                at=watch.at,
+                dropped_steps=resumed.position.dropped_steps if resumed else 0,
             )
-            say(f"nothing of the failed step was trained; the weights before it are in {saved}")
-            return leave_ranks(EXIT_BAD_LOSS)
+            finished = trainer.train(batches(train_rows, plan.windows(ranks.rank, first_step, total_steps)))
+            watch.at(total_steps, "writing the last checkpoint")
+            writer.wait()
+    except BadLossError as error:
+        if check_only:
+            say(error)
+            return leave_ranks(EXIT_CHECK_FAILED)
+        facts = {"stopped": "by the loss guard, before the failed step was trained"}
+        saved = run_dir.save_adapter(
+            lora_model, engine.gather_trainable(), output_dir / "adapter_before_failure", ranks, facts
+        )
+        say(f"nothing of the failed step was trained; the weights before it are in {saved}")
+        return leave_ranks(EXIT_BAD_LOSS)
 
-        # 6. Close: the adapter, and where to look.
-        if not finished:
-            say(f"asked to stop: saved in {output_dir / 'checkpoints'}; --resume auto goes on from there")
-            return leave_ranks(EXIT_STOPPED)
-        if not check_only:
-            facts = {"rows": len(train_rows), "optimizer steps": total_steps, **trainer.last_losses}
-            saved = run_dir.save_adapter(lora_model, engine.gather_trainable(), output_dir / "adapter", ranks, facts)
-            say(f"adapter: {saved}")
-            say(
-                f"listen:  python -m higgs_ds generate --base_ckpt {config.base_ckpt} --adapter {saved} "
-                f"--codec {config.codec} --text '…' --output_file speech.wav"
-            )
-        return leave_ranks(EXIT_OK)
-    except ConfigError:
-        leave_ranks(EXIT_CONFIG, wait=False)
-        raise
+    # 6. Close: the adapter, and where to look.
+    if not finished:
+        say(f"asked to stop: saved in {output_dir / 'checkpoints'}; --resume auto goes on from there")
+        return leave_ranks(EXIT_STOPPED)
+    if not check_only:
+        facts = {"rows": len(train_rows), "optimizer steps": total_steps, **trainer.last_losses}
+        saved = run_dir.save_adapter(lora_model, engine.gather_trainable(), output_dir / "adapter", ranks, facts)
+        say(f"adapter: {saved}")
+        say(
+            f"listen:  python -m higgs_ds generate --base_ckpt {config.base_ckpt} --adapter {saved} "
+            f"--codec {config.codec} --text '…' --output_file speech.wav"
+        )
+    return leave_ranks(EXIT_OK)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from .config import ConfigError, TrainConfig
 from .engine import Engine, OptimizerState, Ranks
 
 CHECKSUMS = "checksums.json"
+LAST_WRITE_SEC = 25.0
 # A change of these would make another run of it; the adapter's shape cannot change at all.
 SHAPE_OPTIONS = ("lora_r", "lora_target_modules")
 TRAJECTORY_OPTIONS = (
@@ -66,6 +67,10 @@ class CheckpointError(ValueError):
     """A checkpoint that is incomplete or damaged; says which file and how."""
 
 
+class CheckpointWriteError(OSError):
+    """A checkpoint could not be written, for want of room or rights."""
+
+
 def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
     """This process's generators, as bytes."""
     states = {"cpu": torch.get_rng_state()}
@@ -95,6 +100,11 @@ class CheckpointWriter:
         self._pool = ThreadPoolExecutor(1)
         self._pending: Future | None = None
 
+    def clean(self) -> None:
+        """Removes what a killed run was writing; rank 0 calls it before the first save."""
+        for leftover in self.folder.glob(".step-*.tmp"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
     def save(self, position: Position, engine: Engine, ranks: Ranks) -> None:
         """Gathers on all ranks, then writes behind their backs on rank 0; waits for the checkpoint before."""
         self.wait()
@@ -112,11 +122,16 @@ class CheckpointWriter:
         """Until the last checkpoint is on disk.
 
         Raises:
-            OSError: it could not be written; earlier checkpoints are as they were.
+            CheckpointWriteError: it could not be written; earlier checkpoints are as they were.
         """
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
+
+    def finish(self) -> None:
+        """`wait`, but not longer than a queue would: for a run that is ending anyway."""
+        if self._pending is not None:
+            self._pending.result(timeout=LAST_WRITE_SEC)
 
     def _write(self, position: Position, state: OptimizerState, rng: list[dict[str, torch.Tensor]]) -> None:
         position.adam_steps = state.adam_steps
@@ -143,10 +158,12 @@ class CheckpointWriter:
             shutil.rmtree(final, ignore_errors=True)
             os.replace(beside, final)
             _sync(self.folder)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:  # a full disk is the one or the other, by which file it hits
             shutil.rmtree(beside, ignore_errors=True)
-            raise OSError(
-                error.errno, f"checkpoint {name} could not be written to {self.folder}: {error.strerror or error}"
+            reason = getattr(error, "strerror", None) or str(error)
+            raise CheckpointWriteError(
+                f"checkpoint {name} could not be written to {self.folder}: {reason}; the checkpoints before it are "
+                "whole, --resume auto goes on from the last of them once this is mended"
             ) from error
         for old in list_checkpoints(self.folder)[: -self.keep_last]:
             shutil.rmtree(old)

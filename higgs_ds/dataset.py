@@ -31,6 +31,7 @@ def load_rows(
     skip_bad_rows: bool,
     ranks: Ranks,
     warn: Callable[[str], None],
+    moved: Callable[[], None] = lambda: None,
 ) -> tuple[list[Row], list[Row]]:
     """The usable rows of the training manifest, and of the validation manifest where there is one.
 
@@ -54,6 +55,7 @@ def load_rows(
         def progress(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
+            moved()
 
         problems = cache.ensure(
             refs,

@@ -13,6 +13,7 @@ import signal
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -95,7 +96,12 @@ def start_ranks() -> Ranks:
         _without_kernel_build(deepspeed)
     else:
         torch.cuda.set_device(device)
-    deepspeed.init_distributed(dist_backend="gloo" if on_cpu else "nccl", verbose=False)
+    # To find each other, the ranks have torch's half an hour. After that one may encode for hours while the others wait
+    # for it: who is dead or stuck is for `watch` to find, and not for a collective's timeout.
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=timedelta(minutes=30)))
+    backend = "gloo" if on_cpu else "nccl"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(days=1))
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)
     return Ranks(dist.get_rank(), dist.get_world_size(), local_rank, device)
 
 

@@ -22,8 +22,11 @@ def json_line(row: dict) -> str:
 def append_rows(path: Path, rows: list[dict]) -> None:
     """Adds rows to a file, which is made if it is not there."""
     # Opened for each write: a reader sees every step, and a killed run loses at most the line being written.
-    with open(path, "a", encoding="utf-8") as file:
-        file.write("".join(map(json_line, rows)))
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write("".join(map(json_line, rows)))
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror}: {path} cannot be written") from error
 
 
 def read_rows(path: Path) -> list[dict]:

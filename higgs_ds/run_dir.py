@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 
 import torch
@@ -39,6 +42,30 @@ def prepare_run_dir(output_dir: Path, *, may_hold_a_run: bool) -> Path:
     except OSError as error:
         raise ConfigError([f"--output_dir: {output_dir} cannot be written to: {error.strerror or error}"]) from None
     return output_dir
+
+
+def lock_run_dir(output_dir: Path, *, wait_sec: float = 60.0) -> contextlib.AbstractContextManager:
+    """Keeps a second run out of the folder for as long as the context lasts; a killed run lets go of it.
+
+    A context without effect where the file system has no locks.
+
+    Raises:
+        ConfigError: another run has had it for `wait_sec`, which is long enough for the ranks of a killed one to end.
+    """
+    until = time.monotonic() + wait_sec
+    file = (output_dir / ".lock").open("w")
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except BlockingIOError:
+            if time.monotonic() > until:
+                file.close()
+                raise ConfigError([f"--output_dir: another run is writing to {output_dir}"]) from None
+            time.sleep(0.2)
+        except OSError:
+            file.close()
+            return contextlib.nullcontext()
 
 
 def write_resolved(output_dir: Path, config: dict, ds_config: dict) -> None:

@@ -47,12 +47,14 @@ class Trainer:
     log_every: int
     total_steps: int
     eval_every: int
+    first_step: int = 1
     validation: Callable[[], Iterable[tuple[Window, list[Batch]]]] | None = None
     tracker: Tracker | None = None
     save: Callable[[Window], None] | None = None
     save_every: int | None = None
     raise_if_save_failed: Callable[[], None] = lambda: None
     stop_requested: Callable[[], bool] = lambda: False
+    at: Callable[[int, str], None] = lambda step, doing: None  # told of every move: a rank that stands still is found
     dropped_steps: int = 0
     last_losses: dict[str, float] = field(default_factory=dict)
     _save_stall_sec: float | None = None
@@ -67,6 +69,7 @@ class Trainer:
         """
         self.engine.train()
         started = time.perf_counter()
+        self.at(self.first_step, "reading its batches")
         for window, batches in windows:
             data_sec = time.perf_counter() - started
             lr = self.learning_rate(window.step)
@@ -79,6 +82,7 @@ class Trainer:
             if self.validation and (window.step % self.eval_every == 0 or window.step == self.total_steps):
                 self.evaluate(window.step)
             last = window.step == self.total_steps
+            self.at(window.step, "saving")
             if self.save and (result.stop or (self.save_every and (last or window.step % self.save_every == 0))):
                 began = time.perf_counter()
                 self.save(window)
@@ -86,10 +90,12 @@ class Trainer:
             if result.stop:
                 return False
             started = time.perf_counter()
+            self.at(window.step + 1, "reading its batches")
         return True
 
     def train_step(self, step: int, batches: list[Batch], lr: float) -> StepResult:
         """One optimizer step over this rank's micro-batches; the update happens only if no rank saw a failure."""
+        self.at(step, "counting labels")
         failures = [f for i, batch in enumerate(batches) for f in self.guard.check_batch(batch, step, i)]
         # The labels of the whole step are counted before its first forward, and the verdict on the batches with them.
         counts = [0.0, 0.0, *[0.0] * len(self.weights.codebooks)]
@@ -111,11 +117,14 @@ class Trainer:
 
         stats: list[torch.Tensor] = []
         reports: list[ForwardReport] = []
-        for batch in batches:
+        for i, batch in enumerate(batches):
+            self.at(step, f"forward of micro-batch {i}")
             loss, stat, report = self.engine.forward(batch.model_inputs(self.ranks.device), text_scale, codebook_scales)
+            self.at(step, f"backward of micro-batch {i}")
             self.engine.backward(loss)
             stats.append(stat)
             reports.append(report)
+        self.at(step, "checking the losses")
         on_host = torch.stack(stats).tolist()  # the step's one copy from the device
 
         sums = StepSums(len(self.weights.codebooks))
@@ -140,6 +149,7 @@ class Trainer:
             self._say_of_this_rank(
                 step, "re-expanded", "the model returned no expanded_labels; re-expanding them from the batch"
             )
+        self.at(step, "updating the weights")
         grad_norm = self.engine.step(lr)
         if not math.isfinite(grad_norm):
             if self.engine.overflows_by_design:
@@ -162,6 +172,7 @@ class Trainer:
             if self.ranks.sum([len(failures)])[0]:
                 break
             for i, batch in enumerate(batches):
+                self.at(step, "validating")
                 _, stat, report = self.engine.forward(batch.model_inputs(self.ranks.device), 1.0, ones)
                 values = stat.tolist()
                 failures += self.guard.check_result(batch, report, values, step, i)

@@ -52,3 +52,33 @@ def tokenizer(tiny_dir):
     from higgs_ds.model import load_tokenizer
 
     return load_tokenizer(tiny_dir)
+
+
+@pytest.fixture(scope="session")
+def flags_of(tiny_dir, codec_dir):
+    def flags(output_dir, **changes) -> list[str]:
+        settings = {
+            "train_manifest": SPEECH,
+            "base_ckpt": tiny_dir,
+            "codec": codec_dir,
+            "output_dir": output_dir,
+            "num_workers": 0,
+            "wandb_mode": "disabled",
+            "batch_size": 2,
+            "lora_r": 8,
+            "lr": 1e-2,
+            "epochs": 10,
+        }
+        return [str(word) for name, value in (settings | changes).items() for word in (f"--{name}", value)]
+
+    return flags
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory):
+    """Real ranks of `train_ds.py` that start in a second."""
+    from tests.forks import Forks
+
+    starter = Forks(tmp_path_factory.mktemp("forks"))
+    yield starter
+    starter.close()

@@ -16,29 +16,9 @@ from safetensors.torch import load_file
 
 from higgs_ds.checkpoint import CheckpointError, find_checkpoint, list_checkpoints, read_checkpoint
 from higgs_ds.config import ConfigError
-from tests.conftest import ROOT, SPEECH
+from tests.conftest import ROOT
 from tests.ranks import assert_all, free_port, run_ranks
 from tests.test_engine import distance
-
-
-@pytest.fixture(scope="module")
-def flags_of(tiny_dir, codec_dir):
-    def flags(output_dir, **changes) -> list[str]:
-        settings = {
-            "train_manifest": SPEECH,
-            "base_ckpt": tiny_dir,
-            "codec": codec_dir,
-            "output_dir": output_dir,
-            "num_workers": 0,
-            "wandb_mode": "disabled",
-            "batch_size": 2,
-            "lora_r": 8,
-            "lr": 1e-2,
-            "epochs": 10,
-        }
-        return [str(word) for name, value in (settings | changes).items() for word in (f"--{name}", value)]
-
-    return flags
 
 
 def losses(folder) -> list[dict]:

@@ -1,0 +1,252 @@
+"""What happens to a run when ranks, launchers and disks fail: it ends, says why, and can go on."""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from higgs_ds.checkpoint import list_checkpoints, read_checkpoint
+from higgs_ds.config import ConfigError
+from higgs_ds.run_dir import lock_run_dir
+from tests.conftest import ROOT
+from tests.ranks import free_port
+
+STEPS = 16
+SLOW = {0: ["slowly", 0.1, 0.1], 1: ["slowly", 0.1, 0.1]}
+
+
+@pytest.fixture(scope="module")
+def run_flags(flags_of):
+    """A run of two ranks' 16 steps, saved every second step; resumed where there is something to resume."""
+
+    def flags(folder, **changes):
+        settings = {"dtype": "fp32", "max_steps": STEPS, "save_every": 2, "resume": "auto", "stall_timeout_sec": 60}
+        return flags_of(folder, **settings | changes)
+
+    return flags
+
+
+@pytest.fixture(scope="module")
+def whole(forks, run_flags, tmp_path_factory):
+    """The adapter and losses of a run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    results = forks.run(run_flags(folder), 2)
+    assert [r.returncode for r in results] == [0, 0], results[0].output[-3000:]
+    return folder
+
+
+def until(condition, seconds=60.0):
+    """Waits for what must come."""
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.01)
+    return value
+
+
+def steps_done(folder) -> int:
+    file = folder / "metrics.jsonl"
+    return file.read_bytes().count(b"\n") if file.exists() else 0
+
+
+def assert_same_run(folder, whole) -> None:
+    """The same adapter to the bit, and every step's losses once."""
+    ours, wanted = (load_file(run / "adapter/adapter_model.safetensors") for run in (folder, whole))
+    assert ours.keys() == wanted.keys() and all(torch.equal(ours[key], wanted[key]) for key in wanted)
+    rows, wanted_rows = (
+        [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (folder, whole)
+    )
+    assert [row["train/loss"] for row in rows] == [row["train/loss"] for row in wanted_rows]
+
+
+def processes_of(folder) -> list[int]:
+    """Live processes that were started with this folder among their flags."""
+    found = []
+    for entry in os.listdir("/proc"):
+        if entry.isdigit() and int(entry) != os.getpid():
+            with contextlib.suppress(OSError), open(f"/proc/{entry}/cmdline") as file:
+                if str(folder) in file.read():
+                    found.append(int(entry))
+    return found
+
+
+def kill_once(forks, flags, folder, draw, *, in_a_save: bool) -> list | None:
+    """Starts two ranks, kills one or both at a random moment, and checks how the rest ends; None if they were done."""
+    ranks = forks.start(flags, 2, patches=SLOW)
+    begun = time.time()
+    until(lambda: (folder / ".lock").exists() or forks.ended(ranks[0]))
+    if in_a_save:
+
+        def saving():
+            return any(path.stat().st_ctime > begun for path in being_written(folder / "checkpoints"))
+
+        until(lambda: forks.ended(ranks[0]) or saving())
+        time.sleep(draw.uniform(0, 0.5))
+    else:
+        time.sleep(draw.uniform(0, 3.5))
+    victims = draw.choice(([0], [1], [0, 1]))
+    for victim in victims:
+        ranks[victim].kill()
+    results = forks.wait(ranks, 60)
+    if all(result.returncode == 0 for result in results):
+        return None
+    for rank, result in enumerate(results):
+        if rank not in victims and result.returncode != 0:
+            assert result.returncode == 1, (result.returncode, result.output[-2000:])
+            assert f"ending: rank {victims[0]} died" in result.output
+    return results
+
+
+def test_killed_at_twenty_random_moments_it_reaches_the_same_adapter(forks, run_flags, whole, tmp_path):
+    """kill -9 of one rank or of all, at any moment of start, step and save, and `--resume auto` after each."""
+    seed = random.randrange(10**6)
+    print("seed", seed)
+    draw = random.Random(seed)
+    kills = killed_in_a_save = 0
+    folders = [tmp_path / "run0"]
+    while kills < 20:
+        folder = folders[-1]
+        if kill_once(forks, run_flags(folder), folder, draw, in_a_save=kills % 2 == 1):
+            kills += 1
+            killed_in_a_save += bool(being_written(folder / "checkpoints"))
+        else:  # it was faster: the next run is killed
+            folders.append(tmp_path / f"run{len(folders)}")
+    assert killed_in_a_save >= 3
+    for folder in folders:
+        assert [r.returncode for r in forks.run(run_flags(folder), 2)] == [0, 0]
+        assert_same_run(folder, whole)
+        assert not being_written(folder / "checkpoints")
+
+
+def being_written(folder) -> list:
+    return list(folder.glob(".step-*.tmp"))
+
+
+@pytest.mark.parametrize("victim", ["deepspeed", "deepspeed.launcher.launch", "rank"])
+def test_a_killed_launcher_or_rank_leaves_no_process_behind(victim, forks, run_flags, whole, tmp_path):
+    """The real launcher; after its death nobody is there to end the ranks but they themselves."""
+    folder = tmp_path / "run"
+    command = ["--num_accelerators", "2", "--master_port", str(free_port()), "train_ds.py"]
+    launcher = os.path.join(os.path.dirname(sys.executable), "deepspeed")
+    command = [sys.executable, launcher, *command, *run_flags(folder, num_workers=1)]
+    log = (tmp_path / "log").open("w+")
+    process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        until(lambda: steps_done(folder) >= 4 or process.poll() is not None, 120)
+        assert process.poll() is None, (tmp_path / "log").read_text()[-3000:]
+        time.sleep(random.uniform(0, 0.5))
+        names = {pid: open(f"/proc/{pid}/cmdline").read() for pid in processes_of(folder)}
+        if victim == "deepspeed":
+            os.kill(process.pid, signal.SIGKILL)
+        elif victim == "rank":
+            os.kill(next(p for p, n in names.items() if "train_ds.py" in n.split("\0")[2]), signal.SIGKILL)
+        else:
+            os.kill(next(p for p, n in names.items() if victim in n), signal.SIGKILL)
+        until(lambda: process.poll() is not None, 40)
+        until(lambda: not processes_of(folder), 40)
+        if victim != "deepspeed.launcher.launch":  # whose death by a signal DeepSpeed's runner passes on as 0
+            assert process.returncode != 0
+    finally:
+        for pid in processes_of(folder):
+            os.kill(pid, signal.SIGKILL)
+    output = (tmp_path / "log").read_text()
+    wanted = "ending: rank " if victim == "rank" else "is gone"
+    assert wanted in output, output[-3000:]
+    assert [r.returncode for r in forks.run(run_flags(folder), 2)] == [0, 0]
+    assert_same_run(folder, whole)
+
+
+@pytest.mark.parametrize("what", ["hang", "fail"])
+def test_a_stuck_or_failed_rank_ends_the_others_and_is_named(what, forks, run_flags, tmp_path):
+    flags = run_flags(tmp_path / "run", stall_timeout_sec=3)
+    results = forks.run(flags, 3, patches={1: [what, 3]}, timeout=60)
+    assert [r.returncode for r in results] == [1, 1, 1]
+    found = "has not moved for 3 s (--stall_timeout_sec)" if what == "hang" else "failed"
+    for result in results:
+        assert f"ending: rank 1 {found}" in result.output and "in step 3" in result.output, result.output[-2000:]
+    assert what == "hang" or "ZeroDivisionError" in results[2].output
+
+
+@pytest.mark.parametrize("phase", ["data", "forward", "backward", "save", "write"])
+def test_a_stop_signal_in_any_phase(phase, forks, run_flags, whole, tmp_path):
+    flags = run_flags(tmp_path / "run", grad_accum=1)
+    rank = 0 if phase == "write" else 1  # one rank writes
+    results = forks.run(flags, 2, patches={rank: ["signal_in", phase, 4]})
+    assert [r.returncode for r in results] == [75, 75], results[rank].output[-3000:]
+    step = read_checkpoint(list_checkpoints(tmp_path / "run/checkpoints")[-1]).position.step
+    assert step < STEPS and steps_done(tmp_path / "run") == step
+    assert [r.returncode for r in forks.run(flags, 2)] == [0, 0]
+    assert_same_run(tmp_path / "run", whole)
+
+
+@contextlib.contextmanager
+def small_disk(folder, size: str):
+    """A file system of its own; skips where one may not be mounted."""
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    mounted = subprocess.run(command, capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"no right to mount a small disk: {mounted.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk_costs_nothing_that_was_saved(forks, run_flags, whole, tmp_path):
+    with small_disk(tmp_path / "disk", "16m") as disk:
+        folder = disk / "run"
+        assert [r.returncode for r in forks.run(run_flags(folder, max_steps=4), 2)] == [0, 0]
+        ballast = disk / "ballast"
+        free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
+        ballast.write_bytes(bytes(free - 400_000))
+        results = forks.run(run_flags(folder, max_steps=STEPS), 2)
+        assert_write_failed(results, folder)
+        ballast.unlink()
+        assert [r.returncode for r in forks.run(run_flags(folder), 2)] == [0, 0]
+        # The schedule of the first four steps was that of a run of four, so the weights are not `whole`'s.
+        assert steps_done(folder) == STEPS
+
+
+def test_a_quota_costs_nothing_that_was_saved(forks, run_flags, whole, tmp_path):
+    folder = tmp_path / "run"
+    results = forks.run(run_flags(folder), 2, patches={0: ["quota_from_step", 5, 100_000]})
+    assert_write_failed(results, folder)
+    assert [r.returncode for r in forks.run(run_flags(folder), 2)] == [0, 0]
+    assert_same_run(folder, whole)
+
+
+def assert_write_failed(results, folder) -> None:
+    assert [r.returncode for r in results] == [1, 1], results[0].output[-3000:]
+    for result in results:
+        assert "ending: rank 0 failed in step" in result.output, result.output[-3000:]
+        assert f"checkpoint step-000006 could not be written to {folder / 'checkpoints'}: " in result.output
+        assert "--resume auto goes on" in result.output
+    assert "Traceback" not in results[0].output
+    assert [path.name for path in list_checkpoints(folder / "checkpoints")][-1] == "step-000004"
+    assert read_checkpoint(folder / "checkpoints/step-000004").position.step == 4
+    assert not being_written(folder / "checkpoints")
+
+
+def test_a_read_only_output_dir_is_refused_before_training(forks, run_flags, tmp_path):
+    with small_disk(tmp_path / "disk", "1m") as disk:
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        results = forks.run(run_flags(disk / "run"), 2)
+    assert [r.returncode for r in results] == [2, 2]
+    assert f"--output_dir: {disk / 'run'} cannot be written to: Read-only file system" in results[0].output
+    assert "engine:" not in results[0].output
+
+
+def test_two_runs_cannot_share_a_folder(tmp_path):
+    with lock_run_dir(tmp_path), pytest.raises(ConfigError, match="another run is writing"):
+        lock_run_dir(tmp_path, wait_sec=0.3)
+    with lock_run_dir(tmp_path, wait_sec=0.3):
+        pass

@@ -29,19 +29,19 @@ def losses(folder) -> list[dict]:
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_interrupted_and_resumed_is_never_interrupted_bit_for_bit(stage, flags_of, tmp_path):
+def test_interrupted_and_resumed_is_never_interrupted_bit_for_bit(stage, forks, flags_of, tmp_path):
     """bf16, dropout on: SIGTERM to one of two ranks in the middle, exit 75, `--resume auto`."""
     common = {"deepspeed_config": f"ds_configs/zero{stage}.json", "dtype": "bf16", "max_steps": 12, "grad_accum": 2}
     common["num_workers"] = 1
-    assert_all(run_ranks(["train_ds.py", *flags_of(tmp_path / "whole", **common)], 2, timeout=180))
+    assert_all(forks.run(flags_of(tmp_path / "whole", **common), 2))
 
     first = flags_of(tmp_path / "parts", **common)
-    results = run_ranks(["tests/workers/train_and_stop.py", "5", "1", *first], 2, timeout=180)
+    results = forks.run(first, 2, patches={1: ["signal_at_step", 5]})
     assert_all(results, returncode=75)
     assert [path.name for path in list_checkpoints(tmp_path / "parts/checkpoints")] == ["step-000005"]
     assert "--resume auto goes on from there" in results[0].output
 
-    results = run_ranks(["train_ds.py", *first, "--resume", "auto"], 2, timeout=180)
+    results = forks.run([*first, "--resume", "auto"], 2)
     assert_all(results)
     assert "resuming after step 5" in results[0].output
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
@@ -49,33 +49,36 @@ def test_interrupted_and_resumed_is_never_interrupted_bit_for_bit(stage, flags_o
     assert ours.keys() == wanted.keys() and all(torch.equal(ours[key], wanted[key]) for key in wanted)
 
 
-def test_other_stages_and_world_sizes_go_on_with_the_same_run(flags_of, tmp_path):
-    """2 ranks ZeRO-2 → 4 ranks ZeRO-3 → 1 rank ZeRO-0, against 1 rank that was never interrupted."""
+def test_other_stages_and_world_sizes_go_on_with_the_same_run(forks, flags_of, tmp_path):
+    """2 ranks ZeRO-2 → 4 ranks ZeRO-3 → 1 rank ZeRO-0 → both offloads, against 1 rank that was never interrupted."""
     common = {"dtype": "fp32", "lora_dropout": 0, "lr_scheduler": "constant", "warmup_ratio": 0, "save_every": 2}
 
     def run(folder, ranks, stage, steps, **changes):
         flags = flags_of(folder, deepspeed_config=f"ds_configs/zero{stage}.json", max_steps=steps, **common, **changes)
-        results = run_ranks(["train_ds.py", *flags], ranks, timeout=180)
+        results = forks.run(flags, ranks, timeout=180)
         assert_all(results)
         return results[0].output
 
-    run(tmp_path / "whole", 1, 2, 6, grad_accum=4)
+    run(tmp_path / "whole", 1, 2, 10, grad_accum=4)
     run(tmp_path / "parts", 2, 2, 2, grad_accum=2)
     output = run(tmp_path / "parts", 4, 3, 4, grad_accum=2, resume="auto")
     assert "= 8 rows" in output and "--max_steps is 4, the checkpoint has 2" in output
     run(tmp_path / "parts", 1, 0, 6, grad_accum=1, resume="auto")
-    ours = read_checkpoint(tmp_path / "parts/checkpoints/step-000006").state
-    wanted = read_checkpoint(tmp_path / "whole/checkpoints/step-000006").state
-    assert distance(ours.weights, wanted.weights) < 1e-5
-    assert distance(ours.exp_avg, wanted.exp_avg) < 1e-4 and ours.adam_steps == wanted.adam_steps == 6
+    run(tmp_path / "parts", 2, "3_offload", 8, grad_accum=2, resume="auto")
+    run(tmp_path / "parts", 2, "2_offload", 10, grad_accum=2, resume="auto")
+    for step in (6, 8, 10):
+        ours = read_checkpoint(tmp_path / f"parts/checkpoints/step-{step:06d}").state
+        wanted = read_checkpoint(tmp_path / f"whole/checkpoints/step-{step:06d}").state
+        assert distance(ours.weights, wanted.weights) < 1e-5
+        assert distance(ours.exp_avg, wanted.exp_avg) < 1e-4 and ours.adam_steps == wanted.adam_steps == step
 
 
 @pytest.fixture(scope="module")
-def saved(flags_of, tmp_path_factory):
+def saved(forks, flags_of, tmp_path_factory):
     """A run of one rank with a checkpoint every step, three of them kept."""
     folder = tmp_path_factory.mktemp("saved") / "run"
     flags = flags_of(folder, max_steps=5, save_every=1, keep_last=3, dtype="fp32")
-    assert_all(run_ranks(["train_ds.py", *flags], 1, timeout=120))
+    assert_all(forks.run(flags, 1))
     return folder, flags
 
 
@@ -136,14 +139,14 @@ def test_any_damage_to_any_file_is_detected(name, damage, saved, tmp_path):
     assert found.position.step == 4 and len(said) == 1 and "step-000005" in said[0]
 
 
-def test_what_cannot_go_on_is_refused_and_what_changes_is_said(saved, tmp_path):
+def test_what_cannot_go_on_is_refused_and_what_changes_is_said(forks, saved, tmp_path):
     folder, flags = saved
     copy = tmp_path / "run"
     shutil.copytree(folder, copy)
 
     def resume(*changes):
         words = [str(copy) if word == str(folder) else word for word in flags]
-        (result,) = run_ranks(["train_ds.py", *words, "--resume", "auto", *changes], 1, timeout=120)
+        (result,) = forks.run([*words, "--resume", "auto", *changes], 1)
         return result
 
     other_rank = resume("--lora_r", "4")
@@ -164,13 +167,13 @@ def test_check_of_a_resumed_run_looks_at_its_next_batch(saved):
     assert sorted(folder.rglob("*")) == before
 
 
-def test_a_new_run_can_start_from_an_adapter(saved, flags_of, tmp_path):
+def test_a_new_run_can_start_from_an_adapter(forks, saved, flags_of, tmp_path):
     folder, _ = saved
     flags = flags_of(tmp_path / "run", max_steps=1, dtype="fp32", init_adapter=folder / "adapter", lr=1e-9)
-    assert_all(run_ranks(["train_ds.py", *flags], 1, timeout=120))
+    assert_all(forks.run(flags, 1))
     ours, wanted = (load_file(run / "adapter/adapter_model.safetensors") for run in (tmp_path / "run", folder))
     assert distance(ours, wanted) < 1e-4
-    (refused,) = run_ranks(["train_ds.py", *flags_of(tmp_path / "x", init_adapter=folder)], 1, timeout=120)
+    (refused,) = forks.run(flags_of(tmp_path / "x", init_adapter=folder), 1)
     assert refused.returncode == 2 and "--init_adapter" in refused.output
 
 

@@ -50,6 +50,16 @@ def quota_from_step(step: int, size: int) -> None:
     _at_step(step, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY)))
 
 
+def _signal_all() -> None:
+    for process in (*multiprocessing.active_children(), multiprocessing.current_process()):
+        os.kill(process.pid, signal.SIGTERM)
+
+
+def signal_at_step(step: int) -> None:
+    """SIGTERM to this rank and its data workers in a step, as a queue does."""
+    _at_step(step, _signal_all)
+
+
 def signal_in(phase: str, count: int) -> None:
     """SIGTERM to this rank and its data workers the `count`-th time that it is in the middle of a phase."""
     calls = 0
@@ -61,8 +71,7 @@ def signal_in(phase: str, count: int) -> None:
             nonlocal calls
             calls += 1
             if calls == count:
-                for process in (*multiprocessing.active_children(), multiprocessing.current_process()):
-                    os.kill(process.pid, signal.SIGTERM)
+                _signal_all()
             return original(*args, **kwargs)
 
         setattr(owner, name, call)

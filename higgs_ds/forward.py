@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from boson_multimodal.model.higgs_audio import HiggsAudioModel
 from torch import nn
 
-from .config import ConfigError
+from .config import HEADS, ConfigError
 from .fused_head import FusedHead
 from .layout import Layout
 from .loss import IGNORE, HeadSums, audio_targets, head_sums, scaled_loss, text_targets
@@ -162,7 +162,7 @@ def training_forward(
         return TrainingForward.of(model, config)
     check_supported(config)
     if loss_impl == "fused":
-        heads = {name: m for name, m in model.named_modules() if name.endswith(("text_lm_head", "audio_lm_head"))}
+        heads = {name: m for name, m in model.named_modules() if name.endswith(HEADS)}
         trained = [
             name for name, head in heads.items() if any(parameter.requires_grad for parameter in head.parameters())
         ]

@@ -84,7 +84,7 @@ def padding_free_forward(
     Args:
         input_ids: [batch, tokens], read at `layout.text_index`.
         audio_out_ids, audio_in_ids: [codebooks, frames].
-        checkpoint_every: recompute every so-manieth layer in the backward; 0 for none.
+        checkpoint_every: N recomputes every N-th layer in the backward, from the first on; 0 for none.
     """
     codes = _codes(model, audio_out_ids, audio_in_ids)
     num_frames = codes.shape[1]

@@ -5,6 +5,7 @@ import dataclasses
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from higgs_ds.collate import Collator
 from higgs_ds.config import DEFAULT_LORA_TARGETS, ConfigError
@@ -12,7 +13,9 @@ from higgs_ds.forward import training_forward
 from higgs_ds.model import attach_lora, load_base, read_model_config
 from higgs_ds.padding_free import check_supported
 from higgs_ds.tiny import write_tiny
+from tests.ranks import assert_all, run_ranks
 from tests.test_collate import samples_of
+from tests.workers.common import with_lora_b, without_text_labels
 
 # Relative L2 distance ‖a − b‖ / ‖b‖ of the loss and of the gradient of all LoRA weights. Weight by weight, upstream's
 # own float32 gradients stand up to 2e-6 from its float64 ones, so that the mathematics are held together in float64.
@@ -53,11 +56,7 @@ def lora_on(base_dir, config, targets=DEFAULT_LORA_TARGETS, *, dtype="fp32", dro
         seed=1,
         base_name="tiny",
     )
-    draw = torch.Generator().manual_seed(5)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:  # zero at the start, where A would get no gradient
-            parameter.data.copy_(torch.randn(parameter.shape, generator=draw) * 0.05)
-    return model
+    return with_lora_b(model)
 
 
 @pytest.fixture(scope="module")
@@ -67,15 +66,6 @@ def model(base_dir, config):
 
 def batch_of(names, tokenizer, config, **collate):
     return Collator.of(config, with_layout=True)(samples_of(names, tokenizer), **collate)
-
-
-def without_text_labels(batch):
-    """The same batch where nothing of the text is learned."""
-    labels = torch.full_like(batch.label_ids, -100)
-    layout = batch.layout
-    rows = layout.head_rows[len(layout.text_targets) :]
-    layout = dataclasses.replace(layout, head_rows=rows, text_targets=layout.text_targets[:0])
-    return dataclasses.replace(batch, label_ids=labels, layout=layout)
 
 
 def computed(module, batch, *, layout=True, seed=None):
@@ -266,3 +256,24 @@ def test_what_did_not_reach_the_model_is_a_problem(model, config, tokenizer):
         assert torch.isnan(stats).all()
         loss.backward()  # ranks stay in step
     module.zero_grad()
+
+
+VARIANTS = ["fused", "reference", "checkpointed", "every second layer checkpointed"]
+
+
+@pytest.fixture(scope="module")
+def sharded(base_dir, codec_dir, tmp_path_factory):
+    """The first moments after a step on two ranks with other kinds of rows, by (stage, variant): 0.1 × the gradient."""
+    out = tmp_path_factory.mktemp("sharded")
+    assert_all(run_ranks(["tests/workers/forwards.py", *map(str, (base_dir, codec_dir, out))], 2, timeout=240))
+    return {tuple(file.stem.split("-")): load_file(file) for file in out.glob("*.safetensors")}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("stage", ["2", "3"])
+def test_gradients_are_upstreams_under_zero_with_two_ranks(stage, variant, sharded):
+    ours, wanted = sharded[stage, variant], sharded[stage, "upstream"]
+    assert ours.keys() == wanted.keys() and all(value.any() for value in wanted.values())
+    assert distance(joined(ours), joined(wanted)) <= TOLERANCE
+    assert max(distance(ours[name], wanted[name]) for name in ours) <= EACH_FLOAT32
+    assert distance(joined(ours), joined(sharded["2", "upstream"])) <= TOLERANCE

@@ -86,7 +86,7 @@ def padding_free_forward(
         audio_out_ids, audio_in_ids: [codebooks, frames].
         checkpoint_every: N recomputes every N-th layer in the backward, from the first on; 0 for none.
     """
-    codes = _codes(model, audio_out_ids, audio_in_ids)
+    codes = _codes(model, audio_out_ids, audio_in_ids, input_ids)
     num_frames = codes.shape[1]
     # What did not arrive is the guard's to report. Until it has, this rank computes as much as the others wait for.
     codes = _of_shape(codes, (codes.shape[0], layout.num_frames))
@@ -106,13 +106,15 @@ def padding_free_forward(
     return PaddingFreeOutput(loss, sums, hidden.shape[0], num_frames, text_shape, audio_shape)
 
 
-def _codes(model, audio_out_ids, audio_in_ids) -> torch.Tensor:
-    """Audio-out frames, then audio-in frames where the model takes them. [codebooks, frames]"""
+def _codes(model, audio_out_ids, audio_in_ids, like: torch.Tensor) -> torch.Tensor:
+    """Audio-out frames, then audio-in frames where the model takes them. [codebooks, frames]
+
+    Nothing is asked of a weight here, not even its device: under ZeRO-3 that alone would gather it, on this rank only.
+    """
     parts = [audio_out_ids, audio_in_ids if model.config.encode_audio_in_tokens else None]
     parts = [part for part in parts if part is not None and part.shape[-1]]
     if not parts:
-        weight = model.audio_codebook_embeddings.weight
-        return torch.zeros((model.audio_num_codebooks, 0), dtype=torch.long, device=weight.device)
+        return like.new_zeros((model.audio_num_codebooks, 0))
     return torch.cat(parts, dim=1)
 
 

@@ -38,13 +38,13 @@ def main() -> None:
 
 
 def batches_of(rank: int, dataset) -> list:
-    """Two micro-batches: mixed rows and text alone on rank 0; speech without text labels and a filler on rank 1."""
+    """Two micro-batches: text alone and mixed rows on rank 0; speech without text labels and a filler on rank 1."""
 
     def batch(names: list[str], **settings):
         return dataset.collator(samples_of(names, dataset.tokenizer), **settings)
 
     if rank == 0:
-        return [batch(["dialog", "text", "clone"]), batch(["text"])]
+        return [batch(["text"]), batch(["dialog", "text", "clone"])]
     speech = without_text_labels(batch(["speech", "dialog from turn 3"]))
     return [speech, batch(["speech"], filler=True)]
 

@@ -9,6 +9,7 @@ from the batch's `Layout`.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -57,9 +58,8 @@ class Objective:
     codebook_scales: torch.Tensor  # [codebooks] float32
 
 
-@dataclass
-class PaddingFreeOutput:
-    """Loss and sums of a micro-batch, and what was computed for them."""
+class PaddingFreeOutput(NamedTuple):
+    """Loss and sums of a micro-batch, and what was computed for them; a tuple, which DeepSpeed's hooks know."""
 
     loss: torch.Tensor  # [] float32
     sums: HeadSums

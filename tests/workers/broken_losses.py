@@ -59,11 +59,11 @@ class Breaker(torch.nn.Module):
 
     def spoil(self, outputs: PaddingFreeOutput) -> PaddingFreeOutput:
         if self.check == "expanded_labels":
-            outputs.num_rows += 3
-        elif self.check == "finite":
+            return outputs._replace(num_rows=outputs.num_rows + 3)
+        if self.check == "finite":
             outputs.sums.text_sum = outputs.sums.text_sum * float("nan")
-            outputs.loss = outputs.loss * float("nan")
-        elif self.check == "gradient":
+            return outputs._replace(loss=outputs.loss * float("nan"))
+        if self.check == "gradient":
             outputs.loss.register_hook(lambda grad: grad * float("nan"))
         return outputs
 

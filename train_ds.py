@@ -69,9 +69,10 @@ def train(config: TrainConfig, ds_raw: dict, ranks: Ranks, watch: Watch, *, chec
     from higgs_ds.collate import Collator
     from higgs_ds.dataset import MicroBatches, load_rows, load_windows
     from higgs_ds.engine import Engine, StopSignal, leave_ranks, loading
-    from higgs_ds.forward import TrainingForward
+    from higgs_ds.forward import training_forward
     from higgs_ds.guard import BadLossError, Guard
     from higgs_ds.loss import LossWeights
+    from higgs_ds.padding_free import check_supported
     from higgs_ds.sampler import MicroBatch, Plan, evaluation_windows
     from higgs_ds.schedule import learning_rate
     from higgs_ds.tracking import open_tracker
@@ -85,6 +86,9 @@ def train(config: TrainConfig, ds_raw: dict, ranks: Ranks, watch: Watch, *, chec
     base_dir = ranks.each(lambda: model.locate_checkpoint(config.base_ckpt, config.base_revision))
     model_config = ranks.each(lambda: model.read_model_config(base_dir))
     ranks.each(lambda: model.check_weights(base_dir, model_config))
+    padding_free = config.forward_impl == "padding_free"
+    if padding_free:
+        ranks.each(lambda: check_supported(model_config))
     weights = LossWeights.of(
         config.text_loss_weight,
         config.audio_loss_weight,
@@ -131,8 +135,10 @@ def train(config: TrainConfig, ds_raw: dict, ranks: Ranks, watch: Watch, *, chec
     notes += checkpoint.changed_settings(resumed, config.as_dict(), len(train_rows))
     say("\n".join([*notes, f"resuming after step {first_step - 1}" if resumed else "a fresh start"]))
 
+    collator = Collator.of(model_config, with_layout=padding_free)
+
     def batches(rows, windows):
-        dataset = MicroBatches(rows, tokenizer, cache, Collator.of(model_config))
+        dataset = MicroBatches(rows, tokenizer, cache, collator)
         on_gpu = ranks.device.type == "cuda"
         return load_windows(dataset, list(windows), num_workers=config.num_workers, pin_memory=on_gpu)
 
@@ -159,7 +165,13 @@ def train(config: TrainConfig, ds_raw: dict, ranks: Ranks, watch: Watch, *, chec
         adapter = ranks.each(lambda: model.read_adapter(Path(config.init_adapter)))
         ranks.each(lambda: model.set_lora(lora_model, adapter, f"--init_adapter {config.init_adapter}"))
     engine = Engine(
-        TrainingForward.of(lora_model, model_config),
+        training_forward(
+            lora_model,
+            model_config,
+            forward_impl=config.forward_impl,
+            loss_impl=config.loss_impl,
+            checkpoint_every=config.checkpoint_every,
+        ),
         ds_config,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
@@ -172,7 +184,7 @@ def train(config: TrainConfig, ds_raw: dict, ranks: Ranks, watch: Watch, *, chec
         weights=weights,
     )
     if resumed:
-        any_batch = MicroBatches(train_rows, tokenizer, cache, Collator.of(model_config))[MicroBatch((0,))]
+        any_batch = MicroBatches(train_rows, tokenizer, cache, collator)[MicroBatch((0,))]
         engine.load_state(resumed.state, any_batch.model_inputs(ranks.device))
         checkpoint.restore_rng(resumed.rng, ranks, config.seed + resumed.position.step)
     say(plan.describe(total_steps), engine.describe(config.dtype), sep="\n")

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields
 import torch
 import torch.nn.functional as F
 
+from .layout import Layout, make_layout
 from .loss import IGNORE
 from .manifest import AudioRef, Row, Turn
 
@@ -44,6 +45,7 @@ class Batch:
     audio_feature_attention_mask: torch.Tensor | None = None
     origins: list[str] = field(default_factory=list)
     filler: bool = False  # computed so that ranks stay in step; nothing in it is learned
+    layout: Layout | None = None  # for the padding-free forward
 
     MODEL_KEYS = (
         "input_ids",
@@ -60,18 +62,19 @@ class Batch:
         "reward",
     )
 
-    def model_inputs(self, device: torch.device | str = "cpu") -> dict[str, torch.Tensor | None]:
-        """Every field of upstream's batch, on the device."""
-        return {
+    def model_inputs(self, device: torch.device | str = "cpu") -> dict[str, torch.Tensor | Layout | None]:
+        """Every field of upstream's batch, and the layout where there is one, on the device."""
+        inputs = {
             key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
             for key in self.MODEL_KEYS
             for value in (getattr(self, key),)
         }
+        return inputs if self.layout is None else {**inputs, "layout": self.layout.to(device)}
 
     def pin_memory(self) -> Batch:
         """For the data loader: tensors in page-locked memory, from where a GPU copies without waiting."""
         pinned = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Batch(**{k: v.pin_memory() if isinstance(v, torch.Tensor) else v for k, v in pinned.items()})
+        return Batch(**{k: v.pin_memory() if isinstance(v, (torch.Tensor, Layout)) else v for k, v in pinned.items()})
 
     @property
     def text_count(self) -> int:
@@ -172,6 +175,7 @@ class Collator:
         use_delay_pattern: bool,
         audio_in_tokens: bool,
         round_to: int = 8,
+        with_layout: bool = False,
     ):
         self.audio_in_token = audio_in_token
         self.audio_out_token = audio_out_token
@@ -182,10 +186,14 @@ class Collator:
         self.use_delay_pattern = use_delay_pattern
         self.audio_in_tokens = audio_in_tokens
         self.round_to = round_to
+        self.with_layout = with_layout
 
     @classmethod
-    def of(cls, config, *, round_to: int = 8) -> Collator:
-        """From a `HiggsAudioConfig`; rows are padded to a multiple of `round_to` tokens."""
+    def of(cls, config, *, round_to: int = 8, with_layout: bool = False) -> Collator:
+        """From a `HiggsAudioConfig`; rows are padded to a multiple of `round_to` tokens.
+
+        `with_layout` adds to every batch what the padding-free forward needs.
+        """
         return cls(
             audio_in_token=config.audio_in_token_idx,
             audio_out_token=config.audio_out_token_idx,
@@ -196,6 +204,7 @@ class Collator:
             use_delay_pattern=config.use_delay_pattern,
             audio_in_tokens=config.encode_audio_in_tokens,
             round_to=round_to,
+            with_layout=with_layout,
         )
 
     def __call__(self, samples: Sequence[Sample], filler: bool = False) -> Batch:
@@ -225,7 +234,7 @@ class Collator:
             label_ids.append(F.pad(labels, (0, missing), value=IGNORE))
         audio_out_ids, audio_out_ids_start = self._concatenate(out_codes)
         audio_in_ids, audio_in_ids_start = self._concatenate(in_codes)
-        return Batch(
+        batch = Batch(
             input_ids=torch.stack(input_ids),
             attention_mask=torch.stack(masks),
             audio_out_ids=audio_out_ids,
@@ -239,6 +248,23 @@ class Collator:
             origins=[sample.origin for sample in samples],
             filler=filler,
         )
+        if self.with_layout:
+            batch.layout = make_layout(
+                batch.input_ids,
+                batch.attention_mask,
+                batch.label_ids,
+                batch.label_audio_ids,
+                audio_out_token=self.audio_out_token,
+                audio_in_token=self.audio_in_token,
+                out_lengths=torch.tensor([clip.shape[1] for clip in out_codes], dtype=torch.long),
+                in_lengths=(
+                    torch.tensor([clip.shape[1] for clip in in_codes], dtype=torch.long)
+                    if self.audio_in_tokens
+                    else None
+                ),
+                num_codebooks=self.num_codebooks,
+            )
+        return batch
 
     def _stream(self, codes: torch.Tensor, bos: int, eos: int) -> torch.Tensor:
         """BOS, codes, EOS, with the delay pattern. [codebooks, frames] -> [codebooks, frames + 2 (+ codebooks - 1)]"""

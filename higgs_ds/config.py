@@ -23,6 +23,7 @@ DEFAULT_BASE_REVISION = "10840182ca4ad5d9d9113b60b9bb3c1ef1ba3f84"
 DEFAULT_CODEC = "bosonai/higgs-audio-v2-tokenizer"
 DEFAULT_CODEC_REVISION = "9d4988fbd4ad07b4cac3a5fa462741a41810dbec"
 DEFAULT_LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+HEADS = ("text_lm_head", "audio_lm_head")
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 
 ALIASES = {
@@ -85,6 +86,17 @@ class TrainConfig:
     lora_target_modules: list[str] = _option(
         list(DEFAULT_LORA_TARGETS), "model", "names of the linear layers that get LoRA, by suffix"
     )
+    forward_impl: str = _option(
+        "padding_free",
+        "model",
+        "padding_free: real tokens alone, without waiting for the GPU; upstream: boson_multimodal's own forward",
+        choices=("padding_free", "upstream"),
+    )
+    activation_checkpointing: str = _option(
+        "none",
+        "model",
+        "decoder layers whose activations are recomputed in the backward: none, full, or N for every N-th",
+    )
 
     batch_size: int = _option(1, "optimisation", "rows a rank and micro-batch", least=1)
     grad_accum: int = _option(1, "optimisation", "micro-batches an optimizer step", least=1)
@@ -103,6 +115,12 @@ class TrainConfig:
     audio_loss_weight: float = _option(1.0, "loss", "weight of the audio head's mean cross-entropy", least=0)
     codebook_weights: list[float] | None = _option(
         None, "loss", "one weight a codebook, scaled to sum 1 (default: equal)"
+    )
+    loss_impl: str = _option(
+        "fused",
+        "loss",
+        "fused: labelled rows in chunks, for frozen heads; reference: plain cross-entropy on their logits",
+        choices=("fused", "reference"),
     )
     on_bad_loss: str = _option(
         "raise", "loss", "a failed loss check ends the run (code 3) or drops the step", choices=("raise", "skip")
@@ -131,9 +149,19 @@ class TrainConfig:
         "auto", "run", "auto: online with a key, else offline", choices=("auto", "online", "offline", "disabled")
     )
 
+    @property
+    def checkpoint_every(self) -> int:
+        """`activation_checkpointing` as a number: 0 for none, 1 for every layer, N for every N-th."""
+        return {"none": 0, "full": 1}.get(self.activation_checkpointing) or _whole(self.activation_checkpointing)
+
     def as_dict(self) -> dict:
         """All options as plain values, as saved in `config.yaml`."""
         return dataclasses.asdict(self)
+
+
+def _whole(text: str) -> int:
+    """The number that digits say; 0 for anything else."""
+    return int(text) if text.isascii() and text.isdigit() else 0
 
 
 FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig)}
@@ -312,8 +340,33 @@ def _cross_checks(config: TrainConfig) -> list[str]:
             problems.append(f"--codebook_weights: {config.codebook_weights} holds a negative weight")
         elif sum(config.codebook_weights) <= 0:
             problems.append(f"--codebook_weights: {config.codebook_weights} sum to 0; give at least one above 0")
+    problems += _forward_checks(config)
     if config.base_revision is None and config.base_ckpt == DEFAULT_BASE:
         config.base_revision = DEFAULT_BASE_REVISION
     if config.codec_revision is None and config.codec == DEFAULT_CODEC:
         config.codec_revision = DEFAULT_CODEC_REVISION
+    return problems
+
+
+def _forward_checks(config: TrainConfig) -> list[str]:
+    """Which forward, loss and recomputation go together."""
+    problems = []
+    recomputed = config.activation_checkpointing
+    if recomputed != "none" and not config.checkpoint_every:
+        problems.append(f"--activation_checkpointing: {recomputed!r} is not none, full or a whole number above 0")
+    if config.forward_impl == "upstream":
+        if config.loss_impl == "fused":
+            problems.append(
+                "--forward_impl upstream: upstream's forward computes the logits of every position itself; "
+                "give --loss_impl reference with it"
+            )
+        if recomputed != "none":
+            problems.append("--activation_checkpointing: upstream's forward has none; use --forward_impl padding_free")
+    if config.loss_impl == "fused":
+        heads = [t for t in config.lora_target_modules if t.rsplit(".", 1)[-1] in HEADS]
+        problems += [
+            f"--lora_target_modules: LoRA on {head} would get no gradient from the fused loss; "
+            "use --loss_impl reference"
+            for head in heads
+        ]
     return problems

@@ -1,4 +1,4 @@
-"""From a batch to sums of loss: the model that drops only `labels`, and the module that the engine runs."""
+"""From a batch to sums of loss: the model that drops only `labels`, and the modules that the engine runs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ import torch.nn.functional as F
 from boson_multimodal.model.higgs_audio import HiggsAudioModel
 from torch import nn
 
+from .config import HEADS, ConfigError
+from .fused_head import FusedHead
+from .layout import Layout
 from .loss import IGNORE, HeadSums, audio_targets, head_sums, scaled_loss, text_targets
+from .padding_free import Objective, PaddingFreeOutput, check_supported, padding_free_forward
 
 FORWARD_KEYS = frozenset(inspect.signature(HiggsAudioModel.forward).parameters) - {"self"}
 
@@ -20,13 +24,38 @@ class HiggsAudioForTraining(HiggsAudioModel):
 
     That one key is dropped. Everything else reaches the model, and a key that it does not know is an error: dropping
     more than `labels` is how a trainer ends up with a loss of 0.0000. Weights keep upstream's names.
+
+    With a `layout` the batch goes through the padding-free forward, which gives a loss instead of logits.
     """
 
-    def forward(self, *args, labels=None, **kwargs):
+    def __init__(self, config):
+        super().__init__(config)
+        FusedHead.adopt(self.audio_decoder_proj.text_lm_head)
+        FusedHead.adopt(self.audio_decoder_proj.audio_lm_head)
+
+    def forward(
+        self,
+        *args,
+        labels=None,
+        layout: Layout | None = None,
+        objective: Objective | None = None,
+        checkpoint_every: int = 0,
+        **kwargs,
+    ):
         unknown = sorted(kwargs.keys() - FORWARD_KEYS)
         if unknown:
             raise TypeError(f"unknown keys in the batch: {', '.join(unknown)}; the model takes {sorted(FORWARD_KEYS)}")
-        return super().forward(*args, **kwargs)
+        if layout is None:
+            return super().forward(*args, **kwargs)
+        return padding_free_forward(
+            self,
+            layout,
+            objective,
+            input_ids=kwargs["input_ids"],
+            audio_out_ids=kwargs.get("audio_out_ids"),
+            audio_in_ids=kwargs.get("audio_in_ids"),
+            checkpoint_every=checkpoint_every,
+        )
 
 
 class AlignmentError(ValueError):
@@ -108,16 +137,53 @@ class ForwardReport:
     expanded_labels_shape: tuple[int, ...] | None = None
     audio_logits_shape: tuple[int, ...] | None = None
     text_logits_shape: tuple[int, ...] | None = None
-    path: str = "expanded_labels"  # or "re-expanded"
+    path: str = "expanded_labels"  # or "re-expanded", or "collator" with the padding-free forward
     problems: list[tuple[str, str]] = field(default_factory=list)  # (check, what was found)
 
 
-# Order of the values in the vector that `TrainingForward` returns, one copy to the host an optimizer step.
+# Order of the values in the vector that both training forwards return, one copy to the host an optimizer step.
 STAT_FIELDS = ("text_sum", "text_count", "text_saturation", "loss")
 
 
+def training_forward(
+    model: nn.Module,
+    config,
+    *,
+    forward_impl: str = "padding_free",
+    loss_impl: str = "fused",
+    checkpoint_every: int = 0,
+) -> nn.Module:
+    """What the engine runs, for a model with this `HiggsAudioConfig`; see the options of the same names.
+
+    Raises:
+        ConfigError: a head is trained where the loss would give it no gradient.
+    """
+    if forward_impl == "upstream":
+        return TrainingForward.of(model, config)
+    check_supported(config)
+    if loss_impl == "fused":
+        heads = {name: m for name, m in model.named_modules() if name.endswith(HEADS)}
+        trained = [
+            name for name, head in heads.items() if any(parameter.requires_grad for parameter in head.parameters())
+        ]
+        if trained:
+            raise ConfigError(
+                [
+                    f"--loss_impl fused: {name} is trained and would get no gradient; use --loss_impl reference"
+                    for name in trained
+                ]
+            )
+    return PaddingFreeForward(
+        model,
+        num_codebooks=config.audio_num_codebooks,
+        classes=config.audio_codebook_size + 2,
+        loss_impl=loss_impl,
+        checkpoint_every=checkpoint_every,
+    )
+
+
 class TrainingForward(nn.Module):
-    """What the engine runs: model, then loss sums, then one scalar scaled for the whole optimizer step."""
+    """Upstream's forward: model, then loss sums, then one scalar scaled for the whole optimizer step."""
 
     def __init__(
         self, model: nn.Module, *, audio_out_token: int, audio_in_token: int, num_codebooks: int, classes: int
@@ -224,3 +290,53 @@ def pack_stats(sums: HeadSums, loss: torch.Tensor) -> torch.Tensor:
     """[4 + 2 × codebooks] float32, see `STAT_FIELDS`."""
     head = torch.stack([sums.text_sum, sums.text_count.float(), sums.text_saturation, loss.float()])
     return torch.cat([head, sums.codebook_sums, sums.codebook_counts.float()]).detach()
+
+
+class PaddingFreeForward(nn.Module):
+    """The same from the same batch, on flat rows and with indices from the collator; see `padding_free`."""
+
+    def __init__(
+        self, model: nn.Module, *, num_codebooks: int, classes: int, loss_impl: str = "fused", checkpoint_every: int = 0
+    ):
+        """`classes` as in `TrainingForward`; `loss_impl` "fused" or "reference"."""
+        super().__init__()
+        self.model = model
+        self.num_codebooks = num_codebooks
+        self.classes = classes
+        self.loss_impl = loss_impl
+        self.checkpoint_every = checkpoint_every
+
+    def forward(
+        self, inputs: dict[str, torch.Tensor | Layout | None], text_scale: float, codebook_scales: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, ForwardReport]:
+        """One micro-batch; returns what `TrainingForward` returns."""
+        layout: Layout = inputs["layout"]
+        objective = Objective(self.loss_impl, text_scale, codebook_scales)
+        outputs: PaddingFreeOutput = self.model(**inputs, objective=objective, checkpoint_every=self.checkpoint_every)
+        report = ForwardReport(
+            expanded_labels_shape=(layout.num_sequences, layout.longest),
+            audio_logits_shape=outputs.audio_shape,
+            text_logits_shape=outputs.text_shape,
+            path="collator",
+        )
+        if layout.num_labels != outputs.num_rows:
+            report.problems.append(
+                (
+                    "expanded_labels",
+                    f"text labels expand to {layout.num_labels} positions, {outputs.num_rows} were computed",
+                )
+            )
+        expected = (layout.audio_targets.shape[0], self.num_codebooks, self.classes)
+        if outputs.audio_shape != expected or outputs.num_frames != layout.num_frames:
+            report.problems.append(
+                (
+                    "audio_logits",
+                    f"audio logits have shape {outputs.audio_shape}, expected {expected}; {outputs.num_frames} audio "
+                    f"frames reached the model, expected {layout.num_frames}",
+                )
+            )
+        if report.problems:
+            # As in `TrainingForward`: every rank runs the same backward, and the step will not be taken.
+            loss = outputs.loss * 0
+            return loss, loss.new_full((4 + 2 * self.num_codebooks,), float("nan")).detach(), report
+        return outputs.loss, pack_stats(outputs.sums, outputs.loss), report

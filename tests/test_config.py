@@ -37,6 +37,11 @@ def test_aliases():
     assert (config.lr, config.batch_size, config.grad_accum, config.epochs) == (1e-3, 3, 5, 7.0)
 
 
+@pytest.mark.parametrize(("given", "every"), [("none", 0), ("full", 1), ("4", 4)])
+def test_activation_checkpointing_as_a_number(given, every):
+    assert parse_args([*NEEDED, "--activation_checkpointing", given]).checkpoint_every == every
+
+
 def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("learning_rate: 5e-4\nbatch_size: 4\nskip_bad_rows: true\nlora_target_modules: [q_proj, v_proj]\n")
@@ -57,6 +62,14 @@ def test_the_resolved_config_can_be_given_back(tmp_path):
     [
         (["--gradient_cliping", "1"], ["--gradient_cliping: unknown flag"]),
         (["--batchsize", "2"], ["--batchsize: unknown flag", "'--batch_size'"]),
+        (["--activation_checkpointing", "all"], ["--activation_checkpointing: 'all' is not none, full or a whole"]),
+        (["--activation_checkpointing", "0"], ["--activation_checkpointing: '0' is not none"]),
+        (["--forward_impl", "upstream"], ["--forward_impl upstream", "--loss_impl reference"]),
+        (
+            ["--forward_impl", "upstream", "--loss_impl", "reference", "--activation_checkpointing", "full"],
+            ["--activation_checkpointing: upstream's forward has none"],
+        ),
+        (["--lora_target_modules", "q_proj,audio_lm_head"], ["LoRA on audio_lm_head", "--loss_impl reference"]),
         (["--lr", "fast"], ["--lr: expected a number, got 'fast'"]),
         (["--lr", "nan"], ["--lr: expected a finite number"]),
         (["--batch_size", "0"], ["--batch_size: 0 is below 1"]),

@@ -167,6 +167,7 @@ def test_checklist_names_what_the_first_batch_showed(batch):
     assert failed == ["[rank 1] audio loss: 2.0000", next(line for _, line in lines if "codebook losses" in line)]
 
 
+SETUPS = ["ZeRO-2", "ZeRO-3", "upstream"]  # of tests/workers/broken_losses.py: both forwards
 BREAKAGES = [
     "batch_keys",
     "audio_out_count",
@@ -198,10 +199,10 @@ def test_every_check_has_a_breakage():
 
 
 @pytest.mark.parametrize("check", BREAKAGES)
-@pytest.mark.parametrize("stage", [2, 3])
-def test_all_ranks_agree_and_name_rank_and_row(check, stage, broken_runs):
+@pytest.mark.parametrize("setup", SETUPS)
+def test_all_ranks_agree_and_name_rank_and_row(check, setup, broken_runs):
     for seen in broken_runs:
-        case = seen[f"{stage}:{check}:raise"]
+        case = seen[f"{setup}:{check}:raise"]
         assert case["raised"] and case["seconds"] < 30
         assert {f["check"] for f in case["failures"]} == {check}
         # The gradient norm is one number over all ranks: each names its own rows.
@@ -211,16 +212,16 @@ def test_all_ranks_agree_and_name_rank_and_row(check, stage, broken_runs):
 
 
 @pytest.mark.parametrize("check", BREAKAGES)
-@pytest.mark.parametrize("stage", [2, 3])
-def test_skip_drops_the_step_on_all_ranks_and_goes_on(check, stage, broken_runs):
+@pytest.mark.parametrize("setup", SETUPS)
+def test_skip_drops_the_step_on_all_ranks_and_goes_on(check, setup, broken_runs):
     for seen in broken_runs:
-        case = seen[f"{stage}:{check}:skip"]
+        case = seen[f"{setup}:{check}:skip"]
         assert not case["raised"]
         assert case["dropped_steps"] == 1
         assert case["moved_in_step"] == [True, False, True]
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_a_dropped_step_leaves_nothing_behind(stage, broken_runs):
+@pytest.mark.parametrize("setup", SETUPS)
+def test_a_dropped_step_leaves_nothing_behind(setup, broken_runs):
     """Weights after steps 1 and 3 are to the bit those of a run that never saw step 2: no moment, no gradient."""
-    assert all(seen[f"{stage}:as if the step had not been"] for seen in broken_runs)
+    assert all(seen[f"{setup}:as if the step had not been"] for seen in broken_runs)

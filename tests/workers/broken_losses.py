@@ -12,9 +12,15 @@ import torch
 
 from higgs_ds.engine import leave_ranks, start_ranks
 from higgs_ds.guard import BadLossError
+from higgs_ds.padding_free import PaddingFreeOutput
 from tests.workers.common import build, speech_rows
 
 BROKEN_STEP = 2
+SETUPS = {
+    "ZeRO-2": {"stage": 2, "dtype": "bf16"},
+    "ZeRO-3": {"stage": 3, "dtype": "fp32", "checkpoint_every": 2},
+    "upstream": {"stage": 2, "dtype": "fp32", "forward_impl": "upstream", "loss_impl": "reference"},
+}
 
 
 def break_batch(check: str, batch, audio_out_token: int) -> None:
@@ -36,7 +42,11 @@ class Breaker(torch.nn.Module):
         self.model, self.check = model, None
 
     def forward(self, **inputs):
+        if self.check == "audio_logits" and "layout" in inputs:
+            inputs["audio_out_ids"] = None
         outputs = self.model(**inputs)
+        if isinstance(outputs, PaddingFreeOutput):
+            return self.spoil(outputs)
         if self.check == "expanded_labels":
             outputs.expanded_labels = outputs.expanded_labels[:, :-3]
         elif self.check == "audio_logits":
@@ -45,6 +55,16 @@ class Breaker(torch.nn.Module):
             outputs.logits = outputs.logits * float("nan")
         elif self.check == "gradient":
             outputs.logits.register_hook(lambda grad: grad * float("nan"))
+        return outputs
+
+    def spoil(self, outputs: PaddingFreeOutput) -> PaddingFreeOutput:
+        if self.check == "expanded_labels":
+            return outputs._replace(num_rows=outputs.num_rows + 3)
+        if self.check == "finite":
+            outputs.sums.text_sum = outputs.sums.text_sum * float("nan")
+            return outputs._replace(loss=outputs.loss * float("nan"))
+        if self.check == "gradient":
+            outputs.loss.register_hook(lambda grad: grad * float("nan"))
         return outputs
 
 
@@ -72,10 +92,10 @@ def main() -> None:
     ranks = start_ranks()
     rows = speech_rows(12)
     seen = {}
-    for stage, dtype in ((2, "bf16"), (3, "fp32")):
+    for setup, settings in SETUPS.items():
 
-        def fresh(mode, stage=stage, dtype=dtype):
-            settings = {"stage": stage, "dtype": dtype, "batch_size": 2, "on_bad_loss": mode}
+        def fresh(mode, settings=settings):
+            settings = {**settings, "batch_size": 2, "on_bad_loss": mode}
             run = build(ranks, base_dir, codec_dir, out, rows, **settings, wrap_model=Breaker)
             spoil_stats(run)
             return run
@@ -83,12 +103,12 @@ def main() -> None:
         for mode in ("skip", "raise"):
             run = fresh(mode)
             for check in checks:
-                seen[f"{stage}:{check}:{mode}"] = one_case(run, check, ranks)
+                seen[f"{setup}:{check}:{mode}"] = one_case(run, check, ranks)
         with_dropped, without = fresh("skip"), fresh("skip")
         one_case(with_dropped, "finite", ranks)
         without.trainer.train((w, b) for w, b in without.batches(last_step=3) if w.step != BROKEN_STEP)
         ours, wanted = with_dropped.engine.gather_trainable(), without.engine.gather_trainable()
-        seen[f"{stage}:as if the step had not been"] = all(torch.equal(ours[name], wanted[name]) for name in wanted)
+        seen[f"{setup}:as if the step had not been"] = all(torch.equal(ours[name], wanted[name]) for name in wanted)
     (out / f"rank{ranks.rank}.json").write_text(json.dumps(seen))
     leave_ranks(0)
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+
+import torch
 
 from higgs_ds import model
 from higgs_ds.codec import load_codec
@@ -15,7 +18,7 @@ from higgs_ds.config import PROJECT_ROOT, parse_args
 from higgs_ds.dataset import MicroBatches, load_windows
 from higgs_ds.ds_config import resolve
 from higgs_ds.engine import Engine, Ranks, loading
-from higgs_ds.forward import TrainingForward
+from higgs_ds.forward import training_forward
 from higgs_ds.guard import Guard
 from higgs_ds.loss import LossWeights
 from higgs_ds.manifest import Row, read_manifest
@@ -28,6 +31,25 @@ def speech_rows(count: int) -> list[Row]:
     rows, faults = read_manifest(PROJECT_ROOT / "examples/speech/manifest.jsonl")
     assert not faults
     return rows[:count]
+
+
+def without_text_labels(batch):
+    """The same batch where nothing of the text is learned."""
+    batch = dataclasses.replace(batch, label_ids=torch.full_like(batch.label_ids, -100))
+    if batch.layout is not None:
+        layout = batch.layout
+        rows = layout.head_rows[len(layout.text_targets) :]
+        batch.layout = dataclasses.replace(layout, head_rows=rows, text_targets=layout.text_targets[:0])
+    return batch
+
+
+def with_lora_b(model):
+    """LoRA with B drawn at random: B is zero at the start, where A would get no gradient."""
+    draw = torch.Generator().manual_seed(5)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.copy_(torch.randn(parameter.shape, generator=draw) * 0.05)
+    return model
 
 
 @dataclass
@@ -62,6 +84,9 @@ def build(
     lr: float = 1e-2,
     ds_file: str | None = None,
     wrap_model=None,
+    forward_impl: str = "padding_free",
+    loss_impl: str = "fused",
+    checkpoint_every: int = 0,
 ) -> Run:
     flags = {
         "train_manifest": "unused",
@@ -94,7 +119,13 @@ def build(
     if wrap_model is not None:
         lora_model = wrap_model(lora_model)
     engine = Engine(
-        TrainingForward.of(lora_model, model_config),
+        training_forward(
+            lora_model,
+            model_config,
+            forward_impl=forward_impl,
+            loss_impl=loss_impl,
+            checkpoint_every=checkpoint_every,
+        ),
         ds_config,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
@@ -123,5 +154,6 @@ def build(
         total_steps=total_steps,
         eval_every=10**9,
     )
-    dataset = MicroBatches(rows, model.load_tokenizer(base_dir), cache, Collator.of(model_config))
+    collator = Collator.of(model_config, with_layout=forward_impl == "padding_free")
+    dataset = MicroBatches(rows, model.load_tokenizer(base_dir), cache, collator)
     return Run(ranks, plan, dataset, engine, guard, trainer, weights)

@@ -3,7 +3,6 @@
 usage: uneven.py BASE_DIR CODEC_DIR OUTPUT_DIR STEPS
 """
 
-import dataclasses
 import sys
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from higgs_ds.engine import leave_ranks, start_ranks
 from higgs_ds.manifest import AudioRef, Turn, speech_messages
 from higgs_ds.model import read_model_config
 from higgs_ds.sampler import MicroBatch, Window
-from tests.workers.common import build, speech_rows
+from tests.workers.common import build, speech_rows, without_text_labels
 
 CLIP = AudioRef(path=Path("/clip.wav"), raw_audio=None, offset_sec=None, duration_sec=None)
 TEXT = (Turn("user", ("What is two and two?",)), Turn("assistant", ("Four, as ever.",)))
@@ -25,7 +24,7 @@ def main() -> None:
     steps = int(sys.argv[4])
     ranks = start_ranks()
     run = build(ranks, base_dir, codec_dir, out, speech_rows(2), stage=3, total_steps=steps)
-    collator = Collator.of(read_model_config(base_dir))
+    collator = Collator.of(read_model_config(base_dir), with_layout=True)
     draw = torch.Generator().manual_seed(ranks.rank)
 
     def batch_of(kind: int):
@@ -35,7 +34,7 @@ def main() -> None:
         codes = tuple(torch.randint(0, 1024, (8, int(25 * seconds)), generator=draw) for _ in clips)
         batch = collator([Sample(torch.tensor(input_ids), torch.tensor(label_ids), codes, f"kind{kind}:1")])
         if kind == 1:
-            batch = dataclasses.replace(batch, label_ids=torch.full_like(batch.label_ids, -100))
+            batch = without_text_labels(batch)
         return batch
 
     windows = ((Window(step, 0.0, (MicroBatch((0,)),)), [batch_of(ranks.rank % 4)]) for step in range(1, steps + 1))

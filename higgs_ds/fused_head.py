@@ -1,0 +1,116 @@
+"""A frozen head and its cross-entropy in one: labelled rows in, loss out, logits never in memory as a whole.
+
+With the head frozen, all that backward needs is the gradient of the hidden rows. It is made in the forward, chunk by
+chunk of rows, while the chunk's logits are at hand; backward scales it, and needs neither logits nor weight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .loss import IGNORE
+
+CHUNK_BYTES = 96 * 2**20  # of a chunk's float32 logits
+
+
+@dataclass
+class LabelledRows:
+    """What a head is asked: R rows, each with one target in each of G groups of classes (1 for text, codebooks)."""
+
+    hidden: torch.Tensor  # [R, hidden]
+    targets: torch.Tensor  # [R, G], -100 where a group has no label
+    scales: torch.Tensor  # [G] float32, factors of the groups' sums in the loss
+
+
+@dataclass
+class HeadLoss:
+    """What a head answers. Only `loss` is in the graph."""
+
+    loss: torch.Tensor  # [] float32, Σ scales · sums
+    sums: torch.Tensor  # [G] float32, cross-entropy in nats
+    counts: torch.Tensor  # [G] int64, labels that the sums are over
+    saturation: torch.Tensor  # [] float32, see `HeadSums`
+    shape: tuple[int, int, int]  # (R, G, classes) that were computed
+
+
+class FusedHead(nn.Linear):
+    """A linear head that also takes `LabelledRows` and then gives their loss; with a tensor it is `nn.Linear`.
+
+    Both come and go inside containers that DeepSpeed does not look into: under ZeRO-3 the weight is gathered for the
+    forward by the module's own hook, and not again for a backward that does not need it.
+    """
+
+    @staticmethod
+    def adopt(head: nn.Linear) -> None:
+        """Turns a linear layer into this, in place: weight and name stay."""
+        head.__class__ = FusedHead
+
+    def forward(self, rows: torch.Tensor | LabelledRows) -> torch.Tensor | tuple[HeadLoss]:
+        if isinstance(rows, torch.Tensor):
+            return super().forward(rows)
+        if self.weight.requires_grad:
+            raise RuntimeError("the fused loss gives a trained head no gradient; use --loss_impl reference")
+        if self.bias is not None:
+            raise RuntimeError("the fused loss covers heads without a bias; use --loss_impl reference")
+        wants_gradient = torch.is_grad_enabled() and rows.hidden.requires_grad
+        loss, sums, counts, saturation = _FusedCrossEntropy.apply(
+            rows.hidden, self.weight, rows.targets, rows.scales, wants_gradient
+        )
+        groups = rows.targets.shape[1]
+        shape = (rows.hidden.shape[0], groups, self.weight.shape[0] // groups)
+        return (HeadLoss(loss, sums, counts, saturation, shape),)
+
+
+class _FusedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, scales, wants_gradient):
+        rows, groups = targets.shape
+        sums = scales.new_zeros(groups)
+        saturation = scales.new_zeros(())
+        # The stored gradient is relative to the largest scale, so that fp16 can hold it whatever the counts are.
+        largest = scales.max().clamp(min=torch.finfo(torch.float32).tiny)
+        shares = scales / largest
+        gradient = torch.empty_like(hidden) if wants_gradient else None
+        for start, stop in _chunks(rows, CHUNK_BYTES // (4 * weight.shape[0])):
+            part, target = hidden[start:stop], targets[start:stop]
+            raw = F.linear(part, weight).view(stop - start, groups, -1)  # [r, G, classes], the model's dtype
+            logits = raw.float()  # the same memory where it is float32 already
+            labelled = target != IGNORE
+            index = target.clamp(min=0).unsqueeze(-1)
+            label = logits.gather(-1, index).squeeze(-1)  # [r, G]
+            top = logits.amax(-1)
+            odds = logits.sub_(top.unsqueeze(-1)).exp_().scatter_(-1, index, 0.0)
+            others = odds.sum(-1)  # [r, G], all classes but the label's
+            margin = label - top
+            # log(1 + others / own): exact also where the probability of the label rounds to 1.
+            losses = F.softplus(others.log() - margin).masked_fill(~labelled, 0.0)
+            sums += losses.sum(0)
+            resolution = torch.finfo(torch.float32).eps * label.abs().clamp(min=1.0)
+            saturation = torch.maximum(saturation, (losses / resolution).max())
+            if gradient is not None:
+                factor = shares * labelled / (others + margin.exp())
+                odds.scatter_(-1, index, -others.unsqueeze(-1))  # softmax minus one-hot, times its denominator
+                torch.mul(odds, factor.unsqueeze(-1), out=raw)
+                torch.mm(raw.view(stop - start, -1), weight, out=gradient[start:stop])
+        counts = (targets != IGNORE).sum(0)
+        ctx.save_for_backward(gradient, largest)
+        ctx.mark_non_differentiable(sums, counts, saturation)
+        return (scales * sums).sum(), sums, counts, saturation
+
+    @staticmethod
+    def backward(ctx, loss_gradient, *_):
+        gradient, largest = ctx.saved_tensors
+        return (gradient.float() * (loss_gradient * largest)).to(gradient.dtype), None, None, None, None
+
+
+def _chunks(rows: int, most: int) -> list[tuple[int, int]]:
+    """(start, stop) of chunks of about equal size, none above `most` rows."""
+    if rows == 0:
+        return []
+    number = -(-rows // max(1, most))
+    size = -(-rows // number)
+    return [(start, min(start + size, rows)) for start in range(0, rows, size)]

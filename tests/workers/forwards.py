@@ -1,0 +1,53 @@
+"""One optimizer step under ZeRO-2 and ZeRO-3 by every forward and loss; rank 0 writes Adam's first moments.
+
+usage: forwards.py BASE_DIR CODEC_DIR OUTPUT_DIR
+"""
+
+import sys
+from pathlib import Path
+
+from safetensors.torch import save_file
+
+from higgs_ds.engine import leave_ranks, start_ranks
+from tests.test_collate import samples_of
+from tests.workers.common import build, speech_rows, with_lora_b, without_text_labels
+
+VARIANTS = {
+    "upstream": {"forward_impl": "upstream", "loss_impl": "reference"},
+    "fused": {},
+    "reference": {"loss_impl": "reference"},
+    "checkpointed": {"checkpoint_every": 1},
+    "every second layer checkpointed": {"checkpoint_every": 2},
+}
+
+
+def main() -> None:
+    base_dir, codec_dir, out = map(Path, sys.argv[1:4])
+    ranks = start_ranks()
+    for stage in (2, 3):
+        for name, settings in VARIANTS.items():
+            run = build(
+                ranks, base_dir, codec_dir, out, speech_rows(1), stage=stage, wrap_model=with_lora_b, **settings
+            )
+            result = run.trainer.train_step(1, batches_of(ranks.rank, run.dataset), 1e-3)
+            assert not result.failures, result.failures
+            state = run.engine.gather_state()
+            if ranks.is_main:
+                save_file(state().exp_avg, out / f"{stage}-{name}.safetensors")
+    leave_ranks(0)
+
+
+def batches_of(rank: int, dataset) -> list:
+    """Two micro-batches: text alone and mixed rows on rank 0; speech without text labels and a filler on rank 1."""
+
+    def batch(names: list[str], **settings):
+        return dataset.collator(samples_of(names, dataset.tokenizer), **settings)
+
+    if rank == 0:
+        return [batch(["text"]), batch(["dialog", "text", "clone"])]
+    speech = without_text_labels(batch(["speech", "dialog from turn 3"]))
+    return [speech, batch(["speech"], filler=True)]
+
+
+if __name__ == "__main__":
+    main()

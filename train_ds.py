@@ -44,8 +44,9 @@ def run(config: TrainConfig, ds_raw: dict, *, check_only: bool) -> int:
     from higgs_ds.engine import Engine, StopSignal, leave_ranks, loading, start_ranks
     from higgs_ds.forward import TrainingForward
     from higgs_ds.guard import BadLossError, Guard
+    from higgs_ds.lengths import LengthIndex
     from higgs_ds.loss import LossWeights
-    from higgs_ds.sampler import MicroBatch, Plan, evaluation_windows
+    from higgs_ds.sampler import MicroBatch, evaluation_windows, make_plan
     from higgs_ds.schedule import learning_rate
     from higgs_ds.tracking import open_tracker
     from higgs_ds.trainer import Trainer
@@ -81,7 +82,7 @@ def run(config: TrainConfig, ds_raw: dict, *, check_only: bool) -> int:
 
         # 3. Data: every row checked and every clip encoded once, before anything large is loaded.
         codec = ranks.each(lambda: load_codec(config.codec, config.codec_revision, device=str(ranks.device)))
-        cache = CodeCache(output_dir / "codes_cache", codec)
+        cache = CodeCache(config.codes_cache or output_dir / "codes_cache", codec)
         tokenizer = ranks.each(lambda: model.load_tokenizer(base_dir))
         read = partial(
             load_rows,
@@ -92,11 +93,16 @@ def run(config: TrainConfig, ds_raw: dict, *, check_only: bool) -> int:
             skip_bad_rows=config.skip_bad_rows,
             ranks=ranks,
             warn=say,
+            lengths=LengthIndex(cache, tokenizer, Collator.of(model_config)) if config.max_tokens_per_batch else None,
+            max_tokens=config.max_tokens_per_batch,
         )
-        train_rows, val_rows = read([m for m in (config.train_manifest, config.val_manifest) if m])
-        plan = Plan(
+        train, val = read([m for m in (config.train_manifest, config.val_manifest) if m])
+        train_rows, val_rows = train.rows, val.rows
+        plan = make_plan(
             len(train_rows),
+            train.tokens,
             batch_size=config.batch_size,
+            max_tokens=config.max_tokens_per_batch,
             grad_accum=config.grad_accum,
             world_size=ranks.world_size,
             seed=config.seed,
@@ -109,10 +115,12 @@ def run(config: TrainConfig, ds_raw: dict, *, check_only: bool) -> int:
         def batches(rows, windows):
             dataset = MicroBatches(rows, tokenizer, cache, Collator.of(model_config))
             on_gpu = ranks.device.type == "cuda"
-            return load_windows(dataset, list(windows), num_workers=config.num_workers, pin_memory=on_gpu)
+            return load_windows(dataset, windows, num_workers=config.num_workers, pin_memory=on_gpu)
 
         def validation():
-            return batches(val_rows, evaluation_windows(len(val_rows), config.batch_size, ranks.rank, ranks.world_size))
+            budget = {"tokens": val.tokens, "max_tokens": config.max_tokens_per_batch}
+            windows = evaluation_windows(len(val_rows), config.batch_size, ranks.rank, ranks.world_size, **budget)
+            return batches(val_rows, windows)
 
         # 4. Model: base weights, LoRA, engine, guard.
         with loading(ds_config):
@@ -178,6 +186,7 @@ def run(config: TrainConfig, ds_raw: dict, *, check_only: bool) -> int:
                     epoch=window.epoch,
                     dropped_steps=trainer.dropped_steps,
                     rows_per_step=plan.rows_per_step,
+                    micro_batches_per_step=plan.micro_batches_per_step,
                     num_rows=len(train_rows),
                     world_size=ranks.world_size,
                     config=config.as_dict(),

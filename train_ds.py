@@ -71,9 +71,10 @@ def train(config: TrainConfig, ds_raw: dict, ranks: Ranks, watch: Watch, *, chec
     from higgs_ds.engine import Engine, StopSignal, leave_ranks, loading
     from higgs_ds.forward import training_forward
     from higgs_ds.guard import BadLossError, Guard
+    from higgs_ds.lengths import LengthIndex
     from higgs_ds.loss import LossWeights
     from higgs_ds.padding_free import check_supported
-    from higgs_ds.sampler import MicroBatch, Plan, evaluation_windows
+    from higgs_ds.sampler import MicroBatch, evaluation_windows, make_plan
     from higgs_ds.schedule import learning_rate
     from higgs_ds.tracking import open_tracker
     from higgs_ds.trainer import Trainer
@@ -108,8 +109,9 @@ def train(config: TrainConfig, ds_raw: dict, ranks: Ranks, watch: Watch, *, chec
     # 3. Data: every row checked and every clip encoded once, before anything large is loaded.
     watch.untimed("loading the codec")
     codec = ranks.each(lambda: load_codec(config.codec, config.codec_revision, device=str(ranks.device)))
-    cache = CodeCache(output_dir / "codes_cache", codec)
+    cache = CodeCache(config.codes_cache or output_dir / "codes_cache", codec)
     tokenizer = ranks.each(lambda: model.load_tokenizer(base_dir))
+    collator = Collator.of(model_config, with_layout=padding_free)
     watch.at(0, "reading manifests, encoding clips")
     read = partial(
         load_rows,
@@ -121,11 +123,16 @@ def train(config: TrainConfig, ds_raw: dict, ranks: Ranks, watch: Watch, *, chec
         ranks=ranks,
         warn=say,
         moved=watch.moved,
+        lengths=LengthIndex(cache, tokenizer, collator) if config.max_tokens_per_batch else None,
+        max_tokens=config.max_tokens_per_batch,
     )
-    train_rows, val_rows = read([m for m in (config.train_manifest, config.val_manifest) if m])
-    plan = Plan(
+    train, val = read([m for m in (config.train_manifest, config.val_manifest) if m])
+    train_rows, val_rows = train.rows, val.rows
+    plan = make_plan(
         len(train_rows),
+        train.tokens,
         batch_size=config.batch_size,
+        max_tokens=config.max_tokens_per_batch,
         grad_accum=config.grad_accum,
         world_size=ranks.world_size,
         seed=config.seed,
@@ -135,15 +142,15 @@ def train(config: TrainConfig, ds_raw: dict, ranks: Ranks, watch: Watch, *, chec
     notes += checkpoint.changed_settings(resumed, config.as_dict(), len(train_rows))
     say("\n".join([*notes, f"resuming after step {first_step - 1}" if resumed else "a fresh start"]))
 
-    collator = Collator.of(model_config, with_layout=padding_free)
-
     def batches(rows, windows):
         dataset = MicroBatches(rows, tokenizer, cache, collator)
         on_gpu = ranks.device.type == "cuda"
-        return load_windows(dataset, list(windows), num_workers=config.num_workers, pin_memory=on_gpu)
+        return load_windows(dataset, windows, num_workers=config.num_workers, pin_memory=on_gpu)
 
     def validation():
-        return batches(val_rows, evaluation_windows(len(val_rows), config.batch_size, ranks.rank, ranks.world_size))
+        budget = {"tokens": val.tokens, "max_tokens": config.max_tokens_per_batch}
+        windows = evaluation_windows(len(val_rows), config.batch_size, ranks.rank, ranks.world_size, **budget)
+        return batches(val_rows, windows)
 
     # 4. Model: base weights, LoRA, engine, guard.
     watch.untimed("loading the model")
@@ -220,6 +227,7 @@ def train(config: TrainConfig, ds_raw: dict, ranks: Ranks, watch: Watch, *, chec
                 epoch=window.epoch,
                 dropped_steps=trainer.dropped_steps,
                 rows_per_step=plan.rows_per_step,
+                micro_batches_per_step=plan.micro_batches_per_step,
                 num_rows=len(train_rows),
                 world_size=ranks.world_size,
                 config=config.as_dict(),

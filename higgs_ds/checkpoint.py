@@ -30,7 +30,7 @@ SHAPE_OPTIONS = ("lora_r", "lora_target_modules")
 TRAJECTORY_OPTIONS = (
     *("lora_alpha", "lora_dropout", "train_manifest", "codec", "base_ckpt", "base_revision", "seed", "dtype", "lr"),
     *("lr_scheduler", "warmup_ratio", "weight_decay", "max_grad_norm", "epochs", "max_steps", "text_loss_weight"),
-    *("audio_loss_weight", "codebook_weights", "max_duration_sec"),
+    *("audio_loss_weight", "codebook_weights", "max_duration_sec", "max_tokens_per_batch"),
 )
 
 
@@ -41,11 +41,12 @@ class Position:
     step: int  # optimizer steps done
     epoch: float
     dropped_steps: int
-    rows_per_step: int  # of a global batch
+    rows_per_step: int  # of a global batch; 0 where it is cut by a token budget
     num_rows: int
     world_size: int
     config: dict
     adam_steps: int = 0  # updates made; fewer than `step` where steps were dropped
+    micro_batches_per_step: int = 0  # of a global batch, over all ranks; 0 in checkpoints that did not count them
 
 
 @dataclass
@@ -250,13 +251,27 @@ def keep_global_batch(resumed: Checkpoint, config: TrainConfig, world_size: int)
         for name in SHAPE_OPTIONS
         if getattr(config, name) != saved.get(name)
     ]
-    if position.rows_per_step % (config.batch_size * world_size):
+    if (config.max_tokens_per_batch is None) != (saved.get("max_tokens_per_batch") is None):
+        now, then = ("rows", "tokens") if config.max_tokens_per_batch is None else ("tokens", "rows")
+        problems.append(
+            f"--resume: --max_tokens_per_batch is {config.max_tokens_per_batch}, the checkpoint has "
+            f"{saved.get('max_tokens_per_batch')}; batches cut by {now} cannot go on where those by {then} stopped"
+        )
+    elif config.max_tokens_per_batch is not None:
+        if position.micro_batches_per_step % world_size:
+            problems.append(
+                f"--resume: the checkpoint's global batch of {position.micro_batches_per_step} micro-batches is no "
+                f"multiple of {world_size} ranks"
+            )
+    elif position.rows_per_step % (config.batch_size * world_size):
         problems.append(
             f"--resume: the checkpoint's global batch of {position.rows_per_step} rows is no multiple of "
             f"--batch_size {config.batch_size} × {world_size} ranks"
         )
     if problems:
         raise ConfigError(problems)
+    if config.max_tokens_per_batch is not None:
+        return position.micro_batches_per_step // world_size
     return position.rows_per_step // (config.batch_size * world_size)
 
 

@@ -1,8 +1,9 @@
-"""The verbs beside training: `python -m higgs_ds tiny | sample-codec | check | generate | recite`."""
+"""The verbs beside training: `python -m higgs_ds tiny | sample-codec | prepare | check | generate | recite`."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -19,11 +20,16 @@ def main(argv: list[str]) -> int:
         from train_ds import main as train
 
         return train(argv[1:], check_only=True)
-    args = _parser().parse_args(argv)
     try:
+        if argv[:1] == ["prepare"]:
+            from .prepare import main as prepare
+
+            return prepare(argv[1:])
+        args = _parser().parse_args(argv)
         return args.verb(args)
     except (ConfigError, AudioError, FileExistsError) as error:
-        print(error, file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(error, file=sys.stderr)
         return EXIT_CONFIG
 
 
@@ -42,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     codec.add_argument("--seed", type=int, default=0)
     codec.set_defaults(verb=_sample_codec)
 
+    verbs.add_parser("prepare", help="encode all clips and count all tokens ahead; takes the flags of train_ds.py")
     verbs.add_parser("check", help="the loss checklist on the first batches; takes the flags of train_ds.py")
 
     generate = verbs.add_parser("generate", help="speak a text with upstream's own generate")

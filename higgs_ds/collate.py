@@ -271,6 +271,10 @@ class Collator:
         framed = F.pad(F.pad(codes, (1, 0), value=bos), (0, 1), value=eos)
         return delay(framed, bos, eos) if self.use_delay_pattern else framed
 
+    def stream_length(self, frames: int) -> int:
+        """Positions that a clip of so many frames takes: the width of `_stream`."""
+        return frames + 2 + (self.num_codebooks - 1 if self.use_delay_pattern else 0)
+
     def _labels(self, codes: torch.Tensor, trained: bool) -> torch.Tensor:
         """The codes and one EOS a codebook, at their delayed places; -100 elsewhere, or everywhere if not trained."""
         framed = F.pad(F.pad(codes, (1, 0), value=IGNORE), (0, 1), value=self.stream_eos)

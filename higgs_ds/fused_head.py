@@ -14,7 +14,8 @@ from torch import nn
 
 from .loss import IGNORE
 
-CHUNK_BYTES = 96 * 2**20  # of a chunk's float32 logits
+CHUNK_BYTES = 96 * 2**20  # of the logits that one product makes, were they float32
+BLOCK_BYTES = 4 * 2**20  # of the float32 logits that a CPU turns into a gradient at a time
 
 
 @dataclass
@@ -75,26 +76,16 @@ class _FusedCrossEntropy(torch.autograd.Function):
         largest = scales.max().clamp(min=torch.finfo(torch.float32).tiny)
         shares = scales / largest
         gradient = torch.empty_like(hidden) if wants_gradient else None
-        for start, stop in _chunks(rows, CHUNK_BYTES // (4 * weight.shape[0])):
-            part, target = hidden[start:stop], targets[start:stop]
-            raw = F.linear(part, weight).view(stop - start, groups, -1)  # [r, G, classes], the model's dtype
-            logits = raw.float()  # the same memory where it is float32 already
-            labelled = target != IGNORE
-            index = target.clamp(min=0).unsqueeze(-1)
-            label = logits.gather(-1, index).squeeze(-1)  # [r, G]
-            top = logits.amax(-1)
-            odds = logits.sub_(top.unsqueeze(-1)).exp_().scatter_(-1, index, 0.0)
-            others = odds.sum(-1)  # [r, G], all classes but the label's
-            margin = label - top
-            # log(1 + others / own): exact also where the probability of the label rounds to 1.
-            losses = F.softplus(others.log() - margin).masked_fill(~labelled, 0.0)
-            sums += losses.sum(0)
-            resolution = torch.finfo(torch.float32).eps * label.abs().clamp(min=1.0)
-            saturation = torch.maximum(saturation, (losses / resolution).max())
-            if gradient is not None:
-                factor = shares * labelled / (others + margin.exp())
-                odds.scatter_(-1, index, -others.unsqueeze(-1))  # softmax minus one-hot, times its denominator
-                torch.mul(odds, factor.unsqueeze(-1), out=raw)
+        row_bytes = 4 * weight.shape[0]
+        for start, stop in _chunks(rows, CHUNK_BYTES // row_bytes):
+            raw = F.linear(hidden[start:stop], weight).view(stop - start, groups, -1)  # [r, G, classes]
+            # A GPU takes the chunk at once; a CPU in blocks that its cache keeps from one pass to the next.
+            for first, last in _chunks(stop - start, (CHUNK_BYTES if raw.is_cuda else BLOCK_BYTES) // row_bytes):
+                block, target = raw[first:last], targets[start + first : start + last]
+                losses, resolution = _cross_entropy_and_gradient(block, target, shares if wants_gradient else None)
+                sums += losses.sum(0)
+                saturation = torch.maximum(saturation, (losses / resolution).max())
+            if wants_gradient:
                 torch.mm(raw.view(stop - start, -1), weight, out=gradient[start:stop])
         counts = (targets != IGNORE).sum(0)
         ctx.save_for_backward(gradient, largest)
@@ -105,6 +96,31 @@ class _FusedCrossEntropy(torch.autograd.Function):
     def backward(ctx, loss_gradient, *_):
         gradient, largest = ctx.saved_tensors
         return (gradient.float() * (loss_gradient * largest)).to(gradient.dtype), None, None, None, None
+
+
+def _cross_entropy_and_gradient(
+    logits: torch.Tensor, target: torch.Tensor, shares: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy in float32, 0 without a label, and float32's resolution at the label's logit: [r, G] each.
+
+    With `shares` [G], the factors of the groups, `logits` [r, G, classes] become the gradient of the shared sum.
+    """
+    labelled = target != IGNORE
+    index = target.clamp(min=0).unsqueeze(-1)
+    odds = logits.float()  # the same memory where it is float32 already
+    label = odds.gather(-1, index).squeeze(-1)
+    top = odds.amax(-1)
+    odds.sub_(top.unsqueeze(-1)).exp_().scatter_(-1, index, 0.0)
+    others = odds.sum(-1)  # [r, G], all classes but the label's
+    margin = label - top
+    # log(1 + others / own): exact also where the probability of the label rounds to 1.
+    losses = F.softplus(others.log() - margin).masked_fill(~labelled, 0.0)
+    if shares is not None:
+        odds.scatter_(-1, index, -others.unsqueeze(-1))  # softmax minus one-hot, times its denominator
+        odds.mul_((shares * labelled / (others + margin.exp())).unsqueeze(-1))
+        if odds.dtype != logits.dtype:
+            logits.copy_(odds)
+    return losses, torch.finfo(torch.float32).eps * label.abs().clamp(min=1.0)
 
 
 def _chunks(rows: int, most: int) -> list[tuple[int, int]]:

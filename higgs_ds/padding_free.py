@@ -88,6 +88,7 @@ def padding_free_forward(
     """
     codes = _codes(model, audio_out_ids, audio_in_ids, input_ids)
     num_frames = codes.shape[1]
+    arrived = num_frames == layout.num_frames
     # What did not arrive is the guard's to report. Until it has, this rank computes as much as the others wait for.
     codes = _of_shape(codes, (codes.shape[0], layout.num_frames))
     input_ids = _of_shape(input_ids, layout.input_shape)
@@ -103,6 +104,8 @@ def padding_free_forward(
     hidden = torch.cat([text, audio])
     rows = model.norm(hidden.index_select(0, layout.head_rows)).split(layout.num_head_rows)
     loss, sums, text_shape, audio_shape = _heads(model.audio_decoder_proj, *rows, layout, objective)
+    if not arrived:
+        audio_shape = (0, *audio_shape[1:])  # nothing was computed from the frames that were meant
     return PaddingFreeOutput(loss, sums, hidden.shape[0], num_frames, text_shape, audio_shape)
 
 

@@ -254,6 +254,7 @@ def test_what_did_not_reach_the_model_is_a_problem(model, config, tokenizer):
         loss, stats, report = module(spoiled.model_inputs(), 1.0, torch.ones(8))
         assert [name for name, _ in report.problems] == [check]
         assert torch.isnan(stats).all()
+        assert report.audio_logits_shape == (0 if check == "audio_logits" else len(batch.layout.audio_targets), 8, 1026)
         loss.backward()  # ranks stay in step
     module.zero_grad()
 

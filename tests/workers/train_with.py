@@ -9,7 +9,7 @@ import sys
 import torch
 
 import train_ds
-from higgs_ds import collate, forward
+from higgs_ds import collate, forward, layout
 
 
 def code_out_of_range() -> None:
@@ -28,6 +28,8 @@ def lost_audio() -> None:
     original = forward.HiggsAudioForTraining.forward
 
     def call(self, *args, **kwargs):
+        if "layout" in kwargs:
+            return original(self, *args, **{**kwargs, "audio_out_ids": None})
         outputs = original(self, *args, **kwargs)
         outputs.audio_logits = outputs.audio_logits[:0] + outputs.audio_logits.sum() * 0
         return outputs
@@ -37,7 +39,7 @@ def lost_audio() -> None:
 
 def unshifted_audio() -> None:
     """Position t is asked for its own code: the loss falls, and the model is silent."""
-    forward.audio_targets = lambda label_audio_ids: label_audio_ids.t()
+    forward.audio_targets = layout.audio_targets = lambda label_audio_ids: label_audio_ids.t()
 
 
 def no_expanded_labels() -> None:

@@ -37,7 +37,8 @@ FASTER, SMALLER = "times as fast, learned tokens a second", "peak memory, of nai
 WORKER = "HIGGS_DS_BENCHMARK_WORK"
 
 
-def parse() -> argparse.Namespace:
+def parse(words: list[str] | None = None) -> argparse.Namespace:
+    """The flags, of the command line where none are given."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--stage", type=int, choices=(0, 1, 2, 3), default=2)
     parser.add_argument("--ranks", type=int, default=2)
@@ -52,16 +53,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--activation_checkpointing", type=int, default=0, help="every N-th layer of ours")
     parser.add_argument("--no_naive", action="store_true", help="ours alone")
     parser.add_argument("--json", type=Path)
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
 def main() -> None:
     args = parse()
-    with tempfile.TemporaryDirectory() as name:
-        result = measure(args, Path(name))
     from benchmarks.report import report
 
-    rows = result["rows"]
+    rows = measure(sys.argv[1:])
     figure, bar = {}, {}
     if not args.no_naive:
         naive, ours = rows
@@ -81,18 +80,24 @@ def main() -> None:
     )
 
 
-def measure(args: argparse.Namespace, work: Path) -> dict:
-    """Runs the ranks; what rank 0 found."""
+def measure(words: list[str]) -> list[dict]:
+    """Runs the ranks with these flags; a row for naive, unless it is left out, and one for ours."""
+    with tempfile.TemporaryDirectory() as name:
+        return _measure(words, Path(name))
+
+
+def _measure(words: list[str], work: Path) -> list[dict]:
     from higgs_ds.tiny import write_tiny
 
+    args = parse(words)
     ffn_size = 128 * round(args.hidden * 8 / 3 / 128)  # the real model's proportion
     sizes = {"vocab_size": args.vocabulary, "ffn_size": ffn_size}
     write_tiny(work / "base", hidden_size=args.hidden, num_layers=args.layers, **sizes)
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.ranks}", str(Path(__file__))]
     threads = str(max(1, (os.cpu_count() or 1) // args.ranks))
     env = {**os.environ, WORKER: str(work), "OMP_NUM_THREADS": threads, "PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, *launch, *sys.argv[1:]], cwd=ROOT, env=env, check=True)
-    return json.loads((work / "result.json").read_text())
+    subprocess.run([sys.executable, *launch, *words], cwd=ROOT, env=env, check=True)
+    return json.loads((work / "result.json").read_text())["rows"]
 
 
 def make_samples(count: int, config, tokenizer, seconds: float | None):

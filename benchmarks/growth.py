@@ -1,4 +1,4 @@
-"""How a step's cost grows with length of sequences, tokens a micro-batch and ranks, and what checkpointing costs, saves.
+"""How a step's cost grows with length, tokens a micro-batch and ranks; what activation checkpointing costs and saves.
 
 Ours alone, the same pass over the same rows as in step.py. Nothing here has a bar.
 

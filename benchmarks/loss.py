@@ -31,6 +31,11 @@ LABELLED = 0.05
 BARS = {"fp32 times as fast": 6.0, "bf16 times as fast": 25.0, "extra memory, GB": 0.2, "value, relative": 1e-6}
 
 
+def products(text_rows: int, audio_rows: int) -> float:
+    """TFLOP of the matrix products, forward and backward, with both heads frozen: what the speed can be at most."""
+    return 4e-12 * HIDDEN * (text_rows * VOCABULARY + audio_rows * CODEBOOKS * CLASSES)
+
+
 class Heads:
     """Both heads, one batch of hidden states and its labels, in one dtype."""
 
@@ -144,6 +149,9 @@ def main() -> None:
                 {
                     "dtype": name,
                     "loss": kind,
+                    "products, TFLOP": products(
+                        args.positions if kind == "naive" else len(heads.text_rows), len(heads.audio_rows)
+                    ),
                     "seconds": seconds[kind],
                     "times as fast": seconds["naive"] / seconds[kind],
                     "extra memory, GB": memory[kind],

@@ -5,6 +5,7 @@ numpy only, and no loop over rows: a million rows take seconds.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -128,7 +129,9 @@ def _cells(longest_first: np.ndarray, budget: int) -> list[tuple[int, int, int]]
     while at < count:
         longest = int(longest_first[at])
         rows = max(1, budget // longest)
-        similar = int(np.searchsorted(negative, -longest * (1 - SPREAD), side="right")) - at
+        # A whole number: for a fraction numpy would make floats of a million lengths at each call.
+        shortest = np.int64(math.ceil(longest * (1 - SPREAD)))
+        similar = int(np.searchsorted(negative, -shortest, side="right")) - at
         stop = min(count, at + max(1, similar // rows) * rows)
         cells.append((at, rows, stop))
         at = stop

@@ -91,6 +91,7 @@ def _prepare(config: TrainConfig, ranks, device: str) -> None:
         max_tokens=config.max_tokens_per_batch,
         outcome="the other rows are prepared (--skip_bad_rows leaves these out)",
     )
+    encoded = sum(ranks.gather(cache.encoded))
     if not ranks.is_main:
         return
     clips = {ref for part in sets for row in part.rows for _, ref in row.audio_refs}
@@ -99,6 +100,6 @@ def _prepare(config: TrainConfig, ranks, device: str) -> None:
     say(
         f"{folder}: {sum(len(part.rows) for part in sets):,} rows, {len(clips):,} clips of "
         f"{frames / codec.frame_rate / 3600:,.2f} hours, {frames * codec.num_codebooks * 2:,} bytes of codes, "
-        f"{tokens:,} tokens; {cache.encoded:,} clips were encoded by this rank, the others were there "
+        f"{tokens:,} tokens; {encoded:,} clips were encoded now, the others were there "
         f"({time.monotonic() - began:.1f} s)"
     )

@@ -110,7 +110,9 @@ def test_ranks_divide_the_work(clips, command, here, tmp_path):
     results = run_ranks(command(clips, "--val_manifest", SPEECH, "--local_rank=0"), 2, timeout=120)
     assert_all(results)
     counts = said(results[0].output)
-    assert counts["clips"] == 92 and counts["encoded"] == 46 and "clips were encoded" not in results[1].output
+    assert counts["clips"] == 92 and counts["encoded"] == 92 and "clips were encoded" not in results[1].output
+    shares = [path.stat().st_size // INDEX.itemsize for path in tmp_path.glob("cache/*/*.index")]
+    assert shares == [46, 46]
     files = sorted(path.suffix for path in tmp_path.glob("cache/*/*"))
     assert files == [".codes", ".codes", ".index", ".index", *[".lengths"] * 4]
     alone = said(here(command(clips, "--val_manifest", SPEECH)).stdout)

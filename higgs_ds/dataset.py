@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import itertools
+import multiprocessing
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -102,7 +105,7 @@ def load_rows(
         if not part.rows:
             raise ConfigError([*lines, f"{manifest}: no usable row is left"])
     if faults:
-        warn("\n".join([f"--skip_bad_rows: going on without {bad_rows}:", *lines]))
+        warn("\n".join([f"--skip_bad_rows: training without {bad_rows}:", *lines]))
     return usable[0], usable[1] if len(usable) > 1 else RowSet([])
 
 
@@ -203,9 +206,19 @@ def load_windows(
         worker_init_fn=_outlive_stop_signals,
         generator=torch.Generator(),  # its own: a loader draws from it, and dropout's must be the same after a resume
     )
+    others = multiprocessing.active_children()
     batches = iter(loader)
+    end_workers = partial(_kill, [process for process in multiprocessing.active_children() if process not in others])
+    # A rank that fails keeps the loader alive in its traceback, and would wait at exit for workers that mind no signal.
+    atexit.register(end_workers)
     for window in windows:
         yield window, [next(batches) for _ in window.micro_batches]
+    atexit.unregister(end_workers)
+
+
+def _kill(processes: list[multiprocessing.Process]) -> None:
+    for process in processes:
+        process.kill()
 
 
 def _outlive_stop_signals(worker: int) -> None:

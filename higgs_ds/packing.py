@@ -5,6 +5,7 @@ numpy only, and no loop over rows: a million rows take seconds.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,7 +30,7 @@ class Packing:
     micro-batches: the last step is filled up with fillers.
     """
 
-    tokens: np.ndarray  # int64 [rows]
+    tokens: np.ndarray  # int64 [rows], rounded up as the forward does
     order: np.ndarray  # int64 [rows], row numbers from long to short
     cell: np.ndarray  # int32 [rows], the cell of each position
     starts: np.ndarray  # int64 [micro-batches], first position of each
@@ -79,13 +80,14 @@ class Epoch:
         return by_step[self.step_order].cumsum()
 
 
-def pack(tokens: np.ndarray, *, max_tokens: int, micro_batches_per_step: int) -> Packing:
+def pack(tokens: np.ndarray, *, max_tokens: int, micro_batches_per_step: int, round_to: int = 1) -> Packing:
     """The cut that computes least over all steps, counting the slowest micro-batch of each for all of them.
 
     Rows × longest row is at most `max_tokens` in every micro-batch, and so is the sum of its tokens.
 
     Args:
         tokens: [rows], 1 to `max_tokens` each.
+        round_to: what the forward rounds the longest row of a micro-batch up to.
 
     Raises:
         ValueError: no rows, or one that is empty or longer than the budget.
@@ -95,6 +97,7 @@ def pack(tokens: np.ndarray, *, max_tokens: int, micro_batches_per_step: int) ->
         raise ValueError("there are no rows to train on")
     if tokens.min() < 1 or tokens.max() > max_tokens:
         raise ValueError(f"rows must have 1 to {max_tokens} tokens, found {tokens.min()} to {tokens.max()}")
+    tokens = np.minimum(-(-tokens // round_to) * round_to, max_tokens)
     order = np.argsort(-tokens, kind="stable")
     longest_first = tokens[order]
     limit = max(1, int(max_tokens / (1 + BLUR)))
@@ -128,7 +131,9 @@ def _cells(longest_first: np.ndarray, budget: int) -> list[tuple[int, int, int]]
     while at < count:
         longest = int(longest_first[at])
         rows = max(1, budget // longest)
-        similar = int(np.searchsorted(negative, -longest * (1 - SPREAD), side="right")) - at
+        # A whole number: for a fraction numpy would make floats of a million lengths at each call.
+        shortest = np.int64(math.ceil(longest * (1 - SPREAD)))
+        similar = int(np.searchsorted(negative, -shortest, side="right")) - at
         stop = min(count, at + max(1, similar // rows) * rows)
         cells.append((at, rows, stop))
         at = stop

@@ -1,6 +1,6 @@
 """`python -m higgs_ds prepare`: everything that training would make of the clips before its first step, ahead of it.
 
-Alone, or as several ranks under torchrun or the DeepSpeed launcher; DeepSpeed itself is not needed.
+Alone, or as several ranks under torchrun or the DeepSpeed launcher; DeepSpeed itself is not started.
 """
 
 from __future__ import annotations
@@ -12,11 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-
 from .config import ConfigError, TrainConfig, parse_args
-from .dataset import load_rows
 
 # Ranks wait for the slowest; how long that takes says nothing about whether something hangs.
 PATIENCE = datetime.timedelta(days=2)
@@ -45,10 +41,13 @@ def main(argv: list[str]) -> int:
     config = parse_args(argv, may_lack=("output_dir",))
     if config.codes_cache is None and config.output_dir is None:
         raise ConfigError(["--codes_cache: is required here, or --output_dir, whose codes_cache is taken"])
+    import torch
+    import torch.distributed as dist
+
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     on_cpu = os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available()
-    device = torch.device("cpu") if on_cpu else torch.device("cuda", local_rank)
+    device = "cpu" if on_cpu else f"cuda:{local_rank}"
     if world_size == 1:
         _prepare(config, Alone(), device)
         return 0
@@ -63,11 +62,12 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _prepare(config: TrainConfig, ranks, device: torch.device) -> None:
+def _prepare(config: TrainConfig, ranks, device: str) -> None:
     from . import model
     from .codec import load_codec
     from .codes import CodeCache
     from .collate import Collator
+    from .dataset import load_rows
     from .lengths import LengthIndex
 
     began = time.monotonic()
@@ -75,7 +75,7 @@ def _prepare(config: TrainConfig, ranks, device: torch.device) -> None:
     folder = Path(config.codes_cache or Path(config.output_dir) / "codes_cache")
     base_dir = ranks.each(lambda: model.locate_checkpoint(config.base_ckpt, config.base_revision))
     model_config = ranks.each(lambda: model.read_model_config(base_dir))
-    codec = ranks.each(lambda: load_codec(config.codec, config.codec_revision, device=str(device)))
+    codec = ranks.each(lambda: load_codec(config.codec, config.codec_revision, device=device))
     tokenizer = ranks.each(lambda: model.load_tokenizer(base_dir))
     cache = CodeCache(folder, codec)
     sets = load_rows(
@@ -91,6 +91,7 @@ def _prepare(config: TrainConfig, ranks, device: torch.device) -> None:
         max_tokens=config.max_tokens_per_batch,
         outcome="the other rows are prepared (--skip_bad_rows leaves these out)",
     )
+    encoded = sum(ranks.gather(cache.encoded))
     if not ranks.is_main:
         return
     clips = {ref for part in sets for row in part.rows for _, ref in row.audio_refs}
@@ -99,6 +100,6 @@ def _prepare(config: TrainConfig, ranks, device: torch.device) -> None:
     say(
         f"{folder}: {sum(len(part.rows) for part in sets):,} rows, {len(clips):,} clips of "
         f"{frames / codec.frame_rate / 3600:,.2f} hours, {frames * codec.num_codebooks * 2:,} bytes of codes, "
-        f"{tokens:,} tokens; {cache.encoded:,} clips were encoded by this rank, the others were there "
+        f"{tokens:,} tokens; {encoded:,} clips were encoded now, the others were there "
         f"({time.monotonic() - began:.1f} s)"
     )

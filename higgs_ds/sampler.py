@@ -94,8 +94,13 @@ class TokenPlan(Plan):
     number alone, not on how they are spread over ranks. `steps_per_epoch` is the same for all epochs.
     """
 
-    def __init__(self, tokens: np.ndarray, *, max_tokens: int, grad_accum: int, world_size: int, seed: int):
-        """`tokens` [rows], 1 to `max_tokens` each. Raises ValueError for others, and for no rows."""
+    def __init__(
+        self, tokens: np.ndarray, *, max_tokens: int, grad_accum: int, world_size: int, seed: int, round_to: int = 1
+    ):
+        """`tokens` [rows], 1 to `max_tokens` each; `round_to`: 8 for a forward that pads rows to a multiple of 8.
+
+        Raises ValueError for other tokens, and for no rows.
+        """
         self.num_rows = len(tokens)
         self.max_tokens = max_tokens
         self.grad_accum = grad_accum
@@ -103,7 +108,9 @@ class TokenPlan(Plan):
         self.seed = seed
         self.micro_batches_per_step = grad_accum * world_size
         self.rows_per_step = 0
-        self._packing = pack(tokens, max_tokens=max_tokens, micro_batches_per_step=self.micro_batches_per_step)
+        self._packing = pack(
+            tokens, max_tokens=max_tokens, micro_batches_per_step=self.micro_batches_per_step, round_to=round_to
+        )
         self.steps_per_epoch = self._packing.steps
 
     def _global_batch(self) -> str:
@@ -145,12 +152,13 @@ def make_plan(
     grad_accum: int,
     world_size: int,
     seed: int,
+    round_to: int = 1,
 ) -> Plan:
     """By token budget where there is one, else of `batch_size` rows a micro-batch."""
     shared = {"grad_accum": grad_accum, "world_size": world_size, "seed": seed}
     if max_tokens is None:
         return Plan(num_rows, batch_size=batch_size, **shared)
-    return TokenPlan(tokens, max_tokens=max_tokens, **shared)
+    return TokenPlan(tokens, max_tokens=max_tokens, round_to=round_to, **shared)
 
 
 def _epoch_seed(seed: int, epoch: int) -> int:

@@ -101,6 +101,16 @@ def test_ranks_compute_what_is_real_and_hardly_more(rows, max_tokens, grad_accum
     assert real.mean() > 0.7 * max_tokens
 
 
+def test_a_forward_that_rounds_up_is_planned_for():
+    tokens = speech_tokens(20000)
+    p = TokenPlan(tokens, max_tokens=4096, grad_accum=1, world_size=8, seed=7, round_to=8)
+    drawn = p.epoch(0)
+    batches = [tokens[list(b)] for place in range(p.steps_per_epoch) for b in drawn.step(place)]
+    rounded = np.array([len(b) * -(-b.max() // 8) * 8 for b in batches])
+    assert rounded.max() <= 4096 and 8 * slowest(rounded, 8).sum() / tokens.sum() <= 1.03
+    assert sorted(p.order(0)) == list(range(len(tokens)))
+
+
 def test_a_million_rows_are_planned_in_seconds():
     tokens = speech_tokens(1_000_000)
     tracemalloc.start()

@@ -136,6 +136,7 @@ def train(config: TrainConfig, ds_raw: dict, ranks: Ranks, watch: Watch, *, chec
         grad_accum=config.grad_accum,
         world_size=ranks.world_size,
         seed=config.seed,
+        round_to=1 if padding_free else collator.round_to,
     )
     first_step = resumed.position.step + 1 if resumed else 1
     total_steps = first_step if check_only else plan.total_steps(config.epochs, config.max_steps)

@@ -13,6 +13,7 @@ from torch import nn
 from .config import HEADS, ConfigError
 from .fused_head import FusedHead
 from .layout import Layout
+from .lora import adopt_lora
 from .loss import IGNORE, HeadSums, audio_targets, head_sums, scaled_loss, text_targets
 from .padding_free import Objective, PaddingFreeOutput, check_supported, padding_free_forward
 
@@ -173,6 +174,7 @@ def training_forward(
                     for name in trained
                 ]
             )
+    adopt_lora(model)
     return PaddingFreeForward(
         model,
         num_codebooks=config.audio_num_codebooks,

@@ -96,17 +96,20 @@ def padding_free_forward(
     audio = _embed_codes(model, codes)
     cos, sin = model.rotary_emb(text, layout.positions[None])
     rope = cos.transpose(0, 1), sin.transpose(0, 1)  # [N, 1, head_dim]
+    num_rows, last = text.shape[0] + audio.shape[0], len(model.layers) - 1
     for number, layer in enumerate(model.layers):
+        # Behind the last attention nobody looks at a row that no head predicts from.
+        keep = number == last
         if checkpoint_every and number % checkpoint_every == 0 and torch.is_grad_enabled():
-            text, audio = checkpoint(_layer, layer, text, audio, rope, layout, use_reentrant=False)
+            text, audio = checkpoint(_layer, layer, text, audio, rope, layout, keep, use_reentrant=False)
         else:
-            text, audio = _layer(layer, text, audio, rope, layout)
-    hidden = torch.cat([text, audio])
-    rows = model.norm(hidden.index_select(0, layout.head_rows)).split(layout.num_head_rows)
+            text, audio = _layer(layer, text, audio, rope, layout, keep)
+    kept = torch.cat([text, audio])
+    rows = model.norm(kept.index_select(0, layout.head_rows)).split(layout.num_head_rows)
     loss, sums, text_shape, audio_shape = _heads(model.audio_decoder_proj, *rows, layout, objective)
     if not arrived:
         audio_shape = (0, *audio_shape[1:])  # nothing was computed from the frames that were meant
-    return PaddingFreeOutput(loss, sums, hidden.shape[0], num_frames, text_shape, audio_shape)
+    return PaddingFreeOutput(loss, sums, num_rows, num_frames, text_shape, audio_shape)
 
 
 def _codes(model, audio_out_ids, audio_in_ids, like: torch.Tensor) -> torch.Tensor:
@@ -138,20 +141,27 @@ def _layer(
     audio: torch.Tensor,
     rope: tuple[torch.Tensor, torch.Tensor],
     layout: Layout,
+    keep: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """A dual-FFN decoder layer: [text tokens, hidden] and [frames, hidden], in and out."""
-    sizes = [text.shape[0], audio.shape[0]]
+    """A dual-FFN decoder layer: [text tokens, hidden] and [frames, hidden], in and out.
+
+    With `keep`, only the layout's kept rows come out.
+    """
+    sizes, hidden = [text.shape[0], audio.shape[0]], torch.cat([text, audio])
     normed = torch.cat([layer.input_layernorm(text), layer.audio_input_layernorm(audio)])
-    text_step, audio_step = _attention(layer.self_attn, normed, rope, layout).split(sizes)
-    text, audio = text + text_step, audio + audio_step
+    if keep:
+        hidden = hidden.index_select(0, layout.kept_rows)
+        sizes = [layout.num_kept_text, hidden.shape[0] - layout.num_kept_text]
+    text, audio = (hidden + _attention(layer.self_attn, normed, rope, layout, keep)).split(sizes)
     text = text + layer.mlp(layer.post_attention_layernorm(text))
     audio = audio + layer.audio_mlp(layer.audio_post_attention_layernorm(audio))
     return text, audio
 
 
-def _attention(attn: nn.Module, hidden: torch.Tensor, rope, layout: Layout) -> torch.Tensor:
+def _attention(attn: nn.Module, hidden: torch.Tensor, rope, layout: Layout, keep: bool) -> torch.Tensor:
     """Causal self-attention within each sequence, through the layer's projections. [N, hidden] -> [N, hidden]
 
+    With `keep`, only the layout's kept rows come out: [K, hidden].
     Padding stands to the right of all that a sequence holds, so that causality alone keeps it from being seen.
     """
     query = _rotated(attn.q_proj(hidden).unflatten(1, (-1, attn.head_dim)), *rope)  # [N, heads, head_dim]
@@ -176,7 +186,8 @@ def _attention(attn: nn.Module, hidden: torch.Tensor, rope, layout: Layout) -> t
         is_causal=True,
         enable_gqa=shares,
     )
-    rows = _Ungroup.apply(attended.transpose(1, 2).flatten(2).flatten(0, 1), layout.unpack_index)
+    places = layout.unpack_index.index_select(0, layout.kept_rows) if keep else layout.unpack_index
+    rows = _Ungroup.apply(attended.transpose(1, 2).flatten(2).flatten(0, 1), places)
     return attn.o_proj(rows)
 
 

@@ -4,7 +4,7 @@ naive: upstream's forward, plain cross-entropy over the logits of every position
 ours:  batches by token budget, the padding-free forward, the fused loss, under the trainer with its guard.
 
 Both see every row once a pass; passes alternate, and the median counts. A learned token is a text label or a labelled
-audio frame. Peak memory is what a pass adds to the idle process at its highest, and one model's weights and optimizer.
+audio frame. Peak memory is what a first pass adds to the idle process at its highest, and one model's weights.
 
 usage: python benchmarks/step.py [--stage 2|3] [--ranks 2] [--dtype fp32] [--rows 64] [--repeats 3] [--json FILE]
 """
@@ -225,17 +225,19 @@ def work_as_rank(args: argparse.Namespace, work: Path) -> None:
     peaks: dict[str, list[float]] = {name: [] for name in cases}
     for repeat in range(args.repeats + 1):
         for name, (run, _) in cases.items():
-            give_back_memory()
-            ranks.barrier()
-            with Peak(ranks.device) as peak:
-                started = time.perf_counter()
-                run()
-                wait_for(ranks.device)
-                ranks.barrier()
-                elapsed = time.perf_counter() - started
-            if repeat:
-                seconds[name].append(elapsed)
+            if repeat == 0:  # warms up, and shows the memory: watching it, and giving it back, cost time
+                give_back_memory()
+                with Peak(ranks.device) as peak:
+                    run()
+                    wait_for(ranks.device)
                 peaks[name].append(peak.added)
+                continue
+            ranks.barrier()
+            started = time.perf_counter()
+            run()
+            wait_for(ranks.device)
+            ranks.barrier()
+            seconds[name].append(time.perf_counter() - started)
     rows = []
     for name, (_, batches) in cases.items():
         filled = [batch for batch in batches if not batch.filler]

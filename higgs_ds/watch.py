@@ -113,7 +113,7 @@ class Watch:
                 self._failed_is_told.wait(10 * BEAT_SEC)
             self._end(self._failed)
         self._closing.set()
-        self._thread.join(10 * BEAT_SEC)
+        self._thread.join(LAST_RITES_SEC)  # a rank that leaves without a word counts as dead
 
     def _beat(self) -> Beat:
         with self._lock:

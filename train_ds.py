@@ -268,6 +268,7 @@ def train(config: TrainConfig, ds_raw: dict, ranks: Ranks, watch: Watch, *, chec
             finished = trainer.train(batches(train_rows, plan.windows(ranks.rank, first_step, total_steps)))
             watch.at(total_steps, "writing the last checkpoint")
             writer.wait()
+            watch.untimed("closing")  # what W&B has yet to upload takes as long as it takes
     except BadLossError as error:
         if check_only:
             say(error)

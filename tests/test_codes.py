@@ -258,9 +258,9 @@ def test_a_million_clips_take_little_memory_and_time(tmp_path):
     table["check"] = records._checks(table)
     (tmp_path / "x.index").write_bytes(table.tobytes())
     tracemalloc.start()
-    started = time.perf_counter()
+    started = time.process_time()
     read = records.Records(tmp_path, ".index", INDEX)
-    took, (now, peak) = time.perf_counter() - started, tracemalloc.get_traced_memory()
+    took, (now, peak) = time.process_time() - started, tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(read) == count and read.find(table["key"][777].tobytes()) == [777]
     assert (read.find_each(table["key"][::1000]) == np.arange(0, count, 1000)).all()

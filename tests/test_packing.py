@@ -114,10 +114,10 @@ def test_a_forward_that_rounds_up_is_planned_for():
 def test_a_million_rows_are_planned_in_seconds():
     tokens = speech_tokens(1_000_000)
     tracemalloc.start()
-    started = time.perf_counter()
+    started = time.process_time()
     p = plan(tokens, 8, 4, 8192)
     (window,) = p.windows(3, p.steps_per_epoch + 1, p.steps_per_epoch + 1)
-    took, (_, peak) = time.perf_counter() - started, tracemalloc.get_traced_memory()
+    took, (_, peak) = time.process_time() - started, tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert took < 10 and peak < 500e6 and len(window.micro_batches) == 4
 

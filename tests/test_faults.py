@@ -80,9 +80,11 @@ def processes_of(folder) -> list[int]:
 
 def kill_once(forks, flags, folder, draw, *, in_a_save: bool) -> list | None:
     """Starts two ranks, kills one or both at a random moment, and checks how the rest ends; None if they were done."""
-    ranks = forks.start(flags, 2, patches=SLOW)
+    lock = folder / ".lock"
+    lock.unlink(missing_ok=True)  # the last run's; before this one's, ranks have yet to find each other
     begun = time.time()
-    until(lambda: (folder / ".lock").exists() or forks.ended(ranks[0]))
+    ranks = forks.start(flags, 2, patches=SLOW)
+    until(lambda: lock.exists() or forks.ended(ranks[0]))
     if in_a_save:
 
         def saving():

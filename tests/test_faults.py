@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -230,11 +231,14 @@ def assert_write_failed(results, folder) -> None:
     assert [r.returncode for r in results] == [1, 1], results[0].output[-3000:]
     for result in results:
         assert "ending: rank 0 failed in step" in result.output, result.output[-3000:]
-        assert f"checkpoint step-000006 could not be written to {folder / 'checkpoints'}: " in result.output
+        found = re.search(r"checkpoint step-(\d+) could not be written to (\S+): ", result.output)
+        assert found and found[2] == str(folder / "checkpoints"), result.output[-3000:]
+        failed = int(found[1])
         assert "--resume auto goes on" in result.output
     assert "Traceback" not in results[0].output
-    assert [path.name for path in list_checkpoints(folder / "checkpoints")][-1] == "step-000004"
-    assert read_checkpoint(folder / "checkpoints/step-000004").position.step == 4
+    newest = list_checkpoints(folder / "checkpoints")[-1]
+    # Step 4 was still being written in the background when the limit came, or step 6 was the first to meet it.
+    assert failed in (4, 6) and read_checkpoint(newest).position.step == failed - 2
     assert not being_written(folder / "checkpoints")
 
 

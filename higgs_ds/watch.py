@@ -88,7 +88,7 @@ class Watch:
 
     def untimed(self, doing: str) -> None:
         """This rank moved on to something that takes as long as it takes: a download, loading a large model."""
-        self.at(0, doing)
+        self.at(self._mine.step, doing)
         with self._lock:
             self._mine.timed = False
 

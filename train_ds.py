@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from higgs_ds.config import ConfigError, TrainConfig, parse_args
 from higgs_ds.ds_config import read_deepspeed_config, resolve
+from higgs_ds.process import end_process
 
 if TYPE_CHECKING:
     from higgs_ds.engine import Ranks
@@ -296,4 +297,4 @@ def train(config: TrainConfig, ds_raw: dict, ranks: Ranks, watch: Watch, *, chec
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    end_process(main(sys.argv[1:]))

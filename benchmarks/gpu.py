@@ -121,6 +121,7 @@ def run_one(args: argparse.Namespace) -> None:
     from higgs_ds.engine import Engine, leave_ranks, loading, start_ranks
     from higgs_ds.forward import HiggsAudioForTraining, training_forward
     from higgs_ds.loss import LossWeights, loss_scales
+    from higgs_ds.process import end_process
     from higgs_ds.sampler import TokenPlan
 
     stage, every, forward_impl = CASES[args.one]
@@ -197,7 +198,7 @@ def run_one(args: argparse.Namespace) -> None:
         "peak memory, GB": whole.added,
     }
     args.out.write_text(json.dumps(row))
-    leave_ranks(0)
+    end_process(leave_ranks(0))
 
 
 if __name__ == "__main__":

@@ -141,6 +141,7 @@ def work_as_rank(args: argparse.Namespace, work: Path) -> None:
     from higgs_ds.forward import training_forward
     from higgs_ds.guard import Guard
     from higgs_ds.loss import LossWeights
+    from higgs_ds.process import end_process
     from higgs_ds.sampler import TokenPlan
     from higgs_ds.trainer import Trainer
 
@@ -259,7 +260,7 @@ def work_as_rank(args: argparse.Namespace, work: Path) -> None:
         )
     if ranks.is_main:
         (work / "result.json").write_text(json.dumps({"rows": rows}))
-    leave_ranks(0)
+    end_process(leave_ranks(0))
 
 
 def naive_forward(model, num_codebooks: int):

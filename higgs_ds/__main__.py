@@ -3,5 +3,6 @@
 import sys
 
 from .cli import main
+from .process import end_process
 
-sys.exit(main(sys.argv[1:]))
+end_process(main(sys.argv[1:]))

@@ -115,7 +115,7 @@ def _without_kernel_build(deepspeed) -> None:
 
 
 def leave_ranks(exit_code: int, *, wait: bool = True) -> int:
-    """Leaves the process group, without which a process may abort after it has succeeded; returns `exit_code`.
+    """Leaves the process group; returns `exit_code`, to end with by `process.end_process`.
 
     `wait` for the other ranks, where all of them are known to come here.
     """

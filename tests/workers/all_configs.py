@@ -9,6 +9,7 @@ from pathlib import Path
 from higgs_ds.config import PROJECT_ROOT
 from higgs_ds.engine import leave_ranks, start_ranks
 from higgs_ds.metrics import StepSums
+from higgs_ds.process import end_process
 from tests.workers.common import build, speech_rows
 
 
@@ -34,7 +35,7 @@ def main() -> None:
             assert result.grad_norm > 0, (file.name, result.grad_norm)
         if ranks.is_main:
             print("config", file.stem, StepSums.total(result.ranks).losses(run.weights)["loss"], flush=True)
-    leave_ranks(0)
+    end_process(leave_ranks(0))
 
 
 if __name__ == "__main__":

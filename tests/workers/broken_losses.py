@@ -13,6 +13,7 @@ import torch
 from higgs_ds.engine import leave_ranks, start_ranks
 from higgs_ds.guard import BadLossError
 from higgs_ds.padding_free import PaddingFreeOutput
+from higgs_ds.process import end_process
 from tests.workers.common import build, speech_rows
 
 BROKEN_STEP = 2
@@ -110,7 +111,7 @@ def main() -> None:
         ours, wanted = with_dropped.engine.gather_trainable(), without.engine.gather_trainable()
         seen[f"{setup}:as if the step had not been"] = all(torch.equal(ours[name], wanted[name]) for name in wanted)
     (out / f"rank{ranks.rank}.json").write_text(json.dumps(seen))
-    leave_ranks(0)
+    end_process(leave_ranks(0))
 
 
 def one_case(run, check, ranks) -> dict:

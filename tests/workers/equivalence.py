@@ -16,6 +16,7 @@ def main() -> None:
     base_dir, codec_dir, cache_dir, output_dir = map(Path, sys.argv[1:5])
     batch_size, grad_accum = map(int, sys.argv[5:7])
     from higgs_ds.engine import leave_ranks, start_ranks
+    from higgs_ds.process import end_process
 
     ranks = start_ranks()
     rows = speech_rows(16)
@@ -44,7 +45,7 @@ def main() -> None:
     weights = run.engine.gather_trainable()
     if ranks.is_main:
         save_file(weights, output_dir / "mean_of_means.safetensors")
-    leave_ranks(0)
+    end_process(leave_ranks(0))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import transformers.integrations  # noqa: F401
 
 import train_ds
 from higgs_ds import checkpoint, cli, codec, dataset, engine, guard, model, run_dir, tracking, trainer  # noqa: F401
+from higgs_ds.process import end_process
 from tests.workers import patches
 
 torch.set_num_threads(1)
@@ -45,7 +46,7 @@ def main() -> int:
             pid = os.fork()
             if pid == 0:
                 answers.close()
-                return rank(order)
+                end_process(rank(order))
             print(pid, file=answers)
             continue
         pid = order["poll"]

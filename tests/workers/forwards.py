@@ -9,6 +9,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from higgs_ds.engine import leave_ranks, start_ranks
+from higgs_ds.process import end_process
 from tests.test_collate import samples_of
 from tests.workers.common import build, speech_rows, with_lora_b, without_text_labels
 
@@ -34,7 +35,7 @@ def main() -> None:
             state = run.engine.gather_state()
             if ranks.is_main:
                 save_file(state().exp_avg, out / f"{stage}-{name}.safetensors")
-    leave_ranks(0)
+    end_process(leave_ranks(0))
 
 
 def batches_of(rank: int, dataset) -> list:

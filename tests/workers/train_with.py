@@ -10,6 +10,7 @@ import torch
 
 import train_ds
 from higgs_ds import collate, forward, layout
+from higgs_ds.process import end_process
 
 
 def code_out_of_range() -> None:
@@ -61,4 +62,4 @@ if __name__ == "__main__":
     if int(rank) in (-1, int(os.environ.get("RANK", "0"))):
         CHANGES[change]()
     check_only = "--check" in flags
-    sys.exit(train_ds.main([flag for flag in flags if flag != "--check"], check_only=check_only))
+    end_process(train_ds.main([flag for flag in flags if flag != "--check"], check_only=check_only))

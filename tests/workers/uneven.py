@@ -12,6 +12,7 @@ from higgs_ds.collate import Collator, Sample, tokenize
 from higgs_ds.engine import leave_ranks, start_ranks
 from higgs_ds.manifest import AudioRef, Turn, speech_messages
 from higgs_ds.model import read_model_config
+from higgs_ds.process import end_process
 from higgs_ds.sampler import MicroBatch, Window
 from tests.workers.common import build, speech_rows, without_text_labels
 
@@ -40,7 +41,7 @@ def main() -> None:
     windows = ((Window(step, 0.0, (MicroBatch((0,)),)), [batch_of(ranks.rank % 4)]) for step in range(1, steps + 1))
     run.trainer.train(windows)
     print(f"done: {steps} steps", flush=True)
-    leave_ranks(0)
+    end_process(leave_ranks(0))
 
 
 if __name__ == "__main__":

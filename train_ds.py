@@ -68,13 +68,14 @@ def train(config: TrainConfig, ds_raw: dict, ranks: Ranks, watch: Watch, *, chec
     from higgs_ds.codec import load_codec
     from higgs_ds.codes import CodeCache
     from higgs_ds.collate import Collator
-    from higgs_ds.dataset import MicroBatches, load_rows, load_windows
+    from higgs_ds.dataset import MicroBatches, load_windows
     from higgs_ds.engine import Engine, StopSignal, leave_ranks, loading
     from higgs_ds.forward import training_forward
     from higgs_ds.guard import BadLossError, Guard
     from higgs_ds.lengths import LengthIndex
     from higgs_ds.loss import LossWeights
     from higgs_ds.padding_free import check_supported
+    from higgs_ds.rows import load_rows
     from higgs_ds.sampler import MicroBatch, evaluation_windows, make_plan
     from higgs_ds.schedule import learning_rate
     from higgs_ds.tracking import open_tracker
@@ -127,11 +128,10 @@ def train(config: TrainConfig, ds_raw: dict, ranks: Ranks, watch: Watch, *, chec
         lengths=LengthIndex(cache, tokenizer, collator) if config.max_tokens_per_batch else None,
         max_tokens=config.max_tokens_per_batch,
     )
-    train, val = read([m for m in (config.train_manifest, config.val_manifest) if m])
-    train_rows, val_rows = train.rows, val.rows
+    train_rows, val_rows = read([m for m in (config.train_manifest, config.val_manifest) if m])
     plan = make_plan(
         len(train_rows),
-        train.tokens,
+        train_rows.tokens,
         batch_size=config.batch_size,
         max_tokens=config.max_tokens_per_batch,
         grad_accum=config.grad_accum,
@@ -150,7 +150,7 @@ def train(config: TrainConfig, ds_raw: dict, ranks: Ranks, watch: Watch, *, chec
         return load_windows(dataset, windows, num_workers=config.num_workers, pin_memory=on_gpu)
 
     def validation():
-        budget = {"tokens": val.tokens, "max_tokens": config.max_tokens_per_batch}
+        budget = {"tokens": val_rows.tokens, "max_tokens": config.max_tokens_per_batch}
         windows = evaluation_windows(len(val_rows), config.batch_size, ranks.rank, ranks.world_size, **budget)
         return batches(val_rows, windows)
 

@@ -127,7 +127,6 @@ def manifest_tokens(manifest: Path) -> np.ndarray:
     from higgs_ds.lengths import LengthIndex
     from higgs_ds.manifest import read_manifest
     from higgs_ds.model import load_tokenizer, read_model_config
-    from higgs_ds.prepare import Alone
     from higgs_ds.sample_codec import SampleCodec
     from higgs_ds.tiny import write_tiny
 
@@ -142,7 +141,7 @@ def manifest_tokens(manifest: Path) -> np.ndarray:
             sys.exit("\n".join(f"{ref.path}: {problem}" for ref, problem in problems.items()))
         base = Path(folder) / "base"
         index = LengthIndex(cache, load_tokenizer(base), Collator.of(read_model_config(base)))
-        return index.count(rows, Alone())
+        return index.count(rows)
 
 
 def planning(count: int) -> dict[str, float]:

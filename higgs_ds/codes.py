@@ -62,8 +62,14 @@ class CodeCache:
         """Frames of a clip, from the index alone; raises as `get` does."""
         return self._store.frames(self.key(ref))
 
+    def frames_each(self, keys: np.ndarray) -> np.ndarray:
+        """int64 [clips]: frames of the clips with these keys, uint8 [clips, 32]; raises as `get` does."""
+        return self._store.frames_each(keys)
+
     def key(self, ref: AudioRef) -> bytes:
         """32 bytes that stand for the clip's content."""
+        if ref.key is not None:
+            return ref.key
         if ref not in self._keys:
             self._keys[ref] = self._files.look(ref)[0]
         return self._keys[ref]
@@ -85,55 +91,51 @@ class CodeCache:
         Raises:
             OSError: the cache cannot be written to.
         """
+        self.read_index()
         unique = list(dict.fromkeys(refs))[shard::num_shards]
         problems = {}
-        for done, (ref, problem) in enumerate(self.ensure_each(unique, max_duration_sec), start=1):
+        for done, (ref, key, problem) in enumerate(self.ensure_each(unique, max_duration_sec), start=1):
             if problem is not None:
                 problems[ref] = problem
+            else:
+                self._keys[ref] = key
             if progress is not None:
                 progress(done, len(unique))
         return problems
 
     def ensure_each(
         self, refs: Sequence[AudioRef], max_duration_sec: float | None = None
-    ) -> Iterator[tuple[AudioRef, str | None]]:
-        """`ensure`, one clip at a time: the clip and what is wrong with it."""
-        self._store.read_index()
+    ) -> Iterator[tuple[AudioRef, bytes | None, str | None]]:
+        """`ensure`, one clip at a time, whatever their number: the clip, and its key or what is wrong with it.
+
+        Knows what other processes had written at the last `read_index`.
+        """
         try:
             for ref in refs:
-                problem = None
                 try:
-                    self._ensure_one(ref, max_duration_sec)
+                    yield ref, self._ensure_one(ref, max_duration_sec), None
                 except ValueError as error:  # an AudioError, or codes that cannot be
-                    problem = str(error)
-                yield ref, problem
+                    yield ref, None, str(error)
         finally:
             self._store.close_writer()
             self._files.close_writer()
 
-    def keys(self, refs: Sequence[AudioRef]) -> np.ndarray:
-        """uint8 [clips, 32], for other ranks' `add_keys`; zeros where a clip's content is not known."""
-        known = b"".join(self._keys.get(ref, bytes(32)) for ref in refs)
-        return np.frombuffer(known, dtype=np.uint8).reshape(len(refs), 32)
+    def read_index(self) -> None:
+        """Looks at what other processes have written by now."""
+        self._store.read_index()
+        self._files.forget()
 
-    def add_keys(self, refs: Sequence[AudioRef], keys: np.ndarray) -> None:
-        """Takes over what another rank found, so that every clip is looked at once in all."""
-        for ref, key in zip(refs, keys, strict=True):
-            if key.any():
-                self._keys[ref] = key.tobytes()
-
-    def _ensure_one(self, ref: AudioRef, max_duration_sec: float | None) -> None:
+    def _ensure_one(self, ref: AudioRef, max_duration_sec: float | None) -> bytes:
         # By the header first: a clip that is hours too long need not be decoded to know it.
         key, seconds = self._files.look(ref)
         if max_duration_sec is not None and seconds > max_duration_sec:
             raise ValueError(f"lasts {seconds:.1f} s, over --max_duration_sec {max_duration_sec:g}")
-        self._keys[ref] = key
-        if self._store.holds(key):
-            return
-        codes = self.codec.encode(*read_audio(ref))
-        check_codes(codes, self.codec)
-        self._store.add(key, codes)
-        self.encoded += 1
+        if not self._store.holds(key):
+            codes = self.codec.encode(*read_audio(ref))
+            check_codes(codes, self.codec)
+            self._store.add(key, codes)
+            self.encoded += 1
+        return key
 
 
 @dataclass(frozen=True)
@@ -172,6 +174,14 @@ class CodeStore:
     def frames(self, key: bytes) -> int:
         """How many frames there are. Raises MissingCodesError."""
         return self._places(key)[0].frames
+
+    def frames_each(self, keys: np.ndarray) -> np.ndarray:
+        """int64 [clips] for keys uint8 [clips, 32], as they stand on the disk now. Raises MissingCodesError."""
+        self.read_index()
+        found = self._index.find_each(np.ascontiguousarray(keys).view("<u8"))
+        if (found < 0).any():
+            raise MissingCodesError(f"{int((found < 0).sum())} clips have no codes in {self._folder}")
+        return self._index.rows["frames"][found].astype(np.int64)
 
     def holds(self, key: bytes) -> bool:
         """Whether whole codes were there when the index was last read, or were added since."""
@@ -283,6 +293,10 @@ class FileHashes:
             except OSError:
                 self._writer = None  # a cache that may only be read still serves the codes that it has
         return content, seconds
+
+    def forget(self) -> None:
+        """Looks at the folder anew, once it is needed."""
+        self._known = None
 
     def close_writer(self) -> None:
         """Brings what was found to the disk."""

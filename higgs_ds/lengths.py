@@ -6,7 +6,6 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,9 +13,6 @@ from .codes import CodeCache
 from .collate import Collator, tokenize
 from .manifest import Row
 from .records import Records, RecordWriter, record_type
-
-if TYPE_CHECKING:
-    from .engine import Ranks
 
 LENGTH = record_type(("tokens", "<u8"))
 REMEMBERED_TEXTS = 4096
@@ -42,14 +38,31 @@ class LengthIndex:
             ).encode()
         ).digest()
 
-    def count(self, rows: list[Row], ranks: Ranks, progress: Callable[[int, int], None] | None = None) -> np.ndarray:
-        """int32 [rows]: the tokens of each row, whose clips are all encoded; every rank counts a share."""
-        mine = rows[ranks.rank :: ranks.world_size]
-        counted = self._count_share(mine, progress)
-        tokens = np.zeros(len(rows), np.int32)
-        for rank, share in enumerate(ranks.gather(counted)):
-            tokens[rank :: ranks.world_size] = share
-        return tokens
+    def count(self, rows: list[Row], moved: Callable[[], None] = lambda: None) -> np.ndarray:
+        """int32 [rows]: the tokens of each row, whose clips are all encoded; `moved` is told of each row counted.
+
+        Counts of other processes are found if they were there at this object's first call.
+        """
+        counted = np.zeros(len(rows), np.int32)
+        if not rows:
+            return counted
+        if self._records is None:
+            self._records = Records(self._cache.folder, ".lengths", LENGTH)
+        keys = [self._key(row) for row in rows]
+        found = self._records.find_each(np.frombuffer(b"".join(keys), "<u8").reshape(-1, 4))
+        counted[found >= 0] = self._records.rows["tokens"][found[found >= 0]]
+        writer: RecordWriter | None = RecordWriter(self._cache.folder, ".lengths", LENGTH)
+        for i in np.flatnonzero(found < 0).tolist():
+            counted[i] = self.tokens(rows[i])
+            if writer is not None:
+                try:
+                    writer.append(keys[i], tokens=counted[i])
+                except OSError:
+                    writer = None  # a cache that may only be read still serves; these are counted again
+            moved()
+        if writer is not None:
+            writer.close()
+        return counted
 
     def tokens(self, row: Row) -> int:
         """Positions that the model computes for a row: text tokens, and the frames of its clips in their place."""
@@ -62,29 +75,6 @@ class LengthIndex:
                 if not isinstance(piece, str):
                     total += self._collator.stream_length(self._cache.frames(piece)) - 1
         return total
-
-    def _count_share(self, rows: list[Row], progress: Callable[[int, int], None] | None) -> np.ndarray:
-        counted = np.zeros(len(rows), np.int32)
-        if not rows:
-            return counted
-        self._records = Records(self._cache.folder, ".lengths", LENGTH)
-        keys = [self._key(row) for row in rows]
-        found = self._records.find_each(np.frombuffer(b"".join(keys), "<u8").reshape(-1, 4))
-        counted[found >= 0] = self._records.rows["tokens"][found[found >= 0]]
-        missing = np.flatnonzero(found < 0).tolist()
-        writer: RecordWriter | None = RecordWriter(self._cache.folder, ".lengths", LENGTH)
-        for done, i in enumerate(missing, start=1):
-            counted[i] = self.tokens(rows[i])
-            if writer is not None:
-                try:
-                    writer.append(keys[i], tokens=counted[i])
-                except OSError:
-                    writer = None  # a cache that may only be read still serves; these are counted again
-            if progress is not None:
-                progress(done, len(missing))
-        if writer is not None:
-            writer.close()
-        return counted
 
     def _key(self, row: Row) -> bytes:
         content = [

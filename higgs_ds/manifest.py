@@ -9,6 +9,7 @@ Paths are relative to the manifest's folder. Both kinds may carry an `id`, which
 """
 
 import base64
+import codecs
 import dataclasses
 import difflib
 import json
@@ -17,10 +18,11 @@ import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 ROLES = ("system", "user", "assistant")
 CHATML_FIELDS = ("messages", "start_index", "speaker", "misc", "id")
@@ -35,6 +37,7 @@ AUDIO_PLACEHOLDERS = ("<|AUDIO|>", "<|AUDIO_OUT|>")
 MAX_DEPTH = 32
 SYSTEM_PROMPT = "Generate audio following instruction."
 
+_BLANKS = b" \t\r\n"
 _SPACE = re.compile(r"[ \t\r\n]*")
 _URL = re.compile(r"[a-z][a-z0-9+.-]*://|data:", re.IGNORECASE)
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -51,6 +54,8 @@ class AudioRef:
     duration_sec: float | None = None  # None: to the end
     # Where the row names it. Not part of its identity: the same clip in two rows is one clip.
     field: str = dataclasses.field(default="audio", compare=False)
+    # Key of its codes once they are made, which then need no look at the file; see `codes`.
+    key: bytes | None = dataclasses.field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,19 @@ class Row:
         pieces = (piece for turn in self.messages for piece in turn.content)
         return tuple((piece.field, piece) for piece in pieces if isinstance(piece, AudioRef))
 
+    def with_keys(self, keys: np.ndarray) -> "Row":
+        """The same row whose clips, in the order of `audio_refs`, carry these keys, uint8 [clips, 32]."""
+        following = iter(keys)
+
+        def with_key(piece: str | AudioRef) -> str | AudioRef:
+            if isinstance(piece, str):
+                return piece
+            key = next(following).tobytes()
+            return AudioRef(piece.path, piece.raw_audio, piece.offset_sec, piece.duration_sec, piece.field, key)
+
+        turns = tuple(Turn(t.role, tuple(map(with_key, t.content)), t.recipient) for t in self.messages)
+        return Row(turns, self.start_index, self.speaker, self.file, self.line)
+
 
 @dataclass(frozen=True, order=True)
 class Fault:
@@ -96,36 +114,139 @@ class Fault:
         return f"{self.file}:{self.line}: {self.field}: {self.problem}"
 
 
-def read_manifest(path: str | Path) -> tuple[list[Row], list[Fault]]:
-    """Every row without faults, in file order, and every fault of the others, sorted.
+class Manifest:
+    """A manifest's text and where its rows stand in it; a row is parsed when it is asked for.
 
-    Raises nothing for what the file holds, nor when it cannot be read: that is a fault as well.
-    Clips are looked for (a regular file with bytes in it), not decoded.
+    Takes the bytes of the file and 24 more a row, whatever a row would take as objects, and processes forked from this
+    one share them. What happens to the file later changes nothing.
     """
-    file = str(path)
-    try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        problem = f"is not UTF-8 (byte 0x{error.object[error.start]:02x}: {error.reason}); save it as UTF-8"
-        return [], [Fault(file, line, "manifest", problem)]
-    except (OSError, ValueError) as error:  # ValueError: a NUL byte in the path
-        reason = getattr(error, "strerror", None) or error
-        return [], [Fault(file, 1, "manifest", f"cannot be read ({reason}); name a JSONL file or a JSON array")]
 
-    folder = Path(path).absolute().parent
-    elements = _array_elements if text.startswith("[", _after_space(text, 0)) else _line_elements
-    rows: list[Row] = []
-    faults: list[Fault] = []
-    for line, value in elements(text, file, faults):
-        check = _RowCheck(file, line, folder)
-        row = check.row(value)
-        if check.faults:
-            faults += check.faults
+    def __init__(self, path: str | Path):
+        """Raises nothing for what the file holds, nor when it cannot be read: that is in `faults`."""
+        self.file = str(path)
+        self.faults: list[Fault] = []  # of the file as a whole; those of rows come from `check`
+        self._folder = Path(path).absolute().parent
+        self._content = b""
+        self._spans = np.zeros((0, 2), np.int64)  # bytes of `_content`, first and behind the last
+        self._lines = np.zeros(0, np.int64)  # 1-based
+        try:
+            content = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8)
+            text = content.decode("utf-8")
+        except UnicodeDecodeError as error:
+            line = error.object.count(b"\n", 0, error.start) + 1
+            problem = f"is not UTF-8 (byte 0x{error.object[error.start]:02x}: {error.reason}); save it as UTF-8"
+            self._fault(line, "manifest", problem)
+            return
+        except (OSError, ValueError) as error:  # ValueError: a NUL byte in the path
+            reason = getattr(error, "strerror", None) or error
+            self._fault(1, "manifest", f"cannot be read ({reason}); name a JSONL file or a JSON array")
+            return
+        self._content = content
+        if text.startswith("[", _after_space(text, 0)):
+            self._find_array_elements(text)
         else:
+            self._find_lines()
+        if not len(self) and not self.faults:
+            self._fault(1, "manifest", "holds no rows; put one JSON object on each line")
+
+    def __len__(self) -> int:
+        """How many rows there are, those with faults included."""
+        return len(self._lines)
+
+    def check(self, number: int) -> tuple[Row | None, list[Fault]]:
+        """A row, or all that is wrong with it. Its clips are looked for (a file with bytes in it), not decoded."""
+        line = int(self._lines[number])
+        try:
+            value = _DECODER.decode(self._text(number))
+        except json.JSONDecodeError as error:
+            problem = f"not JSON ({error.msg}, column {error.colno}); write one whole object on each line"
+            return None, [Fault(self.file, line, "row", problem)]
+        except RecursionError:
+            return None, [Fault(self.file, line, "row", f"nested deeper than {MAX_DEPTH} levels")]
+        check = _RowCheck(self.file, line, self._folder)
+        row = check.row(value)
+        return (None, check.faults) if check.faults else (row, [])
+
+    def row(self, number: int) -> Row:
+        """A row that `check` found no fault in; its clips are not looked for again."""
+        check = _RowCheck(self.file, int(self._lines[number]), self._folder, look_for_clips=False)
+        row = check.row(_DECODER.decode(self._text(number)))
+        assert not check.faults, check.faults
+        return row
+
+    def _text(self, number: int) -> str:
+        first, behind = self._spans[number]
+        return self._content[first:behind].decode("utf-8")
+
+    def _fault(self, line: int, field: str, problem: str) -> None:
+        self.faults.append(Fault(self.file, line, field, problem))
+
+    def _find_lines(self) -> None:
+        # Not splitlines(): it also splits at U+2028 and the like, which may stand inside a JSON string.
+        content = np.frombuffer(self._content, np.uint8)
+        breaks = np.flatnonzero(content == ord("\n"))
+        spans = np.stack([np.r_[0, breaks + 1], np.r_[breaks, len(content)]], axis=1)
+        filled = spans[:, 0] < spans[:, 1]
+        starts_blank = np.flatnonzero(filled)[np.isin(content[spans[filled, 0]], list(_BLANKS))]
+        for i in starts_blank.tolist():
+            first, behind = spans[i]
+            filled[i] = bool(self._content[first:behind].strip(_BLANKS))
+        self._lines = np.flatnonzero(filled) + 1
+        self._spans = spans[filled]
+
+    def _find_array_elements(self, text: str) -> None:
+        """Up to the first that is not JSON, which becomes a fault."""
+        spans: list[tuple[int, int]] = []
+        lines: list[int] = []
+        line, counted = 1, 0
+        at = _after_space(text, text.index("[") + 1)
+        more = not text.startswith("]", at)
+        try:
+            while more:
+                line += text.count("\n", counted, at)
+                counted = at
+                _, behind = _SCANNER.raw_decode(text, at)
+                spans.append((at, behind))
+                lines.append(line)
+                at = _after_space(text, behind)
+                more = text.startswith(",", at)
+                if more:
+                    at = _after_space(text, at + 1)
+            if not text.startswith("]", at):
+                raise json.JSONDecodeError("Expecting ',' or ']'", text, at)
+            at = _after_space(text, at + 1)
+            if at < len(text):
+                raise json.JSONDecodeError("Extra data after the array", text, at)
+        except json.JSONDecodeError as error:
+            self._fault(error.lineno, "row", f"not JSON ({error.msg}, column {error.colno}); nothing after it was read")
+        except RecursionError:
+            self._fault(line, "row", f"nested deeper than {MAX_DEPTH} levels; nothing after it was read")
+        self._spans = _in_bytes(text, np.array(spans, np.int64).reshape(-1, 2))
+        self._lines = np.array(lines, np.int64)
+
+
+def _in_bytes(text: str, spans: np.ndarray) -> np.ndarray:
+    """Spans of characters, in order, as spans of the bytes of UTF-8."""
+    if text.isascii():
+        return spans
+    places, at, counted = np.zeros(spans.size, np.int64), 0, 0
+    for i, place in enumerate(spans.flatten().tolist()):
+        at += len(text[counted:place].encode("utf-8"))
+        counted = place
+        places[i] = at
+    return places.reshape(spans.shape)
+
+
+def read_manifest(path: str | Path) -> tuple[list[Row], list[Fault]]:
+    """Every row without faults, in file order, and every fault of the others, sorted: all of a small manifest."""
+    manifest = Manifest(path)
+    rows: list[Row] = []
+    faults = list(manifest.faults)
+    for number in range(len(manifest)):
+        row, found = manifest.check(number)
+        faults += found
+        if row is not None:
             rows.append(row)
-    if not rows and not faults:
-        faults.append(Fault(file, 1, "manifest", "holds no rows; put one JSON object on each line"))
     return rows, sorted(faults)
 
 
@@ -176,59 +297,19 @@ def _parse_int(digits: str) -> int | float:
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_Object, parse_int=_parse_int)
+_SCANNER = json.JSONDecoder(parse_int=_parse_int)  # finds where a value ends
 
 
 def _after_space(text: str, at: int) -> int:
     return _SPACE.match(text, at).end()
 
 
-def _line_elements(text: str, file: str, faults: list[Fault]) -> Iterator[tuple[int, Any]]:
-    """(line, value) of each line that is JSON; the others become faults."""
-    # Not splitlines(): it also splits at U+2028 and the like, which may stand inside a JSON string.
-    for line, content in enumerate(text.split("\n"), start=1):
-        if _after_space(content, 0) == len(content):
-            continue
-        try:
-            yield line, _DECODER.decode(content)
-        except json.JSONDecodeError as error:
-            problem = f"not JSON ({error.msg}, column {error.colno}); write one whole object on each line"
-            faults.append(Fault(file, line, "row", problem))
-        except RecursionError:
-            faults.append(Fault(file, line, "row", f"nested deeper than {MAX_DEPTH} levels"))
-
-
-def _array_elements(text: str, file: str, faults: list[Fault]) -> Iterator[tuple[int, Any]]:
-    """(line, value) of each element of a JSON array, up to the first that is not JSON, which becomes a fault."""
-    line, counted = 1, 0
-    at = _after_space(text, text.index("[") + 1)
-    more = not text.startswith("]", at)
-    try:
-        while more:
-            line += text.count("\n", counted, at)
-            counted = at
-            value, at = _DECODER.raw_decode(text, at)
-            yield line, value
-            at = _after_space(text, at)
-            more = text.startswith(",", at)
-            if more:
-                at = _after_space(text, at + 1)
-        if not text.startswith("]", at):
-            raise json.JSONDecodeError("Expecting ',' or ']'", text, at)
-        at = _after_space(text, at + 1)
-        if at < len(text):
-            raise json.JSONDecodeError("Extra data after the array", text, at)
-    except json.JSONDecodeError as error:
-        problem = f"not JSON ({error.msg}, column {error.colno}); nothing after it was read"
-        faults.append(Fault(file, error.lineno, "row", problem))
-    except RecursionError:
-        faults.append(Fault(file, line, "row", f"nested deeper than {MAX_DEPTH} levels; nothing after it was read"))
-
-
 class _RowCheck:
     """Turns one JSON value into a Row. Problems go to `faults` and the checking goes on; such a row is not usable."""
 
-    def __init__(self, file: str, line: int, folder: Path):
+    def __init__(self, file: str, line: int, folder: Path, *, look_for_clips: bool = True):
         self.file, self.line, self.folder = file, line, folder
+        self.look_for_clips = look_for_clips
         self.faults: list[Fault] = []
 
     def fault(self, field: str, problem: str) -> None:
@@ -426,7 +507,7 @@ class _RowCheck:
             self.fault(field, f"holds a NUL byte: {_shown(value)}")
         else:
             path = self.folder / value
-            if problem := _file_problem(path):
+            if self.look_for_clips and (problem := _file_problem(path)):
                 self.fault(field, f"{_shown(value)} {problem}")
             return path
         return None

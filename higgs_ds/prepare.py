@@ -63,12 +63,14 @@ def main(argv: list[str]) -> int:
 
 
 def _prepare(config: TrainConfig, ranks, device: str) -> None:
+    import numpy as np
+
     from . import model
     from .codec import load_codec
     from .codes import CodeCache
     from .collate import Collator
-    from .dataset import load_rows
     from .lengths import LengthIndex
+    from .rows import load_rows
 
     began = time.monotonic()
     say = partial(print, flush=True) if ranks.is_main else lambda *_, **__: None
@@ -94,11 +96,11 @@ def _prepare(config: TrainConfig, ranks, device: str) -> None:
     encoded = sum(ranks.gather(cache.encoded))
     if not ranks.is_main:
         return
-    clips = {ref for part in sets for row in part.rows for _, ref in row.audio_refs}
-    frames = sum(cache.frames(ref) for ref in clips)
-    tokens = sum(int(part.tokens.sum()) for part in sets if part.rows)
+    clips = np.unique(np.concatenate([rows.keys for rows in sets]), axis=0)
+    frames = int(cache.frames_each(clips).sum())
+    tokens = sum(int(rows.tokens.sum()) for rows in sets if rows)
     say(
-        f"{folder}: {sum(len(part.rows) for part in sets):,} rows, {len(clips):,} clips of "
+        f"{folder}: {sum(map(len, sets)):,} rows, {len(clips):,} different clips of "
         f"{frames / codec.frame_rate / 3600:,.2f} hours, {frames * codec.num_codebooks * 2:,} bytes of codes, "
         f"{tokens:,} tokens; {encoded:,} clips were encoded now, the others were there "
         f"({time.monotonic() - began:.1f} s)"

@@ -6,13 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from higgs_ds import lengths
 from higgs_ds.codec import load_codec
 from higgs_ds.codes import CodeCache
 from higgs_ds.collate import Collator, build_sample
 from higgs_ds.lengths import LengthIndex
 from higgs_ds.manifest import Row, Turn, read_manifest
-from higgs_ds.prepare import Alone
 from tests.conftest import SPEECH
 
 
@@ -49,7 +47,7 @@ def collator_of(config, **changes) -> Collator:
 @pytest.mark.parametrize("books", [8, 3])
 def test_a_row_is_as_long_as_the_collator_makes_it(rows, cache, tokenizer, tiny_config, delay, audio_in, books):
     collator = collator_of(tiny_config, use_delay_pattern=delay, audio_in_tokens=audio_in, num_codebooks=books)
-    counted = LengthIndex(cache, tokenizer, collator).count(rows, Alone())
+    counted = LengthIndex(cache, tokenizer, collator).count(rows)
     assert counted.dtype == np.int32
 
     def sample(row):
@@ -64,7 +62,7 @@ def test_a_row_is_as_long_as_the_model_computes_it(rows, cache, tokenizer, tiny_
 
     base = model.load_base(tiny_dir, tiny_config, "fp32")
     collator = Collator.of(tiny_config)
-    counted = LengthIndex(cache, tokenizer, collator).count(rows[:6], Alone())
+    counted = LengthIndex(cache, tokenizer, collator).count(rows[:6])
     for row, tokens in zip(rows[:6], counted, strict=True):
         sample = build_sample(row, tokenizer, lambda ref: torch.from_numpy(cache.get(ref).astype("int64")))
         with torch.no_grad():
@@ -89,7 +87,7 @@ def test_a_second_start_does_not_tokenize_again(rows, codec_dir, tokenizer, tiny
     def count(some_rows, **changes):
         counting = CountingTokenizer(tokenizer)
         index = LengthIndex(cache, counting, collator_of(tiny_config, **changes))
-        return index.count(some_rows, Alone()).tolist(), counting.calls
+        return index.count(some_rows).tolist(), counting.calls
 
     wanted, calls = count(rows)
     assert calls > 0 and count(rows) == (wanted, 0)
@@ -121,23 +119,5 @@ def test_another_tokenizer_counts_anew(rows, cache, tokenizer, tiny_config):
 
     index = LengthIndex(cache, tokenizer, Collator.of(tiny_config))
     other = LengthIndex(cache, Other(), Collator.of(tiny_config))
-    assert (other.count(rows, Alone()) > index.count(rows, Alone())).all()
-    assert (
-        index.count(rows, Alone()) == LengthIndex(cache, tokenizer, Collator.of(tiny_config)).count(rows, Alone())
-    ).all()
-
-
-def test_ranks_share_the_counting(rows, cache, tokenizer, tiny_config, monkeypatch):
-    index = LengthIndex(cache, tokenizer, Collator.of(tiny_config))
-    wanted = index.count(rows, Alone())
-
-    class Ranks(Alone):
-        def gather(self, value):
-            return [
-                value if rank == self.rank else index._count_share(rows[rank :: self.world_size], None)
-                for rank in range(self.world_size)
-            ]
-
-    assert lengths.LengthIndex(cache, tokenizer, Collator.of(tiny_config)).count(
-        rows, Ranks(rank=1, world_size=4)
-    ).tolist() == (wanted.tolist())
+    assert (other.count(rows) > index.count(rows)).all()
+    assert (index.count(rows) == LengthIndex(cache, tokenizer, Collator.of(tiny_config)).count(rows)).all()

@@ -59,7 +59,9 @@ def here(capsys):
 
 
 def said(text: str) -> dict:
-    found = re.search(r"([\d,]+) rows, ([\d,]+) clips of .* ([\d,]+) tokens; ([\d,]+) clips were encoded", text)
+    found = re.search(
+        r"([\d,]+) rows, ([\d,]+) different clips of .* ([\d,]+) tokens; ([\d,]+) clips were encoded", text
+    )
     assert found, text
     return dict(
         zip(("rows", "clips", "tokens", "encoded"), (int(n.replace(",", "")) for n in found.groups()), strict=True)
@@ -92,7 +94,7 @@ def test_killed_in_the_middle_it_goes_on_where_it_was(clips, command, codec_dir,
     assert result.returncode == 0, result.stderr
     first = said(result.stdout)
     assert first["clips"] == first["rows"] == 60 and first["encoded"] in (60 - there, 60 - there + 1)
-    assert "encoding clips: 100%" in result.stderr
+    assert "rows: 100%" in result.stderr
     codec = load_codec(str(codec_dir))
     refs = [ref for row in read_manifest(clips)[0] for _, ref in row.audio_refs]
     untouched = CodeCache(tmp_path / "other", codec)
@@ -112,9 +114,9 @@ def test_ranks_divide_the_work(clips, command, here, tmp_path):
     counts = said(results[0].output)
     assert counts["clips"] == 92 and counts["encoded"] == 92 and "clips were encoded" not in results[1].output
     shares = [path.stat().st_size // INDEX.itemsize for path in tmp_path.glob("cache/*/*.index")]
-    assert shares == [46, 46]
+    assert sum(shares) == 92 and min(shares) >= 10
     files = sorted(path.suffix for path in tmp_path.glob("cache/*/*"))
-    assert files == [".codes", ".codes", ".index", ".index", *[".lengths"] * 4]
+    assert files == [*[".codes"] * 4, *[".index"] * 4, *[".lengths"] * 4]
     alone = said(here(command(clips, "--val_manifest", SPEECH)).stdout)
     assert alone == counts | {"encoded": 0}
 

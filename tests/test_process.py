@@ -7,7 +7,7 @@ from pathlib import Path
 from tests.ranks import ROOT
 
 PROGRAM = """
-import atexit, tempfile, threading, time
+import atexit, concurrent.futures, tempfile, threading, time
 from higgs_ds.process import end_process
 
 class Left:
@@ -19,6 +19,8 @@ folder = tempfile.TemporaryDirectory()
 atexit.register(print, "exit functions")
 threading.Thread(target=time.sleep, args=(600,), daemon=True).start()
 threading.Thread(target=lambda: (time.sleep(0.3), print("written, "))).start()
+pool = concurrent.futures.ThreadPoolExecutor(1)
+pool.submit(time.sleep, 0.1)
 print(folder.name)
 print("not flushed", end=", ")
 end_process(3)

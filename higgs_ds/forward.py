@@ -12,6 +12,7 @@ from torch import nn
 
 from .config import HEADS, ConfigError
 from .fused_head import FusedHead
+from .fused_layers import adopt_layers
 from .layout import Layout
 from .lora import adopt_lora
 from .loss import IGNORE, HeadSums, audio_targets, head_sums, scaled_loss, text_targets
@@ -175,6 +176,7 @@ def training_forward(
                 ]
             )
     adopt_lora(model)
+    adopt_layers(model)
     return PaddingFreeForward(
         model,
         num_codebooks=config.audio_num_codebooks,

@@ -1,12 +1,15 @@
-"""PEFT's LoRA layer with one pass over the output instead of three: the update is added by the product that makes it.
+"""PEFT's LoRA layer with fewer passes over memory, and less of it kept for the backward.
 
-PEFT computes `base(x) + lora_B(lora_A(dropout(x))) * scaling`: three tensors as large as the output. Modules, weights
-and names stay PEFT's, so that saving, merging and ZeRO-3's gathering know them as before.
+PEFT computes `base(x) + lora_B(lora_A(dropout(x))) * scaling`: three tensors as large as the output, and one as large
+as the input that every layer keeps for itself. Here the update is added by the product that makes it, and what dropout
+left of the input is made again from the input, which several layers share, and the mask. Modules, weights and names
+stay PEFT's, so that saving, merging and ZeRO-3's gathering know them as before.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import nn
 
@@ -20,6 +23,36 @@ class _Adding(nn.Linear):
         return torch.addmm(onto, rows, self.weight.t(), alpha=scaling)
 
 
+class _Dropping(nn.Linear):
+    """`lora_A`, which drops out what it is given."""
+
+    def forward(self, rows: torch.Tensor, probability: float = 0.0) -> torch.Tensor:
+        if not probability:
+            return super().forward(rows)
+        return _DroppedProduct.apply(rows, self.weight, probability)
+
+
+class _DroppedProduct(torch.autograd.Function):
+    """dropout(rows) · weightᵀ, which keeps rows and mask instead of mask and dropped rows."""
+
+    @staticmethod
+    def forward(ctx, rows, weight, probability):
+        dropped, mask = torch.native_dropout(rows, probability, True)
+        ctx.save_for_backward(rows, weight, mask)
+        ctx.scale = 1.0 / (1.0 - probability)
+        return F.linear(dropped, weight)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        rows, weight, mask = ctx.saved_tensors
+        of_rows = of_weight = None
+        if ctx.needs_input_grad[1]:
+            of_weight = gradient.t() @ torch.ops.aten.native_dropout_backward(rows, mask, ctx.scale)
+        if ctx.needs_input_grad[0]:
+            of_rows = torch.ops.aten.native_dropout_backward(gradient @ weight, mask, ctx.scale)
+        return of_rows, of_weight, None
+
+
 class OnePassLora(PeftLinear):
     """LoRA on [rows, features]; whatever is not plain LoRA in training is left to PEFT."""
 
@@ -29,18 +62,18 @@ class OnePassLora(PeftLinear):
         if not plain or adapters[0] in self.lora_variant:
             return super().forward(x, *args, **kwargs)
         (name,) = adapters
-        down = self.lora_A[name](self.lora_dropout[name](x))
-        return self.lora_B[name](down, self.base_layer(x), self.scaling[name])
+        dropout = self.lora_dropout[name]
+        probability = dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
+        return self.lora_B[name](self.lora_A[name](x, probability), self.base_layer(x), self.scaling[name])
 
 
 def adopt_lora(model: nn.Module) -> int:
     """Turns PEFT's linear LoRA layers into these, in place; returns how many."""
     layers = [module for module in model.modules() if type(module) is PeftLinear]
     for layer in layers:
-        layer.__class__ = OnePassLora
-        for up in layer.lora_B.values():
-            if type(up) is nn.Linear and up.bias is None:
-                up.__class__ = _Adding
-            else:
-                layer.__class__ = PeftLinear
+        downs, ups = list(layer.lora_A.values()), list(layer.lora_B.values())
+        if all(type(part) is nn.Linear and part.bias is None for part in downs + ups):
+            layer.__class__ = OnePassLora
+            for down, up in zip(downs, ups, strict=True):
+                down.__class__, up.__class__ = _Dropping, _Adding
     return sum(isinstance(layer, OnePassLora) for layer in layers)

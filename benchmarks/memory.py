@@ -1,0 +1,153 @@
+"""What the real model's forward keeps for its backward, and the operations of both, counted without a GPU.
+
+The 5.8 B model in bf16, LoRA rank 16 on all projections, one micro-batch of speech rows as batches by token budget cut
+them. Tensors have sizes and a device, `cuda`, but no data: what autograd keeps there is counted byte by byte, and so
+are the products of forward and backward. What kernels need for a moment, and how long they take, only a GPU shows.
+
+usage: python benchmarks/memory.py [--tokens 8192] [--gpu_gb 80] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from benchmarks.gpu import config_of  # noqa: E402
+from benchmarks.report import report  # noqa: E402
+from benchmarks.step import make_samples  # noqa: E402
+from higgs_ds import model  # noqa: E402
+from higgs_ds.collate import Batch, Collator  # noqa: E402
+from higgs_ds.config import DEFAULT_LORA_TARGETS  # noqa: E402
+from higgs_ds.forward import HiggsAudioForTraining, training_forward  # noqa: E402
+from higgs_ds.sampler import TokenPlan  # noqa: E402
+
+CASES = {"no checkpointing": 0, "every 4th layer": 4, "every 2nd layer": 2, "every layer": 1}
+BOOKS = 8
+
+
+def lora_model(config):
+    """The model with LoRA on all projections, on the device without memory."""
+    with torch.device("meta"):
+        base = HiggsAudioForTraining._from_config(config, torch_dtype=torch.bfloat16)
+    base.requires_grad_(False)
+    targets = list(DEFAULT_LORA_TARGETS)
+    lora = model.attach_lora(base, rank=16, alpha=32, dropout=0.05, target_modules=targets, seed=0, base_name="none")
+    return lora.to(torch.bfloat16).train()
+
+
+def batch_of(config, tokenizer, tokens: int) -> Batch:
+    """A micro-batch of about so many tokens, of rows of about one length."""
+    samples = make_samples(tokens // 4, config, tokenizer, None)
+    collator = Collator.of(config, with_layout=True)
+    lengths = torch.tensor([collator([sample]).num_tokens for sample in samples]).numpy()
+    plan = TokenPlan(lengths, max_tokens=tokens, grad_accum=1, world_size=1, seed=0)
+    (window,) = plan.windows(0, 1, 1)
+    return collator([samples[i] for i in window.micro_batches[0].rows])
+
+
+@contextlib.contextmanager
+def meta_has_no_autocast():
+    """transformers turns autocast off by the device's name, which torch does not know for "meta"."""
+    autocast = torch.autocast
+
+    def known(device_type, **settings):
+        return contextlib.nullcontext() if device_type == "meta" else autocast(device_type, **settings)
+
+    with mock.patch.object(torch, "autocast", known):
+        yield
+
+
+def operations(config, batch: Batch, every: int) -> float:
+    """FLOP of the products in one forward and backward, attention's left out."""
+    module = training_forward(lora_model(config), config, checkpoint_every=every)
+    with meta_has_no_autocast(), FlopCounterMode(display=False) as counter:
+        loss, *_ = module(batch.model_inputs("meta"), 0.1, torch.full((BOOKS,), 0.1, device="meta"))
+        loss.backward()
+    assert all(p.grad is not None for p in module.parameters() if p.requires_grad)
+    counts = counter.get_flop_counts()["Global"]
+    return float(sum(count for op, count in counts.items() if "bmm" not in str(op) and "attention" not in str(op)))
+
+
+def kept_bytes(config, batch: Batch, every: int) -> tuple[int, int]:
+    """(bytes that autograd keeps after the forward, bytes of all weights)."""
+    module = training_forward(lora_model(config), config, checkpoint_every=every)
+    fake = FakeTensorMode()
+
+    def on_gpu(tensor):
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
+
+    def flash(query, key, value, dropout_p=0.0, is_causal=False, **_):
+        return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal)[0]
+
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage()
+        return tensor
+
+    with fake:
+        for part in module.modules():
+            for name, value in part._parameters.items():
+                if value is not None:
+                    part._parameters[name] = torch.nn.Parameter(on_gpu(value), requires_grad=value.requires_grad)
+            for name, value in part._buffers.items():
+                if value is not None:
+                    part._buffers[name] = on_gpu(value)
+        inputs = {
+            name: value if value is None else value._each(on_gpu) if name == "layout" else on_gpu(value)
+            for name, value in batch.model_inputs().items()
+        }
+        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+        with mock.patch("higgs_ds.padding_free.F.scaled_dot_product_attention", flash), hooks:
+            loss, *_ = module(inputs, 0.1, torch.full((BOOKS,), 0.1, device="cuda"))
+        assert loss.device.type == "cuda" and loss.requires_grad
+        weights = {p.untyped_storage()._cdata: p.nbytes for p in module.parameters()}
+    return sum(s.nbytes() for address, s in kept.items() if address not in weights), sum(weights.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokens", type=int, default=8192, help="of the micro-batch")
+    parser.add_argument("--gpu_gb", type=float, default=80.0)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    config, tokenizer = config_of(True)
+    batch = batch_of(config, tokenizer, args.tokens)
+    tokens, rows = batch.num_tokens, []
+    for case, every in CASES.items():
+        kept, weights = kept_bytes(config, batch, every)
+        rows.append(
+            {
+                "": case,
+                "tokens": tokens,
+                "GFLOP a token": operations(config, batch, every) / tokens / 1e9,
+                "weights, GB": weights / 1e9,
+                "kept, GB": kept / 1e9,
+                "kept, MB a token": kept / tokens / 1e6,
+                f"tokens in {args.gpu_gb:g} GB": int(0.9 * (args.gpu_gb * 1e9 - weights) / (kept / tokens)),
+            }
+        )
+    report(
+        "kept for the backward by the 5.8 B model in bf16, counted on tensors without data (a tenth left for kernels)",
+        rows,
+        figure={"kept, MB a token": rows[0]["kept, MB a token"], "GFLOP a token": rows[0]["GFLOP a token"]},
+        bar={},
+        holds=True,
+        json_file=args.json,
+    )
+
+
+if __name__ == "__main__":
+    main()

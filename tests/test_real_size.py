@@ -19,8 +19,8 @@ def test_5_8_billion_parameters_forward_and_backward_ask_the_host_for_nothing():
         module = training_forward(lora, config, checkpoint_every=every)
         module.zero_grad()
 
-        def run(module=module):
-            loss, stats, report = module(batch.model_inputs("meta"), 0.1, torch.full((8,), 0.1, device="meta"))
+        def run(module=module, inputs=batch.model_inputs("meta")):
+            loss, stats, report = module(inputs, 0.1, torch.full((8,), 0.1, device="meta"))
             assert loss.shape == () and stats.device.type == "meta" and not report.problems
             loss.backward()
 

@@ -19,7 +19,9 @@ def test_5_8_billion_parameters_forward_and_backward_ask_the_host_for_nothing():
         module = training_forward(lora, config, checkpoint_every=every)
         module.zero_grad()
 
-        def run(module=module, inputs=batch.model_inputs("meta")):
+        inputs = batch.model_inputs("meta")
+
+        def run(module=module, inputs=inputs):
             loss, stats, report = module(inputs, 0.1, torch.full((8,), 0.1, device="meta"))
             assert loss.shape == () and stats.device.type == "meta" and not report.problems
             loss.backward()

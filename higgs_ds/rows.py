@@ -26,7 +26,7 @@ from .manifest import AudioRef, Fault, Manifest, Row
 if TYPE_CHECKING:
     from .engine import Ranks
 
-CHUNK_ROWS = 4096  # rows of a rank that are objects at a time
+CHUNK_ROWS = 16384  # rows of a rank that are objects at a time
 BLOCK_ROWS = 64  # rows in a line that one rank takes, so that what stands together is read together
 # While clips are encoded, ranks tell each other how far they are: soon at first, then this often.
 EXCHANGE_SEC = 16.0

@@ -164,8 +164,8 @@ def _attention(attn: nn.Module, hidden: torch.Tensor, rope, layout: Layout, keep
     With `keep`, only the layout's kept rows come out: [K, hidden].
     Padding stands to the right of all that a sequence holds, so that causality alone keeps it from being seen.
     """
-    query = _rotated(attn.q_proj(hidden).unflatten(1, (-1, attn.head_dim)), *rope)  # [N, heads, head_dim]
-    key = _rotated(attn.k_proj(hidden).unflatten(1, (-1, attn.head_dim)), *rope)
+    query = _Rotated.apply(attn.q_proj(hidden).unflatten(1, (-1, attn.head_dim)), *rope)  # [N, heads, head_dim]
+    key = _Rotated.apply(attn.k_proj(hidden).unflatten(1, (-1, attn.head_dim)), *rope)
     value = attn.v_proj(hidden).unflatten(1, (-1, attn.head_dim))
 
     def sequences(rows: torch.Tensor) -> torch.Tensor:
@@ -191,10 +191,33 @@ def _attention(attn: nn.Module, hidden: torch.Tensor, rope, layout: Layout, keep
     return attn.o_proj(rows)
 
 
-def _rotated(rows: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary position embedding, halves of the head rotated against each other. [N, heads, head_dim]"""
-    first, second = rows.chunk(2, dim=-1)
-    return rows * cos + torch.cat([-second, first], dim=-1) * sin
+class _Rotated(torch.autograd.Function):
+    """Rotary position embedding, halves of the head rotated against each other. [N, heads, head_dim]
+
+    In place where autograd would make five tensors each way; the gradient is rotated back.
+    """
+
+    @staticmethod
+    def forward(ctx, rows, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        sin_first, sin_second = sin.chunk(2, dim=-1)
+        first, second = rows.chunk(2, dim=-1)
+        rotated = rows * cos
+        to_first, to_second = rotated.chunk(2, dim=-1)
+        to_first.addcmul_(second, sin_first, value=-1)
+        to_second.addcmul_(first, sin_second)
+        return rotated
+
+    @staticmethod
+    def backward(ctx, gradient):
+        cos, sin = ctx.saved_tensors
+        sin_first, sin_second = sin.chunk(2, dim=-1)
+        first, second = gradient.chunk(2, dim=-1)
+        rotated = gradient * cos
+        to_first, to_second = rotated.chunk(2, dim=-1)
+        to_first.addcmul_(second, sin_second)
+        to_second.addcmul_(first, sin_first, value=-1)
+        return rotated, None, None
 
 
 def _repeat_heads(states: torch.Tensor, times: int) -> torch.Tensor:

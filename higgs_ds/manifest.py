@@ -12,6 +12,7 @@ import base64
 import codecs
 import dataclasses
 import difflib
+import hashlib
 import json
 import math
 import os
@@ -152,6 +153,10 @@ class Manifest:
     def __len__(self) -> int:
         """How many rows there are, those with faults included."""
         return len(self._lines)
+
+    def digest(self) -> bytes:
+        """SHA-256 of what the file held."""
+        return hashlib.sha256(self._content).digest()
 
     def check(self, number: int) -> tuple[Row | None, list[Fault]]:
         """A row, or all that is wrong with it. Its clips are looked for (a file with bytes in it), not decoded."""

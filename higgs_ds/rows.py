@@ -88,6 +88,10 @@ def load_rows(
             [f"--codec: has codes up to {cache.codec.codebook_size - 1}, the model knows 0 to {codebook_size - 1}"]
         )
     read = [Manifest(manifest) for manifest in manifests]
+    for manifest, *others in zip(
+        manifests, *ranks.gather([(part.digest(), part.faults) for part in read]), strict=True
+    ):
+        _check_same(manifest, others)
     loader = _Loader(cache, ranks, max_duration_sec, lengths, max_tokens, moved)
     total = sum(map(len, read))
     bar = tqdm(total=total, desc="rows", unit="row", disable=not ranks.is_main, mininterval=1.0)
@@ -105,6 +109,21 @@ def load_rows(
     if faults:
         warn("\n".join([f"--skip_bad_rows: training without {bad_rows}:", *lines]))
     return sets[0], sets[1] if len(sets) > 1 else RowSet()
+
+
+def _check_same(manifest: str, of_ranks: list[tuple[bytes, list[Fault]]]) -> None:
+    """Rows are shared out by number: a rank with another file would pair one row's text with another's clip.
+
+    Raises:
+        ConfigError: naming the ranks, with what was wrong for each that could not read the file.
+    """
+    other = [rank for rank, (digest, _) in enumerate(of_ranks) if digest != of_ranks[0][0]]
+    if other:
+        named = f"rank{'s' * (len(other) > 1)} {', '.join(map(str, other))}"
+        reasons = [f"rank {rank}: {fault}" for rank, (_, faults) in enumerate(of_ranks) for fault in faults]
+        raise ConfigError(
+            [f"{manifest}: {named} found another file than rank 0; give all nodes the same one", *reasons]
+        )
 
 
 @contextlib.contextmanager
@@ -179,26 +198,27 @@ class _Loader:
             self._moved()
         refs = [row.audio_refs for row in rows]
         keys, problems = self._encode([ref for of_row in refs for _, ref in of_row], progress)
-        usable: list[int] = []
         clips = np.array([len(of_row) for of_row in refs], np.int64)
         ends = np.cumsum(clips)
-        for i, (row, first, behind) in enumerate(zip(rows, (ends - clips).tolist(), ends.tolist(), strict=True)):
-            bad = [(refs[i][n - first][0], problems[n]) for n in range(first, behind) if n in problems]
-            faults += [Fault(row.file, row.line, where, problem) for where, problem in bad]
-            if not bad:
-                usable.append(i)
+        usable = np.ones(len(rows), bool)
+        for clip, problem in problems.items():
+            i = int(np.searchsorted(ends, clip, side="right"))
+            where = refs[i][clip - int(ends[i] - clips[i])][0]
+            faults.append(Fault(rows[i].file, rows[i].line, where, problem))
+            usable[i] = False
         tokens = None
         if self._lengths is not None:
-            keyed = [rows[i].with_keys(keys[ends[i] - clips[i] : ends[i]]) for i in usable]
+            counted = np.flatnonzero(usable)
+            keyed = [rows[i].with_keys(keys[ends[i] - clips[i] : ends[i]]) for i in counted.tolist()]
             tokens = self._lengths.count(keyed, self._moved)
-            fits = tokens <= (self._max_tokens or np.inf)
-            for i, count in zip(np.array(usable, int)[~fits].tolist(), tokens[~fits].tolist(), strict=True):
+            too_long = tokens > (self._max_tokens or np.inf)
+            for i, count in zip(counted[too_long].tolist(), tokens[too_long].tolist(), strict=True):
                 problem = f"takes {count} tokens, over --max_tokens_per_batch {self._max_tokens}"
                 faults.append(Fault(rows[i].file, rows[i].line, "row", problem))
-            usable, tokens = np.array(usable, int)[fits].tolist(), tokens[fits]
-        kept = np.zeros(len(rows), bool)
-        kept[usable] = True
-        return _Part(np.array(numbers, np.int64)[kept], tokens, clips[kept], keys[np.repeat(kept, clips)], faults)
+            usable[counted[too_long]] = False
+            tokens = tokens[~too_long]
+        kept = np.repeat(usable, clips)
+        return _Part(np.array(numbers, np.int64)[usable], tokens, clips[usable], keys[kept], faults)
 
     def _encode(self, refs: list[AudioRef], progress: Callable[[float], None]) -> tuple[np.ndarray, dict[int, str]]:
         """Encodes the clips that all ranks have given and that are not cached yet.

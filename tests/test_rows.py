@@ -159,6 +159,31 @@ def test_faults_are_refused_on_every_rank_alike(load):
     assert errors[0].problems[-1].startswith("5 bad rows; nothing was trained")
 
 
+def test_ranks_that_see_different_files_are_refused(load, manifests, codec_dir, tmp_path):
+    copy, gone = tmp_path / "copy.jsonl", tmp_path / "gone.jsonl"
+    copy.write_text((tmp_path / "train.jsonl").read_text() + "\n")
+
+    def one(ranks):
+        of_rank = [manifests[0], manifests[0], str(copy), str(gone)][ranks.rank]
+        return load_rows(
+            [of_rank],
+            cache=CodeCache(tmp_path / "codes", load_codec(str(codec_dir))),
+            num_codebooks=8,
+            codebook_size=1024,
+            max_duration_sec=30.0,
+            ranks=ranks,
+            warn=print,
+            skip_bad_rows=True,
+        )
+
+    for error in on_ranks(4, one):
+        assert "ranks 2, 3 found another file than rank 0; give all nodes the same one" in error.problems[0]
+        assert [p for p in error.problems[1:] if p.startswith("rank 3: ") and "cannot be read" in p] == error.problems[
+            1:
+        ]
+        assert len(error.problems) == 2
+
+
 def test_a_manifest_may_change_once_it_is_read(load, manifests):
     ((train, val), _, _) = load(1)[0]
     before = [list(train), list(val)]

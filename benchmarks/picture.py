@@ -28,10 +28,10 @@ def main(step2: str, step3: str, loss: str, png: str) -> None:
         ("peak memory of a rank, ZeRO-2\nGB, less is better", *(row["peak memory, GB"] for row in of2)),
         ("loss of both heads, real size\nseconds, less is better", *(row["seconds"] for row in heads)),
     ]
-    figure = Figure(figsize=(15, 4.2), dpi=100)
+    figure = Figure(figsize=(15, 4.5), dpi=100)
     FigureCanvasAgg(figure)
-    figure.subplots_adjust(left=0.03, right=0.985, bottom=0.14, top=0.72, wspace=0.18)
-    figure.suptitle("The same rows, the same weights, one run", fontsize=16, fontweight="bold", y=0.97)
+    figure.subplots_adjust(left=0.03, right=0.985, bottom=0.19, top=0.74, wspace=0.18)
+    figure.suptitle("The same rows and the same weights, each pair in one run", fontsize=16, fontweight="bold", y=0.97)
     for axes, (title, naive, ours) in zip(figure.subplots(1, len(panels)), panels, strict=True):
         axes.bar([0, 1], [naive, ours], color=[NAIVE, OURS], width=0.72)
         for x, value in enumerate((naive, ours)):
@@ -43,7 +43,7 @@ def main(step2: str, step3: str, loss: str, png: str) -> None:
         axes.set_yticks([])
         axes.margins(y=0.14)
         axes.spines[["top", "right", "left"]].set_visible(False)
-    figure.text(0.985, 0.015, facts[0]["device"], ha="right", fontsize=9, color="#777777")
+    figure.text(0.985, 0.02, facts[0]["device"], ha="right", fontsize=9, color="#777777")
     figure.savefig(png)
     print(png)
 

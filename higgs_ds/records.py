@@ -126,5 +126,5 @@ def write_all(file: int, content: bytes) -> None:
 
 def _checks(records: np.ndarray) -> np.ndarray:
     """uint64 [records]: the checksum that each of them should carry."""
-    words = np.ascontiguousarray(records).view("<u8").reshape(len(records), -1)[:, :-1]
+    words = np.ascontiguousarray(records).view("<u8").reshape(len(records), records.itemsize // 8)[:, :-1]
     return ((words ^ (words >> np.uint64(29))) * _FACTORS[: words.shape[1]]).sum(axis=1, dtype=np.uint64) + _SEAL

@@ -181,6 +181,19 @@ def test_a_record_cut_short_is_no_record_and_later_ones_are_read(tmp_path, codec
     assert CodeCache(tmp_path, codec).ensure(REFS[:3]) == {} and codec.encoded == 0
 
 
+@pytest.mark.parametrize("size", [0, 7])
+def test_a_writer_killed_before_its_first_record_is_nothing(tmp_path, codec, size):
+    """Its files are there and hold no record; another process may also look just then."""
+    for suffix in (".index", ".codes"):
+        file = CodeCache(tmp_path, codec).folder / f"killed{suffix}"
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(bytes(size))
+    (tmp_path / "killed.hashes").write_bytes(bytes(size))
+    cache = CodeCache(tmp_path, codec)
+    assert cache.ensure(REFS[:2]) == {} and cache.encoded == 2
+    assert CodeCache(tmp_path, codec).get(REFS[0]).shape == cache.get(REFS[0]).shape
+
+
 def test_hostile_files_in_the_folder_are_left_alone(tmp_path, codec):
     cache = CodeCache(tmp_path, codec)
     cache.ensure(REFS[:1])

@@ -97,6 +97,7 @@ def load_rows(
     bar = tqdm(total=total, desc="rows", unit="row", disable=not ranks.is_main, mininterval=1.0)
     with bar, _few_objects_to_collect():
         sets = [loader.load(manifest, bar) for manifest in read]
+    loader.read_what_others_encoded()  # here, for data workers to share instead of each reading it for itself
     faults = [fault for manifest, found in zip(read, loader.faults, strict=True) for fault in sorted(found)]
     count = len({(fault.file, fault.line) for fault in faults})
     bad_rows = f"{count} bad row{'s' * (count != 1)}"
@@ -185,6 +186,12 @@ class _Loader:
         self.faults.append([*manifest.faults, *(fault for part in parts for fault in part.faults)])
         return _put_together(manifest, parts)
 
+    def read_what_others_encoded(self) -> None:
+        """Brings the index of codes up to date, if it may not be."""
+        if self._others_encoded:
+            self._cache.read_index()
+        self._others_encoded = False
+
     def _chunk(self, manifest: Manifest, chunk: range, progress: Callable[[float], None]) -> _Part:
         rows: list[Row] = []
         numbers: list[int] = []
@@ -227,8 +234,7 @@ class _Loader:
         A clip that several ranks name is one rank's to encode. Ranks meet every few seconds, for the bar to count all.
         """
         ranks, cache = self._ranks, self._cache
-        if self._others_encoded:
-            cache.read_index()
+        self.read_what_others_encoded()
         shares = ranks.gather(np.frombuffer(b"".join(map(_identity, refs)), "<u8").reshape(-1, 2))
         start = sum(map(len, shares[: ranks.rank]))
         own = slice(start, start + len(refs))
@@ -254,7 +260,6 @@ class _Loader:
             pause = min(2 * pause, EXCHANGE_SEC)
         keys = np.zeros((len(clips), 32), np.uint8)
         all_problems: dict[int, str] = {}
-        self._others_encoded = False
         for clip_numbers, their_keys, their_problems, encoded in ranks.gather(
             (mine, _as_array(found), problems, cache.encoded - encoded_before)
         ):

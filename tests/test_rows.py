@@ -11,7 +11,7 @@ import torch
 
 from higgs_ds import rows as rows_module
 from higgs_ds.codec import load_codec
-from higgs_ds.codes import CodeCache
+from higgs_ds.codes import CodeCache, CodeStore
 from higgs_ds.collate import Collator
 from higgs_ds.config import ConfigError
 from higgs_ds.engine import Ranks
@@ -150,6 +150,15 @@ def test_all_ranks_have_the_rows_that_one_would_have(
         for sets, _, _ in again:
             for rows, before in zip(sets, results[0][0], strict=True):
                 assert np.array_equal(getattr(rows, name), getattr(before, name))
+
+
+def test_codes_of_other_ranks_are_found_without_reading_the_index_again(load, monkeypatch):
+    """Every data worker would read it for itself."""
+    results = load(3)
+    assert sum(cache.encoded > 0 for _, _, cache in results) > 1
+    monkeypatch.delattr(CodeStore, "read_index")
+    for (train, _), _, cache in results:
+        assert all(cache.get(ref).shape[0] == 8 for row in train for _, ref in row.audio_refs)
 
 
 def test_faults_are_refused_on_every_rank_alike(load):

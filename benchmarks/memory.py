@@ -35,6 +35,7 @@ from higgs_ds.sampler import TokenPlan  # noqa: E402
 
 CASES = {"no checkpointing": 0, "every 4th layer": 4, "every 2nd layer": 2, "every layer": 1}
 BOOKS = 8
+KEPT_BAR = 3.6  # MB a token without checkpointing: what it must not grow back to
 
 
 def lora_model(config):
@@ -143,8 +144,8 @@ def main() -> None:
         "kept for the backward by the 5.8 B model in bf16, counted on tensors without data (a tenth left for kernels)",
         rows,
         figure={"kept, MB a token": rows[0]["kept, MB a token"], "GFLOP a token": rows[0]["GFLOP a token"]},
-        bar={},
-        holds=True,
+        bar={"kept, MB a token": KEPT_BAR},
+        holds=rows[0]["kept, MB a token"] <= KEPT_BAR,
         json_file=args.json,
     )
 

@@ -31,7 +31,8 @@ class _SwiGlu(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up):
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        # Not in place: torch 2.11's compiler loses the gradient of a Function that gives back what it has changed.
+        return F.silu(gate) * up
 
     @staticmethod
     def backward(ctx, gradient):

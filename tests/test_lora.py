@@ -7,7 +7,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from higgs_ds.lora import OnePassLora, adopt_lora
+from higgs_ds import lora
+from higgs_ds.lora import OnePassLora, adopt_lora, dropped_by_bits, dropped_by_kernel
 
 
 class Two(nn.Module):
@@ -23,8 +24,10 @@ class Two(nn.Module):
 def pair():
     """The same LoRA model twice: PEFT's, and ours."""
     torch.manual_seed(0)
-    lora = LoraConfig(r=4, lora_alpha=10, lora_dropout=0.3, target_modules=["first", "second"], init_lora_weights=False)
-    pefts = get_peft_model(Two(), lora)
+    config = LoraConfig(
+        r=4, lora_alpha=10, lora_dropout=0.3, target_modules=["first", "second"], init_lora_weights=False
+    )
+    pefts = get_peft_model(Two(), config)
     ours = copy.deepcopy(pefts)
     assert adopt_lora(ours) == 2
     assert all(type(m) is OnePassLora for n, m in ours.named_modules() if n.endswith(("first", "second")))
@@ -32,8 +35,26 @@ def pair():
     return pefts, ours
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_output_and_gradients_are_pefts_with_dropout(pair, dtype):
+class Dropping(nn.Module):
+    """A dropout that draws as ours does on a CPU, for PEFT's layer."""
+
+    def __init__(self, probability):
+        super().__init__()
+        self.p = probability
+
+    def forward(self, rows):
+        _, kept, scale = dropped_by_bits(rows.detach(), self.p)
+        return rows * kept * scale
+
+
+@pytest.mark.parametrize("way", [dropped_by_bits, dropped_by_kernel])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_output_and_gradients_are_pefts_with_dropout(pair, dtype, way, monkeypatch):
+    pefts, _ = pair
+    if way is dropped_by_bits:
+        for layer in (pefts.base_model.model.first, pefts.base_model.model.second):
+            layer.lora_dropout["default"] = Dropping(0.3)
+    monkeypatch.setattr(lora, "dropped_by_bits", way)  # the other is a GPU's, and runs here as well
     found = []
     for model in pair:
         model.to(dtype).train()
@@ -46,6 +67,30 @@ def test_output_and_gradients_are_pefts_with_dropout(pair, dtype):
     assert len(found[0]) == 2 + 4
     for wanted, ours in zip(*found, strict=True):
         assert (ours - wanted).norm() <= limit * wanted.norm() and wanted.norm() > 0
+
+
+@pytest.mark.parametrize("probability", [0.05, 0.3, 0.99])
+@pytest.mark.parametrize("way", [dropped_by_bits, dropped_by_kernel])
+def test_dropout_keeps_its_share_everywhere_and_the_mean(way, probability):
+    torch.manual_seed(2)
+    rows = torch.ones(999, 1001)  # not a multiple of the four values that one draw serves
+    dropped, kept, scale = way(rows, probability)
+    assert kept.dtype == torch.bool and torch.equal(dropped, kept * torch.tensor(scale))
+    assert scale == pytest.approx(1 / (1 - probability), rel=2e-3)
+    share = (1 - probability, 5 * (probability * (1 - probability)) ** 0.5)  # and five standard deviations of one value
+    assert abs(kept.float().mean() - share[0]) < share[1] / kept.numel() ** 0.5
+    for place in range(4):  # each of the four pieces of a draw is as random as the others, and apart from the next
+        piece = kept.flatten()[place::4].float()
+        assert abs(piece.mean() - share[0]) < share[1] / piece.numel() ** 0.5
+    first, second = (kept.flatten()[at : 10**6 - 4 + at].float() for at in (0, 1))
+    assert abs(((first - share[0]) * (second - share[0])).mean()) < share[1] ** 2 / 5 / first.numel() ** 0.5
+    assert not torch.equal(way(rows, probability)[1], kept)
+
+
+def test_dropout_of_no_rows_and_of_nearly_everything():
+    assert dropped_by_bits(torch.ones(0, 24), 0.1)[0].shape == (0, 24)
+    dropped, kept, scale = dropped_by_bits(torch.ones(64, 64), 0.999999)
+    assert scale == 2**16 and torch.isfinite(dropped).all() and kept.float().mean() < 0.01
 
 
 def test_what_is_not_plain_is_pefts(pair):

@@ -77,13 +77,12 @@ def test_dropout_keeps_its_share_everywhere_and_the_mean(way, probability):
     dropped, kept, scale = way(rows, probability)
     assert kept.dtype == torch.bool and torch.equal(dropped, kept * torch.tensor(scale))
     assert scale == pytest.approx(1 / (1 - probability), rel=2e-3)
-    share = (1 - probability, 5 * (probability * (1 - probability)) ** 0.5)  # and five standard deviations of one value
-    assert abs(kept.float().mean() - share[0]) < share[1] / kept.numel() ** 0.5
-    for place in range(4):  # each of the four pieces of a draw is as random as the others, and apart from the next
-        piece = kept.flatten()[place::4].float()
-        assert abs(piece.mean() - share[0]) < share[1] / piece.numel() ** 0.5
-    first, second = (kept.flatten()[at : 10**6 - 4 + at].float() for at in (0, 1))
-    assert abs(((first - share[0]) * (second - share[0])).mean()) < share[1] ** 2 / 5 / first.numel() ** 0.5
+    share, deviation = 1 - probability, (probability * (1 - probability)) ** 0.5  # of one value
+    flat = kept.flatten().float() - share
+    for some in (flat, *(flat[place::4] for place in range(4))):  # four values share a draw
+        assert abs(some.mean()) < 5 * deviation / some.numel() ** 0.5
+    neighbours = flat[:-1] * flat[1:]
+    assert abs(neighbours.mean()) < 5 * deviation**2 / neighbours.numel() ** 0.5
     assert not torch.equal(way(rows, probability)[1], kept)
 
 

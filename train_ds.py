@@ -105,7 +105,7 @@ def train(config: TrainConfig, ds_raw: dict, ranks: Ranks, watch: Watch, *, chec
         config,
         world_size=ranks.world_size,
         on_cpu=ranks.device.type == "cpu",
-        widest_layer=model.widest_layer(model_config),
+        layer=model.layer_sizes(model_config),
     )
 
     # 3. Data: every row checked and every clip encoded once, before anything large is loaded.

@@ -116,27 +116,28 @@ def run_one(args: argparse.Namespace) -> None:
     import torch
 
     from benchmarks.step import Peak, learned_tokens, make_samples, wait_for
-    from higgs_ds import model, padding_free
+    from higgs_ds import model
     from higgs_ds.collate import Collator
     from higgs_ds.config import DEFAULT_LORA_TARGETS, parse_args
     from higgs_ds.ds_config import resolve
     from higgs_ds.engine import Engine, leave_ranks, loading, start_ranks
     from higgs_ds.forward import HiggsAudioForTraining, training_forward
     from higgs_ds.loss import LossWeights, loss_scales
+    from higgs_ds.padding_free import DecoderLayer
     from higgs_ds.process import end_process
     from higgs_ds.sampler import TokenPlan
 
     stage, every, forward_impl = CASES[args.one]
     if forward_impl == "compiled":
-        padding_free._layer, forward_impl = torch.compile(padding_free._layer, dynamic=True), "padding_free"
+        DecoderLayer.on_rows, forward_impl = torch.compile(DecoderLayer.on_rows, dynamic=True), "padding_free"
     ranks = start_ranks()
     on_gpu = ranks.device.type == "cuda"
     most = args.tokens or (8192 if on_gpu else 512)
     config, tokenizer = config_of(on_gpu)
     flags = parse_args(["--train_manifest", "x", "--output_dir", "x", "--dtype", "bf16"])
     raw = json.loads((ROOT / f"ds_configs/zero{stage}.json").read_text())
-    widest = model.widest_layer(config)
-    ds_config = resolve(raw, flags, world_size=1, on_cpu=not on_gpu, widest_layer=widest)
+    layer = model.layer_sizes(config)
+    ds_config = resolve(raw, flags, world_size=1, on_cpu=not on_gpu, layer=layer)
     torch.manual_seed(0)
     with Peak(ranks.device) as whole:
         with loading(ds_config), ranks.device:

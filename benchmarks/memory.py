@@ -35,16 +35,16 @@ from higgs_ds.sampler import TokenPlan  # noqa: E402
 
 CASES = {"no checkpointing": 0, "every 4th layer": 4, "every 2nd layer": 2, "every layer": 1}
 BOOKS = 8
-KEPT_BAR = 3.6  # MB a token without checkpointing: what it must not grow back to
+KEPT_BAR = 2.85  # MB a token without checkpointing: what it must not grow back to
 
 
-def lora_model(config):
+def lora_model(config, dropout: float = 0.05):
     """The model with LoRA on all projections, on the device without memory."""
     with torch.device("meta"):
         base = HiggsAudioForTraining._from_config(config, torch_dtype=torch.bfloat16)
     base.requires_grad_(False)
     targets = list(DEFAULT_LORA_TARGETS)
-    lora = model.attach_lora(base, rank=16, alpha=32, dropout=0.05, target_modules=targets, seed=0, base_name="none")
+    lora = model.attach_lora(base, rank=16, alpha=32, dropout=dropout, target_modules=targets, seed=0, base_name="none")
     return lora.to(torch.bfloat16).train()
 
 
@@ -70,10 +70,16 @@ def meta_has_no_autocast():
         yield
 
 
+def addmm_flops(onto, first, second, **_) -> int:
+    """Of a product that is added in place, by shapes."""
+    return 2 * first[0] * first[1] * second[1]
+
+
 def operations(config, batch: Batch, every: int) -> float:
     """FLOP of the products in one forward and backward, attention's left out."""
     module = training_forward(lora_model(config), config, checkpoint_every=every)
-    with meta_has_no_autocast(), FlopCounterMode(display=False) as counter:
+    in_place = {torch.ops.aten.addmm_: addmm_flops}  # torch's counter does not know it
+    with meta_has_no_autocast(), FlopCounterMode(display=False, custom_mapping=in_place) as counter:
         loss, *_ = module(batch.model_inputs("meta"), 0.1, torch.full((BOOKS,), 0.1, device="meta"))
         loss.backward()
     assert all(p.grad is not None for p in module.parameters() if p.requires_grad)

@@ -155,7 +155,7 @@ def work_as_rank(args: argparse.Namespace, work: Path) -> None:
         parse_args(flags),
         world_size=ranks.world_size,
         on_cpu=ranks.device.type == "cpu",
-        widest_layer=model.widest_layer(config),
+        layer=model.layer_sizes(config),
     )
     samples = make_samples(args.rows, config, tokenizer, args.seconds)
 

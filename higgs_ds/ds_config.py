@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 from .config import PROJECT_ROOT, ConfigError, TrainConfig, nearest
 
@@ -106,14 +107,21 @@ def read_deepspeed_config(path: str) -> dict:
     return raw
 
 
-def resolve(raw: dict, config: TrainConfig, *, world_size: int, on_cpu: bool, widest_layer: int) -> dict:
+class LayerSizes(NamedTuple):
+    """Of a decoder layer: what ZeRO-3's "auto" values follow."""
+
+    widest: int  # largest in- or output width of a projection: a LoRA matrix is at most rank times as large
+    parameters: int  # of its projections
+
+
+def resolve(raw: dict, config: TrainConfig, *, world_size: int, on_cpu: bool, layer: LayerSizes) -> dict:
     """What is handed to `deepspeed.initialize`, with every "auto" replaced and every value checked against the flags.
 
     Args:
         raw: the file's content.
         world_size: number of ranks.
         on_cpu: whether the run is on CPU, where fp16 and pinned memory are not to be had.
-        widest_layer: largest in- or output width of a layer with LoRA, for stage 3's persistence threshold.
+        layer: sizes of a decoder layer, for stage 3's persistence threshold and prefetching.
 
     Raises:
         ConfigError: every contradiction and unknown key, each with both values or the nearest valid name.
@@ -185,12 +193,13 @@ def resolve(raw: dict, config: TrainConfig, *, world_size: int, on_cpu: bool, wi
         # A LoRA matrix below the threshold stays whole on every rank, instead of being gathered on its own.
         threshold = zero.get("stage3_param_persistence_threshold", "auto")
         zero["stage3_param_persistence_threshold"] = (
-            max(100_000, config.lora_r * widest_layer) if threshold == "auto" else threshold
+            max(100_000, config.lora_r * layer.widest) if threshold == "auto" else threshold
         )
     for key, value in (
         ("reduce_bucket_size", 50_000_000),
         ("allgather_bucket_size", 50_000_000),
-        ("stage3_prefetch_bucket_size", 50_000_000),
+        # A layer is gathered whole; the next one, or as much of it as this allows, while it computes.
+        ("stage3_prefetch_bucket_size", max(50_000_000, layer.parameters)),
         ("overlap_comm", stage >= 2 and not on_cpu),
     ):
         if zero.get(key) == "auto":

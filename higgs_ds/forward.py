@@ -12,11 +12,17 @@ from torch import nn
 
 from .config import HEADS, ConfigError
 from .fused_head import FusedHead
-from .fused_layers import adopt_layers
+from .fused_layers import adopt_norms
 from .layout import Layout
-from .lora import adopt_lora
 from .loss import IGNORE, HeadSums, audio_targets, head_sums, scaled_loss, text_targets
-from .padding_free import Objective, PaddingFreeOutput, check_supported, padding_free_forward
+from .padding_free import (
+    DecoderLayer,
+    Objective,
+    PaddingFreeOutput,
+    adopt_layers,
+    check_supported,
+    padding_free_forward,
+)
 
 FORWARD_KEYS = frozenset(inspect.signature(HiggsAudioModel.forward).parameters) - {"self"}
 
@@ -42,6 +48,7 @@ class HiggsAudioForTraining(HiggsAudioModel):
         layout: Layout | None = None,
         objective: Objective | None = None,
         checkpoint_every: int = 0,
+        input_gradient: bool = False,
         **kwargs,
     ):
         unknown = sorted(kwargs.keys() - FORWARD_KEYS)
@@ -57,6 +64,7 @@ class HiggsAudioForTraining(HiggsAudioModel):
             audio_out_ids=kwargs.get("audio_out_ids"),
             audio_in_ids=kwargs.get("audio_in_ids"),
             checkpoint_every=checkpoint_every,
+            input_gradient=input_gradient,
         )
 
 
@@ -175,7 +183,7 @@ def training_forward(
                     for name in trained
                 ]
             )
-    adopt_lora(model)
+    adopt_norms(model)
     adopt_layers(model)
     return PaddingFreeForward(
         model,
@@ -299,6 +307,10 @@ def pack_stats(sums: HeadSums, loss: torch.Tensor) -> torch.Tensor:
 class PaddingFreeForward(nn.Module):
     """The same from the same batch, on flat rows and with indices from the collator; see `padding_free`."""
 
+    # Modules that use their parts' weights at once: ZeRO-3 must gather them whole, and then needs `input_gradient`.
+    gathered_whole = (DecoderLayer,)
+    input_gradient = False
+
     def __init__(
         self, model: nn.Module, *, num_codebooks: int, classes: int, loss_impl: str = "fused", checkpoint_every: int = 0
     ):
@@ -316,7 +328,12 @@ class PaddingFreeForward(nn.Module):
         """One micro-batch; returns what `TrainingForward` returns."""
         layout: Layout = inputs["layout"]
         objective = Objective(self.loss_impl, text_scale, codebook_scales)
-        outputs: PaddingFreeOutput = self.model(**inputs, objective=objective, checkpoint_every=self.checkpoint_every)
+        outputs: PaddingFreeOutput = self.model(
+            **inputs,
+            objective=objective,
+            checkpoint_every=self.checkpoint_every,
+            input_gradient=self.input_gradient,
+        )
         report = ForwardReport(
             expanded_labels_shape=(layout.num_sequences, layout.longest),
             audio_logits_shape=outputs.audio_shape,

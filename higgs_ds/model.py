@@ -19,6 +19,7 @@ from torch import nn
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .config import DEFAULT_BASE, DEFAULT_BASE_REVISION, ConfigError, nearest
+from .ds_config import LayerSizes
 from .forward import HiggsAudioForTraining
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -229,7 +230,11 @@ def initial_lora(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
     return torch.rand(shape, generator=generator) * (2 * bound) - bound
 
 
-def widest_layer(config: HiggsAudioConfig) -> int:
-    """Largest in- or output width of a decoder projection: what a LoRA matrix is at most rank times as large as."""
+def layer_sizes(config: HiggsAudioConfig) -> LayerSizes:
+    """Of a dual-FFN decoder layer of this model."""
     text = config.text_config
-    return max(text.hidden_size, text.intermediate_size)
+    hidden, head_dim = text.hidden_size, text.head_dim
+    attention = 2 * hidden * head_dim * (text.num_attention_heads + text.num_key_value_heads)
+    return LayerSizes(
+        widest=max(hidden, text.intermediate_size), parameters=attention + 2 * 3 * hidden * text.intermediate_size
+    )

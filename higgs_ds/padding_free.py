@@ -13,12 +13,15 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from boson_multimodal.model.higgs_audio.modeling_higgs_audio import HiggsAudioDualFFNDecoderLayer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from .config import ConfigError
 from .fused_head import LabelledRows
+from .fused_layers import add_networks
 from .layout import Layout
+from .lora import project
 from .loss import HeadSums, head_sums, scaled_loss
 
 
@@ -78,6 +81,7 @@ def padding_free_forward(
     audio_out_ids: torch.Tensor | None,
     audio_in_ids: torch.Tensor | None,
     checkpoint_every: int = 0,
+    input_gradient: bool = False,
 ) -> PaddingFreeOutput:
     """One micro-batch through upstream's `HiggsAudioModel`.
 
@@ -85,6 +89,7 @@ def padding_free_forward(
         input_ids: [batch, tokens], read at `layout.text_index`.
         audio_out_ids, audio_in_ids: [codebooks, frames].
         checkpoint_every: N recomputes every N-th layer in the backward, from the first on; 0 for none.
+        input_gradient: whether the backward goes on to what enters the first layer, where nothing learns.
     """
     codes = _codes(model, audio_out_ids, audio_in_ids, input_ids)
     num_frames = codes.shape[1]
@@ -93,19 +98,22 @@ def padding_free_forward(
     codes = _of_shape(codes, (codes.shape[0], layout.num_frames))
     input_ids = _of_shape(input_ids, layout.input_shape)
     text = model.embed_tokens(input_ids.flatten().index_select(0, layout.text_index))
-    audio = _embed_codes(model, codes)
-    cos, sin = model.rotary_emb(text, layout.positions[None])
+    hidden = torch.cat([text, _embed_codes(model, codes)])
+    if input_gradient and torch.is_grad_enabled():
+        hidden.requires_grad_()
+    cos, sin = model.rotary_emb(hidden, layout.positions[None])
     rope = cos.transpose(0, 1), sin.transpose(0, 1)  # [N, 1, head_dim]
-    num_rows, last = text.shape[0] + audio.shape[0], len(model.layers) - 1
+    num_rows, last = hidden.shape[0], len(model.layers) - 1
     for number, layer in enumerate(model.layers):
-        # Behind the last attention nobody looks at a row that no head predicts from.
-        keep = number == last
-        if checkpoint_every and number % checkpoint_every == 0 and torch.is_grad_enabled():
-            text, audio = checkpoint(_layer, layer, text, audio, rope, layout, keep, use_reentrant=False)
-        else:
-            text, audio = _layer(layer, text, audio, rope, layout, keep)
-    kept = torch.cat([text, audio])
-    rows = model.norm(kept.index_select(0, layout.head_rows)).split(layout.num_head_rows)
+        hidden = layer(
+            hidden,
+            layout=layout,
+            rope=rope,
+            # Behind the last attention nobody looks at a row that no head predicts from.
+            keep=number == last,
+            recompute=bool(checkpoint_every) and number % checkpoint_every == 0 and torch.is_grad_enabled(),
+        )
+    rows = model.norm(hidden.index_select(0, layout.head_rows)).split(layout.num_head_rows)
     loss, sums, text_shape, audio_shape = _heads(model.audio_decoder_proj, *rows, layout, objective)
     if not arrived:
         audio_shape = (0, *audio_shape[1:])  # nothing was computed from the frames that were meant
@@ -135,27 +143,46 @@ def _embed_codes(model, codes: torch.Tensor) -> torch.Tensor:
     return embedded.mean(0) if model.config.audio_embed_avg else embedded.sum(0)
 
 
-def _layer(
-    layer: nn.Module,
-    text: torch.Tensor,
-    audio: torch.Tensor,
-    rope: tuple[torch.Tensor, torch.Tensor],
-    layout: Layout,
-    keep: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A dual-FFN decoder layer: [text tokens, hidden] and [frames, hidden], in and out.
+class DecoderLayer(HiggsAudioDualFFNDecoderLayer):
+    """Upstream's dual-FFN layer on flat rows; given sequences, it is upstream's.
 
-    With `keep`, only the layout's kept rows come out.
+    Weights of several of its modules are used at once, so that under ZeRO-3 it is gathered as a whole (a leaf module).
     """
-    sizes, hidden = [text.shape[0], audio.shape[0]], torch.cat([text, audio])
-    normed = torch.cat([layer.input_layernorm(text), layer.audio_input_layernorm(audio)])
-    if keep:
-        hidden = hidden.index_select(0, layout.kept_rows)
-        sizes = [layout.num_kept_text, hidden.shape[0] - layout.num_kept_text]
-    text, audio = (hidden + _attention(layer.self_attn, normed, rope, layout, keep)).split(sizes)
-    text = text + layer.mlp(layer.post_attention_layernorm(text))
-    audio = audio + layer.audio_mlp(layer.audio_post_attention_layernorm(audio))
-    return text, audio
+
+    def forward(self, hidden, *args, layout: Layout | None = None, recompute: bool = False, **kwargs):
+        """[N, hidden] -> [N, hidden], or with `keep` the layout's kept rows alone, [K, hidden].
+
+        With `recompute`, what is computed in between is made again in the backward.
+        """
+        if layout is None:
+            return super().forward(hidden, *args, **kwargs)
+        if recompute:
+            # Within the module, so that ZeRO-3 gathers once for both computing again and the gradients.
+            return checkpoint(self.on_rows, hidden, layout=layout, **kwargs, use_reentrant=False)
+        return self.on_rows(hidden, layout=layout, **kwargs)
+
+    def on_rows(self, hidden: torch.Tensor, *, layout: Layout, rope, keep: bool) -> torch.Tensor:
+        """The computation itself, see `forward`."""
+        sizes = [layout.num_text, hidden.shape[0] - layout.num_text]
+        norms = self.input_layernorm, self.audio_input_layernorm
+        normed = torch.cat([norm(part) for norm, part in zip(norms, hidden.split(sizes), strict=True)])
+        if keep:
+            hidden = hidden.index_select(0, layout.kept_rows)
+            sizes = [layout.num_kept_text, hidden.shape[0] - layout.num_kept_text]
+        hidden = hidden + _attention(self.self_attn, normed, rope, layout, keep)
+        norms = self.post_attention_layernorm, self.audio_post_attention_layernorm
+        normed = torch.cat([norm(part) for norm, part in zip(norms, hidden.split(sizes), strict=True)])
+        return add_networks([self.mlp, self.audio_mlp], normed, hidden, sizes)
+
+
+def adopt_layers(model: nn.Module) -> int:
+    """Turns upstream's dual-FFN layers into these by their class, in place; returns how many."""
+    adopted = 0
+    for module in model.modules():
+        if type(module) is HiggsAudioDualFFNDecoderLayer:
+            module.__class__ = DecoderLayer
+        adopted += isinstance(module, DecoderLayer)
+    return adopted
 
 
 def _attention(attn: nn.Module, hidden: torch.Tensor, rope, layout: Layout, keep: bool) -> torch.Tensor:
@@ -164,9 +191,9 @@ def _attention(attn: nn.Module, hidden: torch.Tensor, rope, layout: Layout, keep
     With `keep`, only the layout's kept rows come out: [K, hidden].
     Padding stands to the right of all that a sequence holds, so that causality alone keeps it from being seen.
     """
-    query = _Rotated.apply(attn.q_proj(hidden).unflatten(1, (-1, attn.head_dim)), *rope)  # [N, heads, head_dim]
-    key = _Rotated.apply(attn.k_proj(hidden).unflatten(1, (-1, attn.head_dim)), *rope)
-    value = attn.v_proj(hidden).unflatten(1, (-1, attn.head_dim))
+    projected = project([attn.q_proj, attn.k_proj, attn.v_proj], hidden)
+    query, key, value = (rows.unflatten(1, (-1, attn.head_dim)) for rows in projected)  # [N, heads, head_dim]
+    query, key = _Rotated.apply(query, *rope), _Rotated.apply(key, *rope)
 
     def sequences(rows: torch.Tensor) -> torch.Tensor:
         """[N, heads, head_dim] -> [batch, heads, longest, head_dim]"""
@@ -188,7 +215,8 @@ def _attention(attn: nn.Module, hidden: torch.Tensor, rope, layout: Layout, keep
     )
     places = layout.unpack_index.index_select(0, layout.kept_rows) if keep else layout.unpack_index
     rows = _Ungroup.apply(attended.transpose(1, 2).flatten(2).flatten(0, 1), places)
-    return attn.o_proj(rows)
+    (out,) = project([attn.o_proj], rows)
+    return out
 
 
 class _Rotated(torch.autograd.Function):

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from higgs_ds.config import DEFAULT_BASE_REVISION, DEFAULT_CODEC_REVISION, FIELDS, ConfigError, parse_args
-from higgs_ds.ds_config import read_deepspeed_config, resolve
+from higgs_ds.ds_config import LayerSizes, read_deepspeed_config, resolve
 from tests.conftest import ROOT
 
 NEEDED = ["--train_manifest", "train.json", "--output_dir", "out"]
@@ -105,7 +105,7 @@ def test_all_problems_at_once(tmp_path):
 def resolved(raw=None, *, name="zero2.json", argv=(), world_size=4, on_cpu=True):
     config = parse_args([*NEEDED, "--deepspeed_config", f"ds_configs/{name}", *argv])
     raw = read_deepspeed_config(config.deepspeed_config) if raw is None else raw
-    return resolve(raw, config, world_size=world_size, on_cpu=on_cpu, widest_layer=8192)
+    return resolve(raw, config, world_size=world_size, on_cpu=on_cpu, layer=LayerSizes(8192, 176_160_768))
 
 
 def refused(raw, **kwargs) -> str:

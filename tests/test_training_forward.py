@@ -9,13 +9,12 @@ from safetensors.torch import load_file
 from torch._dynamo.backends.debugging import aot_eager
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from higgs_ds import padding_free
 from higgs_ds.collate import Collator
 from higgs_ds.config import DEFAULT_LORA_TARGETS, ConfigError
 from higgs_ds.forward import training_forward
 from higgs_ds.fused_layers import FusedRmsNorm
 from higgs_ds.model import attach_lora, load_base, read_model_config
-from higgs_ds.padding_free import check_supported
+from higgs_ds.padding_free import DecoderLayer, check_supported
 from higgs_ds.tiny import write_tiny
 from tests.ranks import assert_all, run_ranks
 from tests.test_collate import samples_of
@@ -187,7 +186,7 @@ def test_activation_checkpointing_gives_the_same_gradients(every, loss_impl, bas
     module = training_forward(model, config, loss_impl=loss_impl, checkpoint_every=every)
     calls = []
     for layer in model.get_base_model().layers:
-        layer.mlp.register_forward_hook(lambda *_: calls.append(1))
+        layer.input_layernorm.register_forward_hook(lambda *_: calls.append(1))
     again = computed(module, batch, seed=7)
     assert len(calls) == {1: 4, 2: 3}[every]  # of two layers, those that are checkpointed run twice
     assert torch.equal(plain[0], again[0])
@@ -207,8 +206,8 @@ def test_layers_give_the_same_gradients_where_a_compiler_traces_them(name, model
         seen.append(graph)
         return aot_eager(graph, inputs)
 
-    compiled = torch.compile(padding_free._layer, backend=backend, dynamic=True, fullgraph=True)
-    monkeypatch.setattr(padding_free, "_layer", compiled)
+    compiled = torch.compile(DecoderLayer.on_rows, backend=backend, dynamic=True, fullgraph=True)
+    monkeypatch.setattr(DecoderLayer, "on_rows", compiled)
     ours = computed(ours_on(model, config), batch)
     assert seen
     assert_agree(ours, wanted)

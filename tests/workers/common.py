@@ -102,9 +102,7 @@ def build(
     config = parse_args([word for name, value in flags.items() for word in (f"--{name}", str(value))])
     raw = json.loads((PROJECT_ROOT / (ds_file or f"ds_configs/zero{stage}.json")).read_text())
     model_config = model.read_model_config(base_dir)
-    ds_config = resolve(
-        raw, config, world_size=ranks.world_size, on_cpu=True, widest_layer=model.widest_layer(model_config)
-    )
+    ds_config = resolve(raw, config, world_size=ranks.world_size, on_cpu=True, layer=model.layer_sizes(model_config))
     with loading(ds_config):
         base = model.load_base(base_dir, model_config, config.dtype)
     lora_model = model.attach_lora(

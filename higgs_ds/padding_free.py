@@ -164,15 +164,19 @@ class DecoderLayer(HiggsAudioDualFFNDecoderLayer):
     def on_rows(self, hidden: torch.Tensor, *, layout: Layout, rope, keep: bool) -> torch.Tensor:
         """The computation itself, see `forward`."""
         sizes = [layout.num_text, hidden.shape[0] - layout.num_text]
-        norms = self.input_layernorm, self.audio_input_layernorm
-        normed = torch.cat([norm(part) for norm, part in zip(norms, hidden.split(sizes), strict=True)])
+        normed = _normed([self.input_layernorm, self.audio_input_layernorm], hidden, sizes)
         if keep:
             hidden = hidden.index_select(0, layout.kept_rows)
             sizes = [layout.num_kept_text, hidden.shape[0] - layout.num_kept_text]
         hidden = hidden + _attention(self.self_attn, normed, rope, layout, keep)
-        norms = self.post_attention_layernorm, self.audio_post_attention_layernorm
-        normed = torch.cat([norm(part) for norm, part in zip(norms, hidden.split(sizes), strict=True)])
+        norms = [self.post_attention_layernorm, self.audio_post_attention_layernorm]
+        normed = _normed(norms, hidden, sizes)
         return add_networks([self.mlp, self.audio_mlp], normed, hidden, sizes)
+
+
+def _normed(norms: list[nn.Module], rows: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+    """Each norm of its own slice of the rows. [N, hidden] -> [N, hidden]"""
+    return torch.cat([norm(part) for norm, part in zip(norms, rows.split(sizes), strict=True)])
 
 
 def adopt_layers(model: nn.Module) -> int:

@@ -1,4 +1,4 @@
-"""How long training stands still for a checkpoint, and how large one is: 39.5 M trainable parameters, 2 CPU ranks.
+"""How long training stands still for a checkpoint, and how large one is: 39.4 M trainable parameters, 2 CPU ranks.
 
 usage: python benchmarks/checkpoint.py [--stage 2|3] [--json FILE]
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -18,10 +17,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.report import report  # noqa: E402
 from higgs_ds.cli import main as higgs_ds  # noqa: E402
 from higgs_ds.tiny import write_tiny  # noqa: E402
 
 SPEECH = ROOT / "examples/speech/manifest.jsonl"
+STALL, SIZE = "training stands still for a save, s (median)", "bytes on disk a trainable parameter"
+BARS = {STALL: 1.0, SIZE: 16.0}
 RANK = 260  # of LoRA on 8 layers of 512: 39.4 M parameters
 
 
@@ -57,16 +59,15 @@ def main() -> None:
         newest = sorted((work / "run/checkpoints").glob("step-*"))[-1]
         size = sum(path.stat().st_size for path in newest.rglob("*") if path.is_file())
         parameters = (newest / "adapter/adapter_model.safetensors").stat().st_size / 4
-    figures = [
-        {"figure": "stall of a save, s (median)", "value": statistics.median(stalls), "bar": 1.0},
-        {"figure": "bytes on disk a trainable parameter", "value": size / parameters, "bar": 16.0},
-    ]
-    for row in figures:
-        row |= {"holds": row["value"] <= row["bar"], "rows": len(stalls), "device": f"CPU, {platform.machine()}"}
-        print(f"{row['figure']:<40} {row['value']:8.3f}  bar {row['bar']:g}  {'holds' if row['holds'] else 'MISSED'}")
-    print(f"stalls: {', '.join(f'{stall:.2f}' for stall in stalls)} s; {parameters / 1e6:.1f} M parameters")
-    if args.json:
-        args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    figure = {STALL: statistics.median(stalls), SIZE: size / parameters}
+    report(
+        f"a checkpoint of {parameters / 1e6:.1f} M trainable parameters, 2 ranks, ZeRO-{args.stage}",
+        [{"save": number, "stall, s": stall} for number, stall in enumerate(stalls, start=1)],
+        figure=figure,
+        bar=BARS,
+        holds=all(figure[name] <= bar for name, bar in BARS.items()),
+        json_file=args.json,
+    )
 
 
 if __name__ == "__main__":

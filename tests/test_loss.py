@@ -13,7 +13,7 @@ from higgs_ds.loss import LossWeights, audio_targets, head_sums, loss_scales, me
 def reference_sum(logits: torch.Tensor, target: torch.Tensor) -> tuple[float, int]:
     """Σ CE in float64 over rows of [rows, classes] with a label, and how many."""
     total, count = 0.0, 0
-    for row, label in zip(logits.double(), target, strict=True):
+    for row, label in zip(logits.detach().double(), target, strict=True):
         if label >= 0:
             total += float(torch.logsumexp(row, 0) - row[label])
             count += 1

@@ -1,9 +1,11 @@
 """The model at its real size, on tensors that have sizes and a device but no data."""
 
+import pytest
 import torch
 
 from benchmarks.gpu import config_of
 from benchmarks.memory import KEPT_BAR, batch_of, kept_bytes, lora_model, meta_has_no_autocast
+from benchmarks.roofline import Roofline
 from benchmarks.syncs import dispatched
 from higgs_ds.forward import training_forward
 
@@ -42,3 +44,20 @@ def test_what_the_forward_keeps_stays_within_its_bounds():
     assert 2.4e6 < kept / batch.num_tokens <= KEPT_BAR * 1e6
     kept, _ = kept_bytes(config, batch, 1)
     assert kept / batch.num_tokens < 0.25e6
+
+
+def test_the_arithmetic_of_operations():
+    """As long as its products or its bytes, whichever takes longer; views take no time."""
+    with Roofline(flops=1e6, bytes_per_sec=1e6) as roof:
+        rows = torch.empty(100, 200, device="meta")
+        rows @ rows.t()
+        rows[:, :16] @ rows[:16, :50]  # thin, as LoRA's are
+        rows.mul_(torch.empty(100, 1, device="meta").expand(100, 200))  # a factor is read once
+    assert {kind: seconds for kind, seconds in roof.seconds.items() if seconds} == pytest.approx(
+        {
+            "products of frozen weights": 2 * 100 * 200 * 100 / 1e6,
+            "products of LoRA": 2 * 100 * 16 * 50 / 1e6,
+            "factors, masks, rotary": (2 * 100 * 200 + 100) * 4 / 1e6,
+        }
+    )
+    assert sum(roof.calls.values()) == 3

@@ -3,9 +3,8 @@
 usage: python benchmarks/batching.py [--manifest FILE] [--json FILE]
 
 A manifest's clips are encoded and its tokens counted as training does (sample codec, byte-level tokenizer); without
-one, the shipped speech is shown, and not judged: its 32 rows are one step of 8 ranks. Three lengths of micro-batch
-count: its tokens (a forward without padding), its rows × the longest (what the attention is padded to), and that
-rounded up to 8 (upstream's forward, with a plan for it).
+one, the shipped speech is taken. Three lengths of micro-batch count: its tokens (a forward without padding), its rows
+× the longest (what the attention is padded to), and that rounded up to 8 (upstream's forward, with a plan for it).
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ COSTS = ("flat", "attention", "upstream")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--manifest", type=Path)
+    parser.add_argument("--manifest", type=Path, default=ROOT / "examples/speech/manifest.jsonl")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plan_only", action="store_true", help=argparse.SUPPRESS)  # the child that is measured
     args = parser.parse_args()
@@ -45,11 +44,10 @@ def main() -> None:
         return
     rows: list[dict] = []
     figure: dict[str, float] = {}
-    manifest = args.manifest or ROOT / "examples/speech/manifest.jsonl"
-    speech = manifest_tokens(manifest)
+    speech = manifest_tokens(args.manifest)
     drawn = lognormal_tokens(100_000)
     for name, tokens, budgets in (
-        (f"{manifest.parent.name}, {len(speech)} rows", speech, (1024, 2048, 4096)),
+        (f"{args.manifest.parent.name}, {len(speech)} rows", speech, (1024, 2048, 4096)),
         (f"lognormal, {len(drawn):,} rows", drawn, (2048, 8192, 16384)),
     ):
         for budget in budgets:
@@ -60,7 +58,7 @@ def main() -> None:
                 count = max(1, round(mean / tokens.mean()))
                 theirs, steps = naive(tokens, count)
                 rows.append({"data": name, "batches": f"{count} rows at random", "steps": steps, **theirs})
-    bar = {name: BAR for name in figure if args.manifest or name.startswith("lognormal")}
+    bar = dict.fromkeys(figure, BAR)
     child = [sys.executable, __file__, "--plan_only"]
     planned = json.loads(subprocess.run(child, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
     figure |= planned

@@ -12,14 +12,13 @@ from torch import nn
 
 from .config import HEADS, ConfigError
 from .fused_head import FusedHead
-from .fused_layers import adopt_norms
+from .fused_layers import FusedRmsNorm, adopt
 from .layout import Layout
 from .loss import IGNORE, HeadSums, audio_targets, head_sums, scaled_loss, text_targets
 from .padding_free import (
     DecoderLayer,
     Objective,
     PaddingFreeOutput,
-    adopt_layers,
     check_supported,
     padding_free_forward,
 )
@@ -183,8 +182,8 @@ def training_forward(
                     for name in trained
                 ]
             )
-    adopt_norms(model)
-    adopt_layers(model)
+    adopt(model, FusedRmsNorm)
+    adopt(model, DecoderLayer)
     return PaddingFreeForward(
         model,
         num_codebooks=config.audio_num_codebooks,

@@ -20,17 +20,15 @@ class FusedRmsNorm(LlamaRMSNorm):
         return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
 
 
-def adopt_norms(model: nn.Module) -> int:
-    """Turns upstream's norms into these by their class, in place (weights, names and ZeRO-3's gathering stay).
+def adopt(model: nn.Module, ours: type[nn.Module]) -> int:
+    """Turns modules of upstream's class, which `ours` extends, into `ours`, in place; returns how many there are.
 
-    Returns how many there are. Only those of exactly upstream's class: another transformers' are left as they are.
+    Weights, names and ZeRO-3's gathering stay. Other classes that extend upstream's are left as they are.
     """
-    adopted = 0
     for module in model.modules():
-        if type(module) is LlamaRMSNorm:
-            module.__class__ = FusedRmsNorm
-        adopted += isinstance(module, FusedRmsNorm)
-    return adopted
+        if type(module) is ours.__base__:
+            module.__class__ = ours
+    return sum(isinstance(module, ours) for module in model.modules())
 
 
 class GatedNetwork(NamedTuple):

@@ -157,7 +157,7 @@ class DecoderLayer(HiggsAudioDualFFNDecoderLayer):
         if layout is None:
             return super().forward(hidden, *args, **kwargs)
         if recompute:
-            # Within the module, so that ZeRO-3 gathers once for both computing again and the gradients.
+            # Within the module: no hook of ZeRO-3's, which would give the weights back, between this and the gradients.
             return checkpoint(self.on_rows, hidden, layout=layout, **kwargs, use_reentrant=False)
         return self.on_rows(hidden, layout=layout, **kwargs)
 
@@ -177,16 +177,6 @@ class DecoderLayer(HiggsAudioDualFFNDecoderLayer):
 def _normed(norms: list[nn.Module], rows: torch.Tensor, sizes: list[int]) -> torch.Tensor:
     """Each norm of its own slice of the rows. [N, hidden] -> [N, hidden]"""
     return torch.cat([norm(part) for norm, part in zip(norms, rows.split(sizes), strict=True)])
-
-
-def adopt_layers(model: nn.Module) -> int:
-    """Turns upstream's dual-FFN layers into these by their class, in place; returns how many."""
-    adopted = 0
-    for module in model.modules():
-        if type(module) is HiggsAudioDualFFNDecoderLayer:
-            module.__class__ = DecoderLayer
-        adopted += isinstance(module, DecoderLayer)
-    return adopted
 
 
 def _attention(attn: nn.Module, hidden: torch.Tensor, rope, layout: Layout, keep: bool) -> torch.Tensor:

@@ -135,6 +135,7 @@ def test_the_shipped_files_resolve_from_flags_alone(name, stage, offload):
     assert ("offload_optimizer" in out["zero_optimization"]) is offload
     if stage == 3:
         assert out["zero_optimization"]["stage3_param_persistence_threshold"] >= 16 * 8192
+        assert out["zero_optimization"]["stage3_prefetch_bucket_size"] == 176_160_768  # the real model's layer
     assert sorted(path.stem for path in (ROOT / "ds_configs").glob("*.json")) == [
         "zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload",
     ]  # fmt: skip

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from higgs_ds.fused_layers import FusedRmsNorm, add_networks, adopt_norms
+from higgs_ds.fused_layers import FusedRmsNorm, add_networks, adopt
 from tests.test_lora import share_masks
 
 LIMITS = [(torch.float64, 5e-7), (torch.float32, 1e-6), (torch.bfloat16, 2e-2)]
@@ -28,7 +28,7 @@ def test_a_norm_and_its_gradients_are_upstreams(dtype, limit, trained):
     torch.manual_seed(0)
     upstreams = nn.Sequential(norm_of()).to(dtype).requires_grad_(trained)
     ours = copy.deepcopy(upstreams)
-    assert adopt_norms(ours) == 1 and adopt_norms(ours) == 1
+    assert adopt(ours, FusedRmsNorm) == 1 and adopt(ours, FusedRmsNorm) == 1
     assert type(ours[0]) is FusedRmsNorm
     assert upstreams.state_dict().keys() == ours.state_dict().keys()
     rows, found = torch.randn(33, 48, dtype=dtype), []
@@ -47,7 +47,7 @@ def test_another_norm_is_left_alone():
         pass
 
     model = nn.ModuleList([Other(8)])
-    assert adopt_norms(model) == 0 and type(model[0]) is Other
+    assert adopt(model, FusedRmsNorm) == 0 and type(model[0]) is Other
 
 
 class Networks(nn.Module):

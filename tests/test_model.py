@@ -10,7 +10,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from higgs_ds.config import DEFAULT_BASE_REVISION, DEFAULT_LORA_TARGETS, ConfigError
-from higgs_ds.model import attach_lora, check_weights, initial_lora, load_base, locate_checkpoint, read_model_config
+from higgs_ds.model import (
+    attach_lora,
+    check_weights,
+    initial_lora,
+    layer_sizes,
+    load_base,
+    locate_checkpoint,
+    read_model_config,
+)
 from higgs_ds.tiny import SPECIAL_TOKENS, write_tiny
 
 
@@ -97,6 +105,12 @@ def test_other_checkpoints_are_refused(changes, words, copy):
 def test_neither_folder_nor_hub_id(name):
     with pytest.raises(ConfigError, match="neither a folder nor a hub id"):
         locate_checkpoint(name)
+
+
+def test_the_sizes_of_a_layer(tiny_dir, tiny_config):
+    weights = [p for p in load_base(tiny_dir, tiny_config, "fp32").layers[0].parameters() if p.ndim == 2]
+    assert layer_sizes(tiny_config).parameters == sum(weight.numel() for weight in weights)
+    assert layer_sizes(tiny_config).widest == max(max(weight.shape) for weight in weights)
 
 
 def lora_on(model, **changes):

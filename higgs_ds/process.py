@@ -1,4 +1,4 @@
-"""How a process ends that has had a process group."""
+"""How a process ends that has had a process group, and how it speaks where several share a console."""
 
 from __future__ import annotations
 
@@ -22,3 +22,10 @@ def end_process(exit_code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(exit_code)
+
+
+def say(text: str, *, error: bool = False) -> None:
+    """A line to the console in one write: ranks share it, and `print` may let another's come before the line's end."""
+    stream = sys.stderr if error else sys.stdout
+    stream.write(f"{text}\n")
+    stream.flush()

@@ -16,6 +16,7 @@ from .forward import ForwardReport
 from .guard import CHECKS, BadLossError, Failure, Guard, checklist, shown
 from .loss import LossWeights, loss_scales, mean_losses
 from .metrics import StepSums, peak_memory_gib, step_metrics
+from .process import say
 from .sampler import Window
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ class Trainer:
         if num_failures:
             if self._checklist_due:
                 self._checklist_due = False
-                print("\n".join(f"FAIL [rank {f.rank}] {f.check}: {f.found}" for f in failures), flush=True)
+                say("\n".join(f"FAIL [rank {f.rank}] {f.check}: {f.found}" for f in failures))
             return StepResult([], self._all_failures(failures))
         self._say_missing_kind(step, text_count, codebook_counts)
         text_scale, scales = loss_scales(self.weights, text_count, codebook_counts, self.ranks.world_size)
@@ -258,11 +259,11 @@ class Trainer:
         """Once a run and rank; plain print, because libraries silence Python's warnings."""
         if key not in self._said:
             self._said.add(key)
-            print(f"WARNING [rank {self.ranks.rank}] step {step}: {text} (said once)", flush=True)
+            say(f"WARNING [rank {self.ranks.rank}] step {step}: {text} (said once)")
 
     def _say_checklist(self, batch: Batch, report: ForwardReport, stats: list[float], failures: list[Failure]) -> None:
         self._checklist_due = False
         books = len(self.weights.codebooks)
         losses = mean_losses(self.weights, stats[0], stats[1], stats[-2 * books : -books], stats[-books:])
         lines = checklist(self.ranks.rank, batch, report, losses, [f for f in failures if f.micro_batch == 0])
-        print("\n".join(f"{'ok  ' if ok else 'FAIL'} {text}" for ok, text in lines), flush=True)
+        say("\n".join(f"{'ok  ' if ok else 'FAIL'} {text}" for ok, text in lines))

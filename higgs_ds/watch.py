@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass, fields
 
 from .config import ConfigError
 from .engine import Ranks
+from .process import say
 
 BEAT_SEC = 0.5
 SILENCE_SEC = 50.0  # a rank not heard from for so long is gone: its host died, or it is frozen
@@ -143,7 +144,7 @@ class Watch:
 
     def _end(self, verdict: str) -> None:
         self._ending.acquire()  # never released: one thread ends the process, another that comes here waits for that
-        print(f"[rank {self._ranks.rank}] ending: {verdict}", file=sys.stderr, flush=True)
+        say(f"[rank {self._ranks.rank}] ending: {verdict}", error=True)
         rites = threading.Thread(target=self._last_rites, daemon=True)
         rites.start()
         rites.join(LAST_RITES_SEC)
@@ -157,7 +158,7 @@ class Watch:
             try:
                 rite()
             except Exception as error:
-                print(f"[rank {self._ranks.rank}] {error}", file=sys.stderr, flush=True)
+                say(f"[rank {self._ranks.rank}] {error}", error=True)
 
 
 class _Hub:

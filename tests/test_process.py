@@ -34,3 +34,20 @@ def test_a_process_ends_with_everything_done_and_python_not_taken_down():
     assert lines == ["not flushed, written, ", "exit functions"]
     assert not Path(folder).exists()
     assert ended.stderr == ""
+
+
+def test_a_line_is_one_write():
+    """`print` under `python -u` writes the end of a line by itself, and another rank may come first."""
+    program = "import sys, os; from higgs_ds.process import say; say('one\\ntwo'); say('three', error=True)"
+    traced = (
+        "import io, sys\n"
+        "class Raw(io.RawIOBase):\n"
+        "    seen = []\n"
+        "    def writable(self): return True\n"
+        "    def write(self, data): Raw.seen.append(bytes(data)); return len(data)\n"
+        "sys.stdout = sys.stderr = io.TextIOWrapper(Raw(), write_through=True)\n"
+        f"{program}\n"
+        "sys.__stdout__.write(repr(Raw.seen))\n"
+    )
+    done = subprocess.run([sys.executable, "-u", "-c", traced], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == repr([b"one\ntwo\n", b"three\n"])

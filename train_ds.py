@@ -86,9 +86,9 @@ def train(config: TrainConfig, ds_raw: dict, ranks: Ranks, watch: Watch, *, chec
     output_dir = Path(config.output_dir)
     resumed, notes = ranks.each(lambda: checkpoint.find_checkpoint(config.resume, output_dir))
     watch.untimed("finding the base checkpoint")
-    base_dir = ranks.each(lambda: model.locate_checkpoint(config.base_ckpt, config.base_revision))
-    model_config = ranks.each(lambda: model.read_model_config(base_dir))
-    ranks.each(lambda: model.check_weights(base_dir, model_config))
+    checkpoint_files = ranks.each(lambda: model.open_base(config.base_ckpt, config.base_revision))
+    base_dir, model_config, tokenizer = checkpoint_files.folder, checkpoint_files.config, checkpoint_files.tokenizer
+    notes += checkpoint_files.notes
     padding_free = config.forward_impl == "padding_free"
     if padding_free:
         ranks.each(lambda: check_supported(model_config))
@@ -112,7 +112,6 @@ def train(config: TrainConfig, ds_raw: dict, ranks: Ranks, watch: Watch, *, chec
     watch.untimed("loading the codec")
     codec = ranks.each(lambda: load_codec(config.codec, config.codec_revision, device=str(ranks.device)))
     cache = CodeCache(config.codes_cache or output_dir / "codes_cache", codec)
-    tokenizer = ranks.each(lambda: model.load_tokenizer(base_dir))
     collator = Collator.of(model_config, with_layout=padding_free)
     watch.at(0, "reading manifests, encoding clips")
     read = partial(

@@ -99,17 +99,10 @@ def main() -> None:
 
 def config_of(on_gpu: bool):
     """Boson's sizes, or small ones with the same proportions."""
-    from transformers import LlamaConfig
+    from higgs_ds.tiny import REAL_SIZES, base_config, byte_tokenizer, small_sizes
 
-    from higgs_ds.tiny import byte_tokenizer, tiny_config
-
-    tokenizer = byte_tokenizer()
-    if not on_gpu:
-        return tiny_config(tokenizer, hidden_size=256, num_layers=4, ffn_size=640), tokenizer
-    config = tiny_config(tokenizer, hidden_size=3072, num_layers=28, vocab_size=128256, ffn_size=8192)
-    text = config.text_config.to_dict() | {"num_attention_heads": 24, "num_key_value_heads": 8, "head_dim": 128}
-    config.text_config = LlamaConfig(**text)
-    return config, tokenizer
+    sizes = REAL_SIZES if on_gpu else small_sizes(256, 4, ffn_size=640)
+    return base_config(sizes), byte_tokenizer(sizes.vocab_size)
 
 
 def run_one(args: argparse.Namespace) -> None:

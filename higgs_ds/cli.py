@@ -115,9 +115,14 @@ def _sample_codec(args) -> int:
 def _speaker(args):
     from .codec import load_codec
     from .generate import Speaker
+    from .model import open_base
+    from .process import say
 
+    base = open_base(args.base_ckpt, args.base_revision)
+    if base.notes:
+        say("\n".join(base.notes))
     codec = load_codec(args.codec, args.codec_revision)
-    return Speaker(args.base_ckpt, args.adapter, codec, base_revision=args.base_revision, dtype=args.dtype)
+    return Speaker(base, args.adapter, codec, dtype=args.dtype)
 
 
 def _generate(args) -> int:

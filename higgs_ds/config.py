@@ -18,6 +18,8 @@ from pathlib import Path
 import yaml
 
 DEFAULT_BASE = "bosonai/higgs-audio-v2-generation-3B-base"
+# One repository, which the hub knows by both of its names.
+BASE_NAMES = (DEFAULT_BASE, "bosonai/higgs-tts-2-3b-base")
 DEFAULT_BASE_REVISION = "10840182ca4ad5d9d9113b60b9bb3c1ef1ba3f84"
 # The last revisions that boson_multimodal can read: the hub's `main` is in the layout of newer transformers.
 DEFAULT_CODEC = "bosonai/higgs-audio-v2-tokenizer"
@@ -352,7 +354,7 @@ def _cross_checks(config: TrainConfig) -> list[str]:
     problems += _forward_checks(config)
     if config.max_tokens_per_batch is not None and config.batch_size != 1:
         problems.append("--batch_size, --max_tokens_per_batch: one counts rows, the other tokens; leave one out")
-    if config.base_revision is None and config.base_ckpt == DEFAULT_BASE:
+    if config.base_revision is None and config.base_ckpt in BASE_NAMES:
         config.base_revision = DEFAULT_BASE_REVISION
     if config.codec_revision is None and config.codec == DEFAULT_CODEC:
         config.codec_revision = DEFAULT_CODEC_REVISION

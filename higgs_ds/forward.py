@@ -35,6 +35,9 @@ class HiggsAudioForTraining(HiggsAudioModel):
     With a `layout` the batch goes through the padding-free forward, which gives a loss instead of logits.
     """
 
+    # Checkpoints of this family may carry these along; `model.check_weights` has said so once.
+    _keys_to_ignore_on_load_unexpected = (r"audio_codebook_weights", r"rotary_emb\.(original_)?inv_freq")
+
     def __init__(self, config):
         super().__init__(config)
         FusedHead.adopt(self.audio_decoder_proj.text_lm_head)

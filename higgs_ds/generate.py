@@ -18,7 +18,7 @@ from .codec import Codec
 from .collate import Collator, Sample, tokenize
 from .config import ConfigError
 from .manifest import AudioRef, Row, Turn
-from .model import DTYPES, check_weights, load_tokenizer, locate_checkpoint, read_model_config
+from .model import DTYPES, BaseCheckpoint
 
 ASSISTANT_HEADER = "<|start_header_id|>assistant<|end_header_id|>\n\n"
 STOP_STRINGS = ["<|end_of_text|>", "<|eot_id|>"]
@@ -51,27 +51,16 @@ class Sampling:
 class Speaker:
     """Base checkpoint, adapter and codec, ready to speak."""
 
-    def __init__(
-        self,
-        base_ckpt: str,
-        adapter: str | None,
-        codec: Codec,
-        *,
-        base_revision: str | None = None,
-        dtype: str = "fp32",
-    ):
+    def __init__(self, base: BaseCheckpoint, adapter: str | None, codec: Codec, *, dtype: str = "fp32"):
         """
         Raises:
-            ConfigError: a checkpoint that cannot be used, or an adapter whose weights do not fit it one to one.
+            ConfigError: an adapter whose weights do not fit the base one to one.
         """
-        folder = locate_checkpoint(base_ckpt, base_revision)
-        self.config = read_model_config(folder)
-        check_weights(folder, self.config)
+        self.config, self.tokenizer = base.config, base.tokenizer
         self.codec = codec
-        self.tokenizer = load_tokenizer(folder)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model = HiggsAudioModel.from_pretrained(
-            folder, config=self.config, torch_dtype=DTYPES[dtype], use_safetensors=True
+            base.folder, config=self.config, torch_dtype=DTYPES[dtype], use_safetensors=True
         )
         if adapter is not None:
             if not (Path(adapter) / "adapter_config.json").is_file():

@@ -32,10 +32,12 @@ def check_supported(config) -> None:
         ConfigError: naming what the checkpoint has, and `--forward_impl upstream`.
     """
     layers = config.text_config.num_hidden_layers
+    # "dual_ffn_fast_forward", as Boson's own says, differs from "dual_ffn" in the layers that are none: here, nowhere.
+    dual = config.audio_adapter_type in ("dual_ffn", "dual_ffn_fast_forward")
     found = {
-        f"audio_adapter_type {config.audio_adapter_type!r}": config.audio_adapter_type != "dual_ffn",
+        f"audio_adapter_type {config.audio_adapter_type!r}": not dual,
         f"a dual FFN in only some of its {layers} layers": (
-            config.audio_adapter_type == "dual_ffn" and set(config.audio_dual_ffn_layers) != set(range(layers))
+            dual and set(config.audio_dual_ffn_layers) != set(range(layers))
         ),
         "an audio tower": not config.skip_audio_tower or config.encode_whisper_embed,
         "its own attention for audio (use_audio_out_self_attention)": config.use_audio_out_self_attention,

@@ -75,10 +75,11 @@ def _prepare(config: TrainConfig, ranks, device: str) -> None:
     began = time.monotonic()
     say = partial(print, flush=True) if ranks.is_main else lambda *_, **__: None
     folder = Path(config.codes_cache or Path(config.output_dir) / "codes_cache")
-    base_dir = ranks.each(lambda: model.locate_checkpoint(config.base_ckpt, config.base_revision))
-    model_config = ranks.each(lambda: model.read_model_config(base_dir))
+    base = ranks.each(lambda: model.open_base(config.base_ckpt, config.base_revision))
+    model_config, tokenizer = base.config, base.tokenizer
+    if base.notes:
+        say("\n".join(base.notes))
     codec = ranks.each(lambda: load_codec(config.codec, config.codec_revision, device=device))
-    tokenizer = ranks.each(lambda: model.load_tokenizer(base_dir))
     cache = CodeCache(folder, codec)
     sets = load_rows(
         [manifest for manifest in (config.train_manifest, config.val_manifest) if manifest],

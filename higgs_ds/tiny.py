@@ -1,136 +1,294 @@
-"""A small randomly initialised base checkpoint, for learning the tool and for its tests.
+"""Base checkpoints of Boson's kind at any size: a small random one to try everything with, one of zeros at real size.
 
-Upstream's own classes load it. It is scaled so that LoRA alone can overfit: with heads of std 0.02 the logits of a
-frozen random model cannot grow, and the loss stays near 5.98 whatever is trained.
+One maker for all, so that nothing is ever tried on a file that Boson would not have written: the fields and values of
+Boson's `config.json` (but for sizes, and ids that follow the vocabulary's), a fast tokenizer with Llama 3's special
+tokens in their order, bf16 weights in three safetensors shards with an index.
+
+The random one is scaled so that LoRA alone can overfit: with heads of std 0.02 the logits of a frozen random model
+cannot grow, and the loss stays near 5.98 whatever is trained.
 """
 
 from __future__ import annotations
 
+import copy
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from boson_multimodal.model.higgs_audio import HiggsAudioConfig, HiggsAudioModel
+from boson_multimodal.model.higgs_audio.configuration_higgs_audio import HiggsAudioEncoderConfig
+from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
-# The strings that Boson's tokenizer has, in the order of their ids there; here they follow the 256 bytes.
-SPECIAL_TOKENS = (
-    "<|begin_of_text|>",
-    "<|end_of_text|>",
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|eom_id|>",
-    "<|eot_id|>",
-    "<|audio_bos|>",
-    "<|audio_eos|>",
-    "<|audio_out_bos|>",
-    "<|AUDIO|>",
-    "<|AUDIO_OUT|>",
-    "<|recipient|>",
-    "<|scene_desc_start|>",
-    "<|scene_desc_end|>",
-)
+# Llama 3 has 256 special tokens behind its vocabulary; these are their places among them. Boson gave new names to
+# reserved ones. What is not named here is `<|reserved_special_token_N|>`.
+SPECIAL_TOKENS = {
+    0: "<|begin_of_text|>",
+    1: "<|end_of_text|>",
+    4: "<|finetune_right_pad_id|>",
+    6: "<|start_header_id|>",
+    7: "<|end_header_id|>",
+    8: "<|eom_id|>",
+    9: "<|eot_id|>",
+    10: "<|python_tag|>",
+    11: "<|audio_bos|>",
+    12: "<|audio_eos|>",
+    13: "<|audio_out_bos|>",
+    14: "<|reserved_special_token_6|>",  # transformers' "audio delay" token
+    15: "<|AUDIO|>",
+    16: "<|AUDIO_OUT|>",
+    17: "<|recipient|>",
+    18: "<|scene_desc_start|>",
+    19: "<|scene_desc_end|>",
+    20: "<|generation_instruction_start|>",
+    21: "<|generation_instruction_end|>",
+    22: "<SE>",
+    23: "</SE>",
+    24: "<SE_s>",
+    25: "</SE_s>",
+    26: "<SE_e>",
+    27: "</SE_e>",
+}
+NUM_SPECIAL_TOKENS = 256
+NUM_SHARDS = 3
 HEAD_STD = 0.15
 EMBEDDING_STD = 0.5
 
 
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte, and the special tokens."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={char: i for i, char in enumerate(alphabet)}, merges=[]))
+@dataclass(frozen=True)
+class ModelSizes:
+    """What a checkpoint of this family may differ in; everything else is Boson's."""
+
+    hidden_size: int
+    num_layers: int
+    ffn_size: int
+    num_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int  # text tokens, the 256 special ones included
+
+
+REAL_SIZES = ModelSizes(
+    hidden_size=3072,
+    num_layers=28,
+    ffn_size=8192,
+    num_heads=24,
+    num_key_value_heads=8,
+    head_dim=128,
+    vocab_size=128_256,
+)
+
+
+def small_sizes(
+    hidden_size: int = 256, num_layers: int = 4, *, ffn_size: int | None = None, vocab_size: int = 512
+) -> ModelSizes:
+    """Heads of 64, half as many for keys; a vocabulary of the 256 bytes and the special tokens."""
+    return ModelSizes(
+        hidden_size=hidden_size,
+        num_layers=num_layers,
+        ffn_size=ffn_size or 4 * hidden_size,
+        num_heads=hidden_size // 64,
+        num_key_value_heads=max(1, hidden_size // 128),
+        head_dim=64,
+        vocab_size=vocab_size,
+    )
+
+
+def byte_tokenizer(vocab_size: int = 512) -> PreTrainedTokenizerFast:
+    """One token a byte, and Llama 3's special tokens as the last 256 of the vocabulary.
+
+    Ids between the bytes and the special tokens are taken by words that no text becomes.
+    """
+    words = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words += [f"<unused {i}>" for i in range(vocab_size - NUM_SPECIAL_TOKENS - len(words))]
+    tokenizer = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in special_tokens()])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<|begin_of_text|>",
         eos_token="<|eot_id|>",
         pad_token="<|end_of_text|>",
-        model_max_length=8192,
+        model_max_length=131_072,
         clean_up_tokenization_spaces=False,
     )
 
 
-def tiny_config(
-    tokenizer,
-    *,
-    hidden_size: int = 256,
-    num_layers: int = 4,
-    vocab_size: int | None = None,
-    ffn_size: int | None = None,
-) -> HiggsAudioConfig:
-    """Boson's architecture (dual FFN in every layer, delay pattern, 8 codebooks of 1024 + 2) at a small size."""
-    token_id = tokenizer.convert_tokens_to_ids
+def special_tokens() -> list[str]:
+    """The names of all 256 in the order of their ids."""
+    names, reserved = [], 0
+    for place in range(NUM_SPECIAL_TOKENS):
+        name = SPECIAL_TOKENS.get(place)
+        if name is None:
+            name = f"<|reserved_special_token_{reserved}|>"
+        # Boson's own names stand on reserved places, which count on; Llama's do not.
+        reserved += place not in (0, 1, 4, 6, 7, 8, 9, 10)
+        names.append(name)
+    return names
+
+
+def base_config(sizes: ModelSizes) -> HiggsAudioConfig:
+    """Boson's `config.json` at these sizes."""
+    first_special = sizes.vocab_size - NUM_SPECIAL_TOKENS
+    token_id = {name: first_special + place for place, name in SPECIAL_TOKENS.items()}
     text = LlamaConfig(
-        vocab_size=vocab_size or len(tokenizer),
-        hidden_size=hidden_size,
-        intermediate_size=ffn_size or 4 * hidden_size,
-        num_hidden_layers=num_layers,
-        num_attention_heads=hidden_size // 64,
-        num_key_value_heads=max(1, hidden_size // 128),
-        max_position_embeddings=8192,
-        rope_theta=500000.0,
+        architectures=["LlamaForCausalLM"],
+        vocab_size=sizes.vocab_size,
+        hidden_size=sizes.hidden_size,
+        intermediate_size=sizes.ffn_size,
+        num_hidden_layers=sizes.num_layers,
+        num_attention_heads=sizes.num_heads,
+        num_key_value_heads=sizes.num_key_value_heads,
+        head_dim=sizes.head_dim,
+        max_position_embeddings=131_072,
+        rope_theta=500_000.0,
+        rope_scaling={
+            "factor": 32.0,
+            "high_freq_factor": 4.0,
+            "low_freq_factor": 1.0,
+            "original_max_position_embeddings": 8192,
+            "rope_type": "llama3",
+        },
         rms_norm_eps=1e-5,
-        bos_token_id=token_id("<|begin_of_text|>"),
-        eos_token_id=token_id("<|eot_id|>"),
-        pad_token_id=token_id("<|end_of_text|>"),
-        tie_word_embeddings=False,
+        bos_token_id=token_id["<|begin_of_text|>"],
+        eos_token_id=token_id["<|end_of_text|>"],
+        tie_word_embeddings=True,  # as Llama 3.2's; the heads are their own all the same
+        torch_dtype="bfloat16",
+    )
+    # Of an audio tower that is not there (skip_audio_tower), at its own size.
+    tower = HiggsAudioEncoderConfig(
+        num_mel_bins=128,
+        encoder_layers=32,
+        encoder_attention_heads=20,
+        encoder_ffn_dim=5120,
+        d_model=1280,
+        pad_token_id=token_id["<|end_of_text|>"],
     )
     return HiggsAudioConfig(
+        architectures=["HiggsAudioModel"],
+        hidden_size=sizes.hidden_size,
         text_config=text.to_dict(),
-        audio_adapter_type="dual_ffn",
-        audio_dual_ffn_layers=list(range(num_layers)),
-        audio_ffn_hidden_size=hidden_size,
-        audio_ffn_intermediate_size=ffn_size or 4 * hidden_size,
+        audio_encoder_config=tower.to_dict(),
+        audio_adapter_type="dual_ffn_fast_forward",
+        audio_dual_ffn_layers=list(range(sizes.num_layers)),
+        audio_ffn_hidden_size=sizes.hidden_size,
+        audio_ffn_intermediate_size=sizes.ffn_size,
         encode_whisper_embed=False,
         encode_audio_in_tokens=True,
         use_delay_pattern=True,
         skip_audio_tower=True,
+        use_audio_out_self_attention=0,
         audio_num_codebooks=8,
         audio_codebook_size=1024,
         audio_stream_bos_id=1024,
         audio_stream_eos_id=1025,
-        audio_in_token_idx=token_id("<|AUDIO|>"),
-        audio_out_token_idx=token_id("<|AUDIO_OUT|>"),
-        audio_out_bos_token_id=token_id("<|audio_out_bos|>"),
-        audio_eos_token_id=token_id("<|audio_eos|>"),
-        pad_token_id=token_id("<|end_of_text|>"),
-        bos_token_id=token_id("<|begin_of_text|>"),
-        eos_token_id=token_id("<|eot_id|>"),
-        tie_word_embeddings=False,
+        audio_in_token_idx=token_id["<|AUDIO|>"],
+        audio_out_token_idx=token_id["<|AUDIO_OUT|>"],
+        audio_out_bos_token_id=token_id["<|audio_out_bos|>"],
+        audio_eos_token_id=token_id["<|audio_eos|>"],
+        pad_token_id=token_id["<|end_of_text|>"],
+        torch_dtype="bfloat16",
     )
 
 
 def write_tiny(
     output_dir: Path, *, seed: int = 0, hidden_size: int = 256, num_layers: int = 4, **sizes: int | None
 ) -> int:
-    """Writes config, weights (safetensors, float32) and tokenizer; returns the number of parameters.
+    """Writes a small random checkpoint; returns the number of parameters.
 
-    `sizes` are `tiny_config`'s: a `vocab_size` beyond the tokenizer's, another `ffn_size`.
+    `sizes` are those of `small_sizes`: another `vocab_size` or `ffn_size`.
 
     Raises:
         FileExistsError: the folder holds a checkpoint already.
     """
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        if len(shape) == 1:
+            return torch.ones(shape)  # norms
+        std = HEAD_STD if "lm_head" in name else EMBEDDING_STD if "embed" in name else shape[1] ** -0.5
+        return torch.empty(shape).normal_(0, std, generator=generator)
+
+    count = _write_checkpoint(output_dir, small_sizes(hidden_size, num_layers, **sizes), draw)
+    (output_dir / "README.md").write_text(
+        f"A random base checkpoint of {count:,} parameters (seed {seed}), for trying higgs_ds.\n"
+    )
+    return count
+
+
+def write_zeros(output_dir: Path, sizes: ModelSizes = REAL_SIZES) -> int:
+    """Writes a checkpoint whose weights are all zero; returns the number of parameters.
+
+    The shards are sparse files: of the real 11.5 GB next to nothing is on the disk. Its losses are known: ln of the
+    classes of each head, 11.762 for the text and 6.933 for every codebook at the real size.
+
+    Raises:
+        FileExistsError: the folder holds a checkpoint already.
+    """
+    return _write_checkpoint(output_dir, sizes, None)
+
+
+def _write_checkpoint(
+    output_dir: Path, sizes: ModelSizes, draw: Callable[[str, tuple[int, ...]], torch.Tensor] | None
+) -> int:
+    """Config, tokenizer and shards, whose values come from `draw`, or are holes in sparse files without it."""
     if (output_dir / "config.json").exists():
         raise FileExistsError(f"{output_dir} holds a checkpoint already; remove it or name another --output_dir")
-    tokenizer = byte_tokenizer()
-    config = tiny_config(tokenizer, hidden_size=hidden_size, num_layers=num_layers, **sizes)
-    model = HiggsAudioModel(config)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 1:
-                parameter.fill_(1.0)  # norms
-            elif "lm_head" in name:
-                parameter.normal_(0, HEAD_STD, generator=generator)
-            elif "embed" in name:
-                parameter.normal_(0, EMBEDDING_STD, generator=generator)
-            else:
-                parameter.normal_(0, parameter.shape[1] ** -0.5, generator=generator)
+    config = base_config(sizes)
+    with torch.device("meta"):
+        model = HiggsAudioModel(copy.deepcopy(config))  # which writes into it
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     output_dir.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(output_dir, safe_serialization=True)
-    tokenizer.save_pretrained(output_dir)
-    (output_dir / "README.md").write_text(
-        f"A random base checkpoint of {model.num_parameters():,} parameters (seed {seed}), for trying higgs_ds.\n"
-    )
-    return model.num_parameters()
+    byte_tokenizer(sizes.vocab_size).save_pretrained(output_dir)
+    GenerationConfig.from_model_config(config).save_pretrained(output_dir)
+    weight_map = {}
+    for number, names in enumerate(_shards(shapes), 1):
+        file = output_dir / f"model-{number:05d}-of-{NUM_SHARDS:05d}.safetensors"
+        weight_map |= dict.fromkeys(names, file.name)
+        if draw is None:
+            _write_sparse(file, {name: shapes[name] for name in names})
+        else:
+            tensors = {name: draw(name, shapes[name]).to(torch.bfloat16) for name in names}
+            save_file(tensors, file, metadata={"format": "pt"})
+    count = sum(_numel(shape) for shape in shapes.values())
+    index = {"metadata": {"total_size": 2 * count}, "weight_map": dict(sorted(weight_map.items()))}
+    (output_dir / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    fields = config.to_diff_dict()
+    fields["text_config"].pop("_name_or_path", None)
+    # Last: a folder with a config is whole.
+    (output_dir / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    return count
+
+
+def _shards(shapes: dict[str, tuple[int, ...]]) -> list[list[str]]:
+    """The names in `NUM_SHARDS` runs of about equal size."""
+    total = sum(map(_numel, shapes.values()))
+    shards: list[list[str]] = [[] for _ in range(NUM_SHARDS)]
+    before = 0
+    for name, shape in shapes.items():
+        middle = before + _numel(shape) / 2
+        shards[int(middle * NUM_SHARDS / total)].append(name)
+        before += _numel(shape)
+    assert all(shards), [len(names) for names in shards]
+    return shards
+
+
+def _write_sparse(file: Path, shapes: dict[str, tuple[int, ...]]) -> None:
+    """A safetensors file of bf16 zeros: its header, and a hole for the values."""
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, shape in shapes.items():
+        first, end = end, end + 2 * _numel(shape)
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [first, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        out.truncate(8 + len(text) + end)
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel()

@@ -1,4 +1,7 @@
-"""The model at its real size, on tensors that have sizes and a device but no data."""
+"""The model at its real size: its files as zeros that take no disk, its forward on tensors that have no data."""
+
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,7 +10,37 @@ from benchmarks.gpu import config_of
 from benchmarks.memory import KEPT_BAR, batch_of, kept_bytes, lora_model, meta_has_no_autocast
 from benchmarks.roofline import Roofline
 from benchmarks.syncs import dispatched
-from higgs_ds.forward import training_forward
+from higgs_ds.config import PROJECT_ROOT, parse_args
+from higgs_ds.ds_config import read_deepspeed_config, resolve
+from higgs_ds.forward import HiggsAudioForTraining, training_forward
+from higgs_ds.model import attach_lora, layer_sizes, open_base
+from higgs_ds.padding_free import check_supported
+from higgs_ds.tiny import write_zeros
+
+
+def test_the_real_files_pass_every_door(tmp_path):
+    """Names, shapes, bytes and config are Boson's, the files sparse; all that is asked before loading, and LoRA."""
+    assert write_zeros(tmp_path) == 5_771_283_456
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert len(files) == 3 and sum(file.stat().st_size for file in files) > 11_542_566_912
+    assert sum(file.stat().st_blocks * 512 for file in files) < 1e6
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert len(index["weight_map"]) == 397 and index["metadata"]["total_size"] == 11_542_566_912
+
+    base = open_base(str(tmp_path))
+    assert base.config.audio_adapter_type == "dual_ffn_fast_forward" and not base.notes
+    assert base.tokenizer.convert_tokens_to_ids("<|AUDIO_OUT|>") == base.config.audio_out_token_idx == 128016
+    check_supported(base.config)
+    options = parse_args(["--train_manifest", "x", "--output_dir", "x", "--base_ckpt", str(tmp_path)])
+    for file in sorted(Path(PROJECT_ROOT, "ds_configs").glob("*.json")):
+        resolve(read_deepspeed_config(str(file)), options, world_size=8, on_cpu=False, layer=layer_sizes(base.config))
+    with torch.device("meta"):
+        model = HiggsAudioForTraining._from_config(base.config, torch_dtype=torch.bfloat16)
+    model.requires_grad_(False)
+    targets = options.lora_target_modules
+    lora = attach_lora(model, rank=16, alpha=32.0, dropout=0.05, target_modules=targets, seed=0, base_name="zeros")
+    trained = [p for p in lora.parameters() if p.requires_grad]
+    assert len(trained) == 560 and sum(p.numel() for p in trained) == 39_452_672
 
 
 def test_5_8_billion_parameters_forward_and_backward_ask_the_host_for_nothing():

@@ -40,7 +40,7 @@ BATCHES = {
 def base_dir(tmp_path_factory):
     """Two query heads on one key head."""
     folder = tmp_path_factory.mktemp("grouped")
-    write_tiny(folder, seed=3, hidden_size=128, num_layers=2)
+    write_tiny(folder, seed=0, hidden_size=128, num_layers=2)
     return folder
 
 
@@ -256,8 +256,8 @@ def test_a_trained_head_needs_the_reference_loss(head, base_dir, config, tokeniz
     ("change", "found"),
     [
         ({"audio_adapter_type": "stack"}, "audio_adapter_type 'stack'"),
-        ({"audio_adapter_type": "dual_ffn_fast_forward"}, "dual_ffn_fast_forward"),
         ({"audio_dual_ffn_layers": [0]}, "only some of its 2 layers"),
+        ({"audio_adapter_type": "dual_ffn", "audio_dual_ffn_layers": [1]}, "only some of its 2 layers"),
         ({"use_audio_out_self_attention": True}, "use_audio_out_self_attention"),
         ({"use_audio_out_embed_projector": True}, "use_audio_out_embed_projector"),
         ({"audio_decoder_proj_num_layers": 1}, "audio_decoder_proj_num_layers"),
@@ -271,7 +271,13 @@ def test_other_architectures_are_refused(change, found, config):
     with pytest.raises(ConfigError, match="--forward_impl upstream") as caught:
         check_supported(other)
     assert found in str(caught.value)
-    check_supported(config)
+
+
+@pytest.mark.parametrize("name", ["dual_ffn", "dual_ffn_fast_forward"])
+def test_a_dual_ffn_in_every_layer_is_what_counts_not_the_adapters_name(name, config):
+    named = copy.deepcopy(config)
+    named.audio_adapter_type = name
+    check_supported(named)
 
 
 def broken(batch, **changes):

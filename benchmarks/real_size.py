@@ -1,0 +1,160 @@
+"""A rehearsal at the real size, on a CPU: 5.8 B parameters through the same doors as a user's, one optimizer step.
+
+The base checkpoint has Boson's names, shapes and config; its weights are zeros in sparse files, 11.5 GB that take no
+disk. `train_ds.py` runs on it in bf16 as for anybody: header check, tokenizer, codec, LoRA, guard, engine, adapter.
+With all weights zero both heads must answer with the logarithm of their number of classes: ln 128,256 for the text,
+ln 1,026 in every codebook. Takes about a minute and 18 GB of memory a stage.
+
+usage: python benchmarks/real_size.py [--stages 2 3] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+SPEECH = ROOT / "examples" / "speech"
+ROWS = 4
+MEMORY_BAR_GB = 20.0
+TEXT_LOSS, AUDIO_LOSS = math.log(128_256), math.log(1026)
+LORA_TENSORS, LORA_VALUES = 560, 39_452_672
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stages", type=int, nargs="+", default=[2, 3], choices=range(4))
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    from benchmarks.report import report
+
+    free = available_gb()
+    if free < MEMORY_BAR_GB:
+        sys.exit(f"{free:.1f} GB of memory are free, a stage may take {MEMORY_BAR_GB:g}: end something else first")
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        prepare(work)
+        rows = [rehearse(work, stage) for stage in args.stages]
+    worst = max(row["peak memory, GB"] for row in rows)
+    exact = all(row["losses as expected"] for row in rows)
+    report(
+        "one optimizer step of train_ds.py on 5.771 B parameters of zeros, bf16, one rank",
+        rows,
+        figure={"peak memory, GB": worst, "largest distance of a loss": max(row["off by"] for row in rows)},
+        bar={"peak memory, GB": MEMORY_BAR_GB, "largest distance of a loss": 1e-3},
+        holds=exact and worst < MEMORY_BAR_GB,
+        json_file=args.json,
+    )
+    sys.exit(not (exact and worst < MEMORY_BAR_GB))
+
+
+def prepare(work: Path) -> None:
+    """The checkpoint of zeros, a manifest of the shortest shipped clips, the sample codec fitted on them."""
+    from higgs_ds.audio import duration_sec, read_audio
+    from higgs_ds.manifest import read_manifest
+    from higgs_ds.sample_codec import SampleCodec
+    from higgs_ds.tiny import write_zeros
+
+    write_zeros(work / "base")
+    rows, _ = read_manifest(SPEECH / "manifest.jsonl")
+    texts = [json.loads(line)["text"] for line in (SPEECH / "manifest.jsonl").read_text().splitlines()]
+    clips = [row.audio_refs[-1][1] for row in rows]
+    shortest = sorted(range(len(rows)), key=lambda i: duration_sec(clips[i]))[:ROWS]
+    lines = [json.dumps({"audio": str(clips[i].path), "text": texts[i]}) for i in shortest]
+    (work / "train.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    SampleCodec.fit([read_audio(clip) for clip in clips]).save(work / "codec")
+
+
+def rehearse(work: Path, stage: int) -> dict:
+    """One run of `train_ds.py`, watched from outside; what it took and what its losses were."""
+    out = work / f"zero{stage}"
+    words = {
+        "train_manifest": work / "train.jsonl",
+        "base_ckpt": work / "base",
+        "codec": work / "codec",
+        "codes_cache": work / "codes",
+        "output_dir": out,
+        "deepspeed_config": ROOT / f"ds_configs/zero{stage}.json",
+        "dtype": "bf16",
+        "batch_size": ROWS,
+        "max_steps": 1,
+        "num_workers": 0,
+        "wandb_mode": "disabled",
+    }
+    flags = [str(word) for name, value in words.items() for word in (f"--{name}", value)]
+    env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(os.cpu_count())}
+    started = time.perf_counter()
+    process = subprocess.Popen([sys.executable, str(ROOT / "train_ds.py"), *flags], env=env)
+    peak = Peak(process.pid)
+    if process.wait() != 0:
+        sys.exit(f"train_ds.py under ZeRO-{stage} ended with code {process.returncode}")
+    seconds, peak_gb = time.perf_counter() - started, peak.stop()
+    metrics = json.loads((out / "metrics.jsonl").read_text().splitlines()[0])
+    books = [metrics[f"train/codebook_loss/{k}"] for k in range(8)]
+    off = max(abs(metrics["train/text_loss"] - TEXT_LOSS), *(abs(loss - AUDIO_LOSS) for loss in books))
+    tensors, values = adapter_size(out / "adapter")
+    return {
+        "stage": f"ZeRO-{stage}",
+        "seconds": seconds,
+        "peak memory, GB": peak_gb,
+        "text loss": f"{metrics['train/text_loss']:.3f}",
+        "audio loss": f"{metrics['train/audio_loss']:.3f}",
+        "off by": off,
+        "LoRA tensors": tensors,
+        "trained values": f"{values:,}",
+        "losses as expected": off < 1e-3 and (tensors, values) == (LORA_TENSORS, LORA_VALUES),
+    }
+
+
+def adapter_size(folder: Path) -> tuple[int, int]:
+    """Tensors and values of the adapter that a run left."""
+    from safetensors import safe_open
+
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as tensors:
+        shapes = [tensors.get_slice(key).get_shape() for key in tensors.keys()]  # noqa: SIM118 - no mapping
+    return len(shapes), sum(math.prod(shape) for shape in shapes)
+
+
+class Peak:
+    """The most memory that a process has held: its own, and its share of the files that it has mapped."""
+
+    def __init__(self, pid: int):
+        self._file = Path(f"/proc/{pid}/smaps_rollup")
+        self._most, self._done = 0, threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def _watch(self) -> None:
+        while not self._done.wait(0.25):
+            try:
+                lines = self._file.read_text().splitlines()
+            except OSError:
+                return
+            self._most = max(self._most, *(int(line.split()[1]) for line in lines if line.startswith("Pss:")), 0)
+
+    def stop(self) -> float:
+        """GB, decimal."""
+        self._done.set()
+        self._thread.join()
+        return self._most * 1024 / 1e9
+
+
+def available_gb() -> float:
+    """Memory that could be had now, GB, decimal."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")) * 1024 / 1e9
+
+
+if __name__ == "__main__":
+    main()

@@ -1,10 +1,12 @@
 """What a token costs, held against counted operations; what share of a card's peak that is."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
-from benchmarks.gpu import config_of
+from benchmarks.gpu import CASES, config_of, needs
 from benchmarks.memory import batch_of, operations
 from higgs_ds.config import DEFAULT_LORA_TARGETS, parse_args
 from higgs_ds.flops import (
@@ -82,3 +84,18 @@ def test_the_share_of_the_peak(real, monkeypatch):
     of_eight = utilisation(flags, config, **on)
     assert of_eight.peak_flops == 8 * 989e12 and of_eight.flop_per_token == cost(config, row_tokens=200.0)
     assert utilisation(flags, config, **{**on, "tokens": None}) is None
+
+
+def test_the_benchmark_says_first_what_it_needs():
+    def said(gigabytes, world_size):
+        card = SimpleNamespace(name="NVIDIA A100-SXM4-40GB", total_memory=gigabytes * 1e9)
+        return needs(list(CASES), 8192, world_size, card).splitlines()
+
+    lines = said(40, 1)
+    assert "driver 580" in lines[0] and "disk: nothing" in lines[1] and "time: " in lines[2]
+    by_case = dict(line.strip().split(": ", 1) for line in lines[4:])
+    assert by_case.keys() == CASES.keys()
+    assert by_case["zero2"] == "39 GB for 8,192 tokens"
+    assert by_case["zero2, twice the tokens"].startswith("64 GB for 16,384 tokens, which this card does not have")
+    assert "29 GB" in dict(line.strip().split(": ", 1) for line in said(40, 8)[4:])["zero3"]
+    assert "no GPU" in needs(["zero2"], 512, 2, None)

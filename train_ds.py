@@ -27,8 +27,8 @@ EXIT_OK, EXIT_CHECK_FAILED, EXIT_CONFIG, EXIT_BAD_LOSS, EXIT_STOPPED = 0, 1, 2, 
 def main(argv: list[str], *, check_only: bool = False) -> int:
     """Trains; with `check_only` runs one optimizer step for its checklist and leaves no run behind.
 
-    Returns the exit code: 0 done, 1 a failed checklist, 2 wrong flags or data, 3 a loss that is not real, 75 asked to
-    stop, saved.
+    Returns the exit code: 0 done, 1 a failed checklist, 2 wrong flags or data or a run that does not fit on its GPUs,
+    3 a loss that is not real, 75 asked to stop, saved.
     """
     try:
         # 1. Parse: every wrong flag and YAML key, before torch is imported.
@@ -217,7 +217,8 @@ def train(config: TrainConfig, ds_raw: dict, ranks: Ranks, watch: Watch, *, chec
         say(note)
     if rehearsed:
         watch.at(first_step - 1, "rehearsing the dearest micro-batch")
-        rows = plan.dearest(train_rows.tokens, first_step, total_steps, padded=not padding_free)
+        last_step = plan.total_steps(config.epochs, config.max_steps)  # also where only one step is checked
+        rows = plan.dearest(train_rows.tokens, first_step, max(first_step, last_step), padded=not padding_free)
         batch = MicroBatches(train_rows, tokenizer, cache, collator)[MicroBatch(rows)]
         advice = rehearsal.Advice(config.batch_size, config.max_tokens_per_batch, config.checkpoint_every, engine.stage)
         took = rehearsal.rehearse(engine, ranks, guard, batch, advice)

@@ -69,7 +69,10 @@ def rehearse(engine: Engine, ranks: Ranks, guard: Guard, batch: Batch, advice: A
     Raises:
         DoesNotFitError: on the ranks that ran out of memory, which the `Watch` around it must tell the others.
     """
-    if any(ranks.sum([len(guard.check_batch(batch, 0, 0))])):
+    seen = guard.failed.copy()
+    refused = any(ranks.sum([len(guard.check_batch(batch, 0, 0))]))
+    guard.failed = seen  # it will be counted where it is trained on
+    if refused:
         return None
     rng = rng_state(ranks.device)
     engine.train()

@@ -1,6 +1,7 @@
 """The dearest micro-batch before the first step: which it is, that nothing of it is kept, and what is said."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -29,7 +30,7 @@ def losses(folder) -> list[dict]:
     [
         (0, {"dtype": "fp32"}),
         (2, {"dtype": "bf16", "grad_accum": 2}),
-        (3, {"dtype": "bf16", "batch_size": 1, "max_tokens_per_batch": 700}),
+        (3, {"dtype": "bf16", "batch_size": 1, "max_tokens_per_batch": 700, "save_every": 3}),
     ],
 )
 def test_a_rehearsed_run_is_the_run_without_to_the_bit(stage, changes, forks, flags_of, tmp_path):
@@ -43,6 +44,12 @@ def test_a_rehearsed_run_is_the_run_without_to_the_bit(stage, changes, forks, fl
     assert losses(tmp_path / "rehearsed") == losses(tmp_path / "plain")
     ours, wanted = (load_file(tmp_path / run / "adapter/adapter_model.safetensors") for run in ("rehearsed", "plain"))
     assert all(torch.equal(ours[key], wanted[key]) for key in wanted)
+    if "save_every" in changes:  # and gone on with from the third step, rehearsed again
+        shutil.rmtree(tmp_path / "rehearsed/checkpoints/step-000004")
+        results = forks.run([*flags_of(tmp_path / "rehearsed", **common), "--resume", "auto"], 2, patches=GPU)
+        assert_all(results)
+        assert "resuming after step 3" in results[0].output and "rehearsed the dearest" in results[0].output
+        assert losses(tmp_path / "rehearsed") == losses(tmp_path / "plain")
     # On a known card the share of its peak is logged; on a CPU there is none.
     metrics = [
         json.loads((tmp_path / run / "metrics.jsonl").read_text().splitlines()[0]) for run in ("rehearsed", "plain")

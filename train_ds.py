@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from higgs_ds.allocator import grow_segments
 from higgs_ds.config import ConfigError, TrainConfig, parse_args
 from higgs_ds.ds_config import read_deepspeed_config, resolve
 from higgs_ds.process import end_process
@@ -26,13 +27,14 @@ EXIT_OK, EXIT_CHECK_FAILED, EXIT_CONFIG, EXIT_BAD_LOSS, EXIT_STOPPED = 0, 1, 2, 
 def main(argv: list[str], *, check_only: bool = False) -> int:
     """Trains; with `check_only` runs one optimizer step for its checklist and leaves no run behind.
 
-    Returns the exit code: 0 done, 1 a failed checklist, 2 wrong flags or data, 3 a loss that is not real, 75 asked to
-    stop, saved.
+    Returns the exit code: 0 done, 1 a failed checklist, 2 wrong flags or data or a run that does not fit on its GPUs,
+    3 a loss that is not real, 75 asked to stop, saved.
     """
     try:
         # 1. Parse: every wrong flag and YAML key, before torch is imported.
         config = parse_args(argv)
         ds_raw = read_deepspeed_config(config.deepspeed_config)
+        grow_segments()
         return run(config, ds_raw, check_only=check_only)
     except ConfigError as error:
         if os.environ.get("RANK", "0") == "0":
@@ -64,7 +66,7 @@ def run(config: TrainConfig, ds_raw: dict, *, check_only: bool) -> int:
 
 def train(config: TrainConfig, ds_raw: dict, ranks: Ranks, watch: Watch, *, check_only: bool) -> int:
     """Stages 3 to 6."""
-    from higgs_ds import checkpoint, model, run_dir
+    from higgs_ds import checkpoint, flops, micro_batches, model, rehearsal, run_dir
     from higgs_ds.codec import load_codec
     from higgs_ds.codes import CodeCache
     from higgs_ds.collate import Collator
@@ -98,6 +100,12 @@ def train(config: TrainConfig, ds_raw: dict, ranks: Ranks, watch: Watch, *, chec
         config.codebook_weights,
         model_config.audio_num_codebooks,
     )
+    config.batch_size, config.max_tokens_per_batch = micro_batches.settle_micro_batches(
+        config.batch_size,
+        config.max_tokens_per_batch,
+        device_type=ranks.device.type,
+        resumed=resumed.position.config if resumed else None,
+    )
     if resumed:
         config.grad_accum = ranks.each(lambda: checkpoint.keep_global_batch(resumed, config, ranks.world_size))
     ds_config = resolve(
@@ -113,6 +121,7 @@ def train(config: TrainConfig, ds_raw: dict, ranks: Ranks, watch: Watch, *, chec
     codec = ranks.each(lambda: load_codec(config.codec, config.codec_revision, device=str(ranks.device)))
     cache = CodeCache(config.codes_cache or output_dir / "codes_cache", codec)
     collator = Collator.of(model_config, with_layout=padding_free)
+    rehearsed = rehearsal.is_wanted(ranks.device)
     watch.at(0, "reading manifests, encoding clips")
     read = partial(
         load_rows,
@@ -124,7 +133,7 @@ def train(config: TrainConfig, ds_raw: dict, ranks: Ranks, watch: Watch, *, chec
         ranks=ranks,
         warn=say,
         moved=watch.moved,
-        lengths=LengthIndex(cache, tokenizer, collator) if config.max_tokens_per_batch else None,
+        lengths=LengthIndex(cache, tokenizer, collator) if config.max_tokens_per_batch or rehearsed else None,
         max_tokens=config.max_tokens_per_batch,
     )
     train_rows, val_rows = read([m for m in (config.train_manifest, config.val_manifest) if m])
@@ -196,6 +205,24 @@ def train(config: TrainConfig, ds_raw: dict, ranks: Ranks, watch: Watch, *, chec
         engine.load_state(resumed.state, any_batch.model_inputs(ranks.device))
         checkpoint.restore_rng(resumed.rng, ranks, config.seed + resumed.position.step)
     say(plan.describe(total_steps), engine.describe(config.dtype), sep="\n")
+    note = micro_batches.launch_bound_note(
+        plan.mean_tokens(train_rows.tokens),
+        device_type=ranks.device.type,
+        batch_size=config.batch_size,
+        max_tokens=config.max_tokens_per_batch,
+        grad_accum=config.grad_accum,
+    )
+    if note:
+        say(note)
+    if rehearsed:
+        watch.at(first_step - 1, "rehearsing the dearest micro-batch")
+        last_step = plan.total_steps(config.epochs, config.max_steps)  # also where only one step is checked
+        rows = plan.dearest(train_rows.tokens, first_step, max(first_step, last_step), padded=not padding_free)
+        batch = MicroBatches(train_rows, tokenizer, cache, collator)[MicroBatch(rows)]
+        advice = rehearsal.Advice(config.batch_size, config.max_tokens_per_batch, config.checkpoint_every, engine.stage)
+        took = rehearsal.rehearse(engine, ranks, guard, batch, advice)
+        if took:
+            say(took)
 
     # 5. Train, under the guard.
     def opened():
@@ -264,6 +291,13 @@ def train(config: TrainConfig, ds_raw: dict, ranks: Ranks, watch: Watch, *, chec
                 stop_requested=stop.requested,
                 at=watch.at,
                 dropped_steps=resumed.position.dropped_steps if resumed else 0,
+                utilisation=flops.utilisation(
+                    config,
+                    model_config,
+                    tokens=train_rows.tokens,
+                    device=ranks.device,
+                    world_size=ranks.world_size,
+                ),
             )
             finished = trainer.train(batches(train_rows, plan.windows(ranks.rank, first_step, total_steps)))
             watch.at(total_steps, "writing the last checkpoint")

@@ -1,47 +1,72 @@
-"""The real model on one GPU: 5.771 B parameters with random weights, bf16, LoRA rank 16 on all projections.
+"""The real model on GPUs: 5.771 B parameters with random weights, bf16, LoRA rank 16 on all projections.
 
-Learned tokens a second (here: real tokens of the rows that are trained on, text and audio, as the arithmetic of peak
-FLOP counts them), share of the GPU's peak, peak memory, what ZeRO-3 costs over ZeRO-2, what activation checkpointing
-costs and saves. Where there is no GPU the same runs on the CPU at a small size, and says so.
+Tokens a second (real tokens of the rows that are trained on, text and audio alike), share of the card's peak, peak
+memory, what ZeRO-3 costs over ZeRO-2, what activation checkpointing costs and saves, and what a micro-batch of twice
+the tokens gains. On one GPU, or on all ranks of torchrun, with real collectives. Where there is no GPU the same runs
+on the CPU at a small size, and says so.
 
-usage: python benchmarks/gpu.py [--tokens 8192] [--steps 8] [--cases zero2,zero3,…] [--json FILE]
+usage: python benchmarks/gpu.py [--tokens 8192] [--steps 8] [--cases "zero2;zero3;…"] [--json FILE]
+       torchrun --nproc_per_node 8 benchmarks/gpu.py …
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import os
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
-BAR = 37_000
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16
-# name: (ZeRO stage, activation checkpointing every N-th layer, forward; "compiled" is padding_free by torch.compile)
+from higgs_ds.allocator import grow_segments  # noqa: E402
+
+grow_segments()
+
+BAR = 37_000  # tokens a second and H100
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is run; "compiled" is the padding_free forward by torch.compile."""
+
+    stage: int
+    checkpoint_every: int = 0
+    forward: str = "padding_free"
+    times: int = 1  # of --tokens in a micro-batch
+
+
 CASES = {
-    "zero2": (2, 0, "padding_free"),
-    "zero2, compiled": (2, 0, "compiled"),
-    "zero2, every 2nd layer checkpointed": (2, 2, "padding_free"),
-    "zero2, all layers checkpointed": (2, 1, "padding_free"),
-    "zero3": (3, 0, "padding_free"),
-    "zero3, all layers checkpointed": (3, 1, "padding_free"),
-    "zero2, upstream's forward": (2, 0, "upstream"),
+    "zero2": Case(2),
+    "zero2, twice the tokens": Case(2, times=2),
+    "zero2, compiled": Case(2, forward="compiled"),
+    "zero2, every 2nd layer checkpointed": Case(2, 2),
+    "zero2, all layers checkpointed": Case(2, 1),
+    "zero3": Case(3),
+    "zero3, all layers checkpointed": Case(3, 1),
+    "zero2, upstream's forward": Case(2, forward="upstream"),
 }
-DEFAULT_CASES = "zero2;zero2, compiled;zero2, all layers checkpointed;zero3"
+DEFAULT_CASES = "zero2;zero2, twice the tokens;zero2, compiled;zero2, all layers checkpointed;zero3"
+# Kept for the backward at the real size, MB a token by layers checkpointed: benchmarks/memory.py.
+KEPT_MB = {0: 2.73, 2: 1.45, 1: 0.18}
+WEIGHTS_GB = 11.5
+TOKENS_ON_GPU, TOKENS_ON_CPU = 8192, 512
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", type=int, help="a micro-batch (default: 8192 on a GPU, 512 on a CPU)")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--tokens", type=int, help=f"a micro-batch (default: {TOKENS_ON_GPU} on a GPU, {TOKENS_ON_CPU} on a CPU)"
+    )
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--cases", default=DEFAULT_CASES, help="names, or all; by ;")
     parser.add_argument("--json", type=Path)
@@ -55,46 +80,123 @@ def main() -> None:
     import torch
 
     from benchmarks.report import device_name, report
+    from higgs_ds.flops import peak_flops
 
     on_gpu = torch.cuda.is_available()
     names = list(CASES) if args.cases == "all" else args.cases.split(";")
     unknown = [name for name in names if name not in CASES]
     if unknown:
         sys.exit(f"--cases: {unknown}; there are {list(CASES)}")
+    tokens = args.tokens or (TOKENS_ON_GPU if on_gpu else TOKENS_ON_CPU)
+    launch = Launch()
+    if launch.is_main:
+        card = torch.cuda.get_device_properties(0) if on_gpu else None
+        print(needs(names, tokens, launch.world_size, card), flush=True)
     rows = []
     with tempfile.TemporaryDirectory() as work:
-        for name in names:
-            out = Path(work) / f"{len(rows)}.json"
-            # A process each: what one case leaves on the GPU must not count for the next.
-            command = [
-                sys.executable,
-                str(Path(__file__)),
-                "--one",
-                name,
-                "--out",
-                str(out),
-                "--steps",
-                str(args.steps),
-            ]
-            done = subprocess.run(command + (["--tokens", str(args.tokens)] if args.tokens else []), cwd=ROOT)
-            rows.append(json.loads(out.read_text()) if done.returncode == 0 else {"case": name, "tokens/s": 0.0})
-    peak = next((flops for name, flops in PEAK_FLOPS.items() if name in device_name()), None)
+        for number, name in enumerate(names):
+            out = Path(work) / f"{number}.json"
+            words = ["--one", name, "--out", str(out), "--steps", str(args.steps), "--tokens", str(tokens)]
+            done = launch.run([sys.executable, str(Path(__file__)), *words])
+            if launch.is_main:
+                rows.append(json.loads(out.read_text()) if done else {"case": name, "tokens/s a GPU": 0.0})
+    if not launch.is_main:
+        return
+    peak = peak_flops(device_name(), "bf16")
     for row in rows:
-        if peak and row["tokens/s"]:
-            row["of peak"] = row["tokens/s"] * row["FLOP a token"] / peak
-    by_name = {row["case"]: row["tokens/s"] for row in rows}
-    figure = {"learned tokens/s": by_name.get("zero2", 0.0)}
+        if peak and row["tokens/s a GPU"]:
+            row["of peak"] = row["tokens/s a GPU"] * row["GFLOP a token"] * 1e9 / peak
+    by_name = {row["case"]: row["tokens/s a GPU"] for row in rows}
+    figure = {"tokens/s a GPU": by_name.get("zero2", 0.0)}
     if by_name.get("zero2") and by_name.get("zero3"):
         figure["ZeRO-3's cost over ZeRO-2"] = by_name["zero2"] / by_name["zero3"] - 1
+    if by_name.get("zero2") and by_name.get("zero2, twice the tokens"):
+        figure["twice the tokens, times as fast"] = by_name["zero2, twice the tokens"] / by_name["zero2"]
     report(
-        "one optimizer step on one device, LoRA rank 16 on all projections, bf16"
+        f"one optimizer step on {launch.world_size} {'GPU' if on_gpu else 'CPU rank'}"
+        f"{'s' * (launch.world_size > 1)}, LoRA rank 16 on all projections, bf16"
         + ("" if on_gpu else " (no GPU here: a small model on the CPU; the bar is for the real one)"),
         rows,
         figure=figure,
-        bar={"learned tokens/s": BAR},
-        holds=on_gpu and figure["learned tokens/s"] >= BAR,  # a small model on a CPU shows nothing of it
+        bar={"tokens/s a GPU": BAR},
+        holds=on_gpu and figure["tokens/s a GPU"] >= BAR,  # a small model on a CPU shows nothing of it
         json_file=args.json,
     )
+
+
+def needs(names: list[str], tokens: int, world_size: int, card) -> str:
+    """What the cases take, by arithmetic; `card` are torch's device properties, None for a CPU."""
+    import torch
+
+    if card is None:
+        return (
+            f"no GPU: a small model on the CPU, {world_size} rank{'s' * (world_size > 1)}, about half a minute and "
+            "1.5 GB a rank for each case. (torch for "
+            f"CUDA {torch.version.cuda} needs NVIDIA's driver 580 or newer, and sees no GPU with an older one.)"
+        )
+    has = card.total_memory / 1e9
+    lines = [
+        f"{world_size} × {card.name}, {has:.0f} GB each; NVIDIA's driver 580 or newer for CUDA {torch.version.cuda}",
+        "host: 8 GB of memory a rank; disk: nothing but what is installed; network: between the ranks alone",
+        "time: by estimate one to two minutes a case (weights are drawn at random on the GPU), minutes more compiled",
+        "memory of a GPU, by estimate:",
+    ]
+    for name in names:
+        case = CASES[name]
+        if case.forward == "upstream":
+            lines.append(f"  {name}: more than the others, by the logits of every position")
+            continue
+        # ZeRO-3 keeps a share of the weights, and two layers gathered.
+        weights = WEIGHTS_GB if case.stage < 3 else WEIGHTS_GB / world_size + 2 * WEIGHTS_GB / 28
+        kept = KEPT_MB[case.checkpoint_every] * case.times * tokens / 1e3
+        took = 1.1 * (weights + kept) + 2
+        fits = "" if took < has else f", which this card does not have: lower --tokens ({tokens})"
+        lines.append(f"  {name}: {took:.0f} GB for {case.times * tokens:,} tokens{fits}")
+    return "\n".join(lines)
+
+
+class Launch:
+    """Starts a case's process on every rank: what one case leaves on a GPU must not count for the next."""
+
+    def __init__(self):
+        self.rank, self.world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        if self.world_size > 1:
+            import torch.distributed as dist
+
+            dist.init_process_group("gloo", timeout=datetime.timedelta(hours=1))
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def run(self, command: list[str]) -> bool:
+        """Whether it ended well on every rank; where it fails on one, the others are ended."""
+        if self.world_size == 1:
+            return subprocess.run(command, cwd=ROOT).returncode == 0
+        # The cases' ranks meet at a store of their own: in torchrun's there are the keys of the case before.
+        port = self._gather(_free_port() if self.is_main else None)[0]
+        env = {**os.environ, "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "False"}
+        process = subprocess.Popen(command, cwd=ROOT, env=env)
+        while True:
+            codes = self._gather(process.poll())
+            if all(code is not None for code in codes):
+                return not any(codes)
+            if any(codes) and process.poll() is None:
+                process.kill()
+            time.sleep(0.5)
+
+    def _gather(self, value) -> list:
+        import torch.distributed as dist
+
+        values = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+
+def _free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("", 0))
+        return sock.getsockname()[1]
 
 
 def config_of(on_gpu: bool):
@@ -105,66 +207,86 @@ def config_of(on_gpu: bool):
     return base_config(sizes), byte_tokenizer(sizes.vocab_size)
 
 
+def engine_of(case: Case, config, ranks):
+    """The model with random weights on this rank's device, LoRA on it, under DeepSpeed; and its frozen parameters."""
+    import torch
+
+    from higgs_ds import model
+    from higgs_ds.config import DEFAULT_LORA_TARGETS, parse_args
+    from higgs_ds.ds_config import resolve
+    from higgs_ds.engine import Engine, loading
+    from higgs_ds.forward import HiggsAudioForTraining, training_forward
+
+    forward_impl = "padding_free" if case.forward == "compiled" else case.forward
+    flags = parse_args(["--train_manifest", "x", "--output_dir", "x", "--dtype", "bf16"])
+    raw = json.loads((ROOT / f"ds_configs/zero{case.stage}.json").read_text())
+    on_cpu, layer = ranks.device.type == "cpu", model.layer_sizes(config)
+    ds_config = resolve(raw, flags, world_size=ranks.world_size, on_cpu=on_cpu, layer=layer)
+    torch.manual_seed(0)
+    with loading(ds_config), ranks.device:
+        base = HiggsAudioForTraining._from_config(config, torch_dtype=torch.bfloat16)
+    base.requires_grad_(False)
+    targets = list(DEFAULT_LORA_TARGETS)
+    lora = model.attach_lora(base, rank=16, alpha=32, dropout=0.05, target_modules=targets, seed=0, base_name="random")
+    module = training_forward(
+        lora,
+        config,
+        forward_impl=forward_impl,
+        loss_impl="reference" if forward_impl == "upstream" else "fused",
+        checkpoint_every=case.checkpoint_every,
+    )
+    engine = Engine(module, ds_config, weight_decay=0.0, max_grad_norm=1.0)
+    return engine, sum(getattr(p, "ds_numel", p.numel()) for p in base.parameters() if not p.requires_grad)
+
+
+def batches_of(case: Case, config, tokenizer, ranks, most: int, steps: int):
+    """This rank's micro-batches, one a step, of up to `most` tokens; and the tokens of all rows, numpy [rows]."""
+    import numpy as np
+
+    from benchmarks.step import make_samples
+    from higgs_ds.collate import Collator
+    from higgs_ds.sampler import TokenPlan
+
+    samples = make_samples(max(64, steps * most // 100) * ranks.world_size, config, tokenizer, None)
+    count = Collator.of(config)
+    tokens = np.array([count([sample]).num_tokens for sample in samples])
+    plan = TokenPlan(tokens, max_tokens=max(most, int(tokens.max())), grad_accum=1, world_size=ranks.world_size, seed=0)
+    collator = Collator.of(config, with_layout=case.forward != "upstream")
+    windows = plan.windows(ranks.rank, 1, min(plan.steps_per_epoch - 1, steps + 2) or 1)
+    micro_batches = [micro for window in windows for micro in window.micro_batches]
+    return [collator([samples[i] for i in micro.rows], filler=micro.filler) for micro in micro_batches], tokens
+
+
 def run_one(args: argparse.Namespace) -> None:
     import torch
 
-    from benchmarks.step import Peak, learned_tokens, make_samples, wait_for
-    from higgs_ds import model
-    from higgs_ds.collate import Collator
-    from higgs_ds.config import DEFAULT_LORA_TARGETS, parse_args
-    from higgs_ds.ds_config import resolve
-    from higgs_ds.engine import Engine, leave_ranks, loading, start_ranks
-    from higgs_ds.forward import HiggsAudioForTraining, training_forward
+    from benchmarks.step import Peak, learned_tokens, wait_for
+    from higgs_ds.config import DEFAULT_LORA_TARGETS
+    from higgs_ds.engine import leave_ranks, start_ranks
+    from higgs_ds.flops import flop_per_token, mean_row_tokens, touched_parameters
     from higgs_ds.loss import LossWeights, loss_scales
     from higgs_ds.padding_free import DecoderLayer
     from higgs_ds.process import end_process
-    from higgs_ds.sampler import TokenPlan
 
-    stage, every, forward_impl = CASES[args.one]
-    if forward_impl == "compiled":
-        DecoderLayer.on_rows, forward_impl = torch.compile(DecoderLayer.on_rows, dynamic=True), "padding_free"
+    case = CASES[args.one]
+    if case.forward == "compiled":
+        DecoderLayer.on_rows = torch.compile(DecoderLayer.on_rows, dynamic=True)
     ranks = start_ranks()
     on_gpu = ranks.device.type == "cuda"
-    most = args.tokens or (8192 if on_gpu else 512)
     config, tokenizer = config_of(on_gpu)
-    flags = parse_args(["--train_manifest", "x", "--output_dir", "x", "--dtype", "bf16"])
-    raw = json.loads((ROOT / f"ds_configs/zero{stage}.json").read_text())
-    layer = model.layer_sizes(config)
-    ds_config = resolve(raw, flags, world_size=1, on_cpu=not on_gpu, layer=layer)
-    torch.manual_seed(0)
     with Peak(ranks.device) as whole:
-        with loading(ds_config), ranks.device:
-            base = HiggsAudioForTraining._from_config(config, torch_dtype=torch.bfloat16)
-        base.requires_grad_(False)
-        lora = model.attach_lora(
-            base,
-            rank=16,
-            alpha=32,
-            dropout=0.05,
-            target_modules=list(DEFAULT_LORA_TARGETS),
-            seed=0,
-            base_name="random",
-        )
-        loss_impl = "reference" if forward_impl == "upstream" else "fused"
-        module = training_forward(lora, config, forward_impl=forward_impl, loss_impl=loss_impl, checkpoint_every=every)
-        engine = Engine(module, ds_config, weight_decay=0.0, max_grad_norm=1.0)
-        parameters = sum(getattr(p, "ds_numel", p.numel()) for p in base.parameters() if not p.requires_grad)
-
-        collator = Collator.of(config, with_layout=forward_impl != "upstream")
-        samples = make_samples(max(64, args.steps * most // 100), config, tokenizer, None)
-        tokens = torch.tensor([collator([sample]).num_tokens for sample in samples]).numpy()
-        plan = TokenPlan(tokens, max_tokens=max(most, int(tokens.max())), grad_accum=1, world_size=1, seed=0)
-        batches = []
-        for window in plan.windows(0, 1, min(plan.steps_per_epoch - 1, args.steps + 2) or 1):
-            batches += [collator([samples[i] for i in micro.rows]) for micro in window.micro_batches]
+        engine, parameters = engine_of(case, config, ranks)
+        batches, lengths = batches_of(case, config, tokenizer, ranks, case.times * args.tokens, args.steps)
         if on_gpu:
             batches = [batch.pin_memory() for batch in batches]
         weights = LossWeights.of(1.0, 1.0, None, config.audio_num_codebooks)
         engine.train()
         seconds, real, learned = [], [], []
         for number, batch in enumerate(batches):
+            ranks.barrier()
             started = time.perf_counter()
-            text_scale, scales = loss_scales(weights, batch.text_count, batch.codebook_counts, 1)
+            text, *books = ranks.sum([batch.text_count, *batch.codebook_counts])
+            text_scale, scales = loss_scales(weights, text, books, ranks.world_size)
             inputs = batch.model_inputs(ranks.device)
             loss, stats, _ = engine.forward(inputs, text_scale, torch.tensor(scales, device=ranks.device))
             engine.backward(loss)
@@ -173,29 +295,34 @@ def run_one(args: argparse.Namespace) -> None:
             wait_for(ranks.device)
             if number >= 2:  # the first ones choose kernels and draw up memory
                 seconds.append(time.perf_counter() - started)
-                real.append(batch.num_tokens)
-                learned.append(learned_tokens(batch))
-    rates = [tokens / took for tokens, took in zip(real, seconds, strict=True)]
-    used = (
-        parameters - config.text_config.vocab_size * config.text_config.hidden_size
-    )  # the embedding multiplies nothing
-    ffn = sum(
-        p.ds_numel if hasattr(p, "ds_numel") else p.numel() for n, p in base.named_parameters() if ".audio_mlp." in n
+                real.append(0 if batch.filler else batch.num_tokens)
+                learned.append(0 if batch.filler else learned_tokens(batch))
+    slowest = [max(step) for step in zip(*ranks.table(seconds), strict=True)]
+    real, learned = ranks.sum(real), ranks.sum(learned)
+    memory = max(row[0] for row in ranks.table([whole.added]))
+    rates = [tokens / took / ranks.world_size for tokens, took in zip(real, slowest, strict=True)]
+    cost = flop_per_token(
+        config,
+        lora_rank=16,
+        lora_targets=list(DEFAULT_LORA_TARGETS),
+        checkpoint_every=case.checkpoint_every,
+        row_tokens=mean_row_tokens(lengths),
     )
-    head = config.text_config.vocab_size * config.text_config.hidden_size
-    touched = used - ffn - head  # a token goes through one of both networks, and few through the text head
     row = {
         "case": args.one,
         "parameters": f"{parameters / 1e9:.3f} B",
-        "tokens a batch": round(statistics.mean(real)),
-        "steps": len(seconds),
-        "seconds a step": statistics.median(seconds),
-        "tokens/s": statistics.median(rates),
-        "with a label/s": statistics.median(rates) * sum(learned) / sum(real),
-        "FLOP a token": 4.0 * touched,
-        "peak memory, GB": whole.added,
+        "touched by a token": f"{touched_parameters(config) / 1e9:.3f} B",
+        "tokens a batch": round(statistics.mean(real) / ranks.world_size),
+        "steps": len(slowest),
+        "seconds a step": statistics.median(slowest),
+        "tokens/s a GPU": statistics.median(rates),
+        "tokens/s": statistics.median(rates) * ranks.world_size,
+        "with a label/s": statistics.median(rates) * ranks.world_size * sum(learned) / sum(real),
+        "GFLOP a token": cost / 1e9,
+        "peak memory, GB": memory,
     }
-    args.out.write_text(json.dumps(row))
+    if ranks.is_main:
+        args.out.write_text(json.dumps(row))
     end_process(leave_ranks(0))
 
 

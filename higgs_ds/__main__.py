@@ -2,7 +2,11 @@
 
 import sys
 
-from .cli import main
-from .process import end_process
+from .allocator import grow_segments
+
+grow_segments()
+
+from .cli import main  # noqa: E402 - torch comes with it
+from .process import end_process  # noqa: E402
 
 end_process(main(sys.argv[1:]))

@@ -103,11 +103,13 @@ class TrainConfig:
         "decoder layers whose activations are recomputed in the backward: none, full, or N for every N-th",
     )
 
-    batch_size: int = _option(1, "optimisation", "rows a rank and micro-batch", least=1)
+    # None: not given. Which of the two holds then is settled once the device is known: see `micro_batches`.
+    batch_size: int | None = _option(None, "optimisation", "rows a rank and micro-batch (default on a CPU: 1)", least=1)
     max_tokens_per_batch: int | None = _option(
         None,
         "optimisation",
-        "micro-batches of at most so many tokens, of rows of similar length, instead of --batch_size rows",
+        "micro-batches of at most so many tokens, of rows of similar length, instead of --batch_size rows "
+        "(default on a GPU, where --batch_size is not given: 16384)",
         least=1,
     )
     grad_accum: int = _option(1, "optimisation", "micro-batches an optimizer step", least=1)
@@ -352,7 +354,7 @@ def _cross_checks(config: TrainConfig) -> list[str]:
         elif sum(config.codebook_weights) <= 0:
             problems.append(f"--codebook_weights: {config.codebook_weights} sum to 0; give at least one above 0")
     problems += _forward_checks(config)
-    if config.max_tokens_per_batch is not None and config.batch_size != 1:
+    if config.max_tokens_per_batch is not None and config.batch_size not in (None, 1):
         problems.append("--batch_size, --max_tokens_per_batch: one counts rows, the other tokens; leave one out")
     if config.base_revision is None and config.base_ckpt in BASE_NAMES:
         config.base_revision = DEFAULT_BASE_REVISION

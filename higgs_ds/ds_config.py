@@ -160,14 +160,15 @@ def resolve(raw: dict, config: TrainConfig, *, world_size: int, on_cpu: bool, la
         problems.append(f"{name}: zero_optimization.stage is {stage!r}, expected 0, 1, 2 or 3")
         stage = 0
 
-    batch = config.batch_size * config.grad_accum * world_size
-    settle(out, "train_micro_batch_size_per_gpu", config.batch_size, "--batch_size")
+    rows = config.batch_size or 1
+    batch = rows * config.grad_accum * world_size
+    settle(out, "train_micro_batch_size_per_gpu", rows, "--batch_size")
     settle(out, "gradient_accumulation_steps", config.grad_accum, "--grad_accum")
     settle(
         out,
         "train_batch_size",
         batch,
-        f"--batch_size {config.batch_size} × --grad_accum {config.grad_accum} × {world_size} ranks",
+        f"--batch_size {rows} × --grad_accum {config.grad_accum} × {world_size} ranks",
     )
     settle(out, "gradient_clipping", config.max_grad_norm, "--max_grad_norm")
     for key, wanted in (("bf16", config.dtype == "bf16"), ("fp16", config.dtype == "fp16")):

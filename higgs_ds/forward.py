@@ -14,7 +14,7 @@ from .config import HEADS, ConfigError
 from .fused_head import FusedHead
 from .fused_layers import FusedRmsNorm, adopt
 from .layout import Layout
-from .loss import IGNORE, HeadSums, audio_targets, head_sums, scaled_loss, text_targets
+from .loss import IGNORE, audio_targets, head_sums, scaled_loss, text_targets
 from .padding_free import (
     DecoderLayer,
     Objective,
@@ -22,6 +22,7 @@ from .padding_free import (
     check_supported,
     padding_free_forward,
 )
+from .step_stats import MicroBatchStats
 
 FORWARD_KEYS = frozenset(inspect.signature(HiggsAudioModel.forward).parameters) - {"self"}
 
@@ -153,10 +154,6 @@ class ForwardReport:
     problems: list[tuple[str, str]] = field(default_factory=list)  # (check, what was found)
 
 
-# Order of the values in the vector that both training forwards return, one copy to the host an optimizer step.
-STAT_FIELDS = ("text_sum", "text_count", "text_saturation", "loss")
-
-
 def training_forward(
     model: nn.Module,
     config,
@@ -227,8 +224,7 @@ class TrainingForward(nn.Module):
         """One micro-batch.
 
         Returns:
-            the loss for backward ([], float32); the values of `STAT_FIELDS`, then sums and counts of the codebooks
-            ([4 + 2 × codebooks], float32, detached); the report.
+            the loss for backward ([], float32); the flat values of `MicroBatchStats` (float32, detached); the report.
         """
         report = ForwardReport()
         outputs = self.model(**inputs)
@@ -248,13 +244,13 @@ class TrainingForward(nn.Module):
         if report.problems:
             # The step will not be taken (guard); this keeps every collective of backward in step with other ranks.
             loss = sum(out.float().sum() * 0 for out in (outputs.logits, audio_logits) if out is not None)
-            return loss, loss.new_full((4 + 2 * self.num_codebooks,), float("nan")).detach(), report
+            return loss, MicroBatchStats.unknown(loss, self.num_codebooks), report
         targets = audio_targets(inputs["label_audio_ids"].view(self.num_codebooks, -1)) if frames else None
         if targets is None:
             targets = torch.full((0, self.num_codebooks), IGNORE, device=audio_logits.device)
         sums = head_sums(outputs.logits, audio_logits, text_targets(labels), targets)
         loss = scaled_loss(sums, text_scale, codebook_scales)
-        return loss, pack_stats(sums, loss), report
+        return loss, MicroBatchStats.on_device(sums, loss), report
 
     @staticmethod
     def _frames(inputs) -> int:
@@ -298,12 +294,6 @@ class TrainingForward(nn.Module):
             in_lengths=lengths("audio_in"),
             length=length,
         )
-
-
-def pack_stats(sums: HeadSums, loss: torch.Tensor) -> torch.Tensor:
-    """[4 + 2 × codebooks] float32, see `STAT_FIELDS`."""
-    head = torch.stack([sums.text_sum, sums.text_count.float(), sums.text_saturation, loss.float()])
-    return torch.cat([head, sums.codebook_sums, sums.codebook_counts.float()]).detach()
 
 
 class PaddingFreeForward(nn.Module):
@@ -361,5 +351,5 @@ class PaddingFreeForward(nn.Module):
         if report.problems:
             # As in `TrainingForward`: every rank runs the same backward, and the step will not be taken.
             loss = outputs.loss * 0
-            return loss, loss.new_full((4 + 2 * self.num_codebooks,), float("nan")).detach(), report
-        return outputs.loss, pack_stats(outputs.sums, outputs.loss), report
+            return loss, MicroBatchStats.unknown(loss, self.num_codebooks), report
+        return outputs.loss, MicroBatchStats.on_device(outputs.sums, outputs.loss), report

@@ -17,8 +17,9 @@ from safetensors.torch import save_file
 
 from .collate import Batch
 from .dataset import describe_bad_batch
-from .forward import STAT_FIELDS, ForwardReport
+from .forward import ForwardReport
 from .loss import IGNORE, LossWeights
+from .step_stats import MicroBatchStats
 
 EXIT_BAD_LOSS = 3
 # An exact cross-entropy of up to this many units of float32's resolution may come out as exactly 0.0.
@@ -149,9 +150,9 @@ class Guard:
         return self._failures(problems, batch, step, micro_batch)
 
     def check_result(
-        self, batch: Batch, report: ForwardReport, stats: list[float], step: int, micro_batch: int
+        self, batch: Batch, report: ForwardReport, stats: MicroBatchStats, step: int, micro_batch: int
     ) -> list[Failure]:
-        """What the forward gave; `stats` is `TrainingForward`'s vector, on the host."""
+        """What the forward gave."""
         problems = list(report.problems)
         if not problems:
             problems = self._result_problems(batch, stats)
@@ -162,10 +163,9 @@ class Guard:
         found = [("gradient", f"gradient norm {grad_norm} over all ranks, while every loss was finite")]
         return self._failures(found, batches[0], step, 0)
 
-    def _result_problems(self, batch: Batch, stats: list[float]) -> list[tuple[str, str]]:
-        text_sum, text_count, saturation, loss = stats[: len(STAT_FIELDS)]
-        sums = stats[len(STAT_FIELDS) : len(STAT_FIELDS) + self.num_codebooks]
-        counts = stats[len(STAT_FIELDS) + self.num_codebooks :]
+    def _result_problems(self, batch: Batch, stats: MicroBatchStats) -> list[tuple[str, str]]:
+        text_sum, text_count, saturation, loss = stats.text_sum, stats.text_count, stats.text_saturation, stats.loss
+        sums, counts = stats.codebook_sums, stats.codebook_counts
         problems: list[tuple[str, str]] = []
         expected = batch.codebook_counts or [0] * self.num_codebooks
         if text_count != batch.text_count:

@@ -4,93 +4,61 @@ from __future__ import annotations
 
 import resource
 import sys
-from dataclasses import dataclass, field
+import time
 
 import torch
 
-from .loss import LossWeights, mean_losses
+from .flops import Utilisation
+from .guard import CHECKS
+from .loss import LossWeights
+from .step_stats import RankStep, StepSums
 
 
-@dataclass
-class StepSums:
-    """One rank's share of an optimizer step; all of it adds up over micro-batches and ranks."""
+class StepClock:
+    """How long a step takes on this rank, so that one exchange before its update can carry it.
 
-    num_codebooks: int
-    text_sum: float = 0.0
-    text_count: float = 0.0
-    codebook_sums: list[float] = field(default_factory=list)
-    codebook_counts: list[float] = field(default_factory=list)
-    tokens: float = 0.0  # positions computed that are not padding
-    re_expanded: float = 0.0  # micro-batches whose labels had to be re-expanded
+    A step's time is that up to its own exchange, from the reading of its batches on, and that of the update of the
+    step before it: every second of the loop once, but for what is between steps (logging, validating, saving).
+    """
 
-    def __post_init__(self):
-        self.codebook_sums = self.codebook_sums or [0.0] * self.num_codebooks
-        self.codebook_counts = self.codebook_counts or [0.0] * self.num_codebooks
+    def __init__(self):
+        self._update_sec = 0.0
+        self.begin()
 
-    def add(self, stats: list[float], *, tokens: int, re_expanded: bool) -> None:
-        """Adds one micro-batch: `stats` as `TrainingForward` returns them."""
-        self.text_sum += stats[0]
-        self.text_count += stats[1]
-        books = stats[len(stats) - 2 * self.num_codebooks :]
-        for k in range(self.num_codebooks):
-            self.codebook_sums[k] += books[k]
-            self.codebook_counts[k] += books[self.num_codebooks + k]
-        self.tokens += tokens
-        self.re_expanded += re_expanded
+    def begin(self) -> None:
+        """The step's batches are being read."""
+        self._began = self._exchanged = time.perf_counter()
+        self.data_sec = 0.0
 
-    def values(self) -> list[float]:
-        """Flat, for one collective."""
-        return [
-            self.text_sum,
-            self.text_count,
-            self.tokens,
-            self.re_expanded,
-            *self.codebook_sums,
-            *self.codebook_counts,
-        ]
+    def batches_read(self) -> None:
+        """The step's batches are there."""
+        self.data_sec = time.perf_counter() - self._began
 
-    @classmethod
-    def of(cls, values: list[float], num_codebooks: int) -> StepSums:
-        """The inverse of `values`."""
-        return cls(
-            num_codebooks,
-            text_sum=values[0],
-            text_count=values[1],
-            tokens=values[2],
-            re_expanded=values[3],
-            codebook_sums=values[4 : 4 + num_codebooks],
-            codebook_counts=values[4 + num_codebooks : 4 + 2 * num_codebooks],
-        )
+    def step_sec(self) -> float:
+        """The step's seconds, at its exchange; what comes until `end` is its update."""
+        now = time.perf_counter()
+        took, self._update_sec = now - self._began + self._update_sec, 0.0
+        self._exchanged = now
+        return took
 
-    @classmethod
-    def total(cls, parts: list[StepSums]) -> StepSums:
-        """Over ranks."""
-        rows = [part.values() for part in parts]
-        return cls.of([sum(column) for column in zip(*rows, strict=True)], parts[0].num_codebooks)
-
-    def losses(self, weights: LossWeights) -> dict[str, float]:
-        """Mean losses over what is summed here."""
-        return mean_losses(weights, self.text_sum, self.text_count, self.codebook_sums, self.codebook_counts)
-
-    @property
-    def audio_frames(self) -> float:
-        """Audio frames that are learned: labels of the codebook that has most."""
-        return max(self.codebook_counts)
+    def end(self) -> None:
+        """The step is done."""
+        self._update_sec = time.perf_counter() - self._exchanged
 
 
 def step_metrics(
-    ranks: list[StepSums],
+    ranks: list[RankStep],
     weights: LossWeights,
     *,
     learning_rate: float,
     grad_norm: float,
     epoch: float,
-    step_sec: float,
-    data_sec: float,
-    peak_gib: float,
+    utilisation: Utilisation | None = None,
 ) -> dict[str, float]:
     """The metrics of one optimizer step. Times are the slowest rank's, seconds; memory is the fullest rank's, GiB."""
-    total = StepSums.total(ranks)
+    total = StepSums.total([rank.sums for rank in ranks])
+    step_sec = max(rank.step_sec for rank in ranks)
+    tokens_per_sec = total.tokens / step_sec
     metrics = {f"train/{name}": value for name, value in total.losses(weights).items()}
     metrics |= {
         "train/learning_rate": learning_rate,
@@ -99,16 +67,28 @@ def step_metrics(
         "train/text_tokens": total.text_count,
         "train/audio_frames": total.audio_frames,
         "train/re_expanded_labels": total.re_expanded,
-        "perf/tokens_per_sec": total.tokens / step_sec,
+        "perf/tokens_per_sec": tokens_per_sec,
         "perf/step_sec": step_sec,
-        "perf/data_sec": data_sec,
-        "memory/peak_gib": peak_gib,
+        "perf/data_sec": max(rank.data_sec for rank in ranks),
+        "memory/peak_gib": max(rank.peak_gib for rank in ranks),
+        "memory/reserved_gib": max(rank.reserved_gib for rank in ranks),
     }
+    if utilisation is not None:
+        metrics["perf/mfu"] = utilisation.mfu(tokens_per_sec)
     for rank, part in enumerate(ranks):
-        losses = part.losses(weights)
+        losses = part.sums.losses(weights)
         for name in ("loss", "text_loss", "audio_loss"):
             if name in losses:
                 metrics[f"rank/{rank}/{name}"] = losses[name]
+    return metrics
+
+
+def guard_metrics(ranks: list[RankStep]) -> dict[str, float]:
+    """What the guard has seen since the run began."""
+    metrics = {"guard/honest_zeros": sum(rank.honest_zeros for rank in ranks)}
+    for i, check in enumerate(CHECKS):
+        for rank, part in enumerate(ranks):
+            metrics[f"guard/{check}/rank_{rank}"] = part.failed[i]
     return metrics
 
 
@@ -118,3 +98,19 @@ def peak_memory_gib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**30
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return kilobytes / 2**20 if sys.platform != "darwin" else kilobytes / 2**30
+
+
+def reserved_memory_gib(device: torch.device) -> float:
+    """Most memory that torch's allocator has taken from the GPU so far; beside what tensors took, the rest is gaps.
+
+    Without a GPU there is no such thing, and this is `peak_memory_gib`.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device) / 2**30
+    return peak_memory_gib(device)
+
+
+def restart_peak_memory(device: torch.device) -> None:
+    """From here on "so far" begins anew, where it can: on a GPU."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)

@@ -37,6 +37,16 @@ class Packing:
     steps: int
     micro_batches_per_step: int
 
+    def dearest(self, *, padded: bool = False) -> tuple[int, ...]:
+        """Row numbers of a micro-batch than which none costs more in any epoch, but for what `BLUR` moves about.
+
+        `padded`: every row costs what the longest beside it does.
+        """
+        # Unshuffled, the first micro-batch of a cell holds the cell's longest rows.
+        place = int(np.argmax(micro_batch_costs(self.tokens[self.order], self.starts, padded=padded)))
+        stops = np.append(self.starts, len(self.order))
+        return tuple(self.order[stops[place] : stops[place + 1]].tolist())
+
     def epoch(self, random: np.random.RandomState) -> Epoch:
         """One epoch's shuffle, drawn from `random`."""
         count = len(self.order)
@@ -78,6 +88,13 @@ class Epoch:
         short = len(self.step_order) * self.micro_batches_per_step - len(self.sizes)
         by_step = np.append(self.sizes, np.zeros(short, np.int64)).reshape(-1, self.micro_batches_per_step).sum(1)
         return by_step[self.step_order].cumsum()
+
+
+def micro_batch_costs(tokens: np.ndarray, starts: np.ndarray, *, padded: bool = False) -> np.ndarray:
+    """int64 [micro-batches]: tokens that each computes, of rows in a line; `padded` to its longest row, each row."""
+    if padded:
+        return np.maximum.reduceat(tokens, starts) * np.diff(np.append(starts, len(tokens)))
+    return np.add.reduceat(tokens, starts)
 
 
 def pack(tokens: np.ndarray, *, max_tokens: int, micro_batches_per_step: int, round_to: int = 1) -> Packing:

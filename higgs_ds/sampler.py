@@ -10,7 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .packing import Epoch, pack
+from .packing import Epoch, micro_batch_costs, pack
+
+# Rows of which `Plan.dearest` draws the order: some seconds.
+ROWS_LOOKED_AT = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,29 @@ class Plan:
             f"run: {self.num_rows} rows = {self.steps_per_epoch} steps an epoch, {total_steps} steps "
             f"= {total_steps / self.steps_per_epoch:.2f} epochs"
         )
+
+    def mean_tokens(self, tokens: np.ndarray | None) -> float | None:
+        """Tokens of a micro-batch on average, from those of the rows; None where these were not counted."""
+        return None if tokens is None else float(tokens.sum()) / math.ceil(self.num_rows / self.batch_size)
+
+    def dearest(self, tokens: np.ndarray, first_step: int, last_step: int, *, padded: bool = False) -> tuple[int, ...]:
+        """Row numbers of the micro-batch that costs most, of steps `first_step`…`last_step`; see `packing`.
+
+        Of a very long run its beginning is looked at: as many epochs as hold `ROWS_LOOKED_AT` rows.
+        """
+        first_epoch, last_epoch = (first_step - 1) // self.steps_per_epoch, (last_step - 1) // self.steps_per_epoch
+        most, dearest = -1, ()
+        for epoch in range(first_epoch, min(last_epoch, first_epoch + ROWS_LOOKED_AT // self.num_rows) + 1):
+            first = max(0, first_step - 1 - epoch * self.steps_per_epoch) * self.rows_per_step
+            behind = min(self.steps_per_epoch, last_step - epoch * self.steps_per_epoch) * self.rows_per_step
+            rows = np.array(self.order(epoch)[first:behind])
+            starts = np.arange(0, len(rows), self.batch_size)
+            costs = micro_batch_costs(np.asarray(tokens, np.int64)[rows], starts, padded=padded)
+            place = int(costs.argmax())
+            if costs[place] > most:
+                start = int(starts[place])
+                most, dearest = int(costs[place]), tuple(rows[start : start + self.batch_size].tolist())
+        return dearest
 
     def _global_batch(self) -> str:
         return (
@@ -113,10 +139,17 @@ class TokenPlan(Plan):
         )
         self.steps_per_epoch = self._packing.steps
 
+    def mean_tokens(self, tokens: np.ndarray | None = None) -> float:
+        """Tokens of a micro-batch on average."""
+        return self._packing.tokens.sum() / len(self._packing.starts)
+
+    def dearest(self, tokens: np.ndarray, first_step: int, last_step: int, *, padded: bool = False) -> tuple[int, ...]:
+        """Row numbers of a micro-batch than which none of the plan costs more; see `Packing.dearest`."""
+        return self._packing.dearest(padded=padded)
+
     def _global_batch(self) -> str:
-        mean = self._packing.tokens.sum() / len(self._packing.starts)
         return (
-            f"up to {self.max_tokens} tokens (on average {mean:.0f}) × {self.grad_accum} accumulation × "
+            f"up to {self.max_tokens} tokens (on average {self.mean_tokens():.0f}) × {self.grad_accum} accumulation × "
             f"{self.world_size} ranks = {self.micro_batches_per_step} micro-batches"
         )
 

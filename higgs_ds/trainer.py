@@ -14,12 +14,14 @@ from .collate import Batch
 from .engine import Engine, Ranks
 from .forward import ForwardReport
 from .guard import CHECKS, BadLossError, Failure, Guard, checklist, shown
-from .loss import LossWeights, loss_scales, mean_losses
-from .metrics import StepSums, peak_memory_gib, step_metrics
+from .loss import LossWeights, loss_scales
+from .metrics import StepClock, guard_metrics, peak_memory_gib, reserved_memory_gib, step_metrics
 from .process import say
 from .sampler import Window
+from .step_stats import LabelCounts, MicroBatchStats, RankStep, StepSums
 
 if TYPE_CHECKING:
+    from .flops import Utilisation
     from .tracking import Tracker
 
 HEADLINES = ("loss", "text_loss", "audio_loss")
@@ -27,12 +29,16 @@ HEADLINES = ("loss", "text_loss", "audio_loss")
 
 @dataclass
 class StepResult:
-    """What one optimizer step gave, the same on every rank."""
+    """What one optimizer step gave, the same on every rank. Where something failed, nothing was trained."""
 
-    ranks: list[StepSums]
+    ranks: list[RankStep]
     failures: list[Failure]
     grad_norm: float = float("nan")
-    stop: bool = False  # some rank was asked to stop
+
+    @property
+    def stop(self) -> bool:
+        """Whether some rank was asked to stop."""
+        return any(rank.stop for rank in self.ranks)
 
 
 @dataclass
@@ -57,7 +63,9 @@ class Trainer:
     stop_requested: Callable[[], bool] = lambda: False
     at: Callable[[int, str], None] = lambda step, doing: None  # told of every move: a rank that stands still is found
     dropped_steps: int = 0
+    utilisation: Utilisation | None = None  # of a known card: for the share of its peak
     last_losses: dict[str, float] = field(default_factory=dict)
+    _clock: StepClock = field(default_factory=StepClock)
     _save_stall_sec: float | None = None
     _said: set[str] = field(default_factory=set)
     _checklist_due: bool = True
@@ -69,17 +77,17 @@ class Trainer:
             BadLossError: on every rank, when a check failed on some rank and `on_bad_loss` is "raise".
         """
         self.engine.train()
-        started = time.perf_counter()
+        self._clock.begin()
         self.at(self.first_step, "reading its batches")
         for window, batches in windows:
-            data_sec = time.perf_counter() - started
+            self._clock.batches_read()
             lr = self.learning_rate(window.step)
             self.raise_if_save_failed()
             result = self.train_step(window.step, batches, lr)
             if result.failures:
                 self._bad_step(result.failures)
-            step_sec = time.perf_counter() - started
-            self._log(window, result, lr, step_sec, data_sec)
+            self._clock.end()
+            self._log(window, result, lr)
             if self.validation and (window.step % self.eval_every == 0 or window.step == self.total_steps):
                 self.evaluate(window.step)
             last = window.step == self.total_steps
@@ -90,66 +98,56 @@ class Trainer:
                 self._save_stall_sec = time.perf_counter() - began
             if result.stop:
                 return False
-            started = time.perf_counter()
+            self._clock.begin()
             self.at(window.step + 1, "reading its batches")
         return True
 
     def train_step(self, step: int, batches: list[Batch], lr: float) -> StepResult:
-        """One optimizer step over this rank's micro-batches; the update happens only if no rank saw a failure."""
+        """One optimizer step over this rank's micro-batches; the update happens only if no rank saw a failure.
+
+        The ranks meet twice for host values: before the first forward for the counts of labels, and after the last
+        backward for the verdict, with which everything else travels that is logged of the step.
+        """
         self.at(step, "counting labels")
+        books = len(self.weights.codebooks)
+        sums = StepSums.empty(books)
         failures = [f for i, batch in enumerate(batches) for f in self.guard.check_batch(batch, step, i)]
         # The labels of the whole step are counted before its first forward, and the verdict on the batches with them.
-        counts = [0.0, 0.0, *[0.0] * len(self.weights.codebooks)]
-        counts[0] = len(failures)
-        if not failures:
-            for batch in batches:
-                counts[1] += batch.text_count
-                for k, count in enumerate(batch.codebook_counts):
-                    counts[2 + k] += count
-        num_failures, text_count, *codebook_counts = self.ranks.sum(counts)
-        if num_failures:
+        mine = LabelCounts.of(batches, len(failures), books)
+        counts = mine.unpack(self.ranks.sum(mine.pack()))
+        if counts.failures:
             if self._checklist_due:
                 self._checklist_due = False
                 say("\n".join(f"FAIL [rank {f.rank}] {f.check}: {f.found}" for f in failures))
-            return StepResult([], self._all_failures(failures))
-        self._say_missing_kind(step, text_count, codebook_counts)
-        text_scale, scales = loss_scales(self.weights, text_count, codebook_counts, self.ranks.world_size)
+            return StepResult(self._exchange(failures, sums), self._all_failures(failures))
+        self._say_missing_kind(step, counts.text, counts.codebooks)
+        text_scale, scales = loss_scales(self.weights, counts.text, counts.codebooks, self.ranks.world_size)
         codebook_scales = torch.tensor(scales, device=self.ranks.device)
 
-        stats: list[torch.Tensor] = []
+        on_device: list[torch.Tensor] = []
         reports: list[ForwardReport] = []
         for i, batch in enumerate(batches):
             self.at(step, f"forward of micro-batch {i}")
-            loss, stat, report = self.engine.forward(batch.model_inputs(self.ranks.device), text_scale, codebook_scales)
+            inputs = batch.model_inputs(self.ranks.device)
+            loss, values, report = self.engine.forward(inputs, text_scale, codebook_scales)
             self.at(step, f"backward of micro-batch {i}")
             self.engine.backward(loss)
-            stats.append(stat)
+            on_device.append(values)
             reports.append(report)
         self.at(step, "checking the losses")
-        on_host = torch.stack(stats).tolist()  # the step's one copy from the device
+        # The step's one copy from the device.
+        stats = [MicroBatchStats.empty(books).unpack(values) for values in torch.stack(on_device).tolist()]
 
-        sums = StepSums(len(self.weights.codebooks))
-        for i, (batch, report, values) in enumerate(zip(batches, reports, on_host, strict=True)):
-            failures += self.guard.check_result(batch, report, values, step, i)
-            sums.add(values, tokens=batch.num_tokens, re_expanded=report.path == "re-expanded")
+        for i, (batch, report, of_batch) in enumerate(zip(batches, reports, stats, strict=True)):
+            failures += self.guard.check_result(batch, report, of_batch, step, i)
+            sums.add(of_batch, tokens=batch.num_tokens, re_expanded=report.path == "re-expanded")
         if self._checklist_due:
-            self._say_checklist(batches[0], reports[0], on_host[0], failures)
-        table = self.ranks.table([len(failures), self.stop_requested(), *sums.values()])
-        stop = any(row[1] for row in table)
-        if any(row[0] for row in table):
+            self._say_checklist(batches[0], reports[0], stats[0], failures)
+        ranks = self._exchange(failures, sums)
+        if any(rank.failures for rank in ranks):
             self.engine.drop_step()
-            return StepResult([], self._all_failures(failures), stop=stop)
-        if self.guard.honest_zeros:
-            self._say_of_this_rank(
-                step,
-                "honest zero",
-                "a text loss of exactly 0.0 is honest: the margins of all labelled tokens are beyond what float32 "
-                "can tell from 0",
-            )
-        if sums.re_expanded:
-            self._say_of_this_rank(
-                step, "re-expanded", "the model returned no expanded_labels; re-expanding them from the batch"
-            )
+            return StepResult(ranks, self._all_failures(failures))
+        self._say_oddities(step, sums)
         self.at(step, "updating the weights")
         grad_norm = self.engine.step(lr)
         if not math.isfinite(grad_norm):
@@ -157,16 +155,31 @@ class Trainer:
                 self.dropped_steps += 1
             else:
                 failures = self.guard.check_gradient(batches, grad_norm, step)
-                return StepResult([], self._all_failures(failures))
-        ranks = [StepSums.of(row[2:], len(self.weights.codebooks)) for row in table]
-        return StepResult(ranks, [], grad_norm, stop)
+                return StepResult(self._exchange(failures, sums), self._all_failures(failures))
+        return StepResult(ranks, [], grad_norm)
+
+    def _exchange(self, failures: list[Failure], sums: StepSums) -> list[RankStep]:
+        """Every rank's share of the step; one collective, once a step (and once more for a gradient that failed)."""
+        mine = RankStep(
+            failures=len(failures),
+            stop=self.stop_requested(),
+            step_sec=self._clock.step_sec(),
+            data_sec=self._clock.data_sec,
+            peak_gib=peak_memory_gib(self.ranks.device),
+            reserved_gib=reserved_memory_gib(self.ranks.device),
+            honest_zeros=self.guard.honest_zeros,
+            failed=[self.guard.failed[check] for check in CHECKS],
+            sums=sums,
+        )
+        return [mine.unpack(row) for row in self.ranks.table(mine.pack())]
 
     @torch.no_grad()
     def evaluate(self, step: int) -> dict[str, float]:
         """Losses over the validation rows, as `eval/*`; every rank runs as many forwards."""
         self.engine.train(False)
-        sums = StepSums(len(self.weights.codebooks))
-        ones = torch.ones(len(self.weights.codebooks), device=self.ranks.device)
+        books = len(self.weights.codebooks)
+        sums = StepSums.empty(books)
+        ones = torch.ones(books, device=self.ranks.device)
         failures: list[Failure] = []
         for _, batches in self.validation():
             failures += [f for i, batch in enumerate(batches) for f in self.guard.check_batch(batch, step, i)]
@@ -174,16 +187,16 @@ class Trainer:
                 break
             for i, batch in enumerate(batches):
                 self.at(step, "validating")
-                _, stat, report = self.engine.forward(batch.model_inputs(self.ranks.device), 1.0, ones)
-                values = stat.tolist()
-                failures += self.guard.check_result(batch, report, values, step, i)
-                sums.add(values, tokens=batch.num_tokens, re_expanded=report.path == "re-expanded")
+                _, values, report = self.engine.forward(batch.model_inputs(self.ranks.device), 1.0, ones)
+                stats = MicroBatchStats.empty(books).unpack(values.tolist())
+                failures += self.guard.check_result(batch, report, stats, step, i)
+                sums.add(stats, tokens=batch.num_tokens, re_expanded=report.path == "re-expanded")
         self.engine.train()
-        table = self.ranks.table([len(failures), *sums.values()])
+        table = self.ranks.table([len(failures), *sums.pack()])
         if any(row[0] for row in table):
             self._bad_step(self._all_failures(failures))
             return {}
-        total = StepSums.total([StepSums.of(row[1:], len(self.weights.codebooks)) for row in table])
+        total = StepSums.total([sums.unpack(row[1:]) for row in table])
         losses = total.losses(self.weights)
         metrics = {f"eval/{name}": value for name, value in losses.items()}
         self.last_losses |= {f"validation {name}": losses[name] for name in HEADLINES if name in losses}
@@ -204,42 +217,34 @@ class Trainer:
             raise BadLossError(failures)
         self.dropped_steps += 1
 
-    def _log(self, window: Window, result: StepResult, lr: float, step_sec: float, data_sec: float) -> None:
-        due = window.step % self.log_every == 0 or window.step == self.total_steps or bool(result.failures)
-        guard = [float(self.guard.failed[check]) for check in CHECKS]
-        mine = [step_sec, data_sec, peak_memory_gib(self.ranks.device), float(self.guard.honest_zeros), *guard]
-        table = self.ranks.table(mine) if due else None
+    def _log(self, window: Window, result: StepResult, lr: float) -> None:
         if not self.tracker:
             return
-        if table is None:
+        if not (window.step % self.log_every == 0 or window.step == self.total_steps or result.failures):
             self.tracker.progress(window.step)
             return
-        slowest = max(row[0] for row in table)
         metrics: dict[str, float] = {}
-        if result.ranks:
+        if not result.failures:
             metrics = step_metrics(
                 result.ranks,
                 self.weights,
                 learning_rate=lr,
                 grad_norm=result.grad_norm,
                 epoch=window.epoch,
-                step_sec=slowest,
-                data_sec=max(row[1] for row in table),
-                peak_gib=max(row[2] for row in table),
+                utilisation=self.utilisation,
             )
         if self._save_stall_sec is not None:
             # Of the save after the step before: how long training stood still for it on rank 0.
             metrics["perf/save_stall_sec"], self._save_stall_sec = self._save_stall_sec, None
         metrics["train/dropped_steps"] = float(self.dropped_steps)
-        metrics["guard/honest_zeros"] = sum(row[3] for row in table)
-        for i, check in enumerate(CHECKS):
-            for rank, row in enumerate(table):
-                metrics[f"guard/{check}/rank_{rank}"] = row[4 + i]
+        metrics |= guard_metrics(result.ranks)
         self.tracker.log(metrics, window.step)
         figures = {name: metrics[f"train/{name}"] for name in HEADLINES if f"train/{name}" in metrics}
         self.last_losses |= {f"training {name}": value for name, value in figures.items()}
         if "perf/tokens_per_sec" in metrics:
             figures["tokens_per_sec"] = metrics["perf/tokens_per_sec"]
+        if "perf/mfu" in metrics:
+            figures["mfu"] = f"{100 * metrics['perf/mfu']:.1f} %"
         self.tracker.progress(window.step, **figures)
 
     def _say(self, key: str, text: str) -> None:
@@ -255,15 +260,29 @@ class Trainer:
         if not any(codebook_counts):
             self._say("audio", f"step {step}: no audio label on any rank; its loss is the text term alone")
 
+    def _say_oddities(self, step: int, sums: StepSums) -> None:
+        if self.guard.honest_zeros:
+            self._say_of_this_rank(
+                step,
+                "honest zero",
+                "a text loss of exactly 0.0 is honest: the margins of all labelled tokens are beyond what float32 "
+                "can tell from 0",
+            )
+        if sums.re_expanded:
+            self._say_of_this_rank(
+                step, "re-expanded", "the model returned no expanded_labels; re-expanding them from the batch"
+            )
+
     def _say_of_this_rank(self, step: int, key: str, text: str) -> None:
         """Once a run and rank; plain print, because libraries silence Python's warnings."""
         if key not in self._said:
             self._said.add(key)
             say(f"WARNING [rank {self.ranks.rank}] step {step}: {text} (said once)")
 
-    def _say_checklist(self, batch: Batch, report: ForwardReport, stats: list[float], failures: list[Failure]) -> None:
+    def _say_checklist(
+        self, batch: Batch, report: ForwardReport, stats: MicroBatchStats, failures: list[Failure]
+    ) -> None:
         self._checklist_due = False
-        books = len(self.weights.codebooks)
-        losses = mean_losses(self.weights, stats[0], stats[1], stats[-2 * books : -books], stats[-books:])
-        lines = checklist(self.ranks.rank, batch, report, losses, [f for f in failures if f.micro_batch == 0])
+        failed = [f for f in failures if f.micro_batch == 0]
+        lines = checklist(self.ranks.rank, batch, report, stats.losses(self.weights), failed)
         say("\n".join(f"{'ok  ' if ok else 'FAIL'} {text}" for ok, text in lines))

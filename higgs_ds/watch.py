@@ -50,11 +50,24 @@ class Beat:
         return f"in step {self.step} ({self.doing})" if self.step else f"before the first step ({self.doing})"
 
 
+class Verdict(str):
+    """Why all ranks end, and with which exit code."""
+
+    exit_code = 1
+
+    @classmethod
+    def of(cls, text: str, exit_code: object = 1) -> Verdict:
+        verdict = cls(text)
+        verdict.exit_code = exit_code if isinstance(exit_code, int) else 1
+        return verdict
+
+
 class Watch:
     """One rank's watch over the others; a context manager around all that the ranks do together.
 
-    An exception that leaves the context ends this rank and, by name, all others. ConfigError is raised on all ranks at
-    once, and passes.
+    An exception that leaves the context ends this rank and, by name, all others: with code 1, or with the exception's
+    own `exit_code` where it is one that the user is to mend, and needs no traceback. ConfigError is raised on all ranks
+    at once, and passes.
     """
 
     def __init__(self, ranks: Ranks, *, stall_timeout_sec: float):
@@ -103,13 +116,17 @@ class Watch:
 
     def __exit__(self, kind, error, trace) -> None:
         if error is not None and not isinstance(error, ConfigError):
+            users = hasattr(error, "exit_code")
             # Where another rank died, an error of a collective is only its echo: the verdict ends this process first.
-            time.sleep(VERDICT_SEC if self._ranks.world_size > 1 else 0.0)
-            if not isinstance(error, OSError):  # whose message says it all
+            # What is the user's to mend may have met all ranks at once: rank 0 is the first to say so.
+            time.sleep(VERDICT_SEC if self._ranks.world_size > 1 and not (users and self._ranks.is_main) else 0.0)
+            if users:
+                say(str(error), error=True)
+            elif not isinstance(error, OSError):  # whose message says it all
                 traceback.print_exception(kind, error, trace)
             with self._lock:
-                place = self._mine.place
-                self._failed = f"rank {self._ranks.rank} failed {place}: {_first_line(error)}"
+                failed = f"rank {self._ranks.rank} failed {self._mine.place}: {_first_line(error)}"
+                self._failed = Verdict.of(failed, getattr(error, "exit_code", 1))
             if self._ranks.world_size > 1:
                 self._failed_is_told.wait(10 * BEAT_SEC)
             self._end(self._failed)
@@ -151,7 +168,7 @@ class Watch:
         for child in multiprocessing.active_children():
             child.kill()
         sys.stdout.flush()
-        os._exit(1)
+        os._exit(getattr(verdict, "exit_code", 1))
 
     def _last_rites(self) -> None:
         for rite in self.before_end:
@@ -222,7 +239,7 @@ class _Hub:
                 for message in messages:
                     self._heard_at[rank] = time.monotonic()
                     if "verdict" in message:
-                        return str(message["verdict"])
+                        return Verdict.of(str(message["verdict"]), message.get("exit_code"))
                     if "bye" in message:
                         self._left.add(rank)
                     if "beat" in message:
@@ -245,7 +262,7 @@ class _Hub:
         self._heard_at = {rank: at + seconds for rank, at in self._heard_at.items()}
 
     def tell(self, verdict: str) -> None:
-        self._send({"verdict": verdict})
+        self._send(_told(verdict))
 
     def leave(self) -> None:
         self._send({"bye": True})
@@ -291,7 +308,7 @@ class _Spoke:
             for message in messages:
                 self._heard_at = time.monotonic()
                 if "verdict" in message:
-                    return str(message["verdict"])
+                    return Verdict.of(str(message["verdict"]), message.get("exit_code"))
                 self._left = self._left or "bye" in message
                 if "beat" in message:
                     self._first = _beat_of(message["beat"], 0)
@@ -305,7 +322,7 @@ class _Spoke:
         self._heard_at += seconds
 
     def tell(self, verdict: str) -> None:
-        self._lines.send({"verdict": verdict})
+        self._lines.send(_told(verdict))
 
     def leave(self) -> None:
         self._lines.send({"bye": True})
@@ -346,6 +363,10 @@ class _Lines:
                 return {}
             if self._connection.gettimeout():
                 return {}
+
+
+def _told(verdict: str) -> dict:
+    return {"verdict": verdict, "exit_code": getattr(verdict, "exit_code", 1)}
 
 
 def _parsed(line: bytes) -> dict | None:

@@ -10,6 +10,7 @@ from higgs_ds.collate import Collator
 from higgs_ds.forward import AlignmentError, HiggsAudioForTraining, TrainingForward, clip_lengths, expand_labels
 from higgs_ds.loss import audio_targets, text_targets
 from higgs_ds.model import attach_lora, load_base
+from higgs_ds.step_stats import MicroBatchStats
 from tests.test_collate import samples_of
 from tests.test_loss import reference_sum
 
@@ -45,20 +46,21 @@ def batch_of(name, tokenizer, config):
 def test_sums_are_the_float64_reference_on_the_models_own_logits(name, lora_model, tokenizer, tiny_config):
     batch = batch_of(name, tokenizer, tiny_config)
     training = TrainingForward.of(lora_model, tiny_config)
-    loss, stats, report = training(batch.model_inputs(), 1.0, torch.ones(8))
+    loss, flat, report = training(batch.model_inputs(), 1.0, torch.ones(8))
+    stats = MicroBatchStats.empty(8).unpack(flat.tolist())
     assert report.problems == [] and report.path == "expanded_labels"
     with torch.no_grad():
         outputs = lora_model(**batch.model_inputs())
     text_sum, text_count = reference_sum(outputs.logits.flatten(0, 1), text_targets(outputs.expanded_labels).flatten())
-    assert float(stats[0]) == pytest.approx(text_sum, rel=1e-5)
-    assert int(stats[1]) == text_count == batch.text_count
+    assert stats.text_sum == pytest.approx(text_sum, rel=1e-5)
+    assert stats.text_count == text_count == batch.text_count
     total = text_sum
     if batch.audio_out_ids.numel():
         targets = audio_targets(batch.label_audio_ids)
         for k in range(8):
             wanted, count = reference_sum(outputs.audio_logits[:, k], targets[:, k])
-            assert float(stats[4 + k]) == pytest.approx(wanted, rel=1e-5)
-            assert int(stats[12 + k]) == count == batch.codebook_counts[k]
+            assert stats.codebook_sums[k] == pytest.approx(wanted, rel=1e-5)
+            assert stats.codebook_counts[k] == count == batch.codebook_counts[k]
             total += wanted
     assert float(loss.detach()) == pytest.approx(total, rel=1e-5)
     loss.backward()

@@ -13,6 +13,7 @@ from higgs_ds.forward import ForwardReport, TrainingForward
 from higgs_ds.guard import CHECKS, HONEST_ZERO_UNITS, LIKELY_CAUSES, Guard, checklist
 from higgs_ds.loss import LossWeights
 from higgs_ds.model import load_base
+from higgs_ds.step_stats import MicroBatchStats
 from tests.ranks import assert_all, run_ranks
 from tests.test_collate import samples_of
 
@@ -33,8 +34,8 @@ def guard(tmp_path, tiny_config):
     )
 
 
-def good_stats(batch) -> list[float]:
-    return [30.0, float(batch.text_count), 1e6, 9.0, *[50.0] * 8, *map(float, batch.codebook_counts)]
+def good_stats(batch) -> MicroBatchStats:
+    return MicroBatchStats(30.0, float(batch.text_count), 1e6, 9.0, [50.0] * 8, list(map(float, batch.codebook_counts)))
 
 
 def checks(failures) -> set[str]:
@@ -86,10 +87,11 @@ def test_a_batch_with_nothing_to_learn_fails_unless_it_is_a_filler(guard, batch)
 
 
 def broken_stats(batch, **changes):
+    """`changes` by field; of a list its first value."""
     stats = good_stats(batch)
-    index = {"text_sum": 0, "text_count": 1, "saturation": 2, "loss": 3, "book_sum": 4, "book_count": 12}
     for name, value in changes.items():
-        stats[index[name]] = value
+        own = getattr(stats, name)
+        setattr(stats, name, [value, *own[1:]] if isinstance(own, list) else value)
     return stats
 
 
@@ -97,14 +99,14 @@ def broken_stats(batch, **changes):
     ("check", "changes"),
     [
         ("text_loss", {"text_sum": 0.0}),
-        ("audio_loss", {"book_sum": 0.0}),
+        ("audio_loss", {"codebook_sums": 0.0}),
         ("finite", {"text_sum": float("nan")}),
-        ("finite", {"book_sum": float("inf")}),
-        ("finite", {"saturation": float("nan")}),
+        ("finite", {"codebook_sums": float("inf")}),
+        ("finite", {"text_saturation": float("nan")}),
         ("total", {"loss": 0.0}),
         ("total", {"loss": -1.0}),
         ("label_count", {"text_count": 1.0}),
-        ("label_count", {"book_count": 0.0}),
+        ("label_count", {"codebook_counts": 0.0}),
     ],
 )
 def test_broken_results(check, changes, guard, batch):
@@ -116,7 +118,7 @@ def test_broken_results(check, changes, guard, batch):
 
 
 def test_a_zero_of_text_that_its_margins_explain_is_honest(guard, batch):
-    stats = broken_stats(batch, text_sum=0.0, saturation=HONEST_ZERO_UNITS / 2)
+    stats = broken_stats(batch, text_sum=0.0, text_saturation=HONEST_ZERO_UNITS / 2)
     assert guard.check_result(batch, ForwardReport(), stats, 1, 0) == []
     assert guard.honest_zeros == 1
 
@@ -136,11 +138,11 @@ def test_the_two_zeros_are_told_apart_on_the_models_own_logits(zeroed, guard, ti
             return outputs
 
     _, stats, report = TrainingForward.of(Saturated(), tiny_config)(batch.model_inputs(), 1.0, torch.ones(8))
-    values = stats.tolist()
+    values = MicroBatchStats.empty(8).unpack(stats.tolist())
     if zeroed:
-        values[0] = values[3] = 0.0
+        values.text_sum = values.loss = 0.0
     else:
-        assert values[0] == 0.0 and values[1] == batch.text_count > 0
+        assert values.text_sum == 0.0 and values.text_count == batch.text_count > 0
     failures = guard.check_result(batch, report, values, 1, 0)
     assert checks(failures) == ({"text_loss"} if zeroed else set())
 

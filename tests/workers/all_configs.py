@@ -8,8 +8,8 @@ from pathlib import Path
 
 from higgs_ds.config import PROJECT_ROOT
 from higgs_ds.engine import leave_ranks, start_ranks
-from higgs_ds.metrics import StepSums
 from higgs_ds.process import end_process
+from higgs_ds.step_stats import StepSums
 from tests.workers.common import build, speech_rows
 
 
@@ -34,7 +34,12 @@ def main() -> None:
             assert not result.failures, result.failures
             assert result.grad_norm > 0, (file.name, result.grad_norm)
         if ranks.is_main:
-            print("config", file.stem, StepSums.total(result.ranks).losses(run.weights)["loss"], flush=True)
+            print(
+                "config",
+                file.stem,
+                StepSums.total([rank.sums for rank in result.ranks]).losses(run.weights)["loss"],
+                flush=True,
+            )
     end_process(leave_ranks(0))
 
 

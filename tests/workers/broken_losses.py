@@ -14,6 +14,7 @@ from higgs_ds.engine import leave_ranks, start_ranks
 from higgs_ds.guard import BadLossError
 from higgs_ds.padding_free import PaddingFreeOutput
 from higgs_ds.process import end_process
+from higgs_ds.step_stats import MicroBatchStats
 from tests.workers.common import build, speech_rows
 
 BROKEN_STEP = 2
@@ -75,14 +76,15 @@ def spoil_stats(run) -> None:
     books = len(run.weights.codebooks)
 
     def spoiled(*args):
-        loss, stats, report = forward(*args)
+        loss, flat, report = forward(*args)
+        stats = MicroBatchStats.empty(books).unpack(flat.tolist())
         if run.broken == "text_loss":
-            stats[0] = 0.0
+            stats.text_sum = 0.0
         elif run.broken == "audio_loss":
-            stats[4 : 4 + books] = 0.0
+            stats.codebook_sums = [0.0] * books
         elif run.broken == "total":
-            stats[3] = 0.0
-        return loss, stats, report
+            stats.loss = 0.0
+        return loss, torch.tensor(stats.pack()), report
 
     run.engine.forward = spoiled
 

@@ -6,14 +6,20 @@ import resource
 import signal
 import time
 
-from higgs_ds import checkpoint, dataset, engine, trainer
+import torch
+
+from higgs_ds import checkpoint, dataset, engine, flops, rehearsal, trainer
 
 
 def _at_step(step: int, action) -> None:
+    _at_every_step(action, only=step)
+
+
+def _at_every_step(action, *, only: int | None = None) -> None:
     original = trainer.Trainer.train_step
 
     def train_step(self, number, batches, lr):
-        if number == step:
+        if only in (None, number):
             action()
         return original(self, number, batches, lr)
 
@@ -77,6 +83,43 @@ def signal_in(phase: str, count: int) -> None:
         setattr(owner, name, call)
 
     wrap(*PHASES[phase])
+
+
+def as_on_a_gpu() -> None:
+    """A rehearsal, and the peak of a known card."""
+    rehearsal.REHEARSED_ON = ("cpu",)
+    flops.card_name = lambda device: "NVIDIA H100 80GB HBM3"
+
+
+def out_of_memory(phase: str) -> None:
+    """The rehearsal's forward or backward asks for more than there is."""
+    as_on_a_gpu()
+
+    def call(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. If reserved but unallocated …")
+
+    setattr(engine.Engine, phase, call)
+
+
+def count_exchanges() -> None:
+    """Says by which exchanges of host values the ranks meet in each step, logging included."""
+    met: list[str] = []
+    for name in ("sum", "table", "gather", "each", "barrier"):
+        original = getattr(engine.Ranks, name)
+
+        def call(self, *args, name=name, original=original):
+            met.append(name)
+            return original(self, *args)
+
+        setattr(engine.Ranks, name, call)
+    log = trainer.Trainer._log
+    _at_every_step(met.clear)
+
+    def _log(self, window, *args):
+        log(self, window, *args)
+        print(f"step {window.step} met by: {' '.join(met)}", flush=True)
+
+    trainer.Trainer._log = _log
 
 
 PHASES = {

@@ -1,0 +1,161 @@
+"""The numbers of a micro-batch and of an optimizer step, by name, and how they travel as one flat list.
+
+A new number from the model is a field here, its value where the model makes it, and its name in `metrics`. Records are
+dataclasses of floats, lists of floats and records; flat, the fields follow each other in their order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TypeVar
+
+import torch
+
+from .loss import HeadSums, LossWeights, mean_losses
+
+P = TypeVar("P", bound="Packed")
+
+
+class Packed:
+    """A dataclass that can be flattened for a collective and put together again."""
+
+    def pack(self) -> list[float]:
+        """All values in the order of the fields."""
+        flat: list[float] = []
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, Packed):
+                flat += value.pack()
+            elif isinstance(value, list):
+                flat += map(float, value)
+            else:
+                flat.append(float(value))
+        return flat
+
+    def unpack(self: P, flat: list[float]) -> P:
+        """The inverse of `pack`, for a record whose lists are as long as this one's.
+
+        Raises:
+            ValueError: more or fewer values than such a record has.
+        """
+        if len(flat) != len(self.pack()):
+            raise ValueError(f"{len(flat)} values for a {type(self).__name__} of {len(self.pack())}")
+        values, at = {}, 0
+        for f in fields(self):
+            own = getattr(self, f.name)
+            if isinstance(own, (Packed, list)):
+                width = len(own.pack()) if isinstance(own, Packed) else len(own)
+                part = list(flat[at : at + width])
+                values[f.name] = own.unpack(part) if isinstance(own, Packed) else part
+            else:
+                width, values[f.name] = 1, flat[at]
+            at += width
+        return type(self)(**values)
+
+    @classmethod
+    def total(cls, parts: list[P]) -> P:
+        """Value by value the sum over `parts`, of which there is at least one."""
+        return parts[0].unpack([sum(column) for column in zip(*(part.pack() for part in parts), strict=True)])
+
+
+@dataclass
+class MicroBatchStats(Packed):
+    """What a training forward says of one micro-batch, on the host; see `HeadSums`."""
+
+    text_sum: float
+    text_count: float
+    text_saturation: float
+    loss: float  # the scaled one, for backward
+    codebook_sums: list[float]
+    codebook_counts: list[float]
+
+    @staticmethod
+    def on_device(sums: HeadSums, loss: torch.Tensor) -> torch.Tensor:
+        """The record's flat values where they were computed, without waiting for them: float32, detached."""
+        own = {"loss": loss}
+        values = [own.get(f.name, getattr(sums, f.name, None)) for f in fields(MicroBatchStats)]
+        return torch.cat([value.detach().float().reshape(-1) for value in values])
+
+    @staticmethod
+    def unknown(loss: torch.Tensor, num_codebooks: int) -> torch.Tensor:
+        """As many NaN, on the loss's device: of a forward whose outputs were not what they should be."""
+        return loss.new_full((len(MicroBatchStats.empty(num_codebooks).pack()),), float("nan")).detach()
+
+    @classmethod
+    def empty(cls, num_codebooks: int) -> MicroBatchStats:
+        """Zeros; its `unpack` reads what `on_device` made."""
+        return cls(0.0, 0.0, 0.0, 0.0, [0.0] * num_codebooks, [0.0] * num_codebooks)
+
+    def losses(self, weights: LossWeights) -> dict[str, float]:
+        """Mean losses of this micro-batch alone."""
+        return mean_losses(weights, self.text_sum, self.text_count, self.codebook_sums, self.codebook_counts)
+
+
+@dataclass
+class LabelCounts(Packed):
+    """What is summed over the ranks before the first forward of an optimizer step."""
+
+    failures: float  # checks that a batch did not pass
+    text: float
+    codebooks: list[float]
+
+    @classmethod
+    def of(cls, batches: list, failures: int, num_codebooks: int) -> LabelCounts:
+        """Of this rank's `Batch`es; where a check failed nothing is counted, since nothing will be trained."""
+        counts = cls(failures, 0.0, [0.0] * num_codebooks)
+        for batch in batches if not failures else []:
+            counts.text += batch.text_count
+            for k, count in enumerate(batch.codebook_counts):
+                counts.codebooks[k] += count
+        return counts
+
+
+@dataclass
+class StepSums(Packed):
+    """One rank's share of an optimizer step; all of it adds up over micro-batches and ranks."""
+
+    text_sum: float
+    text_count: float
+    tokens: float  # positions computed that are not padding
+    re_expanded: float  # micro-batches whose labels had to be re-expanded
+    codebook_sums: list[float]
+    codebook_counts: list[float]
+
+    @classmethod
+    def empty(cls, num_codebooks: int) -> StepSums:
+        """Of no micro-batch."""
+        return cls(0.0, 0.0, 0.0, 0.0, [0.0] * num_codebooks, [0.0] * num_codebooks)
+
+    def add(self, stats: MicroBatchStats, *, tokens: int, re_expanded: bool) -> None:
+        """Adds one micro-batch."""
+        self.text_sum += stats.text_sum
+        self.text_count += stats.text_count
+        self.tokens += tokens
+        self.re_expanded += re_expanded
+        for k, (loss_sum, count) in enumerate(zip(stats.codebook_sums, stats.codebook_counts, strict=True)):
+            self.codebook_sums[k] += loss_sum
+            self.codebook_counts[k] += count
+
+    def losses(self, weights: LossWeights) -> dict[str, float]:
+        """Mean losses over what is summed here."""
+        return mean_losses(weights, self.text_sum, self.text_count, self.codebook_sums, self.codebook_counts)
+
+    @property
+    def audio_frames(self) -> float:
+        """Audio frames that are learned: labels of the codebook that has most."""
+        return max(self.codebook_counts)
+
+
+@dataclass
+class RankStep(Packed):
+    """What a rank tells all others of an optimizer step, in the one exchange after its backward."""
+
+    failures: float  # checks that failed in this step
+    stop: float  # 1 where this rank was asked to stop
+    step_sec: float  # see `metrics.StepClock`
+    data_sec: float
+    peak_gib: float
+    reserved_gib: float
+    honest_zeros: float  # since the run began
+    failed: list[float]  # since the run began, by check, in the order of `guard.CHECKS`
+    sums: StepSums

@@ -1,0 +1,95 @@
+"""The numbers of a step, by name, and how often the ranks meet for them."""
+
+import json
+
+import pytest
+import torch
+
+from higgs_ds import metrics
+from higgs_ds.loss import HeadSums
+from higgs_ds.metrics import StepClock
+from higgs_ds.step_stats import LabelCounts, MicroBatchStats, RankStep, StepSums
+from tests.ranks import assert_all
+
+BOOKS = 3
+
+
+def stats(first: float = 1.0) -> MicroBatchStats:
+    return MicroBatchStats.empty(BOOKS).unpack([first + i for i in range(4 + 2 * BOOKS)])
+
+
+def test_what_is_packed_comes_back_by_name():
+    counts = LabelCounts(0.0, 5.0, [1.0, 2.0, 3.0])
+    sums = StepSums(1.0, 2.0, 3.0, 4.0, [5.0, 6.0, 7.0], [8.0, 9.0, 10.0])
+    step = RankStep(0.0, 1.0, 0.5, 0.1, 7.0, 8.0, 0.0, [0.0] * 11, sums)
+    for record, empty in (
+        (counts, LabelCounts(0, 0, [0] * BOOKS)),
+        (sums, StepSums.empty(BOOKS)),
+        (step, RankStep(0, 0, 0, 0, 0, 0, 0, [0] * 11, StepSums.empty(BOOKS))),
+        (stats(), MicroBatchStats.empty(BOOKS)),
+    ):
+        assert empty.unpack(record.pack()) == record
+        with pytest.raises(ValueError, match="values for a"):
+            empty.unpack(record.pack()[:-1])
+
+
+def test_the_models_numbers_keep_their_names_on_the_way_from_the_device():
+    loss = torch.tensor(9.5, requires_grad=True)
+    sums = HeadSums(
+        text_sum=torch.tensor(1.5, requires_grad=True),
+        text_count=torch.tensor(2),
+        codebook_sums=torch.tensor([3.0, 4.0, 5.0]),
+        codebook_counts=torch.tensor([6, 7, 8]),
+        text_saturation=torch.tensor(0.25),
+    )
+    flat = MicroBatchStats.on_device(sums, loss)
+    assert flat.dtype == torch.float32 and not flat.requires_grad
+    assert MicroBatchStats.empty(BOOKS).unpack(flat.tolist()) == MicroBatchStats(
+        1.5, 2.0, 0.25, 9.5, [3.0, 4.0, 5.0], [6.0, 7.0, 8.0]
+    )
+    unknown = MicroBatchStats.unknown(loss, BOOKS)
+    assert unknown.shape == flat.shape and unknown.isnan().all() and not unknown.requires_grad
+
+
+def test_micro_batches_and_ranks_add_up():
+    ours, theirs = StepSums.empty(BOOKS), StepSums.empty(BOOKS)
+    ours.add(stats(1.0), tokens=100, re_expanded=False)
+    ours.add(stats(2.0), tokens=50, re_expanded=True)
+    theirs.add(stats(10.0), tokens=7, re_expanded=True)
+    total = StepSums.total([ours, theirs])
+    assert (total.tokens, total.re_expanded) == (157.0, 2.0)
+    assert total.text_sum == 1.0 + 2.0 + 10.0 and total.codebook_counts[2] == 10.0 + 11.0 + 19.0
+    assert StepSums.empty(BOOKS) == StepSums.empty(BOOKS)  # nobody's lists were written into
+
+
+def test_every_second_of_the_loop_is_in_one_step(monkeypatch):
+    """Reading 1 s, forward and backward 2 s, the update 4 s; 100 s of validation belong to none."""
+    now = [0.0]
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+
+    def goes_by(seconds):
+        now[0] += seconds
+
+    clock, seen = StepClock(), []
+    for _ in range(3):
+        clock.begin()
+        goes_by(1.0)
+        clock.batches_read()
+        goes_by(2.0)
+        seen.append((clock.step_sec(), clock.data_sec))
+        goes_by(4.0)
+        clock.end()
+        goes_by(100.0)
+    assert seen == [(3.0, 1.0), (7.0, 1.0), (7.0, 1.0)]
+
+
+def test_the_ranks_meet_twice_a_step(forks, flags_of, tmp_path):
+    """For the counts of labels before the first forward, and for the verdict with all that is logged; a real run."""
+    patches = {0: ["count_exchanges"]}
+    results = forks.run(flags_of(tmp_path / "run", max_steps=3, grad_accum=2, eval_every=9), 2, patches=patches)
+    assert_all(results)
+    met = [line for line in results[0].output.splitlines() if "met by" in line]
+    assert met == [f"step {step} met by: sum table" for step in (1, 2, 3)]
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert all(0 < row["perf/data_sec"] < row["perf/step_sec"] < 60 for row in rows)
+    assert all(row["memory/reserved_gib"] >= row["memory/peak_gib"] > 0 for row in rows)

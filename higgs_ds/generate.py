@@ -14,7 +14,7 @@ from boson_multimodal.model.higgs_audio.utils import revert_delay_pattern
 from peft import PeftModel
 
 from .audio import read_audio, write_wav
-from .codec import Codec
+from .codec import Codec, check_fits
 from .collate import Collator, Sample, tokenize
 from .config import ConfigError
 from .manifest import AudioRef, Row, Turn
@@ -62,11 +62,14 @@ class Speaker:
     ):
         """
         Raises:
-            ConfigError: a checkpoint that cannot be used, or an adapter whose weights do not fit it one to one.
+            ConfigError: a checkpoint or codec that cannot be used, or an adapter whose weights do not fit the
+                checkpoint one to one.
         """
         folder = locate_checkpoint(base_ckpt, base_revision)
         self.config = read_model_config(folder)
         check_weights(folder, self.config)
+        check_fits(codec, self.config.audio_num_codebooks, self.config.audio_codebook_size)
+        codec.build()  # what is wrong with it is said before the base is loaded
         self.codec = codec
         self.tokenizer = load_tokenizer(folder)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

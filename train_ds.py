@@ -117,9 +117,9 @@ def train(config: TrainConfig, ds_raw: dict, ranks: Ranks, watch: Watch, *, chec
     )
 
     # 3. Data: every row checked and every clip encoded once, before anything large is loaded.
-    watch.untimed("loading the codec")
-    codec = ranks.each(lambda: load_codec(config.codec, config.codec_revision, device=str(ranks.device)))
-    cache = CodeCache(config.codes_cache or output_dir / "codes_cache", codec)
+    watch.untimed("opening the codec")
+    codec = ranks.each(lambda: load_codec(config.codec, config.codec_revision, device=str(ranks.device), warn=say))
+    cache = ranks.each(lambda: CodeCache(config.codes_cache or output_dir / "codes_cache", codec))
     collator = Collator.of(model_config, with_layout=padding_free)
     rehearsed = rehearsal.is_wanted(ranks.device)
     watch.at(0, "reading manifests, encoding clips")
@@ -137,6 +137,7 @@ def train(config: TrainConfig, ds_raw: dict, ranks: Ranks, watch: Watch, *, chec
         max_tokens=config.max_tokens_per_batch,
     )
     train_rows, val_rows = read([m for m in (config.train_manifest, config.val_manifest) if m])
+    codec.release()  # every clip has its codes: the model may have the memory
     plan = make_plan(
         len(train_rows),
         train_rows.tokens,

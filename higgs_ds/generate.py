@@ -14,7 +14,7 @@ from boson_multimodal.model.higgs_audio.utils import revert_delay_pattern
 from peft import PeftModel
 
 from .audio import read_audio, write_wav
-from .codec import Codec
+from .codec import Codec, check_fits
 from .collate import Collator, Sample, tokenize
 from .config import ConfigError
 from .manifest import AudioRef, Row, Turn
@@ -54,9 +54,11 @@ class Speaker:
     def __init__(self, base: BaseCheckpoint, adapter: str | None, codec: Codec, *, dtype: str = "fp32"):
         """
         Raises:
-            ConfigError: an adapter whose weights do not fit the base one to one.
+            ConfigError: a codec of another model, or an adapter whose weights do not fit the base one to one.
         """
         self.config, self.tokenizer = base.config, base.tokenizer
+        check_fits(codec, self.config.audio_num_codebooks, self.config.audio_codebook_size)
+        codec.build()  # what is wrong with it is said before the base is loaded
         self.codec = codec
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model = HiggsAudioModel.from_pretrained(

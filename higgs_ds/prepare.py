@@ -79,8 +79,8 @@ def _prepare(config: TrainConfig, ranks, device: str) -> None:
     model_config, tokenizer = base.config, base.tokenizer
     if base.notes:
         say("\n".join(base.notes))
-    codec = ranks.each(lambda: load_codec(config.codec, config.codec_revision, device=device))
-    cache = CodeCache(folder, codec)
+    codec = ranks.each(lambda: load_codec(config.codec, config.codec_revision, device=device, warn=say))
+    cache = ranks.each(lambda: CodeCache(folder, codec))
     sets = load_rows(
         [manifest for manifest in (config.train_manifest, config.val_manifest) if manifest],
         cache=cache,
@@ -94,6 +94,7 @@ def _prepare(config: TrainConfig, ranks, device: str) -> None:
         max_tokens=config.max_tokens_per_batch,
         outcome="the other rows are prepared (--skip_bad_rows leaves these out)",
     )
+    codec.release()
     encoded = sum(ranks.gather(cache.encoded))
     if not ranks.is_main:
         return

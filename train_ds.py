@@ -44,16 +44,17 @@ def run(config: TrainConfig, ds_raw: dict, *, check_only: bool) -> int:
     """Stage 2, and around all that follows a watch over the other ranks."""
     from higgs_ds.engine import leave_ranks, start_ranks
     from higgs_ds.run_dir import lock_run_dir, prepare_run_dir
-    from higgs_ds.watch import Watch
+    from higgs_ds.watch import Watch, check_stall_timeout
 
     # 2. Distribute: this process among the other ranks, in a folder that is this run's alone.
-    ranks = start_ranks()
+    ranks = start_ranks(deterministic=config.deterministic)
     ranks.seed(config.seed)
     output_dir = Path(config.output_dir)
     may_hold_a_run = check_only or config.resume != "none"
     alone = ranks.is_main and not check_only
     with Watch(ranks, stall_timeout_sec=config.stall_timeout_sec) as watch:
         try:
+            check_stall_timeout(config.stall_timeout_sec, on_gpu=ranks.device.type == "cuda")
             ranks.each(lambda: prepare_run_dir(output_dir, may_hold_a_run=may_hold_a_run))
             with ranks.each(lambda: lock_run_dir(output_dir) if alone else contextlib.nullcontext()):
                 return train(config, ds_raw, ranks, watch, check_only=check_only)
@@ -144,9 +145,10 @@ def train(config: TrainConfig, ds_raw: dict, ranks: Ranks, watch: Watch, *, chec
     notes += checkpoint.changed_settings(resumed, config.as_dict(), len(train_rows))
     say("\n".join([*notes, f"resuming after step {first_step - 1}" if resumed else "a fresh start"]))
 
+    on_gpu = ranks.device.type == "cuda"
+
     def batches(rows, windows):
         dataset = MicroBatches(rows, tokenizer, cache, collator)
-        on_gpu = ranks.device.type == "cuda"
         return load_windows(dataset, windows, num_workers=config.num_workers, pin_memory=on_gpu)
 
     def validation():
@@ -289,8 +291,9 @@ def train(config: TrainConfig, ds_raw: dict, ranks: Ranks, watch: Watch, *, chec
         facts = {"rows": len(train_rows), "optimizer steps": total_steps, **trainer.last_losses}
         saved = run_dir.save_adapter(lora_model, engine.gather_trainable(), output_dir / "adapter", ranks, facts)
         say(f"adapter: {saved}")
+        on_cpu = "" if on_gpu else "DS_ACCELERATOR=cpu "
         say(
-            f"listen:  python -m higgs_ds generate --base_ckpt {config.base_ckpt} --adapter {saved} "
+            f"listen:  {on_cpu}python -m higgs_ds generate --base_ckpt {config.base_ckpt} --adapter {saved} "
             f"--codec {config.codec} --text '…' --output_file speech.wav"
         )
     return leave_ranks(EXIT_OK)

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import nn
 
 from .config import ConfigError
+from .device import describe_devices, pick_device, take_device
 from .optimizer_state import GatheredState, OptimizerState
 
 T = TypeVar("T")
@@ -79,31 +80,39 @@ class Ranks:
         dist.barrier()
 
 
-def start_ranks() -> Ranks:
-    """Joins the process group of the DeepSpeed launcher or torchrun; plain `python` becomes one rank of its own."""
+def start_ranks(*, deterministic: bool = False) -> Ranks:
+    """Joins the process group of the DeepSpeed launcher or torchrun; plain `python` becomes one rank of its own.
+
+    Args:
+        deterministic: only kernels that give the same numbers twice, see `take_device`.
+
+    Raises:
+        ConfigError: this rank has no GPU, and `DS_ACCELERATOR` does not say that it is to use the CPU.
+    """
+    device = pick_device()
+    on_cpu = device.type == "cpu"
+    os.environ["DS_ACCELERATOR"] = device.type  # DeepSpeed, which guesses without it, is to mean the same
+    take_device(device, deterministic=deterministic)
     if "RANK" not in os.environ:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    on_cpu = os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available()
-    if on_cpu:
-        os.environ["DS_ACCELERATOR"] = "cpu"
-    import deepspeed
-
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    device = torch.device("cpu") if on_cpu else torch.device("cuda", local_rank)
-    if on_cpu:
-        _without_kernel_build(deepspeed)
-    else:
-        torch.cuda.set_device(device)
     # To find each other, the ranks have torch's half an hour. After that one may encode for hours while the others wait
     # for it: who is dead or stuck is for `watch` to find, and not for a collective's timeout.
     store, rank, world_size = next(dist.rendezvous("env://", timeout=timedelta(minutes=30)))
     backend = "gloo" if on_cpu else "nccl"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(days=1))
+    # NCCL need not guess the rank's GPU, and connects now, where an error has a place. One rank alone has nobody to
+    # connect to, and doing it all the same has failed on some machines (DeepSpeed's issue 8248).
+    bound = device if not on_cpu and world_size > 1 else None
+    patience = timedelta(days=1)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=patience, device_id=bound)
+    import deepspeed
+
+    if on_cpu:
+        _without_kernel_build(deepspeed)
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
-    return Ranks(dist.get_rank(), dist.get_world_size(), local_rank, device)
+    return Ranks(rank, world_size, int(os.environ.get("LOCAL_RANK", "0")), device)
 
 
 def _without_kernel_build(deepspeed) -> None:
@@ -217,11 +226,12 @@ class Engine:
         return self._engine.module
 
     def describe(self, dtype: str) -> str:
-        """Stage, dtype and how many parameters train, as text."""
+        """Stage, dtype, devices and how many parameters train, as text."""
         sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in self.module.parameters()]
         trained = sum(size for size, learns in sizes if learns)
         whole = sum(size for size, _ in sizes)
-        return f"engine: ZeRO-{self.stage}, {dtype}; {trained:,} of {whole:,} parameters train"
+        where = describe_devices(self._engine.device, dist.get_world_size())
+        return f"engine: ZeRO-{self.stage}, {dtype} on {where}; {trained:,} of {whole:,} parameters train"
 
     def train(self, mode: bool = True) -> None:
         """Dropout on or off."""

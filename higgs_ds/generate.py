@@ -17,6 +17,7 @@ from .audio import read_audio, write_wav
 from .codec import Codec
 from .collate import Collator, Sample, tokenize
 from .config import ConfigError
+from .device import pick_device, take_device
 from .manifest import AudioRef, Row, Turn
 from .model import DTYPES, check_weights, load_tokenizer, locate_checkpoint, read_model_config
 
@@ -48,6 +49,11 @@ class Sampling:
         }
 
 
+def default_dtype(device: torch.device) -> str:
+    """What the model speaks in: a GPU is made for bf16, and a CPU slower in it."""
+    return "bf16" if device.type == "cuda" else "fp32"
+
+
 class Speaker:
     """Base checkpoint, adapter and codec, ready to speak."""
 
@@ -58,18 +64,24 @@ class Speaker:
         codec: Codec,
         *,
         base_revision: str | None = None,
-        dtype: str = "fp32",
+        dtype: str | None = None,
     ):
         """
+        Args:
+            dtype: what the model computes in; None is bf16 on a GPU and fp32 on the CPU.
+
         Raises:
-            ConfigError: a checkpoint that cannot be used, or an adapter whose weights do not fit it one to one.
+            ConfigError: no usable GPU unless DS_ACCELERATOR=cpu; a checkpoint that cannot be used, or an adapter whose
+                weights do not fit it one to one.
         """
+        self.device = pick_device()
+        take_device(self.device)
+        dtype = dtype or default_dtype(self.device)
         folder = locate_checkpoint(base_ckpt, base_revision)
         self.config = read_model_config(folder)
         check_weights(folder, self.config)
         self.codec = codec
         self.tokenizer = load_tokenizer(folder)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model = HiggsAudioModel.from_pretrained(
             folder, config=self.config, torch_dtype=DTYPES[dtype], use_safetensors=True
         )

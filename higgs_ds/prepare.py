@@ -36,26 +36,28 @@ class Alone:
 def main(argv: list[str]) -> int:
     """Encodes the clips and counts the tokens of the manifests; takes the flags of train_ds.py.
 
-    Returns 0. Raises ConfigError for wrong flags and, without --skip_bad_rows, for rows that cannot be used.
+    Returns 0. Raises ConfigError for wrong flags, for no usable GPU unless DS_ACCELERATOR=cpu, and, without
+    --skip_bad_rows, for rows that cannot be used.
     """
     config = parse_args(argv, may_lack=("output_dir",))
     if config.codes_cache is None and config.output_dir is None:
         raise ConfigError(["--codes_cache: is required here, or --output_dir, whose codes_cache is taken"])
+    from .device import pick_device
+
+    device = pick_device()
     import torch
     import torch.distributed as dist
 
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    on_cpu = os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available()
-    device = "cpu" if on_cpu else f"cuda:{local_rank}"
     if world_size == 1:
-        _prepare(config, Alone(), device)
+        _prepare(config, Alone(), str(device))
         return 0
     from .engine import Ranks
 
     dist.init_process_group("gloo", timeout=PATIENCE)
     try:
-        _prepare(config, Ranks(dist.get_rank(), world_size, local_rank, torch.device("cpu")), device)
+        _prepare(config, Ranks(dist.get_rank(), world_size, local_rank, torch.device("cpu")), str(device))
         dist.barrier()
     finally:
         dist.destroy_process_group()

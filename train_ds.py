@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import sys
 from functools import partial
 from pathlib import Path
@@ -79,6 +80,7 @@ def train(config: TrainConfig, ds_raw: dict, ranks: Ranks, watch: Watch, *, chec
     from higgs_ds.rows import load_rows
     from higgs_ds.sampler import MicroBatch, evaluation_windows, make_plan
     from higgs_ds.schedule import learning_rate
+    from higgs_ds.shared_memory import check_shared_memory
     from higgs_ds.tracking import open_tracker
     from higgs_ds.trainer import Trainer
 
@@ -150,6 +152,18 @@ def train(config: TrainConfig, ds_raw: dict, ranks: Ranks, watch: Watch, *, chec
     def batches(rows, windows):
         dataset = MicroBatches(rows, tokenizer, cache, collator)
         return load_windows(dataset, windows, num_workers=config.num_workers, pin_memory=on_gpu)
+
+    host = socket.gethostname()
+    check_memory = partial(
+        check_shared_memory,
+        MicroBatches(train_rows, tokenizer, cache, collator),
+        num_workers=config.num_workers * (2 if val_rows else 1),
+        batch_size=config.batch_size,
+        max_tokens=config.max_tokens_per_batch,
+        kept=0 if on_gpu else config.grad_accum,
+        ranks_here=ranks.gather(host).count(host),
+    )
+    ranks.each(check_memory)
 
     def validation():
         budget = {"tokens": val_rows.tokens, "max_tokens": config.max_tokens_per_batch}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import sys
 from functools import partial
 from pathlib import Path
@@ -46,16 +47,17 @@ def run(config: TrainConfig, ds_raw: dict, *, check_only: bool) -> int:
     """Stage 2, and around all that follows a watch over the other ranks."""
     from higgs_ds.engine import leave_ranks, start_ranks
     from higgs_ds.run_dir import lock_run_dir, prepare_run_dir
-    from higgs_ds.watch import Watch
+    from higgs_ds.watch import Watch, check_stall_timeout
 
     # 2. Distribute: this process among the other ranks, in a folder that is this run's alone.
-    ranks = start_ranks()
+    ranks = start_ranks(deterministic=config.deterministic)
     ranks.seed(config.seed)
     output_dir = Path(config.output_dir)
     may_hold_a_run = check_only or config.resume != "none"
     alone = ranks.is_main and not check_only
     with Watch(ranks, stall_timeout_sec=config.stall_timeout_sec) as watch:
         try:
+            check_stall_timeout(config.stall_timeout_sec, on_gpu=ranks.device.type == "cuda")
             ranks.each(lambda: prepare_run_dir(output_dir, may_hold_a_run=may_hold_a_run))
             with ranks.each(lambda: lock_run_dir(output_dir) if alone else contextlib.nullcontext()):
                 return train(config, ds_raw, ranks, watch, check_only=check_only)
@@ -80,6 +82,7 @@ def train(config: TrainConfig, ds_raw: dict, ranks: Ranks, watch: Watch, *, chec
     from higgs_ds.rows import load_rows
     from higgs_ds.sampler import MicroBatch, evaluation_windows, make_plan
     from higgs_ds.schedule import learning_rate
+    from higgs_ds.shared_memory import check_shared_memory
     from higgs_ds.tracking import open_tracker
     from higgs_ds.trainer import Trainer
 
@@ -153,10 +156,23 @@ def train(config: TrainConfig, ds_raw: dict, ranks: Ranks, watch: Watch, *, chec
     notes += checkpoint.changed_settings(resumed, config.as_dict(), len(train_rows))
     say("\n".join([*notes, f"resuming after step {first_step - 1}" if resumed else "a fresh start"]))
 
+    on_gpu = ranks.device.type == "cuda"
+
     def batches(rows, windows):
         dataset = MicroBatches(rows, tokenizer, cache, collator)
-        on_gpu = ranks.device.type == "cuda"
         return load_windows(dataset, windows, num_workers=config.num_workers, pin_memory=on_gpu)
+
+    host = socket.gethostname()
+    check_memory = partial(
+        check_shared_memory,
+        MicroBatches(train_rows, tokenizer, cache, collator),
+        num_workers=config.num_workers * (2 if val_rows else 1),
+        batch_size=config.batch_size,
+        max_tokens=config.max_tokens_per_batch,
+        kept=0 if on_gpu else config.grad_accum,
+        ranks_here=ranks.gather(host).count(host),
+    )
+    ranks.each(check_memory)
 
     def validation():
         budget = {"tokens": val_rows.tokens, "max_tokens": config.max_tokens_per_batch}
@@ -323,8 +339,9 @@ def train(config: TrainConfig, ds_raw: dict, ranks: Ranks, watch: Watch, *, chec
         facts = {"rows": len(train_rows), "optimizer steps": total_steps, **trainer.last_losses}
         saved = run_dir.save_adapter(lora_model, engine.gather_trainable(), output_dir / "adapter", ranks, facts)
         say(f"adapter: {saved}")
+        on_cpu = "" if on_gpu else "DS_ACCELERATOR=cpu "
         say(
-            f"listen:  python -m higgs_ds generate --base_ckpt {config.base_ckpt} --adapter {saved} "
+            f"listen:  {on_cpu}python -m higgs_ds generate --base_ckpt {config.base_ckpt} --adapter {saved} "
             f"--codec {config.codec} --text '…' --output_file speech.wav"
         )
     return leave_ranks(EXIT_OK)

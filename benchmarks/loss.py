@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.report import interleaved, report
+from benchmarks.report import interleaved, measuring_device, report
 from higgs_ds.fused_head import FusedHead, LabelledRows
 from higgs_ds.loss import IGNORE
 
@@ -132,7 +132,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = str(measuring_device())
     rows, figures = [], {}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
         heads = Heads(args.positions, dtype, device)

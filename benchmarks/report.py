@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from higgs_ds.device import pick_device
+
 
 def report(
     title: str,
@@ -52,9 +54,19 @@ def _shown(value) -> str:
     return str(value)
 
 
+def measuring_device() -> torch.device:
+    """The GPU where one can be used, else the CPU: a benchmark measures what is there, and its table says what it was.
+
+    This process and those that it starts decide alike from here on, by `higgs_ds.device.pick_device`.
+    """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    return pick_device()
+
+
 def device_name() -> str:
     """The GPU's name, or the CPU's and how many threads compute."""
-    if torch.cuda.is_available():
+    if os.environ.get("DS_ACCELERATOR") != "cpu" and torch.cuda.is_available():
         return torch.cuda.get_device_name()
     model = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")

@@ -87,8 +87,10 @@ def measure(words: list[str]) -> list[dict]:
 
 
 def _measure(words: list[str], work: Path) -> list[dict]:
+    from benchmarks.report import measuring_device
     from higgs_ds.tiny import write_tiny
 
+    measuring_device()
     args = parse(words)
     ffn_size = 128 * round(args.hidden * 8 / 3 / 128)  # the real model's proportion
     sizes = {"vocab_size": args.vocabulary, "ffn_size": ffn_size}

@@ -1,19 +1,23 @@
-"""How often a micro-batch's forward and backward wait for the device, or would on a GPU.
+"""How often a micro-batch's forward and backward wait for the device, or would on a GPU: the module's and the engine's.
 
 On a CPU every operation is counted as it is dispatched, backward included: `nonzero` (and an index by a mask, which
 calls it), `item` (`_local_scalar_dense`), other operations whose result's size depends on values, and copies between
-host and device. On a GPU its profiler counts the same operations, and synchronisations and copies of the driver.
+host and device; and DeepSpeed is told that its device is one that must be waited for, as a GPU is, and counted where
+it waits. On a GPU its profiler counts the same operations, and synchronisations and copies of the driver.
 
-usage: python benchmarks/syncs.py [--json FILE]
+usage: python benchmarks/syncs.py [--json FILE]; exits with 1 where the engine's micro-batches wait at all
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import os
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -24,11 +28,14 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from benchmarks.report import report  # noqa: E402
+from benchmarks.report import measuring_device, report  # noqa: E402
 from higgs_ds.collate import Batch, Collator, Sample  # noqa: E402
-from higgs_ds.config import DEFAULT_LORA_TARGETS  # noqa: E402
+from higgs_ds.config import DEFAULT_LORA_TARGETS, parse_args  # noqa: E402
+from higgs_ds.ds_config import resolve  # noqa: E402
+from higgs_ds.engine import Engine, leave_ranks, loading, start_ranks  # noqa: E402
 from higgs_ds.forward import training_forward  # noqa: E402
-from higgs_ds.model import attach_lora, load_base, load_tokenizer, read_model_config  # noqa: E402
+from higgs_ds.model import attach_lora, layer_sizes, load_base, load_tokenizer, read_model_config  # noqa: E402
+from higgs_ds.process import end_process  # noqa: E402
 from higgs_ds.tiny import write_tiny  # noqa: E402
 
 NAMES = {
@@ -44,6 +51,8 @@ NAMES = {
 INDEXING = ("aten::index.Tensor", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")
 COLUMNS = ("nonzero", "item", "_local_scalar_dense", "host copies", "synchronisations")
 LAYERS = 4
+STEPS_BEFORE = 3  # DeepSpeed's throughput timer begins to wait after two
+MICRO_BATCHES = 4  # of the step that is counted
 
 
 class Counting(TorchDispatchMode):
@@ -89,7 +98,7 @@ def profiled(run) -> Counter[str]:
             found[NAMES[event.name]] += 1
         elif event.name.startswith(("Memcpy HtoD", "Memcpy DtoH")):
             found["host copies"] += 1
-        elif event.name in ("cudaStreamSynchronize", "cudaEventSynchronize"):
+        elif event.name in ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaDeviceSynchronize"):
             found["synchronisations"] += 1
     return found
 
@@ -114,25 +123,80 @@ def make_batch(config, tokenizer, *, with_layout: bool) -> Batch:
     return Collator.of(config, with_layout=with_layout)(samples)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
-    on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda" if on_gpu else "cpu")
-    cases = {
-        "upstream": {"forward_impl": "upstream", "loss_impl": "reference"},
-        "padding_free, reference loss": {"loss_impl": "reference"},
-        "padding_free, checkpointed": {"checkpoint_every": 1},
-        "padding_free": {},
-    }
-    rows = []
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+class AskedDevice:
+    """DeepSpeed's accelerator on a CPU, behaving as one whose work goes on behind the host's back, and counted.
+
+    Inside the context DeepSpeed takes the branches that it takes on a GPU: its streams and events are stand-ins, and
+    `waits` is how often it waited for one of them or for the whole device.
+    """
+
+    def __init__(self):
+        self.waits = 0
+
+    def _wait(self, *_, **__) -> None:
+        self.waits += 1
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[AskedDevice]:
+        from deepspeed.accelerator import get_accelerator
+
+        asked, kind = self, type(get_accelerator())
+
+        class Stream:
+            """A stream or an event; everything put on it is done at once."""
+
+            def __init__(self, *_, **__):
+                pass
+
+            def synchronize(self) -> None:
+                asked._wait()
+
+            def query(self) -> bool:
+                return True
+
+            def record(self, *_) -> None:
+                pass
+
+            wait_stream = wait_event = wait = record
+
+        one = Stream()
+        stood_in = {
+            "is_synchronized_device": lambda self: False,
+            "resolves_data_dependency": lambda self: False,
+            "handles_memory_backpressure": lambda self: False,
+            "synchronize": lambda self, *_: asked._wait(),
+            "current_stream": lambda self, *_: one,
+            "default_stream": lambda self, *_: one,
+            "stream": lambda self, stream: contextlib.nullcontext(),
+            "Stream": property(lambda self: Stream),
+            "Event": property(lambda self: Stream),
+        }
+        kept = {name: vars(kind)[name] for name in stood_in}
+        record_stream = torch.Tensor.record_stream
+        for name, value in stood_in.items():
+            setattr(kind, name, value)
+        torch.Tensor.record_stream = lambda self, stream: None  # there is no such thing for a tensor of the CPU
+        try:
+            yield self
+        finally:
+            torch.Tensor.record_stream = record_stream
+            for name, value in kept.items():
+                setattr(kind, name, value)
+
+
+class Bench:
+    """A small checkpoint and the modules and engines made of it."""
+
+    def __init__(self, folder: Path, device: torch.device):
         write_tiny(folder, hidden_size=256, num_layers=LAYERS)
-        config, tokenizer = read_model_config(folder), load_tokenizer(folder)
-        model = attach_lora(
-            load_base(folder, config, "bf16" if on_gpu else "fp32"),
+        self.folder, self.device = folder, device
+        self.config, self.tokenizer = read_model_config(folder), load_tokenizer(folder)
+        self.scales = torch.full((8,), 0.01, device=device)
+
+    def lora(self, dtype: str):
+        """The checkpoint with LoRA on every projection."""
+        return attach_lora(
+            load_base(self.folder, self.config, dtype),
             rank=8,
             alpha=16,
             dropout=0.05,
@@ -140,22 +204,97 @@ def main() -> None:
             seed=0,
             base_name="tiny",
         )
-        model.to(device).train()
-        for case, settings in cases.items():
-            module = training_forward(model, config, **settings)
-            batch = make_batch(config, tokenizer, with_layout=case != "upstream")
-            inputs, scales = batch.model_inputs(device), torch.full((8,), 0.01, device=device)
 
-            def micro_batch(module=module, inputs=inputs, scales=scales) -> None:
-                loss, _, report = module(inputs, 0.1, scales)
-                assert not report.problems
-                loss.backward()
+    def inputs(self, *, with_layout: bool = True) -> dict:
+        """A micro-batch on the device."""
+        return make_batch(self.config, self.tokenizer, with_layout=with_layout).model_inputs(self.device)
 
-            micro_batch()  # the first one draws up what later ones reuse
-            found = profiled(micro_batch) if on_gpu else dispatched(micro_batch)
-            total = sum(found[column] for column in COLUMNS if column != "item")
-            rows.append({"forward": case, **{c: found[c] for c in COLUMNS}, "total": total})
-    figure = rows[-1]["total"]
+    def module_waits(self, **settings) -> Counter[str]:
+        """Counts of one micro-batch through the bare module."""
+        dtype = "bf16" if self.device.type == "cuda" else "fp32"
+        module = training_forward(self.lora(dtype).to(self.device).train(), self.config, **settings)
+        inputs = self.inputs(with_layout=settings.get("forward_impl") != "upstream")
+
+        def micro_batch() -> None:
+            loss, _, report = module(inputs, 0.1, self.scales)
+            assert not report.problems
+            loss.backward()
+
+        micro_batch()  # the first one draws up what later ones reuse
+        return counted(micro_batch, self.device)
+
+    def engine_waits(self, stage: int, *, overrides: dict | None = None) -> Counter[str]:
+        """Counts of all micro-batches of one optimizer step through the engine, without the update.
+
+        Args:
+            overrides: keys of the resolved DeepSpeed JSON that are replaced, a section at a time.
+        """
+        flags = parse_args(["--train_manifest", "x", "--output_dir", "x"])
+        raw = json.loads((ROOT / f"ds_configs/zero{stage}.json").read_text(encoding="utf-8"))
+        # Resolved as for a GPU, whatever this is.
+        ds_config = resolve(raw, flags, world_size=1, on_cpu=False, layer=layer_sizes(self.config))
+        for section, values in (overrides or {}).items():
+            ds_config[section] = ds_config[section] | values
+        asked = AskedDevice()
+        with asked() if self.device.type == "cpu" else contextlib.nullcontext():
+            with loading(ds_config):
+                lora = self.lora("bf16")
+            engine = Engine(training_forward(lora, self.config), ds_config, weight_decay=0.0, max_grad_norm=1.0)
+            engine.train()
+            inputs = self.inputs()
+
+            def micro_batches() -> None:
+                for _ in range(MICRO_BATCHES):
+                    loss, _, report = engine.forward(inputs, 0.1, self.scales)
+                    assert not report.problems
+                    engine.backward(loss)
+
+            for _ in range(STEPS_BEFORE):
+                micro_batches()
+                engine.step(1e-4)
+            asked.waits = 0
+            found = counted(micro_batches, self.device)
+        found["synchronisations"] += asked.waits
+        return found
+
+
+def counted(run, device: torch.device) -> Counter[str]:
+    """Counts of one run, as the device allows."""
+    return profiled(run) if device.type == "cuda" else dispatched(run)
+
+
+def total(found: Counter[str]) -> int:
+    """Waits of all kinds; `item` is what calls `_local_scalar_dense`, and not another."""
+    return sum(found[column] for column in COLUMNS if column != "item")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    measuring_device()
+    ranks = start_ranks()
+    modules = {
+        "upstream": {"forward_impl": "upstream", "loss_impl": "reference"},
+        "padding_free, reference loss": {"loss_impl": "reference"},
+        "padding_free, checkpointed": {"checkpoint_every": 1},
+        "padding_free": {},
+    }
+    engines = {
+        "engine, ZeRO-3": (3, {}),
+        "engine, ZeRO-2, throughput timer": (2, {"timers": {"throughput": {"enabled": True, "synchronized": True}}}),
+        "engine, ZeRO-2, overlap_comm": (2, {"zero_optimization": {"overlap_comm": True}}),
+        "engine, ZeRO-2": (2, {}),
+    }
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        bench = Bench(Path(name), ranks.device)
+        found = {case: (bench.module_waits(**settings), 1) for case, settings in modules.items()}
+        for case, (stage, overrides) in engines.items():
+            found[case] = bench.engine_waits(stage, overrides=overrides), MICRO_BATCHES
+    for case, (waits, batches) in found.items():
+        rows.append({"forward": case, **{c: waits[c] / batches for c in COLUMNS}, "total": total(waits) / batches})
+    figure = max(row["total"] for row in rows if row["forward"] in ("padding_free", "engine, ZeRO-2"))
     report(
         f"waits for the device in one micro-batch's forward and backward, {LAYERS} layers",
         rows,
@@ -164,7 +303,8 @@ def main() -> None:
         holds=figure == 0,
         json_file=args.json,
     )
+    return leave_ranks(0 if figure == 0 else 1)
 
 
 if __name__ == "__main__":
-    main()
+    end_process(main())

@@ -80,7 +80,7 @@ def _speaker_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--adapter", help="folder of a PEFT adapter (default: speak with the base alone)")
     parser.add_argument("--codec", default=DEFAULT_CODEC)
     parser.add_argument("--codec_revision")
-    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="fp32")
+    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="default: bf16 on a GPU, fp32 on the CPU")
 
 
 def _tiny(args) -> int:
@@ -113,6 +113,9 @@ def _sample_codec(args) -> int:
 
 
 def _speaker(args):
+    from .device import pick_device
+
+    pick_device()  # refused before anything is downloaded or loaded
     from .codec import load_codec
     from .generate import Speaker
     from .model import open_base

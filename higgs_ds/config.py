@@ -153,7 +153,13 @@ class TrainConfig:
         "none", "run", "auto: go on from the newest whole checkpoint of --output_dir; none; or a checkpoint's folder"
     )
     stall_timeout_sec: float = _option(
-        600.0, "run", "seconds without progress on any rank, after which all ranks end and say who is stuck", above=0
+        300.0,
+        "run",
+        "seconds without progress on any rank, after which all ranks end and say who is stuck; below 600 on GPUs",
+        above=0,
+    )
+    deterministic: bool = _option(
+        False, "run", "kernels that give the same numbers twice, which a GPU's fastest do not; slower"
     )
     init_adapter: str | None = _option(None, "model", "start from this adapter's weights: a new run, not a resume")
     run_name: str | None = _option(None, "run", "name of the run in W&B and on the plot")

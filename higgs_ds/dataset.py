@@ -18,6 +18,8 @@ from .collate import Batch, Collator, build_sample
 from .manifest import AudioRef, Row
 from .sampler import MicroBatch, Window
 
+PREFETCH = 4  # micro-batches that a data worker builds ahead
+
 
 class MicroBatches(Dataset):
     """`dataset[MicroBatch]` is the collated `Batch`."""
@@ -50,7 +52,7 @@ def load_windows(
         batch_size=None,
         num_workers=num_workers,
         pin_memory=pin_memory,
-        prefetch_factor=4 if num_workers else None,
+        prefetch_factor=PREFETCH if num_workers else None,
         worker_init_fn=_outlive_stop_signals,
         generator=torch.Generator(),  # its own: a loader draws from it, and dropout's must be the same after a resume
     )

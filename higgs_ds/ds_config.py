@@ -32,6 +32,7 @@ TOP_LEVEL_KEYS = {
     "memory_breakdown",
     "comms_logger",
     "flops_profiler",
+    "timers",
     "dump_state",
     "optimizer",
 }
@@ -189,6 +190,7 @@ def resolve(raw: dict, config: TrainConfig, *, world_size: int, on_cpu: bool, la
     if out.get("steps_per_print", "auto") == "auto":
         out["steps_per_print"] = None
     _check_optimizer(out.pop("optimizer", None), config, name, problems)
+    _fill_timers(section("timers"), name, problems)
 
     if stage == 3:
         # A LoRA matrix below the threshold stays whole on every rank, instead of being gathered on its own.
@@ -201,7 +203,9 @@ def resolve(raw: dict, config: TrainConfig, *, world_size: int, on_cpu: bool, la
         ("allgather_bucket_size", 50_000_000),
         # A layer is gathered whole; the next one, or as much of it as this allows, while it computes.
         ("stage3_prefetch_bucket_size", max(50_000_000, layer.parameters)),
-        ("overlap_comm", stage >= 2 and not on_cpu),
+        # Stage 2 has nothing to overlap with (LoRA's gradients fit one bucket), and would wait for the GPU after every
+        # backward to do it.
+        ("overlap_comm", stage == 3 and not on_cpu),
     ):
         if zero.get(key) == "auto":
             zero[key] = value
@@ -219,6 +223,25 @@ def resolve(raw: dict, config: TrainConfig, *, world_size: int, on_cpu: bool, la
     if problems:
         raise ConfigError(problems)
     return out
+
+
+def _fill_timers(timers: dict, name: str, problems: list[str]) -> None:
+    """DeepSpeed's throughput timer is off unless the file asks for it: it waits for the GPU in every micro-batch."""
+    for key in timers:
+        if key != "throughput":
+            problems.append(f"{name}: timers.{key}: unknown key{nearest(key, {'throughput'})}")
+    throughput = timers.setdefault("throughput", {})
+    if not isinstance(throughput, dict):
+        problems.append(f"{name}: timers.throughput: must be an object, it is {throughput!r}")
+        return
+    for key, value in throughput.items():
+        if key not in ("enabled", "synchronized"):
+            problems.append(f"{name}: timers.throughput.{key}: unknown key{nearest(key, {'enabled', 'synchronized'})}")
+        elif not isinstance(value, bool) and value != "auto":
+            problems.append(f"{name}: timers.throughput.{key} is {value!r}, expected true or false")
+    for key in ("enabled", "synchronized"):
+        if throughput.get(key, "auto") == "auto":
+            throughput[key] = False
 
 
 def _check_optimizer(block, config: TrainConfig, name: str, problems: list[str]) -> None:

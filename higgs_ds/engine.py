@@ -21,6 +21,8 @@ import torch.distributed as dist
 from torch import nn
 
 from .config import ConfigError
+from .device import describe_devices, pick_device, take_device
+from .optimizer_state import GatheredState, OptimizerState
 
 T = TypeVar("T")
 
@@ -78,31 +80,39 @@ class Ranks:
         dist.barrier()
 
 
-def start_ranks() -> Ranks:
-    """Joins the process group of the DeepSpeed launcher or torchrun; plain `python` becomes one rank of its own."""
+def start_ranks(*, deterministic: bool = False) -> Ranks:
+    """Joins the process group of the DeepSpeed launcher or torchrun; plain `python` becomes one rank of its own.
+
+    Args:
+        deterministic: only kernels that give the same numbers twice, see `take_device`.
+
+    Raises:
+        ConfigError: this rank has no GPU, and `DS_ACCELERATOR` does not say that it is to use the CPU.
+    """
+    device = pick_device()
+    on_cpu = device.type == "cpu"
+    os.environ["DS_ACCELERATOR"] = device.type  # DeepSpeed, which guesses without it, is to mean the same
+    take_device(device, deterministic=deterministic)
     if "RANK" not in os.environ:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    on_cpu = os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available()
-    if on_cpu:
-        os.environ["DS_ACCELERATOR"] = "cpu"
-    import deepspeed
-
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    device = torch.device("cpu") if on_cpu else torch.device("cuda", local_rank)
-    if on_cpu:
-        _without_kernel_build(deepspeed)
-    else:
-        torch.cuda.set_device(device)
     # To find each other, the ranks have torch's half an hour. After that one may encode for hours while the others wait
     # for it: who is dead or stuck is for `watch` to find, and not for a collective's timeout.
     store, rank, world_size = next(dist.rendezvous("env://", timeout=timedelta(minutes=30)))
     backend = "gloo" if on_cpu else "nccl"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timedelta(days=1))
+    # NCCL need not guess the rank's GPU, and connects now, where an error has a place. One rank alone has nobody to
+    # connect to, and doing it all the same has failed on some machines (DeepSpeed's issue 8248).
+    bound = device if not on_cpu and world_size > 1 else None
+    patience = timedelta(days=1)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=patience, device_id=bound)
+    import deepspeed
+
+    if on_cpu:
+        _without_kernel_build(deepspeed)
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
-    return Ranks(dist.get_rank(), dist.get_world_size(), local_rank, device)
+    return Ranks(rank, world_size, int(os.environ.get("LOCAL_RANK", "0")), device)
 
 
 def _without_kernel_build(deepspeed) -> None:
@@ -168,23 +178,6 @@ class DroppableAdamW(torch.optim.AdamW):
         return super().step(closure)
 
 
-@dataclass
-class OptimizerState:
-    """Float32 weights and Adam's moments by name, and how many updates Adam has counted."""
-
-    weights: dict[str, torch.Tensor]
-    exp_avg: dict[str, torch.Tensor]
-    exp_avg_sq: dict[str, torch.Tensor]
-    adam_steps: int
-
-
-def _span(shares: list[torch.Tensor], start: int, length: int) -> torch.Tensor:
-    """`length` values from `start` of the concatenation of equally long shares, in memory of its own."""
-    size = len(shares[0])
-    ends = [(max(0, start - i * size), max(0, start + length - i * size)) for i in range(len(shares))]
-    return torch.cat([share[first:last] for share, (first, last) in zip(shares, ends, strict=True)])
-
-
 @contextlib.contextmanager
 def loading(ds_config: dict) -> Iterator[None]:
     """Inside, `from_pretrained` shards the weights over the ranks while it loads them, if the stage is 3."""
@@ -221,6 +214,9 @@ class Engine:
             # DeepSpeed reduces such a module's gradients once the one of its input is there. Without one it would do so
             # before the module's backward, and take the gradients for zero.
             module.input_gradient = True
+        # DeepSpeed's own groups keep NCCL's ten minutes. A rank that reads the base from a slower disk may take longer
+        # than that, so the ranks meet before there are any, on the group that has a day's patience.
+        dist.barrier()
         self._engine, *_ = deepspeed.initialize(model=module, optimizer=self._optimizer, config=ds_config)
         self._optimizer.drop_next = False
 
@@ -230,11 +226,12 @@ class Engine:
         return self._engine.module
 
     def describe(self, dtype: str) -> str:
-        """Stage, dtype and how many parameters train, as text."""
+        """Stage, dtype, devices and how many parameters train, as text."""
         sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in self.module.parameters()]
         trained = sum(size for size, learns in sizes if learns)
         whole = sum(size for size, _ in sizes)
-        return f"engine: ZeRO-{self.stage}, {dtype}; {trained:,} of {whole:,} parameters train"
+        where = describe_devices(self._engine.device, dist.get_world_size())
+        return f"engine: ZeRO-{self.stage}, {dtype} on {where}; {trained:,} of {whole:,} parameters train"
 
     def train(self, mode: bool = True) -> None:
         """Dropout on or off."""
@@ -269,32 +266,32 @@ class Engine:
         finally:
             self._optimizer.drop_next = False
 
-    def gather_state(self) -> Callable[[], OptimizerState] | None:
-        """Weights in float32 and Adam's moments for rank 0, as a function that puts them together; None elsewhere.
+    def gather_state(self) -> GatheredState | None:
+        """Weights in float32 and Adam's moments for rank 0, which put themselves together when called; None elsewhere.
 
         The same whatever the stage and the world size, so that any of them can go on from it. Every rank must call
-        this; training may go on before the function is called. Three collectives in all: gathered tensor by tensor,
-        a large adapter would hold up training for seconds.
+        this. Training may go on before the result is called, in another thread too: all of it is on the host by then.
+        Three collectives in all: gathered tensor by tensor, a large adapter would hold up training for seconds.
         """
-        rank, world_size = dist.get_rank(), dist.get_world_size()
-        gathered: list[list[torch.Tensor]] = []  # weights, exp_avg, exp_avg_sq: every rank's share
-        for parts in self._local_state():
-            if self.stage == 0 or world_size == 1:
-                gathered.append([torch.cat(parts)])  # a copy: the masters go on training
-                continue
-            share = parts[0] if len(parts) == 1 else torch.cat(parts)
-            shares = [torch.empty_like(share) for _ in range(world_size)] if rank == 0 else None
-            dist.gather(share, shares)
-            gathered.append(shares)
-        if rank != 0:
+        gathered = [self._gather(parts) for parts in self._local_state()]  # weights, exp_avg, exp_avg_sq
+        if dist.get_rank() != 0:
             return None
-        self._check_layout(gathered[0])
-        steps = self._adam_steps()
+        shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in self._named_trainable()}
+        state = GatheredState(*gathered, self._adam_steps(), shapes, by_parameter=self.stage == 3)
+        self._check_layout(state)
+        return state
 
-        def put_together() -> OptimizerState:
-            return OptimizerState(*({n: v.cpu() for n, v in self._whole(shares)} for shares in gathered), steps)
-
-        return put_together
+    def _gather(self, parts: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Every rank's share on rank 0's host, in memory of its own; nothing elsewhere."""
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        if self.stage == 0 or world_size == 1:
+            return [torch.cat(parts).cpu()] if rank == 0 else []  # a copy: the masters go on training
+        # Under offload_optimizer masters and moments are on the CPU at stages 1 and 2, and NCCL serves GPUs alone. A
+        # share is small, and leaves the GPU before the next kind comes.
+        share = (parts[0] if len(parts) == 1 else torch.cat(parts)).to(self._engine.device)
+        shares = [torch.empty_like(share) for _ in range(world_size)] if rank == 0 else None
+        dist.gather(share, shares)
+        return [gathered.cpu() for gathered in shares or ()]
 
     def _local_state(self) -> Iterator[list[torch.Tensor]]:
         """This rank's weights, exp_avg, exp_avg_sq, flat float32: by parameter, or at stages 1 and 2 by partition."""
@@ -311,30 +308,12 @@ class Engine:
         for key in ("exp_avg", "exp_avg_sq"):
             yield [self._optimizer.state[master][key].flatten() for master in masters]
 
-    def _whole(self, shares: list[torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
-        """(name, whole tensor) from every rank's share of one kind, each in memory of its own.
-
-        Stage 3 cuts each parameter into equal parts, padded; stages 1 and 2 cut the concatenation of all of them.
-        """
-        at = 0
-        for name, p in self._named_trainable():
-            if self.stage == 3:
-                part = -(-p.ds_numel // len(shares))
-                yield name, torch.cat([share[at : at + part] for share in shares])[: p.ds_numel].view(p.ds_shape)
-                at += part
-            else:
-                yield name, _span(shares, at, p.numel()).view(p.shape)
-                at += p.numel()
-
-    def _check_layout(self, shares: list[torch.Tensor]) -> None:
-        """The masters, rounded, are the module's weights: fails loudly where a DeepSpeed cuts them otherwise.
-
-        The last weight alone is compared: it is where it is only if all before it are.
-        """
+    def _check_layout(self, state: GatheredState) -> None:
+        """The masters, rounded, are the module's weights: fails loudly where a DeepSpeed cuts them otherwise."""
         if self.stage < 3:
-            *before, (name, last) = self._named_trainable()
-            weight = _span(shares, sum(p.numel() for _, p in before), last.numel()).view(last.shape)
-            if not torch.equal(weight.to(last.dtype), last.detach()):
+            name, weight = state.last_weight()
+            last = self._named_trainable()[-1][1].detach().cpu()
+            if not torch.equal(weight.to(last.dtype), last):
                 raise RuntimeError(f"{name}: gathered weights are not the model's; DeepSpeed's layout has changed")
 
     def load_state(self, state: OptimizerState, first_inputs: dict) -> None:

@@ -17,6 +17,7 @@ from .audio import read_audio, write_wav
 from .codec import Codec, check_fits
 from .collate import Collator, Sample, tokenize
 from .config import ConfigError
+from .device import pick_device, take_device
 from .manifest import AudioRef, Row, Turn
 from .model import DTYPES, BaseCheckpoint
 
@@ -48,19 +49,30 @@ class Sampling:
         }
 
 
+def default_dtype(device: torch.device) -> str:
+    """What the model speaks in: a GPU is made for bf16, and a CPU slower in it."""
+    return "bf16" if device.type == "cuda" else "fp32"
+
+
 class Speaker:
     """Base checkpoint, adapter and codec, ready to speak."""
 
-    def __init__(self, base: BaseCheckpoint, adapter: str | None, codec: Codec, *, dtype: str = "fp32"):
+    def __init__(self, base: BaseCheckpoint, adapter: str | None, codec: Codec, *, dtype: str | None = None):
         """
+        Args:
+            dtype: what the model computes in; None is bf16 on a GPU and fp32 on the CPU.
+
         Raises:
-            ConfigError: a codec of another model, or an adapter whose weights do not fit the base one to one.
+            ConfigError: no usable GPU unless DS_ACCELERATOR=cpu; a codec of another model, or an adapter whose weights
+                do not fit the base one to one.
         """
+        self.device = pick_device()
+        take_device(self.device)
+        dtype = dtype or default_dtype(self.device)
         self.config, self.tokenizer = base.config, base.tokenizer
         check_fits(codec, self.config.audio_num_codebooks, self.config.audio_codebook_size)
         codec.build()  # what is wrong with it is said before the base is loaded
         self.codec = codec
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model = HiggsAudioModel.from_pretrained(
             base.folder, config=self.config, torch_dtype=DTYPES[dtype], use_safetensors=True
         )

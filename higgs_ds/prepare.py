@@ -36,26 +36,28 @@ class Alone:
 def main(argv: list[str]) -> int:
     """Encodes the clips and counts the tokens of the manifests; takes the flags of train_ds.py.
 
-    Returns 0. Raises ConfigError for wrong flags and, without --skip_bad_rows, for rows that cannot be used.
+    Returns 0. Raises ConfigError for wrong flags, for no usable GPU unless DS_ACCELERATOR=cpu, and, without
+    --skip_bad_rows, for rows that cannot be used.
     """
     config = parse_args(argv, may_lack=("output_dir",))
     if config.codes_cache is None and config.output_dir is None:
         raise ConfigError(["--codes_cache: is required here, or --output_dir, whose codes_cache is taken"])
+    from .device import pick_device
+
+    device = pick_device()
     import torch
     import torch.distributed as dist
 
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    on_cpu = os.environ.get("DS_ACCELERATOR") == "cpu" or not torch.cuda.is_available()
-    device = "cpu" if on_cpu else f"cuda:{local_rank}"
     if world_size == 1:
-        _prepare(config, Alone(), device)
+        _prepare(config, Alone(), str(device))
         return 0
     from .engine import Ranks
 
     dist.init_process_group("gloo", timeout=PATIENCE)
     try:
-        _prepare(config, Ranks(dist.get_rank(), world_size, local_rank, torch.device("cpu")), device)
+        _prepare(config, Ranks(dist.get_rank(), world_size, local_rank, torch.device("cpu")), str(device))
         dist.barrier()
     finally:
         dist.destroy_process_group()
@@ -70,6 +72,7 @@ def _prepare(config: TrainConfig, ranks, device: str) -> None:
     from .codes import CodeCache
     from .collate import Collator
     from .lengths import LengthIndex
+    from .padding_free import check_supported
     from .rows import load_rows
 
     began = time.monotonic()
@@ -77,6 +80,8 @@ def _prepare(config: TrainConfig, ranks, device: str) -> None:
     folder = Path(config.codes_cache or Path(config.output_dir) / "codes_cache")
     base = ranks.each(lambda: model.open_base(config.base_ckpt, config.base_revision))
     model_config, tokenizer = base.config, base.tokenizer
+    if config.forward_impl == "padding_free":
+        ranks.each(lambda: check_supported(model_config))
     if base.notes:
         say("\n".join(base.notes))
     codec = ranks.each(lambda: load_codec(config.codec, config.codec_revision, device=device, warn=say))

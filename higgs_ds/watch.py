@@ -29,6 +29,7 @@ BEAT_SEC = 0.5
 SILENCE_SEC = 50.0  # a rank not heard from for so long is gone: its host died, or it is frozen
 VERDICT_SEC = 3.0  # how long an error waits for the news that another rank's death is behind it
 LAST_RITES_SEC = 30.0
+NCCL_TIMEOUT_SEC = 600.0  # torch's, which DeepSpeed's own groups keep, whatever the default group has
 MAX_LINE = 65536
 LAUNCHER_PROGRAMS = {"deepspeed", "deepspeed.pt", "ds", "torchrun", "accelerate"}
 LAUNCHER_MODULES = ("deepspeed.launcher", "torch.distributed", "accelerate.commands")
@@ -60,6 +61,21 @@ class Verdict(str):
         verdict = cls(text)
         verdict.exit_code = exit_code if isinstance(exit_code, int) else 1
         return verdict
+
+
+def check_stall_timeout(seconds: float, *, on_gpu: bool) -> None:
+    """Refuses a `--stall_timeout_sec` that NCCL's own end of a stuck collective, which names nobody, comes before.
+
+    Raises:
+        ConfigError: with both numbers.
+    """
+    if on_gpu and seconds >= NCCL_TIMEOUT_SEC:
+        raise ConfigError(
+            [
+                f"--stall_timeout_sec: {seconds:g} is not below {NCCL_TIMEOUT_SEC:g}, the seconds after which NCCL "
+                "ends a stuck collective without saying which rank is stuck; give less (default: 300)"
+            ]
+        )
 
 
 class Watch:

@@ -141,9 +141,28 @@ def test_the_shipped_files_resolve_from_flags_alone(name, stage, offload):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("name", ["zero0", "zero2", "zero2_offload", "zero3", "zero3_offload"])
+def test_communication_overlaps_under_stage_3_on_gpus_alone(name):
+    for on_cpu in (True, False):
+        overlaps = resolved(name=f"{name}.json", on_cpu=on_cpu)["zero_optimization"].get("overlap_comm", False)
+        assert overlaps is ("zero3" in name and not on_cpu)
+
+
+def test_deepspeeds_throughput_timer_is_off_unless_the_file_asks_for_it():
+    off = {"enabled": False, "synchronized": False}
+    assert resolved()["timers"] == {"throughput": off}
+    assert resolved({"timers": {"throughput": {"enabled": "auto"}}})["timers"] == {"throughput": off}
+    assert resolved({"timers": {"throughput": {"enabled": True}}})["timers"]["throughput"]["enabled"] is True
+
+
 @pytest.mark.parametrize(
     ("raw", "words"),
     [
+        ({"timers": {"thruput": {}}}, ["timers.thruput: unknown key", "'throughput'"]),
+        ({"timers": {"throughput": {"enable": True}}}, ["timers.throughput.enable: unknown key", "'enabled'"]),
+        ({"timers": {"throughput": {"enabled": "no"}}}, ["timers.throughput.enabled is 'no', expected true or false"]),
+        ({"timers": {"throughput": False}}, ["timers.throughput: must be an object, it is False"]),
+        ({"timers": []}, ["timers: must be an object"]),
         ({"gradient_cliping": 1.0}, ["gradient_cliping: unknown key", "'gradient_clipping'"]),
         ({"zero_optimization": {"stge": 2}}, ["zero_optimization.stge: unknown key", "'stage'"]),
         ({"zero_optimization": {"stage": 4}}, ["stage is 4"]),

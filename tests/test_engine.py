@@ -1,5 +1,7 @@
 """The same training at every ZeRO stage and world size, with real ranks."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -78,9 +80,22 @@ def test_eight_ranks_under_zero3(uneven):
     assert "done: 3 steps" in results[7].output
 
 
-def test_every_shipped_config_trains_in_bf16(tiny_dir, codec_dir, tmp_path):
+def test_every_shipped_config_trains_in_bf16_and_saves_what_the_host_holds(tiny_dir, codec_dir, tmp_path):
+    """The ranks meet before DeepSpeed starts; what is saved is on the host, and nothing of it was in a collective."""
     results = run_ranks(["tests/workers/all_configs.py", *map(str, (tiny_dir, codec_dir, tmp_path))], 2, timeout=240)
     assert_all(results)
     losses = dict(line.split()[1:] for line in results[0].output.splitlines() if line.startswith("config "))
-    assert len(losses) == 6
+    assert len(losses) == 6 and "saved and set under every file" in results[0].output
     assert max(map(float, losses.values())) - min(map(float, losses.values())) < 0.05, losses
+
+
+def test_a_micro_batch_of_the_engine_never_waits_for_the_device(tmp_path):
+    """And the counter finds DeepSpeed's throughput timer and overlap_comm where they are on."""
+    (result,) = run_ranks(["benchmarks/syncs.py", "--json", str(tmp_path / "syncs.json")], 1, timeout=240)
+    assert_all([result])
+    facts = json.loads((tmp_path / "syncs.json").read_text())
+    waits = {row["forward"]: row["total"] for row in facts["rows"]}
+    assert facts["holds"] and facts["figure"] == 0
+    assert waits["padding_free"] == waits["engine, ZeRO-2"] == 0
+    assert waits["engine, ZeRO-2, throughput timer"] >= 1 and waits["engine, ZeRO-2, overlap_comm"] >= 1
+    assert waits["upstream"] > 50

@@ -13,14 +13,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from higgs_ds.allocator import grow_segments
 from higgs_ds.config import ConfigError, TrainConfig, parse_args
-from higgs_ds.ds_config import read_deepspeed_config, resolve
+from higgs_ds.distributed.allocator import grow_segments
+from higgs_ds.distributed.ds_config import read_deepspeed_config, resolve
 from higgs_ds.process import end_process
 
 if TYPE_CHECKING:
-    from higgs_ds.engine import Ranks
-    from higgs_ds.watch import Watch
+    from higgs_ds.distributed.engine import Ranks
+    from higgs_ds.distributed.rank_watch import Watch
 
 EXIT_OK, EXIT_CHECK_FAILED, EXIT_CONFIG, EXIT_BAD_LOSS, EXIT_STOPPED = 0, 1, 2, 3, 75
 
@@ -45,9 +45,9 @@ def main(argv: list[str], *, check_only: bool = False) -> int:
 
 def run(config: TrainConfig, ds_raw: dict, *, check_only: bool) -> int:
     """Stage 2, and around all that follows a watch over the other ranks."""
-    from higgs_ds.engine import leave_ranks, start_ranks
+    from higgs_ds.distributed.engine import leave_ranks, start_ranks
+    from higgs_ds.distributed.rank_watch import Watch, check_stall_timeout
     from higgs_ds.run_dir import lock_run_dir, prepare_run_dir
-    from higgs_ds.watch import Watch, check_stall_timeout
 
     # 2. Distribute: this process among the other ranks, in a folder that is this run's alone.
     ranks = start_ranks(deterministic=config.deterministic)
@@ -68,22 +68,25 @@ def run(config: TrainConfig, ds_raw: dict, *, check_only: bool) -> int:
 
 def train(config: TrainConfig, ds_raw: dict, ranks: Ranks, watch: Watch, *, check_only: bool) -> int:
     """Stages 3 to 6."""
-    from higgs_ds import checkpoint, flops, micro_batches, model, rehearsal, run_dir
-    from higgs_ds.codec import load_codec
-    from higgs_ds.codes import CodeCache
-    from higgs_ds.collate import Collator
-    from higgs_ds.dataset import MicroBatches, load_windows
-    from higgs_ds.engine import Engine, StopSignal, leave_ranks, loading
-    from higgs_ds.forward import training_forward
+    from higgs_ds import checkpoint, rehearsal, run_dir
+    from higgs_ds.batching import micro_batches
+    from higgs_ds.batching.batch_plan import MicroBatch, evaluation_windows, make_plan
+    from higgs_ds.batching.collate import Collator
+    from higgs_ds.batching.loader import MicroBatches, load_windows
+    from higgs_ds.batching.shared_memory import check_shared_memory
+    from higgs_ds.batching.token_counts import LengthIndex
+    from higgs_ds.codec.base import load_codec
+    from higgs_ds.corpus.code_cache import CodeCache
+    from higgs_ds.corpus.rows import load_rows
+    from higgs_ds.distributed.engine import Engine, StopSignal, leave_ranks, loading
     from higgs_ds.guard import BadLossError, Guard
-    from higgs_ds.lengths import LengthIndex
     from higgs_ds.loss import LossWeights
-    from higgs_ds.padding_free import check_supported
-    from higgs_ds.rows import load_rows
-    from higgs_ds.sampler import MicroBatch, evaluation_windows, make_plan
+    from higgs_ds.model import base as model
+    from higgs_ds.model import flops
+    from higgs_ds.model.forward import training_forward
+    from higgs_ds.model.padding_free import check_supported
+    from higgs_ds.report.tracking import open_tracker
     from higgs_ds.schedule import learning_rate
-    from higgs_ds.shared_memory import check_shared_memory
-    from higgs_ds.tracking import open_tracker
     from higgs_ds.trainer import Trainer
 
     stop = StopSignal()

@@ -24,8 +24,8 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 import numpy as np  # noqa: E402
 from report import report  # noqa: E402
 
-from higgs_ds.packing import slowest  # noqa: E402
-from higgs_ds.sampler import TokenPlan  # noqa: E402
+from higgs_ds.batching.batch_plan import TokenPlan  # noqa: E402
+from higgs_ds.batching.length_buckets import slowest  # noqa: E402
 
 RANKS = 8
 EPOCHS = 3
@@ -121,14 +121,14 @@ def lognormal_tokens(count: int) -> np.ndarray:
 
 def manifest_tokens(manifest: Path) -> np.ndarray:
     """Tokens of a manifest's rows, counted as training counts them."""
-    from higgs_ds.audio import read_audio
-    from higgs_ds.codes import CodeCache
-    from higgs_ds.collate import Collator
-    from higgs_ds.lengths import LengthIndex
-    from higgs_ds.manifest import read_manifest
-    from higgs_ds.model import load_tokenizer, read_model_config
-    from higgs_ds.sample_codec import SampleCodec
-    from higgs_ds.tiny import write_tiny
+    from higgs_ds.batching.collate import Collator
+    from higgs_ds.batching.token_counts import LengthIndex
+    from higgs_ds.codec.sample import SampleCodec
+    from higgs_ds.corpus.audio import read_audio
+    from higgs_ds.corpus.code_cache import CodeCache
+    from higgs_ds.corpus.manifest import read_manifest
+    from higgs_ds.model.base import load_tokenizer, read_model_config
+    from higgs_ds.model.tiny import write_tiny
 
     rows, faults = read_manifest(manifest)
     if faults:
@@ -149,8 +149,8 @@ def planning(count: int) -> dict[str, float]:
     import resource
     import time
 
-    from higgs_ds.lengths import LENGTH
-    from higgs_ds.records import Records, _checks
+    from higgs_ds.batching.token_counts import LENGTH
+    from higgs_ds.corpus.records import Records, _checks
 
     with tempfile.TemporaryDirectory() as folder:
         table = np.zeros(count, LENGTH)

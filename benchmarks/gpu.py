@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from higgs_ds.allocator import grow_segments  # noqa: E402
+from higgs_ds.distributed.allocator import grow_segments  # noqa: E402
 
 grow_segments()
 
@@ -80,7 +80,7 @@ def main() -> None:
     import torch
 
     from benchmarks.report import device_name, report
-    from higgs_ds.flops import peak_flops
+    from higgs_ds.model.flops import peak_flops
 
     on_gpu = torch.cuda.is_available()
     names = list(CASES) if args.cases == "all" else args.cases.split(";")
@@ -201,7 +201,7 @@ def _free_port() -> int:
 
 def config_of(on_gpu: bool):
     """Boson's sizes, or small ones with the same proportions."""
-    from higgs_ds.tiny import REAL_SIZES, base_config, byte_tokenizer, small_sizes
+    from higgs_ds.model.tiny import REAL_SIZES, base_config, byte_tokenizer, small_sizes
 
     sizes = REAL_SIZES if on_gpu else small_sizes(256, 4, ffn_size=640)
     return base_config(sizes), byte_tokenizer(sizes.vocab_size)
@@ -211,11 +211,11 @@ def engine_of(case: Case, config, ranks):
     """The model with random weights on this rank's device, LoRA on it, under DeepSpeed; and its frozen parameters."""
     import torch
 
-    from higgs_ds import model
     from higgs_ds.config import DEFAULT_LORA_TARGETS, parse_args
-    from higgs_ds.ds_config import resolve
-    from higgs_ds.engine import Engine, loading
-    from higgs_ds.forward import HiggsAudioForTraining, training_forward
+    from higgs_ds.distributed.ds_config import resolve
+    from higgs_ds.distributed.engine import Engine, loading
+    from higgs_ds.model import base as model
+    from higgs_ds.model.forward import HiggsAudioForTraining, training_forward
 
     forward_impl = "padding_free" if case.forward == "compiled" else case.forward
     flags = parse_args(["--train_manifest", "x", "--output_dir", "x", "--dtype", "bf16"])
@@ -244,8 +244,8 @@ def batches_of(case: Case, config, tokenizer, ranks, most: int, steps: int):
     import numpy as np
 
     from benchmarks.step import make_samples
-    from higgs_ds.collate import Collator
-    from higgs_ds.sampler import TokenPlan
+    from higgs_ds.batching.batch_plan import TokenPlan
+    from higgs_ds.batching.collate import Collator
 
     samples = make_samples(max(64, steps * most // 100) * ranks.world_size, config, tokenizer, None)
     count = Collator.of(config)
@@ -262,10 +262,10 @@ def run_one(args: argparse.Namespace) -> None:
 
     from benchmarks.step import Peak, learned_tokens, wait_for
     from higgs_ds.config import DEFAULT_LORA_TARGETS
-    from higgs_ds.engine import leave_ranks, start_ranks
-    from higgs_ds.flops import flop_per_token, mean_row_tokens, touched_parameters
+    from higgs_ds.distributed.engine import leave_ranks, start_ranks
     from higgs_ds.loss import LossWeights, loss_scales
-    from higgs_ds.padding_free import DecoderLayer
+    from higgs_ds.model.flops import flop_per_token, mean_row_tokens, touched_parameters
+    from higgs_ds.model.padding_free import DecoderLayer
     from higgs_ds.process import end_process
 
     case = CASES[args.one]

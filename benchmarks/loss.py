@@ -23,8 +23,8 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.report import interleaved, measuring_device, report
-from higgs_ds.fused_head import FusedHead, LabelledRows
 from higgs_ds.loss import IGNORE
+from higgs_ds.model.fused_head import FusedHead, LabelledRows
 
 HIDDEN, VOCABULARY, CODEBOOKS, CLASSES = 3072, 128256, 8, 1026
 LABELLED = 0.05

@@ -27,11 +27,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from benchmarks.gpu import config_of  # noqa: E402
 from benchmarks.report import report  # noqa: E402
 from benchmarks.step import make_samples  # noqa: E402
-from higgs_ds import model  # noqa: E402
-from higgs_ds.collate import Batch, Collator  # noqa: E402
+from higgs_ds.batching.batch_plan import TokenPlan  # noqa: E402
+from higgs_ds.batching.collate import Batch, Collator  # noqa: E402
 from higgs_ds.config import DEFAULT_LORA_TARGETS  # noqa: E402
-from higgs_ds.forward import HiggsAudioForTraining, training_forward  # noqa: E402
-from higgs_ds.sampler import TokenPlan  # noqa: E402
+from higgs_ds.model import base as model  # noqa: E402
+from higgs_ds.model.forward import HiggsAudioForTraining, training_forward  # noqa: E402
 
 CASES = {"no checkpointing": 0, "every 4th layer": 4, "every 2nd layer": 2, "every layer": 1}
 BOOKS = 8
@@ -117,7 +117,7 @@ def kept_bytes(config, batch: Batch, every: int) -> tuple[int, int]:
             for name, value in batch.model_inputs().items()
         }
         hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-        with mock.patch("higgs_ds.padding_free.F.scaled_dot_product_attention", flash), hooks:
+        with mock.patch("higgs_ds.model.padding_free.F.scaled_dot_product_attention", flash), hooks:
             loss, *_ = module(inputs, 0.1, torch.full((BOOKS,), 0.1, device="cuda"))
         assert loss.device.type == "cuda" and loss.requires_grad
         weights = {p.untyped_storage()._cdata: p.nbytes for p in module.parameters()}

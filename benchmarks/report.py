@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from higgs_ds.device import pick_device
+from higgs_ds.distributed.device import pick_device
 
 
 def report(
@@ -57,7 +57,7 @@ def _shown(value) -> str:
 def measuring_device() -> torch.device:
     """The GPU where one can be used, else the CPU: a benchmark measures what is there, and its table says what it was.
 
-    This process and those that it starts decide alike from here on, by `higgs_ds.device.pick_device`.
+    This process and those that it starts decide alike from here on, by `higgs_ds.distributed.device.pick_device`.
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

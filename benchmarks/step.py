@@ -88,7 +88,7 @@ def measure(words: list[str]) -> list[dict]:
 
 def _measure(words: list[str], work: Path) -> list[dict]:
     from benchmarks.report import measuring_device
-    from higgs_ds.tiny import write_tiny
+    from higgs_ds.model.tiny import write_tiny
 
     measuring_device()
     args = parse(words)
@@ -107,7 +107,7 @@ def make_samples(count: int, config, tokenizer, seconds: float | None):
     import numpy as np
     import torch
 
-    from higgs_ds.collate import Sample
+    from higgs_ds.batching.collate import Sample
 
     draw = np.random.default_rng(0)
     codes_of = torch.Generator().manual_seed(0)
@@ -135,16 +135,16 @@ def learned_tokens(batch) -> int:
 def work_as_rank(args: argparse.Namespace, work: Path) -> None:
     import torch
 
-    from higgs_ds import model
-    from higgs_ds.collate import Collator
+    from higgs_ds.batching.batch_plan import TokenPlan
+    from higgs_ds.batching.collate import Collator
     from higgs_ds.config import DEFAULT_LORA_TARGETS, parse_args
-    from higgs_ds.ds_config import resolve
-    from higgs_ds.engine import Engine, leave_ranks, loading, start_ranks
-    from higgs_ds.forward import training_forward
+    from higgs_ds.distributed.ds_config import resolve
+    from higgs_ds.distributed.engine import Engine, leave_ranks, loading, start_ranks
     from higgs_ds.guard import Guard
     from higgs_ds.loss import LossWeights
+    from higgs_ds.model import base as model
+    from higgs_ds.model.forward import training_forward
     from higgs_ds.process import end_process
-    from higgs_ds.sampler import TokenPlan
     from higgs_ds.trainer import Trainer
 
     ranks = start_ranks()

@@ -2,7 +2,7 @@
 
 import sys
 
-from .allocator import grow_segments
+from .distributed.allocator import grow_segments
 
 grow_segments()
 

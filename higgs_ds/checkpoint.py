@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .config import ConfigError, TrainConfig
-from .engine import Engine, OptimizerState, Ranks
+from .distributed.engine import Engine, OptimizerState, Ranks
 
 CHECKSUMS = "checksums.json"
 LAST_WRITE_SEC = 25.0

@@ -7,8 +7,8 @@ import os
 import sys
 from pathlib import Path
 
-from .audio import AudioError
 from .config import DEFAULT_BASE, DEFAULT_CODEC, ConfigError
+from .corpus.audio import AudioError
 
 EXIT_OK, EXIT_FAILED, EXIT_CONFIG = 0, 1, 2
 
@@ -84,7 +84,7 @@ def _speaker_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _tiny(args) -> int:
-    from .tiny import write_tiny
+    from .model.tiny import write_tiny
 
     count = write_tiny(args.output_dir, seed=args.seed)
     print(f"{args.output_dir}: a random base checkpoint of {count:,} parameters")
@@ -92,9 +92,9 @@ def _tiny(args) -> int:
 
 
 def _sample_codec(args) -> int:
-    from .audio import read_audio
-    from .manifest import Fault, read_manifest
-    from .sample_codec import SampleCodec
+    from .codec.sample import SampleCodec
+    from .corpus.audio import read_audio
+    from .corpus.manifest import Fault, read_manifest
 
     rows, faults = read_manifest(args.train_manifest)
     clips = {}
@@ -113,12 +113,12 @@ def _sample_codec(args) -> int:
 
 
 def _speaker(args):
-    from .device import pick_device
+    from .distributed.device import pick_device
 
     pick_device()  # refused before anything is downloaded or loaded
-    from .codec import load_codec
+    from .codec.base import load_codec
     from .generate import Speaker
-    from .model import open_base
+    from .model.base import open_base
     from .process import say
 
     base = open_base(args.base_ckpt, args.base_revision)
@@ -129,9 +129,9 @@ def _speaker(args):
 
 
 def _generate(args) -> int:
-    from .audio import read_audio, write_wav
+    from .corpus.audio import read_audio, write_wav
+    from .corpus.manifest import AudioRef, speech_messages
     from .generate import Sampling
-    from .manifest import AudioRef, speech_messages
 
     if (args.ref_audio is None) != (args.ref_text is None):
         raise ConfigError(["--ref_audio, --ref_text: one needs the other"])
@@ -151,8 +151,8 @@ def _generate(args) -> int:
 
 
 def _recite(args) -> int:
+    from .corpus.manifest import read_manifest
     from .generate import recite
-    from .manifest import read_manifest
 
     rows, faults = read_manifest(args.train_manifest)
     if faults:

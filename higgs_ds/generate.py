@@ -13,13 +13,13 @@ from boson_multimodal.model.higgs_audio import HiggsAudioModel
 from boson_multimodal.model.higgs_audio.utils import revert_delay_pattern
 from peft import PeftModel
 
-from .audio import read_audio, write_wav
-from .codec import Codec, check_fits
-from .collate import Collator, Sample, tokenize
+from .batching.collate import Collator, Sample, tokenize
+from .codec.base import Codec, check_fits
 from .config import ConfigError
-from .device import pick_device, take_device
-from .manifest import AudioRef, Row, Turn
-from .model import DTYPES, BaseCheckpoint
+from .corpus.audio import read_audio, write_wav
+from .corpus.manifest import AudioRef, Row, Turn
+from .distributed.device import pick_device, take_device
+from .model.base import DTYPES, BaseCheckpoint
 
 ASSISTANT_HEADER = "<|start_header_id|>assistant<|end_header_id|>\n\n"
 STOP_STRINGS = ["<|end_of_text|>", "<|eot_id|>"]

@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from .collate import Batch
-from .dataset import describe_bad_batch
-from .forward import ForwardReport
+from .batching.collate import Batch
+from .batching.loader import describe_bad_batch
 from .loss import IGNORE, LossWeights
+from .model.forward import ForwardReport
 from .step_stats import MicroBatchStats
 
 EXIT_BAD_LOSS = 3

@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
     config = parse_args(argv, may_lack=("output_dir",))
     if config.codes_cache is None and config.output_dir is None:
         raise ConfigError(["--codes_cache: is required here, or --output_dir, whose codes_cache is taken"])
-    from .device import pick_device
+    from .distributed.device import pick_device
 
     device = pick_device()
     import torch
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
     if world_size == 1:
         _prepare(config, Alone(), str(device))
         return 0
-    from .engine import Ranks
+    from .distributed.engine import Ranks
 
     dist.init_process_group("gloo", timeout=PATIENCE)
     try:
@@ -67,13 +67,13 @@ def main(argv: list[str]) -> int:
 def _prepare(config: TrainConfig, ranks, device: str) -> None:
     import numpy as np
 
-    from . import model
-    from .codec import load_codec
-    from .codes import CodeCache
-    from .collate import Collator
-    from .lengths import LengthIndex
-    from .padding_free import check_supported
-    from .rows import load_rows
+    from .batching.collate import Collator
+    from .batching.token_counts import LengthIndex
+    from .codec.base import load_codec
+    from .corpus.code_cache import CodeCache
+    from .corpus.rows import load_rows
+    from .model import base as model
+    from .model.padding_free import check_supported
 
     began = time.monotonic()
     say = partial(print, flush=True) if ranks.is_main else lambda *_, **__: None

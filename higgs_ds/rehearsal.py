@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 import torch
 
+from .batching.collate import Batch
 from .checkpoint import restore_rng, rng_state
-from .collate import Batch
-from .engine import Engine, Ranks
+from .distributed.engine import Engine, Ranks
 from .guard import Guard
-from .metrics import peak_memory_gib, restart_peak_memory
+from .report.metrics import peak_memory_gib, restart_peak_memory
 
 # On a CPU memory is the machine's, and what is too much for it is killed without an error that could be named.
 REHEARSED_ON = ("cuda",)

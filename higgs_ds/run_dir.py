@@ -15,7 +15,7 @@ import yaml
 from peft import PeftModel
 
 from .config import ConfigError
-from .engine import Ranks
+from .distributed.engine import Ranks
 
 RUN_FILES = ("config.yaml", "metrics.jsonl", "adapter", "checkpoints")
 

@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .collate import Batch
-from .engine import Engine, Ranks
-from .forward import ForwardReport
+from .batching.batch_plan import Window
+from .batching.collate import Batch
+from .distributed.engine import Engine, Ranks
 from .guard import CHECKS, BadLossError, Failure, Guard, checklist, shown
 from .loss import LossWeights, loss_scales
-from .metrics import StepClock, guard_metrics, peak_memory_gib, reserved_memory_gib, step_metrics
+from .model.forward import ForwardReport
 from .process import say
-from .sampler import Window
+from .report.metrics import StepClock, guard_metrics, peak_memory_gib, reserved_memory_gib, step_metrics
 from .step_stats import LabelCounts, MicroBatchStats, RankStep, StepSums
 
 if TYPE_CHECKING:
-    from .flops import Utilisation
-    from .tracking import Tracker
+    from .model.flops import Utilisation
+    from .report.tracking import Tracker
 
 HEADLINES = ("loss", "text_loss", "audio_loss")
 

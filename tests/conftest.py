@@ -10,7 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
-from higgs_ds.tiny import write_tiny
+from higgs_ds.model.tiny import write_tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 SPEECH = ROOT / "examples" / "speech" / "manifest.jsonl"
@@ -29,9 +29,9 @@ def tiny_dir(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def codec_dir(tmp_path_factory) -> Path:
     """The sample codec, fitted on the shipped speech."""
-    from higgs_ds.audio import read_audio
-    from higgs_ds.manifest import read_manifest
-    from higgs_ds.sample_codec import SampleCodec
+    from higgs_ds.codec.sample import SampleCodec
+    from higgs_ds.corpus.audio import read_audio
+    from higgs_ds.corpus.manifest import read_manifest
 
     rows, faults = read_manifest(SPEECH)
     assert not faults
@@ -42,14 +42,14 @@ def codec_dir(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_config(tiny_dir):
-    from higgs_ds.model import read_model_config
+    from higgs_ds.model.base import read_model_config
 
     return read_model_config(tiny_dir)
 
 
 @pytest.fixture(scope="session")
 def tokenizer(tiny_dir):
-    from higgs_ds.model import load_tokenizer
+    from higgs_ds.model.base import load_tokenizer
 
     return load_tokenizer(tiny_dir)
 

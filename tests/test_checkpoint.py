@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from higgs_ds.checkpoint import CheckpointError, find_checkpoint, list_checkpoints, read_checkpoint
 from higgs_ds.config import ConfigError
 from tests.conftest import ROOT
+from tests.distributed.test_engine import distance
 from tests.ranks import assert_all, free_port, run_ranks
-from tests.test_engine import distance
 
 
 def losses(folder) -> list[dict]:
@@ -183,7 +183,7 @@ def test_the_second_signal_ends_at_once(flags_of, tmp_path):
     """A real SIGTERM to a real process; the second one does not wait for the step."""
     code = (
         "import os, signal, time\n"
-        "from higgs_ds.engine import StopSignal\n"
+        "from higgs_ds.distributed.engine import StopSignal\n"
         "stop = StopSignal()\n"
         "os.kill(os.getpid(), signal.SIGUSR1)\n"
         "time.sleep(0.1)\n"

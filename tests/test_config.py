@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from higgs_ds.config import DEFAULT_BASE_REVISION, DEFAULT_CODEC_REVISION, FIELDS, ConfigError, parse_args
-from higgs_ds.ds_config import LayerSizes, read_deepspeed_config, resolve
+from higgs_ds.distributed.ds_config import LayerSizes, read_deepspeed_config, resolve
 from tests.conftest import ROOT
 
 NEEDED = ["--train_manifest", "train.json", "--output_dir", "out"]

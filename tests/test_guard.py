@@ -8,14 +8,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from higgs_ds.collate import Collator
-from higgs_ds.forward import ForwardReport, TrainingForward
+from higgs_ds.batching.collate import Collator
 from higgs_ds.guard import CHECKS, HONEST_ZERO_UNITS, LIKELY_CAUSES, Guard, checklist
 from higgs_ds.loss import LossWeights
-from higgs_ds.model import load_base
+from higgs_ds.model.base import load_base
+from higgs_ds.model.forward import ForwardReport, TrainingForward
 from higgs_ds.step_stats import MicroBatchStats
+from tests.batching.test_collate import samples_of
 from tests.ranks import assert_all, run_ranks
-from tests.test_collate import samples_of
 
 
 @pytest.fixture

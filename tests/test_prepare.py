@@ -13,9 +13,9 @@ import pytest
 import soundfile
 
 from higgs_ds import cli
-from higgs_ds.codec import load_codec
-from higgs_ds.codes import INDEX, CodeCache
-from higgs_ds.manifest import read_manifest
+from higgs_ds.codec.base import load_codec
+from higgs_ds.corpus.code_cache import INDEX, CodeCache
+from higgs_ds.corpus.manifest import read_manifest
 from tests.conftest import ROOT, SPEECH
 from tests.ranks import assert_all, run_ranks
 

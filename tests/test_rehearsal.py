@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from higgs_ds.allocator import grow_segments
-from higgs_ds.packing import BLUR
+from higgs_ds.batching.batch_plan import Plan, TokenPlan
+from higgs_ds.batching.length_buckets import BLUR
+from higgs_ds.distributed.allocator import grow_segments
 from higgs_ds.rehearsal import Advice, is_wanted
-from higgs_ds.sampler import Plan, TokenPlan
 from tests.conftest import ROOT
 from tests.ranks import assert_all
 

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from higgs_ds import metrics
 from higgs_ds.loss import HeadSums
-from higgs_ds.metrics import StepClock
+from higgs_ds.report import metrics
+from higgs_ds.report.metrics import StepClock
 from higgs_ds.step_stats import LabelCounts, MicroBatchStats, RankStep, StepSums
 from tests.ranks import assert_all
 

@@ -11,7 +11,7 @@ import torch
 
 from higgs_ds.checkpoint import CheckpointWriter, Position, read_checkpoint
 from higgs_ds.config import PROJECT_ROOT
-from higgs_ds.engine import leave_ranks, start_ranks
+from higgs_ds.distributed.engine import leave_ranks, start_ranks
 from higgs_ds.process import end_process
 from higgs_ds.step_stats import StepSums
 from tests.workers.common import build, speech_rows

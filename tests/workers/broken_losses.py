@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from higgs_ds.engine import leave_ranks, start_ranks
+from higgs_ds.distributed.engine import leave_ranks, start_ranks
 from higgs_ds.guard import BadLossError
-from higgs_ds.padding_free import PaddingFreeOutput
+from higgs_ds.model.padding_free import PaddingFreeOutput
 from higgs_ds.process import end_process
 from higgs_ds.step_stats import MicroBatchStats
 from tests.workers.common import build, speech_rows

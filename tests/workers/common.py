@@ -10,19 +10,19 @@ from pathlib import Path
 
 import torch
 
-from higgs_ds import model
-from higgs_ds.codec import load_codec
-from higgs_ds.codes import CodeCache
-from higgs_ds.collate import Collator
+from higgs_ds.batching.batch_plan import Plan
+from higgs_ds.batching.collate import Collator
+from higgs_ds.batching.loader import MicroBatches, load_windows
+from higgs_ds.codec.base import load_codec
 from higgs_ds.config import PROJECT_ROOT, parse_args
-from higgs_ds.dataset import MicroBatches, load_windows
-from higgs_ds.ds_config import resolve
-from higgs_ds.engine import Engine, Ranks, loading
-from higgs_ds.forward import training_forward
+from higgs_ds.corpus.code_cache import CodeCache
+from higgs_ds.corpus.manifest import Row, read_manifest
+from higgs_ds.distributed.ds_config import resolve
+from higgs_ds.distributed.engine import Engine, Ranks, loading
 from higgs_ds.guard import Guard
 from higgs_ds.loss import LossWeights
-from higgs_ds.manifest import Row, read_manifest
-from higgs_ds.sampler import Plan
+from higgs_ds.model import base as model
+from higgs_ds.model.forward import training_forward
 from higgs_ds.schedule import learning_rate
 from higgs_ds.trainer import Trainer
 

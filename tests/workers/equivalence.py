@@ -15,7 +15,7 @@ from tests.workers.common import build, speech_rows
 def main() -> None:
     base_dir, codec_dir, cache_dir, output_dir = map(Path, sys.argv[1:5])
     batch_size, grad_accum = map(int, sys.argv[5:7])
-    from higgs_ds.engine import leave_ranks, start_ranks
+    from higgs_ds.distributed.engine import leave_ranks, start_ranks
     from higgs_ds.process import end_process
 
     ranks = start_ranks()

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from higgs_ds.engine import leave_ranks, start_ranks
+from higgs_ds.distributed.engine import leave_ranks, start_ranks
 from higgs_ds.process import end_process
-from tests.test_collate import samples_of
+from tests.batching.test_collate import samples_of
 from tests.workers.common import build, speech_rows, with_lora_b, without_text_labels
 
 VARIANTS = {

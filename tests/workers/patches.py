@@ -9,7 +9,12 @@ import weakref
 
 import torch
 
-from higgs_ds import boson_tokenizer, checkpoint, dataset, engine, flops, model, rehearsal, trainer
+from higgs_ds import checkpoint, rehearsal, trainer
+from higgs_ds.batching import loader as dataset
+from higgs_ds.codec import boson_tokenizer
+from higgs_ds.distributed import engine
+from higgs_ds.model import base as model
+from higgs_ds.model import flops
 
 
 def _at_step(step: int, action) -> None:

@@ -9,7 +9,8 @@ import sys
 import torch
 
 import train_ds
-from higgs_ds import collate, forward, layout
+from higgs_ds.batching import collate, layout
+from higgs_ds.model import forward
 from higgs_ds.process import end_process
 
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
-from higgs_ds.collate import Collator, Sample, tokenize
-from higgs_ds.engine import leave_ranks, start_ranks
-from higgs_ds.manifest import AudioRef, Turn, speech_messages
-from higgs_ds.model import read_model_config
+from higgs_ds.batching.batch_plan import MicroBatch, Window
+from higgs_ds.batching.collate import Collator, Sample, tokenize
+from higgs_ds.corpus.manifest import AudioRef, Turn, speech_messages
+from higgs_ds.distributed.engine import leave_ranks, start_ranks
+from higgs_ds.model.base import read_model_config
 from higgs_ds.process import end_process
-from higgs_ds.sampler import MicroBatch, Window
 from tests.workers.common import build, speech_rows, without_text_labels
 
 CLIP = AudioRef(path=Path("/clip.wav"), raw_audio=None, offset_sec=None, duration_sec=None)

@@ -1,0 +1,1 @@
+"""Which rows make up which step, and how they become tensors."""

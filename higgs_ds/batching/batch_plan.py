@@ -1,0 +1,231 @@
+"""Which rows make up which optimizer step: drawn from (seed, epoch), the same global batches at every world size."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from .length_buckets import Epoch, micro_batch_costs, pack
+
+# Rows of which `Plan.dearest` draws the order: some seconds.
+ROWS_LOOKED_AT = 10_000_000
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Row numbers of one forward on one rank; a filler repeats rows with nothing to learn, to keep ranks in step."""
+
+    rows: tuple[int, ...]
+    filler: bool = False
+
+
+@dataclass(frozen=True)
+class Window:
+    """One optimizer step as one rank sees it; every rank has as many micro-batches."""
+
+    step: int  # 1-based global step
+    epoch: float  # epochs completed once this step is done
+    micro_batches: tuple[MicroBatch, ...]
+
+
+class Plan:
+    """The order of the data: shuffled by epoch, every row once an epoch, the last global batch of an epoch smaller.
+
+    A global batch is `batch_size × grad_accum × world_size` rows, cut into micro-batches in the same order at every
+    world size: micro-batch i of the step goes to rank i mod world_size.
+    """
+
+    def __init__(self, num_rows: int, *, batch_size: int, grad_accum: int, world_size: int, seed: int):
+        if num_rows < 1:
+            raise ValueError("there are no rows to train on")
+        self.num_rows = num_rows
+        self.batch_size = batch_size
+        self.grad_accum = grad_accum
+        self.world_size = world_size
+        self.seed = seed
+        self.micro_batches_per_step = grad_accum * world_size
+        self.rows_per_step = batch_size * self.micro_batches_per_step  # 0 where it is not fixed
+        self.steps_per_epoch = math.ceil(num_rows / self.rows_per_step)
+
+    def total_steps(self, epochs: float, max_steps: int | None) -> int:
+        """Optimizer steps of the whole run; a part of an epoch is rounded up to a step."""
+        steps = math.ceil(epochs * self.steps_per_epoch - 1e-9)
+        return min(steps, max_steps) if max_steps else steps
+
+    def describe(self, total_steps: int) -> str:
+        """The arithmetic of a step and of the run, as text."""
+        return (
+            f"global batch: {self._global_batch()}\n"
+            f"run: {self.num_rows} rows = {self.steps_per_epoch} steps an epoch, {total_steps} steps "
+            f"= {total_steps / self.steps_per_epoch:.2f} epochs"
+        )
+
+    def mean_tokens(self, tokens: np.ndarray | None) -> float | None:
+        """Tokens of a micro-batch on average, from those of the rows; None where these were not counted."""
+        return None if tokens is None else float(tokens.sum()) / math.ceil(self.num_rows / self.batch_size)
+
+    def dearest(self, tokens: np.ndarray, first_step: int, last_step: int, *, padded: bool = False) -> tuple[int, ...]:
+        """Row numbers of the micro-batch that costs most, of steps `first_step`…`last_step`; see `packing`.
+
+        Of a very long run its beginning is looked at: as many epochs as hold `ROWS_LOOKED_AT` rows.
+        """
+        first_epoch, last_epoch = (first_step - 1) // self.steps_per_epoch, (last_step - 1) // self.steps_per_epoch
+        most, dearest = -1, ()
+        for epoch in range(first_epoch, min(last_epoch, first_epoch + ROWS_LOOKED_AT // self.num_rows) + 1):
+            first = max(0, first_step - 1 - epoch * self.steps_per_epoch) * self.rows_per_step
+            behind = min(self.steps_per_epoch, last_step - epoch * self.steps_per_epoch) * self.rows_per_step
+            rows = np.array(self.order(epoch)[first:behind])
+            starts = np.arange(0, len(rows), self.batch_size)
+            costs = micro_batch_costs(np.asarray(tokens, np.int64)[rows], starts, padded=padded)
+            place = int(costs.argmax())
+            if costs[place] > most:
+                start = int(starts[place])
+                most, dearest = int(costs[place]), tuple(rows[start : start + self.batch_size].tolist())
+        return dearest
+
+    def _global_batch(self) -> str:
+        return (
+            f"{self.batch_size} rows × {self.grad_accum} accumulation × {self.world_size} ranks "
+            f"= {self.rows_per_step} rows"
+        )
+
+    def order(self, epoch: int) -> list[int]:
+        """Row numbers of an epoch (0-based) in the order in which they are trained on."""
+        rows = list(range(self.num_rows))
+        random.Random(_epoch_seed(self.seed, epoch)).shuffle(rows)
+        return rows
+
+    def windows(self, rank: int, first_step: int, last_step: int) -> Iterator[Window]:
+        """This rank's windows of steps `first_step`…`last_step`, both included."""
+        epoch_drawn, order = -1, []
+        for step in range(first_step, last_step + 1):
+            epoch, place = divmod(step - 1, self.steps_per_epoch)
+            if epoch != epoch_drawn:
+                epoch_drawn, order = epoch, self.order(epoch)
+            first = place * self.rows_per_step
+            rows = order[first : first + self.rows_per_step]
+            done = epoch + min(1.0, (first + len(rows)) / self.num_rows)
+            yield Window(step, done, split(rows, self.batch_size, rank, self.world_size))
+
+
+class TokenPlan(Plan):
+    """Micro-batches by token budget: rows of similar length, the same work on all ranks, every row once an epoch.
+
+    A global batch is `grad_accum × world_size` micro-batches of nearly equal cost; which they are depends on their
+    number alone, not on how they are spread over ranks. `steps_per_epoch` is the same for all epochs.
+    """
+
+    def __init__(
+        self, tokens: np.ndarray, *, max_tokens: int, grad_accum: int, world_size: int, seed: int, round_to: int = 1
+    ):
+        """`tokens` [rows], 1 to `max_tokens` each; `round_to`: 8 for a forward that pads rows to a multiple of 8.
+
+        Raises ValueError for other tokens, and for no rows.
+        """
+        self.num_rows = len(tokens)
+        self.max_tokens = max_tokens
+        self.grad_accum = grad_accum
+        self.world_size = world_size
+        self.seed = seed
+        self.micro_batches_per_step = grad_accum * world_size
+        self.rows_per_step = 0
+        self._packing = pack(
+            tokens, max_tokens=max_tokens, micro_batches_per_step=self.micro_batches_per_step, round_to=round_to
+        )
+        self.steps_per_epoch = self._packing.steps
+
+    def mean_tokens(self, tokens: np.ndarray | None = None) -> float:
+        """Tokens of a micro-batch on average."""
+        return self._packing.tokens.sum() / len(self._packing.starts)
+
+    def dearest(self, tokens: np.ndarray, first_step: int, last_step: int, *, padded: bool = False) -> tuple[int, ...]:
+        """Row numbers of a micro-batch than which none of the plan costs more; see `Packing.dearest`."""
+        return self._packing.dearest(padded=padded)
+
+    def _global_batch(self) -> str:
+        return (
+            f"up to {self.max_tokens} tokens (on average {self.mean_tokens():.0f}) × {self.grad_accum} accumulation × "
+            f"{self.world_size} ranks = {self.micro_batches_per_step} micro-batches"
+        )
+
+    def epoch(self, epoch: int) -> Epoch:
+        """The micro-batches of an epoch (0-based)."""
+        # Not numpy's newer generators: what RandomState draws is the same in every version, and so after a resume.
+        return self._packing.epoch(np.random.RandomState(_epoch_seed(self.seed, epoch) & 0xFFFFFFFF))
+
+    def order(self, epoch: int) -> list[int]:
+        """Row numbers of an epoch (0-based) in the order in which they are trained on."""
+        drawn = self.epoch(epoch)
+        return [row for place in range(self.steps_per_epoch) for rows in drawn.step(place) for row in rows]
+
+    def windows(self, rank: int, first_step: int, last_step: int) -> Iterator[Window]:
+        """This rank's windows of steps `first_step`…`last_step`, both included."""
+        epoch_drawn = -1
+        for step in range(first_step, last_step + 1):
+            epoch, place = divmod(step - 1, self.steps_per_epoch)
+            if epoch != epoch_drawn:
+                epoch_drawn, drawn = epoch, self.epoch(epoch)
+                rows_done = drawn.rows_done()
+            filler = (int(self._packing.order[-1]),)  # the shortest row there is
+            mine = spread(drawn.step(place), filler, rank, self.world_size)
+            yield Window(step, epoch + rows_done[place].item() / self.num_rows, mine)
+
+
+def make_plan(
+    num_rows: int,
+    tokens: np.ndarray | None,
+    *,
+    batch_size: int,
+    max_tokens: int | None,
+    grad_accum: int,
+    world_size: int,
+    seed: int,
+    round_to: int = 1,
+) -> Plan:
+    """By token budget where there is one, else of `batch_size` rows a micro-batch."""
+    shared = {"grad_accum": grad_accum, "world_size": world_size, "seed": seed}
+    if max_tokens is None:
+        return Plan(num_rows, batch_size=batch_size, **shared)
+    return TokenPlan(tokens, max_tokens=max_tokens, round_to=round_to, **shared)
+
+
+def _epoch_seed(seed: int, epoch: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}:{epoch}".encode()).digest()[:8], "little")
+
+
+def split(rows: list[int], batch_size: int, rank: int, world_size: int) -> tuple[MicroBatch, ...]:
+    """One rank's share of rows, in micro-batches; as many on every rank, filled up with fillers."""
+    chunks = [tuple(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
+    return spread(chunks, tuple(rows[:1]), rank, world_size)
+
+
+def spread(
+    chunks: list[tuple[int, ...]], filler: tuple[int, ...], rank: int, world_size: int
+) -> tuple[MicroBatch, ...]:
+    """One rank's share of a step's micro-batches; as many on every rank, filled up with fillers."""
+    rounds = math.ceil(len(chunks) / world_size)
+    mine = [chunks[i] if i < len(chunks) else None for i in range(rank, rounds * world_size, world_size)]
+    return tuple(MicroBatch(chunk) if chunk else MicroBatch(filler, filler=True) for chunk in mine)
+
+
+def evaluation_windows(
+    num_rows: int,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    *,
+    tokens: np.ndarray | None = None,
+    max_tokens: int | None = None,
+) -> Iterator[Window]:
+    """All rows once, a micro-batch a window; as many windows on every rank. With `tokens` [rows], by token budget."""
+    if tokens is not None and max_tokens is not None:
+        plan = TokenPlan(tokens, max_tokens=max_tokens, grad_accum=1, world_size=world_size, seed=0)
+        yield from plan.windows(rank, 1, plan.steps_per_epoch)
+        return
+    for i, micro_batch in enumerate(split(list(range(num_rows)), batch_size, rank, world_size)):
+        yield Window(i + 1, 0.0, (micro_batch,))

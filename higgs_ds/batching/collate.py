@@ -1,0 +1,290 @@
+"""Rows to samples to the batch that upstream's model takes, element for element as upstream's collator makes it.
+
+Differences on purpose: a sample is never written to (upstream masks the sample's own `label_ids`, so that a cached
+sample comes back without audio labels in the second epoch), and every batch knows which manifest rows it holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+
+import torch
+import torch.nn.functional as F
+
+from ..corpus.manifest import AudioRef, Row, Turn
+from ..loss import IGNORE
+from .layout import Layout, make_layout
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One row as tokens; `codes` are its clips in reading order, [codebooks, frames] each."""
+
+    input_ids: torch.Tensor  # [tokens]
+    label_ids: torch.Tensor  # [tokens], -100 where nothing is learned
+    codes: tuple[torch.Tensor, ...]
+    origin: str  # manifest:line
+
+
+@dataclass
+class Batch:
+    """One micro-batch. Tensor fields carry upstream's names and shapes; `origins` and counts are ours."""
+
+    input_ids: torch.Tensor  # [batch, tokens]
+    attention_mask: torch.Tensor  # [batch, tokens]
+    audio_out_ids: torch.Tensor  # [codebooks, frames of all clips], delay pattern applied
+    audio_out_ids_start: torch.Tensor  # [clips]
+    audio_out_ids_start_group_loc: torch.Tensor | None  # as upstream fills it
+    audio_in_ids: torch.Tensor | None  # [codebooks, frames], only where the model takes audio-in tokens
+    audio_in_ids_start: torch.Tensor | None
+    label_ids: torch.Tensor  # [batch, tokens]
+    label_audio_ids: torch.Tensor  # [codebooks, frames], -100 where nothing is learned; not shifted
+    reward: torch.Tensor  # [0]; upstream's batch has it
+    audio_features: torch.Tensor | None = None  # no audio tower
+    audio_feature_attention_mask: torch.Tensor | None = None
+    origins: list[str] = field(default_factory=list)
+    filler: bool = False  # computed so that ranks stay in step; nothing in it is learned
+    layout: Layout | None = None  # for the padding-free forward
+
+    MODEL_KEYS = (
+        "input_ids",
+        "attention_mask",
+        "audio_features",
+        "audio_feature_attention_mask",
+        "audio_out_ids",
+        "audio_out_ids_start",
+        "audio_out_ids_start_group_loc",
+        "audio_in_ids",
+        "audio_in_ids_start",
+        "label_ids",
+        "label_audio_ids",
+        "reward",
+    )
+
+    def model_inputs(self, device: torch.device | str = "cpu") -> dict[str, torch.Tensor | Layout | None]:
+        """Every field of upstream's batch, and the layout where there is one, on the device."""
+        inputs = {
+            key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+            for key in self.MODEL_KEYS
+            for value in (getattr(self, key),)
+        }
+        return inputs if self.layout is None else {**inputs, "layout": self.layout.to(device)}
+
+    def pin_memory(self) -> Batch:
+        """For the data loader: tensors in page-locked memory, from where a GPU copies without waiting."""
+        pinned = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Batch(**{k: v.pin_memory() if isinstance(v, (torch.Tensor, Layout)) else v for k, v in pinned.items()})
+
+    @property
+    def text_count(self) -> int:
+        """Text labels that are predicted: all but those at position 0, which no position precedes."""
+        return int((self.label_ids[:, 1:] != IGNORE).sum())
+
+    @property
+    def codebook_counts(self) -> list[int]:
+        """Audio labels that are predicted, by codebook; a clip's first frame is never one."""
+        if self.label_audio_ids.numel() == 0:
+            return [0] * self.label_audio_ids.shape[0]
+        return (self.label_audio_ids[:, 1:] != IGNORE).sum(1).tolist()
+
+    @property
+    def num_tokens(self) -> int:
+        """Positions that are computed and are not padding: text tokens and audio frames."""
+        frames = self.audio_out_ids.shape[-1] + (0 if self.audio_in_ids is None else self.audio_in_ids.shape[-1])
+        clips = len(self.audio_out_ids_start) + (0 if self.audio_in_ids is None else len(self.audio_in_ids_start))
+        return int(self.attention_mask.sum()) - clips + frames
+
+
+def tokenize(
+    messages: Sequence[Turn], start_index: int | None, tokenizer
+) -> tuple[list[int], list[int], list[AudioRef]]:
+    """Token ids, label ids (-100 where nothing is learned) and clips in reading order: Boson's ChatML.
+
+    A clip is three tokens, the middle one standing for all of its frames: `<|audio_bos|><|AUDIO|><|audio_eos|>` in a
+    user or system turn, `<|audio_out_bos|><|AUDIO_OUT|><|audio_eos|>` in an assistant turn. Assistant turns from
+    `start_index` on are learned, with the token that ends them.
+    """
+    input_ids: list[int] = []
+    label_ids: list[int] = []
+    clips: list[AudioRef] = []
+
+    def add(text: str, learned: bool) -> None:
+        tokens = tokenizer.encode(text, add_special_tokens=False)
+        input_ids.extend(tokens)
+        label_ids.extend(tokens if learned else [IGNORE] * len(tokens))
+
+    for index, turn in enumerate(messages):
+        learned = turn.role == "assistant" and (start_index is None or index >= start_index)
+        begin = "<|begin_of_text|>" if index == 0 else ""
+        add(f"{begin}<|start_header_id|>{turn.role}<|end_header_id|>\n\n", False)
+        if turn.recipient:
+            # Upstream learns the recipient in every assistant turn, context or not.
+            add(f"{turn.recipient}<|recipient|>", True)
+        for piece in turn.content:
+            if isinstance(piece, str):
+                add(piece, learned)
+                continue
+            clips.append(piece)
+            if turn.role == "assistant":
+                add("<|audio_out_bos|><|AUDIO_OUT|><|audio_eos|>", learned)
+            else:
+                add("<|audio_bos|><|AUDIO|><|audio_eos|>", False)
+        follows = messages[index + 1] if index + 1 < len(messages) else None
+        more = turn.role == "assistant" and follows is not None and follows.role == "assistant"
+        add("<|eom_id|>" if more else "<|eot_id|>", learned)
+    return input_ids, label_ids, clips
+
+
+def build_sample(row: Row, tokenizer, codes_of: Callable[[AudioRef], torch.Tensor]) -> Sample:
+    """A manifest row as tokens and codes."""
+    input_ids, label_ids, clips = tokenize(row.messages, row.start_index, tokenizer)
+    return Sample(
+        input_ids=torch.tensor(input_ids),
+        label_ids=torch.tensor(label_ids),
+        codes=tuple(codes_of(clip) for clip in clips),
+        origin=row.origin,
+    )
+
+
+def delay(codes: torch.Tensor, bos: int, eos: int) -> torch.Tensor:
+    """The delay pattern: codebook k starts k frames later, BOS before its codes and EOS after.
+
+    [codebooks, frames] -> [codebooks, frames + codebooks - 1]
+    """
+    num_codebooks, frames = codes.shape
+    out = torch.full((num_codebooks, frames + num_codebooks - 1), eos, dtype=torch.long)
+    for k in range(num_codebooks):
+        out[k, :k] = bos
+        out[k, k : k + frames] = codes[k]
+    return out
+
+
+class Collator:
+    """Samples to a `Batch`; settings come from the checkpoint's config."""
+
+    def __init__(
+        self,
+        *,
+        audio_in_token: int,
+        audio_out_token: int,
+        pad_token: int,
+        stream_bos: int,
+        stream_eos: int,
+        num_codebooks: int,
+        use_delay_pattern: bool,
+        audio_in_tokens: bool,
+        round_to: int = 8,
+        with_layout: bool = False,
+    ):
+        self.audio_in_token = audio_in_token
+        self.audio_out_token = audio_out_token
+        self.pad_token = pad_token
+        self.stream_bos = stream_bos
+        self.stream_eos = stream_eos
+        self.num_codebooks = num_codebooks
+        self.use_delay_pattern = use_delay_pattern
+        self.audio_in_tokens = audio_in_tokens
+        self.round_to = round_to
+        self.with_layout = with_layout
+
+    @classmethod
+    def of(cls, config, *, round_to: int = 8, with_layout: bool = False) -> Collator:
+        """From a `HiggsAudioConfig`; rows are padded to a multiple of `round_to` tokens.
+
+        `with_layout` adds to every batch what the padding-free forward needs.
+        """
+        return cls(
+            audio_in_token=config.audio_in_token_idx,
+            audio_out_token=config.audio_out_token_idx,
+            pad_token=config.pad_token_id,
+            stream_bos=config.audio_stream_bos_id,
+            stream_eos=config.audio_stream_eos_id,
+            num_codebooks=config.audio_num_codebooks,
+            use_delay_pattern=config.use_delay_pattern,
+            audio_in_tokens=config.encode_audio_in_tokens,
+            round_to=round_to,
+            with_layout=with_layout,
+        )
+
+    def __call__(self, samples: Sequence[Sample], filler: bool = False) -> Batch:
+        """One micro-batch, padded on the right; with `filler` every label is -100."""
+        width = -(-max(len(sample.input_ids) for sample in samples) // self.round_to) * self.round_to
+        input_ids, masks, label_ids = [], [], []
+        out_codes: list[torch.Tensor] = []
+        out_labels: list[torch.Tensor] = []
+        in_codes: list[torch.Tensor] = []
+        for sample in samples:
+            is_out = sample.input_ids == self.audio_out_token
+            is_clip = is_out | (sample.input_ids == self.audio_in_token)
+            labels = sample.label_ids.masked_fill(is_out, IGNORE)  # a new tensor: the sample stays as it is
+            if filler:
+                labels = torch.full_like(labels, IGNORE)
+            learned = (sample.label_ids[is_clip] >= 0).tolist()
+            for position_is_out, trained, codes in zip(is_out[is_clip].tolist(), learned, sample.codes, strict=True):
+                codes = codes[: self.num_codebooks].long()
+                if position_is_out:
+                    out_codes.append(self._stream(codes, self.stream_bos, self.stream_eos))
+                    out_labels.append(self._labels(codes, trained and not filler))
+                elif self.audio_in_tokens:
+                    in_codes.append(self._stream(codes, self.stream_bos, self.stream_eos))
+            missing = width - len(sample.input_ids)
+            input_ids.append(F.pad(sample.input_ids, (0, missing), value=self.pad_token))
+            masks.append(F.pad(torch.ones_like(sample.input_ids), (0, missing), value=0))
+            label_ids.append(F.pad(labels, (0, missing), value=IGNORE))
+        audio_out_ids, audio_out_ids_start = self._concatenate(out_codes)
+        audio_in_ids, audio_in_ids_start = self._concatenate(in_codes)
+        batch = Batch(
+            input_ids=torch.stack(input_ids),
+            attention_mask=torch.stack(masks),
+            audio_out_ids=audio_out_ids,
+            audio_out_ids_start=audio_out_ids_start,
+            audio_out_ids_start_group_loc=torch.arange(len(samples)) if out_codes else None,
+            audio_in_ids=audio_in_ids if self.audio_in_tokens else None,
+            audio_in_ids_start=audio_in_ids_start if self.audio_in_tokens else None,
+            label_ids=torch.stack(label_ids),
+            label_audio_ids=self._concatenate(out_labels)[0],
+            reward=torch.zeros(0),
+            origins=[sample.origin for sample in samples],
+            filler=filler,
+        )
+        if self.with_layout:
+            batch.layout = make_layout(
+                batch.input_ids,
+                batch.attention_mask,
+                batch.label_ids,
+                batch.label_audio_ids,
+                audio_out_token=self.audio_out_token,
+                audio_in_token=self.audio_in_token,
+                out_lengths=torch.tensor([clip.shape[1] for clip in out_codes], dtype=torch.long),
+                in_lengths=(
+                    torch.tensor([clip.shape[1] for clip in in_codes], dtype=torch.long)
+                    if self.audio_in_tokens
+                    else None
+                ),
+                num_codebooks=self.num_codebooks,
+            )
+        return batch
+
+    def _stream(self, codes: torch.Tensor, bos: int, eos: int) -> torch.Tensor:
+        """BOS, codes, EOS, with the delay pattern. [codebooks, frames] -> [codebooks, frames + 2 (+ codebooks - 1)]"""
+        framed = F.pad(F.pad(codes, (1, 0), value=bos), (0, 1), value=eos)
+        return delay(framed, bos, eos) if self.use_delay_pattern else framed
+
+    def stream_length(self, frames: int) -> int:
+        """Positions that a clip of so many frames takes: the width of `_stream`."""
+        return frames + 2 + (self.num_codebooks - 1 if self.use_delay_pattern else 0)
+
+    def _labels(self, codes: torch.Tensor, trained: bool) -> torch.Tensor:
+        """The codes and one EOS a codebook, at their delayed places; -100 elsewhere, or everywhere if not trained."""
+        framed = F.pad(F.pad(codes, (1, 0), value=IGNORE), (0, 1), value=self.stream_eos)
+        labels = delay(framed, IGNORE, IGNORE) if self.use_delay_pattern else framed
+        return labels if trained else torch.full_like(labels, IGNORE)
+
+    @staticmethod
+    def _concatenate(clips: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Clips one after the other, and where each starts; upstream's empty shapes where there are none."""
+        if not clips:
+            return torch.zeros((0, 0), dtype=torch.long), torch.zeros(0, dtype=torch.long)
+        lengths = torch.tensor([0] + [clip.shape[1] for clip in clips[:-1]])
+        return torch.cat(clips, dim=1), lengths.cumsum(0)

@@ -1,0 +1,83 @@
+"""Micro-batches, built on demand from rows whose clips are encoded."""
+
+from __future__ import annotations
+
+import atexit
+import dataclasses
+import itertools
+import multiprocessing
+import signal
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from ..corpus.code_cache import CodeCache
+from ..corpus.manifest import AudioRef, Row
+from .batch_plan import MicroBatch, Window
+from .collate import Batch, Collator, build_sample
+
+PREFETCH = 4  # micro-batches that a data worker builds ahead
+
+
+class MicroBatches(Dataset):
+    """`dataset[MicroBatch]` is the collated `Batch`."""
+
+    def __init__(self, rows: Sequence[Row], tokenizer, cache: CodeCache, collator: Collator):
+        self.rows = rows
+        self.tokenizer = tokenizer
+        self.cache = cache
+        self.collator = collator
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, micro_batch: MicroBatch) -> Batch:
+        samples = [build_sample(self.rows[i], self.tokenizer, self._codes) for i in micro_batch.rows]
+        return self.collator(samples, filler=micro_batch.filler)
+
+    def _codes(self, ref: AudioRef) -> torch.Tensor:
+        return torch.from_numpy(self.cache.get(ref).astype("int64"))
+
+
+def load_windows(
+    dataset: MicroBatches, windows: Iterable[Window], *, num_workers: int, pin_memory: bool = False
+) -> Iterator[tuple[Window, list[Batch]]]:
+    """Each window with its batches, built ahead by `num_workers` processes; windows are drawn as they are needed."""
+    windows, ahead = itertools.tee(windows)
+    loader = DataLoader(
+        dataset,
+        sampler=(micro_batch for window in ahead for micro_batch in window.micro_batches),
+        batch_size=None,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        prefetch_factor=PREFETCH if num_workers else None,
+        worker_init_fn=_outlive_stop_signals,
+        generator=torch.Generator(),  # its own: a loader draws from it, and dropout's must be the same after a resume
+    )
+    others = multiprocessing.active_children()
+    batches = iter(loader)
+    end_workers = partial(_kill, [process for process in multiprocessing.active_children() if process not in others])
+    # A rank that fails keeps the loader alive in its traceback, and would wait at exit for workers that mind no signal.
+    atexit.register(end_workers)
+    for window in windows:
+        yield window, [next(batches) for _ in window.micro_batches]
+    atexit.unregister(end_workers)
+
+
+def _kill(processes: list[multiprocessing.Process]) -> None:
+    for process in processes:
+        process.kill()
+
+
+def _outlive_stop_signals(worker: int) -> None:
+    """A queue's SIGTERM reaches every process; the rank still needs its workers to finish the step and save."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def describe_bad_batch(batch: Batch) -> dict[str, torch.Tensor]:
+    """The batch's tensors, for saving what a failed check saw."""
+    values = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
+    return {name: value.contiguous() for name, value in values.items() if isinstance(value, torch.Tensor)}

@@ -1,0 +1,108 @@
+"""How many tokens each row takes, counted once and kept beside the codes: what batches by token budget are cut from."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable
+
+import numpy as np
+
+from ..corpus.code_cache import CodeCache
+from ..corpus.manifest import Row
+from ..corpus.records import Records, RecordWriter, record_type
+from .collate import Collator, tokenize
+
+LENGTH = record_type(("tokens", "<u8"))
+REMEMBERED_TEXTS = 4096
+
+
+class LengthIndex:
+    """Tokens of rows, found by their content (roles, texts, clips), the tokenizer, the codec and the collator."""
+
+    def __init__(self, cache: CodeCache, tokenizer, collator: Collator):
+        self._cache = cache
+        self._tokenizer = _Remembering(tokenizer)
+        self._collator = collator
+        self._records: Records | None = None
+        # The codec is in the folder's name.
+        self._context = hashlib.sha256(
+            json.dumps(
+                [
+                    _fingerprint(tokenizer),
+                    collator.num_codebooks,
+                    collator.use_delay_pattern,
+                    collator.audio_in_tokens,
+                ]
+            ).encode()
+        ).digest()
+
+    def count(self, rows: list[Row], moved: Callable[[], None] = lambda: None) -> np.ndarray:
+        """int32 [rows]: the tokens of each row, whose clips are all encoded; `moved` is told of each row counted.
+
+        Counts of other processes are found if they were there at this object's first call.
+        """
+        counted = np.zeros(len(rows), np.int32)
+        if not rows:
+            return counted
+        if self._records is None:
+            self._records = Records(self._cache.folder, ".lengths", LENGTH)
+        keys = [self._key(row) for row in rows]
+        found = self._records.find_each(np.frombuffer(b"".join(keys), "<u8").reshape(-1, 4))
+        counted[found >= 0] = self._records.rows["tokens"][found[found >= 0]]
+        writer: RecordWriter | None = RecordWriter(self._cache.folder, ".lengths", LENGTH)
+        for i in np.flatnonzero(found < 0).tolist():
+            counted[i] = self.tokens(rows[i])
+            if writer is not None:
+                try:
+                    writer.append(keys[i], tokens=counted[i])
+                except OSError:
+                    writer = None  # a cache that may only be read still serves; these are counted again
+            moved()
+        if writer is not None:
+            writer.close()
+        return counted
+
+    def tokens(self, row: Row) -> int:
+        """Positions that the model computes for a row: text tokens, and the frames of its clips in their place."""
+        input_ids, _, _ = tokenize(row.messages, row.start_index, self._tokenizer)
+        total = len(input_ids)
+        for turn in row.messages:
+            if turn.role != "assistant" and not self._collator.audio_in_tokens:
+                continue  # its placeholder stays one token
+            for piece in turn.content:
+                if not isinstance(piece, str):
+                    total += self._collator.stream_length(self._cache.frames(piece)) - 1
+        return total
+
+    def _key(self, row: Row) -> bytes:
+        content = [
+            (turn.role, turn.recipient, [p if isinstance(p, str) else [self._cache.key(p).hex()] for p in turn.content])
+            for turn in row.messages
+        ]
+        return hashlib.sha256(self._context + json.dumps(content).encode()).digest()
+
+
+class _Remembering:
+    """A tokenizer that remembers the last few thousand texts: headers and scenes are the same in every row."""
+
+    def __init__(self, tokenizer):
+        self._encode = functools.lru_cache(REMEMBERED_TEXTS)(
+            lambda text: tokenizer.encode(text, add_special_tokens=False)
+        )
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        """Token ids; never with special tokens added."""
+        assert not add_special_tokens
+        return self._encode(text)
+
+
+def _fingerprint(tokenizer) -> str:
+    """Changes whenever the number of tokens of a text might."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        content = backend.to_str()
+    else:
+        content = json.dumps([type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())])
+    return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()

@@ -1,0 +1,322 @@
+"""The cache of codes: every clip is encoded once, by whichever rank comes to it, and read from disk ever after.
+
+`DIR/<codec>/` holds the codes, kept apart by codec: int16, clip after clip in a few large files, each beside its
+index. `DIR/*.hashes` remembers which content a file had, so that a file whose size and time are the same is not read
+again. Both are tables of `records`: any number of processes, ranks and runs may fill one folder at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import mmap
+import os
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..codec.base import Codec, check_codes
+from ..config import ConfigError
+from .audio import content_hash, duration_sec, read_audio
+from .manifest import AudioRef
+from .records import Records, RecordWriter, record_type, words_of, write_all
+
+INDEX = record_type(("offset", "<u8"), ("frames", "<u4"), ("crc", "<u4"))  # offset: bytes from the file's start
+HASH = record_type(("content", "<u8", (4,)), ("seconds", "<f8"))
+# A file changed less than this long ago may be changed again within its clock's tick: it is not remembered.
+SETTLED_SEC = 2.0
+MOST_NEW = 100_000  # additions kept as objects before the index is read anew, where each takes 75 bytes
+
+
+class MissingCodesError(KeyError):
+    """A clip has not been encoded."""
+
+    __str__ = Exception.__str__  # KeyError would show the text in quotes
+
+
+class CodeCache:
+    """Codes of clips in a folder, found by the clip's content and kept apart by codec.
+
+    The same clip under two names is one entry, and codes of another codec are never taken for this one's.
+    """
+
+    def __init__(self, folder: str | Path, codec: Codec):
+        self.codec = codec
+        self.folder = Path(folder) / hashlib.sha256(codec.fingerprint.encode()).hexdigest()[:16]
+        self._store = CodeStore(self.folder, codec)
+        self._files = FileHashes(Path(folder))
+        self.encoded = 0  # clips that this object had the codec encode
+        self._keys: dict[AudioRef, bytes] = {}  # so that a clip is not hashed at every epoch
+
+    def get(self, ref: AudioRef) -> np.ndarray:
+        """Codes int16 [codebooks, frames] of a clip.
+
+        Raises MissingCodesError if `ensure` has not been over it, ValueError if they are damaged, and AudioError if
+        the clip itself cannot be read.
+        """
+        return self._store.get(self.key(ref))
+
+    def frames(self, ref: AudioRef) -> int:
+        """Frames of a clip, from the index alone; raises as `get` does."""
+        return self._store.frames(self.key(ref))
+
+    def frames_each(self, keys: np.ndarray) -> np.ndarray:
+        """int64 [clips]: frames of the clips with these keys, uint8 [clips, 32]; raises as `get` does."""
+        return self._store.frames_each(keys)
+
+    def key(self, ref: AudioRef) -> bytes:
+        """32 bytes that stand for the clip's content."""
+        if ref.key is not None:
+            return ref.key
+        if ref not in self._keys:
+            self._keys[ref] = self._files.look(ref)[0]
+        return self._keys[ref]
+
+    def ensure(
+        self,
+        refs: Sequence[AudioRef],
+        *,
+        shard: int = 0,
+        num_shards: int = 1,
+        max_duration_sec: float | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> dict[AudioRef, str]:
+        """Encode the clips of a shard that are not cached yet; what is wrong with the bad ones, by clip.
+
+        The shard is every `num_shards`-th of the different clips. `progress` is told how many of the shard's clips
+        are done, and how many there are. Damaged codes are made anew.
+
+        Raises:
+            OSError: the cache cannot be written to.
+            ConfigError: the codec's network cannot be built.
+        """
+        self.read_index()
+        unique = list(dict.fromkeys(refs))[shard::num_shards]
+        problems = {}
+        for done, (ref, key, problem) in enumerate(self.ensure_each(unique, max_duration_sec), start=1):
+            if problem is not None:
+                problems[ref] = problem
+            else:
+                self._keys[ref] = key
+            if progress is not None:
+                progress(done, len(unique))
+        return problems
+
+    def ensure_each(
+        self, refs: Sequence[AudioRef], max_duration_sec: float | None = None
+    ) -> Iterator[tuple[AudioRef, bytes | None, str | None]]:
+        """`ensure`, one clip at a time, whatever their number: the clip, and its key or what is wrong with it.
+
+        Knows what other processes had written at the last `read_index`.
+        """
+        try:
+            for ref in refs:
+                try:
+                    yield ref, self._ensure_one(ref, max_duration_sec), None
+                except ConfigError:  # of the codec itself, which is no fault of the clip
+                    raise
+                except ValueError as error:  # an AudioError, or codes that cannot be
+                    yield ref, None, str(error)
+        finally:
+            self._store.close_writer()
+            self._files.close_writer()
+
+    def read_index(self) -> None:
+        """Looks at what other processes have written by now."""
+        self._store.read_index()
+        self._files.forget()
+
+    def _ensure_one(self, ref: AudioRef, max_duration_sec: float | None) -> bytes:
+        # By the header first: a clip that is hours too long need not be decoded to know it.
+        key, seconds = self._files.look(ref)
+        if max_duration_sec is not None and seconds > max_duration_sec:
+            raise ValueError(f"lasts {seconds:.1f} s, over --max_duration_sec {max_duration_sec:g}")
+        if not self._store.holds(key):
+            codes = self.codec.encode(*read_audio(ref))
+            check_codes(codes, self.codec)
+            self._store.add(key, codes)
+            self.encoded += 1
+        return key
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a clip's codes are: from `offset` (bytes) of a file, row after row of [codebooks, frames]."""
+
+    file: Path
+    offset: int
+    frames: int
+    crc: int
+
+
+class CodeStore:
+    """Codes by key in a few append-only files, memory-mapped by those who read; one codec's."""
+
+    def __init__(self, folder: Path, codec: Codec):
+        self._folder = folder
+        self._codec = codec
+        self._index: Records | None = None
+        self._maps: dict[Path, mmap.mmap] = {}
+        self._new: dict[bytes, Place] = {}  # written since the index was read
+        self._writer: RecordWriter | None = None
+        self._data: int | None = None
+        self._end = 0  # bytes written to the open file
+
+    def get(self, key: bytes) -> np.ndarray:
+        """Codes int16 [codebooks, frames], of their own memory. Raises MissingCodesError, or ValueError if damaged."""
+        damage = None
+        for place in self._places(key):
+            try:
+                return self._read(place)
+            except ValueError as error:
+                damage = damage or f"{place.file} is damaged at byte {place.offset} ({error}); start again, and it"
+        raise ValueError(f"{damage} is made anew")
+
+    def frames(self, key: bytes) -> int:
+        """How many frames there are. Raises MissingCodesError."""
+        return self._places(key)[0].frames
+
+    def frames_each(self, keys: np.ndarray) -> np.ndarray:
+        """int64 [clips] for keys uint8 [clips, 32], as they stand on the disk now. Raises MissingCodesError."""
+        self.read_index()
+        found = self._index.find_each(np.ascontiguousarray(keys).view("<u8"))
+        if (found < 0).any():
+            raise MissingCodesError(f"{int((found < 0).sum())} clips have no codes in {self._folder}")
+        return self._index.rows["frames"][found].astype(np.int64)
+
+    def holds(self, key: bytes) -> bool:
+        """Whether whole codes were there when the index was last read, or were added since."""
+        for place in self._find(key):
+            try:
+                self._read(place)
+                return True
+            except ValueError:
+                pass  # damaged: another copy may be whole
+        return False
+
+    def read_index(self) -> None:
+        """Looks at what other processes have written by now."""
+        self._index = Records(self._folder, ".index", INDEX)
+        self._new.clear()
+
+    def add(self, key: bytes, codes: np.ndarray) -> None:
+        """Appends codes [codebooks, frames], then their place to the index: killed between, nothing was added."""
+        content = np.ascontiguousarray(codes, dtype="<i2").tobytes()
+        if self._writer is None:
+            self._writer = RecordWriter(self._folder, ".index", INDEX)
+            self._folder.mkdir(parents=True, exist_ok=True)
+            path = self._writer.path.with_suffix(".codes")
+            self._data = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o666)
+            self._end = 0
+        offset, crc = self._end, zlib.crc32(content)
+        try:
+            write_all(self._data, content)
+            self._end += len(content)
+            self._writer.append(key, offset=offset, frames=codes.shape[1], crc=crc)
+        except OSError:
+            self.close_writer()  # what was written in part would shift all that follows
+            raise
+        self._new[key] = Place(self._writer.path.with_suffix(".codes"), offset, codes.shape[1], crc)
+        if len(self._new) > MOST_NEW:
+            self.read_index()
+
+    def close_writer(self) -> None:
+        """Brings what was added to the disk; the next codes begin another file."""
+        writer, data, self._writer, self._data = self._writer, self._data, None, None
+        if data is not None:
+            os.fsync(data)
+            os.close(data)
+            writer.close()
+
+    def _places(self, key: bytes) -> list[Place]:
+        """Where each copy is; looks again where there is none. Raises MissingCodesError."""
+        found = self._find(key)
+        if not found:
+            self.read_index()
+            found = self._find(key)
+        if not found:
+            raise MissingCodesError(f"no codes in {self._folder}; encode the clip first, with CodeCache.ensure")
+        return found
+
+    def _find(self, key: bytes) -> list[Place]:
+        if key in self._new:
+            return [self._new[key]]
+        index = self._index
+        if index is None:
+            return []
+        places = []
+        for i in index.find(key):
+            file, row = index.files[index.file_numbers[i]].with_suffix(".codes"), index.rows[i]
+            places.append(Place(file, int(row["offset"]), int(row["frames"]), int(row["crc"])))
+        return places
+
+    def _read(self, place: Place) -> np.ndarray:
+        """Raises ValueError for anything but the codes that were written."""
+        file, end = place.file, place.offset + place.frames * self._codec.num_codebooks * 2
+        try:
+            size = file.stat().st_size  # at each call: touching a map past its file's end kills the process
+            if end > size:
+                raise ValueError(f"it has {size} bytes, these codes end at {end}")
+            if file not in self._maps or end > len(self._maps[file]):
+                with file.open("rb") as opened:
+                    self._maps[file] = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise ValueError(f"it cannot be read: {error.strerror}") from error
+        content = self._maps[file][place.offset : end]
+        if zlib.crc32(content) != place.crc:
+            raise ValueError("its checksum is not the one that was written")
+        codes = np.frombuffer(bytearray(content), dtype="<i2").reshape(self._codec.num_codebooks, place.frames)
+        check_codes(codes, self._codec)
+        return codes
+
+
+class FileHashes:
+    """Content hash and length of clips, remembered by path, size and time of the file, and the slice."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._known: Records | None = None
+        self._writer: RecordWriter | None = RecordWriter(folder, ".hashes", HASH)
+
+    def look(self, ref: AudioRef) -> tuple[bytes, float]:
+        """(content hash, seconds) of a clip; reads it only if it is new or has changed. Raises AudioError."""
+        name, settled = self._name(ref)
+        if name is not None:
+            if self._known is None:
+                self._known = Records(self._folder, ".hashes", HASH)
+            for i in self._known.find(name):
+                return self._known.rows["content"][i].tobytes(), float(self._known.rows["seconds"][i])
+        seconds = duration_sec(ref)
+        content = bytes.fromhex(content_hash(ref))
+        if settled and self._writer is not None:
+            try:
+                self._writer.append(name, content=words_of(content), seconds=seconds)
+            except OSError:
+                self._writer = None  # a cache that may only be read still serves the codes that it has
+        return content, seconds
+
+    def forget(self) -> None:
+        """Looks at the folder anew, once it is needed."""
+        self._known = None
+
+    def close_writer(self) -> None:
+        """Brings what was found to the disk."""
+        if self._writer is not None:
+            self._writer.close()
+
+    @staticmethod
+    def _name(ref: AudioRef) -> tuple[bytes | None, bool]:
+        """What the file is remembered by, and whether it may be; None for a clip that is no file."""
+        if ref.path is None:
+            return None, False
+        try:
+            stat = ref.path.stat()
+        except OSError:
+            return None, False  # what is wrong with it is said by whoever reads it
+        span = f"{ref.offset_sec or 0.0} {ref.duration_sec}"
+        name = f"{ref.path}\0{stat.st_size} {stat.st_mtime_ns} {span}"
+        settled = time.time() - stat.st_mtime > SETTLED_SEC
+        return hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest(), settled

@@ -1,0 +1,367 @@
+"""The DeepSpeed engine and the process group: the only file that imports deepspeed.
+
+The boundaries of an optimizer step are ours (`managed_gradient_accumulation: false`): any number of `backward` calls,
+then one `step`. Only public calls are used, but for the one in `_without_kernel_build`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import signal
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ..config import ConfigError
+from .device import describe_devices, pick_device, take_device
+from .optimizer_state import GatheredState, OptimizerState
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where this process stands among the others; `device` is what it computes on."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Element-wise sum over all ranks, float64."""
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def table(self, values: list[float]) -> list[list[float]]:
+        """Every rank's values, float64: [world_size][len(values)]."""
+        mine = torch.tensor(values, dtype=torch.float64, device=self.device)
+        rows = [torch.empty_like(mine) for _ in range(self.world_size)]
+        dist.all_gather(rows, mine)
+        return torch.stack(rows).tolist()
+
+    def gather(self, value: object) -> list:
+        """Every rank's Python object, on every rank."""
+        out: list = [None] * self.world_size
+        dist.all_gather_object(out, value)
+        return out
+
+    def each(self, function: Callable[[], T]) -> T:
+        """`function()` on every rank; a ConfigError on any rank becomes one on all of them, so that none waits."""
+        value, problems = None, []
+        try:
+            value = function()
+        except ConfigError as error:
+            problems = error.problems
+        found = dict.fromkeys(problem for part in self.gather(problems) for problem in part)
+        if found:
+            raise ConfigError(list(found))
+        return value
+
+    def seed(self, seed: int) -> None:
+        """Seeds torch for dropout, differently on every rank; LoRA's start and the data have their own generators."""
+        torch.manual_seed(seed + self.rank)
+
+    def barrier(self) -> None:
+        """Waits for every rank."""
+        dist.barrier()
+
+
+def start_ranks(*, deterministic: bool = False) -> Ranks:
+    """Joins the process group of the DeepSpeed launcher or torchrun; plain `python` becomes one rank of its own.
+
+    Args:
+        deterministic: only kernels that give the same numbers twice, see `take_device`.
+
+    Raises:
+        ConfigError: this rank has no GPU, and `DS_ACCELERATOR` does not say that it is to use the CPU.
+    """
+    device = pick_device()
+    on_cpu = device.type == "cpu"
+    os.environ["DS_ACCELERATOR"] = device.type  # DeepSpeed, which guesses without it, is to mean the same
+    take_device(device, deterministic=deterministic)
+    if "RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    # To find each other, the ranks have torch's half an hour. After that one may encode for hours while the others wait
+    # for it: who is dead or stuck is for `watch` to find, and not for a collective's timeout.
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=timedelta(minutes=30)))
+    backend = "gloo" if on_cpu else "nccl"
+    # NCCL need not guess the rank's GPU, and connects now, where an error has a place. One rank alone has nobody to
+    # connect to, and doing it all the same has failed on some machines (DeepSpeed's issue 8248).
+    bound = device if not on_cpu and world_size > 1 else None
+    patience = timedelta(days=1)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=patience, device_id=bound)
+    import deepspeed
+
+    if on_cpu:
+        _without_kernel_build(deepspeed)
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)
+    return Ranks(rank, world_size, int(os.environ.get("LOCAL_RANK", "0")), device)
+
+
+def _without_kernel_build(deepspeed) -> None:
+    """Keeps DeepSpeed from compiling its shared-memory kernel (65 s) on CPU, where it serves inference alone.
+
+    `deepspeed.ops.__compatible_ops__` is what `deepspeed.comm.torch.build_shm_op` asks;
+    tests/distributed/test_engine.py fails when that changes.
+    """
+    deepspeed.ops.__compatible_ops__ = {}
+
+
+def leave_ranks(exit_code: int, *, wait: bool = True) -> int:
+    """Leaves the process group; returns `exit_code`, to end with by `process.end_process`.
+
+    `wait` for the other ranks, where all of them are known to come here.
+    """
+    if dist.is_initialized():
+        if wait:
+            dist.barrier()
+        dist.destroy_process_group()
+    return exit_code
+
+
+class StopSignal:
+    """SIGTERM and SIGUSR1 ask for a stop after the step in hand; the second one ends the process at once."""
+
+    def __init__(self):
+        self._asked = False
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number, frame) -> None:
+        if self._asked:
+            os._exit(128 + number)
+        self._asked = True
+
+    def requested(self) -> bool:
+        """Whether this process was asked."""
+        return self._asked
+
+
+class DroppableAdamW(torch.optim.AdamW):
+    """AdamW whose next step can be dropped: moments and weights stay, the engine clears the gradients as always.
+
+    The same at every ZeRO stage, without reaching into how each of them keeps gradients. With `clip_norm` it clips
+    and reports the norm itself, for stage 0 in float32, where DeepSpeed does not report one.
+    """
+
+    drop_next = False
+    clip_norm: float | None = None
+    norm: float | None = None
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        if self.drop_next:
+            return None
+        if self.clip_norm is not None:
+            parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+            limit = self.clip_norm or float("inf")
+            self.norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+            if not math.isfinite(self.norm):
+                return None
+        return super().step(closure)
+
+
+@contextlib.contextmanager
+def loading(ds_config: dict) -> Iterator[None]:
+    """Inside, `from_pretrained` shards the weights over the ranks while it loads them, if the stage is 3."""
+    if ds_config["zero_optimization"]["stage"] != 3:
+        yield
+        return
+    from transformers.integrations import HfDeepSpeedConfig
+
+    keep_alive = HfDeepSpeedConfig(ds_config)  # transformers holds it weakly and asks it in from_pretrained
+    yield
+    del keep_alive
+
+
+class Engine:
+    """A module under DeepSpeed: forward, backward, one update an optimizer step."""
+
+    def __init__(self, module: nn.Module, ds_config: dict, *, weight_decay: float, max_grad_norm: float):
+        import deepspeed
+
+        # With fp16 the loss is scaled up until gradients overflow now and then: such a step is dropped, and no failure.
+        self.overflows_by_design: bool = ds_config["fp16"]["enabled"]
+        self.stage: int = ds_config["zero_optimization"]["stage"]
+        trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self._optimizer = DroppableAdamW(trainable, lr=0.0, weight_decay=weight_decay)
+        if self.stage == 0 and not ds_config["bf16"]["enabled"] and not ds_config["fp16"]["enabled"]:
+            self._optimizer.clip_norm = max_grad_norm
+            ds_config = {**ds_config, "gradient_clipping": 0.0}
+        # At stage 0 in bf16, DeepSpeed takes a step on zero gradients to make the moments, and leaves it counted:
+        # Adam's bias correction would then be off by one, and the first update 0.74 of what it should be.
+        self._optimizer.drop_next = self.stage == 0
+        whole = list(getattr(module, "gathered_whole", ()))
+        if self.stage == 3 and whole:
+            deepspeed.utils.set_z3_leaf_modules(module, whole)
+            # DeepSpeed reduces such a module's gradients once the one of its input is there. Without one it would do so
+            # before the module's backward, and take the gradients for zero.
+            module.input_gradient = True
+        # DeepSpeed's own groups keep NCCL's ten minutes. A rank that reads the base from a slower disk may take longer
+        # than that, so the ranks meet before there are any, on the group that has a day's patience.
+        dist.barrier()
+        self._engine, *_ = deepspeed.initialize(model=module, optimizer=self._optimizer, config=ds_config)
+        self._optimizer.drop_next = False
+
+    @property
+    def module(self) -> nn.Module:
+        """The wrapped module."""
+        return self._engine.module
+
+    def describe(self, dtype: str) -> str:
+        """Stage, dtype, devices and how many parameters train, as text."""
+        sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in self.module.parameters()]
+        trained = sum(size for size, learns in sizes if learns)
+        whole = sum(size for size, _ in sizes)
+        where = describe_devices(self._engine.device, dist.get_world_size())
+        return f"engine: ZeRO-{self.stage}, {dtype} on {where}; {trained:,} of {whole:,} parameters train"
+
+    def train(self, mode: bool = True) -> None:
+        """Dropout on or off."""
+        self._engine.train(mode)
+
+    def forward(self, *args):
+        """The module's forward, with the stage's gathering of weights."""
+        return self._engine(*args)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Adds the loss's gradients to the step's; nothing is divided by the accumulation."""
+        # The clone matters at stage 0: DeepSpeed 0.19.8 hooks the module's own output to divide by the accumulation,
+        # and learns that `backward` was told not to only from a hook on what it is given, which must fire first.
+        self._engine.backward(loss.clone(), scale_wrt_gas=False)
+
+    def step(self, learning_rate: float) -> float:
+        """One update with all gradients since the last one; returns their norm before clipping, over all ranks.
+
+        A norm that is not finite means that the update was not made, at any stage and dtype.
+        """
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate
+        self._engine.step()
+        norm = self._optimizer.norm if self._optimizer.clip_norm is not None else self._engine.get_global_grad_norm()
+        return float("nan") if norm is None else float(norm)
+
+    def drop_step(self) -> None:
+        """Ends the optimizer step without an update: gradients are cleared, weights and moments stay."""
+        self._optimizer.drop_next = True
+        try:
+            self._engine.step()
+        finally:
+            self._optimizer.drop_next = False
+
+    def gather_state(self) -> GatheredState | None:
+        """Weights in float32 and Adam's moments for rank 0, which put themselves together when called; None elsewhere.
+
+        The same whatever the stage and the world size, so that any of them can go on from it. Every rank must call
+        this. Training may go on before the result is called, in another thread too: all of it is on the host by then.
+        Three collectives in all: gathered tensor by tensor, a large adapter would hold up training for seconds.
+        """
+        gathered = [self._gather(parts) for parts in self._local_state()]  # weights, exp_avg, exp_avg_sq
+        if dist.get_rank() != 0:
+            return None
+        shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in self._named_trainable()}
+        state = GatheredState(*gathered, self._adam_steps(), shapes, by_parameter=self.stage == 3)
+        self._check_layout(state)
+        return state
+
+    def _gather(self, parts: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Every rank's share on rank 0's host, in memory of its own; nothing elsewhere."""
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        if self.stage == 0 or world_size == 1:
+            return [torch.cat(parts).cpu()] if rank == 0 else []  # a copy: the masters go on training
+        # Under offload_optimizer masters and moments are on the CPU at stages 1 and 2, and NCCL serves GPUs alone. A
+        # share is small, and leaves the GPU before the next kind comes.
+        share = (parts[0] if len(parts) == 1 else torch.cat(parts)).to(self._engine.device)
+        shares = [torch.empty_like(share) for _ in range(world_size)] if rank == 0 else None
+        dist.gather(share, shares)
+        return [gathered.cpu() for gathered in shares or ()]
+
+    def _local_state(self) -> Iterator[list[torch.Tensor]]:
+        """This rank's weights, exp_avg, exp_avg_sq, flat float32: by parameter, or at stages 1 and 2 by partition."""
+        if self.stage == 3:
+            from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+
+            parameters = [p for _, p in self._named_trainable()]
+            yield [safe_get_local_fp32_param(p).flatten() for p in parameters]
+            for key in ("exp_avg", "exp_avg_sq"):
+                yield [safe_get_local_optimizer_state(p, key).flatten() for p in parameters]
+            return
+        masters = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+        yield [master.detach().flatten() for master in masters]
+        for key in ("exp_avg", "exp_avg_sq"):
+            yield [self._optimizer.state[master][key].flatten() for master in masters]
+
+    def _check_layout(self, state: GatheredState) -> None:
+        """The masters, rounded, are the module's weights: fails loudly where a DeepSpeed cuts them otherwise."""
+        if self.stage < 3:
+            name, weight = state.last_weight()
+            last = self._named_trainable()[-1][1].detach().cpu()
+            if not torch.equal(weight.to(last.dtype), last):
+                raise RuntimeError(f"{name}: gathered weights are not the model's; DeepSpeed's layout has changed")
+
+    def load_state(self, state: OptimizerState, first_inputs: dict) -> None:
+        """Sets what `gather_state` gave; the module's own weights must hold the same, in the engine's dtype, already.
+
+        Args:
+            first_inputs: any micro-batch's model inputs. One step with gradients of zero and learning rate 0 on it
+                makes every stage create its moments, which are then set.
+        """
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        books = self.module.num_codebooks
+        device = next(value for value in first_inputs.values() if value is not None).device
+        loss, _, _ = self.forward(first_inputs, 0.0, torch.zeros(books, device=device))
+        self.backward(loss)
+        self.step(0.0)
+        for (name, parameter), master in zip(self._named_trainable(), self._masters(), strict=True):
+            values = [part[name].to(device) for part in (state.weights, state.exp_avg, state.exp_avg_sq)]
+            if self.stage == 0:
+                own = self._optimizer.state[master]
+                for target, value in zip((master.data, own["exp_avg"], own["exp_avg_sq"]), values, strict=True):
+                    target.copy_(value)
+            else:
+                safe_set_full_fp32_param(parameter, values[0])
+                safe_set_full_optimizer_state(parameter, values[1], "exp_avg")
+                safe_set_full_optimizer_state(parameter, values[2], "exp_avg_sq")
+        for own in self._optimizer.state.values():
+            own["step"].fill_(state.adam_steps)
+
+    def _named_trainable(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
+
+    def _masters(self) -> list[torch.Tensor]:
+        """What the optimizer steps at stage 0, in the module's order; placeholders at the sharded stages."""
+        if self.stage == 0:
+            return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+        return [parameter for _, parameter in self._named_trainable()]
+
+    def _adam_steps(self) -> int:
+        steps = {int(own["step"]) for own in self._optimizer.state.values()}
+        assert len(steps) == 1, steps
+        return steps.pop()
+
+    def gather_trainable(self) -> dict[str, torch.Tensor]:
+        """Trained weights, whole, on the CPU, by their names in the module. Every rank must call it."""
+        import deepspeed
+
+        named = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        sharded = [parameter for parameter in named.values() if hasattr(parameter, "ds_id")]
+        with deepspeed.zero.GatheredParameters(sharded, enabled=bool(sharded)):
+            return {name: parameter.detach().cpu().clone() for name, parameter in named.items()}

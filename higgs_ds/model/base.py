@@ -1,0 +1,433 @@
+"""The base checkpoint, every weight accounted for, and the LoRA adapter on it.
+
+What the checkpoint holds is compared with what the model needs from the files' headers alone, before anything is
+loaded: the same verdict on every rank and under every ZeRO stage, where loading itself would leave random weights.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from boson_multimodal.model.higgs_audio import HiggsAudioConfig, HiggsAudioModel
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import nn
+from transformers import PreTrainedTokenizerFast
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.utils.logging import disable_progress_bar
+
+from ..config import BASE_NAMES, DEFAULT_BASE, DEFAULT_BASE_REVISION, ConfigError, nearest
+from ..distributed.ds_config import LayerSizes
+from .forward import HiggsAudioForTraining
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class BaseCheckpoint:
+    """A base checkpoint whose every file was looked at, before any of its weights is loaded."""
+
+    folder: Path
+    config: HiggsAudioConfig
+    tokenizer: PreTrainedTokenizerFast
+    notes: tuple[str, ...]  # what the user should read once, a line each
+
+
+def open_base(name_or_path: str, revision: str | None = None) -> BaseCheckpoint:
+    """Finds a checkpoint and asks it everything that can be asked without loading it; the same for every verb.
+
+    Args:
+        name_or_path: a folder, or a hub id, which is downloaded.
+        revision: of the hub; None means the pinned one for Boson's own, the newest for any other.
+
+    Raises:
+        ConfigError: not to be had, of another kind or layout, weights or a tokenizer that do not fit its config; all
+            that is wrong with it, a line each.
+    """
+    folder = locate_checkpoint(name_or_path, revision)
+    config = read_model_config(folder)
+    notes = check_weights(folder, config)
+    tokenizer = load_tokenizer(folder)
+    check_tokenizer(folder, tokenizer, config)
+    return BaseCheckpoint(folder, config, tokenizer, tuple(notes))
+
+
+def locate_checkpoint(name_or_path: str, revision: str | None = None) -> Path:
+    """The folder of a base checkpoint; a hub id is downloaded (safetensors, JSON and tokenizer files only).
+
+    Raises:
+        ConfigError: neither a folder nor a hub id that can be had.
+    """
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        return folder
+    if folder.is_absolute() or name_or_path.startswith(".") or name_or_path.count("/") != 1:
+        raise ConfigError([f"--base_ckpt: {name_or_path} is neither a folder nor a hub id (owner/name)"])
+    from huggingface_hub import snapshot_download
+
+    if revision is None and name_or_path in BASE_NAMES:
+        revision = DEFAULT_BASE_REVISION
+    patterns = ["*.json", "*.safetensors", "tokenizer*", "*.txt"]
+    try:
+        return Path(snapshot_download(name_or_path, revision=revision, allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            [f"--base_ckpt: {name_or_path} (revision {revision}) cannot be had from the hub: {error}"]
+        ) from error
+
+
+def read_model_config(folder: Path) -> HiggsAudioConfig:
+    """The checkpoint's `config.json`, refused where this trainer would train something else than the model is.
+
+    Raises:
+        ConfigError: not a Higgs Audio checkpoint, in the newer transformers layout, with an audio tower, or with
+            values that no such model has.
+    """
+    file = folder / "config.json"
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError([f"--base_ckpt: {file} cannot be read: {error}"]) from None
+    model_type = raw.get("model_type") if isinstance(raw, dict) else None
+    if isinstance(model_type, str) and model_type.startswith("higgs_audio_v2"):
+        raise ConfigError(
+            [
+                f"--base_ckpt: {folder} is in transformers' newer layout (model_type {model_type!r}), which "
+                f"boson_multimodal cannot load; use {DEFAULT_BASE} with --base_revision {DEFAULT_BASE_REVISION}"
+            ]
+        )
+    if model_type != "higgs_audio":
+        raise ConfigError([f"--base_ckpt: {file} says model_type {model_type!r}, expected 'higgs_audio'"])
+    problems = _config_problems(raw)
+    if problems:
+        raise ConfigError([f"--base_ckpt: {file}: {problem}" for problem in problems])
+    try:
+        config = HiggsAudioConfig.from_pretrained(folder)
+    except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError([f"--base_ckpt: {file} is no config of a Higgs Audio model: {error}"]) from error
+    if config.encode_whisper_embed or not config.skip_audio_tower:
+        raise ConfigError(
+            [
+                f"--base_ckpt: {folder} has a Whisper audio tower (encode_whisper_embed or not skip_audio_tower); "
+                "this trainer covers the generation checkpoints, which have none"
+            ]
+        )
+    return config
+
+
+# Fields that sizes and indices are computed from, and the largest value that any model of this kind could have.
+_CONFIG_LIMITS = {
+    "audio_num_codebooks": 64,
+    "audio_codebook_size": 1 << 20,
+    "audio_stream_bos_id": 1 << 20,
+    "audio_stream_eos_id": 1 << 20,
+    "pad_token_id": 1 << 24,
+    "audio_in_token_idx": 1 << 24,
+    "audio_out_token_idx": 1 << 24,
+    "text_config.vocab_size": 1 << 24,
+    "text_config.hidden_size": 1 << 16,
+    "text_config.intermediate_size": 1 << 18,
+    "text_config.num_hidden_layers": 1 << 10,
+    "text_config.num_attention_heads": 1 << 10,
+    "text_config.num_key_value_heads": 1 << 10,
+    "text_config.head_dim": 1 << 12,
+}
+
+
+def _config_problems(raw: dict) -> list[str]:
+    """What stands in a `config.json` that would end in a traceback, or in a wrong index, later on."""
+    text = raw.get("text_config")
+    if not isinstance(text, dict):
+        return [f"text_config is {type(text).__name__}, expected an object"]
+    problems = []
+    values = {**raw, **{f"text_config.{name}": value for name, value in text.items()}}
+    for name, most in _CONFIG_LIMITS.items():
+        value = values.get(name)
+        least = 1 if "num_" in name or "size" in name or "dim" in name else 0
+        if name in values and (type(value) is not int or not least <= value <= most):
+            problems.append(f"{name} is {value!r}, expected a whole number from {least} to {most}")
+    if problems:
+        return problems
+    codes = values.get("audio_codebook_size", 0)
+    for name in ("audio_stream_bos_id", "audio_stream_eos_id"):
+        if codes and not codes <= values.get(name, codes) < codes + 2:
+            problems.append(
+                f"{name} is {values[name]}, expected {codes} or {codes + 1}: one of the two behind the codes"
+            )
+    vocabulary = values.get("text_config.vocab_size", 1 << 24)
+    for name in ("pad_token_id", "audio_in_token_idx", "audio_out_token_idx"):
+        if values.get(name, 0) >= vocabulary:
+            problems.append(f"{name} is {values[name]}, beyond text_config.vocab_size {vocabulary}")
+    return problems
+
+
+# Weights that checkpoints of this family carry along though no module of theirs has them.
+_CARRIED_ALONG = re.compile(r"(^|\.)(audio_codebook_weights|rotary_emb\.(original_)?inv_freq)$")
+# Halves of one weight, as a training of Boson's with frozen and trained rows leaves them.
+_SPLIT_HALF = re.compile(r"_(frozen|trainable)(\.weight)?$")
+_FLOAT_DTYPES = ("BF16", "F16", "F32", "F64")
+
+
+def check_weights(folder: Path, config: HiggsAudioConfig) -> list[str]:
+    """Compares names, shapes and dtypes in the safetensors headers with those that the model has.
+
+    Returns what is to be mentioned: weights that this family is known to carry along, which are left out.
+
+    Raises:
+        ConfigError: missing, extra, misshapen or split weights, each named; an index that does not fit its files.
+    """
+    found, problems = _read_headers(folder)
+    if problems:
+        raise _refused(folder, problems)
+    try:
+        with torch.device("meta"):
+            model = HiggsAudioModel(copy.deepcopy(config))
+    except (
+        AssertionError,
+        AttributeError,
+        KeyError,
+        NotImplementedError,
+        TypeError,
+        ValueError,
+        RuntimeError,
+    ) as error:
+        raise ConfigError([f"--base_ckpt: {folder / 'config.json'} describes no model: {error}"]) from error
+    wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    left_out = [key for key in found if key not in wanted and _CARRIED_ALONG.search(key)]
+    halves = [key for key in found if key not in wanted and _SPLIT_HALF.search(key)]
+    if halves:
+        problems.append(
+            f"holds weights in two halves ({', '.join(halves[:4])}): rows that a training of Boson's kept frozen and "
+            "rows that it trained, to be joined before any program can load them; export the checkpoint joined"
+        )
+    extra = [key for key in found if key not in wanted and key not in left_out and key not in halves]
+    joined = {_SPLIT_HALF.sub("", key).rsplit(".", 1)[0] for key in halves}
+    missing = [key for key in wanted if key not in found and not any(key.startswith(name) for name in joined)]
+    problems += [f"missing weight {key} {list(wanted[key])}" for key in missing]
+    problems += [f"extra weight {key} {list(found[key][1])}" for key in extra]
+    for key, (dtype, shape) in found.items():
+        if key in wanted and shape != wanted[key]:
+            problems.append(f"weight {key} has shape {list(shape)}, the model needs {list(wanted[key])}")
+        elif key in wanted and dtype not in _FLOAT_DTYPES:
+            problems.append(f"weight {key} is {dtype}: quantized checkpoints are not trained on, take the bf16 one")
+    if problems:
+        raise _refused(folder, problems)
+    if not left_out:
+        return []
+    return [f"{folder}: left out what no module of this model has: {', '.join(left_out[:4])}"
+            + (f" and {len(left_out) - 4} more" if len(left_out) > 4 else "")]  # fmt: skip
+
+
+def _refused(folder: Path, problems: list[str]) -> ConfigError:
+    shown = problems[:20] + ([f"… and {len(problems) - 20} more"] if len(problems) > 20 else [])
+    return ConfigError([f"--base_ckpt: {folder}: {problem}" for problem in shown])
+
+
+def _read_headers(folder: Path) -> tuple[dict[str, tuple[str, tuple[int, ...]]], list[str]]:
+    """(dtype, shape) of every weight in the files that a loader would take, and what is wrong with those files."""
+    files, index, problems = _weight_files(folder)
+    found: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for key in tensors.keys():  # noqa: SIM118 - safe_open is not a mapping
+                    if key in found:
+                        problems.append(f"{file.name}: {key} stands in two files")
+                    if index and index.get(key) != file.name:
+                        problems.append(
+                            f"{file.name}: {key} is there, the index says {index.get(key, 'nothing of it')}"
+                        )
+                    view = tensors.get_slice(key)
+                    found[key] = view.get_dtype(), tuple(view.get_shape())
+        except Exception as error:  # the safetensors reader raises its own SafetensorError, OSError or ValueError
+            problems.append(f"{file.name} cannot be read: {error}")
+    return found, problems
+
+
+def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str], list[str]]:
+    """The files that transformers would load, by the index where there is one, and what is wrong with the index."""
+    single, index_file = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.exists():
+        return [single], {}, []
+    if not index_file.exists():
+        shards = sorted(folder.glob("*.safetensors"))
+        if shards:
+            named = ", ".join(shard.name for shard in shards[:3])
+            return (
+                [],
+                {},
+                [f"holds {named} but neither model.safetensors nor {index_file.name}, which names the shards"],
+            )
+        return [], {}, ["holds no .safetensors file (pickled checkpoints are not loaded: convert it)"]
+    try:
+        weight_map = json.loads(index_file.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(weight_map.values()))
+        if not names or any("/" in name or "\\" in name or not name.endswith(".safetensors") for name in names):
+            raise ValueError("its weight_map must name .safetensors files of the same folder")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return [], {}, [f"{index_file.name} cannot be used: {error}"]
+    missing = [f"{name} is missing, the index names it" for name in names if not (folder / name).is_file()]
+    return [folder / name for name in names if (folder / name).is_file()], weight_map, missing
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The checkpoint's own tokenizer; nothing in the checkpoint is run."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises plain Exceptions for a file that it cannot read
+        raise ConfigError([f"--base_ckpt: {folder}: the tokenizer cannot be loaded: {error}"]) from error
+
+
+# What the prompt is written with: a tokenizer that cuts one of these to pieces would train another prompt.
+_PROMPT_TOKENS = (
+    *("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>", "<|recipient|>"),
+    *("<|audio_bos|>", "<|audio_eos|>", "<|audio_out_bos|>", "<|scene_desc_start|>", "<|scene_desc_end|>"),
+)
+
+
+def check_tokenizer(folder: Path, tokenizer, config: HiggsAudioConfig) -> None:
+    """Whether the tokenizer's special tokens are those of the config.
+
+    Raises:
+        ConfigError: a special token that is none, or has another id; ids beyond the model's vocabulary.
+    """
+    ids = {
+        config.audio_in_token: config.audio_in_token_idx,
+        config.audio_out_token: config.audio_out_token_idx,
+        config.audio_out_bos_token: config.audio_out_bos_token_id,
+        config.audio_eos_token: config.audio_eos_token_id,
+    }
+    problems = []
+    for token in dict.fromkeys([*_PROMPT_TOKENS, *ids]):
+        encoded = tokenizer.encode(token, add_special_tokens=False)
+        wanted = ids.get(token)
+        if len(encoded) != 1:
+            problems.append(f"its tokenizer cuts {token} into {len(encoded)} tokens; it must be one special token")
+        elif wanted is not None and encoded[0] != wanted:
+            problems.append(f"its tokenizer gives {token} the id {encoded[0]}, config.json {wanted}")
+    if len(tokenizer) > config.text_config.vocab_size:
+        problems.append(f"its tokenizer has {len(tokenizer)} tokens, the model {config.text_config.vocab_size}")
+    if problems:
+        raise _refused(folder, problems)
+
+
+def load_base(folder: Path, config: HiggsAudioConfig, dtype: str) -> HiggsAudioForTraining:
+    """The base model, all parameters frozen, in `dtype` ("bf16", "fp16", "fp32"); after `check_weights`."""
+    disable_progress_bar()  # a bar for three files, from every rank
+    model = HiggsAudioForTraining.from_pretrained(
+        folder,
+        config=config,
+        torch_dtype=DTYPES[dtype],
+        use_safetensors=True,
+        # Without it every rank would hold the weights twice for a moment; with stage 3 it is not to be had.
+        low_cpu_mem_usage=not is_deepspeed_zero3_enabled(),
+    )
+    model.requires_grad_(False)
+    return model
+
+
+def attach_lora(
+    model: HiggsAudioModel,
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    target_modules: list[str],
+    seed: int,
+    base_name: str,
+    base_revision: str | None = None,
+) -> PeftModel:
+    """LoRA on every linear layer whose name ends in one of `target_modules`, A drawn from our own generator, B zero.
+
+    The draw depends on the seed and the weight's name alone: the same start under every ZeRO stage and world size.
+
+    Raises:
+        ConfigError: a target that names no linear layer.
+    """
+    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    suffixes = {name.rsplit(".", 1)[-1] for name in linears}
+    problems = [
+        f"--lora_target_modules: {target!r} names no linear layer{nearest(target, suffixes)}"
+        for target in target_modules
+        if not any(name == target or name.endswith("." + target) for name in linears)
+    ]
+    if problems:
+        raise ConfigError(problems)
+    lora = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=list(target_modules),
+        bias="none",
+        task_type="CAUSAL_LM",
+        revision=base_revision,
+    )
+    # peft's default would keep float32 copies of LoRA under zero.Init alone, so that the stages would differ.
+    peft_model = get_peft_model(model, lora, autocast_adapter_dtype=False)
+    peft_model.peft_config["default"].base_model_name_or_path = base_name
+    for name, parameter in peft_model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data.copy_(initial_lora(name, tuple(parameter.shape), seed))
+    return peft_model
+
+
+def set_lora(model: PeftModel, weights: dict[str, torch.Tensor], source: str) -> None:
+    """Takes over LoRA weights, keyed as in PEFT's files; before the engine, which makes its masters of them.
+
+    Raises:
+        ConfigError: weights that are missing, extra or of another shape, each named.
+    """
+    own = {name.replace(".default.", "."): p for name, p in model.named_parameters() if p.requires_grad}
+    problems = [f"{source}: missing weight {key}" for key in own if key not in weights]
+    problems += [f"{source}: extra weight {key}" for key in weights if key not in own]
+    problems += [
+        f"{source}: {key} has shape {list(weights[key].shape)}, this run needs {list(p.shape)}"
+        for key, p in own.items()
+        if key in weights and weights[key].shape != p.shape
+    ]
+    if problems:
+        raise ConfigError(problems[:20])
+    for key, parameter in own.items():
+        parameter.data.copy_(weights[key])
+
+
+def read_adapter(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights of a PEFT adapter, by the keys of its file.
+
+    Raises:
+        ConfigError: no adapter there, or one that cannot be read.
+    """
+    file = folder / "adapter_model.safetensors"
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError([f"--init_adapter: {file} cannot be read: {error}"]) from error
+
+
+def initial_lora(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    """B is zero; A is uniform in ±1/sqrt(fan_in), peft's kaiming_uniform(a=sqrt(5)), from (seed, name) alone."""
+    if "lora_B" in name:
+        return torch.zeros(shape)
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    bound = shape[-1] ** -0.5
+    return torch.rand(shape, generator=generator) * (2 * bound) - bound
+
+
+def layer_sizes(config: HiggsAudioConfig) -> LayerSizes:
+    """Of a dual-FFN decoder layer of this model."""
+    text = config.text_config
+    hidden, head_dim = text.hidden_size, text.head_dim
+    attention = 2 * hidden * head_dim * (text.num_attention_heads + text.num_key_value_heads)
+    return LayerSizes(
+        widest=max(hidden, text.intermediate_size), parameters=attention + 2 * 3 * hidden * text.intermediate_size
+    )

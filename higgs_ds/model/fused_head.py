@@ -1,0 +1,132 @@
+"""A frozen head and its cross-entropy in one: labelled rows in, loss out, logits never in memory as a whole.
+
+With the head frozen, all that backward needs is the gradient of the hidden rows. It is made in the forward, chunk by
+chunk of rows, while the chunk's logits are at hand; backward scales it, and needs neither logits nor weight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..loss import IGNORE
+
+CHUNK_BYTES = 96 * 2**20  # of the logits that one product makes, were they float32
+BLOCK_BYTES = 4 * 2**20  # of the float32 logits that a CPU turns into a gradient at a time
+
+
+@dataclass
+class LabelledRows:
+    """What a head is asked: R rows, each with one target in each of G groups of classes (1 for text, codebooks)."""
+
+    hidden: torch.Tensor  # [R, hidden]
+    targets: torch.Tensor  # [R, G], -100 where a group has no label
+    scales: torch.Tensor  # [G] float32, factors of the groups' sums in the loss
+
+
+@dataclass
+class HeadLoss:
+    """What a head answers. Only `loss` is in the graph."""
+
+    loss: torch.Tensor  # [] float32, Σ scales · sums
+    sums: torch.Tensor  # [G] float32, cross-entropy in nats
+    counts: torch.Tensor  # [G] int64, labels that the sums are over
+    saturation: torch.Tensor  # [] float32, see `HeadSums`
+    shape: tuple[int, int, int]  # (R, G, classes) that were computed
+
+
+class FusedHead(nn.Linear):
+    """A linear head that also takes `LabelledRows` and then gives their loss; with a tensor it is `nn.Linear`.
+
+    Both come and go inside containers that DeepSpeed does not look into: under ZeRO-3 the weight is gathered for the
+    forward by the module's own hook, and not again for a backward that does not need it.
+    """
+
+    @staticmethod
+    def adopt(head: nn.Linear) -> None:
+        """Turns a linear layer into this, in place: weight and name stay."""
+        head.__class__ = FusedHead
+
+    def forward(self, rows: torch.Tensor | LabelledRows) -> torch.Tensor | tuple[HeadLoss]:
+        if isinstance(rows, torch.Tensor):
+            return super().forward(rows)
+        if self.weight.requires_grad:
+            raise RuntimeError("the fused loss gives a trained head no gradient; use --loss_impl reference")
+        if self.bias is not None:
+            raise RuntimeError("the fused loss covers heads without a bias; use --loss_impl reference")
+        wants_gradient = torch.is_grad_enabled() and rows.hidden.requires_grad
+        loss, sums, counts, saturation = _FusedCrossEntropy.apply(
+            rows.hidden, self.weight, rows.targets, rows.scales, wants_gradient
+        )
+        groups = rows.targets.shape[1]
+        shape = (rows.hidden.shape[0], groups, self.weight.shape[0] // groups)
+        return (HeadLoss(loss, sums, counts, saturation, shape),)
+
+
+class _FusedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, scales, wants_gradient):
+        rows, groups = targets.shape
+        sums = scales.new_zeros(groups)
+        saturation = scales.new_zeros(())
+        # The stored gradient is relative to the largest scale, so that fp16 can hold it whatever the counts are.
+        largest = scales.max().clamp(min=torch.finfo(torch.float32).tiny)
+        shares = scales / largest
+        gradient = torch.empty_like(hidden) if wants_gradient else None
+        row_bytes = 4 * weight.shape[0]
+        for start, stop in _chunks(rows, CHUNK_BYTES // row_bytes):
+            raw = F.linear(hidden[start:stop], weight).view(stop - start, groups, -1)  # [r, G, classes]
+            # A GPU takes the chunk at once; a CPU in blocks that its cache keeps from one pass to the next.
+            for first, last in _chunks(stop - start, (CHUNK_BYTES if raw.is_cuda else BLOCK_BYTES) // row_bytes):
+                block, target = raw[first:last], targets[start + first : start + last]
+                losses, resolution = _cross_entropy_and_gradient(block, target, shares if wants_gradient else None)
+                sums += losses.sum(0)
+                saturation = torch.maximum(saturation, (losses / resolution).max())
+            if wants_gradient:
+                torch.mm(raw.view(stop - start, -1), weight, out=gradient[start:stop])
+        counts = (targets != IGNORE).sum(0)
+        ctx.save_for_backward(gradient, largest)
+        ctx.mark_non_differentiable(sums, counts, saturation)
+        return (scales * sums).sum(), sums, counts, saturation
+
+    @staticmethod
+    def backward(ctx, loss_gradient, *_):
+        gradient, largest = ctx.saved_tensors
+        return (gradient.float() * (loss_gradient * largest)).to(gradient.dtype), None, None, None, None
+
+
+def _cross_entropy_and_gradient(
+    logits: torch.Tensor, target: torch.Tensor, shares: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy in float32, 0 without a label, and float32's resolution at the label's logit: [r, G] each.
+
+    With `shares` [G], the factors of the groups, `logits` [r, G, classes] become the gradient of the shared sum.
+    """
+    labelled = target != IGNORE
+    index = target.clamp(min=0).unsqueeze(-1)
+    odds = logits.float()  # the same memory where it is float32 already
+    label = odds.gather(-1, index).squeeze(-1)
+    top = odds.amax(-1)
+    odds.sub_(top.unsqueeze(-1)).exp_().scatter_(-1, index, 0.0)
+    others = odds.sum(-1)  # [r, G], all classes but the label's
+    margin = label - top
+    # log(1 + others / own): exact also where the probability of the label rounds to 1.
+    losses = F.softplus(others.log() - margin).masked_fill(~labelled, 0.0)
+    if shares is not None:
+        odds.scatter_(-1, index, -others.unsqueeze(-1))  # softmax minus one-hot, times its denominator
+        odds.mul_((shares * labelled / (others + margin.exp())).unsqueeze(-1))
+        if odds.dtype != logits.dtype:
+            logits.copy_(odds)
+    return losses, torch.finfo(torch.float32).eps * label.abs().clamp(min=1.0)
+
+
+def _chunks(rows: int, most: int) -> list[tuple[int, int]]:
+    """(start, stop) of chunks of about equal size, none above `most` rows."""
+    if rows == 0:
+        return []
+    number = -(-rows // max(1, most))
+    size = -(-rows // number)
+    return [(start, min(start + size, rows)) for start in range(0, rows, size)]

@@ -1,0 +1,1 @@
+"""Where numbers go: JSON lines, curves, the console, Weights & Biases."""

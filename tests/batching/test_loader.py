@@ -1,0 +1,56 @@
+"""The loader: batches are built ahead, and only a little ahead."""
+
+import itertools
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils.data import Dataset
+
+from higgs_ds.batching.batch_plan import MicroBatch, Window
+from higgs_ds.batching.loader import load_windows
+from tests.conftest import ROOT
+
+
+class Echo(Dataset):
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, micro_batch):
+        return torch.tensor(micro_batch.rows)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_run_without_end_is_drawn_as_it_is_needed(num_workers):
+    drawn = []
+
+    def windows():
+        for step in itertools.count(1):
+            drawn.append(step)
+            yield Window(step, 0.0, tuple(MicroBatch((step, i)) for i in range(step % 3 + 1)))
+
+    loaded = load_windows(Echo(), windows(), num_workers=num_workers)
+    for step, (window, batches) in enumerate(itertools.islice(loaded, 20), start=1):
+        assert window.step == step
+        assert [batch.tolist() for batch in batches] == [[step, i] for i in range(step % 3 + 1)]
+    assert len(drawn) <= 20 + 4 * num_workers + 1
+
+
+class Broken(Echo):
+    def __getitem__(self, micro_batch):
+        raise ValueError("what went wrong")
+
+
+@pytest.mark.parametrize("dataset", ["Echo", "Broken"])
+def test_a_rank_that_fails_ends_although_its_workers_outlive_a_stop_signal(dataset):
+    code = (
+        "from higgs_ds.batching.loader import load_windows\n"
+        "from higgs_ds.batching.batch_plan import MicroBatch, Window\n"
+        f"from tests.batching.test_loader import {dataset} as Dataset\n"
+        "loaded = load_windows(Dataset(), [Window(i, 0.0, (MicroBatch((i,)),)) for i in range(99)], num_workers=1)\n"
+        "for window in loaded:\n"
+        "    raise ValueError('what went wrong')\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 1 and "what went wrong" in result.stderr

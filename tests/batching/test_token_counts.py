@@ -1,0 +1,123 @@
+"""Tokens of a row as counted ahead are those that the collator makes and the model computes."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from higgs_ds.batching.collate import Collator, build_sample
+from higgs_ds.batching.token_counts import LengthIndex
+from higgs_ds.codec.base import load_codec
+from higgs_ds.corpus.code_cache import CodeCache
+from higgs_ds.corpus.manifest import Row, Turn, read_manifest
+from tests.conftest import SPEECH
+
+
+@pytest.fixture(scope="module")
+def rows():
+    speech = read_manifest(SPEECH)[0][:6]
+    a, b = (speech[i].audio_refs[0][1] for i in (0, 1))
+    talk = (
+        Turn("system", ("Be brief.",)),
+        Turn("user", ("Ünïcode 語 ", a, "?")),
+        Turn("assistant", ("Yes. ", b)),
+        Turn("assistant", (a,), recipient="all"),
+    )
+    text = (Turn("user", ("Say nothing.",)), Turn("assistant", ("Nothing.",)))
+    return [*speech, Row(talk, None, None, "m", 1), Row(talk, 3, "x", "m", 2), Row(text, 0, None, "m", 3)]
+
+
+@pytest.fixture(scope="module")
+def cache(rows, codec_dir, tmp_path_factory):
+    cache = CodeCache(tmp_path_factory.mktemp("codes"), load_codec(str(codec_dir)))
+    assert cache.ensure([ref for row in rows for _, ref in row.audio_refs]) == {}
+    return cache
+
+
+def collator_of(config, **changes) -> Collator:
+    collator = Collator.of(config)
+    for name, value in changes.items():
+        setattr(collator, name, value)
+    return collator
+
+
+@pytest.mark.parametrize("delay", [True, False])
+@pytest.mark.parametrize("audio_in", [True, False])
+@pytest.mark.parametrize("books", [8, 3])
+def test_a_row_is_as_long_as_the_collator_makes_it(rows, cache, tokenizer, tiny_config, delay, audio_in, books):
+    collator = collator_of(tiny_config, use_delay_pattern=delay, audio_in_tokens=audio_in, num_codebooks=books)
+    counted = LengthIndex(cache, tokenizer, collator).count(rows)
+    assert counted.dtype == np.int32
+
+    def sample(row):
+        return build_sample(row, tokenizer, lambda ref: torch.from_numpy(cache.get(ref).astype("int64")))
+
+    assert counted.tolist() == [collator([sample(row)]).num_tokens for row in rows]
+    assert counted.sum() == collator([sample(row) for row in rows]).num_tokens
+
+
+def test_a_row_is_as_long_as_the_model_computes_it(rows, cache, tokenizer, tiny_dir, tiny_config):
+    from higgs_ds.model import base as model
+
+    base = model.load_base(tiny_dir, tiny_config, "fp32")
+    collator = Collator.of(tiny_config)
+    counted = LengthIndex(cache, tokenizer, collator).count(rows[:6])
+    for row, tokens in zip(rows[:6], counted, strict=True):
+        sample = build_sample(row, tokenizer, lambda ref: torch.from_numpy(cache.get(ref).astype("int64")))
+        with torch.no_grad():
+            out = base(**{k: v for k, v in collator([sample]).model_inputs().items() if k not in ("reward",)})
+        assert int(out.attention_mask.sum()) == tokens
+
+
+class CountingTokenizer:
+    def __init__(self, tokenizer):
+        self.tokenizer, self.calls = tokenizer, 0
+        self.backend_tokenizer = tokenizer.backend_tokenizer
+
+    def encode(self, text, **options):
+        self.calls += 1
+        return self.tokenizer.encode(text, **options)
+
+
+def test_a_second_start_does_not_tokenize_again(rows, codec_dir, tokenizer, tiny_config, tmp_path):
+    cache = CodeCache(tmp_path, load_codec(str(codec_dir)))
+    cache.ensure([ref for row in rows for _, ref in row.audio_refs])
+
+    def count(some_rows, **changes):
+        counting = CountingTokenizer(tokenizer)
+        index = LengthIndex(cache, counting, collator_of(tiny_config, **changes))
+        return index.count(some_rows).tolist(), counting.calls
+
+    wanted, calls = count(rows)
+    assert calls > 0 and count(rows) == (wanted, 0)
+    assert count(rows[::-1]) == (wanted[::-1], 0)  # by row, not by manifest
+
+    first = rows[0].messages
+    changed = dataclasses.replace(rows[0], messages=(*first[:-2], Turn("user", ("Other words.",)), first[-1]))
+    assert count([changed, *rows[1:]])[1] > 0
+    other_clip = dataclasses.replace(rows[0], messages=(*first[:-1], rows[2].messages[-1]))
+    assert count([other_clip])[0] != count([rows[0]])[0]
+    shorter, calls = count(rows, use_delay_pattern=False)
+    assert calls > 0 and all(a <= b for a, b in zip(shorter, wanted, strict=True)) and shorter != wanted
+
+    for file in cache.folder.glob("*.lengths"):
+        content = bytearray(file.read_bytes())
+        content[40] ^= 1  # the first row's count
+        file.write_bytes(content)
+    again, calls = count(rows)
+    assert again == wanted and calls > 0
+
+
+def test_another_tokenizer_counts_anew(rows, cache, tokenizer, tiny_config):
+    class Other:
+        def get_vocab(self):
+            return {"a": 1}
+
+        def encode(self, text, add_special_tokens):
+            return list(range(len(text) * 2))
+
+    index = LengthIndex(cache, tokenizer, Collator.of(tiny_config))
+    other = LengthIndex(cache, Other(), Collator.of(tiny_config))
+    assert (other.count(rows) > index.count(rows)).all()
+    assert (index.count(rows) == LengthIndex(cache, tokenizer, Collator.of(tiny_config)).count(rows)).all()

@@ -1,0 +1,634 @@
+import hashlib
+import inspect
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from boson_multimodal.audio_processing import higgs_audio_tokenizer
+from safetensors.numpy import load_file, save_file
+from safetensors.torch import save_file as save_torch_file
+from transformers import HubertConfig, HubertModel
+
+from higgs_ds import cli
+from higgs_ds.codec import sample as sample_codec
+from higgs_ds.codec.base import DEFAULT_CODEC, DEFAULT_CODEC_REVISION, BosonCodec, check_codes, load_codec
+from higgs_ds.codec.boson_tokenizer import DEFAULTS, TEACHER_REPOSITORY
+from higgs_ds.codec.sample import SampleCodec
+from higgs_ds.config import ConfigError
+from higgs_ds.corpus.audio import read_audio
+from higgs_ds.corpus.code_cache import CodeCache
+from higgs_ds.corpus.manifest import read_manifest
+from tests.conftest import SPEECH
+
+ROOT = Path(__file__).parents[2]
+
+
+def clips_of(name: str) -> list[tuple[np.ndarray, int]]:
+    rows, faults = read_manifest(ROOT / "examples/speech" / name)
+    assert not faults
+    return [read_audio(ref) for row in rows for _, ref in row.audio_refs]
+
+
+@pytest.fixture(scope="module")
+def clips():
+    return clips_of("manifest.jsonl")
+
+
+@pytest.fixture(scope="module")
+def codec(clips):
+    return SampleCodec.fit(clips)
+
+
+@pytest.fixture
+def folder(codec, tmp_path):
+    codec.save(tmp_path / "codec")
+    return tmp_path / "codec"
+
+
+def log_mel_error(codec: SampleCodec, clip: tuple[np.ndarray, int]) -> tuple[float, float]:
+    """Mean distance of log-mel (nepers) that quantising makes, and that decoding and measuring again makes."""
+    true = sample_codec._frames(*clip)
+    codes = codec.encode(*clip)
+    quantised = sum(book[row] for book, row in zip(codec._codebooks, codes, strict=True))
+    heard = sample_codec._frames(codec.decode(codes), codec.sample_rate)
+    return np.abs(quantised - true).mean(), np.abs(heard - true).mean()
+
+
+# The bounds of the next two tests are what was measured (0.038 and 0.091; 0.265 and 0.264), and a fifth.
+def test_clips_it_was_fitted_on_come_back_nearly_as_they_were(codec, clips):
+    quantised, heard = np.mean([log_mel_error(codec, clip) for clip in clips[:10]], axis=0)
+    assert quantised < 0.046 and heard < 0.11
+    for clip in clips[:3]:
+        decoded = codec.decode(codec.encode(*clip))
+        spectra = sample_codec._frames(*clip).ravel(), sample_codec._frames(decoded, codec.sample_rate).ravel()
+        assert np.corrcoef(*spectra)[0, 1] > 0.98
+
+
+def test_other_clips_of_the_speaker_stay_near(codec):
+    quantised, heard = np.mean([log_mel_error(codec, clip) for clip in clips_of("val.jsonl")], axis=0)
+    assert quantised < 0.32 and heard < 0.32
+
+
+def test_each_codebook_refines_the_ones_before(codec, clips):
+    residual, left = sample_codec._frames(*clips[0]), []
+    for book, row in zip(codec._codebooks, codec.encode(*clips[0]), strict=True):
+        residual -= book[row]
+        left.append(np.abs(residual).mean())
+    assert left == sorted(left, reverse=True) and left[-1] < left[0] / 5
+
+
+def test_encoding_a_decoded_clip_gives_it_again(codec, clips):
+    codes = codec.encode(*clips[0])
+    again = codec.encode(codec.decode(codes), codec.sample_rate)
+    assert again.shape == codes.shape
+    assert (again[0] == codes[0]).mean() > 0.9  # the codebook that carries most; measured 1.0
+
+
+@pytest.mark.parametrize("sample_rate", [8000, 16000, 22050, 24000, 44100, 48000])
+def test_frames_are_the_40_ms_begun(codec, sample_rate):
+    assert codec.encode(np.zeros(1, dtype=np.float32), sample_rate).shape == (8, 1)
+    for samples, frames in ((sample_rate, 25), (sample_rate + 1, 26), (sample_rate * 2 // 25, 2)):
+        codes = codec.encode(np.full(samples, 0.1, dtype=np.float32), sample_rate)
+        assert codes.shape == (8, frames) and codes.dtype == np.int16
+        waveform = codec.decode(codes)
+        assert waveform.shape == (frames * 960,) and waveform.dtype == np.float32 and np.isfinite(waveform).all()
+
+
+def test_the_same_loudness_whatever_the_rate(codec, clips):
+    waveform, sample_rate = clips[0]
+    decoded = codec.decode(codec.encode(waveform, sample_rate))
+    assert np.sqrt(np.mean(decoded**2)) == pytest.approx(np.sqrt(np.mean(waveform**2)), rel=0.1)
+
+
+def test_waveforms_it_cannot_take(codec):
+    for waveform in (np.zeros(0), np.zeros((100, 2))):
+        with pytest.raises(ValueError, match="must be mono"):
+            codec.encode(waveform, 16000)
+
+
+def test_the_same_clips_and_seed_give_the_same_codec_in_any_process(codec, clips, folder):
+    """Also with another number of threads, which sum in another order."""
+    script = """
+import hashlib, sys
+from pathlib import Path
+from higgs_ds.corpus.audio import read_audio
+from higgs_ds.corpus.code_cache import CodeCache
+from higgs_ds.config import ConfigError
+from higgs_ds.corpus.manifest import read_manifest
+from higgs_ds.codec.sample import SampleCodec
+from tests.conftest import SPEECH
+rows, _ = read_manifest("examples/speech/manifest.jsonl")
+clips = [read_audio(ref) for row in rows for _, ref in row.audio_refs]
+codec = SampleCodec.load(sys.argv[1])
+print(SampleCodec.fit(clips[:8], codebook_entries=64).fingerprint)
+print(hashlib.sha256(b"".join(codec.encode(*clip).tobytes() for clip in clips)).hexdigest())
+"""
+    seen = set()
+    for threads in ("1", "4"):
+        environment = {**os.environ, "OMP_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads}
+        command = [sys.executable, "-c", script, str(folder)]
+        seen.add(subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True).stdout)
+    assert len(seen) == 1
+    assert SampleCodec.fit(clips[:8], codebook_entries=64).fingerprint == seen.pop().decode().split()[0]
+
+
+def test_another_seed_gives_another_codec(clips):
+    fingerprints = {SampleCodec.fit(clips[:2], codebook_entries=4, seed=seed).fingerprint for seed in (0, 1)}
+    assert len(fingerprints) == 2
+
+
+def test_more_frames_than_needed_are_thinned_out(clips, monkeypatch):
+    monkeypatch.setattr(sample_codec, "MAX_FIT_FRAMES", 40)
+    first, second = (SampleCodec.fit(clips[:2], codebook_entries=8) for _ in range(2))
+    assert first.fingerprint == second.fingerprint
+
+
+def test_few_frames_give_few_entries(clips):
+    waveform, sample_rate = clips[0]
+    codec = SampleCodec.fit([(waveform[: sample_rate // 5], sample_rate)])
+    assert codec.codebook_size <= 5
+    codes = codec.encode(waveform, sample_rate)
+    check_codes(codes, codec)
+    silent = SampleCodec.fit([(np.zeros(16000), 16000)])
+    assert silent.codebook_size == 1 and np.abs(silent.decode(silent.encode(np.zeros(16000), 16000))).max() < 1e-3
+
+
+def test_an_entry_that_a_smaller_codebook_lacks_adds_nothing(codec):
+    uneven = SampleCodec([codec._codebooks[0], *[book[:4] for book in codec._codebooks[1:]]])
+    codes = np.zeros((8, 3), dtype=np.int16)
+    codes[3] = 200
+    without = SampleCodec([*uneven._codebooks[:3], np.zeros((4, 320)), *uneven._codebooks[4:]])
+    assert np.array_equal(uneven.decode(codes), without.decode(codes))
+
+
+@pytest.mark.parametrize("entries", [0, -1, 1025])
+def test_fit_refuses_entries_out_of_range(clips, entries):
+    with pytest.raises(ValueError, match=f"1 to 1024, found {entries}"):
+        SampleCodec.fit(clips[:1], codebook_entries=entries)
+
+
+def test_fit_refuses_no_clips():
+    with pytest.raises(ValueError, match="there were none"):
+        SampleCodec.fit([])
+
+
+def test_saved_and_loaded_it_is_the_same_codec(codec, clips, folder):
+    loaded = load_codec(str(folder))
+    assert isinstance(loaded, SampleCodec) and loaded.fingerprint == codec.fingerprint
+    assert (loaded.num_codebooks, loaded.codebook_size, loaded.frame_rate, loaded.sample_rate) == (8, 256, 25, 24000)
+    codes = codec.encode(*clips[0])
+    assert np.array_equal(loaded.encode(*clips[0]), codes)
+    assert np.array_equal(loaded.decode(codes), codec.decode(codes))
+    assert sorted(os.listdir(folder)) == ["codebooks.safetensors", "sample_codec.json"]
+
+
+def test_load_refuses_damaged_settings(folder):
+    path = folder / "sample_codec.json"
+    saved = json.loads(path.read_text())
+    for text, complaint in (
+        ("{", "sample_codec.json is not JSON"),
+        ("[]", "settings are None, this version has"),
+        (json.dumps({**saved, "settings": {**saved["settings"], "mels": 64}}), "'mels': 64.*fit the codec again"),
+        (json.dumps({**saved, "sha256": "0" * 64}), "is not what sample_codec.json was written for"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=complaint):
+            load_codec(str(folder))
+
+
+def test_load_refuses_damaged_tensors(folder):
+    path = folder / "codebooks.safetensors"
+    good = load_file(path)
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(ValueError, match="cannot be read as safetensors"):
+        load_codec(str(folder))
+    save_torch_file({name: torch.from_numpy(book).bfloat16() for name, book in good.items()}, path)
+    with pytest.raises(ValueError, match="cannot be read as safetensors.*BF16"):
+        load_codec(str(folder))
+    book = good["codebook_3"]
+    nan = book.copy()
+    nan[0, 0] = np.nan
+    for name, tensor, complaint in (
+        ("codebook_3", book[:, :319], r"codebook_3 must be finite float32 .*found float32 \[256, 319\]"),
+        ("codebook_3", book[0], r"found float32 \[320\]"),
+        ("codebook_3", book[:0], r"found float32 \[0, 320\]"),
+        ("codebook_3", book.astype(np.float64), "found float64"),
+        ("codebook_3", nan, "must be finite"),
+        ("codebook_3", book + np.float32(0.01), "is not what sample_codec.json was written for"),
+        ("codebook_9", book, "must hold .*, found .*codebook_9"),
+    ):
+        save_file({**good, name: tensor}, path)
+        with pytest.raises(ValueError, match=complaint):
+            load_codec(str(folder))
+    path.unlink()
+    with pytest.raises(ValueError, match=r"it has no codebooks\.safetensors"):
+        load_codec(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("codes", "complaint"),
+    [
+        (np.zeros((8, 2), dtype=np.float32), "must be whole numbers, found float32"),
+        (np.zeros((7, 2), dtype=np.int16), r"shape \[8, frames\], found \[7, 2\]"),
+        (np.zeros(8, dtype=np.int16), r"shape \[8, frames\], found \[8\]"),
+        (np.zeros((8, 0), dtype=np.int16), "no frames"),
+        (np.full((8, 2), 256, dtype=np.int16), r"must be 0\.\.255, found 256"),
+        (np.full((8, 2), -1, dtype=np.int16), r"must be 0\.\.255, found -1"),
+    ],
+)
+def test_codes_are_checked_before_they_are_decoded(codec, codes, complaint):
+    for action in (codec.decode, lambda codes: check_codes(codes, codec)):
+        with pytest.raises(ValueError, match=complaint):
+            action(codes)
+    check_codes(np.array([[0, 255]] * 8), codec)
+
+
+@pytest.mark.parametrize(
+    ("files", "complaint"),
+    [
+        ([], "it lacks config.json and model.pth"),
+        (["model.pth"], "has model.pth but lacks config.json"),
+        (["config.json"], f"no model.pth; .*at revision {DEFAULT_CODEC_REVISION}"),
+        (["config.json", "model.safetensors"], f"the layout of newer transformers.*{DEFAULT_CODEC_REVISION}"),
+    ],
+)
+def test_a_folder_that_is_no_codec_is_told_what_it_lacks(tmp_path, files, complaint):
+    for name in files:
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(ValueError, match=complaint):
+        load_codec(str(tmp_path))
+
+
+def test_names_that_lead_nowhere(tmp_path, folder, monkeypatch):
+    with pytest.raises(ValueError, match="neither a folder here nor the name of a repository"):
+        load_codec(str(tmp_path / "absent"))
+    with pytest.raises(ValueError, match="has no revision: leave 'main' out"):
+        load_codec(str(folder), revision="main")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot be loaded.*Not a directory"):
+        load_codec(str(tmp_path / "file"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="--codec: 'someone/absent' cannot be loaded"):
+        load_codec("someone/absent")
+
+
+def test_the_default_repository_is_read_at_the_pinned_revision(folder, monkeypatch):
+    asked = []
+
+    def snapshot_download(repo, *, revision, allow_patterns):
+        asked.append((repo, revision))
+        assert "*" not in "".join(allow_patterns)
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    load_codec(DEFAULT_CODEC)
+    load_codec(DEFAULT_CODEC, revision="main")
+    load_codec("someone/codec")
+    assert asked == [(DEFAULT_CODEC, DEFAULT_CODEC_REVISION), (DEFAULT_CODEC, "main"), ("someone/codec", None)]
+
+
+# Boson's own codec, as config.json of the pinned revision describes it: its real architecture and sizes.
+REAL_CONFIG = {
+    "sample_rate": 24000,
+    "ratios": [8, 5, 4, 2, 3],
+    "D": 256,
+    "n_filters": 32,
+    "n_q": 8,
+    "bins": 1024,
+    "codebook_dim": 64,
+    "semantic_techer": "hubert_base_general",
+    "target_bandwidths": [0.5, 1, 1.5, 2, 4],
+}
+REAL_WEIGHTS, REAL_BYTES = 602, 805_705_896
+
+
+class InstalledHubert:
+    """For upstream's own constructor and loader, which the tests compare with."""
+
+    @staticmethod
+    def from_pretrained(name, trust_remote_code):
+        return HubertModel(HubertConfig())
+
+
+@pytest.fixture(scope="module")
+def boson_folder(tmp_path_factory):
+    """Upstream's own model with random weights, saved as Boson's codec is: 0.8 GB."""
+    folder = tmp_path_factory.mktemp("boson")
+    (folder / "config.json").write_text(json.dumps(REAL_CONFIG))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(higgs_audio_tokenizer, "AutoModel", InstalledHubert)
+        torch.manual_seed(0)
+        weights = higgs_audio_tokenizer.HiggsAudioTokenizer(**REAL_CONFIG, device="cpu").state_dict()
+    for name, weight in weights.items():
+        if name.endswith("_codebook.inited"):
+            weight.fill_(1)  # else the first clip would initialise the codebooks
+        if name.endswith("_codebook.embed"):
+            weight.normal_()
+    torch.save(weights, folder / "model.pth")
+    del weights, weight
+    yield folder
+    (folder / "model.pth").unlink()
+
+
+@pytest.fixture(scope="module")
+def boson_codec(boson_folder):
+    return load_codec(str(boson_folder))
+
+
+@pytest.fixture(scope="module")
+def hollow(boson_folder):
+    """Weights of the right names and shapes, each one value that is stretched: a file of 0.2 MB."""
+    real = torch.load(boson_folder / "model.pth", weights_only=True, mmap=True)
+    return {name: torch.ones(()).expand(weight.shape) for name, weight in real.items()}
+
+
+def saved(folder: Path, weights) -> Path:
+    (folder / "config.json").write_text(json.dumps(REAL_CONFIG))
+    torch.save(weights, folder / "model.pth")
+    return folder
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """No name is resolved, nothing is connected to, and no class is made from code of a repository."""
+    tried = []
+
+    def refuse(*args, **kwargs):
+        tried.append(args)
+        raise AssertionError(f"no network here: {args}")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(transformers.AutoModel, "from_pretrained", refuse)
+    monkeypatch.setattr(transformers.dynamic_module_utils, "get_class_from_dynamic_module", refuse)
+    monkeypatch.setattr("huggingface_hub.file_download.hf_hub_download", refuse)
+    monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", refuse)
+    yield
+    assert not tried
+
+
+def memory_mb() -> float:
+    """Of this process, without what it maps from files."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"RssAnon:\s+(\d+) kB", status)[1]) / 1000
+
+
+def test_the_real_codec_needs_neither_the_hub_nor_its_code(boson_folder, clips, no_network, monkeypatch):
+    before = memory_mb()
+    torch.manual_seed(7)
+    state = torch.get_rng_state()
+    said = []
+    codec = load_codec(str(boson_folder), warn=said.append)
+    assert isinstance(codec, BosonCodec) and codec._model is None and memory_mb() - before < 50
+    assert (codec.num_codebooks, codec.codebook_size, codec.frame_rate, codec.sample_rate) == (8, 1024, 25, 24000)
+
+    spoken = clips[0][0][5000:14000]
+    codes = codec.encode(spoken, 16000)
+    assert codes.dtype == np.int16 and codes.shape == (8, 14)
+    check_codes(codes, codec)
+    model = codec._model
+    assert type(model.semantic_model) is HubertModel and not model.training
+    weights = model.state_dict()
+    assert len(weights) == REAL_WEIGHTS and sum(weight.nbytes for weight in weights.values()) == REAL_BYTES
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+    assert not any(weight.requires_grad for weight in model.parameters())
+    waveform = codec.decode(codes)
+    assert waveform.dtype == np.float32 and waveform.shape == (14 * 960,) and np.isfinite(waveform).all()
+    for samples in (1, 639):  # upstream itself fails below one frame
+        assert codec.encode(np.full(samples, 0.1, dtype=np.float32), 16000).shape == (8, 1)
+    with pytest.raises(ValueError, match=r"must be 0\.\.1023, found 1024"):
+        codec.decode(np.full((8, 2), 1024))
+    assert not said and torch.equal(torch.get_rng_state(), state)
+
+    # Its memory comes back, and it still works after.
+    held = memory_mb()
+    gone = weakref.ref(model)
+    del model, weights
+    codec.release()
+    assert gone() is None and held - memory_mb() > 0.95 * REAL_BYTES / 1e6
+    assert np.array_equal(codec.encode(spoken, 16000), codes)
+    codec.release()
+    codec.release()
+
+    # Upstream's own loader, given the same class of HuBERT, says the same.
+    monkeypatch.setattr(higgs_audio_tokenizer, "AutoModel", InstalledHubert)
+    upstream = higgs_audio_tokenizer.load_higgs_audio_tokenizer(str(boson_folder), device="cpu")
+    expected = upstream.encode(spoken, 16000)
+    assert np.array_equal(codes, expected.numpy())
+    assert np.array_equal(waveform, upstream.decode(expected[None])[0, 0])
+
+
+def test_the_config_is_the_one_that_upstream_takes():
+    """Fails when upstream's constructor takes something else, or means something else by silence."""
+    taken = inspect.signature(higgs_audio_tokenizer.HiggsAudioTokenizer.__init__).parameters.values()
+    assert {p.name: p.default for p in taken if p.name not in ("self", "device")} == DEFAULTS
+    assert f'AutoModel.from_pretrained("{TEACHER_REPOSITORY}", trust_remote_code=True)' in inspect.getsource(
+        higgs_audio_tokenizer
+    )
+
+
+def test_codes_are_computed_in_full_float32_whatever_is_set(boson_codec, clips):
+    def settings():
+        return (
+            torch.backends.cudnn.allow_tf32,
+            torch.backends.cuda.matmul.allow_tf32,
+            torch.get_float32_matmul_precision(),
+            torch.is_autocast_enabled("cpu"),
+        )
+
+    boson_codec.build()
+    seen = []
+    hooks = [
+        module.register_forward_hook(lambda _, __, output: seen.append((settings(), output.dtype)))
+        for module in (boson_codec._model.encoder, boson_codec._model.fc_prior, boson_codec._model.decoder_2)
+    ]
+    spoken = clips[0][0][5000:9000]
+    codes = boson_codec.encode(spoken, 16000)
+    waveform = boson_codec.decode(codes)
+    before = settings()
+    try:
+        torch.backends.cudnn.allow_tf32 = True
+        torch.set_float32_matmul_precision("medium")
+        with torch.autocast("cpu", torch.bfloat16):
+            assert settings() == (True, True, "medium", True)
+            assert np.array_equal(boson_codec.encode(spoken, 16000), codes)
+            assert np.array_equal(boson_codec.decode(codes), waveform)
+            with pytest.raises(RuntimeError):
+                boson_codec.encode(np.zeros((1000, 2, 2)), 24000)
+            assert settings() == (True, True, "medium", True)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        torch.backends.cudnn.allow_tf32 = before[0]
+        torch.set_float32_matmul_precision(before[2])
+    assert len(seen) >= 6 and set(seen) == {((False, False, "highest", False), torch.float32)}
+
+
+def test_what_bosons_file_may_hold_besides_is_one_line(boson_folder, boson_codec, tmp_path, clips):
+    """Weights that no module has; weight norm as torch spelled it before; HuBERT's mask embedding left out."""
+    weights = torch.load(boson_folder / "model.pth", weights_only=True, mmap=True)
+    del weights["semantic_model.masked_spec_embed"]
+    convolution = "semantic_model.encoder.pos_conv_embed.conv"
+    for old, new in (("weight_g", "original0"), ("weight_v", "original1")):
+        weights[f"{convolution}.{old}"] = weights.pop(f"{convolution}.parametrizations.weight.{new}")
+    for layer in range(4):
+        weights |= {f"fc1.{layer}.weight": torch.zeros(2, 2), f"fc1.{layer}.bias": torch.zeros(2)}
+    said = []
+    codec = load_codec(str(saved(tmp_path, weights)), warn=said.append)
+    spoken = clips[0][0][5000:9000]
+    assert np.array_equal(codec.encode(spoken, 16000), boson_codec.encode(spoken, 16000))
+    assert said == [
+        f"--codec: {tmp_path}/model.pth holds 8 weights that Boson's codec has no place for, left out: fc1.0.weight, "
+        "fc1.0.bias, fc1.1.weight, fc1.1.bias, fc1.2.weight and 3 more"
+    ]
+    codec.release()
+    boson_codec.release()
+    (tmp_path / "model.pth").unlink()
+
+
+def without(*prefixes):
+    return lambda weights: {name: weight for name, weight in weights.items() if not name.startswith(prefixes)}
+
+
+PROJECTION = "quantizer.vq.layers.0.project_in.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (without(PROJECTION), f"does not fit its config.json: missing {PROJECTION}; bosonai/"),
+        (without("semantic_model.encoder.layers.3."), r"missing semantic_model\.encoder\.layers\.3\.\S+(, \S+){15};"),
+        (without("encoder.block.1", "decoder_2.model.1"), r"missing encoder\.block\.1\S+(, \S+){19} and \d\d more; "),
+        (
+            lambda weights: without(PROJECTION)(weights) | {"renamed": weights[PROJECTION]},
+            rf"missing {PROJECTION} \(it holds renamed, which have no place\)",
+        ),
+        (lambda weights: weights | {"fc_prior.bias": torch.zeros(3)}, r"size mismatch for fc_prior\.bias.*\[3\]"),
+        (lambda weights: weights | {"fc_prior.bias": [0.0]}, r"fc_prior\.bias must be plain tensors"),
+        (lambda weights: weights | {"fc_prior.bias": torch.zeros(1024, device="meta")}, "fc_prior.bias must be plain"),
+        (lambda weights: weights | {"fc_prior.bias": torch.full([1024], np.nan)}, r"not finite: fc_prior\.bias"),
+        (
+            lambda weights: weights | {"quantizer.vq.layers.5._codebook.inited": torch.zeros(1)},
+            r"never fitted: quantizer\.vq\.layers\.5\._codebook\.inited must be 1",
+        ),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_by_name_before_a_clip_is_blamed(hollow, tmp_path, change, complaint):
+    codec = load_codec(str(saved(tmp_path, change(hollow))))
+    ref = read_manifest(ROOT / "examples/speech/manifest.jsonl")[0][0].audio_refs[0][1]
+    with pytest.raises(ConfigError, match=complaint) as caught:
+        CodeCache(tmp_path / "codes", codec).ensure([ref])
+    (line,) = caught.value.problems
+    assert line.startswith(f"--codec: {tmp_path}/model.pth") and "\n" not in line
+    assert codec._model is None
+
+
+def test_the_fingerprint_is_that_of_both_files(hollow, tmp_path):
+    """To the bit as caches were filled under it."""
+    folder = saved(tmp_path, hollow)
+
+    def content():
+        return (folder / "model.pth").read_bytes() + (folder / "config.json").read_bytes()
+
+    seen = set()
+    for change in (lambda: None, lambda: saved(folder, without("fc_post1")(hollow)), lambda: append(" ")):
+
+        def append(text):
+            (folder / "config.json").write_text((folder / "config.json").read_text() + text)
+
+        change()
+        fingerprint = load_codec(str(folder)).fingerprint
+        assert fingerprint == f"boson:{hashlib.sha256(content()).hexdigest()}"
+        seen.add(fingerprint)
+    assert len(seen) == 3
+
+
+def test_files_that_change_after_they_were_opened_are_refused(hollow, tmp_path):
+    folder = saved(tmp_path, hollow)
+    codec = load_codec(str(folder))
+    other = load_codec(str(folder))
+    assert other.fingerprint
+    torch.save(hollow | {"fc_prior.bias": torch.zeros(1024)}, folder / "new")
+    os.replace(folder / "new", folder / "model.pth")
+    for use in (lambda: codec.fingerprint, codec.build, lambda: other.encode(np.zeros(2000), 16000)):
+        with pytest.raises(ConfigError, match="were changed meanwhile; start again"):
+            use()
+    (folder / "model.pth").unlink()
+    with pytest.raises(ConfigError, match=r"cannot be read: .*model\.pth"):
+        codec.build()
+
+
+class Payload:
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
+
+
+@pytest.mark.parametrize("content", [b"", b"not a zip", "half", {"payload": Payload()}, [1, 2], {3: torch.zeros(1)}])
+def test_a_model_file_is_never_executed(hollow, tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    saved(tmp_path, hollow if content == "half" else content)
+    if content == "half":
+        whole = (tmp_path / "model.pth").read_bytes()
+        content = whole[: len(whole) // 2]
+    if isinstance(content, bytes):
+        (tmp_path / "model.pth").write_bytes(content)
+    with pytest.raises(ValueError, match=r"model\.pth does not hold the weights of Boson's codec: [^\n]*$"):
+        load_codec(str(tmp_path))
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "complaint"),
+    [
+        ("{", "is no config of Boson's codec"),
+        ("[" * 100_000, "is no config of Boson's codec"),
+        ("[]", "is no config of Boson's codec: it must be a JSON object"),
+        ({"acoustic_model_config": {}}, "upstream knows no acoustic_model_config"),
+        ({"device": "cuda"}, "upstream knows no device"),
+        ({"bins": [8, 8]}, r"bins must be a whole number \(of codes\) of 1 to 32768, found \[8, 8\]"),
+        ({"n_q": 0}, "n_q must be a whole number of 1 to 64, found 0"),
+        ({"n_q": True}, "found True"),
+        ({"D": 1e9}, "D must be a whole number"),
+        ({"ratios": [8, "5"]}, "ratios must be 1 to 8 whole numbers"),
+        ({"ratios": [8, 5]}, "a frame of 40 samples .* is shorter than one of hubert_base_general, 20 ms"),
+        ({"semantic_techer": "wavlm_base_plus"}, "'wavlm_base_plus' would be fetched from the hub; only hubert_base_g"),
+        ({"semantic_techer": "hubert_base"}, "'hubert_base' would be fetched from the hub"),
+    ],
+)
+def test_a_config_that_is_not_bosons(tmp_path, config, complaint):
+    text = config if isinstance(config, str) else json.dumps(REAL_CONFIG | config)
+    (tmp_path / "config.json").write_text(text)
+    (tmp_path / "model.pth").write_bytes(b"")
+    with pytest.raises(ConfigError, match=rf"config\.json.*{complaint}"):
+        load_codec(str(tmp_path))
+
+
+def test_a_run_gives_the_codecs_memory_back_and_a_later_one_never_takes_it(
+    boson_folder, flags_of, forks, tmp_path, monkeypatch, capsys
+):
+    manifest = tmp_path / "two.jsonl"
+    rows = [json.loads(line) for line in SPEECH.read_text().splitlines()[:2]]
+    manifest.write_text("\n".join(json.dumps(row | {"audio": str(SPEECH.parent / row["audio"])}) for row in rows))
+    data = {"train_manifest": manifest, "codec": boson_folder, "codes_cache": tmp_path / "codes"}
+    flags = flags_of(tmp_path / "run", **data, max_steps=1)
+    (first,) = forks.run(flags, 1, patches={0: ["count_codec_networks"]})
+    assert first.returncode == 0 and "codec networks: 1 built, 0 left" in first.output, first.output
+    flags = flags_of(tmp_path / "again", **data, max_steps=1)
+    (again,) = forks.run(flags, 1, patches={0: ["count_codec_networks"]})
+    assert again.returncode == 0 and "codec networks: 0 built, 0 left" in again.output, again.output
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("every clip's codes were there")
+
+    monkeypatch.setattr(higgs_audio_tokenizer.HiggsAudioTokenizer, "__init__", refuse)
+    assert cli.main(["prepare", *flags_of(tmp_path / "prepared", **data)]) == 0
+    assert "2 different clips" in (said := capsys.readouterr().out) and "0 clips were encoded now" in said

@@ -1,0 +1,350 @@
+import base64
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from higgs_ds.corpus.manifest import AudioRef, Fault, Turn, read_manifest, speech_messages
+
+EXAMPLES = Path(__file__).parents[2] / "examples" / "speech"
+CLIP = {"type": "audio", "audio_url": "a.wav"}
+RAW = base64.b64encode(b"RIFF").decode()
+SPEECH = {"audio": "a.wav", "text": "Hello."}
+
+
+def turn(role, content, **more):
+    return {"role": role, "content": content, **more}
+
+
+def chatml(content, **more):
+    """A ChatML row without faults, but for what `content` (the assistant's) and `more` bring in."""
+    return {"messages": [turn("user", "Say it."), turn("assistant", content)], **more}
+
+
+@pytest.fixture
+def manifest(tmp_path, monkeypatch):
+    """Writes text, bytes or rows (one a line; a string as it stands) to m.jsonl beside a.wav, and reads it."""
+    (tmp_path / "a.wav").write_bytes(b"RIFF")
+    (tmp_path / "empty.wav").touch()
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.chdir(tmp_path)
+
+    def read(content):
+        if isinstance(content, list):
+            content = "\n".join(row if isinstance(row, str) else json.dumps(row) for row in content)
+        Path("m.jsonl").write_bytes(content.encode() if isinstance(content, str) else content)
+        rows, faults = read_manifest("m.jsonl")
+        assert faults == sorted(faults)
+        return rows, [str(fault) for fault in faults]
+
+    return read
+
+
+def deep(levels):
+    return '{"audio": "a.wav", "text": "Hi.", "id": ' + "[" * levels + "]" * levels + "}"
+
+
+def without(row, key):
+    return {name: value for name, value in row.items() if name != key}
+
+
+BAD_ROWS = [
+    # The row as a whole.
+    ('{"audio": "a.wav", "text": }', "row", "not JSON (Expecting value, column 28)"),
+    ("{", "row", "not JSON (Expecting property name"),
+    (deep(40), f"id{'[0]' * 31}", "nested deeper than 32 levels"),
+    (deep(200_000), "row", "nested deeper than 32 levels"),
+    ('"text"', "row", "must be a JSON object, found 'text'"),
+    ("null", "row", "must be a JSON object, found null"),
+    ('{"id": 1}', "row", "has neither `messages` (a ChatML row) nor `audio` and `text` (a speech row)"),
+    ('{"audio": "a.wav", "text": "Hi.", "text": "Ho."}', "text", "given more than once"),
+    (json.dumps(chatml("Hi."))[:-1] + ', "misc": {"a": 1, "a": 2}}', "misc.a", "given more than once"),
+    ('{"audio": "a.wav", "text": "Hi.", "duration": NaN}', "duration", "must be a finite number, found NaN"),
+    (chatml("Hi.", misc={"x": [0, float("inf")]}), "misc.x[1]", "must be a finite number, found Infinity"),
+    ('{"audio": "a.wav", "text": "Hi.", "duration": 1e999}', "duration", "must be a finite number"),
+    ('{"audio": "a.wav", "text": "Hi.", "duration": 1%s}' % ("0" * 5000), "duration", "must be a finite number"),
+    ({**SPEECH, "text": "Hi \ud83d"}, "text", r"half a surrogate pair ('\ud83d')"),
+    # Unknown fields, with the nearest valid name.
+    ({**SPEECH, "speeker": "x"}, "speeker", "unknown field; did you mean `speaker`?"),
+    ({**SPEECH, "offset": 1}, "offset", "unknown field; the fields here are audio, text, speaker, ref_audio"),
+    ({**SPEECH, "a\nb": 1}, r"'a\nb'", "unknown field"),
+    (chatml("Hi.", startindex=1), "startindex", "did you mean `start_index`?"),
+    (chatml("Hi.", text="Hi."), "text", "unknown field; the fields here are messages, start_index"),
+    (chatml({"type": "text", "text": "Hi.", "txt": 1}), "messages[1].content.txt", "did you mean `text`?"),
+    (chatml([{**CLIP, "raw_adio": RAW}]), "messages[1].content[0].raw_adio", "did you mean `raw_audio`?"),
+    ({"messages": [turn("assistant", "Hi.", roles=1)]}, "messages[0].roles", "did you mean `role`?"),
+    # Speech rows.
+    (without(SPEECH, "audio"), "audio", "is missing"),
+    (without(SPEECH, "text"), "text", "is missing"),
+    ({**SPEECH, "text": None}, "text", "is missing"),
+    ({**SPEECH, "text": " \n"}, "text", "is empty"),
+    ({**SPEECH, "text": 7}, "text", "must be text, found 7"),
+    ({**SPEECH, "text": "a <|AUDIO|>"}, "text", "holds <|AUDIO|>, which stands for a clip"),
+    ({**SPEECH, "scene": "<|AUDIO_OUT|>"}, "scene", "holds <|AUDIO_OUT|>"),
+    ({**SPEECH, "scene": ""}, "scene", "is empty; leave it out"),
+    ({**SPEECH, "speaker": ["x"]}, "speaker", "must be text, found a list"),
+    ({**SPEECH, "duration": "1.0"}, "duration", "must be a number of seconds, found '1.0'"),
+    ({**SPEECH, "duration": 0}, "duration", "must be above 0 seconds, found 0"),
+    ({**SPEECH, "ref_audio": "a.wav"}, "ref_text", "is missing; it is the transcript of ref_audio"),
+    ({**SPEECH, "ref_text": "Hi."}, "ref_audio", "is missing; ref_text is its transcript"),
+    # Clips.
+    ({**SPEECH, "audio": "b.wav"}, "audio", "'b.wav' does not exist; paths are relative to the manifest's folder"),
+    ({**SPEECH, "audio": "folder"}, "audio", "'folder' is a directory"),
+    ({**SPEECH, "audio": "pipe"}, "audio", "'pipe' is not a regular file"),
+    ({**SPEECH, "audio": "empty.wav"}, "audio", "'empty.wav' is empty (0 bytes)"),
+    ({**SPEECH, "audio": "a.wav/b"}, "audio", "cannot be read (Not a directory)"),
+    ({**SPEECH, "audio": "x" * 5000}, "audio", "x...' cannot be read (File name too long)"),
+    ({**SPEECH, "audio": ""}, "audio", "is empty; give the path of an audio file"),
+    ({**SPEECH, "audio": "a\0.wav"}, "audio", r"holds a NUL byte: 'a\x00.wav'"),
+    ({**SPEECH, "audio": {"path": "a.wav"}}, "audio", "must be the path of an audio file, found an object"),
+    ({**SPEECH, "audio": "https://host/a.wav"}, "audio", "nothing is fetched from a manifest"),
+    ({**SPEECH, "audio": "data:audio/wav;base64,UklG"}, "audio", "nothing is fetched from a manifest"),
+    (chatml({**CLIP, "audio_url": "S3://b/a.wav"}), "messages[1].content.audio_url", "nothing is fetched"),
+    (chatml({**CLIP, "audio_url": "placeholder"}), "messages[1].content.audio_url", "'placeholder' does not exist"),
+    (chatml({"type": "audio"}), "messages[1].content.audio_url", "is missing"),
+    (chatml([{**CLIP, "raw_audio": "a-b="}]), "messages[1].content[0].raw_audio", "is not base64"),
+    (chatml([{**CLIP, "raw_audio": "é"}]), "messages[1].content[0].raw_audio", "is not base64"),
+    (chatml([{**CLIP, "raw_audio": ""}]), "messages[1].content[0].raw_audio", "is empty"),
+    (chatml([{**CLIP, "raw_audio": 5}]), "messages[1].content[0].raw_audio", "must be text in base64, found 5"),
+    (chatml({**CLIP, "offset": -0.5}), "messages[1].content.offset", "must be 0 or more seconds, found -0.5"),
+    (chatml({**CLIP, "duration": 0.0}), "messages[1].content.duration", "must be above 0 seconds, found 0.0"),
+    (chatml({**CLIP, "duration": True}), "messages[1].content.duration", "must be a number of seconds, found true"),
+    (chatml({**CLIP, "row_id": "1"}), "messages[1].content.row_id", "must be a whole number, found '1'"),
+    # Messages.
+    ({"messages": {}}, "messages", "must be a list of at least one message, found an object"),
+    ({"messages": [], "start_index": 1}, "messages", "must be a list of at least one message, found an empty list"),
+    ({"messages": ["Hi."]}, "messages[0]", "must be an object with `role` and `content`, found 'Hi.'"),
+    ({"messages": [turn("bot", "Hi.")]}, "messages[0].role", "found 'bot'; must be system, user or assistant"),
+    ({"messages": [{"content": "Hi."}]}, "messages[0].role", "is missing; must be system, user or assistant"),
+    ({"messages": [{"role": "assistant"}]}, "messages[0].content", "is missing"),
+    (chatml(""), "messages[1].content", "is empty"),
+    (chatml([]), "messages[1].content", "is an empty list"),
+    (chatml(["Hi.", 5]), "messages[1].content[1]", "must be text or an object of type text or audio, found 5"),
+    (chatml([{"text": "Hi."}]), "messages[1].content[0].type", "is missing; must be text or audio"),
+    (chatml({"type": "image"}), "messages[1].content.type", "found 'image'; must be text or audio"),
+    (chatml({"type": "text"}), "messages[1].content.text", "is missing"),
+    (chatml(["Hi.", "<|AUDIO_OUT|>"]), "messages[1].content[1]", "holds <|AUDIO_OUT|>, which stands for a clip"),
+    (
+        {"messages": [turn("user", "Hi.", recipient="x"), turn("assistant", "Ho.")]},
+        "messages[0].recipient",
+        "only an assistant turn has a recipient, this one is user",
+    ),
+    ({"messages": [turn("assistant", "Hi.", recipient="<|AUDIO|>")]}, "messages[0].recipient", "holds <|AUDIO|>"),
+    (chatml("Hi.", misc="x"), "misc", "must be an object, found 'x'"),
+    # What is trained.
+    ({"messages": [turn("user", "Hi.")]}, "messages", "has no assistant turn, so nothing to train on"),
+    (chatml("Hi.", start_index=2), "start_index", "must be 0 to 1 (the index of a message), found 2"),
+    (chatml("Hi.", start_index=-1), "start_index", "must be 0 to 1 (the index of a message), found -1"),
+    (chatml("Hi.", start_index=True), "start_index", "must be a whole number, found true"),
+    (chatml("Hi.", start_index=1.0), "start_index", "must be a whole number, found 1.0"),
+    (
+        {"messages": [turn("assistant", "Hi."), turn("user", "Ho.")], "start_index": 1},
+        "start_index",
+        "leaves nothing to train on: the last assistant turn is 0, found 1",
+    ),
+]
+
+
+@pytest.mark.parametrize(("row", "field", "words"), BAD_ROWS)
+def test_a_fault_names_line_and_field_and_other_rows_survive(manifest, row, field, words):
+    rows, faults = manifest([SPEECH, "", row, chatml(CLIP)])
+    assert len(faults) == 1
+    assert faults[0].startswith(f"m.jsonl:3: {field}: ")
+    assert words in faults[0]
+    assert faults[0].isprintable() and len(faults[0]) < 300
+    assert [row.origin for row in rows] == ["m.jsonl:1", "m.jsonl:4"]
+
+
+@pytest.mark.parametrize(
+    ("content", "line", "words"),
+    [
+        ("", 1, "holds no rows"),
+        (" \r\n\n", 1, "holds no rows"),
+        ("[ ]", 1, "holds no rows"),
+        (b'{"audio": "a.wav", "text": "Hi."}\n\n{"text": "caf\xe9"}', 3, "is not UTF-8 (byte 0xe9"),
+        (json.dumps(SPEECH).encode("utf-16"), 1, "is not UTF-8 (byte 0xff"),
+    ],
+)
+def test_a_file_without_rows(manifest, content, line, words):
+    rows, faults = manifest(content)
+    assert rows == [] and len(faults) == 1
+    assert faults[0].startswith(f"m.jsonl:{line}: manifest: {words}")
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("none.jsonl", "cannot be read (No such file or directory)"),
+        ("folder", "cannot be read (Is a directory)"),
+        ("a\0b", "cannot be read (embedded null byte)"),
+    ],
+)
+def test_a_manifest_that_cannot_be_read(manifest, path, words):
+    rows, [fault] = read_manifest(path)
+    assert rows == []
+    assert str(fault).startswith(f"{path}:1: manifest: {words}")
+
+
+def test_line_numbers_in_a_pretty_printed_array(manifest):
+    rows, faults = manifest("\n" + json.dumps([SPEECH, {**SPEECH, "text": ""}, chatml("Hi."), 5], indent=2))
+    assert [row.line for row in rows] == [3, 11]
+    assert faults == ["m.jsonl:7: text: is empty", "m.jsonl:23: row: must be a JSON object, found 5"]
+
+
+@pytest.mark.parametrize(
+    ("tail", "line", "words"),
+    [
+        (",\n {'a': 1}]", 3, "Expecting property name enclosed in double quotes, column 3"),
+        (",\n]", 3, "column 1"),
+        ("\n {}]", 3, "Expecting ',' or ']', column 2"),
+        ("", 2, "Expecting ',' or ']', column 38"),
+        ("]\n\n[]", 4, "Extra data after the array, column 1"),
+    ],
+)
+def test_a_broken_array_keeps_what_stands_before(manifest, tail, line, words):
+    rows, faults = manifest("[\n " + json.dumps(SPEECH) + tail)
+    assert [row.line for row in rows] == [2]
+    [fault] = faults
+    assert fault.startswith(f"m.jsonl:{line}: row: not JSON (") and words in fault
+    assert fault.endswith("nothing after it was read")
+
+
+def test_an_array_nested_too_deeply_to_parse(manifest):
+    rows, faults = manifest("[" + json.dumps(SPEECH) + ",\n" + "[" * 200_000)
+    assert len(rows) == 1
+    assert faults == ["m.jsonl:2: row: nested deeper than 32 levels; nothing after it was read"]
+
+
+def test_all_faults_are_listed_together_and_sorted(manifest):
+    clips = [{**CLIP, "offset": -1, "duration": -2}, {"type": "audio", "audio_url": "http://x/y"}]
+    rows, faults = manifest(
+        [SPEECH, "{", {"audio": "b.wav", "text": "", "extra": 1}, chatml(clips, start_index="0", misc=1)]
+    )
+    assert len(rows) == 1
+    assert [fault.rsplit(": ", 1)[0] if "fetched" in fault else fault.split(" ")[:2] for fault in faults] == [
+        ["m.jsonl:2:", "row:"],
+        ["m.jsonl:3:", "audio:"],
+        ["m.jsonl:3:", "extra:"],
+        ["m.jsonl:3:", "text:"],
+        ["m.jsonl:4:", "messages[1].content[0].duration:"],
+        ["m.jsonl:4:", "messages[1].content[0].offset:"],
+        "m.jsonl:4: messages[1].content[1].audio_url: nothing is fetched from a manifest",
+        ["m.jsonl:4:", "misc:"],
+        ["m.jsonl:4:", "start_index:"],
+    ]
+    assert Fault("m", 9, "z", "z") < Fault("m", 10, "a", "a")  # by number, not as text
+
+
+def test_both_kinds_of_rows(manifest, tmp_path):
+    (tmp_path / "ä.wav").write_bytes(b"RIFF")
+    system_clip = {**CLIP, "audio_url": str(tmp_path / "a.wav")}
+    dialogue = {
+        "messages": [
+            turn("system", ["Voice:", system_clip]),
+            turn("user", {"type": "text", "text": "One\u2028two."}),
+            turn("assistant", [{**CLIP, "raw_audio": RAW, "audio_url": "http://x", "row_id": 3}, "So."], recipient="x"),
+            turn("assistant", {"type": "audio", "audio_url": "ä.wav", "raw_audio": None, "offset": 0, "duration": 2}),
+        ],
+        "start_index": 3,
+        "speaker": None,
+        "misc": {"speaker": "ann", "anything": [None]},
+        "id": {"any": 1},
+    }
+    text = "\n".join(json.dumps(row, ensure_ascii=False) for row in (dialogue, SPEECH)).replace("\n", "\r\n")
+    rows, faults = manifest(b"\xef\xbb\xbf" + text.encode())  # a BOM, CRLF, and U+2028 inside a string
+    assert faults == []
+    chat, speech = rows
+    clip, raw = AudioRef(tmp_path / "a.wav"), AudioRef(raw_audio=RAW)
+    piece = AudioRef(tmp_path / "ä.wav", offset_sec=0.0, duration_sec=2.0)
+    assert chat.messages == (
+        Turn("system", ("Voice:", clip)),
+        Turn("user", ("One\u2028two.",)),
+        Turn("assistant", (raw, "So."), "x"),
+        Turn("assistant", (piece,)),
+    )
+    assert (chat.start_index, chat.speaker, chat.origin) == (3, "ann", "m.jsonl:1")
+    assert chat.audio_refs == (
+        ("messages[0].content[1]", clip),
+        ("messages[2].content[0]", raw),
+        ("messages[3].content", piece),
+    )
+    assert speech.messages == (
+        Turn("system", ("Generate audio following instruction.",)),
+        Turn("user", ("Hello.",)),
+        Turn("assistant", (clip,)),
+    )
+    assert (speech.start_index, speech.speaker, speech.origin) == (None, None, "m.jsonl:2")
+    assert speech.audio_refs == (("audio", clip),)
+
+
+SCENE = "Generate audio following instruction.\n\n<|scene_desc_start|>\nA quiet room.\n<|scene_desc_end|>"
+
+
+@pytest.mark.parametrize(
+    ("more", "before", "start_index", "fields"),
+    [
+        ({"duration": 1.5, "speaker": "x"}, [("system", SCENE.split("\n")[0])], None, ["audio"]),
+        ({"scene": "A quiet room."}, [("system", SCENE)], None, ["audio"]),
+        (
+            {"ref_audio": "ref.wav", "ref_text": "So."},
+            [("user", "So."), ("assistant", "ref.wav")],
+            2,
+            ["ref_audio", "audio"],
+        ),
+        (
+            {"ref_audio": "ref.wav", "ref_text": "So.", "scene": "A quiet room."},
+            [("system", SCENE), ("user", "So."), ("assistant", "ref.wav")],
+            3,
+            ["ref_audio", "audio"],
+        ),
+    ],
+)
+def test_speech_rows_become_the_prompt_of_the_generation_example(manifest, tmp_path, more, before, start_index, fields):
+    (tmp_path / "ref.wav").write_bytes(b"RIFF")
+    clips = {name: AudioRef(tmp_path / name) for name in ("a.wav", "ref.wav")}
+    prompt = tuple(Turn(role, (clips.get(content, content),)) for role, content in [*before, ("user", "Hello.")])
+    [row], faults = manifest([{**SPEECH, **more}])
+    assert faults == []
+    assert row.messages == (*prompt, Turn("assistant", (clips["a.wav"],)))
+    assert row.start_index == start_index
+    assert [field for field, _ in row.audio_refs] == fields
+
+    reference = {"ref_text": "So.", "ref_audio": clips["ref.wav"]} if "ref_text" in more else {}
+    assert speech_messages("Hello.", None, scene=more.get("scene"), **reference) == (prompt, start_index)
+
+
+@pytest.mark.parametrize("half", [{"ref_text": "So."}, {"ref_audio": AudioRef(Path("ref.wav"))}])
+def test_half_a_reference_is_refused(half):
+    with pytest.raises(ValueError, match="ref_text and ref_audio belong together"):
+        speech_messages("Hello.", None, **half)
+
+
+def flac_seconds(path):
+    """Length from STREAMINFO (https://www.rfc-editor.org/rfc/rfc9639#section-8.2): 20 bits of rate, 36 of samples."""
+    header = path.read_bytes()[:26]
+    assert header[:4] == b"fLaC"
+    bits = int.from_bytes(header[18:26], "big")
+    return (bits & (1 << 36) - 1) / (bits >> 44)
+
+
+def test_the_shipped_speech():
+    train, train_faults = read_manifest(EXAMPLES / "manifest.jsonl")
+    val, val_faults = read_manifest(EXAMPLES / "val.jsonl")
+    assert train_faults == val_faults == []
+    assert (len(train), len(val)) == (32, 4)
+    texts = [re.sub(r"\W+", " ", row.messages[1].content[0].lower()).strip() for row in train + val]
+    assert len(set(texts)) == 36
+    clips = [row.audio_refs[0][1].path for row in train + val]
+    assert sorted(clips) == sorted((EXAMPLES / "audio").iterdir())
+    assert sum(clip.stat().st_size for clip in clips) < 3_000_000
+    seconds = [flac_seconds(clip) for clip in clips]
+    assert all(1.0 <= length <= 3.5 for length in seconds[:24] + seconds[32:])
+    stated = [
+        json.loads(line)["duration"]
+        for name in ("manifest.jsonl", "val.jsonl")
+        for line in (EXAMPLES / name).read_text(encoding="utf-8").splitlines()
+    ]
+    assert stated == pytest.approx(seconds, abs=0.01)

@@ -1,0 +1,191 @@
+"""Which device a run takes: a GPU that cannot be used is said, and the CPU is taken only where that was asked for."""
+
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import train_ds
+from higgs_ds.cli import main as higgs_ds
+from higgs_ds.config import ConfigError
+from higgs_ds.distributed import device
+from higgs_ds.distributed.device import describe_devices, driver_version, pick_device, take_device
+from higgs_ds.distributed.engine import start_ranks
+from higgs_ds.distributed.rank_watch import NCCL_TIMEOUT_SEC, check_stall_timeout
+from higgs_ds.generate import default_dtype
+from tests.conftest import SPEECH
+from tests.ranks import assert_all, run_ranks
+
+needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine's GPU can be used")
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """A machine where torch sees so many GPUs, as far as one can ask before using them."""
+
+    def set_number(count: int, **environment) -> None:
+        monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+        for name in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "CUDA_VISIBLE_DEVICES"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, str(value))
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
+        monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+
+    return set_number
+
+
+def refusal() -> str:
+    with pytest.raises(ConfigError) as caught:
+        pick_device()
+    assert len(caught.value.problems) == 1
+    return str(caught.value)
+
+
+@needs_no_gpu
+@pytest.mark.parametrize("verb", ["train", "check", "prepare", "generate", "recite"])
+def test_no_usable_gpu_ends_every_verb_with_2_before_anything_is_made(verb, monkeypatch, tmp_path, capfd):
+    monkeypatch.delenv("DS_ACCELERATOR")
+    run = ["--train_manifest", str(SPEECH), "--output_dir", str(tmp_path / "run")]
+    speak = ["--text", "Hello.", "--output_file", str(tmp_path / "run")]
+    if verb == "train":
+        code = train_ds.main(run)
+    else:
+        code = higgs_ds([verb, *(speak if verb == "generate" else run)])
+    said = capfd.readouterr().err
+    assert code == 2 and not (tmp_path / "run").exists()
+    assert said.count("no usable GPU") == 1 and "\n" not in said.strip(), said
+    assert f"torch is built for CUDA {torch.version.cuda}" in said
+    assert "580 or newer" in said and "DS_ACCELERATOR=cpu" in said
+    assert driver_version() or "no NVIDIA driver found" in said
+
+
+@needs_no_gpu
+def test_several_ranks_say_it_once(tmp_path):
+    command = ["train_ds.py", "--train_manifest", str(SPEECH), "--output_dir", str(tmp_path / "run")]
+    results = run_ranks(command, 3, timeout=120, env={"DS_ACCELERATOR": ""})
+    assert_all(results, returncode=2)
+    assert sum(result.output.count("no usable GPU") for result in results) == 1
+    assert "no usable GPU" in results[0].output and not (tmp_path / "run").exists()
+
+
+def test_another_machine_says_it_too_where_rank_0_has_its_gpu(gpus, capsys):
+    gpus(0, RANK=8, LOCAL_RANK=0)
+    assert refusal() in capsys.readouterr().err
+    gpus(0, RANK=9, LOCAL_RANK=1)
+    refusal()
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "version"),
+    [
+        ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 UTC 2024\n", "550.54.15"),
+        (
+            "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.15  Release Build  (dvs-builder@U16)\n"
+            "GCC version:  gcc version 12.2.0 (Debian 12.2.0-14)\n",
+            "570.86.15",
+        ),
+    ],
+)
+def test_a_driver_that_is_too_old_is_named(text, version, gpus, monkeypatch, tmp_path):
+    gpus(0)
+    (tmp_path / "version").write_text(text)
+    monkeypatch.setattr(device, "DRIVER_FILE", tmp_path / "version")
+    assert f"NVIDIA driver {version}" in refusal()
+
+
+def test_nvidia_smi_is_asked_where_the_kernel_says_nothing(monkeypatch, tmp_path):
+    monkeypatch.setattr(device, "DRIVER_FILE", tmp_path / "none")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert driver_version() is None
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 535.183.01\necho 535.183.01\n")
+    program.chmod(0o755)
+    assert driver_version() == "535.183.01"
+    program.write_text("#!/bin/sh\necho NVIDIA-SMI has failed because it could not talk to the driver\nexit 9\n")
+    assert driver_version() is None
+
+
+def test_gpus_that_are_hidden_are_said(gpus):
+    gpus(0, CUDA_VISIBLE_DEVICES="")
+    assert "CUDA_VISIBLE_DEVICES is ''" in refusal()
+
+
+def test_more_ranks_than_gpus_are_refused_on_all_of_them(gpus, capsys):
+    for rank in (0, 3, 7):
+        gpus(4, RANK=rank, LOCAL_RANK=rank, LOCAL_WORLD_SIZE=8)
+        text = refusal()
+        assert "LOCAL_RANK goes up to 7" in text and "GPUs to be seen are 4" in text
+    assert capsys.readouterr().err == ""  # rank 0 says it, as any ConfigError
+    gpus(4, RANK=4, LOCAL_RANK=4)  # a launcher that does not say how many it started
+    assert "LOCAL_RANK goes up to 4" in refusal() and "LOCAL_RANK" in capsys.readouterr().err
+    gpus(4, RANK=3, LOCAL_RANK=3)
+    assert pick_device() == torch.device("cuda", 3)
+
+
+def test_the_cpu_is_taken_where_it_is_asked_for(gpus):
+    gpus(4, DS_ACCELERATOR="cpu", LOCAL_RANK=9)
+    assert pick_device() == torch.device("cpu") and describe_devices(pick_device(), 2) == "cpu"
+    gpus(4, DS_ACCELERATOR="xpu")
+    assert "DS_ACCELERATOR is 'xpu'" in refusal()
+    gpus(4)
+    assert describe_devices(pick_device(), 8) == "8 × NVIDIA H100 80GB HBM3"
+
+
+def test_speech_is_made_in_bf16_on_a_gpu_and_in_fp32_on_a_cpu():
+    assert default_dtype(torch.device("cuda", 0)) == "bf16" and default_dtype(torch.device("cpu")) == "fp32"
+
+
+class Joined(Exception):
+    """The process group was about to be joined."""
+
+
+@pytest.mark.parametrize(("world_size", "bound"), [(8, torch.device("cuda", 3)), (1, None)])
+def test_ranks_on_gpus_bind_theirs_and_leave_cudnn_attention(world_size, bound, gpus, monkeypatch):
+    gpus(8, RANK=0, LOCAL_RANK=3, WORLD_SIZE=world_size)
+    seen = {}
+
+    def init_process_group(backend, **settings):
+        seen.update(settings, backend=backend)
+        raise Joined
+
+    monkeypatch.setattr(dist, "rendezvous", lambda *args, **kwargs: iter([(None, 0, world_size)]))
+    monkeypatch.setattr(dist, "init_process_group", init_process_group)
+    cudnn_before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        with pytest.raises(Joined):
+            start_ranks()
+        assert not torch.backends.cuda.cudnn_sdp_enabled() and torch.backends.cuda.flash_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(cudnn_before)
+    assert seen["backend"] == "nccl" and seen["device_id"] == bound and seen["timeout"].days == 1
+    assert os.environ["DS_ACCELERATOR"] == "cuda"
+
+
+@pytest.mark.parametrize(("given", "kept"), [(None, ":4096:8"), (":16:8", ":16:8"), (":0:0", ":4096:8")])
+def test_deterministic_holds_for_the_whole_process(given, kept, monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    if given:
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", given)
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        take_device(torch.device("cpu"), deterministic=True)
+        assert torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark
+        assert not torch.is_deterministic_algorithms_warn_only_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == kept
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+def test_a_stall_timeout_that_nccl_would_come_before_is_refused_with_both_numbers():
+    for seconds in (600, 1200):
+        with pytest.raises(ConfigError, match=f"--stall_timeout_sec: {seconds} is not below 600"):
+            check_stall_timeout(seconds, on_gpu=True)
+        check_stall_timeout(seconds, on_gpu=False)
+    check_stall_timeout(599.5, on_gpu=True)
+    assert dist.constants.default_pg_nccl_timeout.total_seconds() == NCCL_TIMEOUT_SEC

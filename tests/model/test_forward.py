@@ -1,0 +1,321 @@
+"""The padding-free forward against upstream's: the same loss and the same gradient of every LoRA weight."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch._dynamo.backends.debugging import aot_eager
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+from higgs_ds.batching.collate import Collator
+from higgs_ds.config import DEFAULT_LORA_TARGETS, ConfigError
+from higgs_ds.model.base import attach_lora, load_base, read_model_config
+from higgs_ds.model.forward import training_forward
+from higgs_ds.model.fused_mlp import FusedRmsNorm
+from higgs_ds.model.padding_free import DecoderLayer, check_supported
+from higgs_ds.model.tiny import write_tiny
+from tests.batching.test_collate import samples_of
+from tests.ranks import assert_all, run_ranks
+from tests.workers.common import with_lora_b, without_text_labels
+
+# Relative L2 distance ‖a − b‖ / ‖b‖ of the loss and of the gradient of all LoRA weights. Weight by weight, upstream's
+# own float32 gradients stand up to 2e-6 from its float64 ones, so that the mathematics are held together in float64.
+TOLERANCE = 1e-6
+EACH_FLOAT32, EACH_FLOAT64 = 4e-6, 1e-12
+BATCHES = {
+    "mixed lengths": ["text", "dialog", "speech", "clone"],
+    "one row, padded left by upstream": ["speech"],
+    "several clips in one row": ["dialog"],
+    "several clips a row": ["dialog", "dialog", "speech"],
+    "reference audio, not learned": ["clone", "clone"],
+    "an earlier clip that is not learned": ["dialog from turn 3", "speech"],
+    "no audio": ["text", "text"],
+    "one row without audio": ["text"],
+}
+
+
+@pytest.fixture(scope="module")
+def base_dir(tmp_path_factory):
+    """Two query heads on one key head."""
+    folder = tmp_path_factory.mktemp("grouped")
+    write_tiny(folder, seed=0, hidden_size=128, num_layers=2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config(base_dir):
+    return read_model_config(base_dir)
+
+
+def lora_on(base_dir, config, targets=DEFAULT_LORA_TARGETS, *, dtype="fp32", dropout=0.0):
+    model = attach_lora(
+        load_base(base_dir, config, dtype),
+        rank=4,
+        alpha=8,
+        dropout=dropout,
+        target_modules=list(targets),
+        seed=1,
+        base_name="tiny",
+    )
+    return with_lora_b(model)
+
+
+@pytest.fixture(scope="module")
+def model(base_dir, config):
+    return lora_on(base_dir, config)
+
+
+def ours_on(model, config, **settings):
+    """Our forward on a copy: it changes the classes of the model's layers."""
+    return training_forward(copy.deepcopy(model), config, **settings)
+
+
+def upstreams_on(model, config):
+    """Upstream's forward through layers that are all upstream's and PEFT's own."""
+    kinds = {type(module).__module__ for module in model.modules()}
+    assert kinds & {"higgs_ds.model.fused_lora", "higgs_ds.model.fused_mlp"} == set()
+    return training_forward(model, config, forward_impl="upstream")
+
+
+def batch_of(names, tokenizer, config, **collate):
+    return Collator.of(config, with_layout=True)(samples_of(names, tokenizer), **collate)
+
+
+def computed(module, batch, *, layout=True, seed=None):
+    """(loss, stats, report, gradients by name)"""
+    if seed is not None:
+        torch.manual_seed(seed)
+    inputs = batch.model_inputs()
+    if not layout:
+        inputs.pop("layout", None)
+    counts = batch.codebook_counts
+    scales = torch.tensor([0.3 / (8 * count) if count else 0.0 for count in counts]) if counts else torch.zeros(8)
+    loss, stats, report = module(inputs, 0.7 / max(1, batch.text_count), scales)
+    module.zero_grad()
+    loss.backward()
+    gradients = {name: p.grad.clone() for name, p in module.named_parameters() if p.requires_grad}
+    return loss.detach(), stats, report, gradients
+
+
+def distance(ours: torch.Tensor, wanted: torch.Tensor) -> float:
+    size = float(wanted.double().norm())
+    return float((ours.double() - wanted.double()).norm()) / size if size else float(ours.double().norm())
+
+
+def joined(gradients: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.cat([gradients[name].flatten().double() for name in sorted(gradients)])
+
+
+def assert_agree(ours, wanted, *, whole=TOLERANCE, each=EACH_FLOAT32):
+    assert ours[2].problems == wanted[2].problems == []
+    assert distance(ours[0], wanted[0]) <= whole
+    assert torch.allclose(ours[1][:2], wanted[1][:2], rtol=TOLERANCE)
+    assert torch.allclose(ours[1][3:], wanted[1][3:], rtol=TOLERANCE)
+    assert ours[3].keys() == wanted[3].keys()
+    assert distance(joined(ours[3]), joined(wanted[3])) <= whole
+    worst = max(ours[3], key=lambda name: distance(ours[3][name], wanted[3][name]))
+    assert distance(ours[3][worst], wanted[3][worst]) <= each, worst
+
+
+def batch_called(name, tokenizer, config):
+    if name == "a filler":
+        return batch_of(["speech"], tokenizer, config, filler=True)
+    if name == "no text labels":
+        return without_text_labels(batch_of(["speech", "dialog"], tokenizer, config))
+    return batch_of(BATCHES[name], tokenizer, config)
+
+
+ALL_BATCHES = [*BATCHES, "no text labels", "a filler"]
+
+
+@pytest.mark.parametrize("loss_impl", ["fused", "reference"])
+@pytest.mark.parametrize("name", ALL_BATCHES)
+def test_agrees_with_upstream_in_loss_and_every_gradient(name, loss_impl, model, config, tokenizer):
+    batch = batch_called(name, tokenizer, config)
+    ours = computed(ours_on(model, config, loss_impl=loss_impl), batch)
+    wanted = computed(upstreams_on(model, config), batch, layout=False)
+    assert_agree(ours, wanted)
+    assert ours[2].path == "collator"
+    moved = [bool(gradient.any()) for gradient in ours[3].values()]
+    assert not any(moved) if name == "a filler" else any(moved)
+    if name in ("mixed lengths", "several clips a row"):
+        assert all(moved)
+
+
+@pytest.mark.parametrize("name", ALL_BATCHES)
+def test_is_the_same_mathematics_in_float64(name, model, config, tokenizer, monkeypatch):
+    """Hidden states and gradients in float64, the loss in float32 in both, as their code has it."""
+    exact = copy.deepcopy(model).double()
+    batch = batch_called(name, tokenizer, config)
+    ours = computed(ours_on(exact, config, loss_impl="reference"), batch)
+    # Upstream's norm rounds to float32 whatever it is given; ours, which does not, has tests of its own.
+    monkeypatch.setattr(LlamaRMSNorm, "forward", FusedRmsNorm.forward)
+    wanted = computed(upstreams_on(exact, config), batch, layout=False)
+    assert_agree(ours, wanted, each=EACH_FLOAT64)
+
+
+def test_without_audio_in_codes_the_placeholder_is_seen_by_nobody(base_dir, config, tokenizer):
+    """`encode_audio_in_tokens: false`: upstream masks `<|AUDIO|>`; here it is left out."""
+    other = copy.deepcopy(config)
+    other.encode_audio_in_tokens = False
+    model = lora_on(base_dir, other)
+    batch = batch_of(["dialog", "speech"], tokenizer, other)
+    ours = computed(ours_on(model, other), batch)
+    assert_agree(ours, computed(upstreams_on(model, other), batch, layout=False))
+
+
+def test_rows_are_counted_without_padding(tokenizer, config):
+    batch = batch_of(["text", "dialog", "speech"], tokenizer, config)
+    layout = batch.layout
+    assert layout.num_rows == layout.num_labels == batch.num_tokens == layout.num_text + layout.num_frames
+    assert len(layout.text_targets) == batch.text_count
+    assert (layout.audio_targets != -100).sum(0).tolist() == batch.codebook_counts
+    moved = layout.to("meta")
+    assert moved.positions.device.type == "meta" and moved.longest == layout.longest
+
+
+@pytest.mark.parametrize("loss_impl", ["fused", "reference"])
+@pytest.mark.parametrize("every", [1, 2])
+def test_activation_checkpointing_gives_the_same_gradients(every, loss_impl, base_dir, config, tokenizer):
+    """To the bit, with dropout drawn again as it was."""
+    model = lora_on(base_dir, config, dropout=0.3).train()
+    batch = batch_of(["dialog", "speech", "text"], tokenizer, config)
+    plain = computed(training_forward(model, config, loss_impl=loss_impl), batch, seed=7)
+    module = training_forward(model, config, loss_impl=loss_impl, checkpoint_every=every)
+    calls = []
+    for layer in model.get_base_model().layers:
+        layer.input_layernorm.register_forward_hook(lambda *_: calls.append(1))
+    again = computed(module, batch, seed=7)
+    assert len(calls) == {1: 4, 2: 3}[every]  # of two layers, those that are checkpointed run twice
+    assert torch.equal(plain[0], again[0])
+    assert all(torch.equal(plain[3][name], again[3][name]) for name in plain[3])
+    other = computed(module, batch, seed=8)
+    assert not torch.equal(other[0], plain[0])
+
+
+@pytest.mark.parametrize("name", ["mixed lengths", "no audio"])
+def test_layers_give_the_same_gradients_where_a_compiler_traces_them(name, model, config, tokenizer, monkeypatch):
+    """torch 2.11 traces a Function that gives back what it changed in place without its gradient, and says nothing."""
+    batch = batch_of(BATCHES[name], tokenizer, config)
+    wanted = computed(upstreams_on(model, config), batch, layout=False)
+    seen = []
+
+    def backend(graph, inputs):
+        seen.append(graph)
+        return aot_eager(graph, inputs)
+
+    compiled = torch.compile(DecoderLayer.on_rows, backend=backend, dynamic=True, fullgraph=True)
+    monkeypatch.setattr(DecoderLayer, "on_rows", compiled)
+    ours = computed(ours_on(model, config), batch)
+    assert seen
+    assert_agree(ours, wanted)
+
+
+def test_bf16_is_as_far_from_float32_as_upstream_is(base_dir, config, tokenizer, model):
+    batch = batch_of(["dialog", "speech", "text"], tokenizer, config)
+    half = copy.deepcopy(model).bfloat16()
+    half.get_base_model().rotary_emb.inv_freq = model.get_base_model().rotary_emb.inv_freq  # as the engine keeps it
+    exact = computed(ours_on(model, config), batch)
+    theirs = computed(upstreams_on(half, config), batch, layout=False)
+    limit = distance(joined(theirs[3]), joined(exact[3]))
+    for loss_impl in ("fused", "reference"):
+        ours = computed(ours_on(half, config, loss_impl=loss_impl), batch)
+        assert float(ours[0]) == pytest.approx(float(exact[0]), rel=0.01)
+        assert distance(joined(ours[3]), joined(exact[3])) < 1.2 * limit < 0.2
+
+
+def test_evaluation_computes_no_gradient(model, config, tokenizer):
+    batch = batch_of(["dialog", "speech"], tokenizer, config)
+    with torch.no_grad():
+        loss, stats, _ = training_forward(model, config, checkpoint_every=1)(batch.model_inputs(), 1.0, torch.ones(8))
+    assert not loss.requires_grad
+    wanted = training_forward(model, config, loss_impl="reference")(batch.model_inputs(), 1.0, torch.ones(8))
+    assert torch.allclose(stats, wanted[1], rtol=1e-5)
+
+
+@pytest.mark.parametrize("head", ["text_lm_head", "audio_lm_head"])
+def test_a_trained_head_needs_the_reference_loss(head, base_dir, config, tokenizer):
+    model = lora_on(base_dir, config, [head, "q_proj"])
+    with pytest.raises(ConfigError, match=f"{head} is trained .* --loss_impl reference"):
+        training_forward(model, config)
+    batch = batch_of(["dialog", "speech"], tokenizer, config)
+    ours = computed(ours_on(model, config, loss_impl="reference"), batch)
+    wanted = computed(upstreams_on(model, config), batch, layout=False)
+    assert_agree(ours, wanted)
+    assert all(gradient.any() for gradient in ours[3].values())
+
+    base = load_base(base_dir, config, "fp32")
+    getattr(base.audio_decoder_proj, head).weight.requires_grad_(True)
+    with pytest.raises(ConfigError, match="--loss_impl reference"):
+        training_forward(base, config)
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({"audio_adapter_type": "stack"}, "audio_adapter_type 'stack'"),
+        ({"audio_dual_ffn_layers": [0]}, "only some of its 2 layers"),
+        ({"audio_adapter_type": "dual_ffn", "audio_dual_ffn_layers": [1]}, "only some of its 2 layers"),
+        ({"use_audio_out_self_attention": True}, "use_audio_out_self_attention"),
+        ({"use_audio_out_embed_projector": True}, "use_audio_out_embed_projector"),
+        ({"audio_decoder_proj_num_layers": 1}, "audio_decoder_proj_num_layers"),
+        ({"skip_audio_tower": False}, "an audio tower"),
+    ],
+)
+def test_other_architectures_are_refused(change, found, config):
+    other = copy.deepcopy(config)
+    for name, value in change.items():
+        setattr(other, name, value)
+    with pytest.raises(ConfigError, match="--forward_impl upstream") as caught:
+        check_supported(other)
+    assert found in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["dual_ffn", "dual_ffn_fast_forward"])
+def test_a_dual_ffn_in_every_layer_is_what_counts_not_the_adapters_name(name, config):
+    named = copy.deepcopy(config)
+    named.audio_adapter_type = name
+    check_supported(named)
+
+
+def broken(batch, **changes):
+    return dataclasses.replace(batch, layout=dataclasses.replace(batch.layout, **changes))
+
+
+def test_what_did_not_reach_the_model_is_a_problem(model, config, tokenizer):
+    batch = batch_of(["dialog", "speech"], tokenizer, config)
+    module = training_forward(model, config)
+    cases = {
+        "audio_logits": dataclasses.replace(batch, audio_out_ids=batch.audio_out_ids[:, :0]),
+        "expanded_labels": broken(batch, num_labels=batch.layout.num_labels - 3),
+    }
+    for check, spoiled in cases.items():
+        loss, stats, report = module(spoiled.model_inputs(), 1.0, torch.ones(8))
+        assert [name for name, _ in report.problems] == [check]
+        assert torch.isnan(stats).all()
+        assert report.audio_logits_shape == (0 if check == "audio_logits" else len(batch.layout.audio_targets), 8, 1026)
+        loss.backward()  # ranks stay in step
+    module.zero_grad()
+
+
+VARIANTS = ["fused", "reference", "checkpointed", "every second layer checkpointed"]
+
+
+@pytest.fixture(scope="module")
+def sharded(base_dir, codec_dir, tmp_path_factory):
+    """The first moments after a step on two ranks with other kinds of rows, by (stage, variant): 0.1 × the gradient."""
+    out = tmp_path_factory.mktemp("sharded")
+    assert_all(run_ranks(["tests/workers/forwards.py", *map(str, (base_dir, codec_dir, out))], 2, timeout=240))
+    return {tuple(file.stem.split("-")): load_file(file) for file in out.glob("*.safetensors")}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("stage", ["2", "3"])
+def test_gradients_are_upstreams_under_zero_with_two_ranks(stage, variant, sharded):
+    ours, wanted = sharded[stage, variant], sharded[stage, "upstream"]
+    assert ours.keys() == wanted.keys() and all(value.any() for value in wanted.values())
+    assert distance(joined(ours), joined(wanted)) <= TOLERANCE
+    assert max(distance(ours[name], wanted[name]) for name in ours) <= EACH_FLOAT32
+    assert distance(joined(ours), joined(sharded["2", "upstream"])) <= TOLERANCE

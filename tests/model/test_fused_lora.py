@@ -1,0 +1,210 @@
+"""Groups of projections with LoRA against PEFT's own layers; fails where another PEFT computes something else."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from higgs_ds.model import fused_lora as lora
+from higgs_ds.model.fused_lora import Group, Projection, dropout_factor, dropped_by_bits, dropped_by_kernel, project
+
+EVERY, SOME = ["q", "k", "v"], ["q", "v"]
+
+
+class Three(nn.Module):
+    """Three projections of one input."""
+
+    def __init__(self, bias=False):
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(24, 40, bias), nn.Linear(24, 16, bias), nn.Linear(24, 16, bias)
+
+    def forward(self, rows):
+        return [self.q(rows), self.k(rows), self.v(rows)]
+
+
+def with_lora(targets=EVERY, *, dropout=0.3, bias=False, base=None, **settings):
+    """PEFT on `Three`, ranks and scalings different from layer to layer."""
+    torch.manual_seed(0)
+    patterns = {"rank_pattern": {"v": 7}, "alpha_pattern": {"q": 3}}
+    config = LoraConfig(
+        r=4, lora_alpha=10, lora_dropout=dropout, target_modules=targets, init_lora_weights=False, **patterns | settings
+    )
+    return get_peft_model(base or Three(bias), config)
+
+
+def layers_of(model):
+    inner = model.base_model.model
+    return [inner.q, inner.k, inner.v]
+
+
+def same_mask(rows, probability):
+    """A dropout that gives rows of one shape one mask, so that PEFT's layers share it as ours do."""
+    draw = torch.Generator().manual_seed(rows.shape[-1])
+    kept = torch.rand(rows.shape, generator=draw) >= probability
+    return rows * kept * dropout_factor(probability, "cpu"), kept
+
+
+class SameMask(nn.Module):
+    def __init__(self, probability):
+        super().__init__()
+        self.p = probability
+
+    def forward(self, rows):
+        return same_mask(rows, self.p)[0]
+
+
+def share_masks(model, monkeypatch):
+    """PEFT's layers and ours drop out the same."""
+    monkeypatch.setattr(lora, "dropped_by_bits", same_mask)
+    for module in model.modules():
+        if hasattr(module, "lora_dropout"):
+            module.lora_dropout["default"] = SameMask(module.lora_dropout["default"].p)
+
+
+def assert_same(pefts, ours, limit, *, learned, rows_learn=True):
+    """Outputs and gradients of `pefts()` and `ours()`, each (outputs, rows, model)."""
+    found = []
+    for run in (pefts, ours):
+        outs, rows, model = run()
+        sum(out.float().pow(2).sum() * (place + 1) for place, out in enumerate(outs)).backward()
+        found.append(
+            [*outs, *([rows.grad] if rows_learn else []), *(p.grad for p in model.parameters() if p.grad is not None)]
+        )
+    assert len(found[0]) == len(found[1]) == 3 + rows_learn + learned
+    for wanted, got in zip(*found, strict=True):
+        assert (got - wanted).norm() <= limit * wanted.norm() and wanted.norm() > 0
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("targets", [EVERY, SOME], ids="".join)
+@pytest.mark.parametrize("rows_learn", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_outputs_and_gradients_are_pefts(dtype, rows_learn, targets, dropout, monkeypatch):
+    pefts = with_lora(targets, dropout=dropout).to(dtype).train()
+    ours = copy.deepcopy(pefts)
+    assert Group.of(layers_of(ours)) is not None
+    if dropout:
+        share_masks(pefts, monkeypatch)
+
+    def given():
+        return torch.linspace(-1, 1, 6 * 24, dtype=dtype).view(6, 24).requires_grad_(rows_learn)
+
+    def theirs():
+        rows = given()
+        return pefts(rows), rows, pefts
+
+    def mine():
+        rows = given()
+        return project(layers_of(ours), rows), rows, ours
+
+    limit = 1e-12 if dtype == torch.float64 else 2e-2
+    assert_same(theirs, mine, limit, learned=2 * len(targets), rows_learn=rows_learn)
+
+
+def test_layers_on_one_input_share_a_mask_and_draw_anew():
+    ours = with_lora(rank_pattern={}, alpha_pattern={}).train()
+    group = Group.of(layers_of(ours))
+    rows = torch.ones(64, 24)
+    first, update = group.forward(rows)
+    assert update.kept.shape == rows.shape and 0.6 < update.kept.float().mean() < 0.8
+    assert update.columns.shape == (64, 3 * 4)
+    wanted = (rows * update.kept * dropout_factor(0.3, "cpu")) @ group.parts[1].down.t()
+    assert torch.allclose(update.columns[:, 4:8], wanted, atol=1e-5)
+    assert not torch.equal(group.forward(rows)[0][0], first[0])
+    ours.eval()
+    assert Group.of(layers_of(ours)).forward(rows)[1].kept is None
+
+
+def test_no_rows():
+    ours = with_lora().train()
+    rows = torch.ones(0, 24, requires_grad=True)
+    outs = project(layers_of(ours), rows)
+    assert [out.shape for out in outs] == [(0, 40), (0, 16), (0, 16)]
+    sum(out.sum() for out in outs).backward()
+    gradients = [p.grad for p in ours.parameters() if p.requires_grad]
+    assert len(gradients) == 6 and not any(gradient.any() for gradient in gradients)
+
+
+def test_nothing_is_kept_where_nothing_learns():
+    ours = with_lora().train()
+    with torch.no_grad():
+        outs = project(layers_of(ours), torch.ones(3, 24))
+    assert not any(out.requires_grad for out in outs)
+
+
+def disabled(model):
+    model.base_model.disable_adapter_layers()
+
+
+def merged(model):
+    model.eval().merge_adapter()
+
+
+def second_adapter(model):
+    model.add_adapter("second", LoraConfig(r=2, target_modules=EVERY, init_lora_weights=False))
+    model.base_model.set_adapter(["default", "second"])
+
+
+def trained_base(model):
+    model.base_model.model.k.base_layer.weight.requires_grad_(True)
+
+
+def other_dropout(model):
+    model.base_model.model.v.lora_dropout["default"].p = 0.1
+
+
+@pytest.mark.parametrize("change", [disabled, merged, second_adapter, trained_base, other_dropout])
+def test_what_is_not_plain_computes_itself(change):
+    model = with_lora().train()
+    change(model)
+    assert Group.of(layers_of(model)) is None
+    assert_it_computes_itself(model)
+
+
+@pytest.mark.parametrize("settings", [{"bias": True}, {"use_dora": True}, {"lora_bias": True, "bias": True}], ids=str)
+def test_neither_do_other_layers(settings):
+    model = with_lora(**settings).train()
+    assert Group.of(layers_of(model)) is None
+    assert_it_computes_itself(model)
+
+
+def assert_it_computes_itself(model):
+    rows, found = torch.randn(5, 24), []
+    for run in (model, lambda rows: project(layers_of(model), rows)):
+        torch.manual_seed(1)
+        found.append(run(rows))
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+def test_a_linear_layer_of_another_class_computes_itself():
+    class Other(nn.Linear):
+        pass
+
+    assert Projection.of(Other(4, 4, bias=False).requires_grad_(False)) is None
+    assert Projection.of(nn.Linear(4, 4, bias=False).requires_grad_(False)).down is None
+    assert Projection.of(nn.Linear(4, 4, bias=False)) is None  # it learns
+
+
+@pytest.mark.parametrize("probability", [0.05, 0.3, 0.99])
+@pytest.mark.parametrize(("way", "device"), [(dropped_by_bits, "cpu"), (dropped_by_kernel, "cuda")])
+def test_dropout_keeps_its_share_everywhere_and_the_mean(way, device, probability):
+    torch.manual_seed(2)
+    rows = torch.ones(999, 1001)  # not a multiple of the four values that one draw serves
+    (dropped, kept), scale = way(rows, probability), dropout_factor(probability, device)
+    assert kept.dtype == torch.bool and torch.equal(dropped, kept * torch.tensor(scale))
+    assert scale == pytest.approx(1 / (1 - probability), rel=2e-3)
+    share, deviation = 1 - probability, (probability * (1 - probability)) ** 0.5  # of one value
+    flat = kept.flatten().float() - share
+    for some in (flat, *(flat[place::4] for place in range(4))):  # four values share a draw
+        assert abs(some.mean()) < 5 * deviation / some.numel() ** 0.5
+    neighbours = flat[:-1] * flat[1:]
+    assert abs(neighbours.mean()) < 5 * deviation**2 / neighbours.numel() ** 0.5
+    assert not torch.equal(way(rows, probability)[1], kept)
+
+
+def test_dropout_of_no_rows_and_of_nearly_everything():
+    assert dropped_by_bits(torch.ones(0, 24), 0.1)[0].shape == (0, 24)
+    dropped, kept = dropped_by_bits(torch.ones(64, 64), 0.999999)
+    assert dropout_factor(0.999999, "cpu") == 2**16 and torch.isfinite(dropped).all() and kept.float().mean() < 0.01

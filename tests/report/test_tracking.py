@@ -1,0 +1,395 @@
+"""Every sink of the tracker, W&B included: its offline file is read back with wandb's own reader."""
+
+import io
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from higgs_ds.config import ConfigError
+from higgs_ds.report import curves, tracking
+from higgs_ds.report.curves import draw_curves
+from higgs_ds.report.tracking import open_tracker, redact
+
+ROOT = Path(__file__).resolve().parents[2]
+API_KEY = "0123456789" * 4
+
+
+@pytest.fixture(autouse=True)
+def no_wandb_account(monkeypatch, tmp_path):
+    """The W&B account of whoever runs the tests must not be found, nor used."""
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("NETRC", str(tmp_path / "no_netrc"))
+
+
+def start(output_dir, **changes):
+    options = {
+        "config": {"lora_rank": 16, "hf_token": "hf_do_not_write_me"},
+        "total_steps": 150,
+        "run_name": "test run",
+        "wandb_project": None,
+        "wandb_mode": "disabled",
+    }
+    return open_tracker(output_dir, **options | changes)
+
+
+def step_metrics(step: int, text_loss: float | None = None) -> dict[str, float]:
+    """Losses shaped like a training's."""
+    codebooks = [(3.0 + 0.5 * codebook) * (0.6 + 0.4 * math.exp(-step / 40)) for codebook in range(8)]
+    audio = sum(codebooks) / 8
+    text = 2 * math.exp(-step / 30) if text_loss is None else text_loss
+    return {
+        "train/loss": text + audio,
+        "train/text_loss": text,
+        "train/audio_loss": audio,
+        **{f"train/codebook_loss/{codebook}": value for codebook, value in enumerate(codebooks)},
+        "train/learning_rate": 1e-4,
+    }
+
+
+def strict_rows(path) -> list[dict]:
+    """The lines of a JSONL file by a parser that refuses what strict JSON does not have."""
+
+    def refuse(constant):
+        raise AssertionError(f"{path} holds {constant}, which is not JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+
+
+def wandb_records(output_dir) -> list:
+    """All records of the one W&B run in `output_dir`."""
+    from wandb.proto import wandb_internal_pb2
+    from wandb.sdk.internal.datastore import DataStore
+
+    (path,) = output_dir.glob("wandb/offline-run-*/*.wandb")
+    store = DataStore()
+    store.open_for_scan(str(path))
+    records = []
+    while (data := store.scan_data()) is not None:
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        records.append(record)
+    store.close()
+    return records
+
+
+def wandb_history(output_dir) -> list[dict]:
+    """What was logged to W&B, without the fields that wandb adds (they start with an underscore)."""
+    rows = []
+    for record in wandb_records(output_dir):
+        if record.WhichOneof("record_type") == "history":
+            items = {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
+            rows.append({name: value for name, value in items.items() if not name.startswith("_")})
+    return rows
+
+
+def wandb_exit_code(output_dir) -> int:
+    (code,) = [r.exit.exit_code for r in wandb_records(output_dir) if r.WhichOneof("record_type") == "exit"]
+    return code
+
+
+def assert_png(path):
+    """A PNG of 1600 x 700 pixels: signature, then width and height in the header chunk."""
+    header = path.read_bytes()[:24]
+    assert header[:8] == b"\x89PNG\r\n\x1a\n"
+    assert (int.from_bytes(header[16:20], "big"), int.from_bytes(header[20:24], "big")) == (1600, 700)
+
+
+def test_jsonl_and_wandb_hold_the_same(tmp_path, capsys):
+    with start(tmp_path, wandb_mode="auto", wandb_project="voices") as tracker:
+        for step in (1, 2, 3):
+            tracker.log(step_metrics(step), step)
+        tracker.log({"eval/loss": 5.0, "eval/text_loss": 1.0}, 3)
+
+    lines = strict_rows(tmp_path / "metrics.jsonl")
+    assert [line["global_step"] for line in lines] == [1, 2, 3, 3]
+    assert list(lines[0]) == ["global_step", *step_metrics(1), "time"]
+    assert abs(lines[0]["time"] - (tmp_path / "metrics.jsonl").stat().st_mtime) < 60
+    history = wandb_history(tmp_path)
+    assert [{k: v for k, v in line.items() if k != "time"} for line in lines] == history
+
+    records = wandb_records(tmp_path)
+    (run,) = [record.run for record in records if record.WhichOneof("record_type") == "run"]
+    assert (run.project, run.display_name) == ("voices", "test run")
+    assert any(r.metric.glob_name == "*" and r.metric.step_metric == "global_step" for r in records)
+    assert wandb_exit_code(tmp_path) == 0
+    (run_dir,) = tmp_path.glob("wandb/offline-run-*")
+    said = capsys.readouterr().err
+    assert f"wandb sync {run_dir}" in said and f"wandb beta leet {run_dir}" in said
+
+
+def test_no_secret_reaches_a_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", API_KEY)
+    monkeypatch.setenv("HF_TOKEN", "hf_do_not_write_me")
+    with start(tmp_path, wandb_mode="offline") as tracker:
+        tracker.log({"train/loss": 1.0}, 1)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert any(path.suffix == ".wandb" for path in files)
+    for path in files:
+        assert API_KEY.encode() not in path.read_bytes(), path
+        assert b"hf_do_not_write_me" not in path.read_bytes(), path
+
+
+def test_redact():
+    secrets = {
+        "wandb_api_key": "k",
+        "apiKey": "k",
+        "hf_token": "t",
+        "TOKEN": "t",
+        "client_secret": "s",
+        "password": 123,
+        "aws_access_key_id": "a",
+        "nested": {"hub": [{"auth_token": "t"}]},
+    }
+    assert redact(secrets) == {
+        **dict.fromkeys(secrets, "[redacted]"),
+        "nested": {"hub": [{"auth_token": "[redacted]"}]},
+    }
+    harmless = {
+        "max_tokens_per_batch": 4096,
+        "text_tokens": 12,
+        "tokenizer": "path",
+        "eos_token": "<|eot_id|>",
+        "audio_out_bos_token": "<|audio_out_bos|>",
+        "use_auth_token": True,
+        "hf_token": None,
+        "lora_rank": 16,
+    }
+    assert redact(harmless) == harmless
+
+
+def test_values_that_are_not_finite_stay_strict_json(tmp_path):
+    with start(tmp_path, wandb_mode="offline") as tracker:
+        tracker.log({"train/loss": math.nan, "train/text_loss": math.inf, "train/audio_loss": -math.inf}, 1)
+        tracker.failures([{"check": "finite", "step": 1, "found": math.nan}])
+    (line,) = strict_rows(tmp_path / "metrics.jsonl")
+    assert [line[f"train/{name}"] for name in ("loss", "text_loss", "audio_loss")] == ["NaN", "Infinity", "-Infinity"]
+    assert wandb_history(tmp_path)[0].keys() == line.keys() - {"time"}
+    assert strict_rows(tmp_path / "guard_failures.jsonl")[0]["found"] == "NaN"
+    assert_png(tmp_path / "loss.png")
+
+
+def test_a_value_that_is_no_number_is_refused(tmp_path):
+    with start(tmp_path) as tracker, pytest.raises(TypeError, match=r"train/loss is a str.*\.item\(\)"):
+        tracker.log({"train/loss": "5.0"}, 1)
+
+
+def test_resume_drops_later_steps_and_a_line_cut_short(tmp_path):
+    with start(tmp_path) as tracker:
+        for step in range(1, 7):
+            tracker.log(step_metrics(step), step)
+        tracker.failures([{"check": "finite", "step": 2}, {"check": "finite", "step": 6}])
+    kept = (tmp_path / "metrics.jsonl").read_text().splitlines()[:4]
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"global_step": 7, "train/lo')  # killed while writing
+
+    with start(tmp_path, first_step=4) as tracker:
+        tracker.log({"train/loss": 0.5}, 5)
+    assert [row["global_step"] for row in strict_rows(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+    assert (tmp_path / "metrics.jsonl").read_text().splitlines()[:4] == kept
+    assert [row["step"] for row in strict_rows(tmp_path / "guard_failures.jsonl")] == [2]
+    assert not list(tmp_path.glob("*.tmp"))
+
+    with start(tmp_path) as tracker:
+        tracker.log({"train/loss": 9.0}, 1)
+    assert [row["train/loss"] for row in strict_rows(tmp_path / "metrics.jsonl")] == [9.0]
+    assert not (tmp_path / "guard_failures.jsonl").exists()
+
+
+def test_resume_names_a_damaged_line(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"global_step": 1}\n{"global_\n{"global_step": 3}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is not JSON"):
+        start(tmp_path, first_step=3)
+
+
+@pytest.mark.parametrize(
+    ("exception", "exit_code"),
+    [(ZeroDivisionError("boom"), 1), (SystemExit(3), 3), (SystemExit("text"), 1), (SystemExit(), 0)],
+)
+def test_an_exception_closes_with_its_exit_code(tmp_path, exception, exit_code):
+    with pytest.raises(type(exception)), start(tmp_path, wandb_mode="offline") as tracker:
+        tracker.log(step_metrics(1), 1)
+        raise exception
+    assert wandb_exit_code(tmp_path) == exit_code
+    assert_png(tmp_path / "loss.png")
+
+
+def test_a_sink_that_fails_to_close_does_not_hide_why_the_run_ended(tmp_path, monkeypatch, capsys):
+    def disk_is_full(*args):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(tracking, "draw_history", disk_is_full)
+    with pytest.raises(ZeroDivisionError), start(tmp_path, wandb_mode="offline") as tracker:
+        tracker.log(step_metrics(1), 1)
+        raise ZeroDivisionError
+    assert "closing the sinks failed too: No space left on device" in capsys.readouterr().err
+    assert wandb_exit_code(tmp_path) == 1
+
+    with pytest.raises(OSError, match="No space left"), start(tmp_path / "clean_end") as tracker:
+        tracker.log(step_metrics(1), 1)
+
+
+def test_failures_reach_the_file_at_once_and_the_table_by_close(tmp_path):
+    rows = [
+        {"check": "finite", "rank": 1, "step": 7, "rows": "a, b"},
+        {"check": "text_loss", "rank": 0, "step": 9, "rows": "c", "saved_to": "bad/9.pt"},
+    ]
+    with start(tmp_path, wandb_mode="offline") as tracker:
+        for row in rows:
+            tracker.failures([row])
+        assert strict_rows(tmp_path / "guard_failures.jsonl") == [{"global_step": r["step"], **r} for r in rows]
+        tracker.alert("loss check failed", "finite on rank 1")
+
+    # The first failure is sent at once, the second waits for close because of the interval.
+    tables = sorted(tmp_path.glob("wandb/offline-run-*/files/media/table/guard/failures_*.table.json"))
+    assert len(tables) == 2
+    assert json.loads(tables[-1].read_text()) == {
+        "columns": ["global_step", "check", "rank", "step", "rows", "saved_to"],
+        "data": [[7, "finite", 1, 7, "a, b", None], [9, "text_loss", 0, 9, "c", "bad/9.pt"]],
+    }
+    names = {name.removesuffix("/_type") for row in wandb_history(tmp_path) for name in row}
+    assert any(name.startswith("guard/failures") for name in names)
+    alerts = [r.alert for r in wandb_records(tmp_path) if r.WhichOneof("record_type") == "alert"]
+    assert [(alert.title, alert.text, alert.level) for alert in alerts] == [
+        ("loss check failed", "finite on rank 1", "WARN")
+    ]
+
+
+@pytest.mark.parametrize("text_losses", [[0.0], [0.0, 0.0, 0.0], [2.0, 1e-6, 0.0, math.nan, 0.0], [math.nan]])
+def test_plot_of_few_points_zero_and_nan(tmp_path, text_losses):
+    with start(tmp_path) as tracker:
+        for step, text_loss in enumerate(text_losses, start=1):
+            tracker.log(step_metrics(step, text_loss), step)
+    assert_png(tmp_path / "loss.png")
+    draw_curves(tmp_path / "metrics.jsonl", tmp_path / "again.png", title="a $cost$ of 5_000 $")
+    assert_png(tmp_path / "again.png")
+
+
+def test_plot_follows_validation_but_not_every_one(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(tracking, "draw_history", lambda *args: drawn.append(args))
+    with start(tmp_path) as tracker:
+        tracker.log(step_metrics(1), 1)
+        assert len(drawn) == 0
+        tracker.log({"eval/loss": 5.0}, 1)
+        tracker.log({"eval/loss": 4.9}, 2)
+        assert len(drawn) == 1
+    assert len(drawn) == 2
+
+
+def test_curves_need_losses(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"global_step": 1, "perf/step_sec": 0.5}\n')
+    with pytest.raises(ValueError, match="no losses to draw"):
+        draw_curves(tmp_path / "metrics.jsonl", tmp_path / "loss.png", title="run")
+
+
+def test_smoothing_keeps_zero_and_skips_nan():
+    values = curves.np.array([0.0] * 60 + [math.nan] + [0.0] * 60 + [3.0] * 60)
+    smoothed = curves._smooth(values)
+    assert smoothed.shape == values.shape
+    assert (smoothed[:110] == 0.0).all() and smoothed[-1] == 3.0
+
+
+def test_plain_lines_where_stderr_is_no_terminal(tmp_path, capsys, monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(tracking.time, "monotonic", lambda: clock[0])
+    with start(tmp_path) as tracker:
+        for step in range(1, 41):
+            clock[0] += 1.0
+            tracker.progress(step, loss=5.0 - step / 100, lr=1e-4, tok_per_sec=1234.4)
+        tracker.message("step 40: validation  loss 4.7000")
+        clock[0] += 1.0
+        tracker.progress(41)
+    err = capsys.readouterr().err
+    assert "\r" not in err
+    lines = err.splitlines()
+    assert [line.split()[1] for line in lines if line.startswith("step ") and "/" in line.split()[1]] == [
+        *(f"{step}/150" for step in range(1, 41, 5)),
+        "41/150",
+    ]
+    assert lines[0] == "step 1/150  loss 4.9900  lr 1.00e-04  1234 tok/s  ETA 02:29"
+    assert "step 40: validation  loss 4.7000" in lines
+    # The last step is printed at close, with the figures known last.
+    assert "step 41/150  loss 4.6000  lr 1.00e-04  1234 tok/s  ETA 01:49" in lines
+
+
+def test_progress_bar_on_a_terminal(tmp_path, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("COLUMNS", "120")
+    with start(tmp_path, first_step=10) as tracker:
+        for step in range(11, 151):
+            tracker.progress(step, loss=5.0)
+        tracker.message("between")
+    shown = terminal.getvalue()
+    assert "10/150" in shown and "150/150" in shown and "loss 5.0000" in shown
+    assert "\nbetween\n" in shown.replace("\r", "\n")
+
+
+def test_disabled_imports_neither_wandb_nor_matplotlib_nor_torch(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from higgs_ds.report.tracking import open_tracker\n"
+        "with open_tracker(Path(sys.argv[1]), config={}, total_steps=1, run_name=None, wandb_project=None,\n"
+        "                  wandb_mode='disabled') as tracker:\n"
+        "    tracker.log({'train/lr': 1.0}, 1); tracker.failures([{'check': 'finite'}]); tracker.alert('a', 'b')\n"
+        "print(*sorted({'wandb', 'matplotlib', 'torch', 'deepspeed'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "run")], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == ""
+    assert not (tmp_path / "run" / "wandb").exists()
+    assert len(strict_rows(tmp_path / "run" / "metrics.jsonl")) == 1
+
+
+def test_modes(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"--wandb_mode is 'ofline'; use one of auto, online, offline, disabled"):
+        start(tmp_path, wandb_mode="ofline")
+    with pytest.raises(ValueError, match=r"no W&B API key; run `wandb login`, set WANDB_API_KEY"):
+        start(tmp_path, wandb_mode="online")
+    monkeypatch.setenv("WANDB_MODE", "nope")
+    with pytest.raises(ValueError, match="environment variable WANDB_MODE is 'nope'"):
+        start(tmp_path, wandb_mode="auto")
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    start(tmp_path, wandb_mode="auto").close()
+    assert not (tmp_path / "wandb").exists()
+
+
+def test_auto_is_online_with_a_key(tmp_path, monkeypatch):
+    import wandb
+
+    asked = {}
+
+    def init(**options):
+        asked.update(options)
+        raise wandb.errors.CommError("no route to host")
+
+    (tmp_path / "metrics.jsonl").write_text('{"global_step": 1}\n')
+    monkeypatch.setenv("WANDB_API_KEY", API_KEY)
+    monkeypatch.setattr(wandb, "init", init)
+    with pytest.raises(ConfigError, match=r"W&B could not start \(CommError: no route to host\).*--wandb_mode offline"):
+        start(tmp_path, wandb_mode="auto")
+    assert (asked["mode"], asked["project"], asked["name"]) == ("online", "higgs-ds", "test run")
+    # The run did not start: what an earlier one left is untouched.
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"global_step": 1}\n'
+
+
+def test_a_malformed_key_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "short")
+    with pytest.raises(ConfigError, match=r"W&B could not start .*WANDB_API_KEY"):
+        start(tmp_path, wandb_mode="online")
+
+
+def test_wandb_that_is_not_installed_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match=r"cannot import wandb.*--wandb_mode disabled"):
+        start(tmp_path, wandb_mode="offline")

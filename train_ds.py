@@ -13,9 +13,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from higgs_ds.config import ConfigError, TrainConfig, parse_args
+from higgs_ds.config import TrainConfig
 from higgs_ds.distributed.allocator import grow_segments
 from higgs_ds.distributed.ds_config import read_deepspeed_config, resolve
+from higgs_ds.errors import ConfigError
+from higgs_ds.parse import parse_args
 from higgs_ds.process import end_process
 
 if TYPE_CHECKING:
@@ -34,7 +36,7 @@ def main(argv: list[str], *, check_only: bool = False) -> int:
     try:
         # 1. Parse: every wrong flag and YAML key, before torch is imported.
         config = parse_args(argv)
-        ds_raw = read_deepspeed_config(config.deepspeed_config)
+        ds_raw = read_deepspeed_config(config.run.deepspeed_config)
         grow_segments()
         return run(config, ds_raw, check_only=check_only)
     except ConfigError as error:
@@ -50,14 +52,14 @@ def run(config: TrainConfig, ds_raw: dict, *, check_only: bool) -> int:
     from higgs_ds.run_dir import lock_run_dir, prepare_run_dir
 
     # 2. Distribute: this process among the other ranks, in a folder that is this run's alone.
-    ranks = start_ranks(deterministic=config.deterministic)
-    ranks.seed(config.seed)
-    output_dir = Path(config.output_dir)
-    may_hold_a_run = check_only or config.resume != "none"
+    ranks = start_ranks(deterministic=config.run.deterministic)
+    ranks.seed(config.optim.seed)
+    output_dir = Path(config.run.output_dir)
+    may_hold_a_run = check_only or config.run.resume != "none"
     alone = ranks.is_main and not check_only
-    with Watch(ranks, stall_timeout_sec=config.stall_timeout_sec) as watch:
+    with Watch(ranks, stall_timeout_sec=config.run.stall_timeout_sec) as watch:
         try:
-            check_stall_timeout(config.stall_timeout_sec, on_gpu=ranks.device.type == "cuda")
+            check_stall_timeout(config.run.stall_timeout_sec, on_gpu=ranks.device.type == "cuda")
             ranks.each(lambda: prepare_run_dir(output_dir, may_hold_a_run=may_hold_a_run))
             with ranks.each(lambda: lock_run_dir(output_dir) if alone else contextlib.nullcontext()):
                 return train(config, ds_raw, ranks, watch, check_only=check_only)
@@ -91,29 +93,29 @@ def train(config: TrainConfig, ds_raw: dict, ranks: Ranks, watch: Watch, *, chec
 
     stop = StopSignal()
     say = partial(print, flush=True) if ranks.is_main else lambda *_, **__: None
-    output_dir = Path(config.output_dir)
-    resumed, notes = ranks.each(lambda: checkpoint.find_checkpoint(config.resume, output_dir))
+    output_dir = Path(config.run.output_dir)
+    resumed, notes = ranks.each(lambda: checkpoint.find_checkpoint(config.run.resume, output_dir))
     watch.untimed("finding the base checkpoint")
-    checkpoint_files = ranks.each(lambda: model.open_base(config.base_ckpt, config.base_revision))
+    checkpoint_files = ranks.each(lambda: model.open_base(config.model.base_ckpt, config.model.base_revision))
     base_dir, model_config, tokenizer = checkpoint_files.folder, checkpoint_files.config, checkpoint_files.tokenizer
     notes += checkpoint_files.notes
-    padding_free = config.forward_impl == "padding_free"
+    padding_free = config.model.forward_impl == "padding_free"
     if padding_free:
         ranks.each(lambda: check_supported(model_config))
     weights = LossWeights.of(
-        config.text_loss_weight,
-        config.audio_loss_weight,
-        config.codebook_weights,
+        config.loss.text_loss_weight,
+        config.loss.audio_loss_weight,
+        config.loss.codebook_weights,
         model_config.audio_num_codebooks,
     )
-    config.batch_size, config.max_tokens_per_batch = micro_batches.settle_micro_batches(
-        config.batch_size,
-        config.max_tokens_per_batch,
+    config.optim.batch_size, config.optim.max_tokens_per_batch = micro_batches.settle_micro_batches(
+        config.optim.batch_size,
+        config.optim.max_tokens_per_batch,
         device_type=ranks.device.type,
         resumed=resumed.position.config if resumed else None,
     )
     if resumed:
-        config.grad_accum = ranks.each(lambda: checkpoint.keep_global_batch(resumed, config, ranks.world_size))
+        config.optim.grad_accum = ranks.each(lambda: checkpoint.keep_global_batch(resumed, config, ranks.world_size))
     ds_config = resolve(
         ds_raw,
         config,
@@ -124,8 +126,10 @@ def train(config: TrainConfig, ds_raw: dict, ranks: Ranks, watch: Watch, *, chec
 
     # 3. Data: every row checked and every clip encoded once, before anything large is loaded.
     watch.untimed("opening the codec")
-    codec = ranks.each(lambda: load_codec(config.codec, config.codec_revision, device=str(ranks.device), warn=say))
-    cache = ranks.each(lambda: CodeCache(config.codes_cache or output_dir / "codes_cache", codec))
+    codec = ranks.each(
+        lambda: load_codec(config.data.codec, config.data.codec_revision, device=str(ranks.device), warn=say)
+    )
+    cache = ranks.each(lambda: CodeCache(config.data.codes_cache or output_dir / "codes_cache", codec))
     collator = Collator.of(model_config, with_layout=padding_free)
     rehearsed = rehearsal.is_wanted(ranks.device)
     watch.at(0, "reading manifests, encoding clips")
@@ -134,28 +138,28 @@ def train(config: TrainConfig, ds_raw: dict, ranks: Ranks, watch: Watch, *, chec
         cache=cache,
         num_codebooks=model_config.audio_num_codebooks,
         codebook_size=model_config.audio_codebook_size,
-        max_duration_sec=config.max_duration_sec,
-        skip_bad_rows=config.skip_bad_rows,
+        max_duration_sec=config.data.max_duration_sec,
+        skip_bad_rows=config.data.skip_bad_rows,
         ranks=ranks,
         warn=say,
         moved=watch.moved,
-        lengths=LengthIndex(cache, tokenizer, collator) if config.max_tokens_per_batch or rehearsed else None,
-        max_tokens=config.max_tokens_per_batch,
+        lengths=LengthIndex(cache, tokenizer, collator) if config.optim.max_tokens_per_batch or rehearsed else None,
+        max_tokens=config.optim.max_tokens_per_batch,
     )
-    train_rows, val_rows = read([m for m in (config.train_manifest, config.val_manifest) if m])
+    train_rows, val_rows = read([m for m in (config.data.train_manifest, config.data.val_manifest) if m])
     codec.release()  # every clip has its codes: the model may have the memory
     plan = make_plan(
         len(train_rows),
         train_rows.tokens,
-        batch_size=config.batch_size,
-        max_tokens=config.max_tokens_per_batch,
-        grad_accum=config.grad_accum,
+        batch_size=config.optim.batch_size,
+        max_tokens=config.optim.max_tokens_per_batch,
+        grad_accum=config.optim.grad_accum,
         world_size=ranks.world_size,
-        seed=config.seed,
+        seed=config.optim.seed,
         round_to=1 if padding_free else collator.round_to,
     )
     first_step = resumed.position.step + 1 if resumed else 1
-    total_steps = first_step if check_only else plan.total_steps(config.epochs, config.max_steps)
+    total_steps = first_step if check_only else plan.total_steps(config.optim.epochs, config.optim.max_steps)
     notes += checkpoint.changed_settings(resumed, config.as_dict(), len(train_rows))
     say("\n".join([*notes, f"resuming after step {first_step - 1}" if resumed else "a fresh start"]))
 
@@ -163,55 +167,55 @@ def train(config: TrainConfig, ds_raw: dict, ranks: Ranks, watch: Watch, *, chec
 
     def batches(rows, windows):
         dataset = MicroBatches(rows, tokenizer, cache, collator)
-        return load_windows(dataset, windows, num_workers=config.num_workers, pin_memory=on_gpu)
+        return load_windows(dataset, windows, num_workers=config.data.num_workers, pin_memory=on_gpu)
 
     host = socket.gethostname()
     check_memory = partial(
         check_shared_memory,
         MicroBatches(train_rows, tokenizer, cache, collator),
-        num_workers=config.num_workers * (2 if val_rows else 1),
-        batch_size=config.batch_size,
-        max_tokens=config.max_tokens_per_batch,
-        kept=0 if on_gpu else config.grad_accum,
+        num_workers=config.data.num_workers * (2 if val_rows else 1),
+        batch_size=config.optim.batch_size,
+        max_tokens=config.optim.max_tokens_per_batch,
+        kept=0 if on_gpu else config.optim.grad_accum,
         ranks_here=ranks.gather(host).count(host),
     )
     ranks.each(check_memory)
 
     def validation():
-        budget = {"tokens": val_rows.tokens, "max_tokens": config.max_tokens_per_batch}
-        windows = evaluation_windows(len(val_rows), config.batch_size, ranks.rank, ranks.world_size, **budget)
+        budget = {"tokens": val_rows.tokens, "max_tokens": config.optim.max_tokens_per_batch}
+        windows = evaluation_windows(len(val_rows), config.optim.batch_size, ranks.rank, ranks.world_size, **budget)
         return batches(val_rows, windows)
 
     # 4. Model: base weights, LoRA, engine, guard.
     watch.untimed("loading the model")
     with loading(ds_config):
-        base = model.load_base(base_dir, model_config, config.dtype)
+        base = model.load_base(base_dir, model_config, config.model.dtype)
     lora_model = model.attach_lora(
         base,
-        rank=config.lora_r,
-        alpha=config.lora_alpha,
-        dropout=config.lora_dropout,
-        target_modules=config.lora_target_modules,
-        seed=config.seed,
-        base_name=config.base_ckpt,
-        base_revision=config.base_revision,
+        rank=config.lora.lora_r,
+        alpha=config.lora.lora_alpha,
+        dropout=config.lora.lora_dropout,
+        target_modules=config.lora.lora_target_modules,
+        seed=config.optim.seed,
+        base_name=config.model.base_ckpt,
+        base_revision=config.model.base_revision,
     )
     if resumed:
         ranks.each(lambda: model.set_lora(lora_model, resumed.adapter, str(resumed.folder)))
-    elif config.init_adapter:
-        adapter = ranks.each(lambda: model.read_adapter(Path(config.init_adapter)))
-        ranks.each(lambda: model.set_lora(lora_model, adapter, f"--init_adapter {config.init_adapter}"))
+    elif config.lora.init_adapter:
+        adapter = ranks.each(lambda: model.read_adapter(Path(config.lora.init_adapter)))
+        ranks.each(lambda: model.set_lora(lora_model, adapter, f"--init_adapter {config.lora.init_adapter}"))
     engine = Engine(
         training_forward(
             lora_model,
             model_config,
-            forward_impl=config.forward_impl,
-            loss_impl=config.loss_impl,
-            checkpoint_every=config.checkpoint_every,
+            forward_impl=config.model.forward_impl,
+            loss_impl=config.loss.loss_impl,
+            checkpoint_every=config.model.checkpoint_every,
         ),
         ds_config,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
+        weight_decay=config.optim.weight_decay,
+        max_grad_norm=config.optim.max_grad_norm,
     )
     guard = Guard(
         rank=ranks.rank,
@@ -223,23 +227,25 @@ def train(config: TrainConfig, ds_raw: dict, ranks: Ranks, watch: Watch, *, chec
     if resumed:
         any_batch = MicroBatches(train_rows, tokenizer, cache, collator)[MicroBatch((0,))]
         engine.load_state(resumed.state, any_batch.model_inputs(ranks.device))
-        checkpoint.restore_rng(resumed.rng, ranks, config.seed + resumed.position.step)
-    say(plan.describe(total_steps), engine.describe(config.dtype), sep="\n")
+        checkpoint.restore_rng(resumed.rng, ranks, config.optim.seed + resumed.position.step)
+    say(plan.describe(total_steps), engine.describe(config.model.dtype), sep="\n")
     note = micro_batches.launch_bound_note(
         plan.mean_tokens(train_rows.tokens),
         device_type=ranks.device.type,
-        batch_size=config.batch_size,
-        max_tokens=config.max_tokens_per_batch,
-        grad_accum=config.grad_accum,
+        batch_size=config.optim.batch_size,
+        max_tokens=config.optim.max_tokens_per_batch,
+        grad_accum=config.optim.grad_accum,
     )
     if note:
         say(note)
     if rehearsed:
         watch.at(first_step - 1, "rehearsing the dearest micro-batch")
-        last_step = plan.total_steps(config.epochs, config.max_steps)  # also where only one step is checked
+        last_step = plan.total_steps(config.optim.epochs, config.optim.max_steps)  # also where only one step is checked
         rows = plan.dearest(train_rows.tokens, first_step, max(first_step, last_step), padded=not padding_free)
         batch = MicroBatches(train_rows, tokenizer, cache, collator)[MicroBatch(rows)]
-        advice = rehearsal.Advice(config.batch_size, config.max_tokens_per_batch, config.checkpoint_every, engine.stage)
+        advice = rehearsal.Advice(
+            config.optim.batch_size, config.optim.max_tokens_per_batch, config.model.checkpoint_every, engine.stage
+        )
         took = rehearsal.rehearse(engine, ranks, guard, batch, advice)
         if took:
             say(took)
@@ -253,15 +259,15 @@ def train(config: TrainConfig, ds_raw: dict, ranks: Ranks, watch: Watch, *, chec
             config=config.as_dict() | {"world_size": ranks.world_size, "deepspeed": ds_config},
             total_steps=total_steps,
             first_step=first_step - 1,
-            run_name=config.run_name,
-            wandb_project=config.wandb_project,
-            wandb_mode=config.wandb_mode,
+            run_name=config.run.run_name,
+            wandb_project=config.run.wandb_project,
+            wandb_mode=config.run.wandb_mode,
         )
         run_dir.write_resolved(output_dir, config.as_dict(), ds_config)
         return tracker
 
     writer = checkpoint.CheckpointWriter(
-        output_dir / "checkpoints", keep_last=config.keep_last, lora=lora_model.peft_config["default"]
+        output_dir / "checkpoints", keep_last=config.run.keep_last, lora=lora_model.peft_config["default"]
     )
 
     watch.before_end.append(writer.finish)
@@ -293,20 +299,20 @@ def train(config: TrainConfig, ds_raw: dict, ranks: Ranks, watch: Watch, *, chec
                 weights=weights,
                 learning_rate=partial(
                     learning_rate,
-                    peak=config.lr,
+                    peak=config.optim.lr,
                     total_steps=total_steps,
-                    warmup_ratio=config.warmup_ratio,
-                    shape=config.lr_scheduler,
+                    warmup_ratio=config.optim.warmup_ratio,
+                    shape=config.optim.lr_scheduler,
                 ),
-                on_bad_loss="raise" if check_only else config.on_bad_loss,
-                log_every=config.log_every,
+                on_bad_loss="raise" if check_only else config.loss.on_bad_loss,
+                log_every=config.run.log_every,
                 total_steps=total_steps,
                 first_step=first_step,
-                eval_every=config.eval_every or plan.steps_per_epoch,
+                eval_every=config.run.eval_every or plan.steps_per_epoch,
                 validation=validation if val_rows else None,
                 tracker=tracker,
                 save=None if check_only else save,
-                save_every=config.save_every,
+                save_every=config.run.save_every,
                 raise_if_save_failed=writer.raise_if_failed,
                 stop_requested=stop.requested,
                 at=watch.at,
@@ -344,8 +350,8 @@ def train(config: TrainConfig, ds_raw: dict, ranks: Ranks, watch: Watch, *, chec
         say(f"adapter: {saved}")
         on_cpu = "" if on_gpu else "DS_ACCELERATOR=cpu "
         say(
-            f"listen:  {on_cpu}python -m higgs_ds generate --base_ckpt {config.base_ckpt} --adapter {saved} "
-            f"--codec {config.codec} --text '…' --output_file speech.wav"
+            f"listen:  {on_cpu}python -m higgs_ds generate --base_ckpt {config.model.base_ckpt} --adapter {saved} "
+            f"--codec {config.data.codec} --text '…' --output_file speech.wav"
         )
     return leave_ranks(EXIT_OK)
 

@@ -211,11 +211,12 @@ def engine_of(case: Case, config, ranks):
     """The model with random weights on this rank's device, LoRA on it, under DeepSpeed; and its frozen parameters."""
     import torch
 
-    from higgs_ds.config import DEFAULT_LORA_TARGETS, parse_args
+    from higgs_ds.config import DEFAULT_LORA_TARGETS
     from higgs_ds.distributed.ds_config import resolve
     from higgs_ds.distributed.engine import Engine, loading
     from higgs_ds.model import base as model
     from higgs_ds.model.forward import HiggsAudioForTraining, training_forward
+    from higgs_ds.parse import parse_args
 
     forward_impl = "padding_free" if case.forward == "compiled" else case.forward
     flags = parse_args(["--train_manifest", "x", "--output_dir", "x", "--dtype", "bf16"])

@@ -137,13 +137,14 @@ def work_as_rank(args: argparse.Namespace, work: Path) -> None:
 
     from higgs_ds.batching.batch_plan import TokenPlan
     from higgs_ds.batching.collate import Collator
-    from higgs_ds.config import DEFAULT_LORA_TARGETS, parse_args
+    from higgs_ds.config import DEFAULT_LORA_TARGETS
     from higgs_ds.distributed.ds_config import resolve
     from higgs_ds.distributed.engine import Engine, leave_ranks, loading, start_ranks
     from higgs_ds.guard import Guard
     from higgs_ds.loss import LossWeights
     from higgs_ds.model import base as model
     from higgs_ds.model.forward import training_forward
+    from higgs_ds.parse import parse_args
     from higgs_ds.process import end_process
     from higgs_ds.trainer import Trainer
 

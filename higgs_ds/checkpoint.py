@@ -20,8 +20,9 @@ from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from .config import ConfigError, TrainConfig
+from .config import TrainConfig
 from .distributed.engine import Engine, OptimizerState, Ranks
+from .errors import ConfigError
 
 CHECKSUMS = "checksums.json"
 LAST_WRITE_SEC = 25.0
@@ -247,32 +248,32 @@ def keep_global_batch(resumed: Checkpoint, config: TrainConfig, world_size: int)
     position = resumed.position
     saved = position.config
     problems = [
-        f"--resume: --{name} is {getattr(config, name)}, the checkpoint has {saved.get(name)}; it cannot change"
+        f"--resume: --{name} is {config.get(name)}, the checkpoint has {saved.get(name)}; it cannot change"
         for name in SHAPE_OPTIONS
-        if getattr(config, name) != saved.get(name)
+        if config.get(name) != saved.get(name)
     ]
-    if (config.max_tokens_per_batch is None) != (saved.get("max_tokens_per_batch") is None):
-        now, then = ("rows", "tokens") if config.max_tokens_per_batch is None else ("tokens", "rows")
+    if (config.optim.max_tokens_per_batch is None) != (saved.get("max_tokens_per_batch") is None):
+        now, then = ("rows", "tokens") if config.optim.max_tokens_per_batch is None else ("tokens", "rows")
         problems.append(
-            f"--resume: --max_tokens_per_batch is {config.max_tokens_per_batch}, the checkpoint has "
+            f"--resume: --max_tokens_per_batch is {config.optim.max_tokens_per_batch}, the checkpoint has "
             f"{saved.get('max_tokens_per_batch')}; batches cut by {now} cannot go on where those by {then} stopped"
         )
-    elif config.max_tokens_per_batch is not None:
+    elif config.optim.max_tokens_per_batch is not None:
         if position.micro_batches_per_step % world_size:
             problems.append(
                 f"--resume: the checkpoint's global batch of {position.micro_batches_per_step} micro-batches is no "
                 f"multiple of {world_size} ranks"
             )
-    elif position.rows_per_step % (config.batch_size * world_size):
+    elif position.rows_per_step % (config.optim.batch_size * world_size):
         problems.append(
             f"--resume: the checkpoint's global batch of {position.rows_per_step} rows is no multiple of "
-            f"--batch_size {config.batch_size} × {world_size} ranks"
+            f"--batch_size {config.optim.batch_size} × {world_size} ranks"
         )
     if problems:
         raise ConfigError(problems)
-    if config.max_tokens_per_batch is not None:
+    if config.optim.max_tokens_per_batch is not None:
         return position.micro_batches_per_step // world_size
-    return position.rows_per_step // (config.batch_size * world_size)
+    return position.rows_per_step // (config.optim.batch_size * world_size)
 
 
 def changed_settings(resumed: Checkpoint | None, config: dict, num_rows: int) -> list[str]:

@@ -7,8 +7,9 @@ import os
 import sys
 from pathlib import Path
 
-from .config import DEFAULT_BASE, DEFAULT_CODEC, ConfigError
+from .config import DEFAULT_BASE, DEFAULT_CODEC
 from .corpus.audio import AudioError
+from .errors import ConfigError
 
 EXIT_OK, EXIT_FAILED, EXIT_CONFIG = 0, 1, 2
 

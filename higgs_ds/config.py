@@ -1,21 +1,15 @@
-"""Every option of a training run: one dataclass, filled from defaults, YAML and flags, checked once and completely.
+"""Every option of a training run, in sections that travel whole, and what must hold between them; `parse` fills them.
 
 Nothing here imports torch, so that a wrong flag is reported in a fraction of a second.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import difflib
-import math
-import re
-import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import yaml
+from typing import NamedTuple
 
 DEFAULT_BASE = "bosonai/higgs-audio-v2-generation-3B-base"
 # One repository, which the hub knows by both of its names.
@@ -46,126 +40,45 @@ ALIASES = {
 }
 
 
-class ConfigError(ValueError):
-    """What is wrong with flags, YAML or DeepSpeed JSON: all problems at once, one a line."""
-
-    def __init__(self, problems: list[str]):
-        self.problems = problems
-        super().__init__("\n".join(problems))
-
-
-def _option(default, section: str, text: str, **extra):
-    metadata = {"section": section, "help": text, **extra}
+def _option(default, text: str, **rules):
+    """A field with its help and the rules that a value must meet: choices, least, above, below, required."""
+    metadata = {"help": text, **rules}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
 @dataclass
-class TrainConfig:
-    """The options of `train_ds.py`; a field is a flag (`--name`) and a YAML key of the same name."""
+class DataOptions:
+    """What is trained on, and where its codes are kept."""
 
-    train_manifest: str | None = _option(None, "data", "JSON or JSONL manifest of training rows", required=True)
-    val_manifest: str | None = _option(None, "data", "manifest of validation rows")
-    codec: str = _option(
-        DEFAULT_CODEC, "data", "Higgs audio tokenizer (hub id or folder), or a folder of the sample codec"
-    )
-    codec_revision: str | None = _option(
-        None, "data", f"revision of a hub codec (Boson's: {DEFAULT_CODEC_REVISION[:12]}…)"
-    )
+    train_manifest: str | None = _option(None, "JSON or JSONL manifest of training rows", required=True)
+    val_manifest: str | None = _option(None, "manifest of validation rows")
+    codec: str = _option(DEFAULT_CODEC, "Higgs audio tokenizer (hub id or folder), or a folder of the sample codec")
+    codec_revision: str | None = _option(None, f"revision of a hub codec (Boson's: {DEFAULT_CODEC_REVISION[:12]}…)")
     codes_cache: str | None = _option(
-        None, "data", "folder of the clips' codes; several runs may share one (default: codes_cache in --output_dir)"
+        None, "folder of the clips' codes; several runs may share one (default: codes_cache in --output_dir)"
     )
-    max_duration_sec: float = _option(30.0, "data", "longest clip that is accepted, seconds", above=0)
-    skip_bad_rows: bool = _option(False, "data", "train without the rows that fail their check, and say which")
-    num_workers: int = _option(2, "data", "processes a rank that prepare batches (0: the training process)", least=0)
+    max_duration_sec: float = _option(30.0, "longest clip that is accepted, seconds", above=0)
+    skip_bad_rows: bool = _option(False, "train without the rows that fail their check, and say which")
+    num_workers: int = _option(2, "processes a rank that prepare batches (0: the training process)", least=0)
 
-    base_ckpt: str = _option(DEFAULT_BASE, "model", "base checkpoint: hub id or folder, boson_multimodal layout")
-    base_revision: str | None = _option(
-        None, "model", f"revision of a hub checkpoint (Boson's: {DEFAULT_BASE_REVISION[:12]}…)"
-    )
-    dtype: str = _option("bf16", "model", "what the model computes in", choices=("bf16", "fp16", "fp32"))
-    lora_r: int = _option(16, "model", "LoRA rank", least=1)
-    lora_alpha: float = _option(32.0, "model", "LoRA alpha; updates are scaled by alpha / r", above=0)
-    lora_dropout: float = _option(0.05, "model", "dropout before the LoRA branch", least=0, below=1)
-    lora_target_modules: list[str] = _option(
-        list(DEFAULT_LORA_TARGETS), "model", "names of the linear layers that get LoRA, by suffix"
-    )
+
+@dataclass
+class ModelOptions:
+    """The base checkpoint, and how it is computed."""
+
+    base_ckpt: str = _option(DEFAULT_BASE, "base checkpoint: hub id or folder, boson_multimodal layout")
+    base_revision: str | None = _option(None, f"revision of a hub checkpoint (Boson's: {DEFAULT_BASE_REVISION[:12]}…)")
+    dtype: str = _option("bf16", "what the model computes in", choices=("bf16", "fp16", "fp32"))
     forward_impl: str = _option(
         "padding_free",
-        "model",
         "padding_free: real tokens alone, without waiting for the GPU; upstream: boson_multimodal's own forward",
         choices=("padding_free", "upstream"),
     )
     activation_checkpointing: str = _option(
         "none",
-        "model",
         "decoder layers whose activations are recomputed in the backward: none, full, or N for every N-th",
-    )
-
-    # None: not given. Which of the two holds then is settled once the device is known: see `micro_batches`.
-    batch_size: int | None = _option(None, "optimisation", "rows a rank and micro-batch (default on a CPU: 1)", least=1)
-    max_tokens_per_batch: int | None = _option(
-        None,
-        "optimisation",
-        "micro-batches of at most so many tokens, of rows of similar length, instead of --batch_size rows "
-        "(default on a GPU, where --batch_size is not given: 16384)",
-        least=1,
-    )
-    grad_accum: int = _option(1, "optimisation", "micro-batches an optimizer step", least=1)
-    epochs: float = _option(1.0, "optimisation", "passes over the training rows", above=0)
-    max_steps: int | None = _option(None, "optimisation", "stop after this many optimizer steps", least=1)
-    lr: float = _option(2e-4, "optimisation", "peak learning rate of AdamW", above=0)
-    lr_scheduler: str = _option(
-        "cosine", "optimisation", "shape after warm-up", choices=("cosine", "linear", "constant")
-    )
-    warmup_ratio: float = _option(0.03, "optimisation", "share of the steps that warm up", least=0, below=1)
-    weight_decay: float = _option(0.0, "optimisation", "AdamW weight decay of the LoRA weights", least=0)
-    max_grad_norm: float = _option(1.0, "optimisation", "gradient clipping, 0 for none", least=0)
-    seed: int = _option(42, "optimisation", "LoRA initialisation, order of the data, dropout", least=0)
-
-    text_loss_weight: float = _option(1.0, "loss", "weight of the text head's mean cross-entropy", least=0)
-    audio_loss_weight: float = _option(1.0, "loss", "weight of the audio head's mean cross-entropy", least=0)
-    codebook_weights: list[float] | None = _option(
-        None, "loss", "one weight a codebook, scaled to sum 1 (default: equal)"
-    )
-    loss_impl: str = _option(
-        "fused",
-        "loss",
-        "fused: labelled rows in chunks, for frozen heads; reference: plain cross-entropy on their logits",
-        choices=("fused", "reference"),
-    )
-    on_bad_loss: str = _option(
-        "raise", "loss", "a failed loss check ends the run (code 3) or drops the step", choices=("raise", "skip")
-    )
-
-    deepspeed_config: str = _option(
-        "ds_configs/zero2.json", "run", "DeepSpeed JSON; swap the file to swap the ZeRO stage"
-    )
-    output_dir: str | None = _option(None, "run", "where the run's files go", required=True)
-    log_every: int = _option(1, "run", "optimizer steps between two logged points", least=1)
-    eval_every: int | None = _option(
-        None, "run", "optimizer steps between two validations (default: once an epoch)", least=1
-    )
-    save_every: int | None = _option(None, "run", "optimizer steps between two checkpoints (default: none)", least=1)
-    keep_last: int = _option(3, "run", "checkpoints that are kept; older ones are removed", least=1)
-    resume: str = _option(
-        "none", "run", "auto: go on from the newest whole checkpoint of --output_dir; none; or a checkpoint's folder"
-    )
-    stall_timeout_sec: float = _option(
-        300.0,
-        "run",
-        "seconds without progress on any rank, after which all ranks end and say who is stuck; below 600 on GPUs",
-        above=0,
-    )
-    deterministic: bool = _option(
-        False, "run", "kernels that give the same numbers twice, which a GPU's fastest do not; slower"
-    )
-    init_adapter: str | None = _option(None, "model", "start from this adapter's weights: a new run, not a resume")
-    run_name: str | None = _option(None, "run", "name of the run in W&B and on the plot")
-    wandb_project: str | None = _option(None, "run", "W&B project (default: higgs-ds)")
-    wandb_mode: str = _option(
-        "auto", "run", "auto: online with a key, else offline", choices=("auto", "online", "offline", "disabled")
     )
 
     @property
@@ -173,9 +86,131 @@ class TrainConfig:
         """`activation_checkpointing` as a number: 0 for none, 1 for every layer, N for every N-th."""
         return {"none": 0, "full": 1}.get(self.activation_checkpointing) or _whole(self.activation_checkpointing)
 
+
+@dataclass
+class LoraOptions:
+    """What trains."""
+
+    lora_r: int = _option(16, "LoRA rank", least=1)
+    lora_alpha: float = _option(32.0, "LoRA alpha; updates are scaled by alpha / r", above=0)
+    lora_dropout: float = _option(0.05, "dropout before the LoRA branch", least=0, below=1)
+    lora_target_modules: list[str] = _option(
+        list(DEFAULT_LORA_TARGETS), "names of the linear layers that get LoRA, by suffix"
+    )
+    init_adapter: str | None = _option(None, "start from this adapter's weights: a new run, not a resume")
+
+
+@dataclass
+class OptimOptions:
+    """Batches, steps and AdamW."""
+
+    # None: not given. Which of the two holds then is settled once the device is known: see `micro_batches`.
+    batch_size: int | None = _option(None, "rows a rank and micro-batch (default on a CPU: 1)", least=1)
+    max_tokens_per_batch: int | None = _option(
+        None,
+        "micro-batches of at most so many tokens, of rows of similar length, instead of --batch_size rows "
+        "(default on a GPU, where --batch_size is not given: 16384)",
+        least=1,
+    )
+    grad_accum: int = _option(1, "micro-batches an optimizer step", least=1)
+    epochs: float = _option(1.0, "passes over the training rows", above=0)
+    max_steps: int | None = _option(None, "stop after this many optimizer steps", least=1)
+    lr: float = _option(2e-4, "peak learning rate of AdamW", above=0)
+    lr_scheduler: str = _option("cosine", "shape after warm-up", choices=("cosine", "linear", "constant"))
+    warmup_ratio: float = _option(0.03, "share of the steps that warm up", least=0, below=1)
+    weight_decay: float = _option(0.0, "AdamW weight decay of the LoRA weights", least=0)
+    max_grad_norm: float = _option(1.0, "gradient clipping, 0 for none", least=0)
+    seed: int = _option(42, "LoRA initialisation, order of the data, dropout", least=0)
+
+
+@dataclass
+class LossOptions:
+    """Weights of the loss, and what happens where it is not real."""
+
+    text_loss_weight: float = _option(1.0, "weight of the text head's mean cross-entropy", least=0)
+    audio_loss_weight: float = _option(1.0, "weight of the audio head's mean cross-entropy", least=0)
+    codebook_weights: list[float] | None = _option(None, "one weight a codebook, scaled to sum 1 (default: equal)")
+    loss_impl: str = _option(
+        "fused",
+        "fused: labelled rows in chunks, for frozen heads; reference: plain cross-entropy on their logits",
+        choices=("fused", "reference"),
+    )
+    on_bad_loss: str = _option(
+        "raise", "a failed loss check ends the run (code 3) or drops the step", choices=("raise", "skip")
+    )
+
+
+@dataclass
+class RunOptions:
+    """Files, checkpoints, clocks and curves."""
+
+    deepspeed_config: str = _option("ds_configs/zero2.json", "DeepSpeed JSON; swap the file to swap the ZeRO stage")
+    output_dir: str | None = _option(None, "where the run's files go", required=True)
+    log_every: int = _option(1, "optimizer steps between two logged points", least=1)
+    eval_every: int | None = _option(None, "optimizer steps between two validations (default: once an epoch)", least=1)
+    save_every: int | None = _option(None, "optimizer steps between two checkpoints (default: none)", least=1)
+    keep_last: int = _option(3, "checkpoints that are kept; older ones are removed", least=1)
+    resume: str = _option(
+        "none", "auto: go on from the newest whole checkpoint of --output_dir; none; or a checkpoint's folder"
+    )
+    stall_timeout_sec: float = _option(
+        300.0,
+        "seconds without progress on any rank, after which all ranks end and say who is stuck; below 600 on GPUs",
+        above=0,
+    )
+    deterministic: bool = _option(
+        False, "kernels that give the same numbers twice, which a GPU's fastest do not; slower"
+    )
+    run_name: str | None = _option(None, "name of the run in W&B and on the plot")
+    wandb_project: str | None = _option(None, "W&B project (default: higgs-ds)")
+    wandb_mode: str = _option(
+        "auto", "auto: online with a key, else offline", choices=("auto", "online", "offline", "disabled")
+    )
+
+
+@dataclass
+class TrainConfig:
+    """The options of `train_ds.py` in sections, which travel whole. An option is a flag (`--name`) and a YAML key."""
+
+    data: DataOptions = field(default_factory=DataOptions)
+    model: ModelOptions = field(default_factory=ModelOptions)
+    lora: LoraOptions = field(default_factory=LoraOptions)
+    optim: OptimOptions = field(default_factory=OptimOptions)
+    loss: LossOptions = field(default_factory=LossOptions)
+    run: RunOptions = field(default_factory=RunOptions)
+
+    def get(self, name: str):
+        """The value of an option by its flag's name."""
+        return getattr(getattr(self, OPTIONS[name].section), name)
+
+    def set(self, name: str, value) -> None:
+        """Sets an option by its flag's name; nothing is checked."""
+        setattr(getattr(self, OPTIONS[name].section), name, value)
+
     def as_dict(self) -> dict:
-        """All options as plain values, as saved in `config.yaml`."""
-        return dataclasses.asdict(self)
+        """All options by their flags' names as plain values, as saved in `config.yaml`."""
+        return {name: self.get(name) for name in OPTIONS}
+
+
+class Option(NamedTuple):
+    """One option: where it stands, its type and its rules."""
+
+    section: str
+    hint: object  # as annotated
+    field: dataclasses.Field
+
+
+def _options() -> dict[str, Option]:
+    found: dict[str, Option] = {}
+    for section, kind in typing.get_type_hints(TrainConfig).items():
+        hints = typing.get_type_hints(kind)
+        for f in dataclasses.fields(kind):
+            assert f.name not in found, f.name
+            found[f.name] = Option(section, hints[f.name], f)
+    return found
+
+
+OPTIONS = _options()
 
 
 def _whole(text: str) -> int:
@@ -183,208 +218,42 @@ def _whole(text: str) -> int:
     return int(text) if text.isascii() and text.isdigit() else 0
 
 
-FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig)}
-_HINTS = typing.get_type_hints(TrainConfig)
-
-
-def nearest(name: str, valid) -> str:
-    """` (did you mean 'x'?)` for the closest valid name, or an empty string."""
-    close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
-    return f" (did you mean '{close[0]}'?)" if close else ""
-
-
-def _convert(name: str, value):
-    """A flag's text or a YAML value in the field's type; ValueError says what was expected."""
-    hint = _HINTS[name]
-    arms = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if type(None) in arms and (value is None or str(value).lower() in ("none", "null")):
-        return None
-    if value is None:
-        raise ValueError("needs a value")
-    kind = next(arm for arm in arms if arm is not type(None))
-    if typing.get_origin(kind) is list:
-        (item_kind,) = typing.get_args(kind)
-        items = re.split(r"[\s,]+", value.strip()) if isinstance(value, str) else value
-        if not isinstance(items, list) or not items or items == [""]:
-            raise ValueError(f"expected a list, got {value!r}")
-        return [_scalar(item_kind, item) for item in items]
-    return _scalar(kind, value)
-
-
-def _scalar(kind, value):
-    if kind is bool:
-        words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-        if isinstance(value, bool):
-            return value
-        if str(value).lower() in words:
-            return words[str(value).lower()]
-        raise ValueError(f"expected true or false, got {value!r}")
-    if kind is str:
-        if isinstance(value, (str, int, float)) and not isinstance(value, bool):
-            return str(value)
-        raise ValueError(f"expected text, got {value!r}")
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise ValueError(f"expected a number, got {value!r}")
-    try:
-        number = float(value)
-    except ValueError:
-        raise ValueError(f"expected a number, got {value!r}") from None
-    if not math.isfinite(number):
-        raise ValueError(f"expected a finite number, got {value!r}")
-    if kind is int:
-        if number != int(number):
-            raise ValueError(f"expected a whole number, got {value!r}")
-        return int(number)
-    return number
-
-
-def _range_problem(name: str, value) -> str | None:
-    rules = FIELDS[name].metadata
-    if value is None:
-        return "is required" if rules.get("required") else None
-    if "choices" in rules and value not in rules["choices"]:
-        return f"{value!r} is not one of {', '.join(rules['choices'])}"
-    if "least" in rules and value < rules["least"]:
-        return f"{value!r} is below {rules['least']}"
-    if "above" in rules and value <= rules["above"]:
-        return f"{value!r} must be above {rules['above']}"
-    if "below" in rules and value >= rules["below"]:
-        return f"{value!r} must be below {rules['below']}"
-    return None
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Flags as text: conversion and checks are done together afterwards, so that all errors show at once."""
-    parser = argparse.ArgumentParser(
-        prog="train_ds.py",
-        description="LoRA fine-tuning of Higgs Audio v2 on DeepSpeed.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", metavar="FILE.yaml", help="YAML file of the same names; flags win")
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the DeepSpeed launcher passes it
-    groups: dict[str, argparse._ArgumentGroup] = {}
-    for name, f in FIELDS.items():
-        section = f.metadata["section"]
-        group = groups.setdefault(section, parser.add_argument_group(section))
-        names = [f"--{name}"] + [f"--{alias}" for alias, target in ALIASES.items() if target == name]
-        shown = f.default if f.default is not dataclasses.MISSING else " ".join(map(str, f.default_factory()))
-        options: dict = {"dest": name, "default": argparse.SUPPRESS}
-        if _HINTS[name] is bool:
-            options |= {"nargs": "?", "const": "true"}
-        elif typing.get_origin(_HINTS[name]) is list or name == "codebook_weights":
-            options |= {"nargs": "+"}
-        choices = f.metadata.get("choices")
-        metavar = "|".join(choices) if choices else name.split("_")[-1].upper()
-        suffix = "" if f.metadata.get("required") or shown is None else f" (default: {shown})"
-        group.add_argument(*names, metavar=metavar, help=(f.metadata["help"] + suffix).replace("%", "%%"), **options)
-    return parser
-
-
-def parse_args(argv: list[str], *, may_lack: tuple[str, ...] = ()) -> TrainConfig:
-    """Defaults ← YAML ← flags; required options named in `may_lack` may be left out.
-
-    Raises:
-        ConfigError: with every problem found, each naming its flag or `file: key`.
-    """
-    parser = build_parser()
-    given, unknown = parser.parse_known_args(argv)
-    flags = vars(given)
-    flags.pop("local_rank", None)
-    config_file = flags.pop("config", None)
-    problems: list[str] = []
-    valid = [*FIELDS, *ALIASES, "config"]
-    for word in unknown:
-        if word.startswith("--"):
-            name = word[2:].split("=")[0]
-            close = nearest(name, valid).replace("'", "'--", 1)
-            problems.append(f"--{name}: unknown flag{close}")
-        else:
-            problems.append(f"{word!r}: not a flag, and no flag takes it")
-
-    values: dict[str, tuple[str, object]] = {}
-    if config_file is not None:
-        for key, value in _read_yaml(config_file, problems).items():
-            name = ALIASES.get(str(key), str(key))
-            if name not in FIELDS:
-                problems.append(f"{config_file}: {key}: unknown key{nearest(str(key), valid)}")
-            elif name in values:
-                problems.append(f"{config_file}: {key}: given twice (as {name} and under another name)")
-            else:
-                values[name] = (f"{config_file}: {key}", value)
-    for name, value in flags.items():
-        text = " ".join(value) if isinstance(value, list) else value
-        values[name] = (f"--{name}", text)
-
-    config = TrainConfig()
-    for name in FIELDS:
-        where, value = values.get(name, (f"--{name}", None))
-        try:
-            if name in values:
-                setattr(config, name, _convert(name, value))
-            problem = _range_problem(name, getattr(config, name))
-        except ValueError as error:
-            problem = str(error)
-        if problem and not (name in may_lack and name not in values):
-            problems.append(f"{where}: {problem}")
-    if not problems:
-        problems += _cross_checks(config)
-    if problems:
-        raise ConfigError(problems)
-    return config
-
-
-def _read_yaml(path: str, problems: list[str]) -> dict:
-    try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        problems.append(f"--config: {path} cannot be read: {error.strerror or error}")
-        return {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        problems.append(f"--config: {path} is not YAML: {' '.join(str(error).split())}")
-        return {}
-    if data is None:
-        return {}
-    if not isinstance(data, dict):
-        problems.append(f"--config: {path} must hold `name: value` lines, it holds a {type(data).__name__}")
-        return {}
-    return data
-
-
-def _cross_checks(config: TrainConfig) -> list[str]:
+def cross_checks(config: TrainConfig) -> list[str]:
+    """What is wrong between options, a line each; fills the revisions of Boson's own repositories."""
     problems = []
-    if config.text_loss_weight == 0 and config.audio_loss_weight == 0:
+    if config.loss.text_loss_weight == 0 and config.loss.audio_loss_weight == 0:
         problems.append("--text_loss_weight, --audio_loss_weight: both are 0, so there is no loss to train on")
-    if config.codebook_weights is not None:
-        if any(weight < 0 for weight in config.codebook_weights):
-            problems.append(f"--codebook_weights: {config.codebook_weights} holds a negative weight")
-        elif sum(config.codebook_weights) <= 0:
-            problems.append(f"--codebook_weights: {config.codebook_weights} sum to 0; give at least one above 0")
+    if config.loss.codebook_weights is not None:
+        if any(weight < 0 for weight in config.loss.codebook_weights):
+            problems.append(f"--codebook_weights: {config.loss.codebook_weights} holds a negative weight")
+        elif sum(config.loss.codebook_weights) <= 0:
+            problems.append(f"--codebook_weights: {config.loss.codebook_weights} sum to 0; give at least one above 0")
     problems += _forward_checks(config)
-    if config.max_tokens_per_batch is not None and config.batch_size not in (None, 1):
+    if config.optim.max_tokens_per_batch is not None and config.optim.batch_size not in (None, 1):
         problems.append("--batch_size, --max_tokens_per_batch: one counts rows, the other tokens; leave one out")
-    if config.base_revision is None and config.base_ckpt in BASE_NAMES:
-        config.base_revision = DEFAULT_BASE_REVISION
-    if config.codec_revision is None and config.codec == DEFAULT_CODEC:
-        config.codec_revision = DEFAULT_CODEC_REVISION
+    if config.model.base_revision is None and config.model.base_ckpt in BASE_NAMES:
+        config.model.base_revision = DEFAULT_BASE_REVISION
+    if config.data.codec_revision is None and config.data.codec == DEFAULT_CODEC:
+        config.data.codec_revision = DEFAULT_CODEC_REVISION
     return problems
 
 
 def _forward_checks(config: TrainConfig) -> list[str]:
     """Which forward, loss and recomputation go together."""
     problems = []
-    recomputed = config.activation_checkpointing
-    if recomputed != "none" and not config.checkpoint_every:
+    recomputed = config.model.activation_checkpointing
+    if recomputed != "none" and not config.model.checkpoint_every:
         problems.append(f"--activation_checkpointing: {recomputed!r} is not none, full or a whole number above 0")
-    if config.forward_impl == "upstream":
-        if config.loss_impl == "fused":
+    if config.model.forward_impl == "upstream":
+        if config.loss.loss_impl == "fused":
             problems.append(
                 "--forward_impl upstream: upstream's forward computes the logits of every position itself; "
                 "give --loss_impl reference with it"
             )
         if recomputed != "none":
             problems.append("--activation_checkpointing: upstream's forward has none; use --forward_impl padding_free")
-    if config.loss_impl == "fused":
-        heads = [t for t in config.lora_target_modules if t.rsplit(".", 1)[-1] in HEADS]
+    if config.loss.loss_impl == "fused":
+        heads = [t for t in config.lora.lora_target_modules if t.rsplit(".", 1)[-1] in HEADS]
         problems += [
             f"--lora_target_modules: LoRA on {head} would get no gradient from the fused loss; "
             "use --loss_impl reference"

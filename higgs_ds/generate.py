@@ -15,10 +15,10 @@ from peft import PeftModel
 
 from .batching.collate import Collator, Sample, tokenize
 from .codec.base import Codec, check_fits
-from .config import ConfigError
 from .corpus.audio import read_audio, write_wav
 from .corpus.manifest import AudioRef, Row, Turn
 from .distributed.device import pick_device, take_device
+from .errors import ConfigError
 from .model.base import DTYPES, BaseCheckpoint
 
 ASSISTANT_HEADER = "<|start_header_id|>assistant<|end_header_id|>\n\n"

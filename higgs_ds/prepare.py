@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from .config import ConfigError, TrainConfig, parse_args
+from .config import TrainConfig
+from .errors import ConfigError
+from .parse import parse_args
 
 # Ranks wait for the slowest; how long that takes says nothing about whether something hangs.
 PATIENCE = datetime.timedelta(days=2)
@@ -40,7 +42,7 @@ def main(argv: list[str]) -> int:
     --skip_bad_rows, for rows that cannot be used.
     """
     config = parse_args(argv, may_lack=("output_dir",))
-    if config.codes_cache is None and config.output_dir is None:
+    if config.data.codes_cache is None and config.run.output_dir is None:
         raise ConfigError(["--codes_cache: is required here, or --output_dir, whose codes_cache is taken"])
     from .distributed.device import pick_device
 
@@ -77,26 +79,26 @@ def _prepare(config: TrainConfig, ranks, device: str) -> None:
 
     began = time.monotonic()
     say = partial(print, flush=True) if ranks.is_main else lambda *_, **__: None
-    folder = Path(config.codes_cache or Path(config.output_dir) / "codes_cache")
-    base = ranks.each(lambda: model.open_base(config.base_ckpt, config.base_revision))
+    folder = Path(config.data.codes_cache or Path(config.run.output_dir) / "codes_cache")
+    base = ranks.each(lambda: model.open_base(config.model.base_ckpt, config.model.base_revision))
     model_config, tokenizer = base.config, base.tokenizer
-    if config.forward_impl == "padding_free":
+    if config.model.forward_impl == "padding_free":
         ranks.each(lambda: check_supported(model_config))
     if base.notes:
         say("\n".join(base.notes))
-    codec = ranks.each(lambda: load_codec(config.codec, config.codec_revision, device=device, warn=say))
+    codec = ranks.each(lambda: load_codec(config.data.codec, config.data.codec_revision, device=device, warn=say))
     cache = ranks.each(lambda: CodeCache(folder, codec))
     sets = load_rows(
-        [manifest for manifest in (config.train_manifest, config.val_manifest) if manifest],
+        [manifest for manifest in (config.data.train_manifest, config.data.val_manifest) if manifest],
         cache=cache,
         num_codebooks=model_config.audio_num_codebooks,
         codebook_size=model_config.audio_codebook_size,
-        max_duration_sec=config.max_duration_sec,
-        skip_bad_rows=config.skip_bad_rows,
+        max_duration_sec=config.data.max_duration_sec,
+        skip_bad_rows=config.data.skip_bad_rows,
         ranks=ranks,
         warn=say,
         lengths=LengthIndex(cache, tokenizer, Collator.of(model_config)),
-        max_tokens=config.max_tokens_per_batch,
+        max_tokens=config.optim.max_tokens_per_batch,
         outcome="the other rows are prepared (--skip_bad_rows leaves these out)",
     )
     codec.release()

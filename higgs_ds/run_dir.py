@@ -14,8 +14,8 @@ import torch
 import yaml
 from peft import PeftModel
 
-from .config import ConfigError
 from .distributed.engine import Ranks
+from .errors import ConfigError
 
 RUN_FILES = ("config.yaml", "metrics.jsonl", "adapter", "checkpoints")
 

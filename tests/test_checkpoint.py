@@ -15,7 +15,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from higgs_ds.checkpoint import CheckpointError, find_checkpoint, list_checkpoints, read_checkpoint
-from higgs_ds.config import ConfigError
+from higgs_ds.errors import ConfigError
 from tests.conftest import ROOT
 from tests.distributed.test_engine import distance
 from tests.ranks import assert_all, free_port, run_ranks

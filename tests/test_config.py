@@ -5,8 +5,10 @@ import json
 import pytest
 import yaml
 
-from higgs_ds.config import DEFAULT_BASE_REVISION, DEFAULT_CODEC_REVISION, FIELDS, ConfigError, parse_args
+from higgs_ds.config import DEFAULT_BASE_REVISION, DEFAULT_CODEC_REVISION, OPTIONS
 from higgs_ds.distributed.ds_config import LayerSizes, read_deepspeed_config, resolve
+from higgs_ds.errors import ConfigError
+from higgs_ds.parse import parse_args
 from tests.conftest import ROOT
 
 NEEDED = ["--train_manifest", "train.json", "--output_dir", "out"]
@@ -24,9 +26,9 @@ def test_the_documented_command_parses():
         "--base_ckpt bosonai/higgs-audio-v2-generation-3B-base --batch_size 2 --lr 2e-4 --epochs 2 --grad_accum 8 "
         "--lora_r 16 --lora_alpha 32 --lora_dropout 0.05 --local_rank=3".split()
     )
-    assert (config.batch_size, config.lr, config.epochs, config.grad_accum) == (2, 2e-4, 2.0, 8)
-    assert (config.lora_r, config.lora_alpha, config.lora_dropout) == (16, 32.0, 0.05)
-    assert config.base_revision == DEFAULT_BASE_REVISION and config.codec_revision == DEFAULT_CODEC_REVISION
+    assert (config.optim.batch_size, config.optim.lr, config.optim.epochs, config.optim.grad_accum) == (2, 2e-4, 2.0, 8)
+    assert (config.lora.lora_r, config.lora.lora_alpha, config.lora.lora_dropout) == (16, 32.0, 0.05)
+    assert config.model.base_revision == DEFAULT_BASE_REVISION and config.data.codec_revision == DEFAULT_CODEC_REVISION
 
 
 def test_aliases():
@@ -34,20 +36,20 @@ def test_aliases():
         [*NEEDED, *"--learning_rate 1e-3 --per_device_train_batch_size 3 --gradient_accumulation_steps 5".split()]
         + ["--num_train_epochs", "7"]
     )
-    assert (config.lr, config.batch_size, config.grad_accum, config.epochs) == (1e-3, 3, 5, 7.0)
+    assert (config.optim.lr, config.optim.batch_size, config.optim.grad_accum, config.optim.epochs) == (1e-3, 3, 5, 7.0)
 
 
 @pytest.mark.parametrize(("given", "every"), [("none", 0), ("full", 1), ("4", 4)])
 def test_activation_checkpointing_as_a_number(given, every):
-    assert parse_args([*NEEDED, "--activation_checkpointing", given]).checkpoint_every == every
+    assert parse_args([*NEEDED, "--activation_checkpointing", given]).model.checkpoint_every == every
 
 
 def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("learning_rate: 5e-4\nbatch_size: 4\nskip_bad_rows: true\nlora_target_modules: [q_proj, v_proj]\n")
     config = parse_args([*NEEDED, "--config", str(file), "--batch_size", "6", "--codebook_weights", "1", "2", "3"])
-    assert config.lr == 5e-4 and config.batch_size == 6 and config.skip_bad_rows is True
-    assert config.lora_target_modules == ["q_proj", "v_proj"] and config.codebook_weights == [1.0, 2.0, 3.0]
+    assert config.optim.lr == 5e-4 and config.optim.batch_size == 6 and config.data.skip_bad_rows is True
+    assert config.lora.lora_target_modules == ["q_proj", "v_proj"] and config.loss.codebook_weights == [1.0, 2.0, 3.0]
 
 
 def test_the_resolved_config_can_be_given_back(tmp_path):
@@ -104,7 +106,7 @@ def test_all_problems_at_once(tmp_path):
 
 def resolved(raw=None, *, name="zero2.json", argv=(), world_size=4, on_cpu=True):
     config = parse_args([*NEEDED, "--deepspeed_config", f"ds_configs/{name}", *argv])
-    raw = read_deepspeed_config(config.deepspeed_config) if raw is None else raw
+    raw = read_deepspeed_config(config.run.deepspeed_config) if raw is None else raw
     return resolve(raw, config, world_size=world_size, on_cpu=on_cpu, layer=LayerSizes(8192, 176_160_768))
 
 
@@ -202,5 +204,5 @@ def test_a_file_that_is_no_config(text, tmp_path):
 
 def test_every_flag_is_in_the_readme():
     readme = (ROOT / "README.md").read_text()
-    missing = [name for name in FIELDS if f"`--{name}`" not in readme]
+    missing = [name for name in OPTIONS if f"`--{name}`" not in readme]
     assert not missing, missing

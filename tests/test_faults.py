@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from higgs_ds.checkpoint import list_checkpoints, read_checkpoint
-from higgs_ds.config import ConfigError
+from higgs_ds.errors import ConfigError
 from higgs_ds.run_dir import lock_run_dir
 from tests.conftest import ROOT
 from tests.ranks import free_port

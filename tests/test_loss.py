@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from higgs_ds.config import ConfigError
+from higgs_ds.errors import ConfigError
 from higgs_ds.guard import HONEST_ZERO_UNITS
 from higgs_ds.loss import LossWeights, audio_targets, head_sums, loss_scales, mean_losses, scaled_loss, text_targets
 

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 
 from higgs_ds.checkpoint import Position, changed_settings, keep_global_batch, read_checkpoint
-from higgs_ds.config import ConfigError, parse_args
+from higgs_ds.errors import ConfigError
+from higgs_ds.parse import parse_args
 from tests.conftest import SPEECH
 from tests.distributed.test_engine import distance
 from tests.ranks import assert_all, run_ranks

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ..config import ConfigError
+from ..errors import ConfigError
 from .batch_plan import MicroBatch
 from .loader import PREFETCH, MicroBatches
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from ..config import DEFAULT_CODEC, DEFAULT_CODEC_REVISION, ConfigError
+from ..config import DEFAULT_CODEC, DEFAULT_CODEC_REVISION
+from ..errors import ConfigError
 
 if TYPE_CHECKING:
     import torch

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from ..codec.base import Codec, check_codes
-from ..config import ConfigError
+from ..errors import ConfigError
 from .audio import content_hash, duration_sec, read_audio
 from .manifest import AudioRef
 from .records import Records, RecordWriter, record_type, words_of, write_all

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ..batching.token_counts import LengthIndex
 from ..codec.base import check_fits
-from ..config import ConfigError
+from ..errors import ConfigError
 from .code_cache import CodeCache
 from .manifest import AudioRef, Fault, Manifest, Row
 

@@ -11,7 +11,8 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-from ..config import PROJECT_ROOT, ConfigError, TrainConfig, nearest
+from ..config import PROJECT_ROOT, TrainConfig
+from ..errors import ConfigError, nearest
 
 # Keys of the file's top level that do what they say with this trainer.
 TOP_LEVEL_KEYS = {
@@ -127,7 +128,7 @@ def resolve(raw: dict, config: TrainConfig, *, world_size: int, on_cpu: bool, la
     Raises:
         ConfigError: every contradiction and unknown key, each with both values or the nearest valid name.
     """
-    name = config.deepspeed_config
+    name = config.run.deepspeed_config
     problems: list[str] = []
     out = copy.deepcopy(raw)
     for key in list(out):
@@ -161,23 +162,23 @@ def resolve(raw: dict, config: TrainConfig, *, world_size: int, on_cpu: bool, la
         problems.append(f"{name}: zero_optimization.stage is {stage!r}, expected 0, 1, 2 or 3")
         stage = 0
 
-    rows = config.batch_size or 1
-    batch = rows * config.grad_accum * world_size
+    rows = config.optim.batch_size or 1
+    batch = rows * config.optim.grad_accum * world_size
     settle(out, "train_micro_batch_size_per_gpu", rows, "--batch_size")
-    settle(out, "gradient_accumulation_steps", config.grad_accum, "--grad_accum")
+    settle(out, "gradient_accumulation_steps", config.optim.grad_accum, "--grad_accum")
     settle(
         out,
         "train_batch_size",
         batch,
-        f"--batch_size {rows} × --grad_accum {config.grad_accum} × {world_size} ranks",
+        f"--batch_size {rows} × --grad_accum {config.optim.grad_accum} × {world_size} ranks",
     )
-    settle(out, "gradient_clipping", config.max_grad_norm, "--max_grad_norm")
-    for key, wanted in (("bf16", config.dtype == "bf16"), ("fp16", config.dtype == "fp16")):
-        settle(section(key), "enabled", wanted, f"--dtype {config.dtype}", f"{key}.")
-    if config.dtype == "bf16":
+    settle(out, "gradient_clipping", config.optim.max_grad_norm, "--max_grad_norm")
+    for key, wanted in (("bf16", config.model.dtype == "bf16"), ("fp16", config.model.dtype == "fp16")):
+        settle(section(key), "enabled", wanted, f"--dtype {config.model.dtype}", f"{key}.")
+    if config.model.dtype == "bf16":
         # Switched off, DeepSpeed would apply an update whose gradients are NaN.
         settle(section("bf16"), "check_grad_overflow", True, "this trainer", "bf16.")
-    if config.dtype == "fp16" and on_cpu:
+    if config.model.dtype == "fp16" and on_cpu:
         problems.append("--dtype: fp16 needs a GPU; on CPU use bf16 or fp32")
     # LoRA gradients are tiny: they are summed and sent in float32. Stage 0 has no such choice.
     if stage > 0:
@@ -196,7 +197,7 @@ def resolve(raw: dict, config: TrainConfig, *, world_size: int, on_cpu: bool, la
         # A LoRA matrix below the threshold stays whole on every rank, instead of being gathered on its own.
         threshold = zero.get("stage3_param_persistence_threshold", "auto")
         zero["stage3_param_persistence_threshold"] = (
-            max(100_000, config.lora_r * layer.widest) if threshold == "auto" else threshold
+            max(100_000, config.lora.lora_r * layer.widest) if threshold == "auto" else threshold
         )
     for key, value in (
         ("reduce_bucket_size", 50_000_000),
@@ -251,7 +252,7 @@ def _check_optimizer(block, config: TrainConfig, name: str, problems: list[str])
     if not isinstance(block, dict) or block.get("type") not in ("AdamW", "Adam"):
         problems.append(f"{name}: optimizer: this trainer uses AdamW; remove the block or give type AdamW")
         return
-    wanted = {"lr": ("--lr", config.lr), "weight_decay": ("--weight_decay", config.weight_decay)}
+    wanted = {"lr": ("--lr", config.optim.lr), "weight_decay": ("--weight_decay", config.optim.weight_decay)}
     for key, value in block.get("params", {}).items():
         if value == "auto" or key in ("torch_adam", "adam_w_mode"):
             continue

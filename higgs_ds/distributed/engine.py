@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from ..config import ConfigError
+from ..errors import ConfigError
 from .device import describe_devices, pick_device, take_device
 from .optimizer_state import GatheredState, OptimizerState
 

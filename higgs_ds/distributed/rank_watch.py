@@ -21,7 +21,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 
-from ..config import ConfigError
+from ..errors import ConfigError
 from ..process import say
 from .engine import Ranks
 

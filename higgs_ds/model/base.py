@@ -23,8 +23,9 @@ from transformers import PreTrainedTokenizerFast
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils.logging import disable_progress_bar
 
-from ..config import BASE_NAMES, DEFAULT_BASE, DEFAULT_BASE_REVISION, ConfigError, nearest
+from ..config import BASE_NAMES, DEFAULT_BASE, DEFAULT_BASE_REVISION
 from ..distributed.ds_config import LayerSizes
+from ..errors import ConfigError, nearest
 from .forward import HiggsAudioForTraining
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

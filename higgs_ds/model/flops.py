@@ -129,14 +129,14 @@ def utilisation(
 ) -> Utilisation | None:
     """Of a run on cards like `device`; None where their peak is not known, or the rows' tokens [rows] are not."""
     card = card_name(device)
-    peak = card and peak_flops(card, config.dtype)
+    peak = card and peak_flops(card, config.model.dtype)
     if not peak or tokens is None:
         return None
     cost = flop_per_token(
         model_config,
-        lora_rank=config.lora_r,
-        lora_targets=config.lora_target_modules,
-        checkpoint_every=config.checkpoint_every,
+        lora_rank=config.lora.lora_r,
+        lora_targets=config.lora.lora_target_modules,
+        checkpoint_every=config.model.checkpoint_every,
         row_tokens=mean_row_tokens(tokens),
     )
     return Utilisation(cost, peak * world_size)

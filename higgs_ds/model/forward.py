@@ -11,7 +11,8 @@ from boson_multimodal.model.higgs_audio import HiggsAudioModel
 from torch import nn
 
 from ..batching.layout import Layout
-from ..config import HEADS, ConfigError
+from ..config import HEADS
+from ..errors import ConfigError
 from ..loss import IGNORE, audio_targets, head_sums, scaled_loss, text_targets
 from ..step_stats import MicroBatchStats
 from .fused_head import FusedHead

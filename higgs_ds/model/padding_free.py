@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..batching.layout import Layout
-from ..config import ConfigError
+from ..errors import ConfigError
 from ..loss import HeadSums, head_sums, scaled_loss
 from .fused_head import LabelledRows
 from .fused_lora import project

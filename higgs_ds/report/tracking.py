@@ -17,7 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from ..config import ConfigError
+from ..errors import ConfigError
 from .curves import History, draw_history, remember
 from .jsonl import append_rows, keep_rows, strict
 

@@ -6,21 +6,21 @@ import pytest
 import yaml
 
 from higgs_ds.batching.micro_batches import LAUNCH_BOUND_TOKENS, TOKENS_ON_GPU, launch_bound_note, settle_micro_batches
-from higgs_ds.config import parse_args
+from higgs_ds.parse import parse_args
 from tests.ranks import assert_all
 
 
 def settled(argv, device_type, resumed=None):
     """The config as `train_ds.py` settles it on such a device."""
     config = parse_args(["--train_manifest", "m", "--output_dir", "o", *argv])
-    config.batch_size, config.max_tokens_per_batch = settle_micro_batches(
-        config.batch_size, config.max_tokens_per_batch, device_type=device_type, resumed=resumed
+    config.optim.batch_size, config.optim.max_tokens_per_batch = settle_micro_batches(
+        config.optim.batch_size, config.optim.max_tokens_per_batch, device_type=device_type, resumed=resumed
     )
     return config
 
 
 def cut(config) -> tuple:
-    return config.batch_size, config.max_tokens_per_batch
+    return config.optim.batch_size, config.optim.max_tokens_per_batch
 
 
 def test_the_default_is_tokens_on_a_gpu_and_single_rows_on_a_cpu(tmp_path):

@@ -9,8 +9,8 @@ from higgs_ds.batching.collate import Collator
 from higgs_ds.batching.loader import MicroBatches
 from higgs_ds.batching.shared_memory import _bytes_of, check_shared_memory
 from higgs_ds.codec.base import load_codec
-from higgs_ds.config import ConfigError
 from higgs_ds.corpus.code_cache import CodeCache
+from higgs_ds.errors import ConfigError
 from tests.workers.common import speech_rows
 
 

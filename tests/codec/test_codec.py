@@ -23,10 +23,10 @@ from higgs_ds.codec import sample as sample_codec
 from higgs_ds.codec.base import DEFAULT_CODEC, DEFAULT_CODEC_REVISION, BosonCodec, check_codes, load_codec
 from higgs_ds.codec.boson_tokenizer import DEFAULTS, TEACHER_REPOSITORY
 from higgs_ds.codec.sample import SampleCodec
-from higgs_ds.config import ConfigError
 from higgs_ds.corpus.audio import read_audio
 from higgs_ds.corpus.code_cache import CodeCache
 from higgs_ds.corpus.manifest import read_manifest
+from higgs_ds.errors import ConfigError
 from tests.conftest import SPEECH
 
 ROOT = Path(__file__).parents[2]
@@ -122,7 +122,7 @@ import hashlib, sys
 from pathlib import Path
 from higgs_ds.corpus.audio import read_audio
 from higgs_ds.corpus.code_cache import CodeCache
-from higgs_ds.config import ConfigError
+from higgs_ds.errors import ConfigError
 from higgs_ds.corpus.manifest import read_manifest
 from higgs_ds.codec.sample import SampleCodec
 from tests.conftest import SPEECH

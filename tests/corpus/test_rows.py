@@ -12,12 +12,12 @@ import torch
 from higgs_ds.batching.collate import Collator
 from higgs_ds.batching.token_counts import LengthIndex
 from higgs_ds.codec.base import load_codec
-from higgs_ds.config import ConfigError
 from higgs_ds.corpus import rows as rows_module
 from higgs_ds.corpus.code_cache import CodeCache, CodeStore
 from higgs_ds.corpus.manifest import Manifest, read_manifest
 from higgs_ds.corpus.rows import load_rows
 from higgs_ds.distributed.engine import Ranks
+from higgs_ds.errors import ConfigError
 from tests.conftest import SPEECH
 
 

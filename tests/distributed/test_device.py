@@ -8,11 +8,11 @@ import torch.distributed as dist
 
 import train_ds
 from higgs_ds.cli import main as higgs_ds
-from higgs_ds.config import ConfigError
 from higgs_ds.distributed import device
 from higgs_ds.distributed.device import describe_devices, driver_version, pick_device, take_device
 from higgs_ds.distributed.engine import start_ranks
 from higgs_ds.distributed.rank_watch import NCCL_TIMEOUT_SEC, check_stall_timeout
+from higgs_ds.errors import ConfigError
 from higgs_ds.generate import default_dtype
 from tests.conftest import SPEECH
 from tests.ranks import assert_all, run_ranks

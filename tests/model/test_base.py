@@ -9,7 +9,8 @@ from boson_multimodal.model.higgs_audio import HiggsAudioModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from higgs_ds.config import DEFAULT_BASE_REVISION, DEFAULT_LORA_TARGETS, ConfigError
+from higgs_ds.config import DEFAULT_BASE_REVISION, DEFAULT_LORA_TARGETS
+from higgs_ds.errors import ConfigError
 from higgs_ds.model.base import (
     attach_lora,
     initial_lora,

@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.gpu import CASES, config_of, needs
 from benchmarks.memory import batch_of, operations
-from higgs_ds.config import DEFAULT_LORA_TARGETS, parse_args
+from higgs_ds.config import DEFAULT_LORA_TARGETS
 from higgs_ds.model.flops import (
     PEAK_FLOPS,
     Utilisation,
@@ -18,6 +18,7 @@ from higgs_ds.model.flops import (
     touched_parameters,
     utilisation,
 )
+from higgs_ds.parse import parse_args
 
 
 @pytest.fixture(scope="module")

@@ -10,12 +10,13 @@ from benchmarks.gpu import config_of
 from benchmarks.memory import KEPT_BAR, batch_of, kept_bytes, lora_model, meta_has_no_autocast
 from benchmarks.roofline import Roofline
 from benchmarks.syncs import dispatched
-from higgs_ds.config import PROJECT_ROOT, parse_args
+from higgs_ds.config import PROJECT_ROOT
 from higgs_ds.distributed.ds_config import read_deepspeed_config, resolve
 from higgs_ds.model.base import attach_lora, layer_sizes, open_base
 from higgs_ds.model.forward import HiggsAudioForTraining, training_forward
 from higgs_ds.model.padding_free import check_supported
 from higgs_ds.model.tiny import write_zeros
+from higgs_ds.parse import parse_args
 
 
 def test_the_real_files_pass_every_door(tmp_path):
@@ -37,7 +38,7 @@ def test_the_real_files_pass_every_door(tmp_path):
     with torch.device("meta"):
         model = HiggsAudioForTraining._from_config(base.config, torch_dtype=torch.bfloat16)
     model.requires_grad_(False)
-    targets = options.lora_target_modules
+    targets = options.lora.lora_target_modules
     lora = attach_lora(model, rank=16, alpha=32.0, dropout=0.05, target_modules=targets, seed=0, base_name="zeros")
     trained = [p for p in lora.parameters() if p.requires_grad]
     assert len(trained) == 560 and sum(p.numel() for p in trained) == 39_452_672

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from higgs_ds.config import ConfigError
+from higgs_ds.errors import ConfigError
 from higgs_ds.report import curves, tracking
 from higgs_ds.report.curves import draw_curves
 from higgs_ds.report.tracking import open_tracker, redact

@@ -14,7 +14,7 @@ from higgs_ds.batching.batch_plan import Plan
 from higgs_ds.batching.collate import Collator
 from higgs_ds.batching.loader import MicroBatches, load_windows
 from higgs_ds.codec.base import load_codec
-from higgs_ds.config import PROJECT_ROOT, parse_args
+from higgs_ds.config import PROJECT_ROOT
 from higgs_ds.corpus.code_cache import CodeCache
 from higgs_ds.corpus.manifest import Row, read_manifest
 from higgs_ds.distributed.ds_config import resolve
@@ -23,6 +23,7 @@ from higgs_ds.guard import Guard
 from higgs_ds.loss import LossWeights
 from higgs_ds.model import base as model
 from higgs_ds.model.forward import training_forward
+from higgs_ds.parse import parse_args
 from higgs_ds.schedule import learning_rate
 from higgs_ds.trainer import Trainer
 
@@ -104,14 +105,14 @@ def build(
     model_config = model.read_model_config(base_dir)
     ds_config = resolve(raw, config, world_size=ranks.world_size, on_cpu=True, layer=model.layer_sizes(model_config))
     with loading(ds_config):
-        base = model.load_base(base_dir, model_config, config.dtype)
+        base = model.load_base(base_dir, model_config, config.model.dtype)
     lora_model = model.attach_lora(
         base,
-        rank=config.lora_r,
-        alpha=config.lora_alpha,
-        dropout=config.lora_dropout,
-        target_modules=config.lora_target_modules,
-        seed=config.seed,
+        rank=config.lora.lora_r,
+        alpha=config.lora.lora_alpha,
+        dropout=config.lora.lora_dropout,
+        target_modules=config.lora.lora_target_modules,
+        seed=config.optim.seed,
         base_name=str(base_dir),
     )
     if wrap_model is not None:
@@ -125,8 +126,8 @@ def build(
             checkpoint_every=checkpoint_every,
         ),
         ds_config,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
+        weight_decay=config.optim.weight_decay,
+        max_grad_norm=config.optim.max_grad_norm,
     )
     weights = LossWeights.of(1.0, 1.0, None, model_config.audio_num_codebooks)
     guard = Guard(
@@ -140,7 +141,9 @@ def build(
     refs = [ref for row in rows for _, ref in row.audio_refs]
     problems = cache.ensure(refs, shard=ranks.rank, num_shards=ranks.world_size)
     assert not any(ranks.gather(problems)), problems
-    plan = Plan(len(rows), batch_size=batch_size, grad_accum=grad_accum, world_size=ranks.world_size, seed=config.seed)
+    plan = Plan(
+        len(rows), batch_size=batch_size, grad_accum=grad_accum, world_size=ranks.world_size, seed=config.optim.seed
+    )
     trainer = Trainer(
         engine=engine,
         ranks=ranks,

@@ -17,6 +17,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from higgs_ds.model.facts import ModelFacts
+
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
@@ -140,7 +142,7 @@ def manifest_tokens(manifest: Path) -> np.ndarray:
         if problems := cache.ensure(refs):
             sys.exit("\n".join(f"{ref.path}: {problem}" for ref, problem in problems.items()))
         base = Path(folder) / "base"
-        index = LengthIndex(cache, load_tokenizer(base), Collator.of(read_model_config(base)))
+        index = LengthIndex(cache, load_tokenizer(base), Collator(ModelFacts.from_config(read_model_config(base))))
         return index.count(rows)
 
 
@@ -165,7 +167,7 @@ def planning(count: int) -> dict[str, float]:
         tokens = records.rows["tokens"][records.find_each(keys)].astype(np.int32)
         plan = TokenPlan(tokens, max_tokens=8192, grad_accum=4, world_size=RANKS, seed=42)
         for epoch in range(2):
-            next(plan.windows(0, epoch * plan.steps_per_epoch + 1, plan.steps_per_epoch * 2))
+            next(plan.steps(0, epoch * plan.steps_per_epoch + 1, plan.steps_per_epoch * 2))
         took = time.perf_counter() - started
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     return {"1,000,000 rows planned, s": round(took, 2), "peak memory of that, GB": round(peak, 3)}

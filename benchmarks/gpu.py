@@ -24,6 +24,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from higgs_ds.config import LossOptions
+from higgs_ds.distributed.ds_config import LayerSizes
+from higgs_ds.model.facts import ModelFacts
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -221,7 +225,7 @@ def engine_of(case: Case, config, ranks):
     forward_impl = "padding_free" if case.forward == "compiled" else case.forward
     flags = parse_args(["--train_manifest", "x", "--output_dir", "x", "--dtype", "bf16"])
     raw = json.loads((ROOT / f"ds_configs/zero{case.stage}.json").read_text())
-    on_cpu, layer = ranks.device.type == "cpu", model.layer_sizes(config)
+    on_cpu, layer = ranks.device.type == "cpu", LayerSizes.from_facts(ModelFacts.from_config(config))
     ds_config = resolve(raw, flags, world_size=ranks.world_size, on_cpu=on_cpu, layer=layer)
     torch.manual_seed(0)
     with loading(ds_config), ranks.device:
@@ -249,12 +253,12 @@ def batches_of(case: Case, config, tokenizer, ranks, most: int, steps: int):
     from higgs_ds.batching.collate import Collator
 
     samples = make_samples(max(64, steps * most // 100) * ranks.world_size, config, tokenizer, None)
-    count = Collator.of(config)
+    count = Collator(ModelFacts.from_config(config))
     tokens = np.array([count([sample]).num_tokens for sample in samples])
     plan = TokenPlan(tokens, max_tokens=max(most, int(tokens.max())), grad_accum=1, world_size=ranks.world_size, seed=0)
-    collator = Collator.of(config, with_layout=case.forward != "upstream")
-    windows = plan.windows(ranks.rank, 1, min(plan.steps_per_epoch - 1, steps + 2) or 1)
-    micro_batches = [micro for window in windows for micro in window.micro_batches]
+    collator = Collator(ModelFacts.from_config(config), with_layout=case.forward != "upstream")
+    plans = plan.steps(ranks.rank, 1, min(plan.steps_per_epoch - 1, steps + 2) or 1)
+    micro_batches = [micro for plan in plans for micro in plan.micro_batches]
     return [collator([samples[i] for i in micro.rows], filler=micro.filler) for micro in micro_batches], tokens
 
 
@@ -280,7 +284,7 @@ def run_one(args: argparse.Namespace) -> None:
         batches, lengths = batches_of(case, config, tokenizer, ranks, case.times * args.tokens, args.steps)
         if on_gpu:
             batches = [batch.pin_memory() for batch in batches]
-        weights = LossWeights.of(1.0, 1.0, None, config.audio_num_codebooks)
+        weights = LossWeights.from_options(LossOptions(1.0, 1.0, None), config.audio_num_codebooks)
         engine.train()
         seconds, real, learned = [], [], []
         for number, batch in enumerate(batches):

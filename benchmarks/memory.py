@@ -20,6 +20,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from higgs_ds.model.facts import ModelFacts
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -51,11 +53,11 @@ def lora_model(config, dropout: float = 0.05):
 def batch_of(config, tokenizer, tokens: int) -> Batch:
     """A micro-batch of about so many tokens, of rows of about one length."""
     samples = make_samples(tokens // 4, config, tokenizer, None)
-    collator = Collator.of(config, with_layout=True)
+    collator = Collator(ModelFacts.from_config(config), with_layout=True)
     lengths = torch.tensor([collator([sample]).num_tokens for sample in samples]).numpy()
     plan = TokenPlan(lengths, max_tokens=tokens, grad_accum=1, world_size=1, seed=0)
-    (window,) = plan.windows(0, 1, 1)
-    return collator([samples[i] for i in window.micro_batches[0].rows])
+    (step,) = plan.steps(0, 1, 1)
+    return collator([samples[i] for i in step.micro_batches[0].rows])
 
 
 @contextlib.contextmanager

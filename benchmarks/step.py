@@ -26,6 +26,10 @@ import threading
 import time
 from pathlib import Path
 
+from higgs_ds.config import LossOptions
+from higgs_ds.distributed.ds_config import LayerSizes
+from higgs_ds.model.facts import ModelFacts
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -158,7 +162,7 @@ def work_as_rank(args: argparse.Namespace, work: Path) -> None:
         parse_args(flags),
         world_size=ranks.world_size,
         on_cpu=ranks.device.type == "cpu",
-        layer=model.layer_sizes(config),
+        layer=LayerSizes.from_facts(ModelFacts.from_config(config)),
     )
     samples = make_samples(args.rows, config, tokenizer, args.seconds)
 
@@ -177,11 +181,11 @@ def work_as_rank(args: argparse.Namespace, work: Path) -> None:
     one_model = resident() - before
     naive = None if args.no_naive else engine_for(lambda m: naive_forward(m, config.audio_num_codebooks))
 
-    plain, flat = Collator.of(config), Collator.of(config, with_layout=True)
+    plain, flat = Collator(ModelFacts.from_config(config)), Collator(ModelFacts.from_config(config), with_layout=True)
     tokens = torch.tensor([flat([sample]).num_tokens for sample in samples]).numpy()
     budget = args.max_tokens or int(NAIVE_ROWS * tokens.mean())
     plan = TokenPlan(tokens, max_tokens=max(budget, tokens.max()), grad_accum=1, world_size=ranks.world_size, seed=0)
-    weights = LossWeights.of(1.0, 1.0, None, config.audio_num_codebooks)
+    weights = LossWeights.from_options(LossOptions(1.0, 1.0, None), config.audio_num_codebooks)
     trainer = Trainer(
         engine=ours,
         ranks=ranks,
@@ -207,8 +211,8 @@ def work_as_rank(args: argparse.Namespace, work: Path) -> None:
         for i in range(args.rows // (NAIVE_ROWS * ranks.world_size))
     ]
     our_steps = [
-        [flat([samples[i] for i in micro.rows], filler=micro.filler) for micro in window.micro_batches]
-        for window in plan.windows(ranks.rank, 1, plan.steps_per_epoch)
+        [flat([samples[i] for i in micro.rows], filler=micro.filler) for micro in step.micro_batches]
+        for step in plan.steps(ranks.rank, 1, plan.steps_per_epoch)
     ]
 
     def run_naive() -> None:

@@ -24,6 +24,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from higgs_ds.distributed.ds_config import LayerSizes
+from higgs_ds.model.facts import ModelFacts
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -33,7 +36,7 @@ from higgs_ds.batching.collate import Batch, Collator, Sample  # noqa: E402
 from higgs_ds.config import DEFAULT_LORA_TARGETS  # noqa: E402
 from higgs_ds.distributed.ds_config import resolve  # noqa: E402
 from higgs_ds.distributed.engine import Engine, leave_ranks, loading, start_ranks  # noqa: E402
-from higgs_ds.model.base import attach_lora, layer_sizes, load_base, load_tokenizer, read_model_config  # noqa: E402
+from higgs_ds.model.base import attach_lora, load_base, load_tokenizer, read_model_config  # noqa: E402
 from higgs_ds.model.forward import training_forward  # noqa: E402
 from higgs_ds.model.tiny import write_tiny  # noqa: E402
 from higgs_ds.parse import parse_args  # noqa: E402
@@ -121,7 +124,7 @@ def make_batch(config, tokenizer, *, with_layout: bool) -> Batch:
         labels = ids.clone()
         labels[: len(ids) - 6] = -100
         samples.append(Sample(ids, labels, codes, f"row:{number}"))
-    return Collator.of(config, with_layout=with_layout)(samples)
+    return Collator(ModelFacts.from_config(config), with_layout=with_layout)(samples)
 
 
 class AskedDevice:
@@ -233,7 +236,9 @@ class Bench:
         flags = parse_args(["--train_manifest", "x", "--output_dir", "x"])
         raw = json.loads((ROOT / f"ds_configs/zero{stage}.json").read_text(encoding="utf-8"))
         # Resolved as for a GPU, whatever this is.
-        ds_config = resolve(raw, flags, world_size=1, on_cpu=False, layer=layer_sizes(self.config))
+        ds_config = resolve(
+            raw, flags, world_size=1, on_cpu=False, layer=LayerSizes.from_facts(ModelFacts.from_config(self.config))
+        )
         for section, values in (overrides or {}).items():
             ds_config[section] = ds_config[section] | values
         asked = AskedDevice()

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from .config import TrainConfig
 from .distributed.engine import Engine, OptimizerState, Ranks
 from .errors import ConfigError
+from .files import sha256, sync
 
 CHECKSUMS = "checksums.json"
 LAST_WRITE_SEC = 25.0
@@ -152,14 +153,14 @@ class CheckpointWriter:
             save_file(generators, beside / "rng.safetensors")
             (beside / "state.json").write_text(json.dumps(asdict(position), indent=2) + "\n", encoding="utf-8")
             files = sorted(path for path in beside.rglob("*") if path.is_file())
-            sums = {str(path.relative_to(beside)): _sha256(path) for path in files}
+            sums = {str(path.relative_to(beside)): sha256(path) for path in files}
             (beside / CHECKSUMS).write_bytes(_sealed(sums))
             for path in (*files, beside / CHECKSUMS, beside / "adapter", beside):
-                _sync(path)
+                sync(path)
             final = self.folder / name
             shutil.rmtree(final, ignore_errors=True)
             os.replace(beside, final)
-            _sync(self.folder)
+            sync(self.folder)
         except (OSError, SafetensorError) as error:  # a full disk is the one or the other, by which file it hits
             shutil.rmtree(beside, ignore_errors=True)
             reason = getattr(error, "strerror", None) or str(error)
@@ -202,7 +203,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         path = folder / name
         if not path.is_file():
             raise CheckpointError(f"{path} is missing")
-        if _sha256(path) != wanted:
+        if sha256(path) != wanted:
             raise CheckpointError(f"{path} is damaged: its checksum is not the one that was written")
     try:
         position = Position(**json.loads((folder / "state.json").read_text(encoding="utf-8")))
@@ -295,19 +296,3 @@ def _sealed(sums: dict[str, str]) -> bytes:
     """The checksum file's content: itself proven by a checksum, and in one spelling only."""
     seal = hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
     return (json.dumps({"files": sums, "seal": seal}, indent=2, sort_keys=True) + "\n").encode()
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

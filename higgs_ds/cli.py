@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from pathlib import Path
 
 from .config import DEFAULT_BASE, DEFAULT_CODEC
 from .corpus.audio import AudioError
-from .errors import ConfigError
-
-EXIT_OK, EXIT_FAILED, EXIT_CONFIG = 0, 1, 2
+from .errors import ConfigError, ExitCode
+from .process import say
 
 
 def main(argv: list[str]) -> int:
@@ -30,8 +28,8 @@ def main(argv: list[str]) -> int:
         return args.verb(args)
     except (ConfigError, AudioError, FileExistsError) as error:
         if os.environ.get("RANK", "0") == "0":
-            print(error, file=sys.stderr)
-        return EXIT_CONFIG
+            say(str(error), error=True)
+        return ExitCode.CONFIG
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -88,8 +86,8 @@ def _tiny(args) -> int:
     from .model.tiny import write_tiny
 
     count = write_tiny(args.output_dir, seed=args.seed)
-    print(f"{args.output_dir}: a random base checkpoint of {count:,} parameters")
-    return EXIT_OK
+    say(f"{args.output_dir}: a random base checkpoint of {count:,} parameters")
+    return ExitCode.OK
 
 
 def _sample_codec(args) -> int:
@@ -109,8 +107,8 @@ def _sample_codec(args) -> int:
         raise ConfigError([*map(str, sorted(faults)), f"{args.train_manifest}: no codec fitted"])
     codec = SampleCodec.fit(clips.values(), seed=args.seed)
     codec.save(args.output_dir)
-    print(f"{args.output_dir}: the sample codec, fitted on {len(clips)} clips")
-    return EXIT_OK
+    say(f"{args.output_dir}: the sample codec, fitted on {len(clips)} clips")
+    return ExitCode.OK
 
 
 def _speaker(args):
@@ -120,7 +118,6 @@ def _speaker(args):
     from .codec.base import load_codec
     from .generate import Speaker
     from .model.base import open_base
-    from .process import say
 
     base = open_base(args.base_ckpt, args.base_revision)
     if base.notes:
@@ -143,12 +140,12 @@ def _generate(args) -> int:
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed, args.max_new_tokens)
     codes = speaker.speak(messages, context, sampling, force_audio=True)
     if codes is None or codes.shape[1] == 0:
-        print("the model ended its answer without a frame of audio; nothing was written", file=sys.stderr)
-        return EXIT_FAILED
+        say("the model ended its answer without a frame of audio; nothing was written", error=True)
+        return ExitCode.FAILED
     write_wav(args.output_file, speaker.decode(codes), speaker.codec.sample_rate)
     seconds = codes.shape[1] / speaker.codec.frame_rate
-    print(f"{args.output_file}: {seconds:.2f} s, {codes.shape[1]} frames")
-    return EXIT_OK
+    say(f"{args.output_file}: {seconds:.2f} s, {codes.shape[1]} frames")
+    return ExitCode.OK
 
 
 def _recite(args) -> int:
@@ -163,14 +160,14 @@ def _recite(args) -> int:
         raise ConfigError([f"{args.train_manifest}: no row ends in a clip to speak"])
     for r in recitals:
         length = "right length" if r.frames == r.spoken_frames else f"{r.spoken_frames} frames for {r.frames}"
-        print(f"{100 * r.share:6.2f} %  {length:<22}  {r.text[:60]}")
+        say(f"{100 * r.share:6.2f} %  {length:<22}  {r.text[:60]}")
     frames = sum(r.frames for r in recitals)
     share = sum(r.share * r.frames for r in recitals) / frames
     right = sum(r.frames == r.spoken_frames for r in recitals)
     worst = min(r.share for r in recitals)
-    print(
+    say(
         f"{100 * share:.2f} % of the codes of {len(recitals)} clips given back (worst clip {100 * worst:.2f} %), "
         f"{right} of {len(recitals)} lengths right"
     )
-    print(f"listen: {args.output_dir}/*.spoken.wav beside *.original.wav")
-    return EXIT_OK if worst >= args.at_least else EXIT_FAILED
+    say(f"listen: {args.output_dir}/*.spoken.wav beside *.original.wav")
+    return ExitCode.OK if worst >= args.at_least else ExitCode.FAILED

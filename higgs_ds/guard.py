@@ -18,10 +18,11 @@ from safetensors.torch import save_file
 from .batching.collate import Batch
 from .batching.loader import describe_bad_batch
 from .loss import IGNORE, LossWeights
+from .model.facts import ModelFacts
 from .model.forward import ForwardReport
+from .process import loss_text
 from .step_stats import MicroBatchStats
 
-EXIT_BAD_LOSS = 3
 # An exact cross-entropy of up to this many units of float32's resolution may come out as exactly 0.0.
 HONEST_ZERO_UNITS = 4.0
 
@@ -94,12 +95,10 @@ class BadLossError(RuntimeError):
 class Guard:
     """The checks of one rank, and what they have seen so far."""
 
-    def __init__(self, *, rank: int, output_dir: Path, audio_out_token: int, max_code: int, weights: LossWeights):
-        """`max_code` is the largest id that may stand in `audio_out_ids`: 1025, the stream's EOS."""
+    def __init__(self, *, rank: int, output_dir: Path, facts: ModelFacts, weights: LossWeights):
         self.rank = rank
         self.output_dir = output_dir
-        self.audio_out_token = audio_out_token
-        self.max_code = max_code
+        self.facts = facts
         self.weights = weights
         self.num_codebooks = len(weights.codebooks)
         self.failed: Counter[str] = Counter()
@@ -114,7 +113,7 @@ class Guard:
         if missing:
             problems.append(("batch_keys", f"missing: {', '.join(missing)}"))
             return self._failures(problems, batch, step, micro_batch)
-        placeholders = int((batch.input_ids == self.audio_out_token).sum())
+        placeholders = int((batch.input_ids == self.facts.audio_out_token).sum())
         clips = len(batch.audio_out_ids_start)
         frames = batch.audio_out_ids.shape[-1]
         if placeholders != clips:
@@ -129,8 +128,8 @@ class Guard:
             )
         if frames:
             low, high = int(batch.audio_out_ids.min()), int(batch.audio_out_ids.max())
-            if low < 0 or high > self.max_code:
-                problems.append(("code_range", f"codes from {low} to {high}, expected 0 to {self.max_code}"))
+            if low < 0 or high > self.facts.max_code:
+                problems.append(("code_range", f"codes from {low} to {high}, expected 0 to {self.facts.max_code}"))
         if batch.label_audio_ids.shape != batch.audio_out_ids.shape:
             problems.append(
                 (
@@ -215,11 +214,6 @@ class Guard:
         return f"{stem}.safetensors"
 
 
-def shown(loss: float) -> str:
-    """A loss as text; a small one must not look like the 0.0000 of a loss that is not there."""
-    return f"{loss:.2e}" if 0 < abs(loss) < 1e-3 else f"{loss:.4f}"
-
-
 def checklist(
     rank: int, batch: Batch, report: ForwardReport, losses: dict[str, float], failures: list[Failure]
 ) -> list[tuple[bool, str]]:
@@ -227,11 +221,11 @@ def checklist(
     failed = {failure.check for failure in failures}
     keys = [name for name in batch.MODEL_KEYS if getattr(batch, name) is not None]
     books = "  ".join(
-        f"{k}: {shown(losses[f'codebook_loss/{k}'])}" for k in range(64) if f"codebook_loss/{k}" in losses
+        f"{k}: {loss_text(losses[f'codebook_loss/{k}'])}" for k in range(64) if f"codebook_loss/{k}" in losses
     )
 
     def loss(name: str) -> str:
-        return shown(losses[name]) if name in losses else "no labels"
+        return loss_text(losses[name]) if name in losses else "no labels"
 
     lines = [
         ("batch_keys", f"keys received: {', '.join(keys)}"),
@@ -246,6 +240,6 @@ def checklist(
         ("audio_loss", f"audio loss: {loss('audio_loss')}"),
         ("audio_loss", f"codebook losses: {books or 'no labels'}"),
         ("finite", "losses are finite"),
-        ("total", f"total loss: {shown(losses.get('loss', float('nan')))}"),
+        ("total", f"total loss: {loss_text(losses.get('loss', float('nan')))}"),
     ]  # fmt: skip
     return [(name not in failed, f"[rank {rank}] {text}") for name, text in lines]

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from .config import LossOptions
 from .errors import ConfigError
 
 IGNORE = -100
@@ -44,11 +45,13 @@ class LossWeights:
     codebooks: tuple[float, ...]
 
     @classmethod
-    def of(cls, text: float, audio: float, codebooks: list[float] | None, num_codebooks: int) -> LossWeights:
-        given = codebooks or [1.0] * num_codebooks
+    def from_options(cls, options: LossOptions, num_codebooks: int) -> LossWeights:
+        """Raises ConfigError for another number of codebook weights than the model has codebooks."""
+        given = options.codebook_weights or [1.0] * num_codebooks
         if len(given) != num_codebooks:
             raise ConfigError([f"--codebook_weights: {len(given)} weights for a model with {num_codebooks} codebooks"])
-        return cls(text, audio, tuple(weight / sum(given) for weight in given))
+        shares = tuple(weight / sum(given) for weight in given)
+        return cls(options.text_loss_weight, options.audio_loss_weight, shares)
 
 
 def text_targets(expanded_labels: torch.Tensor) -> torch.Tensor:

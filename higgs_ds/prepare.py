@@ -8,31 +8,18 @@ from __future__ import annotations
 import datetime
 import os
 import time
-from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
+from typing import TYPE_CHECKING
 
+from .alone import Alone, Unwatched
 from .config import TrainConfig
 from .errors import ConfigError
 from .parse import parse_args
 
+if TYPE_CHECKING:
+    from .distributed.engine import Ranks
+
 # Ranks wait for the slowest; how long that takes says nothing about whether something hangs.
 PATIENCE = datetime.timedelta(days=2)
-
-
-@dataclass(frozen=True)
-class Alone:
-    """What `load_rows` asks of ranks, for a process without others."""
-
-    rank: int = 0
-    world_size: int = 1
-    is_main: bool = True
-
-    def gather(self, value):
-        return [value]
-
-    def each(self, function):
-        return function()
 
 
 def main(argv: list[str]) -> int:
@@ -66,50 +53,36 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _prepare(config: TrainConfig, ranks, device: str) -> None:
+def _prepare(config: TrainConfig, ranks: Ranks | Alone, device: str) -> None:
     import numpy as np
 
     from .batching.collate import Collator
-    from .batching.token_counts import LengthIndex
-    from .codec.base import load_codec
-    from .corpus.code_cache import CodeCache
-    from .corpus.rows import load_rows
-    from .model import base as model
-    from .model.padding_free import check_supported
+    from .data import codes_folder, load_corpus
+    from .run import open_base_for
 
     began = time.monotonic()
-    say = partial(print, flush=True) if ranks.is_main else lambda *_, **__: None
-    folder = Path(config.data.codes_cache or Path(config.run.output_dir) / "codes_cache")
-    base = ranks.each(lambda: model.open_base(config.model.base_ckpt, config.model.base_revision))
-    model_config, tokenizer = base.config, base.tokenizer
-    if config.model.forward_impl == "padding_free":
-        ranks.each(lambda: check_supported(model_config))
+    base = ranks.each(lambda: open_base_for(config))
     if base.notes:
-        say("\n".join(base.notes))
-    codec = ranks.each(lambda: load_codec(config.data.codec, config.data.codec_revision, device=device, warn=say))
-    cache = ranks.each(lambda: CodeCache(folder, codec))
-    sets = load_rows(
-        [manifest for manifest in (config.data.train_manifest, config.data.val_manifest) if manifest],
-        cache=cache,
-        num_codebooks=model_config.audio_num_codebooks,
-        codebook_size=model_config.audio_codebook_size,
-        max_duration_sec=config.data.max_duration_sec,
-        skip_bad_rows=config.data.skip_bad_rows,
-        ranks=ranks,
-        warn=say,
-        lengths=LengthIndex(cache, tokenizer, Collator.of(model_config)),
-        max_tokens=config.optim.max_tokens_per_batch,
+        ranks.say("\n".join(base.notes))
+    corpus = load_corpus(
+        config,
+        base,
+        ranks,
+        Unwatched(),
+        device=device,
+        collator=Collator(base.facts),
+        count_tokens=True,
         outcome="the other rows are prepared (--skip_bad_rows leaves these out)",
     )
-    codec.release()
+    cache, codec, sets = corpus.cache, corpus.codec, (corpus.train_rows, corpus.val_rows)
     encoded = sum(ranks.gather(cache.encoded))
     if not ranks.is_main:
         return
     clips = np.unique(np.concatenate([rows.keys for rows in sets]), axis=0)
     frames = int(cache.frames_each(clips).sum())
     tokens = sum(int(rows.tokens.sum()) for rows in sets if rows)
-    say(
-        f"{folder}: {sum(map(len, sets)):,} rows, {len(clips):,} different clips of "
+    ranks.say(
+        f"{codes_folder(config)}: {sum(map(len, sets)):,} rows, {len(clips):,} different clips of "
         f"{frames / codec.frame_rate / 3600:,.2f} hours, {frames * codec.num_codebooks * 2:,} bytes of codes, "
         f"{tokens:,} tokens; {encoded:,} clips were encoded now, the others were there "
         f"({time.monotonic() - began:.1f} s)"

@@ -29,3 +29,8 @@ def say(text: str, *, error: bool = False) -> None:
     stream = sys.stderr if error else sys.stdout
     stream.write(f"{text}\n")
     stream.flush()
+
+
+def loss_text(loss: float) -> str:
+    """A loss as text; a small one must not look like the 0.0000 of a loss that is not there."""
+    return f"{loss:.2e}" if 0 < abs(loss) < 1e-3 else f"{loss:.4f}"

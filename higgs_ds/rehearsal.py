@@ -12,13 +12,13 @@ import torch
 from .batching.collate import Batch
 from .checkpoint import restore_rng, rng_state
 from .distributed.engine import Engine, Ranks
+from .errors import ExitCode
 from .guard import Guard
 from .report.metrics import peak_memory_gib, restart_peak_memory
 
 # On a CPU memory is the machine's, and what is too much for it is killed without an error that could be named.
 REHEARSED_ON = ("cuda",)
 ROWS_SHOWN = 8
-EXIT_DOES_NOT_FIT = 2
 
 
 def is_wanted(device: torch.device) -> bool:
@@ -32,7 +32,7 @@ class DoesNotFitError(RuntimeError):
     A rank of its own: others may have fitted, or stand in a collective and wait for this one.
     """
 
-    exit_code = EXIT_DOES_NOT_FIT
+    exit_code = int(ExitCode.CONFIG)
 
 
 @dataclass(frozen=True)

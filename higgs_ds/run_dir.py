@@ -6,7 +6,6 @@ import contextlib
 import fcntl
 import json
 import os
-import shutil
 import time
 from pathlib import Path
 
@@ -14,8 +13,11 @@ import torch
 import yaml
 from peft import PeftModel
 
-from .distributed.engine import Ranks
+from .config import TrainConfig
+from .distributed.engine import Engine, Ranks
 from .errors import ConfigError
+from .files import replacing, write_text
+from .process import loss_text
 
 RUN_FILES = ("config.yaml", "metrics.jsonl", "adapter", "checkpoints")
 
@@ -71,40 +73,37 @@ def lock_run_dir(output_dir: Path, *, wait_sec: float = 60.0) -> contextlib.Abst
 def write_resolved(output_dir: Path, config: dict, ds_config: dict) -> None:
     """`config.yaml` and `ds_config.json`, as the run uses them; both can be given back as flags' files."""
     text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
-    _write(output_dir / "config.yaml", f"# python train_ds.py --config {output_dir / 'config.yaml'}\n{text}")
-    _write(output_dir / "ds_config.json", json.dumps(ds_config, indent=2) + "\n")
+    write_text(output_dir / "config.yaml", f"# python train_ds.py --config {output_dir / 'config.yaml'}\n{text}")
+    write_text(output_dir / "ds_config.json", json.dumps(ds_config, indent=2) + "\n")
 
 
-def _write(path: Path, text: str) -> None:
-    beside = path.with_name(path.name + ".tmp")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, path)
+def listen_command(config: TrainConfig, adapter: Path, device: torch.device) -> str:
+    """What to type to hear the adapter."""
+    on_cpu = "DS_ACCELERATOR=cpu " if device.type == "cpu" else ""
+    return (
+        f"{on_cpu}python -m higgs_ds generate --base_ckpt {config.model.base_ckpt} --adapter {adapter} "
+        f"--codec {config.data.codec} --text '…' --output_file speech.wav"
+    )
 
 
-def save_adapter(
-    model: PeftModel, weights: dict[str, torch.Tensor], folder: Path, ranks: Ranks, facts: dict[str, object]
-) -> Path:
-    """The adapter in PEFT's format, from whole weights by module name; rank 0 writes, all ranks wait.
+def save_adapter(engine: Engine, folder: Path, ranks: Ranks, facts: dict[str, object]) -> Path:
+    """The adapter in PEFT's format, whole under every stage; every rank must call this, rank 0 writes.
 
     Args:
-        weights: what `Engine.gather_trainable` gave, named within the training module (`model.` before PEFT's names).
         facts: lines of the model card.
 
     Raises:
         ValueError: a weight is empty or not finite, so that the file would not hold what was trained.
     """
+    weights, model = engine.gather_trainable(), engine.module.model
     if ranks.is_main:
         state = {name.removeprefix("model."): value.contiguous() for name, value in weights.items()}
         for name, value in state.items():
             if value.numel() == 0 or not bool(torch.isfinite(value).all()):
                 raise ValueError(f"{name} has shape {tuple(value.shape)} or holds NaN: refusing to write this adapter")
-        beside = folder.with_name(folder.name + ".tmp")
-        shutil.rmtree(beside, ignore_errors=True)
-        model.save_pretrained(beside, state_dict=state, safe_serialization=True, save_embedding_layers=False)
-        (beside / "README.md").write_text(_model_card(model, facts), encoding="utf-8")
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(beside, folder)
+        with replacing(folder) as beside:
+            model.save_pretrained(beside, state_dict=state, safe_serialization=True, save_embedding_layers=False)
+            (beside / "README.md").write_text(_model_card(model, facts), encoding="utf-8")
     ranks.barrier()
     return folder
 
@@ -116,7 +115,7 @@ def _model_card(model: PeftModel, facts: dict[str, object]) -> str:
         "base": base,
         "LoRA rank / alpha / dropout": f"{lora.r} / {lora.lora_alpha:g} / {lora.lora_dropout:g}",
         "layers": ", ".join(sorted(lora.target_modules)),
-        **{key: f"{value:.4f}" if isinstance(value, float) else value for key, value in facts.items()},
+        **{key: loss_text(value) if isinstance(value, float) else value for key, value in facts.items()},
     }
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     return f"""---

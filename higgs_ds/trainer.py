@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .batching.batch_plan import Window
+from .batching.batch_plan import StepPlan
 from .batching.collate import Batch
 from .distributed.engine import Engine, Ranks
-from .guard import CHECKS, BadLossError, Failure, Guard, checklist, shown
+from .guard import CHECKS, BadLossError, Failure, Guard, checklist
 from .loss import LossWeights, loss_scales
 from .model.forward import ForwardReport
-from .process import say
+from .process import loss_text, say
 from .report.metrics import StepClock, guard_metrics, peak_memory_gib, reserved_memory_gib, step_metrics
 from .step_stats import LabelCounts, MicroBatchStats, RankStep, StepSums
 
@@ -43,7 +43,7 @@ class StepResult:
 
 @dataclass
 class Trainer:
-    """Runs windows of micro-batches through the engine, under the guard. `tracker` is rank 0's, None elsewhere."""
+    """Runs optimizer steps through the engine, under the guard. `tracker` is rank 0's, None elsewhere."""
 
     engine: Engine
     ranks: Ranks
@@ -55,9 +55,9 @@ class Trainer:
     total_steps: int
     eval_every: int
     first_step: int = 1
-    validation: Callable[[], Iterable[tuple[Window, list[Batch]]]] | None = None
+    validation: Callable[[], Iterable[tuple[StepPlan, list[Batch]]]] | None = None
     tracker: Tracker | None = None
-    save: Callable[[Window], None] | None = None
+    save: Callable[[StepPlan], None] | None = None
     save_every: int | None = None
     raise_if_save_failed: Callable[[], None] = lambda: None
     stop_requested: Callable[[], bool] = lambda: False
@@ -70,8 +70,8 @@ class Trainer:
     _said: set[str] = field(default_factory=set)
     _checklist_due: bool = True
 
-    def train(self, windows: Iterable[tuple[Window, list[Batch]]]) -> bool:
-        """All windows, one optimizer step each; False if a rank was asked to stop, after its step is saved.
+    def train(self, steps: Iterable[tuple[StepPlan, list[Batch]]]) -> bool:
+        """All optimizer steps; False if a rank was asked to stop, after its step is saved.
 
         Raises:
             BadLossError: on every rank, when a check failed on some rank and `on_bad_loss` is "raise".
@@ -79,27 +79,27 @@ class Trainer:
         self.engine.train()
         self._clock.begin()
         self.at(self.first_step, "reading its batches")
-        for window, batches in windows:
+        for plan, batches in steps:
             self._clock.batches_read()
-            lr = self.learning_rate(window.step)
+            lr = self.learning_rate(plan.step)
             self.raise_if_save_failed()
-            result = self.train_step(window.step, batches, lr)
+            result = self.train_step(plan.step, batches, lr)
             if result.failures:
                 self._bad_step(result.failures)
             self._clock.end()
-            self._log(window, result, lr)
-            if self.validation and (window.step % self.eval_every == 0 or window.step == self.total_steps):
-                self.evaluate(window.step)
-            last = window.step == self.total_steps
-            self.at(window.step, "saving")
-            if self.save and (result.stop or (self.save_every and (last or window.step % self.save_every == 0))):
+            self._log(plan, result, lr)
+            if self.validation and (plan.step % self.eval_every == 0 or plan.step == self.total_steps):
+                self.evaluate(plan.step)
+            last = plan.step == self.total_steps
+            self.at(plan.step, "saving")
+            if self.save and (result.stop or (self.save_every and (last or plan.step % self.save_every == 0))):
                 began = time.perf_counter()
-                self.save(window)
+                self.save(plan)
                 self._save_stall_sec = time.perf_counter() - began
             if result.stop:
                 return False
             self._clock.begin()
-            self.at(window.step + 1, "reading its batches")
+            self.at(plan.step + 1, "reading its batches")
         return True
 
     def train_step(self, step: int, batches: list[Batch], lr: float) -> StepResult:
@@ -202,7 +202,7 @@ class Trainer:
         self.last_losses |= {f"validation {name}": losses[name] for name in HEADLINES if name in losses}
         if self.tracker:
             self.tracker.log(metrics, step)
-            line = "  ".join(f"{name} {shown(losses[name])}" for name in HEADLINES if name in losses)
+            line = "  ".join(f"{name} {loss_text(losses[name])}" for name in HEADLINES if name in losses)
             self.tracker.message(f"step {step}: validation  {line}")
         return metrics
 
@@ -217,11 +217,11 @@ class Trainer:
             raise BadLossError(failures)
         self.dropped_steps += 1
 
-    def _log(self, window: Window, result: StepResult, lr: float) -> None:
+    def _log(self, plan: StepPlan, result: StepResult, lr: float) -> None:
         if not self.tracker:
             return
-        if not (window.step % self.log_every == 0 or window.step == self.total_steps or result.failures):
-            self.tracker.progress(window.step)
+        if not (plan.step % self.log_every == 0 or plan.step == self.total_steps or result.failures):
+            self.tracker.progress(plan.step)
             return
         metrics: dict[str, float] = {}
         if not result.failures:
@@ -230,7 +230,7 @@ class Trainer:
                 self.weights,
                 learning_rate=lr,
                 grad_norm=result.grad_norm,
-                epoch=window.epoch,
+                epoch=plan.epoch,
                 utilisation=self.utilisation,
             )
         if self._save_stall_sec is not None:
@@ -238,14 +238,14 @@ class Trainer:
             metrics["perf/save_stall_sec"], self._save_stall_sec = self._save_stall_sec, None
         metrics["train/dropped_steps"] = float(self.dropped_steps)
         metrics |= guard_metrics(result.ranks)
-        self.tracker.log(metrics, window.step)
+        self.tracker.log(metrics, plan.step)
         figures = {name: metrics[f"train/{name}"] for name in HEADLINES if f"train/{name}" in metrics}
         self.last_losses |= {f"training {name}": value for name, value in figures.items()}
         if "perf/tokens_per_sec" in metrics:
             figures["tokens_per_sec"] = metrics["perf/tokens_per_sec"]
         if "perf/mfu" in metrics:
             figures["mfu"] = f"{100 * metrics['perf/mfu']:.1f} %"
-        self.tracker.progress(window.step, **figures)
+        self.tracker.progress(plan.step, **figures)
 
     def _say(self, key: str, text: str) -> None:
         """Once a run, on rank 0's console."""

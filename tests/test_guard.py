@@ -9,9 +9,11 @@ import torch
 from safetensors.torch import load_file
 
 from higgs_ds.batching.collate import Collator
+from higgs_ds.config import LossOptions
 from higgs_ds.guard import CHECKS, HONEST_ZERO_UNITS, LIKELY_CAUSES, Guard, checklist
 from higgs_ds.loss import LossWeights
 from higgs_ds.model.base import load_base
+from higgs_ds.model.facts import ModelFacts
 from higgs_ds.model.forward import ForwardReport, TrainingForward
 from higgs_ds.step_stats import MicroBatchStats
 from tests.batching.test_collate import samples_of
@@ -20,7 +22,7 @@ from tests.ranks import assert_all, run_ranks
 
 @pytest.fixture
 def batch(tokenizer, tiny_config):
-    return Collator.of(tiny_config)(samples_of(["speech", "clone"], tokenizer))
+    return Collator(ModelFacts.from_config(tiny_config))(samples_of(["speech", "clone"], tokenizer))
 
 
 @pytest.fixture
@@ -28,9 +30,8 @@ def guard(tmp_path, tiny_config):
     return Guard(
         rank=3,
         output_dir=tmp_path,
-        audio_out_token=tiny_config.audio_out_token_idx,
-        max_code=1025,
-        weights=LossWeights.of(1.0, 1.0, None, 8),
+        facts=ModelFacts.from_config(tiny_config),
+        weights=LossWeights.from_options(LossOptions(1.0, 1.0, None), 8),
     )
 
 
@@ -127,7 +128,7 @@ def test_a_zero_of_text_that_its_margins_explain_is_honest(guard, batch):
 def test_the_two_zeros_are_told_apart_on_the_models_own_logits(zeroed, guard, tiny_dir, tiny_config, tokenizer):
     """Honest: the logits themselves say 0.0. Not honest: the sum was lost on the way, the logits say otherwise."""
     model = load_base(tiny_dir, tiny_config, "fp32")
-    batch = Collator.of(tiny_config)(samples_of(["text"], tokenizer))
+    batch = Collator(ModelFacts.from_config(tiny_config))(samples_of(["text"], tokenizer))
 
     class Saturated(torch.nn.Module):
         def forward(self, **inputs):
@@ -137,7 +138,7 @@ def test_the_two_zeros_are_told_apart_on_the_models_own_logits(zeroed, guard, ti
                 outputs.logits = torch.nn.functional.one_hot(target, outputs.logits.shape[-1]) * 60.0
             return outputs
 
-    _, stats, report = TrainingForward.of(Saturated(), tiny_config)(batch.model_inputs(), 1.0, torch.ones(8))
+    _, stats, report = TrainingForward.from_config(Saturated(), tiny_config)(batch.model_inputs(), 1.0, torch.ones(8))
     values = MicroBatchStats.empty(8).unpack(stats.tolist())
     if zeroed:
         values.text_sum = values.loss = 0.0

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from higgs_ds.config import LossOptions
 from higgs_ds.errors import ConfigError
 from higgs_ds.guard import HONEST_ZERO_UNITS
 from higgs_ds.loss import LossWeights, audio_targets, head_sums, loss_scales, mean_losses, scaled_loss, text_targets
@@ -90,14 +91,14 @@ def test_split_and_scaled_is_the_whole_and_the_mean_of_means_is_not():
 
 
 def test_weights_sum_to_one_and_are_checked():
-    assert LossWeights.of(1, 1, None, 8).codebooks == (0.125,) * 8
+    assert LossWeights.from_options(LossOptions(1, 1, None), 8).codebooks == (0.125,) * 8
     assert LossWeights.of(1, 1, [2, 2], 2).codebooks == (0.5, 0.5)
     with pytest.raises(ConfigError, match="3 weights for a model with 8 codebooks"):
         LossWeights.of(1, 1, [1, 1, 1], 8)
 
 
 def test_a_kind_without_labels_is_left_out():
-    weights = LossWeights.of(1, 1, None, 2)
+    weights = LossWeights.from_options(LossOptions(1, 1, None), 2)
     assert mean_losses(weights, 0.0, 0, [2.0, 4.0], [1, 2]) == {
         "codebook_loss/0": 2.0,
         "codebook_loss/1": 2.0,

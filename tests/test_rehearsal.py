@@ -90,7 +90,7 @@ def test_the_dearest_of_a_plan_by_rows_is_one_that_it_really_has():
     tokens = np.random.RandomState(0).randint(10, 900, 101)
     plan = Plan(101, batch_size=4, grad_accum=2, world_size=3, seed=5)
     for first, last in ((1, 1), (2, 7), (1, 3 * plan.steps_per_epoch), (plan.steps_per_epoch, plan.steps_per_epoch)):
-        met = [m.rows for rank in range(3) for w in plan.windows(rank, first, last) for m in w.micro_batches]
+        met = [m.rows for rank in range(3) for w in plan.steps(rank, first, last) for m in w.micro_batches]
         rows = plan.dearest(tokens, first, last)
         assert rows in met
         assert tokens[list(rows)].sum() == max(tokens[list(r)].sum() for r in met)
@@ -105,7 +105,7 @@ def test_no_micro_batch_of_a_plan_by_tokens_costs_more_than_its_dearest():
     last = 5 * plan.steps_per_epoch
     rows = plan.dearest(tokens, 1, last)
     costs = [
-        tokens[list(m.rows)].sum() for rank in range(2) for w in plan.windows(rank, 1, last) for m in w.micro_batches
+        tokens[list(m.rows)].sum() for rank in range(2) for w in plan.steps(rank, 1, last) for m in w.micro_batches
     ]
     assert max(costs) <= (1 + BLUR) * tokens[list(rows)].sum() <= 4000 * (1 + BLUR)
     assert tokens[list(rows)].sum() > 0.98 * max(costs) and len(set(rows)) == len(rows)

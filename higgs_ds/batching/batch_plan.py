@@ -25,7 +25,7 @@ class MicroBatch:
 
 
 @dataclass(frozen=True)
-class Window:
+class StepPlan:
     """One optimizer step as one rank sees it; every rank has as many micro-batches."""
 
     step: int  # 1-based global step
@@ -100,8 +100,8 @@ class Plan:
         random.Random(_epoch_seed(self.seed, epoch)).shuffle(rows)
         return rows
 
-    def windows(self, rank: int, first_step: int, last_step: int) -> Iterator[Window]:
-        """This rank's windows of steps `first_step`…`last_step`, both included."""
+    def steps(self, rank: int, first_step: int, last_step: int) -> Iterator[StepPlan]:
+        """This rank's share of the steps `first_step`…`last_step`, both included."""
         epoch_drawn, order = -1, []
         for step in range(first_step, last_step + 1):
             epoch, place = divmod(step - 1, self.steps_per_epoch)
@@ -110,7 +110,7 @@ class Plan:
             first = place * self.rows_per_step
             rows = order[first : first + self.rows_per_step]
             done = epoch + min(1.0, (first + len(rows)) / self.num_rows)
-            yield Window(step, done, split(rows, self.batch_size, rank, self.world_size))
+            yield StepPlan(step, done, split(rows, self.batch_size, rank, self.world_size))
 
 
 class TokenPlan(Plan):
@@ -163,8 +163,8 @@ class TokenPlan(Plan):
         drawn = self.epoch(epoch)
         return [row for place in range(self.steps_per_epoch) for rows in drawn.step(place) for row in rows]
 
-    def windows(self, rank: int, first_step: int, last_step: int) -> Iterator[Window]:
-        """This rank's windows of steps `first_step`…`last_step`, both included."""
+    def steps(self, rank: int, first_step: int, last_step: int) -> Iterator[StepPlan]:
+        """This rank's share of the steps `first_step`…`last_step`, both included."""
         epoch_drawn = -1
         for step in range(first_step, last_step + 1):
             epoch, place = divmod(step - 1, self.steps_per_epoch)
@@ -173,7 +173,7 @@ class TokenPlan(Plan):
                 rows_done = drawn.rows_done()
             filler = (int(self._packing.order[-1]),)  # the shortest row there is
             mine = spread(drawn.step(place), filler, rank, self.world_size)
-            yield Window(step, epoch + rows_done[place].item() / self.num_rows, mine)
+            yield StepPlan(step, epoch + rows_done[place].item() / self.num_rows, mine)
 
 
 def make_plan(
@@ -213,7 +213,7 @@ def spread(
     return tuple(MicroBatch(chunk) if chunk else MicroBatch(filler, filler=True) for chunk in mine)
 
 
-def evaluation_windows(
+def evaluation_plans(
     num_rows: int,
     batch_size: int,
     rank: int,
@@ -221,11 +221,11 @@ def evaluation_windows(
     *,
     tokens: np.ndarray | None = None,
     max_tokens: int | None = None,
-) -> Iterator[Window]:
-    """All rows once, a micro-batch a window; as many windows on every rank. With `tokens` [rows], by token budget."""
+) -> Iterator[StepPlan]:
+    """All rows once, one micro-batch a step; as many steps on every rank. With `tokens` [rows], by token budget."""
     if tokens is not None and max_tokens is not None:
         plan = TokenPlan(tokens, max_tokens=max_tokens, grad_accum=1, world_size=world_size, seed=0)
-        yield from plan.windows(rank, 1, plan.steps_per_epoch)
+        yield from plan.steps(rank, 1, plan.steps_per_epoch)
         return
     for i, micro_batch in enumerate(split(list(range(num_rows)), batch_size, rank, world_size)):
-        yield Window(i + 1, 0.0, (micro_batch,))
+        yield StepPlan(i + 1, 0.0, (micro_batch,))

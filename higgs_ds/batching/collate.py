@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from ..corpus.manifest import AudioRef, Row, Turn
 from ..loss import IGNORE
+from ..model.facts import ModelFacts
 from .layout import Layout, make_layout
 
 
@@ -161,51 +162,17 @@ def delay(codes: torch.Tensor, bos: int, eos: int) -> torch.Tensor:
 
 
 class Collator:
-    """Samples to a `Batch`; settings come from the checkpoint's config."""
+    """Samples to a `Batch`, as a checkpoint's facts ask for it."""
 
-    def __init__(
-        self,
-        *,
-        audio_in_token: int,
-        audio_out_token: int,
-        pad_token: int,
-        stream_bos: int,
-        stream_eos: int,
-        num_codebooks: int,
-        use_delay_pattern: bool,
-        audio_in_tokens: bool,
-        round_to: int = 8,
-        with_layout: bool = False,
-    ):
-        self.audio_in_token = audio_in_token
-        self.audio_out_token = audio_out_token
-        self.pad_token = pad_token
-        self.stream_bos = stream_bos
-        self.stream_eos = stream_eos
-        self.num_codebooks = num_codebooks
-        self.use_delay_pattern = use_delay_pattern
-        self.audio_in_tokens = audio_in_tokens
+    def __init__(self, facts: ModelFacts, *, round_to: int = 8, with_layout: bool = False):
+        """
+        Args:
+            round_to: rows are padded to a multiple of so many tokens.
+            with_layout: adds to every batch what the padding-free forward needs.
+        """
+        self.facts = facts
         self.round_to = round_to
         self.with_layout = with_layout
-
-    @classmethod
-    def of(cls, config, *, round_to: int = 8, with_layout: bool = False) -> Collator:
-        """From a `HiggsAudioConfig`; rows are padded to a multiple of `round_to` tokens.
-
-        `with_layout` adds to every batch what the padding-free forward needs.
-        """
-        return cls(
-            audio_in_token=config.audio_in_token_idx,
-            audio_out_token=config.audio_out_token_idx,
-            pad_token=config.pad_token_id,
-            stream_bos=config.audio_stream_bos_id,
-            stream_eos=config.audio_stream_eos_id,
-            num_codebooks=config.audio_num_codebooks,
-            use_delay_pattern=config.use_delay_pattern,
-            audio_in_tokens=config.encode_audio_in_tokens,
-            round_to=round_to,
-            with_layout=with_layout,
-        )
 
     def __call__(self, samples: Sequence[Sample], filler: bool = False) -> Batch:
         """One micro-batch, padded on the right; with `filler` every label is -100."""
@@ -215,21 +182,21 @@ class Collator:
         out_labels: list[torch.Tensor] = []
         in_codes: list[torch.Tensor] = []
         for sample in samples:
-            is_out = sample.input_ids == self.audio_out_token
-            is_clip = is_out | (sample.input_ids == self.audio_in_token)
+            is_out = sample.input_ids == self.facts.audio_out_token
+            is_clip = is_out | (sample.input_ids == self.facts.audio_in_token)
             labels = sample.label_ids.masked_fill(is_out, IGNORE)  # a new tensor: the sample stays as it is
             if filler:
                 labels = torch.full_like(labels, IGNORE)
             learned = (sample.label_ids[is_clip] >= 0).tolist()
             for position_is_out, trained, codes in zip(is_out[is_clip].tolist(), learned, sample.codes, strict=True):
-                codes = codes[: self.num_codebooks].long()
+                codes = codes[: self.facts.num_codebooks].long()
                 if position_is_out:
-                    out_codes.append(self._stream(codes, self.stream_bos, self.stream_eos))
+                    out_codes.append(self._stream(codes, self.facts.stream_bos, self.facts.stream_eos))
                     out_labels.append(self._labels(codes, trained and not filler))
-                elif self.audio_in_tokens:
-                    in_codes.append(self._stream(codes, self.stream_bos, self.stream_eos))
+                elif self.facts.audio_in_codes:
+                    in_codes.append(self._stream(codes, self.facts.stream_bos, self.facts.stream_eos))
             missing = width - len(sample.input_ids)
-            input_ids.append(F.pad(sample.input_ids, (0, missing), value=self.pad_token))
+            input_ids.append(F.pad(sample.input_ids, (0, missing), value=self.facts.pad_token))
             masks.append(F.pad(torch.ones_like(sample.input_ids), (0, missing), value=0))
             label_ids.append(F.pad(labels, (0, missing), value=IGNORE))
         audio_out_ids, audio_out_ids_start = self._concatenate(out_codes)
@@ -240,8 +207,8 @@ class Collator:
             audio_out_ids=audio_out_ids,
             audio_out_ids_start=audio_out_ids_start,
             audio_out_ids_start_group_loc=torch.arange(len(samples)) if out_codes else None,
-            audio_in_ids=audio_in_ids if self.audio_in_tokens else None,
-            audio_in_ids_start=audio_in_ids_start if self.audio_in_tokens else None,
+            audio_in_ids=audio_in_ids if self.facts.audio_in_codes else None,
+            audio_in_ids_start=audio_in_ids_start if self.facts.audio_in_codes else None,
             label_ids=torch.stack(label_ids),
             label_audio_ids=self._concatenate(out_labels)[0],
             reward=torch.zeros(0),
@@ -254,31 +221,31 @@ class Collator:
                 batch.attention_mask,
                 batch.label_ids,
                 batch.label_audio_ids,
-                audio_out_token=self.audio_out_token,
-                audio_in_token=self.audio_in_token,
+                audio_out_token=self.facts.audio_out_token,
+                audio_in_token=self.facts.audio_in_token,
                 out_lengths=torch.tensor([clip.shape[1] for clip in out_codes], dtype=torch.long),
                 in_lengths=(
                     torch.tensor([clip.shape[1] for clip in in_codes], dtype=torch.long)
-                    if self.audio_in_tokens
+                    if self.facts.audio_in_codes
                     else None
                 ),
-                num_codebooks=self.num_codebooks,
+                num_codebooks=self.facts.num_codebooks,
             )
         return batch
 
     def _stream(self, codes: torch.Tensor, bos: int, eos: int) -> torch.Tensor:
         """BOS, codes, EOS, with the delay pattern. [codebooks, frames] -> [codebooks, frames + 2 (+ codebooks - 1)]"""
         framed = F.pad(F.pad(codes, (1, 0), value=bos), (0, 1), value=eos)
-        return delay(framed, bos, eos) if self.use_delay_pattern else framed
+        return delay(framed, bos, eos) if self.facts.use_delay_pattern else framed
 
     def stream_length(self, frames: int) -> int:
         """Positions that a clip of so many frames takes: the width of `_stream`."""
-        return frames + 2 + (self.num_codebooks - 1 if self.use_delay_pattern else 0)
+        return frames + 2 + (self.facts.num_codebooks - 1 if self.facts.use_delay_pattern else 0)
 
     def _labels(self, codes: torch.Tensor, trained: bool) -> torch.Tensor:
         """The codes and one EOS a codebook, at their delayed places; -100 elsewhere, or everywhere if not trained."""
-        framed = F.pad(F.pad(codes, (1, 0), value=IGNORE), (0, 1), value=self.stream_eos)
-        labels = delay(framed, IGNORE, IGNORE) if self.use_delay_pattern else framed
+        framed = F.pad(F.pad(codes, (1, 0), value=IGNORE), (0, 1), value=self.facts.stream_eos)
+        labels = delay(framed, IGNORE, IGNORE) if self.facts.use_delay_pattern else framed
         return labels if trained else torch.full_like(labels, IGNORE)
 
     @staticmethod

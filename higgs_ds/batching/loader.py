@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..corpus.code_cache import CodeCache
 from ..corpus.manifest import AudioRef, Row
-from .batch_plan import MicroBatch, Window
+from .batch_plan import MicroBatch, StepPlan
 from .collate import Batch, Collator, build_sample
 
 PREFETCH = 4  # micro-batches that a data worker builds ahead
@@ -41,14 +41,14 @@ class MicroBatches(Dataset):
         return torch.from_numpy(self.cache.get(ref).astype("int64"))
 
 
-def load_windows(
-    dataset: MicroBatches, windows: Iterable[Window], *, num_workers: int, pin_memory: bool = False
-) -> Iterator[tuple[Window, list[Batch]]]:
-    """Each window with its batches, built ahead by `num_workers` processes; windows are drawn as they are needed."""
-    windows, ahead = itertools.tee(windows)
+def load_steps(
+    dataset: MicroBatches, plans: Iterable[StepPlan], *, num_workers: int, pin_memory: bool = False
+) -> Iterator[tuple[StepPlan, list[Batch]]]:
+    """Each step's plan with its batches, built ahead by `num_workers` processes; plans are drawn as they are needed."""
+    plans, ahead = itertools.tee(plans)
     loader = DataLoader(
         dataset,
-        sampler=(micro_batch for window in ahead for micro_batch in window.micro_batches),
+        sampler=(micro_batch for plan in ahead for micro_batch in plan.micro_batches),
         batch_size=None,
         num_workers=num_workers,
         pin_memory=pin_memory,
@@ -61,8 +61,8 @@ def load_windows(
     end_workers = partial(_kill, [process for process in multiprocessing.active_children() if process not in others])
     # A rank that fails keeps the loader alive in its traceback, and would wait at exit for workers that mind no signal.
     atexit.register(end_workers)
-    for window in windows:
-        yield window, [next(batches) for _ in window.micro_batches]
+    for plan in plans:
+        yield plan, [next(batches) for _ in plan.micro_batches]
     atexit.unregister(end_workers)
 
 

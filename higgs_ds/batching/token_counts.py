@@ -31,9 +31,9 @@ class LengthIndex:
             json.dumps(
                 [
                     _fingerprint(tokenizer),
-                    collator.num_codebooks,
-                    collator.use_delay_pattern,
-                    collator.audio_in_tokens,
+                    collator.facts.num_codebooks,
+                    collator.facts.use_delay_pattern,
+                    collator.facts.audio_in_codes,
                 ]
             ).encode()
         ).digest()
@@ -69,7 +69,7 @@ class LengthIndex:
         input_ids, _, _ = tokenize(row.messages, row.start_index, self._tokenizer)
         total = len(input_ids)
         for turn in row.messages:
-            if turn.role != "assistant" and not self._collator.audio_in_tokens:
+            if turn.role != "assistant" and not self._collator.facts.audio_in_codes:
                 continue  # its placeholder stays one token
             for piece in turn.content:
                 if not isinstance(piece, str):

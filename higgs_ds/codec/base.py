@@ -7,7 +7,6 @@ import ctypes
 import functools
 import gc
 import hashlib
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -16,6 +15,7 @@ import numpy as np
 
 from ..config import DEFAULT_CODEC, DEFAULT_CODEC_REVISION
 from ..errors import ConfigError
+from ..process import say
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +24,7 @@ CODEC_FILES = ("config.json", "model.pth", "sample_codec.json", "codebooks.safet
 
 
 def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    say(line, error=True)
 
 
 class Codec(Protocol):

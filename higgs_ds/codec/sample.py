@@ -8,13 +8,13 @@ quantisation of that by k-means; Griffin-Lim turns it back into sound. Clips tha
 import functools
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import soxr
 
+from ..files import replacing
 from .base import check_codes
 
 NUM_CODEBOOKS = 8
@@ -143,9 +143,8 @@ class SampleCodec:
             (TENSORS_FILE, save(tensors)),
             (SETTINGS_FILE, (json.dumps(settings, indent=2) + "\n").encode()),
         ):
-            temporary = folder / f".{name}.{os.getpid()}.tmp"
-            temporary.write_bytes(content)
-            os.replace(temporary, folder / name)
+            with replacing(folder / name) as beside:
+                beside.write_bytes(content)
 
     @classmethod
     def load(cls, folder: str | Path) -> "SampleCodec":

@@ -9,10 +9,13 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..config import PROJECT_ROOT, TrainConfig
 from ..errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    from ..model.facts import ModelFacts
 
 # Keys of the file's top level that do what they say with this trainer.
 TOP_LEVEL_KEYS = {
@@ -114,6 +117,11 @@ class LayerSizes(NamedTuple):
 
     widest: int  # largest in- or output width of a projection: a LoRA matrix is at most rank times as large
     parameters: int  # of its projections
+
+    @classmethod
+    def from_facts(cls, facts: ModelFacts) -> LayerSizes:
+        """Of a checkpoint's decoder layer."""
+        return cls(facts.widest, facts.layer_parameters)
 
 
 def resolve(raw: dict, config: TrainConfig, *, world_size: int, on_cpu: bool, layer: LayerSizes) -> dict:

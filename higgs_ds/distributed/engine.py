@@ -18,9 +18,11 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from peft import LoraConfig
 from torch import nn
 
 from ..errors import ConfigError
+from ..process import say
 from .device import describe_devices, pick_device, take_device
 from .optimizer_state import GatheredState, OptimizerState
 
@@ -74,6 +76,11 @@ class Ranks:
     def seed(self, seed: int) -> None:
         """Seeds torch for dropout, differently on every rank; LoRA's start and the data have their own generators."""
         torch.manual_seed(seed + self.rank)
+
+    def say(self, text: str) -> None:
+        """A line to the console, from rank 0 alone."""
+        if self.is_main:
+            say(text)
 
     def barrier(self) -> None:
         """Waits for every rank."""
@@ -224,6 +231,11 @@ class Engine:
     def module(self) -> nn.Module:
         """The wrapped module."""
         return self._engine.module
+
+    @property
+    def lora_config(self) -> LoraConfig:
+        """Of the one adapter on the module's model."""
+        return self.module.model.peft_config["default"]
 
     def describe(self, dtype: str) -> str:
         """Stage, dtype, devices and how many parameters train, as text."""

@@ -24,8 +24,8 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils.logging import disable_progress_bar
 
 from ..config import BASE_NAMES, DEFAULT_BASE, DEFAULT_BASE_REVISION
-from ..distributed.ds_config import LayerSizes
 from ..errors import ConfigError, nearest
+from .facts import ModelFacts
 from .forward import HiggsAudioForTraining
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -38,6 +38,7 @@ class BaseCheckpoint:
     folder: Path
     config: HiggsAudioConfig
     tokenizer: PreTrainedTokenizerFast
+    facts: ModelFacts
     notes: tuple[str, ...]  # what the user should read once, a line each
 
 
@@ -57,7 +58,7 @@ def open_base(name_or_path: str, revision: str | None = None) -> BaseCheckpoint:
     notes = check_weights(folder, config)
     tokenizer = load_tokenizer(folder)
     check_tokenizer(folder, tokenizer, config)
-    return BaseCheckpoint(folder, config, tokenizer, tuple(notes))
+    return BaseCheckpoint(folder, config, tokenizer, ModelFacts.from_config(config), tuple(notes))
 
 
 def locate_checkpoint(name_or_path: str, revision: str | None = None) -> Path:
@@ -422,13 +423,3 @@ def initial_lora(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
     bound = shape[-1] ** -0.5
     return torch.rand(shape, generator=generator) * (2 * bound) - bound
-
-
-def layer_sizes(config: HiggsAudioConfig) -> LayerSizes:
-    """Of a dual-FFN decoder layer of this model."""
-    text = config.text_config
-    hidden, head_dim = text.hidden_size, text.head_dim
-    attention = 2 * hidden * head_dim * (text.num_attention_heads + text.num_key_value_heads)
-    return LayerSizes(
-        widest=max(hidden, text.intermediate_size), parameters=attention + 2 * 3 * hidden * text.intermediate_size
-    )

@@ -10,6 +10,7 @@ import torch
 
 if TYPE_CHECKING:
     from ..config import TrainConfig
+    from .facts import ModelFacts
 
 # Dense bf16 (and fp16) FLOP/s by the name that torch.cuda.get_device_name gives, without "NVIDIA": from the makers'
 # data sheets, whose larger figures are for sparse matrices. A name that is not here, a slice of a card among them
@@ -41,20 +42,18 @@ def peak_flops(card: str, dtype: str) -> float | None:
     return PEAK_FLOPS.get(card.removeprefix("NVIDIA ")) if dtype in ("bf16", "fp16") else None
 
 
-def touched_parameters(config) -> int:
+def touched_parameters(facts: ModelFacts) -> int:
     """Weights of the decoder's projections that one token is multiplied with, text and audio alike.
 
     A token goes through one of a layer's two FFNs. Embedding, norms and heads are left out: the heads see labelled
     positions alone.
 
-    Args:
-        config: a `HiggsAudioConfig`.
     """
-    return config.text_config.num_hidden_layers * sum(a * b for _, a, b in _projections(config))
+    return facts.num_layers * sum(a * b for _, a, b in _projections(facts))
 
 
 def flop_per_token(
-    config,
+    facts: ModelFacts,
     *,
     lora_rank: int,
     lora_targets: list[str],
@@ -67,29 +66,26 @@ def flop_per_token(
     weight 2 more for its own gradient. Attention counts what its causal mask leaves, and its backward as two forwards.
 
     Args:
-        config: a `HiggsAudioConfig`.
         lora_targets: as in `--lora_target_modules`.
         checkpoint_every: every N-th layer is recomputed, 0 for none.
         row_tokens: of the row that a token stands in, on average over the tokens: Σ tokens² / Σ tokens of the rows.
     """
-    text = config.text_config
-    layers = text.num_hidden_layers
+    layers = facts.num_layers
     recomputed = -(-layers // checkpoint_every) / layers if checkpoint_every else 0.0
     forward = 2 * (1 + recomputed)
     names = {target.rsplit(".", 1)[-1] for target in lora_targets}
-    frozen = sum(a * b for _, a, b in _projections(config))
-    lora = sum(lora_rank * (a + b) for name, a, b in _projections(config) if name in names)
+    frozen = sum(a * b for _, a, b in _projections(facts))
+    lora = sum(lora_rank * (a + b) for name, a, b in _projections(facts) if name in names)
     # Scores and values: 2 FLOP each for a head's every dimension and every one of the row_tokens / 2 positions before.
-    attention = 2 * text.num_attention_heads * text.head_dim * row_tokens
+    attention = 2 * facts.num_heads * facts.head_dim * row_tokens
     layer = (forward + 2) * frozen + (forward + 4) * lora + (3 + recomputed) * attention
     return layers * layer
 
 
-def _projections(config) -> list[tuple[str, int, int]]:
+def _projections(facts) -> list[tuple[str, int, int]]:
     """(name, in, out) of the linear layers that a token goes through in one decoder layer."""
-    text = config.text_config
-    hidden, ffn = text.hidden_size, text.intermediate_size
-    queries, keys = text.num_attention_heads * text.head_dim, text.num_key_value_heads * text.head_dim
+    hidden, ffn = facts.hidden_size, facts.ffn_size
+    queries, keys = facts.num_heads * facts.head_dim, facts.num_key_value_heads * facts.head_dim
     return [
         ("q_proj", hidden, queries),
         ("k_proj", hidden, keys),
@@ -125,7 +121,7 @@ def mean_row_tokens(tokens: np.ndarray) -> float:
 
 
 def utilisation(
-    config: TrainConfig, model_config, *, tokens: np.ndarray | None, device: torch.device, world_size: int
+    config: TrainConfig, facts: ModelFacts, *, tokens: np.ndarray | None, device: torch.device, world_size: int
 ) -> Utilisation | None:
     """Of a run on cards like `device`; None where their peak is not known, or the rows' tokens [rows] are not."""
     card = card_name(device)
@@ -133,7 +129,7 @@ def utilisation(
     if not peak or tokens is None:
         return None
     cost = flop_per_token(
-        model_config,
+        facts,
         lora_rank=config.lora.lora_r,
         lora_targets=config.lora.lora_target_modules,
         checkpoint_every=config.model.checkpoint_every,

@@ -169,7 +169,7 @@ def training_forward(
         ConfigError: a head is trained where the loss would give it no gradient.
     """
     if forward_impl == "upstream":
-        return TrainingForward.of(model, config)
+        return TrainingForward.from_config(model, config)
     check_supported(config)
     if loss_impl == "fused":
         heads = {name: m for name, m in model.named_modules() if name.endswith(HEADS)}
@@ -209,7 +209,7 @@ class TrainingForward(nn.Module):
         self.classes = classes
 
     @classmethod
-    def of(cls, model: nn.Module, config) -> TrainingForward:
+    def from_config(cls, model: nn.Module, config) -> TrainingForward:
         """For a model with this `HiggsAudioConfig`."""
         return cls(
             model,

@@ -1,11 +1,11 @@
 """The picture of a run: its losses over optimizer steps, drawn from metrics.jsonl or from memory."""
 
 import math
-import os
 from pathlib import Path
 
 import numpy as np
 
+from ..files import replacing
 from .jsonl import read_rows
 
 NUM_CODEBOOKS = 8
@@ -100,9 +100,8 @@ def draw_history(history: History, png: Path, title: str) -> None:
     _finish_axes(losses, legend_title=None, legend_columns=3)
     _finish_axes(codebooks, legend_title="codebook", legend_columns=4)
 
-    temporary = png.with_name(png.name + ".tmp")
-    figure.savefig(temporary, format="png")
-    os.replace(temporary, png)
+    with replacing(png) as beside:
+        figure.savefig(beside, format="png")
 
 
 def _draw_curve(axes, history: History, name: str, label: str, colour, width: float) -> None:

@@ -2,9 +2,10 @@
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
+
+from ..files import write_text
 
 
 def strict(value: Any) -> Any:
@@ -51,7 +52,5 @@ def keep_rows(path: Path, last_step: int) -> list[dict]:
         path.unlink()
         return []
     rows = [row for row in read_rows(path) if row["global_step"] <= last_step]
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(map(json_line, rows)), encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, "".join(map(json_line, rows)))
     return rows

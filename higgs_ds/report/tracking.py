@@ -18,6 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from ..errors import ConfigError
+from ..process import loss_text
 from .curves import History, draw_history, remember
 from .jsonl import append_rows, keep_rows, strict
 
@@ -258,8 +259,7 @@ def _format_figures(figures: dict[str, float | str]) -> str:
         elif name == "lr":
             parts.append(f"lr {value:.2e}")
         elif isinstance(value, float):
-            # A small loss must not look like the 0.0000 of a loss that is not there.
-            parts.append(f"{name} {value:.4f}" if value == 0 or abs(value) >= 1e-3 else f"{name} {value:.2e}")
+            parts.append(f"{name} {loss_text(value)}")
         else:
             parts.append(f"{name} {value}")
     return "  ".join(parts)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from higgs_ds.batching.batch_plan import Plan, evaluation_windows
+from higgs_ds.batching.batch_plan import Plan, evaluation_plans
 from higgs_ds.schedule import learning_rate
 
 
@@ -12,11 +12,11 @@ def plan(num_rows, world_size, grad_accum, batch_size=2, seed=7):
 
 def global_batches(p, steps):
     """Per step, the rows of all ranks in order of (accumulation, rank), without fillers."""
-    per_rank = [list(p.windows(rank, 1, steps)) for rank in range(p.world_size)]
+    per_rank = [list(p.steps(rank, 1, steps)) for rank in range(p.world_size)]
     out = []
-    for windows in zip(*per_rank, strict=True):
-        assert len({len(w.micro_batches) for w in windows}) == 1  # as many forwards on every rank
-        rounds = zip(*(w.micro_batches for w in windows), strict=True)
+    for plans in zip(*per_rank, strict=True):
+        assert len({len(w.micro_batches) for w in plans}) == 1  # as many forwards on every rank
+        rounds = zip(*(w.micro_batches for w in plans), strict=True)
         out.append([row for micro in rounds for m in micro if not m.filler for row in m.rows])
     return out
 
@@ -41,15 +41,15 @@ def test_every_row_once_an_epoch_in_another_order(num_rows):
 
 def test_windows_can_start_anywhere():
     p = plan(37, 2, 2)
-    assert list(p.windows(1, 6, 9)) == list(p.windows(1, 1, 9))[5:]
-    assert list(p.windows(0, 1, p.steps_per_epoch))[-1].epoch == 1.0
+    assert list(p.steps(1, 6, 9)) == list(p.steps(1, 1, 9))[5:]
+    assert list(p.steps(0, 1, p.steps_per_epoch))[-1].epoch == 1.0
 
 
 @pytest.mark.parametrize(("num_rows", "world_size"), [(4, 2), (5, 4), (1, 3)])
 def test_evaluation_sees_every_row_once_with_equal_forwards(num_rows, world_size):
-    windows = [list(evaluation_windows(num_rows, 2, rank, world_size)) for rank in range(world_size)]
-    assert len({len(w) for w in windows}) == 1
-    rows = [row for w in windows for x in w for m in x.micro_batches if not m.filler for row in m.rows]
+    plans = [list(evaluation_plans(num_rows, 2, rank, world_size)) for rank in range(world_size)]
+    assert len({len(w) for w in plans}) == 1
+    rows = [row for w in plans for x in w for m in x.micro_batches if not m.filler for row in m.rows]
     assert sorted(rows) == list(range(num_rows))
 
 

@@ -6,7 +6,7 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from higgs_ds.batching.batch_plan import TokenPlan, evaluation_windows, make_plan
+from higgs_ds.batching.batch_plan import TokenPlan, evaluation_plans, make_plan
 from higgs_ds.batching.length_buckets import pack, slowest
 from tests.batching.test_batch_plan import global_batches
 
@@ -41,12 +41,12 @@ def test_every_row_once_an_epoch_within_the_budget(tokens, seed):
         p = plan(tokens, world_size, grad_accum, seed=seed)
         for epoch in range(3):
             steps = range(epoch * p.steps_per_epoch + 1, (epoch + 1) * p.steps_per_epoch + 1)
-            windows = [w for rank in range(world_size) for w in p.windows(rank, steps[0], steps[-1])]
-            assert all(1 <= len(w.micro_batches) <= grad_accum for w in windows)
-            batches = [m.rows for w in windows for m in w.micro_batches if not m.filler]
+            plans = [w for rank in range(world_size) for w in p.steps(rank, steps[0], steps[-1])]
+            assert all(1 <= len(w.micro_batches) <= grad_accum for w in plans)
+            batches = [m.rows for w in plans for m in w.micro_batches if not m.filler]
             assert sorted(row for rows in batches for row in rows) == list(range(len(tokens)))
             assert all(len(rows) * tokens[list(rows)].max() <= p.max_tokens for rows in batches)
-            assert {w.epoch for w in windows if w.step == steps[-1]} == {epoch + 1.0}
+            assert {w.epoch for w in plans if w.step == steps[-1]} == {epoch + 1.0}
 
 
 @pytest.mark.parametrize("rows", [3, 37, 500])
@@ -60,10 +60,10 @@ def test_global_batches_do_not_depend_on_the_world_size(rows):
 
 def test_a_resume_at_any_step_goes_on_with_the_same_windows():
     tokens = speech_tokens(300)
-    whole = list(plan(tokens).windows(1, 1, 3 * plan(tokens).steps_per_epoch))
+    whole = list(plan(tokens).steps(1, 1, 3 * plan(tokens).steps_per_epoch))
     for first in range(1, len(whole) + 1):
-        assert list(plan(tokens).windows(1, first, len(whole))) == whole[first - 1 :]
-    done = [window.epoch for window in whole]
+        assert list(plan(tokens).steps(1, first, len(whole))) == whole[first - 1 :]
+    done = [step.epoch for step in whole]
     assert done == sorted(done) and done[-1] == 3.0 and len(set(done)) == len(done)
 
 
@@ -116,20 +116,20 @@ def test_a_million_rows_are_planned_in_seconds():
     tracemalloc.start()
     started = time.process_time()
     p = plan(tokens, 8, 4, 8192)
-    (window,) = p.windows(3, p.steps_per_epoch + 1, p.steps_per_epoch + 1)
+    (step,) = p.steps(3, p.steps_per_epoch + 1, p.steps_per_epoch + 1)
     took, (_, peak) = time.process_time() - started, tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert took < 10 and peak < 500e6 and len(window.micro_batches) == 4
+    assert took < 10 and peak < 500e6 and len(step.micro_batches) == 4
 
 
 @pytest.mark.parametrize("world_size", [1, 3, 8])
 def test_evaluation_sees_every_row_once_with_equal_forwards(world_size):
     tokens = speech_tokens(50)
-    windows = [
-        list(evaluation_windows(50, 1, rank, world_size, tokens=tokens, max_tokens=1500)) for rank in range(world_size)
+    plans = [
+        list(evaluation_plans(50, 1, rank, world_size, tokens=tokens, max_tokens=1500)) for rank in range(world_size)
     ]
-    assert len({len(w) for w in windows}) == 1 and all(len(x.micro_batches) == 1 for w in windows for x in w)
-    rows = [row for w in windows for x in w for m in x.micro_batches if not m.filler for row in m.rows]
+    assert len({len(w) for w in plans}) == 1 and all(len(x.micro_batches) == 1 for w in plans for x in w)
+    rows = [row for w in plans for x in w for m in x.micro_batches if not m.filler for row in m.rows]
     assert sorted(rows) == list(range(50))
 
 

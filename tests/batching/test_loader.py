@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from higgs_ds.batching.batch_plan import MicroBatch, Window
-from higgs_ds.batching.loader import load_windows
+from higgs_ds.batching.batch_plan import MicroBatch, StepPlan
+from higgs_ds.batching.loader import load_steps
 from tests.conftest import ROOT
 
 
@@ -25,14 +25,14 @@ class Echo(Dataset):
 def test_a_run_without_end_is_drawn_as_it_is_needed(num_workers):
     drawn = []
 
-    def windows():
+    def plans():
         for step in itertools.count(1):
             drawn.append(step)
-            yield Window(step, 0.0, tuple(MicroBatch((step, i)) for i in range(step % 3 + 1)))
+            yield StepPlan(step, 0.0, tuple(MicroBatch((step, i)) for i in range(step % 3 + 1)))
 
-    loaded = load_windows(Echo(), windows(), num_workers=num_workers)
-    for step, (window, batches) in enumerate(itertools.islice(loaded, 20), start=1):
-        assert window.step == step
+    loaded = load_steps(Echo(), plans(), num_workers=num_workers)
+    for step, (plan, batches) in enumerate(itertools.islice(loaded, 20), start=1):
+        assert plan.step == step
         assert [batch.tolist() for batch in batches] == [[step, i] for i in range(step % 3 + 1)]
     assert len(drawn) <= 20 + 4 * num_workers + 1
 
@@ -45,11 +45,11 @@ class Broken(Echo):
 @pytest.mark.parametrize("dataset", ["Echo", "Broken"])
 def test_a_rank_that_fails_ends_although_its_workers_outlive_a_stop_signal(dataset):
     code = (
-        "from higgs_ds.batching.loader import load_windows\n"
-        "from higgs_ds.batching.batch_plan import MicroBatch, Window\n"
+        "from higgs_ds.batching.loader import load_steps\n"
+        "from higgs_ds.batching.batch_plan import MicroBatch, StepPlan\n"
         f"from tests.batching.test_loader import {dataset} as Dataset\n"
-        "loaded = load_windows(Dataset(), [Window(i, 0.0, (MicroBatch((i,)),)) for i in range(99)], num_workers=1)\n"
-        "for window in loaded:\n"
+        "loaded = load_steps(Dataset(), [StepPlan(i, 0.0, (MicroBatch((i,)),)) for i in range(99)], num_workers=1)\n"
+        "for plan in loaded:\n"
         "    raise ValueError('what went wrong')\n"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)

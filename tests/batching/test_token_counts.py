@@ -11,6 +11,7 @@ from higgs_ds.batching.token_counts import LengthIndex
 from higgs_ds.codec.base import load_codec
 from higgs_ds.corpus.code_cache import CodeCache
 from higgs_ds.corpus.manifest import Row, Turn, read_manifest
+from higgs_ds.model.facts import ModelFacts
 from tests.conftest import SPEECH
 
 
@@ -36,7 +37,7 @@ def cache(rows, codec_dir, tmp_path_factory):
 
 
 def collator_of(config, **changes) -> Collator:
-    collator = Collator.of(config)
+    collator = Collator(ModelFacts.from_config(config))
     for name, value in changes.items():
         setattr(collator, name, value)
     return collator
@@ -61,7 +62,7 @@ def test_a_row_is_as_long_as_the_model_computes_it(rows, cache, tokenizer, tiny_
     from higgs_ds.model import base as model
 
     base = model.load_base(tiny_dir, tiny_config, "fp32")
-    collator = Collator.of(tiny_config)
+    collator = Collator(ModelFacts.from_config(tiny_config))
     counted = LengthIndex(cache, tokenizer, collator).count(rows[:6])
     for row, tokens in zip(rows[:6], counted, strict=True):
         sample = build_sample(row, tokenizer, lambda ref: torch.from_numpy(cache.get(ref).astype("int64")))
@@ -117,7 +118,9 @@ def test_another_tokenizer_counts_anew(rows, cache, tokenizer, tiny_config):
         def encode(self, text, add_special_tokens):
             return list(range(len(text) * 2))
 
-    index = LengthIndex(cache, tokenizer, Collator.of(tiny_config))
-    other = LengthIndex(cache, Other(), Collator.of(tiny_config))
+    index = LengthIndex(cache, tokenizer, Collator(ModelFacts.from_config(tiny_config)))
+    other = LengthIndex(cache, Other(), Collator(ModelFacts.from_config(tiny_config)))
     assert (other.count(rows) > index.count(rows)).all()
-    assert (index.count(rows) == LengthIndex(cache, tokenizer, Collator.of(tiny_config)).count(rows)).all()
+    assert (
+        index.count(rows) == LengthIndex(cache, tokenizer, Collator(ModelFacts.from_config(tiny_config))).count(rows)
+    ).all()

@@ -14,12 +14,12 @@ from higgs_ds.errors import ConfigError
 from higgs_ds.model.base import (
     attach_lora,
     initial_lora,
-    layer_sizes,
     load_base,
     locate_checkpoint,
     open_base,
     read_model_config,
 )
+from higgs_ds.model.facts import ModelFacts
 from higgs_ds.model.forward import HiggsAudioForTraining
 from higgs_ds.model.tiny import SPECIAL_TOKENS, byte_tokenizer, write_tiny
 
@@ -283,8 +283,8 @@ def test_neither_folder_nor_hub_id(name):
 
 def test_the_sizes_of_a_layer(tiny_dir, tiny_config):
     weights = [p for p in load_base(tiny_dir, tiny_config, "fp32").layers[0].parameters() if p.ndim == 2]
-    assert layer_sizes(tiny_config).parameters == sum(weight.numel() for weight in weights)
-    assert layer_sizes(tiny_config).widest == max(max(weight.shape) for weight in weights)
+    assert ModelFacts.from_config(tiny_config).layer_parameters == sum(weight.numel() for weight in weights)
+    assert ModelFacts.from_config(tiny_config).widest == max(max(weight.shape) for weight in weights)
 
 
 def lora_on(model, **changes):

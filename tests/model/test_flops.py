@@ -9,6 +9,7 @@ import torch
 from benchmarks.gpu import CASES, config_of, needs
 from benchmarks.memory import batch_of, operations
 from higgs_ds.config import DEFAULT_LORA_TARGETS
+from higgs_ds.model.facts import ModelFacts
 from higgs_ds.model.flops import (
     PEAK_FLOPS,
     Utilisation,
@@ -23,37 +24,41 @@ from higgs_ds.parse import parse_args
 
 @pytest.fixture(scope="module")
 def real():
+    """Boson's config and a tokenizer of its size."""
     return config_of(True)
 
 
-def cost(config, *, every=0, row_tokens=0.0, rank=16):
+@pytest.fixture(scope="module")
+def facts(real):
+    return ModelFacts.from_config(real[0])
+
+
+def cost(facts, *, every=0, row_tokens=0.0, rank=16):
     return flop_per_token(
-        config, lora_rank=rank, lora_targets=list(DEFAULT_LORA_TARGETS), checkpoint_every=every, row_tokens=row_tokens
+        facts, lora_rank=rank, lora_targets=list(DEFAULT_LORA_TARGETS), checkpoint_every=every, row_tokens=row_tokens
     )
 
 
-def test_a_token_touches_2_819_billion_parameters(real):
-    config, _ = real
-    assert touched_parameters(config) == 28 * 100_663_296 and round(touched_parameters(config) / 1e9, 3) == 2.819
+def test_a_token_touches_2_819_billion_parameters(facts):
+    assert touched_parameters(facts) == 28 * 100_663_296 and round(touched_parameters(facts) / 1e9, 3) == 2.819
     # Without LoRA's own products: 4 N, and 6 N where everything is done again.
-    assert cost(config, rank=0) == 4 * touched_parameters(config)
-    assert cost(config, rank=0, every=1) == 6 * touched_parameters(config)
-    assert cost(config, rank=0, every=2) == 5 * touched_parameters(config)
+    assert cost(facts, rank=0) == 4 * touched_parameters(facts)
+    assert cost(facts, rank=0, every=1) == 6 * touched_parameters(facts)
+    assert cost(facts, rank=0, every=2) == 5 * touched_parameters(facts)
 
 
 @pytest.mark.parametrize("every", [0, 2])
-def test_it_is_what_the_real_model_was_counted_to_do(every, real):
+def test_it_is_what_the_real_model_was_counted_to_do(every, real, facts):
     """Products without attention's, heads on labelled rows included: below a hundredth of the rest."""
     config, tokenizer = real
     batch = batch_of(config, tokenizer, 2048)
     counted = operations(config, batch, every) / batch.num_tokens
-    assert cost(config, every=every) == pytest.approx(counted, rel=0.01)
+    assert cost(facts, every=every) == pytest.approx(counted, rel=0.01)
 
 
-def test_attention_grows_with_the_row(real):
+def test_attention_grows_with_the_row(facts):
     """Two products of 24 heads of 128 over half a row, forward once and backward twice."""
-    config, _ = real
-    assert cost(config, row_tokens=1000) - cost(config) == pytest.approx(28 * 3 * 4 * 24 * 128 * 500)
+    assert cost(facts, row_tokens=1000) - cost(facts) == pytest.approx(28 * 3 * 4 * 24 * 128 * 500)
     assert mean_row_tokens(np.array([1, 3], np.int32)) == 2.5
     big = np.full(3, 2**20, np.int32)  # whose squares no int32 holds
     assert mean_row_tokens(big) == 2**20
@@ -73,18 +78,17 @@ def test_peaks_go_by_the_full_name():
     assert all(1e14 < peak < 3e15 for peak in PEAK_FLOPS.values())
 
 
-def test_the_share_of_the_peak(real, monkeypatch):
-    config, _ = real
+def test_the_share_of_the_peak(facts, monkeypatch):
     # DESIGN-like arithmetic: one H100 at its peak does 87.7k tokens a second of 11.3 GFLOP.
     assert Utilisation(4 * 2.819e9, 989e12).mfu(87_700) == pytest.approx(1.0, abs=1e-3)
     flags = parse_args(["--train_manifest", "m", "--output_dir", "o"])
     tokens = np.full(9, 200)
     on = {"tokens": tokens, "device": torch.device("cpu"), "world_size": 8}
-    assert utilisation(flags, config, **on) is None
+    assert utilisation(flags, facts, **on) is None
     monkeypatch.setattr("higgs_ds.model.flops.card_name", lambda device: "NVIDIA H200")
-    of_eight = utilisation(flags, config, **on)
-    assert of_eight.peak_flops == 8 * 989e12 and of_eight.flop_per_token == cost(config, row_tokens=200.0)
-    assert utilisation(flags, config, **{**on, "tokens": None}) is None
+    of_eight = utilisation(flags, facts, **on)
+    assert of_eight.peak_flops == 8 * 989e12 and of_eight.flop_per_token == cost(facts, row_tokens=200.0)
+    assert utilisation(flags, facts, **{**on, "tokens": None}) is None
 
 
 def test_the_benchmark_says_first_what_it_needs():

@@ -13,6 +13,7 @@ from higgs_ds.batching.collate import Collator
 from higgs_ds.config import DEFAULT_LORA_TARGETS
 from higgs_ds.errors import ConfigError
 from higgs_ds.model.base import attach_lora, load_base, read_model_config
+from higgs_ds.model.facts import ModelFacts
 from higgs_ds.model.forward import training_forward
 from higgs_ds.model.fused_mlp import FusedRmsNorm
 from higgs_ds.model.padding_free import DecoderLayer, check_supported
@@ -81,7 +82,7 @@ def upstreams_on(model, config):
 
 
 def batch_of(names, tokenizer, config, **collate):
-    return Collator.of(config, with_layout=True)(samples_of(names, tokenizer), **collate)
+    return Collator(ModelFacts.from_config(config), with_layout=True)(samples_of(names, tokenizer), **collate)
 
 
 def computed(module, batch, *, layout=True, seed=None):

@@ -11,8 +11,9 @@ from benchmarks.memory import KEPT_BAR, batch_of, kept_bytes, lora_model, meta_h
 from benchmarks.roofline import Roofline
 from benchmarks.syncs import dispatched
 from higgs_ds.config import PROJECT_ROOT
-from higgs_ds.distributed.ds_config import read_deepspeed_config, resolve
-from higgs_ds.model.base import attach_lora, layer_sizes, open_base
+from higgs_ds.distributed.ds_config import LayerSizes, read_deepspeed_config, resolve
+from higgs_ds.model.base import attach_lora, open_base
+from higgs_ds.model.facts import ModelFacts
 from higgs_ds.model.forward import HiggsAudioForTraining, training_forward
 from higgs_ds.model.padding_free import check_supported
 from higgs_ds.model.tiny import write_zeros
@@ -34,7 +35,13 @@ def test_the_real_files_pass_every_door(tmp_path):
     check_supported(base.config)
     options = parse_args(["--train_manifest", "x", "--output_dir", "x", "--base_ckpt", str(tmp_path)])
     for file in sorted(Path(PROJECT_ROOT, "ds_configs").glob("*.json")):
-        resolve(read_deepspeed_config(str(file)), options, world_size=8, on_cpu=False, layer=layer_sizes(base.config))
+        resolve(
+            read_deepspeed_config(str(file)),
+            options,
+            world_size=8,
+            on_cpu=False,
+            layer=LayerSizes.from_facts(ModelFacts.from_config(base.config)),
+        )
     with torch.device("meta"):
         model = HiggsAudioForTraining._from_config(base.config, torch_dtype=torch.bfloat16)
     model.requires_grad_(False)

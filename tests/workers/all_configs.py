@@ -14,7 +14,7 @@ from higgs_ds.config import PROJECT_ROOT
 from higgs_ds.distributed.engine import leave_ranks, start_ranks
 from higgs_ds.process import end_process
 from higgs_ds.step_stats import StepSums
-from tests.workers.common import build, speech_rows
+from tests.workers.common import build
 from tests.workers.residence import Residence, tensors_within
 
 KINDS = ("weights", "exp_avg", "exp_avg_sq")
@@ -37,8 +37,7 @@ def main() -> None:
             base_dir,
             codec_dir,
             out,
-            speech_rows(8),
-            stage=-1,
+            8,
             batch_size=2,
             grad_accum=2,
             dtype="bf16",
@@ -48,8 +47,8 @@ def main() -> None:
         met = ranks.gather(times)
         assert min(t["initialize"] for t in met) >= max(t["loaded"] for t in met), met
         steps = list(run.batches(last_step=3))
-        for window, batches in steps:
-            result = run.trainer.train_step(window.step, batches, 1e-2)
+        for plan, batches in steps:
+            result = run.trainer.train_step(plan.step, batches, 1e-2)
             assert not result.failures, result.failures
             assert result.grad_norm > 0, (file.name, result.grad_norm)
         if ranks.is_main:
@@ -94,8 +93,8 @@ def save_and_set(run, folder: Path, step, *, offloaded: bool) -> None:
         # A step on gradients of zero, which lets the moments shrink, and then what was saved.
         engine.load_state(saved, step[1][0].model_inputs(ranks.device))
         again = engine.gather_state()
-    window, batches = step
-    run.trainer.train_step(window.step, batches, 1e-2)
+    plan, batches = step
+    run.trainer.train_step(plan.step, batches, 1e-2)
     if put_together is not None:
         check_host_only(put_together, residence, [*live, *engine.module.parameters()])
         assert_same(put_together(), saved, "something else was saved, or training changed what was gathered")

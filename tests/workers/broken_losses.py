@@ -15,12 +15,12 @@ from higgs_ds.guard import BadLossError
 from higgs_ds.model.padding_free import PaddingFreeOutput
 from higgs_ds.process import end_process
 from higgs_ds.step_stats import MicroBatchStats
-from tests.workers.common import build, speech_rows
+from tests.workers.common import build
 
 BROKEN_STEP = 2
 SETUPS = {
     "ZeRO-2": {"stage": 2, "dtype": "bf16"},
-    "ZeRO-3": {"stage": 3, "dtype": "fp32", "checkpoint_every": 2},
+    "ZeRO-3": {"stage": 3, "dtype": "fp32", "activation_checkpointing": 2},
     "upstream": {"stage": 2, "dtype": "fp32", "forward_impl": "upstream", "loss_impl": "reference"},
 }
 
@@ -93,7 +93,7 @@ def main() -> None:
     base_dir, codec_dir, out = map(Path, sys.argv[1:4])
     checks = sys.argv[4:]
     ranks = start_ranks()
-    rows = speech_rows(12)
+    rows = 12
     seen = {}
     for setup, settings in SETUPS.items():
 
@@ -122,17 +122,17 @@ def one_case(run, check, ranks) -> dict:
     run.trainer.dropped_steps = 0
     moved, raised, failures, rows_of_rank_1 = [], False, [], None
     started = time.monotonic()
-    for window, batches in run.batches(last_step=3):
+    for plan, batches in run.batches(last_step=3):
         before = run.engine.gather_trainable()
-        broken = window.step == BROKEN_STEP
+        broken = plan.step == BROKEN_STEP
         if broken:
             rows_of_rank_1 = ranks.gather(batches[0].origins)[1]
         if broken and ranks.rank == 1:
             for batch in batches:
-                break_batch(check, batch, run.guard.audio_out_token)
+                break_batch(check, batch, run.guard.facts.audio_out_token)
             run.broken = breaker.check = check
         try:
-            run.trainer.train([(window, batches)])
+            run.trainer.train([(plan, batches)])
         except BadLossError as error:
             raised = True
             failures = [f.as_row() | {"rows": list(f.rows)} for f in error.failures]

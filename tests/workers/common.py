@@ -1,31 +1,29 @@
-"""The parts of a run, built as `train_ds.py` builds them, for workers that look inside."""
+"""The parts of a run, built by `higgs_ds.run` as `train_ds.py` has them built, for workers that look inside."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
 
+from higgs_ds import run as assembly
+from higgs_ds.alone import Unwatched
 from higgs_ds.batching.batch_plan import Plan
-from higgs_ds.batching.collate import Collator
-from higgs_ds.batching.loader import MicroBatches, load_windows
-from higgs_ds.codec.base import load_codec
+from higgs_ds.batching.loader import MicroBatches
 from higgs_ds.config import PROJECT_ROOT
-from higgs_ds.corpus.code_cache import CodeCache
 from higgs_ds.corpus.manifest import Row, read_manifest
-from higgs_ds.distributed.ds_config import resolve
-from higgs_ds.distributed.engine import Engine, Ranks, loading
+from higgs_ds.data import Data
+from higgs_ds.distributed.engine import Engine, Ranks
+from higgs_ds.files import write_text
 from higgs_ds.guard import Guard
 from higgs_ds.loss import LossWeights
-from higgs_ds.model import base as model
-from higgs_ds.model.forward import training_forward
 from higgs_ds.parse import parse_args
-from higgs_ds.schedule import learning_rate
 from higgs_ds.trainer import Trainer
+
+SPEECH = PROJECT_ROOT / "examples/speech"
 
 
 def speech_rows(count: int) -> list[Row]:
@@ -57,6 +55,7 @@ def with_lora_b(model):
 class Run:
     ranks: Ranks
     plan: Plan
+    data: Data
     dataset: MicroBatches
     engine: Engine
     guard: Guard
@@ -65,8 +64,7 @@ class Run:
     broken: str | None = None
 
     def batches(self, *, last_step: int, first_step: int = 1):
-        windows = list(self.plan.windows(self.ranks.rank, first_step, last_step))
-        return load_windows(self.dataset, windows, num_workers=0)
+        return self.data.steps(first_step, last_step)
 
 
 def build(
@@ -74,87 +72,47 @@ def build(
     base_dir: Path,
     codec_dir: Path,
     cache_dir: Path,
-    rows: list[Row],
+    count: int,
     *,
-    stage: int,
-    batch_size: int = 1,
-    grad_accum: int = 1,
+    stage: int = 2,
     total_steps: int = 3,
-    dtype: str = "fp32",
-    on_bad_loss: str = "raise",
-    lr: float = 1e-2,
     ds_file: str | None = None,
     wrap_model=None,
-    forward_impl: str = "padding_free",
-    loss_impl: str = "fused",
-    checkpoint_every: int = 0,
+    **flags,
 ) -> Run:
-    flags = {
-        "train_manifest": "unused",
+    """A run over the first `count` rows of the shipped speech, at a constant learning rate, without dropout.
+
+    `flags` are those of `train_ds.py`.
+    """
+    manifest = cache_dir / f"first-{count}.jsonl"
+    rows = [json.loads(line) for line in (SPEECH / "manifest.jsonl").read_text().splitlines()[:count]]
+    lines = [json.dumps(row | {"audio": str(SPEECH / row["audio"])}) + "\n" for row in rows]
+    write_text(manifest, "".join(lines))  # by every rank, the same
+    settings = {
+        "train_manifest": manifest,
         "output_dir": cache_dir,
-        "batch_size": batch_size,
-        "grad_accum": grad_accum,
-        "dtype": dtype,
-        "lr": lr,
+        "base_ckpt": base_dir,
+        "codec": codec_dir,
+        "num_workers": 0,
+        "batch_size": 1,
+        "max_steps": total_steps,
+        "epochs": 1000,
+        "dtype": "fp32",
+        "lr": 1e-2,
+        "lr_scheduler": "constant",
+        "warmup_ratio": 0,
         "lora_r": 8,
         "lora_dropout": 0.0,
         "weight_decay": 0.01,
     }
-    config = parse_args([word for name, value in flags.items() for word in (f"--{name}", str(value))])
+    config = parse_args([word for name, value in (settings | flags).items() for word in (f"--{name}", str(value))])
     raw = json.loads((PROJECT_ROOT / (ds_file or f"ds_configs/zero{stage}.json")).read_text())
-    model_config = model.read_model_config(base_dir)
-    ds_config = resolve(raw, config, world_size=ranks.world_size, on_cpu=True, layer=model.layer_sizes(model_config))
-    with loading(ds_config):
-        base = model.load_base(base_dir, model_config, config.model.dtype)
-    lora_model = model.attach_lora(
-        base,
-        rank=config.lora.lora_r,
-        alpha=config.lora.lora_alpha,
-        dropout=config.lora.lora_dropout,
-        target_modules=config.lora.lora_target_modules,
-        seed=config.optim.seed,
-        base_name=str(base_dir),
-    )
-    if wrap_model is not None:
-        lora_model = wrap_model(lora_model)
-    engine = Engine(
-        training_forward(
-            lora_model,
-            model_config,
-            forward_impl=forward_impl,
-            loss_impl=loss_impl,
-            checkpoint_every=checkpoint_every,
-        ),
-        ds_config,
-        weight_decay=config.optim.weight_decay,
-        max_grad_norm=config.optim.max_grad_norm,
-    )
-    weights = LossWeights.of(1.0, 1.0, None, model_config.audio_num_codebooks)
-    guard = Guard(
-        rank=ranks.rank,
-        output_dir=cache_dir,
-        audio_out_token=model_config.audio_out_token_idx,
-        max_code=model_config.audio_codebook_size + 1,
-        weights=weights,
-    )
-    cache = CodeCache(cache_dir / "codes_cache", load_codec(str(codec_dir)))
-    refs = [ref for row in rows for _, ref in row.audio_refs]
-    problems = cache.ensure(refs, shard=ranks.rank, num_shards=ranks.world_size)
-    assert not any(ranks.gather(problems)), problems
-    plan = Plan(
-        len(rows), batch_size=batch_size, grad_accum=grad_accum, world_size=ranks.world_size, seed=config.optim.seed
-    )
-    trainer = Trainer(
-        engine=engine,
-        ranks=ranks,
-        guard=guard,
-        weights=weights,
-        learning_rate=partial(learning_rate, peak=lr, total_steps=total_steps, warmup_ratio=0.0, shape="constant"),
-        on_bad_loss=on_bad_loss,
-        log_every=1,
-        total_steps=total_steps,
-        eval_every=10**9,
-    )
-    collator = Collator.of(model_config, with_layout=forward_impl == "padding_free")
-    dataset = MicroBatches(rows, model.load_tokenizer(base_dir), cache, collator)
-    return Run(ranks, plan, dataset, engine, guard, trainer, weights)
+    watch = Unwatched()
+    setup = assembly.open_setup(config, raw, ranks, watch)
+    data = assembly.load_data(setup, ranks, watch)
+    engine = assembly.load_model(setup, ranks, watch, **({"wrap": wrap_model} if wrap_model else {}))
+    guard = assembly.make_guard(setup, ranks)
+    trainer = assembly.make_trainer(setup, data, engine, guard, ranks, watch)
+    trainer.eval_every = 10**9
+    dataset = data.dataset(data.corpus.train_rows)
+    return Run(ranks, data.plan, data, dataset, engine, guard, trainer, setup.weights)

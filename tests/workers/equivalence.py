@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from tests.workers.common import build, speech_rows
+from tests.workers.common import build
 
 
 def main() -> None:
@@ -19,7 +19,7 @@ def main() -> None:
     from higgs_ds.process import end_process
 
     ranks = start_ranks()
-    rows = speech_rows(16)
+    rows = 16
     for stage in (0, 1, 2, 3):
         run = build(
             ranks, base_dir, codec_dir, cache_dir, rows, stage=stage, batch_size=batch_size, grad_accum=grad_accum
@@ -35,13 +35,13 @@ def main() -> None:
     run = build(ranks, base_dir, codec_dir, cache_dir, rows, stage=0, batch_size=batch_size, grad_accum=grad_accum)
     from higgs_ds.loss import loss_scales
 
-    for window, batches in run.batches(last_step=3):
+    for plan, batches in run.batches(last_step=3):
         for batch in batches:
             text, books = loss_scales(run.weights, batch.text_count, batch.codebook_counts, 1)
             text, books = text / len(batches), torch.tensor(books) / len(batches)
             loss, *_ = run.engine.forward(batch.model_inputs(), text, books)
             run.engine.backward(loss)
-        run.engine.step(run.trainer.learning_rate(window.step))
+        run.engine.step(run.trainer.learning_rate(plan.step))
     weights = run.engine.gather_trainable()
     if ranks.is_main:
         save_file(weights, output_dir / "mean_of_means.safetensors")

@@ -13,6 +13,8 @@ import torch
 import transformers.integrations  # noqa: F401
 
 import train_ds
+from higgs_ds import run  # noqa: F401
+from higgs_ds.codec import sample  # noqa: F401
 from higgs_ds.process import end_process
 from higgs_ds.report import tracking  # noqa: F401
 from tests.workers import patches

@@ -11,14 +11,14 @@ from safetensors.torch import save_file
 from higgs_ds.distributed.engine import leave_ranks, start_ranks
 from higgs_ds.process import end_process
 from tests.batching.test_collate import samples_of
-from tests.workers.common import build, speech_rows, with_lora_b, without_text_labels
+from tests.workers.common import build, with_lora_b, without_text_labels
 
 VARIANTS = {
     "upstream": {"forward_impl": "upstream", "loss_impl": "reference"},
     "fused": {},
     "reference": {"loss_impl": "reference"},
-    "checkpointed": {"checkpoint_every": 1},
-    "every second layer checkpointed": {"checkpoint_every": 2},
+    "checkpointed": {"activation_checkpointing": "full"},
+    "every second layer checkpointed": {"activation_checkpointing": 2},
 }
 
 
@@ -27,9 +27,7 @@ def main() -> None:
     ranks = start_ranks()
     for stage in (2, 3):
         for name, settings in VARIANTS.items():
-            run = build(
-                ranks, base_dir, codec_dir, out, speech_rows(1), stage=stage, wrap_model=with_lora_b, **settings
-            )
+            run = build(ranks, base_dir, codec_dir, out, 1, stage=stage, wrap_model=with_lora_b, **settings)
             result = run.trainer.train_step(1, batches_of(ranks.rank, run.dataset), 1e-3)
             assert not result.failures, result.failures
             state = run.engine.gather_state()

@@ -9,11 +9,10 @@ import weakref
 
 import torch
 
-from higgs_ds import checkpoint, rehearsal, trainer
+from higgs_ds import checkpoint, rehearsal, run, trainer
 from higgs_ds.batching import loader as dataset
 from higgs_ds.codec import boson_tokenizer
 from higgs_ds.distributed import engine
-from higgs_ds.model import base as model
 from higgs_ds.model import flops
 
 
@@ -44,7 +43,7 @@ def fail(step: int) -> None:
 
 def slowly(step_seconds: float, write_seconds: float) -> None:
     """Each step takes longer, and each file of a checkpoint until it has reached the disk, as with a large model."""
-    original_step, original_sync = trainer.Trainer.train_step, checkpoint._sync
+    original_step, original_sync = trainer.Trainer.train_step, checkpoint.sync
 
     def train_step(self, number, batches, lr):
         time.sleep(step_seconds)
@@ -54,7 +53,7 @@ def slowly(step_seconds: float, write_seconds: float) -> None:
         time.sleep(write_seconds)
         original_sync(path)
 
-    trainer.Trainer.train_step, checkpoint._sync = train_step, sync
+    trainer.Trainer.train_step, checkpoint.sync = train_step, sync
 
 
 def quota_from_step(step: int, size: int) -> None:
@@ -64,7 +63,7 @@ def quota_from_step(step: int, size: int) -> None:
 
 def count_codec_networks() -> None:
     """Says how many networks of Boson's codec were built, and are left, when the base model is to be loaded."""
-    original_build, original_load = boson_tokenizer.build_tokenizer, model.load_base
+    original_build, original_load = boson_tokenizer.build_tokenizer, run.load_base
     built = []
 
     def build(*args):
@@ -77,7 +76,7 @@ def count_codec_networks() -> None:
         print(f"codec networks: {len(built)} built, {left} left", flush=True)
         return original_load(*args)
 
-    boson_tokenizer.build_tokenizer, model.load_base = build, load
+    boson_tokenizer.build_tokenizer, run.load_base = build, load
 
 
 def _signal_all() -> None:
@@ -139,9 +138,9 @@ def count_exchanges() -> None:
     log = trainer.Trainer._log
     _at_every_step(met.clear)
 
-    def _log(self, window, *args):
-        log(self, window, *args)
-        print(f"step {window.step} met by: {' '.join(met)}", flush=True)
+    def _log(self, plan, *args):
+        log(self, plan, *args)
+        print(f"step {plan.step} met by: {' '.join(met)}", flush=True)
 
     trainer.Trainer._log = _log
 
@@ -151,5 +150,5 @@ PHASES = {
     "forward": (engine.Engine, "forward"),
     "backward": (engine.Engine, "backward"),
     "save": (engine.Engine, "gather_state"),
-    "write": (checkpoint, "_sync"),
+    "write": (checkpoint, "sync"),
 }

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import torch
 
-from higgs_ds.batching.batch_plan import MicroBatch, Window
+from higgs_ds.batching.batch_plan import MicroBatch, StepPlan
 from higgs_ds.batching.collate import Collator, Sample, tokenize
 from higgs_ds.corpus.manifest import AudioRef, Turn, speech_messages
 from higgs_ds.distributed.engine import leave_ranks, start_ranks
 from higgs_ds.model.base import read_model_config
+from higgs_ds.model.facts import ModelFacts
 from higgs_ds.process import end_process
-from tests.workers.common import build, speech_rows, without_text_labels
+from tests.workers.common import build, without_text_labels
 
 CLIP = AudioRef(path=Path("/clip.wav"), raw_audio=None, offset_sec=None, duration_sec=None)
 TEXT = (Turn("user", ("What is two and two?",)), Turn("assistant", ("Four, as ever.",)))
@@ -24,8 +25,8 @@ def main() -> None:
     base_dir, codec_dir, out = map(Path, sys.argv[1:4])
     steps = int(sys.argv[4])
     ranks = start_ranks()
-    run = build(ranks, base_dir, codec_dir, out, speech_rows(2), stage=3, total_steps=steps)
-    collator = Collator.of(read_model_config(base_dir), with_layout=True)
+    run = build(ranks, base_dir, codec_dir, out, 2, stage=3, total_steps=steps)
+    collator = Collator(ModelFacts.from_config(read_model_config(base_dir)), with_layout=True)
     draw = torch.Generator().manual_seed(ranks.rank)
 
     def batch_of(kind: int):
@@ -38,8 +39,8 @@ def main() -> None:
             batch = without_text_labels(batch)
         return batch
 
-    windows = ((Window(step, 0.0, (MicroBatch((0,)),)), [batch_of(ranks.rank % 4)]) for step in range(1, steps + 1))
-    run.trainer.train(windows)
+    plans = ((StepPlan(step, 0.0, (MicroBatch((0,)),)), [batch_of(ranks.rank % 4)]) for step in range(1, steps + 1))
+    run.trainer.train(plans)
     print(f"done: {steps} steps", flush=True)
     end_process(leave_ranks(0))
 

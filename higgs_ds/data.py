@@ -1,0 +1,173 @@
+"""From manifests to the batches of every optimizer step."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from . import checkpoint, rehearsal
+from .alone import Alone, Unwatched
+from .batching.batch_plan import MicroBatch, Plan, StepPlan, evaluation_plans, make_plan
+from .batching.collate import Batch, Collator
+from .batching.loader import MicroBatches, load_steps
+from .batching.shared_memory import check_shared_memory
+from .batching.token_counts import LengthIndex
+from .codec.base import Codec, load_codec
+from .config import TrainConfig
+from .corpus.code_cache import CodeCache
+from .corpus.rows import RowSet, load_rows
+from .distributed.engine import Ranks
+from .distributed.rank_watch import Watch
+from .model.base import BaseCheckpoint
+
+if TYPE_CHECKING:
+    from .run import Setup
+
+
+def codes_folder(config: TrainConfig) -> Path:
+    """Where the clips' codes are kept."""
+    return Path(config.data.codes_cache or Path(config.run.output_dir) / "codes_cache")
+
+
+@dataclass
+class Corpus:
+    """Rows that can be trained on, and the store of their clips' codes."""
+
+    train_rows: RowSet
+    val_rows: RowSet
+    cache: CodeCache
+    codec: Codec
+
+
+def load_corpus(
+    config: TrainConfig,
+    base: BaseCheckpoint,
+    ranks: Ranks | Alone,
+    watch: Watch | Unwatched,
+    *,
+    device: str,
+    collator: Collator,
+    count_tokens: bool,
+    outcome: str,
+) -> Corpus:
+    """Checks every row and encodes every clip, before anything large is loaded; the codec's memory is given back.
+
+    Args:
+        device: where clips are encoded.
+        count_tokens: whether the rows' tokens are counted.
+        outcome: what a list of faults ends with.
+    """
+    data = config.data
+    watch.untimed("opening the codec")
+    codec = ranks.each(lambda: load_codec(data.codec, data.codec_revision, device=device, warn=ranks.say))
+    cache = ranks.each(lambda: CodeCache(codes_folder(config), codec))
+    watch.at(0, "reading manifests, encoding clips")
+    train_rows, val_rows = load_rows(
+        [manifest for manifest in (data.train_manifest, data.val_manifest) if manifest],
+        cache=cache,
+        num_codebooks=base.facts.num_codebooks,
+        codebook_size=base.facts.codebook_size,
+        max_duration_sec=data.max_duration_sec,
+        skip_bad_rows=data.skip_bad_rows,
+        ranks=ranks,
+        warn=ranks.say,
+        moved=watch.moved,
+        lengths=LengthIndex(cache, base.tokenizer, collator) if count_tokens else None,
+        max_tokens=config.optim.max_tokens_per_batch,
+        outcome=outcome,
+    )
+    codec.release()
+    return Corpus(train_rows, val_rows, cache, codec)
+
+
+@dataclass
+class Data:
+    """Rows and the order in which they are trained on; batches are built as they are needed."""
+
+    corpus: Corpus
+    plan: Plan
+    total_steps: int
+    setup: Setup
+    collator: Collator
+    ranks: Ranks
+
+    def dataset(self, rows: RowSet) -> MicroBatches:
+        """Micro-batches of these rows, by number."""
+        return MicroBatches(rows, self.setup.base.tokenizer, self.corpus.cache, self.collator)
+
+    def steps(self, first_step: int, last_step: int) -> Iterator[tuple[StepPlan, list[Batch]]]:
+        """This rank's batches of the optimizer steps `first_step`…`last_step`, both included."""
+        return self._load(self.corpus.train_rows, self.plan.steps(self.ranks.rank, first_step, last_step))
+
+    def validation(self) -> Iterator[tuple[StepPlan, list[Batch]]]:
+        """This rank's share of all validation rows, as many batches on every rank."""
+        rows, optim = self.corpus.val_rows, self.setup.config.optim
+        budget = {"tokens": rows.tokens, "max_tokens": optim.max_tokens_per_batch}
+        plans = evaluation_plans(len(rows), optim.batch_size, self.ranks.rank, self.ranks.world_size, **budget)
+        return self._load(rows, plans)
+
+    def any_inputs(self) -> dict:
+        """Some micro-batch's model inputs, on this rank's device."""
+        batch = self.dataset(self.corpus.train_rows)[MicroBatch((0,))]
+        return batch.model_inputs(self.ranks.device)
+
+    def _load(self, rows: RowSet, plans: Iterable[StepPlan]) -> Iterator[tuple[StepPlan, list[Batch]]]:
+        num_workers = self.setup.config.data.num_workers
+        on_gpu = self.ranks.device.type == "cuda"
+        return load_steps(self.dataset(rows), plans, num_workers=num_workers, pin_memory=on_gpu)
+
+
+def load_data(setup: Setup, ranks: Ranks, watch: Watch | Unwatched, *, only_one_step: bool = False) -> Data:
+    """Every row checked, every clip encoded, and the plan of all optimizer steps.
+
+    Raises:
+        ConfigError: bad rows (without --skip_bad_rows), or too little shared memory for the data workers.
+    """
+    config, base = setup.config, setup.base
+    collator = Collator(base.facts, with_layout=setup.padding_free)
+    corpus = load_corpus(
+        config,
+        base,
+        ranks,
+        watch,
+        device=str(ranks.device),
+        collator=collator,
+        count_tokens=bool(config.optim.max_tokens_per_batch) or rehearsal.is_wanted(ranks.device),
+        outcome="nothing was trained (--skip_bad_rows trains without them)",
+    )
+    rows = corpus.train_rows
+    plan = make_plan(
+        len(rows),
+        rows.tokens,
+        batch_size=config.optim.batch_size,
+        max_tokens=config.optim.max_tokens_per_batch,
+        grad_accum=config.optim.grad_accum,
+        world_size=ranks.world_size,
+        seed=config.optim.seed,
+        round_to=1 if setup.padding_free else collator.round_to,
+    )
+    total_steps = setup.first_step if only_one_step else plan.total_steps(config.optim.epochs, config.optim.max_steps)
+    data = Data(corpus, plan, total_steps, setup, collator, ranks)
+    _say_how_it_begins(setup, data, ranks)
+    host = socket.gethostname()
+    check_memory = partial(
+        check_shared_memory,
+        data.dataset(rows),
+        num_workers=config.data.num_workers * (2 if corpus.val_rows else 1),
+        batch_size=config.optim.batch_size,
+        max_tokens=config.optim.max_tokens_per_batch,
+        kept=0 if ranks.device.type == "cuda" else config.optim.grad_accum,
+        ranks_here=ranks.gather(host).count(host),
+    )
+    ranks.each(check_memory)
+    return data
+
+
+def _say_how_it_begins(setup: Setup, data: Data, ranks: Ranks) -> None:
+    changed = checkpoint.changed_settings(setup.resumed, setup.config.as_dict(), len(data.corpus.train_rows))
+    begins = f"resuming after step {setup.first_step - 1}" if setup.resumed else "a fresh start"
+    ranks.say("\n".join([*setup.notes, *changed, begins]))

@@ -1,0 +1,280 @@
+"""A run put together, once for all who need one: `train_ds.py`, `check`, `prepare`, benchmarks and tests.
+
+open_setup    options settled, checkpoint looked at     -> Setup     nothing large is loaded
+load_data     manifests checked, clips encoded, planned -> Data
+load_model    base weights, LoRA, DeepSpeed             -> Engine
+make_trainer  guard, schedule, sinks                    -> Trainer
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from torch import nn
+
+from . import checkpoint, rehearsal, run_dir
+from .alone import Unwatched
+from .batching import micro_batches
+from .batching.batch_plan import MicroBatch
+from .checkpoint import Checkpoint
+from .config import TrainConfig
+from .data import Data
+from .data import load_data as load_data
+from .distributed.ds_config import LayerSizes, resolve
+from .distributed.engine import Engine, Ranks, StopSignal, leave_ranks, loading, start_ranks
+from .distributed.rank_watch import Watch, check_stall_timeout
+from .errors import ConfigError, ExitCode
+from .guard import Guard
+from .loss import LossWeights
+from .model import flops
+from .model.base import BaseCheckpoint, attach_lora, load_base, open_base, read_adapter, set_lora
+from .model.forward import training_forward
+from .model.padding_free import check_supported
+from .report.tracking import Tracker
+from .schedule import learning_rate
+from .sinks import Sinks as Sinks
+from .trainer import Trainer
+
+
+@contextlib.contextmanager
+def joined(config: TrainConfig, *, keeps_nothing: bool = False) -> Iterator[tuple[Ranks, Watch]]:
+    """This process among the other ranks, watched, in a run's folder that is this run's alone.
+
+    Args:
+        keeps_nothing: the folder may hold a run, and is not taken (`check`).
+
+    Raises:
+        ConfigError: on all ranks, after the process group is left.
+    """
+    ranks = start_ranks(deterministic=config.run.deterministic)
+    ranks.seed(config.optim.seed)
+    output_dir = Path(config.run.output_dir)
+    may_hold_a_run = keeps_nothing or config.run.resume != "none"
+    alone = ranks.is_main and not keeps_nothing
+    with Watch(ranks, stall_timeout_sec=config.run.stall_timeout_sec) as watch:
+        try:
+            check_stall_timeout(config.run.stall_timeout_sec, on_gpu=ranks.device.type == "cuda")
+            ranks.each(lambda: run_dir.prepare_run_dir(output_dir, may_hold_a_run=may_hold_a_run))
+            with ranks.each(lambda: run_dir.lock_run_dir(output_dir) if alone else contextlib.nullcontext()):
+                yield ranks, watch
+        except ConfigError:
+            leave_ranks(ExitCode.CONFIG, wait=False)
+            raise
+
+
+@dataclass
+class Setup:
+    """A run's options as they hold on this checkpoint and this many ranks."""
+
+    config: TrainConfig
+    base: BaseCheckpoint
+    ds_config: dict  # for `deepspeed.initialize`
+    weights: LossWeights
+    resumed: Checkpoint | None = None
+    notes: list[str] = field(default_factory=list)  # what the user should read once
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.config.run.output_dir)
+
+    @property
+    def padding_free(self) -> bool:
+        return self.config.model.forward_impl == "padding_free"
+
+    @property
+    def first_step(self) -> int:
+        return self.resumed.position.step + 1 if self.resumed else 1
+
+
+def open_setup(config: TrainConfig, ds_raw: dict, ranks: Ranks, watch: Watch | Unwatched) -> Setup:
+    """Finds the checkpoint to go on from and the base, asks both everything, and settles the options by them."""
+    resumed, notes = ranks.each(lambda: checkpoint.find_checkpoint(config.run.resume, Path(config.run.output_dir)))
+    watch.untimed("finding the base checkpoint")
+    base = ranks.each(lambda: open_base_for(config))
+    return settle(config, ds_raw, base, ranks, resumed, [*notes, *base.notes])
+
+
+def open_base_for(config: TrainConfig) -> BaseCheckpoint:
+    """The base checkpoint, refused where the run's forward could not compute it."""
+    base = open_base(config.model.base_ckpt, config.model.base_revision)
+    if config.model.forward_impl == "padding_free":
+        check_supported(base.config)
+    return base
+
+
+def settle(
+    config: TrainConfig,
+    ds_raw: dict,
+    base: BaseCheckpoint,
+    ranks: Ranks,
+    resumed: Checkpoint | None = None,
+    notes: Iterable[str] = (),
+) -> Setup:
+    """Fills what the options left open; changes `config`. Raises ConfigError for what does not go together."""
+    optim = config.optim
+    weights = LossWeights.from_options(config.loss, base.facts.num_codebooks)
+    optim.batch_size, optim.max_tokens_per_batch = micro_batches.settle_micro_batches(
+        optim.batch_size,
+        optim.max_tokens_per_batch,
+        device_type=ranks.device.type,
+        resumed=resumed.position.config if resumed else None,
+    )
+    if resumed:
+        optim.grad_accum = ranks.each(lambda: checkpoint.keep_global_batch(resumed, config, ranks.world_size))
+    ds_config = resolve(
+        ds_raw,
+        config,
+        world_size=ranks.world_size,
+        on_cpu=ranks.device.type == "cpu",
+        layer=LayerSizes.from_facts(base.facts),
+    )
+    return Setup(config, base, ds_config, weights, resumed, list(notes))
+
+
+def load_model(
+    setup: Setup,
+    ranks: Ranks,
+    watch: Watch | Unwatched,
+    *,
+    first_inputs: Callable[[], dict] | None = None,
+    wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
+) -> Engine:
+    """Base weights, LoRA and where it stands, under DeepSpeed.
+
+    Args:
+        first_inputs: any micro-batch's model inputs; asked for where a run is resumed.
+        wrap: what is put around the model with LoRA, for tests.
+    """
+    config, base = setup.config, setup.base
+    watch.untimed("loading the model")
+    with loading(setup.ds_config):
+        model = load_base(base.folder, base.config, config.model.dtype)
+    engine = adapt(setup, model, ranks, wrap=wrap)
+    if setup.resumed:
+        engine.load_state(setup.resumed.state, first_inputs())
+        checkpoint.restore_rng(setup.resumed.rng, ranks, config.optim.seed + setup.resumed.position.step)
+    return engine
+
+
+def adapt(
+    setup: Setup, model: nn.Module, ranks: Ranks, *, wrap: Callable[[nn.Module], nn.Module] = lambda module: module
+) -> Engine:
+    """LoRA on a base model, started as the options say, and the training forward of both, under DeepSpeed."""
+    config = setup.config
+    lora_model = attach_lora(
+        model,
+        rank=config.lora.lora_r,
+        alpha=config.lora.lora_alpha,
+        dropout=config.lora.lora_dropout,
+        target_modules=config.lora.lora_target_modules,
+        seed=config.optim.seed,
+        base_name=config.model.base_ckpt,
+        base_revision=config.model.base_revision,
+    )
+    if setup.resumed:
+        ranks.each(lambda: set_lora(lora_model, setup.resumed.adapter, str(setup.resumed.folder)))
+    elif config.lora.init_adapter:
+        adapter = ranks.each(lambda: read_adapter(Path(config.lora.init_adapter)))
+        ranks.each(lambda: set_lora(lora_model, adapter, f"--init_adapter {config.lora.init_adapter}"))
+    module = training_forward(
+        wrap(lora_model),
+        setup.base.config,
+        forward_impl=config.model.forward_impl,
+        loss_impl=config.loss.loss_impl,
+        checkpoint_every=config.model.checkpoint_every,
+    )
+    optim = config.optim
+    return Engine(module, setup.ds_config, weight_decay=optim.weight_decay, max_grad_norm=optim.max_grad_norm)
+
+
+def make_guard(setup: Setup, ranks: Ranks) -> Guard:
+    """The loss guard of this rank."""
+    return Guard(rank=ranks.rank, output_dir=setup.output_dir, facts=setup.base.facts, weights=setup.weights)
+
+
+def describe(setup: Setup, data: Data, engine: Engine, ranks: Ranks) -> None:
+    """Says the arithmetic of a step and of the run, the engine, and whether a GPU will wait for its CPU."""
+    config, plan = setup.config, data.plan
+    note = micro_batches.launch_bound_note(
+        plan.mean_tokens(data.corpus.train_rows.tokens),
+        device_type=ranks.device.type,
+        batch_size=config.optim.batch_size,
+        max_tokens=config.optim.max_tokens_per_batch,
+        grad_accum=config.optim.grad_accum,
+    )
+    lines = [plan.describe(data.total_steps), engine.describe(config.model.dtype), note]
+    ranks.say("\n".join(line for line in lines if line))
+
+
+def rehearse(setup: Setup, data: Data, engine: Engine, guard: Guard, ranks: Ranks, watch: Watch | Unwatched) -> None:
+    """The dearest micro-batch of the plan, once, on GPUs: a run that does not fit ends before its first step."""
+    if not rehearsal.is_wanted(ranks.device):
+        return
+    config, tokens = setup.config, data.corpus.train_rows.tokens
+    watch.at(setup.first_step - 1, "rehearsing the dearest micro-batch")
+    # The whole run's, also where only one step is checked.
+    last_step = max(setup.first_step, data.plan.total_steps(config.optim.epochs, config.optim.max_steps))
+    rows = data.plan.dearest(tokens, setup.first_step, last_step, padded=not setup.padding_free)
+    batch = data.dataset(data.corpus.train_rows)[MicroBatch(rows)]
+    advice = rehearsal.Advice(
+        config.optim.batch_size, config.optim.max_tokens_per_batch, config.model.checkpoint_every, engine.stage
+    )
+    took = rehearsal.rehearse(engine, ranks, guard, batch, advice)
+    if took:
+        ranks.say(took)
+
+
+def make_trainer(
+    setup: Setup,
+    data: Data,
+    engine: Engine,
+    guard: Guard,
+    ranks: Ranks,
+    watch: Watch | Unwatched,
+    *,
+    tracker: Tracker | None = None,
+    sinks: Sinks | None = None,
+    stop: StopSignal | None = None,
+) -> Trainer:
+    """The loop over the engine, under the guard; without `sinks` nothing is saved, without `stop` nobody asks."""
+    config, keeps = setup.config, sinks is not None and not sinks.keeps_nothing
+    trainer = Trainer(
+        engine=engine,
+        ranks=ranks,
+        guard=guard,
+        weights=setup.weights,
+        learning_rate=partial(
+            learning_rate,
+            peak=config.optim.lr,
+            total_steps=data.total_steps,
+            warmup_ratio=config.optim.warmup_ratio,
+            shape=config.optim.lr_scheduler,
+        ),
+        on_bad_loss="raise" if sinks is not None and sinks.keeps_nothing else config.loss.on_bad_loss,
+        log_every=config.run.log_every,
+        total_steps=data.total_steps,
+        first_step=setup.first_step,
+        eval_every=config.run.eval_every or data.plan.steps_per_epoch,
+        validation=data.validation if data.corpus.val_rows else None,
+        tracker=tracker,
+        save=(lambda step: sinks.save(step, trainer.dropped_steps)) if keeps else None,
+        save_every=config.run.save_every,
+        at=watch.at,
+        dropped_steps=setup.resumed.position.dropped_steps if setup.resumed else 0,
+        utilisation=flops.utilisation(
+            config,
+            setup.base.facts,
+            tokens=data.corpus.train_rows.tokens,
+            device=ranks.device,
+            world_size=ranks.world_size,
+        ),
+    )
+    if sinks is not None:
+        trainer.raise_if_save_failed = sinks.writer.raise_if_failed
+    if stop is not None:
+        trainer.stop_requested = stop.requested
+    return trainer

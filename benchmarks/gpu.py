@@ -219,7 +219,8 @@ def engine_of(case: Case, config, ranks):
     from higgs_ds.distributed.ds_config import resolve
     from higgs_ds.distributed.engine import Engine, loading
     from higgs_ds.model import base as model
-    from higgs_ds.model.forward import HiggsAudioForTraining, training_forward
+    from higgs_ds.model.forward import training_forward
+    from higgs_ds.model.higgs import HiggsAudioForTraining
     from higgs_ds.parse import parse_args
 
     forward_impl = "padding_free" if case.forward == "compiled" else case.forward

@@ -19,9 +19,8 @@ from .batching.collate import Batch
 from .batching.loader import describe_bad_batch
 from .loss import IGNORE, LossWeights
 from .model.facts import ModelFacts
-from .model.forward import ForwardReport
 from .process import loss_text
-from .step_stats import MicroBatchStats
+from .step_stats import ForwardReport, MicroBatchStats
 
 # An exact cross-entropy of up to this many units of float32's resolution may come out as exactly 0.0.
 HONEST_ZERO_UNITS = 4.0

@@ -6,7 +6,7 @@ dataclasses of floats, lists of floats and records; flat, the fields follow each
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import TypeVar
 
 import torch
@@ -89,6 +89,17 @@ class MicroBatchStats(Packed):
     def losses(self, weights: LossWeights) -> dict[str, float]:
         """Mean losses of this micro-batch alone."""
         return mean_losses(weights, self.text_sum, self.text_count, self.codebook_sums, self.codebook_counts)
+
+
+@dataclass
+class ForwardReport:
+    """What one micro-batch's forward saw, on the host, known without reading a value from the device."""
+
+    expanded_labels_shape: tuple[int, ...] | None = None
+    audio_logits_shape: tuple[int, ...] | None = None
+    text_logits_shape: tuple[int, ...] | None = None
+    path: str = "expanded_labels"  # or "re-expanded", or "collator" with the padding-free forward
+    problems: list[tuple[str, str]] = field(default_factory=list)  # (check, what was found)
 
 
 @dataclass

@@ -15,10 +15,9 @@ from .batching.collate import Batch
 from .distributed.engine import Engine, Ranks
 from .guard import CHECKS, BadLossError, Failure, Guard, checklist
 from .loss import LossWeights, loss_scales
-from .model.forward import ForwardReport
 from .process import loss_text, say
 from .report.metrics import StepClock, guard_metrics, peak_memory_gib, reserved_memory_gib, step_metrics
-from .step_stats import LabelCounts, MicroBatchStats, RankStep, StepSums
+from .step_stats import ForwardReport, LabelCounts, MicroBatchStats, RankStep, StepSums
 
 if TYPE_CHECKING:
     from .model.flops import Utilisation

@@ -14,8 +14,8 @@ from higgs_ds.guard import CHECKS, HONEST_ZERO_UNITS, LIKELY_CAUSES, Guard, chec
 from higgs_ds.loss import LossWeights
 from higgs_ds.model.base import load_base
 from higgs_ds.model.facts import ModelFacts
-from higgs_ds.model.forward import ForwardReport, TrainingForward
-from higgs_ds.step_stats import MicroBatchStats
+from higgs_ds.model.reference import ReferenceForward
+from higgs_ds.step_stats import ForwardReport, MicroBatchStats
 from tests.batching.test_collate import samples_of
 from tests.ranks import assert_all, run_ranks
 
@@ -138,7 +138,7 @@ def test_the_two_zeros_are_told_apart_on_the_models_own_logits(zeroed, guard, ti
                 outputs.logits = torch.nn.functional.one_hot(target, outputs.logits.shape[-1]) * 60.0
             return outputs
 
-    _, stats, report = TrainingForward.from_config(Saturated(), tiny_config)(batch.model_inputs(), 1.0, torch.ones(8))
+    _, stats, report = ReferenceForward.from_config(Saturated(), tiny_config)(batch.model_inputs(), 1.0, torch.ones(8))
     values = MicroBatchStats.empty(8).unpack(stats.tolist())
     if zeroed:
         values.text_sum = values.loss = 0.0

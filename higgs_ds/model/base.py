@@ -26,7 +26,7 @@ from transformers.utils.logging import disable_progress_bar
 from ..config import BASE_NAMES, DEFAULT_BASE, DEFAULT_BASE_REVISION
 from ..errors import ConfigError, nearest
 from .facts import ModelFacts
-from .forward import HiggsAudioForTraining
+from .higgs import HiggsAudioForTraining
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

@@ -20,7 +20,7 @@ from higgs_ds.model.base import (
     read_model_config,
 )
 from higgs_ds.model.facts import ModelFacts
-from higgs_ds.model.forward import HiggsAudioForTraining
+from higgs_ds.model.higgs import HiggsAudioForTraining
 from higgs_ds.model.tiny import SPECIAL_TOKENS, byte_tokenizer, write_tiny
 
 

@@ -14,7 +14,8 @@ from higgs_ds.config import PROJECT_ROOT
 from higgs_ds.distributed.ds_config import LayerSizes, read_deepspeed_config, resolve
 from higgs_ds.model.base import attach_lora, open_base
 from higgs_ds.model.facts import ModelFacts
-from higgs_ds.model.forward import HiggsAudioForTraining, training_forward
+from higgs_ds.model.forward import training_forward
+from higgs_ds.model.higgs import HiggsAudioForTraining
 from higgs_ds.model.padding_free import check_supported
 from higgs_ds.model.tiny import write_zeros
 from higgs_ds.parse import parse_args

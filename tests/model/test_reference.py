@@ -10,7 +10,8 @@ from higgs_ds.batching.collate import Collator
 from higgs_ds.loss import audio_targets, text_targets
 from higgs_ds.model.base import attach_lora, load_base
 from higgs_ds.model.facts import ModelFacts
-from higgs_ds.model.forward import AlignmentError, HiggsAudioForTraining, TrainingForward, clip_lengths, expand_labels
+from higgs_ds.model.higgs import HiggsAudioForTraining
+from higgs_ds.model.reference import AlignmentError, ReferenceForward, clip_lengths, expand_labels
 from higgs_ds.step_stats import MicroBatchStats
 from tests.batching.test_collate import samples_of
 from tests.test_loss import reference_sum
@@ -46,7 +47,7 @@ def batch_of(name, tokenizer, config):
 @pytest.mark.parametrize("name", BATCHES)
 def test_sums_are_the_float64_reference_on_the_models_own_logits(name, lora_model, tokenizer, tiny_config):
     batch = batch_of(name, tokenizer, tiny_config)
-    training = TrainingForward.from_config(lora_model, tiny_config)
+    training = ReferenceForward.from_config(lora_model, tiny_config)
     loss, flat, report = training(batch.model_inputs(), 1.0, torch.ones(8))
     stats = MicroBatchStats.empty(8).unpack(flat.tolist())
     assert report.problems == [] and report.path == "expanded_labels"
@@ -115,8 +116,8 @@ class WithoutExpandedLabels(torch.nn.Module):
 
 def test_missing_expanded_labels_give_the_same_loss_and_say_so(model, tokenizer, tiny_config):
     batch = batch_of("mixed", tokenizer, tiny_config)
-    normal, *_ = TrainingForward.from_config(model, tiny_config)(batch.model_inputs(), 1.0, torch.ones(8))
-    training = TrainingForward.from_config(WithoutExpandedLabels(model, expanded_labels=lambda _: None), tiny_config)
+    normal, *_ = ReferenceForward.from_config(model, tiny_config)(batch.model_inputs(), 1.0, torch.ones(8))
+    training = ReferenceForward.from_config(WithoutExpandedLabels(model, expanded_labels=lambda _: None), tiny_config)
     loss, _, report = training(batch.model_inputs(), 1.0, torch.ones(8))
     assert float(loss) == float(normal)
     assert report.path == "re-expanded" and report.problems == []
@@ -124,7 +125,7 @@ def test_missing_expanded_labels_give_the_same_loss_and_say_so(model, tokenizer,
 
 def test_what_cannot_be_aligned_is_a_problem_and_never_cut(model, tokenizer, tiny_config):
     batch = batch_of("mixed", tokenizer, tiny_config)
-    training = TrainingForward.from_config(
+    training = ReferenceForward.from_config(
         WithoutExpandedLabels(model, expanded_labels=lambda _: None, logits=lambda x: x[:, :-4]), tiny_config
     )
     loss, stats, report = training(batch.model_inputs(), 1.0, torch.ones(8))
@@ -136,7 +137,7 @@ def test_what_cannot_be_aligned_is_a_problem_and_never_cut(model, tokenizer, tin
 def test_audio_logits_of_no_frames_are_a_problem(model, tokenizer, tiny_config):
     """The failure that started this: `Audio logits shape: [0, 8, 1026]`, total loss 0.0000."""
     batch = batch_of("speech" if "speech" in BATCHES else "padded right", tokenizer, tiny_config)
-    training = TrainingForward.from_config(WithoutExpandedLabels(model, audio_logits=lambda x: x[:0]), tiny_config)
+    training = ReferenceForward.from_config(WithoutExpandedLabels(model, audio_logits=lambda x: x[:0]), tiny_config)
     _, _, report = training(batch.model_inputs(), 1.0, torch.ones(8))
     ((check, found),) = report.problems
     assert check == "audio_logits" and "(0, 8, 1026)" in found

@@ -133,7 +133,9 @@ def make_samples(count: int, config, tokenizer, seconds: float | None):
 
 def learned_tokens(batch) -> int:
     """Text labels, and frames with a label in some codebook."""
-    return batch.text_count + int((batch.label_audio_ids[:, 1:] != -100).any(0).sum())
+    from higgs_ds.loss import IGNORE, audio_targets
+
+    return batch.text_count + int((audio_targets(batch.label_audio_ids) != IGNORE).any(1).sum())
 
 
 def work_as_rank(args: argparse.Namespace, work: Path) -> None:

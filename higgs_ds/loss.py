@@ -59,12 +59,33 @@ def text_targets(expanded_labels: torch.Tensor) -> torch.Tensor:
     return F.pad(expanded_labels[:, 1:], (0, 1), value=IGNORE)
 
 
+def flat_text_targets(labels: torch.Tensor, sequence: torch.Tensor) -> torch.Tensor:
+    """The same for sequences that stand one behind the other: the label one to the right, where it is of the same one.
+
+    Args:
+        labels: [N].
+        sequence: [N], the number of each place's sequence.
+    """
+    targets = F.pad(labels[1:], (0, 1), value=IGNORE)
+    return targets.masked_fill(F.pad(sequence[1:], (0, 1), value=-1) != sequence, IGNORE)
+
+
 def audio_targets(label_audio_ids: torch.Tensor) -> torch.Tensor:
     """What each audio row predicts: the next frame's code in its codebook. [codebooks, frames] -> [frames, codebooks]
 
     The first frame of every clip is unlabelled, so that the shift over the concatenation crosses no clip's border.
     """
     return F.pad(label_audio_ids[:, 1:], (0, 1), value=IGNORE).t()
+
+
+def count_text_labels(label_ids: torch.Tensor) -> int:
+    """Text labels that are predicted: all but those at position 0, which no position precedes. [batch, tokens]"""
+    return int((text_targets(label_ids) != IGNORE).sum())
+
+
+def count_audio_labels(label_audio_ids: torch.Tensor) -> list[int]:
+    """Audio labels that are predicted, by codebook; a clip's first frame is never one. [codebooks, frames]"""
+    return (audio_targets(label_audio_ids) != IGNORE).sum(0).tolist()
 
 
 def head_sums(

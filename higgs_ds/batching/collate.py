@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from ..corpus.manifest import AudioRef, Row, Turn
-from ..loss import IGNORE
+from ..loss import IGNORE, count_audio_labels, count_text_labels
 from ..model.facts import ModelFacts
 from .layout import Layout, make_layout
 
@@ -80,14 +80,12 @@ class Batch:
     @property
     def text_count(self) -> int:
         """Text labels that are predicted: all but those at position 0, which no position precedes."""
-        return int((self.label_ids[:, 1:] != IGNORE).sum())
+        return count_text_labels(self.label_ids)
 
     @property
     def codebook_counts(self) -> list[int]:
         """Audio labels that are predicted, by codebook; a clip's first frame is never one."""
-        if self.label_audio_ids.numel() == 0:
-            return [0] * self.label_audio_ids.shape[0]
-        return (self.label_audio_ids[:, 1:] != IGNORE).sum(1).tolist()
+        return count_audio_labels(self.label_audio_ids)
 
     @property
     def num_tokens(self) -> int:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from ..loss import IGNORE, audio_targets
+from ..loss import IGNORE, audio_targets, flat_text_targets
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Layout:
     positions: torch.Tensor  # [N], of each row in its sequence
     pack_index: torch.Tensor  # [B × longest], the row at each padded place; padding repeats the sequence's last row
     unpack_index: torch.Tensor  # [N], the padded place of each row
-    kept_rows: torch.Tensor  # [K], rows that a head predicts from, ascending: all that the last layer need give
+    output_rows: torch.Tensor  # [K], rows that a head predicts from, ascending: all that the last layer need give
     head_rows: torch.Tensor  # [text labels + labelled frames], of these the text head's, then the audio head's
     text_targets: torch.Tensor  # [text labels]
     audio_targets: torch.Tensor  # [labelled frames, codebooks], -100 in codebooks without a label
@@ -30,7 +30,7 @@ class Layout:
     num_sequences: int
     longest: int
     num_frames: int  # audio-out and audio-in
-    num_kept_text: int  # how many of the kept rows are text tokens
+    num_output_text: int  # how many of the output rows are text tokens
     num_labels: int  # length of the expanded text labels, over all sequences
 
     @property
@@ -104,29 +104,26 @@ def make_layout(
     num_text = int((kind == 0).sum())
 
     place = starts[:, None] + torch.minimum(torch.arange(longest)[None], lengths[:, None] - 1)  # [batch, longest]
-    predicts = (label[1:] != IGNORE) & (sequence[1:] == sequence[:-1])  # does a place's successor have a label
-    text_places = predicts.nonzero().squeeze(1)
-    if label_audio_ids.numel():
-        frame_targets = audio_targets(label_audio_ids)
-    else:
-        frame_targets = torch.full((0, num_codebooks), IGNORE)
+    place_targets = flat_text_targets(label, sequence)  # [N]
+    text_places = (place_targets != IGNORE).nonzero().squeeze(1)
+    frame_targets = audio_targets(label_audio_ids.view(num_codebooks, -1))  # [frames, codebooks]
     frames = (frame_targets != IGNORE).any(1).nonzero().squeeze(1)
     # A clip's last frame may be both heads': its text label is the token that follows the clip.
     head_rows = torch.cat([row_of[text_places], num_text + frames])
-    kept_rows, head_rows = torch.unique(head_rows, return_inverse=True)
+    output_rows, head_rows = torch.unique(head_rows, return_inverse=True)
     return Layout(
         text_index=token[order[:num_text]],
         positions=position[order],
         pack_index=row_of[place.flatten()],
         unpack_index=(sequence * longest + position)[order],
-        kept_rows=kept_rows,
+        output_rows=output_rows,
         head_rows=head_rows,
-        text_targets=label[text_places + 1],
+        text_targets=place_targets[text_places],
         audio_targets=frame_targets[frames],
         input_shape=(num_sequences, width),
         num_sequences=num_sequences,
         longest=longest,
         num_frames=len(order) - num_text,
-        num_kept_text=int((kept_rows < num_text).sum()),
+        num_output_text=int((output_rows < num_text).sum()),
         num_labels=len(label),
     )

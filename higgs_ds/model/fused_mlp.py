@@ -1,4 +1,4 @@
-"""Norms and gated networks that keep less for the backward and pass over memory less often."""
+"""Norms and gated feed-forward networks that keep less for the backward and pass over memory less often."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from .fused_lora import Group, Update
+from .fused_lora import ProjectionGroup, SavedLora
 
 
 class FusedRmsNorm(LlamaRMSNorm):
@@ -31,82 +31,85 @@ def adopt(model: nn.Module, ours: type[nn.Module]) -> int:
     return sum(isinstance(module, ours) for module in model.modules())
 
 
-class GatedNetwork(NamedTuple):
-    """down(silu(gate(x)) × up(x)), computed without autograd. What gate and up give is kept, their product is not."""
+class GatedMlp(NamedTuple):
+    """down(silu(gate(x)) × up(x)), computed without autograd. What gate and up give is saved, their product is not."""
 
-    opening: Group  # gate and up
-    closing: Group  # down
+    gate_up: ProjectionGroup
+    down: ProjectionGroup
 
     @classmethod
-    def of(cls, network: nn.Module) -> GatedNetwork | None:
+    def from_module(cls, mlp: nn.Module) -> GatedMlp | None:
         """None for whatever is not exactly upstream's, with its projections frozen but for LoRA."""
-        if type(network) is not LlamaMLP or not isinstance(network.act_fn, nn.SiLU):
+        if type(mlp) is not LlamaMLP or not isinstance(mlp.act_fn, nn.SiLU):
             return None
-        groups = Group.of([network.gate_proj, network.up_proj]), Group.of([network.down_proj])
-        return None if None in groups else cls(*groups)
+        gate_up = ProjectionGroup.from_layers([mlp.gate_proj, mlp.up_proj])
+        down = ProjectionGroup.from_layers([mlp.down_proj])
+        return None if gate_up is None or down is None else cls(gate_up, down)
 
     @property
-    def trained(self) -> list[torch.Tensor]:
-        """The weights of LoRA, in the order of the gradients that `backward` gives."""
-        return [*self.opening.trained, *self.closing.trained]
+    def lora_weights(self) -> list[torch.Tensor]:
+        """In the order of the gradients that `backward` gives."""
+        return [*self.gate_up.lora_weights, *self.down.lora_weights]
 
-    def forward(self, rows: torch.Tensor, onto: torch.Tensor) -> tuple[torch.Tensor, tuple]:
-        """`onto` plus what it makes of the rows, see `add_product`, and what `backward` needs. [rows, hidden]"""
-        (gate, up), opened = self.opening.forward(rows)
-        (out,), closed = self.closing.forward(F.silu(gate).mul_(up), onto=[onto])
-        return out, (gate, up, *opened, *closed)
+    def forward(self, hidden: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, tuple]:
+        """`residual` plus the network's output, see `add_product`, and what `backward` needs. [rows, hidden]"""
+        (gate, up), saved_gate_up = self.gate_up.forward(hidden)
+        (output,), saved_down = self.down.forward(F.silu(gate).mul_(up), residuals=[residual])
+        return output, (gate, up, *saved_gate_up, *saved_down)
 
     def backward(
-        self, gradient: torch.Tensor, rows: torch.Tensor, kept: tuple, into: torch.Tensor | None
+        self, grad_output: torch.Tensor, hidden: torch.Tensor, saved: tuple, out: torch.Tensor | None
     ) -> list[torch.Tensor]:
-        """Gradients of `trained`; the one of the rows is written to `into`, if given."""
-        gate, up, *updates = kept
-        opened, closed = Update(*updates[:2]), Update(*updates[2:])
+        """Gradients of `lora_weights`; the one of the hidden states is written to `out`, if given."""
+        gate, up, *saved_lora = saved
+        saved_gate_up, saved_down = SavedLora(*saved_lora[:2]), SavedLora(*saved_lora[2:])
         activated = F.silu(gate)
-        of_product, of_closing = self.closing.backward([gradient], activated * up, closed)
-        of_gate = torch.ops.aten.silu_backward(of_product * up, gate)
-        of_up = activated.mul_(of_product)
-        _, of_opening = self.opening.backward([of_gate, of_up], rows, opened, of_rows=into is not None, into=into)
-        return [*of_opening, *of_closing]
+        grad_product, grad_down = self.down.backward([grad_output], activated * up, saved_down)
+        grad_gate = torch.ops.aten.silu_backward(grad_product * up, gate)
+        grad_up = activated.mul_(grad_product)
+        _, grad_gate_up = self.gate_up.backward(
+            [grad_gate, grad_up], hidden, saved_gate_up, needs_grad_hidden=out is not None, out=out
+        )
+        return [*grad_gate_up, *grad_down]
 
 
-def add_networks(
-    networks: Sequence[nn.Module], rows: torch.Tensor, onto: torch.Tensor, sizes: Sequence[int]
+def add_mlps(
+    mlps: Sequence[nn.Module], hidden: torch.Tensor, residual: torch.Tensor, sizes: Sequence[int]
 ) -> torch.Tensor:
-    """`onto` plus what each gated network makes of its slice of the rows. [rows, hidden]
+    """`residual` plus what each network makes of its slice of the hidden states. [rows, hidden]
 
     Args:
-        networks: upstream's `LlamaMLP`, with LoRA or without; where one is something else, they compute themselves.
+        mlps: upstream's `LlamaMLP`, with LoRA or without; where one is something else, they compute themselves.
         sizes: how many rows are each network's, in order.
     """
-    gated = [GatedNetwork.of(network) for network in networks]
+    gated = [GatedMlp.from_module(mlp) for mlp in mlps]
     if None in gated:
-        return onto + torch.cat([network(part) for network, part in zip(networks, rows.split(sizes), strict=True)])
-    return _AddedNetworks.apply(rows, onto, gated, sizes, *(weight for network in gated for weight in network.trained))
+        return residual + torch.cat([mlp(part) for mlp, part in zip(mlps, hidden.split(sizes), strict=True)])
+    return _AddMlps.apply(hidden, residual, gated, sizes, *(weight for mlp in gated for weight in mlp.lora_weights))
 
 
-class _AddedNetworks(torch.autograd.Function):
-    """Gated networks, each on its slice of the rows, and the sum with `onto`."""
-
-    @staticmethod
-    def forward(ctx, rows, onto, networks, sizes, *trained):
-        sums, outs, kept = onto.clone(), [], []
-        for network, part, target in zip(networks, rows.split(sizes), sums.split(sizes), strict=True):
-            out, needed = network.forward(part, target)
-            outs.append(out)
-            kept.append(needed)
-        ctx.save_for_backward(rows, *(tensor for needed in kept for tensor in needed))
-        ctx.networks, ctx.sizes = networks, sizes
-        return torch.cat(outs) if torch.compiler.is_compiling() else sums
+class _AddMlps(torch.autograd.Function):
+    """Gated networks, each on its slice of the rows, and the sum with the residual."""
 
     @staticmethod
-    def backward(ctx, gradient):
-        rows, *kept = ctx.saved_tensors
-        of_rows, of_trained = torch.empty_like(rows) if ctx.needs_input_grad[0] else None, []
-        targets = [None] * len(ctx.sizes) if of_rows is None else of_rows.split(ctx.sizes)
-        each = len(kept) // len(ctx.networks)
-        needed = [kept[first : first + each] for first in range(0, len(kept), each)]
-        slices = gradient.split(ctx.sizes), rows.split(ctx.sizes), needed, targets
-        for network, *given in zip(ctx.networks, *slices, strict=True):
-            of_trained += network.backward(*given)
-        return of_rows, gradient, None, None, *of_trained
+    def forward(ctx, hidden, residual, mlps, sizes, *lora_weights):
+        sums, outputs, saved = residual.clone(), [], []
+        for mlp, part, target in zip(mlps, hidden.split(sizes), sums.split(sizes), strict=True):
+            output, needed = mlp.forward(part, target)
+            outputs.append(output)
+            saved.append(needed)
+        ctx.save_for_backward(hidden, *(tensor for needed in saved for tensor in needed))
+        ctx.mlps, ctx.sizes = mlps, sizes
+        return torch.cat(outputs) if torch.compiler.is_compiling() else sums
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        hidden, *saved = ctx.saved_tensors
+        grad_hidden, grad_lora_weights = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None, []
+        targets = [None] * len(ctx.sizes) if grad_hidden is None else grad_hidden.split(ctx.sizes)
+        each = len(saved) // len(ctx.mlps)
+        needed = [saved[first : first + each] for first in range(0, len(saved), each)]
+        slices = grad_output.split(ctx.sizes), hidden.split(ctx.sizes), needed, targets
+        for mlp, *given in zip(ctx.mlps, *slices, strict=True):
+            grad_lora_weights += mlp.backward(*given)
+        return grad_hidden, grad_output, None, None, *grad_lora_weights

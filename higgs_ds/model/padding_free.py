@@ -22,7 +22,7 @@ from ..errors import ConfigError
 from ..loss import HeadSums, head_sums, scaled_loss
 from .fused_head import LabelledRows
 from .fused_lora import project
-from .fused_mlp import add_networks
+from .fused_mlp import add_mlps
 
 
 def check_supported(config) -> None:
@@ -112,7 +112,7 @@ def padding_free_forward(
             layout=layout,
             rope=rope,
             # Behind the last attention nobody looks at a row that no head predicts from.
-            keep=number == last,
+            outputs_only=number == last,
             recompute=bool(checkpoint_every) and number % checkpoint_every == 0 and torch.is_grad_enabled(),
         )
     rows = model.norm(hidden.index_select(0, layout.head_rows)).split(layout.num_head_rows)
@@ -152,7 +152,7 @@ class DecoderLayer(HiggsAudioDualFFNDecoderLayer):
     """
 
     def forward(self, hidden, *args, layout: Layout | None = None, recompute: bool = False, **kwargs):
-        """[N, hidden] -> [N, hidden], or with `keep` the layout's kept rows alone, [K, hidden].
+        """[N, hidden] -> [N, hidden], or with `outputs_only` the layout's output rows alone, [K, hidden].
 
         With `recompute`, what is computed in between is made again in the backward.
         """
@@ -163,17 +163,17 @@ class DecoderLayer(HiggsAudioDualFFNDecoderLayer):
             return checkpoint(self.on_rows, hidden, layout=layout, **kwargs, use_reentrant=False)
         return self.on_rows(hidden, layout=layout, **kwargs)
 
-    def on_rows(self, hidden: torch.Tensor, *, layout: Layout, rope, keep: bool) -> torch.Tensor:
+    def on_rows(self, hidden: torch.Tensor, *, layout: Layout, rope, outputs_only: bool) -> torch.Tensor:
         """The computation itself, see `forward`."""
         sizes = [layout.num_text, hidden.shape[0] - layout.num_text]
         normed = _normed([self.input_layernorm, self.audio_input_layernorm], hidden, sizes)
-        if keep:
-            hidden = hidden.index_select(0, layout.kept_rows)
-            sizes = [layout.num_kept_text, hidden.shape[0] - layout.num_kept_text]
-        hidden = hidden + _attention(self.self_attn, normed, rope, layout, keep)
+        if outputs_only:
+            hidden = hidden.index_select(0, layout.output_rows)
+            sizes = [layout.num_output_text, hidden.shape[0] - layout.num_output_text]
+        hidden = hidden + _attention(self.self_attn, normed, rope, layout, outputs_only)
         norms = [self.post_attention_layernorm, self.audio_post_attention_layernorm]
         normed = _normed(norms, hidden, sizes)
-        return add_networks([self.mlp, self.audio_mlp], normed, hidden, sizes)
+        return add_mlps([self.mlp, self.audio_mlp], normed, hidden, sizes)
 
 
 def _normed(norms: list[nn.Module], rows: torch.Tensor, sizes: list[int]) -> torch.Tensor:
@@ -181,15 +181,15 @@ def _normed(norms: list[nn.Module], rows: torch.Tensor, sizes: list[int]) -> tor
     return torch.cat([norm(part) for norm, part in zip(norms, rows.split(sizes), strict=True)])
 
 
-def _attention(attn: nn.Module, hidden: torch.Tensor, rope, layout: Layout, keep: bool) -> torch.Tensor:
+def _attention(attn: nn.Module, hidden: torch.Tensor, rope, layout: Layout, outputs_only: bool) -> torch.Tensor:
     """Causal self-attention within each sequence, through the layer's projections. [N, hidden] -> [N, hidden]
 
-    With `keep`, only the layout's kept rows come out: [K, hidden].
+    With `outputs_only`, only the layout's output rows come out: [K, hidden].
     Padding stands to the right of all that a sequence holds, so that causality alone keeps it from being seen.
     """
     projected = project([attn.q_proj, attn.k_proj, attn.v_proj], hidden)
     query, key, value = (rows.unflatten(1, (-1, attn.head_dim)) for rows in projected)  # [N, heads, head_dim]
-    query, key = _Rotated.apply(query, *rope), _Rotated.apply(key, *rope)
+    query, key = _Rotate.apply(query, *rope), _Rotate.apply(key, *rope)
 
     def sequences(rows: torch.Tensor) -> torch.Tensor:
         """[N, heads, head_dim] -> [batch, heads, longest, head_dim]"""
@@ -209,13 +209,13 @@ def _attention(attn: nn.Module, hidden: torch.Tensor, rope, layout: Layout, keep
         is_causal=True,
         enable_gqa=shares,
     )
-    places = layout.unpack_index.index_select(0, layout.kept_rows) if keep else layout.unpack_index
+    places = layout.unpack_index.index_select(0, layout.output_rows) if outputs_only else layout.unpack_index
     rows = _Ungroup.apply(attended.transpose(1, 2).flatten(2).flatten(0, 1), places)
     (out,) = project([attn.o_proj], rows)
     return out
 
 
-class _Rotated(torch.autograd.Function):
+class _Rotate(torch.autograd.Function):
     """Rotary position embedding, halves of the head rotated against each other. [N, heads, head_dim]
 
     In place where autograd would make five tensors each way; the gradient is rotated back.
@@ -233,11 +233,11 @@ class _Rotated(torch.autograd.Function):
         return rotated
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx, grad):
         cos, sin = ctx.saved_tensors
         sin_first, sin_second = sin.chunk(2, dim=-1)
-        first, second = gradient.chunk(2, dim=-1)
-        rotated = gradient * cos
+        first, second = grad.chunk(2, dim=-1)
+        rotated = grad * cos
         to_first, to_second = rotated.chunk(2, dim=-1)
         to_first.addcmul_(second, sin_second)
         to_second.addcmul_(first, sin_first, value=-1)
@@ -258,9 +258,9 @@ class _Regroup(torch.autograd.Function):
         return rows.index_select(0, pack_index)
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx, grad):
         (unpack_index,) = ctx.saved_tensors
-        return gradient.index_select(0, unpack_index), None, None
+        return grad.index_select(0, unpack_index), None, None
 
 
 class _Ungroup(torch.autograd.Function):
@@ -273,10 +273,10 @@ class _Ungroup(torch.autograd.Function):
         return places.index_select(0, unpack_index)
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx, grad):
         (unpack_index,) = ctx.saved_tensors
-        places = gradient.new_zeros((ctx.num_places, *gradient.shape[1:]))
-        return places.index_copy_(0, unpack_index, gradient), None
+        places = grad.new_zeros((ctx.num_places, *grad.shape[1:]))
+        return places.index_copy_(0, unpack_index, grad), None
 
 
 def _heads(

@@ -8,7 +8,14 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from higgs_ds.model import fused_lora as lora
-from higgs_ds.model.fused_lora import Group, Projection, dropout_factor, dropped_by_bits, dropped_by_kernel, project
+from higgs_ds.model.fused_lora import (
+    Projection,
+    ProjectionGroup,
+    dropout_by_bits,
+    dropout_by_kernel,
+    dropout_factor,
+    project,
+)
 
 EVERY, SOME = ["q", "k", "v"], ["q", "v"]
 
@@ -57,7 +64,7 @@ class SameMask(nn.Module):
 
 def share_masks(model, monkeypatch):
     """PEFT's layers and ours drop out the same."""
-    monkeypatch.setattr(lora, "dropped_by_bits", same_mask)
+    monkeypatch.setattr(lora, "dropout_by_bits", same_mask)
     for module in model.modules():
         if hasattr(module, "lora_dropout"):
             module.lora_dropout["default"] = SameMask(module.lora_dropout["default"].p)
@@ -84,7 +91,7 @@ def assert_same(pefts, ours, limit, *, learned, rows_learn=True):
 def test_outputs_and_gradients_are_pefts(dtype, rows_learn, targets, dropout, monkeypatch):
     pefts = with_lora(targets, dropout=dropout).to(dtype).train()
     ours = copy.deepcopy(pefts)
-    assert Group.of(layers_of(ours)) is not None
+    assert ProjectionGroup.from_layers(layers_of(ours)) is not None
     if dropout:
         share_masks(pefts, monkeypatch)
 
@@ -105,16 +112,16 @@ def test_outputs_and_gradients_are_pefts(dtype, rows_learn, targets, dropout, mo
 
 def test_layers_on_one_input_share_a_mask_and_draw_anew():
     ours = with_lora(rank_pattern={}, alpha_pattern={}).train()
-    group = Group.of(layers_of(ours))
+    group = ProjectionGroup.from_layers(layers_of(ours))
     rows = torch.ones(64, 24)
-    first, update = group.forward(rows)
-    assert update.kept.shape == rows.shape and 0.6 < update.kept.float().mean() < 0.8
-    assert update.columns.shape == (64, 3 * 4)
-    wanted = (rows * update.kept * dropout_factor(0.3, "cpu")) @ group.parts[1].down.t()
-    assert torch.allclose(update.columns[:, 4:8], wanted, atol=1e-5)
+    first, saved = group.forward(rows)
+    assert saved.dropout_mask.shape == rows.shape and 0.6 < saved.dropout_mask.float().mean() < 0.8
+    assert saved.rank_columns.shape == (64, 3 * 4)
+    wanted = (rows * saved.dropout_mask * dropout_factor(0.3, "cpu")) @ group.projections[1].lora_A.t()
+    assert torch.allclose(saved.rank_columns[:, 4:8], wanted, atol=1e-5)
     assert not torch.equal(group.forward(rows)[0][0], first[0])
     ours.eval()
-    assert Group.of(layers_of(ours)).forward(rows)[1].kept is None
+    assert ProjectionGroup.from_layers(layers_of(ours)).forward(rows)[1].dropout_mask is None
 
 
 def test_no_rows():
@@ -159,14 +166,14 @@ def other_dropout(model):
 def test_what_is_not_plain_computes_itself(change):
     model = with_lora().train()
     change(model)
-    assert Group.of(layers_of(model)) is None
+    assert ProjectionGroup.from_layers(layers_of(model)) is None
     assert_it_computes_itself(model)
 
 
 @pytest.mark.parametrize("settings", [{"bias": True}, {"use_dora": True}, {"lora_bias": True, "bias": True}], ids=str)
 def test_neither_do_other_layers(settings):
     model = with_lora(**settings).train()
-    assert Group.of(layers_of(model)) is None
+    assert ProjectionGroup.from_layers(layers_of(model)) is None
     assert_it_computes_itself(model)
 
 
@@ -182,13 +189,13 @@ def test_a_linear_layer_of_another_class_computes_itself():
     class Other(nn.Linear):
         pass
 
-    assert Projection.of(Other(4, 4, bias=False).requires_grad_(False)) is None
-    assert Projection.of(nn.Linear(4, 4, bias=False).requires_grad_(False)).down is None
-    assert Projection.of(nn.Linear(4, 4, bias=False)) is None  # it learns
+    assert Projection.from_layer(Other(4, 4, bias=False).requires_grad_(False)) is None
+    assert Projection.from_layer(nn.Linear(4, 4, bias=False).requires_grad_(False)).lora_A is None
+    assert Projection.from_layer(nn.Linear(4, 4, bias=False)) is None  # it learns
 
 
 @pytest.mark.parametrize("probability", [0.05, 0.3, 0.99])
-@pytest.mark.parametrize(("way", "device"), [(dropped_by_bits, "cpu"), (dropped_by_kernel, "cuda")])
+@pytest.mark.parametrize(("way", "device"), [(dropout_by_bits, "cpu"), (dropout_by_kernel, "cuda")])
 def test_dropout_keeps_its_share_everywhere_and_the_mean(way, device, probability):
     torch.manual_seed(2)
     rows = torch.ones(999, 1001)  # not a multiple of the four values that one draw serves
@@ -205,6 +212,6 @@ def test_dropout_keeps_its_share_everywhere_and_the_mean(way, device, probabilit
 
 
 def test_dropout_of_no_rows_and_of_nearly_everything():
-    assert dropped_by_bits(torch.ones(0, 24), 0.1)[0].shape == (0, 24)
-    dropped, kept = dropped_by_bits(torch.ones(64, 64), 0.999999)
+    assert dropout_by_bits(torch.ones(0, 24), 0.1)[0].shape == (0, 24)
+    dropped, kept = dropout_by_bits(torch.ones(64, 64), 0.999999)
     assert dropout_factor(0.999999, "cpu") == 2**16 and torch.isfinite(dropped).all() and kept.float().mean() < 0.01

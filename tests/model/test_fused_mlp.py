@@ -9,7 +9,7 @@ from torch import nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from higgs_ds.model.fused_mlp import FusedRmsNorm, add_networks, adopt
+from higgs_ds.model.fused_mlp import FusedRmsNorm, add_mlps, adopt
 from tests.model.test_fused_lora import share_masks
 
 LIMITS = [(torch.float64, 5e-7), (torch.float32, 1e-6), (torch.bfloat16, 2e-2)]
@@ -58,9 +58,9 @@ class Networks(nn.Module):
         config = LlamaConfig(hidden_size=48, intermediate_size=80, hidden_act=activation, mlp_bias=False)
         self.text, self.audio = LlamaMLP(config), LlamaMLP(config)
 
-    def forward(self, rows, onto, sizes):
+    def forward(self, rows, residual, sizes):
         parts = rows.split(sizes)
-        return onto + torch.cat([self.text(parts[0]), self.audio(parts[1])])
+        return residual + torch.cat([self.text(parts[0]), self.audio(parts[1])])
 
 
 def networks_with_lora(targets, dropout=0.0, activation="silu"):
@@ -86,12 +86,12 @@ def kept_for_backward(run) -> int:
     return sum(kept.values())
 
 
-def outcome(model, run, rows, onto, sizes):
+def outcome(model, run, rows, residual, sizes):
     """Output, and gradients of both inputs and of all that learns."""
-    given, added = rows.clone().requires_grad_(), onto.clone().requires_grad_()
+    given, added = rows.clone().requires_grad_(), residual.clone().requires_grad_()
     out = run(given, added, sizes)
     out.float().pow(2).sum().backward()
-    assert torch.equal(given, rows) and torch.equal(added, onto)  # neither was written to
+    assert torch.equal(given, rows) and torch.equal(added, residual)  # neither was written to
     return [out, given.grad, added.grad, *(p.grad for p in model.parameters() if p.requires_grad)]
 
 
@@ -109,9 +109,9 @@ def test_networks_and_their_gradients_are_upstreams(targets, dropout, sizes, dty
     ours = again.base_model.model if targets else again
     if dropout:
         share_masks(model, monkeypatch)
-    rows, onto = torch.randn(33, 48, dtype=dtype), torch.randn(33, 48, dtype=dtype)
-    wanted = outcome(model, theirs, rows, onto, sizes)
-    got = outcome(again, lambda *given: add_networks([ours.text, ours.audio], *given), rows, onto, sizes)
+    rows, residual = torch.randn(33, 48, dtype=dtype), torch.randn(33, 48, dtype=dtype)
+    wanted = outcome(model, theirs, rows, residual, sizes)
+    got = outcome(again, lambda *given: add_mlps([ours.text, ours.audio], *given), rows, residual, sizes)
     assert len(wanted) == len(got) == 3 + 2 * 2 * len(targets)
     for one, other in zip(wanted, got, strict=True):
         assert (other - one).norm() <= limit * one.norm()
@@ -123,14 +123,14 @@ def test_networks_keep_less_than_upstreams(dropout, share):
     model, networks = networks_with_lora(PROJECTIONS, dropout)
     model.to(torch.bfloat16).train()
     rows = torch.randn(33, 48, dtype=torch.bfloat16).requires_grad_()
-    ours = kept_for_backward(lambda: add_networks([networks.text, networks.audio], rows, rows, [20, 13]))
+    ours = kept_for_backward(lambda: add_mlps([networks.text, networks.audio], rows, rows, [20, 13]))
     assert ours < share * kept_for_backward(lambda: networks(rows, rows, [20, 13]))
 
 
 def test_a_network_of_another_kind_computes_itself():
     model, networks = networks_with_lora(PROJECTIONS, activation="gelu")
     rows, sizes = torch.randn(9, 48), [4, 5]
-    assert torch.equal(add_networks([networks.text, networks.audio], rows, rows, sizes), networks(rows, rows, sizes))
+    assert torch.equal(add_mlps([networks.text, networks.audio], rows, rows, sizes), networks(rows, rows, sizes))
     networks.text.gate_proj.base_layer.weight.requires_grad_(True)  # learns: ours would give it no gradient
-    add_networks([networks.text, networks.audio], rows, rows, sizes).sum().backward()
+    add_mlps([networks.text, networks.audio], rows, rows, sizes).sum().backward()
     assert networks.text.gate_proj.base_layer.weight.grad.any()

@@ -19,6 +19,13 @@ DEFAULT_BASE_REVISION = "10840182ca4ad5d9d9113b60b9bb3c1ef1ba3f84"
 DEFAULT_CODEC = "bosonai/higgs-audio-v2-tokenizer"
 DEFAULT_CODEC_REVISION = "9d4988fbd4ad07b4cac3a5fa462741a41810dbec"
 DEFAULT_LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# Names for several layers of the decoder at once; everything else is a layer's name or the end of its path.
+LORA_TARGET_GROUPS = {
+    "attention": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
+    "text_mlp": ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+    "audio_mlp": ("audio_mlp.gate_proj", "audio_mlp.up_proj", "audio_mlp.down_proj"),
+    "all": DEFAULT_LORA_TARGETS,
+}
 HEADS = ("text_lm_head", "audio_lm_head")
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 
@@ -95,9 +102,17 @@ class LoraOptions:
     lora_alpha: float = _option(32.0, "LoRA alpha; updates are scaled by alpha / r", above=0)
     lora_dropout: float = _option(0.05, "dropout before the LoRA branch", least=0, below=1)
     lora_target_modules: list[str] = _option(
-        list(DEFAULT_LORA_TARGETS), "names of the linear layers that get LoRA, by suffix"
+        list(DEFAULT_LORA_TARGETS),
+        "linear layers that get LoRA: by the end of their path (q_proj, audio_mlp.up_proj, layers.3.self_attn.o_proj), "
+        "or attention, text_mlp, audio_mlp, all",
     )
     init_adapter: str | None = _option(None, "start from this adapter's weights: a new run, not a resume")
+
+    @property
+    def target_suffixes(self) -> list[str]:
+        """`lora_target_modules` with the names of `LORA_TARGET_GROUPS` written out, each once."""
+        suffixes = [s for name in self.lora_target_modules for s in LORA_TARGET_GROUPS.get(name, (name,))]
+        return list(dict.fromkeys(suffixes))
 
 
 @dataclass
@@ -253,7 +268,7 @@ def _forward_checks(config: TrainConfig) -> list[str]:
         if recomputed != "none":
             problems.append("--activation_checkpointing: upstream's forward has none; use --forward_impl padding_free")
     if config.loss.loss_impl == "fused":
-        heads = [t for t in config.lora.lora_target_modules if t.rsplit(".", 1)[-1] in HEADS]
+        heads = [t for t in config.lora.target_suffixes if t.rsplit(".", 1)[-1] in HEADS]
         problems += [
             f"--lora_target_modules: LoRA on {head} would get no gradient from the fused loss; "
             "use --loss_impl reference"

@@ -170,7 +170,7 @@ def adapt(
         rank=config.lora.lora_r,
         alpha=config.lora.lora_alpha,
         dropout=config.lora.lora_dropout,
-        target_modules=config.lora.lora_target_modules,
+        target_modules=config.lora.target_suffixes,
         seed=config.optim.seed,
         base_name=config.model.base_ckpt,
         base_revision=config.model.base_revision,

@@ -5,7 +5,7 @@ import json
 import pytest
 import yaml
 
-from higgs_ds.config import DEFAULT_BASE_REVISION, DEFAULT_CODEC_REVISION, OPTIONS
+from higgs_ds.config import DEFAULT_BASE_REVISION, DEFAULT_CODEC_REVISION, DEFAULT_LORA_TARGETS, OPTIONS
 from higgs_ds.distributed.ds_config import LayerSizes, read_deepspeed_config, resolve
 from higgs_ds.errors import ConfigError
 from higgs_ds.parse import parse_args
@@ -42,6 +42,16 @@ def test_aliases():
 @pytest.mark.parametrize(("given", "every"), [("none", 0), ("full", 1), ("4", 4)])
 def test_activation_checkpointing_as_a_number(given, every):
     assert parse_args([*NEEDED, "--activation_checkpointing", given]).model.checkpoint_every == every
+
+
+def test_lora_targets_by_group_are_written_out_once():
+    config = parse_args([*NEEDED, "--lora_target_modules", "attention", "audio_mlp", "self_attn.q_proj"])
+    assert config.lora.target_suffixes == [
+        *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
+        *("audio_mlp.gate_proj", "audio_mlp.up_proj", "audio_mlp.down_proj"),
+    ]
+    assert config.lora.lora_target_modules == ["attention", "audio_mlp", "self_attn.q_proj"]
+    assert parse_args([*NEEDED, "--lora_target_modules", "all"]).lora.target_suffixes == list(DEFAULT_LORA_TARGETS)
 
 
 def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path):

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils.logging import disable_progress_bar
 
-from ..config import BASE_NAMES, DEFAULT_BASE, DEFAULT_BASE_REVISION
+from ..config import BASE_NAMES, DEFAULT_BASE, DEFAULT_BASE_REVISION, LORA_TARGET_GROUPS
 from ..errors import ConfigError, nearest
 from .facts import ModelFacts
 from .higgs import HiggsAudioForTraining
@@ -358,7 +358,7 @@ def attach_lora(
     linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     suffixes = {name.rsplit(".", 1)[-1] for name in linears}
     problems = [
-        f"--lora_target_modules: {target!r} names no linear layer{nearest(target, suffixes)}"
+        f"--lora_target_modules: {target!r} names no linear layer{nearest(target, [*suffixes, *LORA_TARGET_GROUPS])}"
         for target in target_modules
         if not any(name == target or name.endswith("." + target) for name in linears)
     ]

@@ -131,7 +131,7 @@ def utilisation(
     cost = flop_per_token(
         facts,
         lora_rank=config.lora.lora_r,
-        lora_targets=config.lora.lora_target_modules,
+        lora_targets=config.lora.target_suffixes,
         checkpoint_every=config.model.checkpoint_every,
         row_tokens=mean_row_tokens(tokens),
     )

@@ -9,7 +9,7 @@ from boson_multimodal.model.higgs_audio import HiggsAudioModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from higgs_ds.config import DEFAULT_BASE_REVISION, DEFAULT_LORA_TARGETS
+from higgs_ds.config import DEFAULT_BASE_REVISION, DEFAULT_LORA_TARGETS, LoraOptions
 from higgs_ds.errors import ConfigError
 from higgs_ds.model.base import (
     attach_lora,
@@ -313,6 +313,16 @@ def test_lora_starts_from_its_own_generator(tiny_dir, tiny_config):
 def test_a_target_that_names_nothing_is_refused(tiny_dir, tiny_config):
     with pytest.raises(ConfigError, match="'q_prj' names no linear layer \\(did you mean 'q_proj'"):
         lora_on(load_base(tiny_dir, tiny_config, "fp32"), target_modules=["q_prj"])
+
+
+@pytest.mark.parametrize(("group", "in_layer"), [("attention", 4), ("text_mlp", 3), ("audio_mlp", 3), ("all", 10)])
+def test_a_group_of_targets_is_its_layers_and_no_others(group, in_layer, tiny_dir, tiny_config):
+    suffixes = LoraOptions(lora_target_modules=[group]).target_suffixes
+    model = lora_on(load_base(tiny_dir, tiny_config, "fp32"), target_modules=suffixes)
+    adapted = [name for name, p in model.named_parameters() if p.requires_grad and "lora_A" in name]
+    assert len(adapted) == 2 * in_layer
+    path = {"attention": ".self_attn.", "text_mlp": ".mlp.", "audio_mlp": ".audio_mlp."}.get(group, ".")
+    assert all(path in name for name in adapted)
 
 
 def test_a_head_that_is_a_target_trains(tiny_dir, tiny_config):

@@ -5,7 +5,7 @@ import json
 import pytest
 import yaml
 
-from higgs_ds.config import DEFAULT_BASE_REVISION, DEFAULT_CODEC_REVISION, DEFAULT_LORA_TARGETS, OPTIONS
+from higgs_ds.config import DEFAULT_BASE_REVISION, DEFAULT_CODEC_REVISION, DEFAULT_LORA_TARGETS
 from higgs_ds.distributed.ds_config import LayerSizes, read_deepspeed_config, resolve
 from higgs_ds.errors import ConfigError
 from higgs_ds.parse import parse_args
@@ -210,9 +210,3 @@ def test_a_file_that_is_no_config(text, tmp_path):
     file.write_text(text)
     with pytest.raises(ConfigError, match="--deepspeed_config"):
         read_deepspeed_config(str(file))
-
-
-def test_every_flag_is_in_the_readme():
-    readme = (ROOT / "README.md").read_text()
-    missing = [name for name in OPTIONS if f"`--{name}`" not in readme]
-    assert not missing, missing

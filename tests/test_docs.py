@@ -72,7 +72,7 @@ def test_every_link_and_every_named_file_is_there(file):
 if __name__ == "__main__":
     file = ROOT / "docs/flags.md"
     head = (
-        "# Flags of `train_ds.py`\n\nAll of them can stand in a YAML file given by `--config`; flags win. Unknown names "
+        "# Flags of `train_ds.py`\n\nAll can stand in a YAML file given by `--config`; flags win. Unknown names "
         "fail, naming the nearest valid one.\n\n"
     )
     file.write_text(head + flags_table())

@@ -68,6 +68,7 @@ def train(config: TrainConfig, ds_raw: dict, ranks: Ranks, watch: Watch, *, chec
     from higgs_ds.codec import load_codec
     from higgs_ds.codes import CodeCache
     from higgs_ds.collate import Collator
+    from higgs_ds.controls import control_tokens
     from higgs_ds.dataset import MicroBatches, load_windows
     from higgs_ds.engine import Engine, StopSignal, leave_ranks, loading
     from higgs_ds.forward import training_forward
@@ -125,8 +126,13 @@ def train(config: TrainConfig, ds_raw: dict, ranks: Ranks, watch: Watch, *, chec
         ranks=ranks,
         warn=say,
         moved=watch.moved,
-        lengths=LengthIndex(cache, tokenizer, collator) if config.max_tokens_per_batch else None,
+        lengths=LengthIndex(cache, tokenizer, collator),
+        count_tokens=config.max_tokens_per_batch is not None,
         max_tokens=config.max_tokens_per_batch,
+        max_row_tokens=min(config.max_row_tokens, model_config.text_config.max_position_embeddings),
+        audio_root=config.audio_root,
+        controls=control_tokens(tokenizer),
+        faults_dir=output_dir,
     )
     train_rows, val_rows = read([m for m in (config.train_manifest, config.val_manifest) if m])
     plan = make_plan(

@@ -63,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--top_p", type=float, default=0.95)
     generate.add_argument("--seed", type=int)
     generate.add_argument("--max_new_tokens", type=int, default=1024)
+    generate.add_argument("--max_row_tokens", type=int, default=8192, help="longest prompt, in tokens (default: 8192)")
     generate.set_defaults(verb=_generate)
 
     recite = verbs.add_parser("recite", help="speak the training rows again; share of the codes given back")
@@ -128,7 +129,10 @@ def _generate(args) -> int:
     if (args.ref_audio is None) != (args.ref_text is None):
         raise ConfigError(["--ref_audio, --ref_text: one needs the other"])
     ref = AudioRef(args.ref_audio, None, None, None) if args.ref_audio else None
-    messages, _ = speech_messages(args.text, None, scene=args.scene, ref_text=args.ref_text, ref_audio=ref)
+    args.scene = args.scene if args.scene and args.scene.strip() else None
+    asked = {name: text.strip() for name in ("text", "scene", "ref_text") if (text := getattr(args, name)) is not None}
+    messages, _ = speech_messages(asked.pop("text"), None, ref_audio=ref, **asked)
+    _check_prompt(args, messages)
     speaker = _speaker(args)
     context = [speaker.codec.encode(*read_audio(ref))] if ref else []
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed, args.max_new_tokens)
@@ -140,6 +144,30 @@ def _generate(args) -> int:
     seconds = codes.shape[1] / speaker.codec.frame_rate
     print(f"{args.output_file}: {seconds:.2f} s, {codes.shape[1]} frames")
     return EXIT_OK
+
+
+def _check_prompt(args, messages) -> None:
+    """Asks of what is to be spoken what a row of a manifest is asked.
+
+    Raises:
+        ConfigError: with the flag whose text is empty, holds control tokens, or is too long.
+    """
+    from .collate import tokenize
+    from .controls import control_tokens, find_control
+    from .model import load_tokenizer, locate_checkpoint
+
+    tokenizer = load_tokenizer(locate_checkpoint(args.base_ckpt, args.base_revision))
+    controls = control_tokens(tokenizer)
+    problems = []
+    for name in ("text", "scene", "ref_text"):
+        text = getattr(args, name)
+        problem = None if text is None else "is empty" if not text.strip() else find_control(text, controls)
+        if problem:
+            problems.append(f"--{name}: {problem}")
+    if not problems and (count := len(tokenize(messages, None, tokenizer)[0])) > args.max_row_tokens:
+        problems.append(f"--text: the prompt takes {count} tokens, over --max_row_tokens {args.max_row_tokens}")
+    if problems:
+        raise ConfigError(problems)
 
 
 def _recite(args) -> int:

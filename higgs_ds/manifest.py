@@ -96,6 +96,10 @@ class Manifest:
         """How many rows there are, those with faults included."""
         return len(self._lines)
 
+    def lines_of(self, numbers: np.ndarray) -> np.ndarray:
+        """int64 [rows]: the lines that these rows start in, 1-based."""
+        return self._lines[numbers]
+
     def digest(self) -> bytes:
         """SHA-256 of what the file held."""
         return hashlib.sha256(self._content).digest()

@@ -69,6 +69,7 @@ def _prepare(config: TrainConfig, ranks, device: str) -> None:
     from .codec import load_codec
     from .codes import CodeCache
     from .collate import Collator
+    from .controls import control_tokens
     from .lengths import LengthIndex
     from .rows import load_rows
 
@@ -91,6 +92,10 @@ def _prepare(config: TrainConfig, ranks, device: str) -> None:
         warn=say,
         lengths=LengthIndex(cache, tokenizer, Collator.of(model_config)),
         max_tokens=config.max_tokens_per_batch,
+        max_row_tokens=min(config.max_row_tokens, model_config.text_config.max_position_embeddings),
+        audio_root=config.audio_root,
+        controls=control_tokens(tokenizer),
+        faults_dir=Path(config.output_dir) if config.output_dir else folder,
         outcome="the other rows are prepared (--skip_bad_rows leaves these out)",
     )
     encoded = sum(ranks.gather(cache.encoded))

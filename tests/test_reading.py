@@ -276,3 +276,17 @@ def test_a_row_is_found_again_where_it_was_first(write, tmp_path):
     shutil.rmtree(tmp_path / "work")
     os.chdir(tmp_path)
     assert first.row(1).audio_refs[0][1].path == Path(tmp_path / "data" / "w.wav")
+
+
+def test_generate_asks_of_its_text_what_a_manifest_is_asked(tiny_dir, tmp_path, capsys):
+    from higgs_ds.cli import main
+
+    words = ["generate", "--base_ckpt", str(tiny_dir), "--codec", "none", "--output_file", str(tmp_path / "x.wav")]
+    for more, problem in (
+        (["--text", "So.<|eot_id|>"], "--text: holds <|eot_id|>, which the tokenizer makes a control token of"),
+        (["--text", " "], "--text: is empty"),
+        (["--text", "So.", "--scene", "<|AUDIO|>"], "--scene: holds <|AUDIO|>"),
+        (["--text", "So. " * 100, "--max_row_tokens", "400"], "--text: the prompt takes 4"),
+    ):
+        assert main([*words, *more]) == 2
+        assert problem in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""The verbs beside training: `python -m higgs_ds tiny | sample-codec | prepare | check | generate | recite`."""
+"""The verbs beside training: `python -m higgs_ds tiny | sample-codec | import | describe | prepare | check | …`."""
 
 from __future__ import annotations
 
@@ -48,6 +48,8 @@ def _parser() -> argparse.ArgumentParser:
     codec.add_argument("--seed", type=int, default=0)
     codec.set_defaults(verb=_sample_codec)
 
+    _import_flags(verbs.add_parser("import", help="make a manifest of what other tools write"))
+
     verbs.add_parser("prepare", help="encode all clips and count all tokens ahead; takes the flags of train_ds.py")
     verbs.add_parser("check", help="the loss checklist on the first batches; takes the flags of train_ds.py")
 
@@ -75,6 +77,24 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _import_flags(parser: argparse.ArgumentParser) -> None:
+    from .foreign import FORMATS
+
+    known = "; ".join(f"{name}: {what}" for name, what in FORMATS.items())
+    parser.add_argument("path", type=Path, metavar="PATH", help="a file or a folder")
+    parser.add_argument("--from", dest="source", choices=tuple(FORMATS), help=f"{known} (default: guessed)")
+    parser.add_argument("--output", "--output_dir", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--val_share", type=float, default=0.02, help="share of the rows in val.jsonl (default: 0.02)")
+    parser.add_argument(
+        "--val_speakers", nargs="+", help="these speakers, or so many, are val.jsonl instead of a share"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the split")
+    parser.add_argument("--trim", action="store_true", help="write new clips without the silence at both ends")
+    parser.add_argument("--loudness", type=float, nargs="?", const=-23.0, metavar="LUFS", help="write new clips at -23")
+    parser.add_argument("--resample", type=int, nargs="?", const=24000, metavar="HZ", help="write new clips at 24000")
+    parser.set_defaults(verb=_import)
+
+
 def _speaker_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base_ckpt", default=DEFAULT_BASE)
     parser.add_argument("--base_revision")
@@ -89,6 +109,32 @@ def _tiny(args) -> int:
 
     count = write_tiny(args.output_dir, seed=args.seed)
     print(f"{args.output_dir}: a random base checkpoint of {count:,} parameters")
+    return EXIT_OK
+
+
+def _import(args) -> int:
+    from .audio import MAX_SAMPLE_RATE, MIN_SAMPLE_RATE
+    from .ingest import Sound, run_import
+
+    problems = []
+    if not 0 <= args.val_share < 1:
+        problems.append(f"--val_share: {args.val_share} must be 0 or more and below 1")
+    if args.resample is not None and not MIN_SAMPLE_RATE <= args.resample <= MAX_SAMPLE_RATE:
+        problems.append(f"--resample: {args.resample} must be {MIN_SAMPLE_RATE} to {MAX_SAMPLE_RATE} Hz")
+    if args.loudness is not None and not -70 <= args.loudness <= 0:
+        problems.append(f"--loudness: {args.loudness} must be -70 to 0 LUFS")
+    if problems:
+        raise ConfigError(problems)
+    lines = run_import(
+        args.path,
+        args.output,
+        kind=args.source,
+        val_share=args.val_share,
+        val_speakers=args.val_speakers,
+        seed=args.seed,
+        sound=Sound(args.trim, args.loudness, args.resample),
+    )
+    print("\n".join(lines))
     return EXIT_OK
 
 

@@ -135,6 +135,8 @@ def train(config: TrainConfig, ds_raw: dict, ranks: Ranks, watch: Watch, *, chec
         faults_dir=output_dir,
     )
     train_rows, val_rows = read([m for m in (config.train_manifest, config.val_manifest) if m])
+    if check_only:
+        say("\n".join([*train_rows.summary, *val_rows.summary]))
     plan = make_plan(
         len(train_rows),
         train_rows.tokens,

@@ -50,6 +50,16 @@ def _parser() -> argparse.ArgumentParser:
 
     _import_flags(verbs.add_parser("import", help="make a manifest of what other tools write"))
 
+    describe = verbs.add_parser("describe", help="what a manifest holds, and what training on it will take")
+    describe.add_argument("--train_manifest", required=True)
+    describe.add_argument("--val_manifest")
+    describe.add_argument("--output_dir", type=Path, help="where describe.html, describe.png and faults.jsonl go")
+    describe.add_argument("--audio_root", help="folder that paths are relative to which are not beside the manifest")
+    describe.add_argument("--base_ckpt", help="folder of a checkpoint, whose tokenizer counts instead of an estimate")
+    describe.add_argument("--max_tokens_per_batch", type=int, default=8192)
+    describe.add_argument("--epochs", type=float, default=1.0)
+    describe.set_defaults(verb=_describe)
+
     verbs.add_parser("prepare", help="encode all clips and count all tokens ahead; takes the flags of train_ds.py")
     verbs.add_parser("check", help="the loss checklist on the first batches; takes the flags of train_ds.py")
 
@@ -133,6 +143,28 @@ def _import(args) -> int:
         val_speakers=args.val_speakers,
         seed=args.seed,
         sound=Sound(args.trim, args.loudness, args.resample),
+    )
+    print("\n".join(lines))
+    return EXIT_OK
+
+
+def _describe(args) -> int:
+    from .describe import run_describe
+
+    tokenizer = None
+    if args.base_ckpt is not None:
+        from .model import load_tokenizer, locate_checkpoint
+
+        tokenizer = load_tokenizer(locate_checkpoint(args.base_ckpt))
+    if args.max_tokens_per_batch < 1 or not 0 < args.epochs < float("inf"):
+        raise ConfigError(["--max_tokens_per_batch, --epochs: must be above 0"])
+    lines = run_describe(
+        [manifest for manifest in (args.train_manifest, args.val_manifest) if manifest],
+        args.output_dir,
+        audio_root=args.audio_root,
+        tokenizer=tokenizer,
+        max_tokens=args.max_tokens_per_batch,
+        epochs=args.epochs,
     )
     print("\n".join(lines))
     return EXIT_OK

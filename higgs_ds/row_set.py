@@ -22,6 +22,7 @@ class RowSet(Sequence):
     keys: np.ndarray = field(default_factory=lambda: np.zeros((0, 32), np.uint8))  # [clips of all rows, 32]
     clip_ends: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # [rows], in `keys`
     tokens: np.ndarray | None = None  # int32 [rows], where they were asked for
+    summary: tuple[str, ...] = ()  # what the first rank says of them
 
     def __len__(self) -> int:
         return len(self.numbers)

@@ -28,7 +28,7 @@ from .faults import SHOWN_OF_A_KIND, Fault, grouped, plural, write_faults
 from .lengths import LengthIndex
 from .manifest import Manifest
 from .row_set import Part, RowSet, as_array, put_together
-from .transcripts import FACTS, Spoken, facts_of, warnings_of
+from .transcripts import FACTS, Spoken, facts_of, first_lines, warnings_of
 
 if TYPE_CHECKING:
     from .engine import Ranks
@@ -100,6 +100,8 @@ def load_rows(
     for manifest, rows, faults in zip(read, sets, loader.faults, strict=True):
         if not rows:
             raise ConfigError([*grouped(manifest.summed_up(faults)), f"{manifest.file}: no usable row is left"])
+    for rows, spoken in zip(sets, loader.spoken, strict=True):
+        rows.summary = tuple(first_lines(spoken)) if ranks.is_main else ()
     return sets[0], sets[1] if len(sets) > 1 else RowSet()
 
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from .chatml import Row
-from .faults import Fault
+from .faults import Fault, plural
 
 # Of each row: a hash of its text (0: none), characters spoken, script, stated seconds (0: none), bytes of all texts,
 # and which of the row's clips speaks the text (-1: none).
@@ -180,6 +181,21 @@ def _first_of_each(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(where each different value stands first, which of them each value is)."""
     _, first, group = np.unique(values, return_index=True, return_inverse=True)
     return first, group.reshape(-1)
+
+
+def first_lines(spoken: Spoken) -> list[str]:
+    """How much there is, how long, in which script, and how fast: two lines, from what `load_rows` knows too."""
+    seconds = spoken.seconds[spoken.seconds > 0]
+    if not len(seconds):
+        return [f"{spoken.file}: {plural(len(spoken.lines), 'row')}, none of which speaks a text"]
+    scripts = Counter(spoken.facts["script"][spoken.seconds > 0].tolist())
+    shares = ", ".join(f"{SCRIPTS[script]} {100 * n / len(seconds):.4g} %" for script, n in scripts.most_common())
+    pace = float(np.median(spoken.facts["chars"][spoken.seconds > 0] / seconds))
+    return [
+        f"{spoken.file}: {plural(len(spoken.lines), 'row')}, {seconds.sum() / 3600:.4g} hours spoken, clips of "
+        f"{seconds.min():.2f} to {seconds.max():.2f} s (median {np.median(seconds):.2f})",
+        f"script: {shares}; {pace:.1f} characters a second (median)",
+    ]
 
 
 def warnings_of(sides: Sequence[Spoken]) -> list[Fault]:

@@ -33,7 +33,7 @@ class Fault:
     def __str__(self) -> str:
         return f"{self.file}:{self.line}: {self.field}: {self.problem}"
 
-    @property
+    @functools.cached_property
     def kind(self) -> str:
         """What faults of other rows, with other names and numbers in them, have in common."""
         problem = _NUMBER.sub("N", _QUOTED.sub("…", self.problem))

@@ -172,7 +172,8 @@ def _describe(args) -> int:
 
 def _sample_codec(args) -> int:
     from .audio import read_audio
-    from .manifest import Fault, read_manifest
+    from .faults import Fault, grouped
+    from .manifest import read_manifest
     from .sample_codec import SampleCodec
 
     rows, faults = read_manifest(args.train_manifest)
@@ -184,7 +185,7 @@ def _sample_codec(args) -> int:
             except AudioError as error:
                 faults.append(Fault(row.file, row.line, where, str(error)))
     if faults or not clips:
-        raise ConfigError([*map(str, sorted(faults)), f"{args.train_manifest}: no codec fitted"])
+        raise ConfigError([*grouped(faults), f"{args.train_manifest}: no codec fitted"])
     codec = SampleCodec.fit(clips.values(), seed=args.seed)
     codec.save(args.output_dir)
     print(f"{args.output_dir}: the sample codec, fitted on {len(clips)} clips")
@@ -249,12 +250,13 @@ def _check_prompt(args, messages) -> None:
 
 
 def _recite(args) -> int:
+    from .faults import grouped
     from .generate import recite
     from .manifest import read_manifest
 
     rows, faults = read_manifest(args.train_manifest)
     if faults:
-        raise ConfigError([str(fault) for fault in faults])
+        raise ConfigError(grouped(faults))
     recitals = recite(_speaker(args), rows, args.output_dir)
     if not recitals:
         raise ConfigError([f"{args.train_manifest}: no row ends in a clip to speak"])

@@ -204,6 +204,8 @@ class RowCheck:
         else:
             ref_text = self.text(ref_text, of["ref_text"], missing="is missing; it is the transcript of ref_audio")
             ref_audio = self.clip(ref_audio, of["ref_audio"], missing="is missing; ref_text is its transcript")
+            if ref_audio == audio and not self.faults:
+                self.fault(of["ref_audio"], "is the clip that is to be spoken; give another clip of the voice, or none")
         if self.faults:
             return None
         turns, start_index = speech_messages(

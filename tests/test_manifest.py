@@ -100,6 +100,7 @@ BAD_ROWS = [
     ({**SPEECH, "duration": 0}, "duration", "must be above 0 seconds, found 0"),
     ({**SPEECH, "ref_audio": "a.wav"}, "ref_text", "is missing; it is the transcript of ref_audio"),
     ({**SPEECH, "ref_text": "Hi."}, "ref_audio", "is missing; ref_text is its transcript"),
+    ({**SPEECH, "ref_audio": "a.wav", "ref_text": "Hi."}, "ref_audio", "is the clip that is to be spoken"),
     # Clips.
     ({**SPEECH, "audio": "b.wav"}, "audio", "'b.wav' does not exist; paths are relative to the manifest's folder"),
     ({**SPEECH, "audio": "folder"}, "audio", "'folder' is a directory"),

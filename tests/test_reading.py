@@ -126,9 +126,12 @@ def test_the_fields_own_name_wins_and_the_other_is_named(write):
 
 
 def test_a_reference_under_other_names(write, tmp_path):
-    row = {"audio": "a.wav", "text": "So.", "reference_audio": "a.wav", "reference_text": "Well."}
-    [row], faults, _ = checked(write([row, {"audio": "a.wav", "text": "So.", "ref_audio": None, "ref_text": ""}][:1]))
-    assert faults == [] and row.start_index == 2
+    (tmp_path / "data" / "r.wav").write_bytes(b"RIFF")
+    row = {"audio": "a.wav", "text": "So.", "reference_audio": "r.wav", "reference_text": "Well. "}
+    rows, faults, _ = checked(write([row, {"audio": "a.wav", "text": "So.", "ref_audio": None, "ref_text": ""}]))
+    assert faults == [] and [row.start_index for row in rows] == [2, None]
+    assert rows[0].messages[0] == Turn("user", ("Well.",))
+    assert rows[0].audio_refs[0] == ("reference_audio", AudioRef(tmp_path / "data" / "r.wav"))
 
 
 def test_hugging_faces_audio_objects(write, tmp_path):
@@ -196,12 +199,13 @@ CONTROLS = ["<|eot_id|>", "<|audio_out_bos|>", "<|start_header_id|>", "<|recipie
 def test_a_control_token_in_a_transcript_is_a_fault(write, tokenizer, token):
     rows = [
         {"audio": "a.wav", "text": f"So.{token}"},
-        {"audio": "a.wav", "text": "So.", "ref_audio": "a.wav", "ref_text": token},
+        {"audio": "a.wav", "text": "So.", "ref_audio": "b.wav", "ref_text": token},
         {"audio": "a.wav", "text": "So.", "scene": f"a {token}"},
         {"messages": [{"role": "user", "content": f"{token} Say."}, {"role": "assistant", "content": "Hi."}]},
         {"messages": [{"role": "user", "content": "Say."}, {"role": "assistant", "content": f"Hi.{token}"}]},
     ]
     path = write(rows)
+    (path.parent / "b.wav").write_bytes(b"RIFF")
     for controls in ({}, {"controls": control_tokens(tokenizer)}):
         usable, faults = read_manifest(path, **controls)
         assert usable == [] and len(faults) == len(rows)

@@ -64,13 +64,13 @@ def describe(path: str, *, audio_root: str | None = None, tokenizer=None) -> Des
             of_rows.append(seconds)
     facts = np.array([facts_of(row) for row in rows], FACTS)
     spoken_sec = [seconds[clip] if clip >= 0 else 0.0 for seconds, clip in zip(of_rows, facts["clip"], strict=True)]
-    keys = np.zeros((len(rows), 32), np.uint8)
+    clips = np.zeros(len(rows), np.uint64)
     for i, (row, clip) in enumerate(zip(rows, facts["clip"].tolist(), strict=True)):
         if clip >= 0:
-            keys[i] = _key(row.audio_refs[clip][1])
+            clips[i] = _number(row.audio_refs[clip][1])
     lines = np.array([row.line for row in rows], np.int64)
     return Described(
-        Spoken(path, lines, facts, keys, np.array(spoken_sec, np.float64)),
+        Spoken(path, lines, facts, clips, np.array(spoken_sec, np.float64)),
         rows,
         np.array([sum(seconds) for seconds in of_rows], np.float64),
         np.array([_tokens(row, sec, tokenizer) for row, sec in zip(rows, of_rows, strict=True)], np.int64),
@@ -85,9 +85,9 @@ def _seconds(ref: AudioRef, known: dict[AudioRef, float]) -> float:
     return known[ref]
 
 
-def _key(ref: AudioRef) -> np.ndarray:
+def _number(ref: AudioRef) -> int:
     name = f"{ref.path}\0{ref.raw_audio}\0{ref.offset_sec} {ref.duration_sec}"
-    return np.frombuffer(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest(), np.uint8)
+    return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little")
 
 
 def _tokens(row: Row, seconds: list[float], tokenizer) -> int:

@@ -86,7 +86,7 @@ class Spoken:
     file: str
     lines: np.ndarray  # int64 [rows]
     facts: np.ndarray  # FACTS [rows]
-    keys: np.ndarray  # uint8 [rows, 32], zeros where no clip speaks
+    clips: np.ndarray  # uint64 [rows], the same for the same clip; 0 where none speaks
     seconds: np.ndarray  # float64 [rows], 0 where no clip speaks
 
     def at(self, i: int) -> str:
@@ -158,8 +158,7 @@ def _pace(spoken: Spoken, rows: np.ndarray) -> tuple[np.ndarray, float, float]:
 def clips_of_two_texts(spoken: Spoken) -> Iterator[Fault]:
     """Warnings for rows whose clip stands under another text in an earlier row."""
     rows = np.flatnonzero(spoken.facts["text"] != 0)
-    clips = np.ascontiguousarray(spoken.keys[rows, :8]).view("<u8").reshape(-1)
-    first, group = _first_of_each(clips)
+    first, group = _first_of_each(spoken.clips[rows])
     texts = spoken.facts["text"][rows]
     for i in np.flatnonzero(texts != texts[first[group]]).tolist():
         problem = f"the same clip has another text in line {spoken.lines[rows[first[group[i]]]]}; one of them is wrong"

@@ -67,6 +67,12 @@ class DataOptions:
         None, "folder of the clips' codes; several runs may share one (default: codes_cache in --output_dir)"
     )
     max_duration_sec: float = _option(30.0, "longest clip that is accepted, seconds", above=0)
+    max_row_tokens: int = _option(
+        8192, "longest row that is accepted, in tokens; never more than the model has positions", least=1
+    )
+    audio_root: str | None = _option(
+        None, "folder that paths are relative to which are not beside their manifest (default: working folder)"
+    )
     skip_bad_rows: bool = _option(False, "train without the rows that fail their check, and say which")
     num_workers: int = _option(2, "processes a rank that prepare batches (0: the training process)", least=0)
 

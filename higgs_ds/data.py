@@ -19,6 +19,7 @@ from .batching.token_counts import LengthIndex
 from .codec.base import Codec, load_codec
 from .config import TrainConfig
 from .corpus.code_cache import CodeCache
+from .corpus.controls import control_tokens
 from .corpus.rows import RowSet, load_rows
 from .distributed.engine import Ranks
 from .distributed.rank_watch import Watch
@@ -76,8 +77,13 @@ def load_corpus(
         ranks=ranks,
         warn=ranks.say,
         moved=watch.moved,
-        lengths=LengthIndex(cache, base.tokenizer, collator) if count_tokens else None,
+        lengths=LengthIndex(cache, base.tokenizer, collator),
+        count_tokens=count_tokens,
         max_tokens=config.optim.max_tokens_per_batch,
+        max_row_tokens=min(data.max_row_tokens, base.facts.max_positions),
+        audio_root=data.audio_root,
+        controls=control_tokens(base.tokenizer),
+        faults_dir=Path(config.run.output_dir or codes_folder(config)),
         outcome=outcome,
     )
     codec.release()
@@ -140,6 +146,8 @@ def load_data(setup: Setup, ranks: Ranks, watch: Watch | Unwatched, *, only_one_
         outcome="nothing was trained (--skip_bad_rows trains without them)",
     )
     rows = corpus.train_rows
+    if only_one_step:
+        ranks.say("\n".join([*rows.summary, *corpus.val_rows.summary]))
     plan = make_plan(
         len(rows),
         rows.tokens,

@@ -12,13 +12,18 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from .manifest import AudioRef
+from .chatml import AudioRef
+from .containers import ContainerError, ContainerFile, mended_wav
 
 # A header may claim any rate; resampling from 1 Hz would turn a small file into more than memory holds.
 MIN_SAMPLE_RATE, MAX_SAMPLE_RATE = 4000, 768_000
 # More samples than any clip has: what libsndfile gives for a stream whose header leaves its length open.
 UNKNOWN_LENGTH = 1 << 48
 READ_SAMPLES = 1 << 20
+SILENT_PEAK = 1e-3  # -60 dB of full scale: below what any recording of speech peaks at
+# Lossy decoders overshoot full scale by some 10 %; integers that were written as floats, by thousands.
+LARGEST_PEAK = 2.0
+UNRECOGNISED = 1  # libsndfile's SF_ERR_UNRECOGNISED_FORMAT
 HASH_BYTES = 1 << 20
 
 
@@ -30,24 +35,36 @@ def read_audio(ref: AudioRef) -> tuple[np.ndarray, int]:
     """Mono waveform float32 [samples], channels averaged, and its sample rate in Hz.
 
     A slice that goes on past the end stops at the end. Raises AudioError for a clip that is missing, cannot be
-    decoded whole, is empty, holds NaN or infinite samples, or whose offset is past its end.
+    decoded whole, is empty, holds NaN, infinite or far too large samples, or whose offset is past its end; and for
+    silence, also where only its channels cancel out: it would teach the model to say nothing.
     """
     with _opened(ref) as file:
         start, stop = _slice(file, ref)
         file.seek(start)
+        if isinstance(file, ContainerFile):
+            start, stop = _slice(file, ref)  # its length is known by now
         # In blocks, so that memory follows what is there and not what the header claims.
         block = max(1, READ_SAMPLES // file.channels)
-        mono, left = [], stop - start
+        mono, left, channel_peak = [], stop - start, 0.0
         while left > 0:
             samples = file.read(min(left, block), dtype="float32", always_2d=True)  # [samples, channels]
             if len(samples) == 0:
                 at, whole = (stop - left) / file.samplerate, file.frames / file.samplerate
                 raise AudioError(f"cannot be decoded: it ends after {at:.2f} s of {whole:.2f} s")
             mono.append(samples.mean(axis=1))
+            if file.channels > 1:
+                channel_peak = max(channel_peak, float(np.abs(samples).max()))
             left -= len(samples)
         waveform, sample_rate = np.concatenate(mono), file.samplerate
     if not np.isfinite(waveform).all():
         raise AudioError("holds NaN or infinite samples")
+    peak = float(np.abs(waveform).max())
+    if peak > LARGEST_PEAK:
+        raise AudioError(f"peaks at {peak:.4g}, samples must be within -1 to 1; write it anew, scaled")
+    if peak < SILENT_PEAK <= channel_peak:
+        raise AudioError(f"is silent once its {file.channels} channels are averaged; write one of them alone")
+    if peak < SILENT_PEAK:
+        raise AudioError(f"is silent (its loudest sample is {peak:.2g} of full scale)")
     return waveform, sample_rate
 
 
@@ -95,11 +112,17 @@ def write_wav(path: str | Path, waveform: np.ndarray, sample_rate: int) -> None:
 
 
 @contextmanager
-def _opened(ref: AudioRef) -> Iterator[soundfile.SoundFile]:
-    """The clip's file; what libsndfile says against it, also while it is read, becomes an AudioError."""
+def _opened(ref: AudioRef) -> Iterator[soundfile.SoundFile | ContainerFile]:
+    """The clip's file; what is said against it, also while it is read, becomes an AudioError."""
     source = io.BytesIO(_decoded_base64(ref.raw_audio)) if ref.raw_audio is not None else _existing(ref.path)
     try:
-        with soundfile.SoundFile(source) as file:
+        mended, problem = mended_wav(source)
+    except OSError as error:
+        raise AudioError(f"cannot be read: {error.strerror}") from error
+    if problem is not None:
+        raise AudioError(problem)
+    try:
+        with _sound(mended or source) as file:
             if not MIN_SAMPLE_RATE <= file.samplerate <= MAX_SAMPLE_RATE:
                 raise AudioError(
                     f"has a sample rate of {file.samplerate} Hz, must be {MIN_SAMPLE_RATE} to {MAX_SAMPLE_RATE}"
@@ -108,11 +131,31 @@ def _opened(ref: AudioRef) -> Iterator[soundfile.SoundFile]:
                 raise AudioError("does not say in its header how long it is; write it anew as a plain WAV or FLAC")
             yield file
     except soundfile.LibsndfileError as error:
-        reason = error.error_string.removeprefix("Error : ").rstrip(".")
-        raise AudioError(f"cannot be decoded: {reason}") from error
+        raise AudioError(f"cannot be decoded: {_reason(error)}") from error
+    except ContainerError as error:
+        raise AudioError(f"cannot be decoded: {error}") from error
 
 
-def _slice(file: soundfile.SoundFile, ref: AudioRef) -> tuple[int, int]:
+def _sound(source: Path | io.BytesIO) -> soundfile.SoundFile | ContainerFile:
+    """By libsndfile, or by PyAV what libsndfile knows nothing of; whatever neither reads is libsndfile's error."""
+    try:
+        return soundfile.SoundFile(source)
+    except soundfile.LibsndfileError as error:
+        if error.code != UNRECOGNISED:
+            raise
+        if not isinstance(source, Path):
+            source.seek(0)
+        try:
+            return ContainerFile(source)
+        except ContainerError:
+            raise error from None
+
+
+def _reason(error: soundfile.LibsndfileError) -> str:
+    return error.error_string.removeprefix("Error : ").rstrip(".")
+
+
+def _slice(file: soundfile.SoundFile | ContainerFile, ref: AudioRef) -> tuple[int, int]:
     """First sample of the clip in its file, and the one after its last; at least one apart."""
     for name, value in (("offset", ref.offset_sec), ("duration", ref.duration_sec)):
         if value is not None and not (math.isfinite(value) and value >= 0):

@@ -9,10 +9,12 @@ from __future__ import annotations
 import contextlib
 import gc
 import hashlib
+import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,8 +23,13 @@ from tqdm import tqdm
 from ..batching.token_counts import LengthIndex
 from ..codec.base import check_fits
 from ..errors import ConfigError
+from .chatml import AudioRef, Row
 from .code_cache import CodeCache
-from .manifest import AudioRef, Fault, Manifest, Row
+from .controls import DEFAULT_CONTROLS
+from .faults import SHOWN_OF_A_KIND, Fault, grouped, plural, write_faults
+from .manifest import Manifest
+from .row_set import Part, RowSet, as_array, put_together
+from .transcripts import FACTS, Spoken, facts_of, first_lines, warnings_of
 
 if TYPE_CHECKING:
     from ..distributed.engine import Ranks
@@ -31,25 +38,6 @@ CHUNK_ROWS = 16384  # rows of a rank that are objects at a time
 BLOCK_ROWS = 64  # rows in a line that one rank takes, so that what stands together is read together
 # While clips are encoded, ranks tell each other how far they are: soon at first, then this often.
 EXCHANGE_SEC = 16.0
-
-
-@dataclass
-class RowSet(Sequence):
-    """The usable rows of a manifest, in its order; each is parsed when it is asked for, and its clips carry keys."""
-
-    manifest: Manifest | None = None
-    numbers: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # [rows], in the manifest
-    keys: np.ndarray = field(default_factory=lambda: np.zeros((0, 32), np.uint8))  # [clips of all rows, 32]
-    clip_ends: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # [rows], in `keys`
-    tokens: np.ndarray | None = None  # int32 [rows], where they were asked for
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, i: int) -> Row:
-        behind = int(self.clip_ends[i])
-        first = int(self.clip_ends[i - 1]) if i else 0
-        return self.manifest.row(int(self.numbers[i])).with_keys(self.keys[first:behind])
 
 
 def load_rows(
@@ -64,7 +52,12 @@ def load_rows(
     warn: Callable[[str], None],
     moved: Callable[[], None] = lambda: None,
     lengths: LengthIndex | None = None,
+    count_tokens: bool = True,
     max_tokens: int | None = None,
+    max_row_tokens: int | None = None,
+    audio_root: str | None = None,
+    controls: re.Pattern[str] = DEFAULT_CONTROLS,
+    faults_dir: Path | None = None,
     outcome: str = "nothing was trained (--skip_bad_rows trains without them)",
 ) -> tuple[RowSet, RowSet]:
     """The usable rows of the training manifest, and of the validation manifest where there is one.
@@ -72,38 +65,71 @@ def load_rows(
     Reads, checks and encodes every clip once; the ranks divide rows and clips among them.
 
     Args:
-        lengths: counts the rows' tokens, where they are wanted.
+        lengths: counts tokens, where they are wanted: of every row with `count_tokens`, else only where a row may have
+            more than `max_row_tokens`.
         moved: told of each clip and row that is done, by this rank.
-        max_tokens: with `lengths`, a row of more tokens is a fault.
+        max_tokens, max_row_tokens: with `lengths`, a row of more tokens is a fault.
+        audio_root: where paths are looked for that are not beside the manifest.
+        controls: finds tokens that no text may hold; see `controls.control_tokens`.
+        faults_dir: where all faults and warnings go, as `faults.jsonl`.
 
     Raises:
         ConfigError: all faults of all manifests without `skip_bad_rows`, a manifest without a usable row, or a cache
             that cannot be written to.
     """
     check_fits(cache.codec, num_codebooks, codebook_size)
-    read = [Manifest(manifest) for manifest in manifests]
+    read = [Manifest(manifest, audio_root=audio_root, controls=controls) for manifest in manifests]
     for manifest, *others in zip(
         manifests, *ranks.gather([(part.digest(), part.faults) for part in read]), strict=True
     ):
         _check_same(manifest, others)
-    loader = _Loader(cache, ranks, max_duration_sec, lengths, max_tokens, moved)
+    limits = Limits(max_duration_sec, max_tokens if count_tokens else None, max_row_tokens)
+    loader = _Loader(cache, ranks, limits, lengths, count_tokens, moved)
     total = sum(map(len, read))
     bar = tqdm(total=total, desc="rows", unit="row", disable=not ranks.is_main, mininterval=1.0)
     with bar, _few_objects_to_collect():
         sets = [loader.load(manifest, bar) for manifest in read]
     loader.read_what_others_encoded()  # here, for data workers to share instead of each reading it for itself
-    faults = [fault for manifest, found in zip(read, loader.faults, strict=True) for fault in sorted(found)]
-    count = len({(fault.file, fault.line) for fault in faults})
-    bad_rows = f"{count} bad row{'s' * (count != 1)}"
-    lines = [str(fault) for fault in faults]
+    _tell(read, loader, ranks, skip_bad_rows, warn, faults_dir, outcome)
+    for manifest, rows, faults in zip(read, sets, loader.faults, strict=True):
+        if not rows:
+            raise ConfigError([*grouped(manifest.summed_up(faults)), f"{manifest.file}: no usable row is left"])
+    for rows, spoken in zip(sets, loader.spoken, strict=True):
+        rows.summary = tuple(first_lines(spoken)) if ranks.is_main else ()
+    return sets[0], sets[1] if len(sets) > 1 else RowSet()
+
+
+def _tell(
+    read: list[Manifest],
+    loader: _Loader,
+    ranks: Ranks,
+    skip_bad_rows: bool,
+    warn: Callable[[str], None],
+    faults_dir: Path | None,
+    outcome: str,
+) -> None:
+    """Says what was found, by kind, and leaves all of it in `faults_dir`.
+
+    Raises:
+        ConfigError: there are faults, and no `skip_bad_rows`.
+    """
+    bad_rows = plural(len({(f.file, f.line) for found in loader.faults for f in found}), "bad row")
+    faults = [f for manifest, found in zip(read, loader.faults, strict=True) for f in manifest.summed_up(found)]
+    warnings = warnings_of(loader.spoken) if ranks.is_main else []
+    path = write_faults(faults_dir, [*faults, *warnings]) if ranks.is_main and faults_dir is not None else None
+    notes = [note for manifest in read for note in manifest.notes()]
+    if warnings:
+        rows = plural(len({(f.file, f.line) for f in warnings}), "row")
+        notes += [f"{rows} to look at, trained on as they are:", *grouped(warnings)]
+    lines = grouped(faults)
+    if path is not None and len(faults) + len(warnings) > SHOWN_OF_A_KIND:
+        (lines if faults else notes).append(f"all of it, one a line: {path}")
+    if notes:
+        warn("\n".join(notes))
     if faults and not skip_bad_rows:
         raise ConfigError([*lines, f"{bad_rows}; {outcome}"])
-    for manifest, rows in zip(manifests, sets, strict=True):
-        if not rows:
-            raise ConfigError([*lines, f"{manifest}: no usable row is left"])
     if faults:
         warn("\n".join([f"--skip_bad_rows: training without {bad_rows}:", *lines]))
-    return sets[0], sets[1] if len(sets) > 1 else RowSet()
 
 
 def _check_same(manifest: str, of_ranks: list[tuple[bytes, list[Fault]]]) -> None:
@@ -132,15 +158,13 @@ def _few_objects_to_collect() -> Iterator[None]:
         gc.unfreeze()
 
 
-@dataclass
-class _Part:
-    """What one rank found in its rows of a chunk."""
+@dataclass(frozen=True)
+class Limits:
+    """What is too long; None for no limit."""
 
-    numbers: np.ndarray  # int64 [rows], of the usable ones
-    tokens: np.ndarray | None  # int32 [rows]
-    clips: np.ndarray  # int64 [rows], how many
-    keys: np.ndarray  # uint8 [clips of all rows, 32]
-    faults: list[Fault]
+    duration_sec: float
+    batch_tokens: int | None
+    row_tokens: int | None
 
 
 class _Loader:
@@ -150,24 +174,25 @@ class _Loader:
         self,
         cache: CodeCache,
         ranks: Ranks,
-        max_duration_sec: float,
+        limits: Limits,
         lengths: LengthIndex | None,
-        max_tokens: int | None,
+        count_tokens: bool,
         moved: Callable[[], None],
     ):
         self._cache = cache
         self._ranks = ranks
-        self._max_duration_sec = max_duration_sec
+        self._limits = limits
         self._lengths = lengths
-        self._max_tokens = max_tokens
+        self._count_tokens = count_tokens and lengths is not None
         self._moved = moved
         self._others_encoded = True  # since this rank last looked
         self.faults: list[list[Fault]] = []  # of each manifest
+        self.spoken: list[Spoken] = []  # of each manifest, its usable rows
 
     def load(self, manifest: Manifest, bar: tqdm) -> RowSet:
         """Its usable rows; what is wrong with the others is added to `faults`."""
         size = CHUNK_ROWS * self._ranks.world_size
-        parts: list[_Part] = []
+        parts: list[Part] = []
         before = bar.n
         for first in range(0, len(manifest), size):
             rows = range(first, min(first + size, len(manifest)))
@@ -177,8 +202,49 @@ class _Loader:
 
             parts += self._ranks.gather(self._chunk(manifest, rows, progress))
             progress(1.0)
-        self.faults.append([*manifest.faults, *(fault for part in parts for fault in part.faults)])
-        return _put_together(manifest, parts)
+        manifest.set_seen(self._ranks.gather(manifest.seen()))
+        rows, facts = put_together(manifest, parts)
+        rows, found = self._screen(manifest, rows, facts)
+        self.faults.append(sorted([*manifest.faults, *(fault for part in parts for fault in part.faults), *found]))
+        return rows
+
+    def _screen(self, manifest: Manifest, rows: RowSet, facts: np.ndarray) -> tuple[RowSet, list[Fault]]:
+        """The rows without those that take too many tokens, and the faults of these.
+
+        Every rank looks at all rows, and finds the same.
+        """
+        clip_frames = self._cache.frames_each(rows.keys) if len(rows.keys) else np.zeros(0, np.int64)
+        first_clip = np.r_[0, rows.clip_ends[:-1]][: len(rows)]
+        place = np.where(facts["clip"] >= 0, first_clip + facts["clip"], -1)
+        speaks, place = place >= 0, place[place >= 0]
+        clips, seconds = np.zeros(len(rows), np.uint64), np.zeros(len(rows))
+        clips[speaks] = rows.keys.view("<u8").reshape(-1, 4)[place, 0]  # of 256 bits, 64 tell a million apart
+        seconds[speaks] = clip_frames[place] / self._cache.codec.frame_rate
+        lines = manifest.lines_of(rows.numbers)
+        problems = dict(self._too_long(rows, facts, clip_frames, first_clip))
+        faults = [Fault(manifest.file, int(lines[i]), "row", problem) for i, problem in problems.items()]
+        spoken = Spoken(manifest.file, lines, facts, clips, seconds)
+        if problems:
+            kept = np.ones(len(rows), bool)
+            kept[list(problems)] = False
+            rows = rows.only(kept)
+            spoken = Spoken(manifest.file, lines[kept], facts[kept], clips[kept], seconds[kept])
+        self.spoken.append(spoken)
+        return rows, faults
+
+    def _too_long(
+        self, rows: RowSet, facts: np.ndarray, clip_frames: np.ndarray, first_clip: np.ndarray
+    ) -> Iterator[tuple[int, str]]:
+        """(row, problem) of each over the limit on a row; counts only what its bytes and frames leave in doubt."""
+        limit = self._limits.row_tokens
+        if limit is None or self._lengths is None:
+            return
+        frames = np.r_[0, np.cumsum(clip_frames)]
+        most = facts["bytes"] + frames[rows.clip_ends] - frames[first_clip] if len(rows) else np.zeros(0)
+        for i in np.flatnonzero(most > limit).tolist():
+            tokens = self._lengths.tokens(rows[i]) if rows.tokens is None else int(rows.tokens[i])
+            if tokens > limit:
+                yield i, f"takes {tokens} tokens, over --max_row_tokens {limit}"
 
     def read_what_others_encoded(self) -> None:
         """Brings the index of codes up to date, if it may not be."""
@@ -186,7 +252,7 @@ class _Loader:
             self._cache.read_index()
         self._others_encoded = False
 
-    def _chunk(self, manifest: Manifest, chunk: range, progress: Callable[[float], None]) -> _Part:
+    def _chunk(self, manifest: Manifest, chunk: range, progress: Callable[[float], None]) -> Part:
         rows: list[Row] = []
         numbers: list[int] = []
         faults: list[Fault] = []
@@ -208,18 +274,19 @@ class _Loader:
             faults.append(Fault(rows[i].file, rows[i].line, where, problem))
             usable[i] = False
         tokens = None
-        if self._lengths is not None:
+        if self._count_tokens:
             counted = np.flatnonzero(usable)
             keyed = [rows[i].with_keys(keys[ends[i] - clips[i] : ends[i]]) for i in counted.tolist()]
             tokens = self._lengths.count(keyed, self._moved)
-            too_long = tokens > (self._max_tokens or np.inf)
+            too_long = tokens > (self._limits.batch_tokens or np.inf)
             for i, count in zip(counted[too_long].tolist(), tokens[too_long].tolist(), strict=True):
-                problem = f"takes {count} tokens, over --max_tokens_per_batch {self._max_tokens}"
+                problem = f"takes {count} tokens, over --max_tokens_per_batch {self._limits.batch_tokens}"
                 faults.append(Fault(rows[i].file, rows[i].line, "row", problem))
             usable[counted[too_long]] = False
             tokens = tokens[~too_long]
         kept = np.repeat(usable, clips)
-        return _Part(np.array(numbers, np.int64)[usable], tokens, clips[usable], keys[kept], faults)
+        facts = np.array([facts_of(row) for row, use in zip(rows, usable, strict=True) if use], FACTS)
+        return Part(np.array(numbers, np.int64)[usable], tokens, clips[usable], keys[kept], faults, facts)
 
     def _encode(self, refs: list[AudioRef], progress: Callable[[float], None]) -> tuple[np.ndarray, dict[int, str]]:
         """Encodes the clips that all ranks have given and that are not cached yet.
@@ -244,7 +311,7 @@ class _Loader:
         found: list[bytes] = []
         problems: dict[int, str] = {}
         encoded_before = cache.encoded
-        work = cache.ensure_each([refs[i] for i in (owner[mine] - start).tolist()], self._max_duration_sec)
+        work = cache.ensure_each([refs[i] for i in (owner[mine] - start).tolist()], self._limits.duration_sec)
         more, pause = True, 0.5
         while more:
             go_on = partial(self._go_on, work, mine, found, problems, time.monotonic() + pause)
@@ -255,7 +322,7 @@ class _Loader:
         keys = np.zeros((len(clips), 32), np.uint8)
         all_problems: dict[int, str] = {}
         for clip_numbers, their_keys, their_problems, encoded in ranks.gather(
-            (mine, _as_array(found), problems, cache.encoded - encoded_before)
+            (mine, as_array(found), problems, cache.encoded - encoded_before)
         ):
             keys[clip_numbers] = their_keys
             all_problems |= their_problems
@@ -300,22 +367,3 @@ def _identity(ref: AudioRef) -> bytes:
     else:
         name = f"\0{ref.raw_audio}\0{ref.offset_sec} {ref.duration_sec}"
     return hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=16).digest()
-
-
-def _as_array(keys: Iterable[bytes]) -> np.ndarray:
-    """uint8 [keys, 32]"""
-    return np.frombuffer(b"".join(keys), np.uint8).reshape(-1, 32)
-
-
-def _put_together(manifest: Manifest, parts: list[_Part]) -> RowSet:
-    """All ranks' rows in the manifest's order."""
-    if not parts:
-        return RowSet(manifest)
-    numbers, clips, keys = (np.concatenate([getattr(p, name) for p in parts]) for name in ("numbers", "clips", "keys"))
-    order = np.argsort(numbers)
-    first = (np.cumsum(clips) - clips)[order]
-    clips = clips[order]
-    ends = np.cumsum(clips)
-    places = np.repeat(first - (ends - clips), clips) + np.arange(len(keys))
-    tokens = None if parts[0].tokens is None else np.concatenate([part.tokens for part in parts])[order]
-    return RowSet(manifest, numbers[order], keys[places], ends, tokens)

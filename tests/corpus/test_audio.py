@@ -2,6 +2,7 @@ import base64
 import os
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import soundfile
@@ -162,3 +163,107 @@ def test_write_wav_refuses_and_leaves_nothing(tmp_path, waveform):
     with pytest.raises(ValueError, match="must be mono"):
         write_wav(tmp_path / "out.wav", waveform, 24000)
     assert os.listdir(tmp_path) == []
+
+
+def patched(path: Path, place: int, value: int) -> AudioRef:
+    content = bytearray(path.read_bytes())
+    content[place : place + 4] = value.to_bytes(4, "little")
+    path.write_bytes(content)
+    return AudioRef(path=path)
+
+
+@pytest.mark.parametrize("riff", [None, 0, 0xFFFFFFFF, 40])
+@pytest.mark.parametrize("data", [0, 4000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 0xFFFFFFFF - 36, 32044])
+def test_a_wav_whose_header_counts_wrong_is_read_to_its_end(tmp_path, riff, data):
+    """As ffmpeg reads what was written to a pipe."""
+    clip = np.random.default_rng(0).normal(0, 0.1, 16000)
+    path = write(tmp_path / "clip.wav", clip).path
+    whole, _ = read_audio(AudioRef(path=path))
+    ref = patched(path, 40, data)
+    if riff is not None:
+        patched(path, 4, riff)
+    for same in (ref, in_base64(path)):
+        assert np.array_equal(read_audio(same)[0], whole) and duration_sec(same) == 1.0
+
+
+@pytest.mark.parametrize("action", [read_audio, duration_sec])
+def test_a_wav_cut_off_is_not_taken_for_a_shorter_one(tmp_path, action):
+    path = write(tmp_path / "clip.wav", tone(48000)).path
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert problem(AudioRef(path=path), action) == "cannot be decoded: it ends after 1.50 s of 3.00 s"
+
+
+def test_chunks_behind_the_sound_are_not_sound(tmp_path):
+    path = write(tmp_path / "clip.wav", tone(16000)).path
+    with path.open("ab") as file:
+        file.write(b"LIST\x04\x00\x00\x00INFO")
+    assert len(read_audio(AudioRef(path=path))[0]) == 16000
+
+
+def test_silence_is_refused_also_after_mixing_down(tmp_path):
+    assert problem(write(tmp_path / "a.wav", tone(16000) * 1e-3)).startswith("is silent (its loudest sample is 0.0001")
+    opposite = tone(16000, channels=2) * [1, -0.5]
+    assert problem(write(tmp_path / "b.wav", opposite)).startswith("is silent once its 2 channels are averaged")
+    read_audio(write(tmp_path / "c.wav", tone(16000) * 0.02))  # quiet: it peaks at -54 dB
+
+
+def test_integers_written_as_floats_are_refused(tmp_path):
+    loud = write(tmp_path / "a.wav", tone(16000) * 32767, subtype="FLOAT")
+    assert problem(loud).startswith("peaks at 3277, samples must be within -1 to 1")
+    read_audio(write(tmp_path / "b.wav", tone(16000) * 12, subtype="FLOAT"))  # overshoots by 20 %, as a decoder may
+
+
+def encode(path: Path, codec: str, seconds: float = 2.0, sample_rate: int = 48000, with_video: bool = False) -> None:
+    """A tone in a container, by PyAV itself."""
+    wave = (0.3 * np.sin(np.arange(round(seconds * sample_rate)) * 2 * np.pi * 440 / sample_rate)).astype(np.float32)
+    with av.open(str(path), "w") as container:
+        sound = container.add_stream(codec, rate=sample_rate, layout="mono")
+        if with_video:
+            picture = container.add_stream("mpeg4", rate=25, width=64, height=64, pix_fmt="yuv420p")
+            image = av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24")
+            container.mux([packet for frame in [image] * 25 for packet in picture.encode(frame)])
+            container.mux(picture.encode(None))
+        frame = av.AudioFrame.from_ndarray(wave[None], format="fltp", layout="mono")
+        frame.rate, frame.pts = sample_rate, 0
+        fifo = av.AudioFifo()
+        fifo.write(frame)
+        for part in fifo.read_many(sound.frame_size or 1024, partial=True):
+            container.mux(sound.encode(part))
+        container.mux(sound.encode(None))
+
+
+CONTAINERS = [("m4a", "aac", False), ("webm", "libopus", False), ("mp4", "aac", True), ("mkv", "pcm_s16le", False)]
+
+
+@pytest.mark.parametrize(("suffix", "codec", "with_video"), CONTAINERS)
+def test_containers_that_libsndfile_does_not_know_are_decoded(tmp_path, suffix, codec, with_video):
+    path = tmp_path / f"clip.{suffix}"
+    encode(path, codec, with_video=with_video)
+    for ref in (AudioRef(path=path), in_base64(path)):
+        waveform, sample_rate = read_audio(ref)
+        assert sample_rate == 48000 and waveform.dtype == np.float32
+        assert len(waveform) / sample_rate == pytest.approx(2.0, abs=0.06)
+        assert duration_sec(ref) == pytest.approx(len(waveform) / sample_rate, abs=0.06)
+        spectrum = np.abs(np.fft.rfft(waveform[4800:52800]))
+        assert spectrum.argmax() == 440 and waveform[9600:76800].std() == pytest.approx(0.3 * 2**-0.5, rel=0.02)
+    part = AudioRef(path=path, offset_sec=0.5, duration_sec=1.0)
+    assert np.array_equal(read_audio(part)[0], waveform[24000:72000]) and duration_sec(part) == 1.0
+
+
+@pytest.mark.parametrize("suffix", ["m4a", "webm"])
+def test_a_container_cut_off_is_not_taken_for_a_shorter_one(tmp_path, suffix):
+    path = tmp_path / f"clip.{suffix}"
+    encode(path, "aac" if suffix == "m4a" else "libopus")
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert problem(AudioRef(path=path)).startswith("cannot be decoded: ")
+
+
+def test_a_playlist_opens_no_other_file(tmp_path):
+    encode(tmp_path / "clip.ts", "aac")
+    playlist = f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nfile://{tmp_path}/clip.ts\n#EXT-X-ENDLIST\n"
+    (tmp_path / "list.m3u8").write_text(playlist)
+    (tmp_path / "list.txt").write_text(f"ffconcat version 1.0\nfile '{tmp_path}/clip.ts'\n")
+    read_audio(AudioRef(path=tmp_path / "clip.ts"))
+    for name in ("list.m3u8", "list.txt"):
+        for ref in (AudioRef(path=tmp_path / name), in_base64(tmp_path / name)):
+            assert problem(ref) == "cannot be decoded: Format not recognised"

@@ -62,6 +62,7 @@ def manifests(tmp_path):
     """(training, validation): every kind of row and of fault; some clips are named by many rows."""
     speech = [json.loads(line) for line in SPEECH.read_text().splitlines()][:12]
     for row in speech:
+        row["language"] = "en"
         target = tmp_path / row["audio"]
         target.parent.mkdir(exist_ok=True)
         shutil.copy(SPEECH.parent / row["audio"], target)
@@ -76,9 +77,13 @@ def manifests(tmp_path):
     ]
     good_talk = [{"role": "user", "content": "語"}, talk[1], {"role": "assistant", "content": "ok"}]
     reference = {"ref_audio": speech[1]["audio"], "ref_text": speech[1]["text"]}
+    of_its_own = {"ref_audio": speech[0]["audio"], "ref_text": speech[0]["text"]}
     lines = [*map(json.dumps, speech), "", "{not json", json.dumps({"messages": talk}), "  \t"]
     lines += [json.dumps({"messages": good_talk}, ensure_ascii=False), json.dumps({"audio": "gone.wav", "text": "a"})]
-    lines += [json.dumps(row | reference | {"text": f"again, {i}"}) for i, row in enumerate(speech)]
+    lines += [
+        json.dumps(row | (of_its_own if i == 1 else reference) | {"text": f"again, {i}"})
+        for i, row in enumerate(speech)
+    ]
     lines += [json.dumps(speech[2] | {"text": "long " * 300})]
     (tmp_path / "train.jsonl").write_text("\n".join(lines), encoding="utf-8-sig")
     val = [
@@ -142,6 +147,7 @@ def test_all_ranks_have_the_rows_that_one_would_have(
         for fault in faults:
             assert str(fault) in warned
         assert "train.jsonl:15: messages[0].content[1]" in warned
+        assert "train.jsonl: language: not read, in 25 rows" in warned
         assert "takes" in warned and "over --max_tokens_per_batch 1000" in warned
     everything = [ref.key for rows in results[0][0] for row in rows for _, ref in row.audio_refs]
     assert sum(cache.encoded for _, _, cache in results) == len(set(everything))

@@ -1,0 +1,117 @@
+"""A training row as a conversation: its turns, the clips that they point at, and the prompt of a speech row."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+ROLES = ("system", "user", "assistant")
+SYSTEM_PROMPT = "Generate audio following instruction."
+
+
+@dataclass(frozen=True)
+class AudioRef:
+    """One clip that a message points at: a file, or the bytes of one in base64; never both."""
+
+    path: Path | None = None  # absolute
+    raw_audio: str | None = None
+    offset_sec: float | None = None  # None: from the start
+    duration_sec: float | None = None  # None: to the end
+    # Where the row names it. Not part of its identity: the same clip in two rows is one clip.
+    field: str = dataclasses.field(default="audio", compare=False)
+    # Key of its codes once they are made, which then need no look at the file; see `codes`.
+    key: bytes | None = dataclasses.field(default=None, compare=False)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message; text pieces and clips in the order given."""
+
+    role: str
+    content: tuple[str | AudioRef, ...]
+    recipient: str | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One training sample without faults."""
+
+    messages: tuple[Turn, ...]
+    start_index: int | None  # messages before it are context and are not trained
+    speaker: str | None
+    file: str  # the manifest as the user named it
+    line: int  # 1-based, where the row starts
+    stated_sec: float | None = None  # what a speech row says its clip lasts; compared with the clip, not used
+
+    @property
+    def origin(self) -> str:
+        return f"{self.file}:{self.line}"
+
+    @property
+    def audio_refs(self) -> tuple[tuple[str, AudioRef], ...]:
+        """The row's clips in message order, each with the field that a fault in it is reported under."""
+        pieces = (piece for turn in self.messages for piece in turn.content)
+        return tuple((piece.field, piece) for piece in pieces if isinstance(piece, AudioRef))
+
+    def with_keys(self, keys: np.ndarray) -> Row:
+        """The same row whose clips, in the order of `audio_refs`, carry these keys, uint8 [clips, 32]."""
+        following = iter(keys)
+
+        def with_key(piece: str | AudioRef) -> str | AudioRef:
+            if isinstance(piece, str):
+                return piece
+            key = next(following).tobytes()
+            return AudioRef(piece.path, piece.raw_audio, piece.offset_sec, piece.duration_sec, piece.field, key)
+
+        turns = tuple(Turn(t.role, tuple(map(with_key, t.content)), t.recipient) for t in self.messages)
+        return Row(turns, self.start_index, self.speaker, self.file, self.line, self.stated_sec)
+
+    def spoken(self) -> tuple[str, int] | None:
+        """The text that the row's last clip speaks, and that clip's number in `audio_refs`.
+
+        It is the text of the nearest turn before the clip's, or of the clip's own turn where that has some. None where
+        the row's last turn speaks no clip, or several.
+        """
+        last = self.messages[-1]
+        clips = [piece for piece in last.content if isinstance(piece, AudioRef)]
+        if last.role != "assistant" or len(clips) != 1:
+            return None
+        for turn in reversed(self.messages[-2:]):
+            if text := " ".join(piece for piece in turn.content if isinstance(piece, str)):
+                return text, len(self.audio_refs) - 1
+        return None
+
+
+def speech_messages(
+    text: str,
+    audio: AudioRef | None,
+    *,
+    scene: str | None = None,
+    ref_text: str | None = None,
+    ref_audio: AudioRef | None = None,
+) -> tuple[tuple[Turn, ...], int | None]:
+    """The prompt of upstream's `examples/generation.py` for one speaker, and its `start_index`.
+
+    `audio` None leaves the last assistant turn out: the prompt to generate from. With a reference clip the system
+    turn stands only if there is a scene, and training starts at the last user turn.
+    Raises ValueError when `ref_text` and `ref_audio` are not given together.
+    """
+    if (ref_text is None) != (ref_audio is None):
+        raise ValueError("ref_text and ref_audio belong together: give the reference clip and its transcript, or none")
+    turns = []
+    if scene:
+        scene_block = f"<|scene_desc_start|>\n{scene}\n<|scene_desc_end|>"
+        turns.append(Turn("system", (f"{SYSTEM_PROMPT}\n\n{scene_block}",)))
+    elif ref_audio is None:
+        turns.append(Turn("system", (SYSTEM_PROMPT,)))
+    start_index = None
+    if ref_audio is not None:
+        turns += [Turn("user", (ref_text,)), Turn("assistant", (ref_audio,))]
+        start_index = len(turns)
+    turns.append(Turn("user", (text,)))
+    if audio is not None:
+        turns.append(Turn("assistant", (audio,)))
+    return tuple(turns), start_index

@@ -1,0 +1,120 @@
+"""Where a manifest's clips are: beside it, else under `--audio_root` or the working folder."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import stat
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+URL = re.compile(r"[a-z][a-z0-9+.-]*://|data:", re.IGNORECASE)
+MISSING = "does not exist"
+_AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a")
+
+
+class ClipPaths:
+    """Turns what a row says into an absolute path."""
+
+    def __init__(self, manifest: str | Path, audio_root: str | Path | None = None):
+        folder = os.path.dirname(os.path.abspath(manifest))
+        roots = [os.path.abspath(os.path.expanduser(audio_root))] if audio_root else []
+        self.folders = list(dict.fromkeys([folder, *roots, os.getcwd()]))
+        self.elsewhere: Counter[str] = Counter()  # paths that were found in another folder than the manifest's
+
+    def find(self, value: str) -> tuple[Path, str | None, bool]:
+        """(path, what is wrong with it, whether it is elsewhere than beside the manifest)."""
+        path = self._join(self.folders[0], value)
+        problem = file_problem(path)
+        if problem is not None and problem.startswith(MISSING):
+            other = self.path(value, elsewhere=True)
+            if str(other) != path:
+                self.elsewhere[str(other)[: -len(value)].rstrip(os.sep) or os.sep] += 1
+                return other, file_problem(other), True
+        return Path(path), problem, False
+
+    def path(self, value: str, *, elsewhere: bool = False) -> Path:
+        """Beside the manifest; with `elsewhere` the first of the folders that holds it, if one does."""
+        folders = self.folders if elsewhere else ()
+        found = (path for folder in folders if os.path.exists(path := self._join(folder, value)))
+        return Path(next(found, None) or self._join(self.folders[0], value))
+
+    @staticmethod
+    def _join(folder: str, value: str) -> str:
+        return os.path.join(folder, os.path.expanduser(value) if value.startswith("~") else value)
+
+    def said(self, file: str) -> list[str]:
+        """One line for each other folder that clips were found in."""
+        return [
+            f"{file}: {count:,} path{'s' * (count != 1)} found in {folder}, not in the manifest's own folder"
+            for folder, count in self.elsewhere.most_common()
+        ]
+
+    def where_they_would_be(self, values: Iterable[str]) -> str:
+        """One sentence for a manifest none of whose clips is there; `values` are some of its paths."""
+        values = list(values)
+        for value in values[:20]:
+            if found := self._search(value):
+                return found
+        return (
+            f"e.g. {shown_path(values[0])}; looked in {', '.join(self.folders)}: "
+            "give the folder that they are relative to as --audio_root"
+        )
+
+    def _search(self, value: str) -> str | None:
+        """Where a file of the same name is: its last parts, under the folders known, those above and those within."""
+        parts = Path(os.path.expanduser(value)).parts
+        roots = [*self.folders]
+        for folder in self.folders:
+            roots += [str(parent) for parent in list(Path(folder).parents)[:3]]
+            roots += [*_subfolders(folder), *_subfolders(os.path.dirname(folder))]
+        stems = (value, *(str(Path(value).with_suffix(suffix)) for suffix in _AUDIO_SUFFIXES))
+        for name in dict.fromkeys(stems):
+            tails = [os.path.join(*Path(name).parts[i:]) for i in range(len(parts)) if Path(name).parts[i] != os.sep]
+            for tail in tails:
+                for root in dict.fromkeys(roots):
+                    path = os.path.join(root, tail)
+                    if os.path.isfile(path):
+                        return _advice(value, name, tail, root, path)
+        return None
+
+
+def _advice(value: str, name: str, tail: str, root: str, path: str) -> str:
+    if tail == value:
+        return f"{shown_path(value)} exists in {root}: give --audio_root {root}"
+    if name != value:
+        return f"{shown_path(value)} is not there, {path} is: correct the paths"
+    before = value[: len(value) - len(tail)]
+    return f"{shown_path(value)} exists as {path}: put {root}{os.sep} in the place of {before!r}"
+
+
+def _subfolders(folder: str) -> list[str]:
+    try:
+        with os.scandir(folder) as entries:
+            return [entry.path for entry in itertools.islice(entries, 1000) if entry.is_dir()][:100]
+    except OSError:
+        return []
+
+
+def file_problem(path: str | Path) -> str | None:
+    """What keeps a path from being an audio file, without opening it."""
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        return f"{MISSING}; paths are relative to the manifest's folder"
+    except (OSError, ValueError) as error:  # ValueError: a character that no file name has here
+        return f"cannot be read ({getattr(error, 'strerror', None) or error})"
+    if stat.S_ISDIR(status.st_mode):
+        return "is a directory; give the path of an audio file"
+    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait forever
+        return "is not a regular file"
+    if status.st_size == 0:
+        return "is empty (0 bytes)"
+    return None
+
+
+def shown_path(value: str) -> str:
+    """A path in a few printable characters."""
+    return repr(value if len(value) <= 200 else value[:200] + "...")

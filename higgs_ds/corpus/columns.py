@@ -1,0 +1,144 @@
+"""Which fields a row may have, by which other names they are known, and what is done about the others."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+
+CHATML_FIELDS = ("messages", "start_index", "speaker", "misc", "id")
+SPEECH_FIELDS = ("audio", "text", "speaker", "ref_audio", "ref_text", "scene", "offset", "duration", "id")
+TURN_FIELDS = ("role", "content", "recipient")
+TEXT_FIELDS = ("type", "text")
+AUDIO_FIELDS = ("type", "audio_url", "raw_audio", "offset", "duration", "row_id")
+# What other tools call the fields of a speech row; `file_name` is not here: it marks an audiofolder, which is imported.
+SYNONYMS = {
+    "audio": "audio_path audio_file audio_filepath audio_filename audio_file_path path file filename filepath "
+    "file_path wav wav_path wav_file wav_filename clip clip_path audio_url",
+    "text": "transcript transcription sentence normalized_text raw_text transcript_text utterance caption",
+    "speaker": "speaker_id speaker_name spk spk_id speaker_label",
+    "ref_audio": "reference_audio ref_audio_path ref_audio_file reference_audio_path ref_wav ref_wav_path prompt_audio "
+    "prompt_wav prompt_audio_path ref_path",
+    "ref_text": "reference_text ref_transcript reference_transcript prompt_text prompt_transcript",
+}
+# Misspelt, these would change what is trained on, and nothing would show it.
+WEIGHTY = ("start_index", "ref_audio", "ref_text", "offset", "raw_audio", "recipient", "scene")
+MOST_COLUMNS = 1000  # different names that are counted; a manifest with a name a row has no columns
+
+_CANONICAL = {name: canonical for canonical, names in SYNONYMS.items() for name in (canonical, *names.split())}
+_PLAIN_KEY = re.compile(r"[A-Za-z0-9_-]{1,40}")
+_INDEX = re.compile(r"\[\d+\]")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How rows with the same columns are read."""
+
+    kind: str | None  # chatml, speech, or None where it is neither
+    column: dict[str, str] = field(default_factory=dict)  # of each field of a speech row that has synonyms
+    unread: tuple[str, ...] = ()
+    faults: tuple[tuple[str, str], ...] = ()  # (field, problem)
+    missing: dict[str, str] = field(default_factory=dict)  # field: what to say where it is not there
+
+
+@functools.lru_cache(1024)
+def reading(columns: tuple[str, ...]) -> Reading:
+    """From the names of a row's columns alone."""
+    if "messages" in columns:
+        faults, unread = _others(columns, CHATML_FIELDS)
+        return Reading("chatml", {}, unread, faults)
+    held: dict[str, list[str]] = {}
+    for column in columns:
+        if column not in SPEECH_FIELDS and (canonical := _CANONICAL.get(_plain(column))):
+            held.setdefault(canonical, []).append(column)
+    names = {name: of_name[0] for name, of_name in held.items() if name not in columns and len(of_name) == 1}
+    ambiguous = {name: of_name for name, of_name in held.items() if name not in columns and len(of_name) > 1}
+    names |= {name: of_name[0] for name, of_name in ambiguous.items()}
+    faults = [
+        (of_name[0], f"{', '.join(f'`{_shown(c)}`' for c in of_name)}: which is the {name}? rename that to `{name}`")
+        for name, of_name in ambiguous.items()
+        if name != "speaker"
+    ]
+    if not ({"audio", "text"} & ({*columns} | {*held})):
+        missing = "has neither `messages` (a ChatML row) nor `audio` and `text` (a speech row)"
+        hints = [hint for name in ("messages", "audio", "text") if (hint := _misspelt(name, columns))]
+        more, unread = _others(columns, tuple(dict.fromkeys(CHATML_FIELDS + SPEECH_FIELDS)))
+        return Reading(None, {}, unread, (("row", missing + "".join(f"; {hint}" for hint in hints[:1])), *more))
+    known = (*SPEECH_FIELDS, *names.values())
+    more, unread = _others(tuple(c for c in columns if c not in known), SPEECH_FIELDS)
+    missing = {name: _missing(name, columns) for name in ("audio", "text")}
+    column = {name: names.get(name, name) for name in SYNONYMS}
+    return Reading("speech", column, unread, (*faults, *more), missing)
+
+
+@functools.lru_cache(1024)
+def weighty_misspelling(key: str, names: tuple[str, ...]) -> str | None:
+    """What to say about an unknown field that looks like one which changes what is trained on."""
+    near = difflib.get_close_matches(_plain(key), [name for name in names if name in WEIGHTY], n=1, cutoff=0.8)
+    return f"unknown field; did you mean `{near[0]}`?" if near else None
+
+
+def _others(columns: tuple[str, ...], names: tuple[str, ...]) -> tuple[tuple[tuple[str, str], ...], tuple[str, ...]]:
+    """(faults, unread) of the columns that are not among the names."""
+    unknown = [column for column in columns if column not in names]
+    faults = {column: problem for column in unknown if (problem := weighty_misspelling(column, names))}
+    shown = tuple((member("", column), problem) for column, problem in faults.items())
+    return shown, tuple(column for column in unknown if column not in faults)
+
+
+def _missing(name: str, columns: tuple[str, ...]) -> str:
+    hint = _misspelt(name, columns)
+    return "is missing" + (f"; {hint}" if hint else "")
+
+
+def _misspelt(name: str, columns: tuple[str, ...]) -> str | None:
+    known = {*CHATML_FIELDS, *SPEECH_FIELDS}
+    unknown = {_plain(column): column for column in columns if column not in known and _plain(column) not in _CANONICAL}
+    near = difflib.get_close_matches(name, list(unknown), n=1)
+    return f"did you mean `{name}` by `{_shown(unknown[near[0]])}`?" if near else None
+
+
+class Columns:
+    """Columns that are not read, with the number of rows that have them."""
+
+    def __init__(self, counts: dict[str, int] | None = None):
+        self.counts: Counter[str] = Counter(counts or {})
+
+    def count(self, field_name: str, key: str, known: tuple[str, ...] = ()) -> None:
+        """One more row, turn or clip with this key that nothing reads."""
+        name = _INDEX.sub("[]", member(field_name, key))
+        if name in self.counts or len(self.counts) < MOST_COLUMNS:
+            self.counts[name] += 1
+        else:
+            self.counts["and others"] += 1
+
+    def add(self, counts: dict[str, int]) -> None:
+        """Those that another rank found."""
+        self.counts.update(counts)
+
+    def lines(self, file: str) -> list[str]:
+        """One line for all columns that are equally frequent: `language, emotion: not read, in 100,000 rows`."""
+        by_count: dict[int, list[str]] = {}
+        for name, count in self.counts.items():
+            by_count.setdefault(count, []).append(name)
+        lines = []
+        for count, names in sorted(by_count.items(), reverse=True)[:20]:
+            shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+            lines.append(f"{file}: {shown}: not read, in {count:,} row{'s' * (count != 1)}")
+        return lines
+
+
+def member(field_name: str, key: str) -> str:
+    """A key as part of a field's name; keys are the user's: escaped and cut, so that a fault stays one line."""
+    name = _shown(key)
+    return f"{field_name}.{name}" if field_name else name
+
+
+def _shown(key: str) -> str:
+    return key if _PLAIN_KEY.fullmatch(key) else repr(key if len(key) <= 80 else key[:80] + "...")
+
+
+def _plain(key: str) -> str:
+    return key.strip().lower().replace(" ", "_").replace("-", "_")

@@ -1,0 +1,168 @@
+"""Clips that libsndfile does not read, or not whole: WAVs whose header counts wrong, and what PyAV decodes."""
+
+from __future__ import annotations
+
+import io
+import struct
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+# Where a writer could not go back to fill in the size: 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF and values near them.
+STREAMED_BYTES = 0x7FFF0000
+# Sizes off by a header's length are common and lose nothing that is heard.
+CUT_OFF_SEC = 0.05
+MOST_MENDED_BYTES = 1 << 30
+# Of a container without a length in its header, what is decoded at most to find it.
+MOST_SAMPLES = 1 << 28
+# A length in the header is rounded, and counts what a decoder drops or adds at the ends.
+LENGTH_TOLERANCE_SEC = 0.25
+# Containers of one file. Playlists are left out: they would open other files, or fetch them.
+DEMUXERS = "mov,matroska,avi,asf,flv,mpegts,mpeg,aac,ac3,eac3,amr,amrnb,amrwb,mp3,ape,tta,wv,dsf,iff,caf"
+
+
+class ContainerError(Exception):
+    """What PyAV cannot open or decode, as a short text."""
+
+
+def mended_wav(source: Path | BinaryIO) -> tuple[BinaryIO | None, str | None]:
+    """For a WAV: (a copy that counts right, what is wrong), either or both None; both None for any other file.
+
+    ffmpeg reads a data chunk of size 0 to the file's end, and so do we; likewise one that ends where no chunk begins.
+    """
+    with source.open("rb") if isinstance(source, Path) else io.BytesIO(source.getbuffer()) as file:
+        size = file.seek(0, io.SEEK_END)
+        found = _data_chunk(file, size)
+        if found is None:
+            return None, None
+        place, promised, bytes_per_sec = found
+        there = size - place - 8
+        if promised > there:
+            missing = (promised - there) / bytes_per_sec
+            if promised >= STREAMED_BYTES or missing <= CUT_OFF_SEC:
+                return None, None  # libsndfile reads what is there
+            whole = promised / bytes_per_sec
+            return None, f"cannot be decoded: it ends after {whole - missing:.2f} s of {whole:.2f} s"
+        if promised == there or _begins_chunk(file, place + 8 + promised + promised % 2, size):
+            return None, None
+        if size > MOST_MENDED_BYTES:
+            return None, f"counts {promised} bytes of sound in its header and holds {there}; write it anew"
+        file.seek(0)
+        content = bytearray(file.read())
+        struct.pack_into("<I", content, place + 4, there)
+        struct.pack_into("<I", content, 4, size - 8)
+        return io.BytesIO(content), None
+
+
+def _data_chunk(file: BinaryIO, size: int) -> tuple[int, int, int] | None:
+    """(where the data chunk begins, bytes that it promises, bytes a second) of a RIFF WAVE; None for others."""
+    file.seek(0)
+    head = file.read(12)
+    if head[:4] != b"RIFF" or head[8:] != b"WAVE":
+        return None
+    place, bytes_per_sec = 12, 0
+    for _ in range(1000):
+        file.seek(place)
+        chunk = file.read(8)
+        if len(chunk) < 8:
+            return None
+        name, length = chunk[:4], struct.unpack("<I", chunk[4:])[0]
+        if name == b"data":
+            return (place, length, bytes_per_sec) if bytes_per_sec else None
+        if name == b"fmt ":
+            bytes_per_sec = struct.unpack("<I", file.read(16)[8:12].ljust(4, b"\0"))[0]
+        place += 8 + length + length % 2
+    return None
+
+
+def _begins_chunk(file: BinaryIO, place: int, size: int) -> bool:
+    """Whether something that can be a chunk begins here, or at most the padding of one is left."""
+    if size - place < 8:
+        return True
+    file.seek(place)
+    chunk = file.read(8)
+    return all(32 <= byte < 127 for byte in chunk[:4]) and struct.unpack("<I", chunk[4:])[0] <= size - place - 8
+
+
+class ContainerFile:
+    """The first sound of a file that PyAV opens, as much of `soundfile.SoundFile` as clips need."""
+
+    def __init__(self, source: Path | BinaryIO):
+        """Raises ContainerError for what PyAV cannot open or what holds no sound."""
+        import av
+
+        self._error = av.error.FFmpegError
+        opened = str(source) if isinstance(source, Path) else source
+        try:
+            self._container = av.open(opened, options={"format_whitelist": DEMUXERS, "protocol_whitelist": "file"})
+        except (self._error, ValueError) as error:
+            raise ContainerError(_reason(error)) from error
+        streams = self._container.streams.audio
+        if not streams or not streams[0].rate:
+            self._container.close()
+            raise ContainerError("it holds no sound")
+        self._stream = streams[0]
+        self.samplerate = int(self._stream.rate)
+        self.channels = max(1, int(self._stream.channels or 1))
+        self._samples: np.ndarray | None = None  # [samples, channels]
+        self._at = 0
+        seconds = self._header_sec()
+        if seconds is None:
+            self._decode(MOST_SAMPLES // self.channels)
+        self.frames = len(self._samples) if seconds is None else round(seconds * self.samplerate)
+
+    def __enter__(self) -> ContainerFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._container.close()
+
+    def seek(self, frame: int) -> None:
+        """Decodes the file, which then has exactly the frames that are in it.
+
+        Raises ContainerError for a file that cannot be decoded, or holds less or more than its header says.
+        """
+        if self._samples is None:
+            header, tolerance = self.frames, round(LENGTH_TOLERANCE_SEC * self.samplerate)
+            self._decode(header + tolerance)
+            there = len(self._samples) / self.samplerate
+            if there == 0 or len(self._samples) < header - tolerance:
+                raise ContainerError(f"it ends after {there:.2f} s of {header / self.samplerate:.2f} s")
+            self.frames = len(self._samples)
+        self._at = frame
+
+    def read(self, frames: int, dtype: str = "float32", always_2d: bool = True) -> np.ndarray:
+        """The next samples, float32 [samples, channels]."""
+        assert dtype == "float32" and always_2d
+        samples = self._samples[self._at : self._at + frames]
+        self._at += len(samples)
+        return samples
+
+    def _header_sec(self) -> float | None:
+        stream = self._stream
+        if stream.duration and stream.time_base:
+            return float(stream.duration * stream.time_base)
+        return self._container.duration / 1e6 if self._container.duration else None  # in microseconds
+
+    def _decode(self, most: int) -> None:
+        """All samples; raises ContainerError for more than `most`."""
+        import av
+
+        resampler = av.AudioResampler(format="fltp", layout=self._stream.layout, rate=self.samplerate)
+        parts, count = [np.zeros((self.channels, 0), np.float32)], 0
+        try:
+            for frame in self._container.decode(self._stream):
+                for part in resampler.resample(frame):
+                    parts.append(part.to_ndarray())
+                    count += parts[-1].shape[1]
+                if count > most:
+                    raise ContainerError(f"it goes on after the {most / self.samplerate:.2f} s that its header says")
+            parts += [part.to_ndarray() for part in resampler.resample(None)]
+        except self._error as error:
+            raise ContainerError(_reason(error)) from error
+        self._samples = np.concatenate(parts, axis=1).T
+
+
+def _reason(error: Exception) -> str:
+    return str(getattr(error, "strerror", None) or error)

@@ -1,0 +1,49 @@
+"""Tokens that steer the model, which a text must not hold: the tokenizer would make real control ids of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+# The collator finds clips by these tokens, so one inside a text would be taken for a clip that is not there.
+AUDIO_PLACEHOLDERS = ("<|AUDIO|>", "<|AUDIO_OUT|>")
+# Markup that Boson's own prompts put into the text of a system or user turn.
+MARKUP = frozenset(
+    "<|scene_desc_start|> <|scene_desc_end|> <|generation_instruction_start|> <|generation_instruction_end|>".split()
+)
+# For what is read without a checkpoint: the control tokens that all tokenizers of this family have.
+_FAMILY = (
+    "begin_of_text end_of_text start_header_id end_header_id eom_id eot_id audio_bos audio_eos audio_out_bos AUDIO "
+    "AUDIO_OUT recipient scene_desc_start scene_desc_end generation_instruction_start generation_instruction_end"
+).split()
+# Sound tags are special tokens too, and are meant to stand in a text: <SE>[Laughter]</SE>, <SE_s>, <SE_e>.
+_SOUND_TAG = re.compile(r"</?SE(_[A-Za-z]+)?>|\[[^\[\]]*\]")
+
+DEFAULT_CONTROLS = re.compile(
+    "|".join(re.escape(f"<|{name}|>") for name in _FAMILY) + r"|<\|reserved_special_token_\d+\|>"
+)
+
+
+def control_tokens(tokenizer) -> re.Pattern[str]:
+    """What `find_control` looks for: every special token of a tokenizer but its sound tags, and the placeholders."""
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    special = {token.content for token in added if token.special or re.fullmatch(r"<\|.*\|>", token.content)}
+    special.update(getattr(tokenizer, "all_special_tokens", ()), AUDIO_PLACEHOLDERS)
+    return _pattern(token for token in special if token and not _SOUND_TAG.fullmatch(token))
+
+
+def _pattern(tokens: Iterable[str]) -> re.Pattern[str]:
+    return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=lambda t: (-len(t), t))))
+
+
+def find_control(text: str, controls: re.Pattern[str], *, markup: bool = False) -> str | None:
+    """What is wrong with a text that holds a control token; `markup` lets those pass that mark a scene."""
+    if controls.search(text) is None:
+        return None
+    for found in controls.finditer(text):
+        token = found[0]
+        if token in AUDIO_PLACEHOLDERS:
+            return f"holds {token}, which stands for a clip; give clips as audio content"
+        if not (markup and token in MARKUP):
+            return f"holds {token}, which the tokenizer makes a control token of; take it out"
+    return None

@@ -1,0 +1,98 @@
+"""What is to correct in a manifest, and how much of it a console can bear: kinds with counts, all of it in a file."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+FAULTS_FILE = "faults.jsonl"
+SHOWN_OF_A_KIND = 20
+SHOWN_KINDS = 20
+
+_QUOTED = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"")
+_NUMBER = re.compile(r"(?<![\w#])[-+]?\d[\d.,]*(?:e[-+]?\d+)?(?![\w#])")
+_INDEX = re.compile(r"\[\d+\]")
+
+
+@dataclass(frozen=True, order=True)
+class Fault:
+    """One thing to correct in a manifest; a `warning` does not keep the row from being trained on."""
+
+    file: str
+    line: int
+    field: str
+    problem: str
+    warning: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}: {self.field}: {self.problem}"
+
+    @functools.cached_property
+    def kind(self) -> str:
+        """What faults of other rows, with other names and numbers in them, have in common."""
+        problem = _NUMBER.sub("N", _QUOTED.sub("…", self.problem))
+        field = _INDEX.sub("[]", _QUOTED.sub("…", self.field))
+        return f"{field}: {problem}"
+
+
+def grouped(faults: Iterable[Fault]) -> list[str]:
+    """Lines for a console: every fault where they are few; else by kind, the commonest first, 20 of each.
+
+    Whatever their number, no more than 20 kinds are listed; a last line counts the rest.
+    """
+    faults = sorted(faults)
+    if len(faults) <= SHOWN_OF_A_KIND:
+        return [str(fault) for fault in faults]
+    kinds: dict[str, list[Fault]] = {}
+    for fault in faults:
+        kinds.setdefault(fault.kind, []).append(fault)
+    ordered = sorted(kinds.items(), key=lambda item: -len(item[1]))
+    lines = []
+    for kind, members in ordered[:SHOWN_KINDS]:
+        lines.append(f"{len(members):,} × {kind}")
+        lines += [str(fault) for fault in members[:SHOWN_OF_A_KIND]]
+        if more := len(members) - SHOWN_OF_A_KIND:
+            lines += [f"… and {more:,} more of this kind"] if more > 0 else []
+    if rest := ordered[SHOWN_KINDS:]:
+        lines.append(f"… and {sum(len(members) for _, members in rest):,} more, of {len(rest):,} other kinds")
+    return lines
+
+
+def write_faults(folder: Path, faults: Iterable[Fault]) -> Path | None:
+    """All faults and warnings in `folder/faults.jsonl`, sorted, one a line; the file of an earlier run is replaced.
+
+    Each line holds file, line, field, problem, `kind`, and `level`: fault or warning. Without any, no file is left.
+    Returns its path, or None where there is none, be it because the folder cannot be written to.
+    """
+    path = folder / FAULTS_FILE
+    temporary = folder / f".{FAULTS_FILE}.{os.getpid()}.tmp"
+    faults = sorted(faults)
+    try:
+        if not faults:
+            path.unlink(missing_ok=True)
+            return None
+        folder.mkdir(parents=True, exist_ok=True)
+        with temporary.open("w", encoding="utf-8") as file:
+            file.writelines(map(_line, faults))
+        os.replace(temporary, path)
+    except OSError:
+        return None
+    return path
+
+
+def _line(fault: Fault) -> str:
+    values = dataclasses.asdict(fault)
+    values |= {"kind": fault.kind, "level": "warning" if values.pop("warning") else "fault"}
+    return json.dumps(values, ensure_ascii=True) + "\n"
+
+
+@functools.lru_cache(1024)
+def plural(count: int, word: str) -> str:
+    """`1 row`, `2,000 rows`."""
+    return f"{count:,} {word}{'s' * (count != 1)}"

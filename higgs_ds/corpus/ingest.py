@@ -1,0 +1,224 @@
+"""`python -m higgs_ds import`: what other tools write becomes train.jsonl and val.jsonl, split so that val tests."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from ..errors import ConfigError
+from .audio import AudioError, read_audio, write_wav
+from .chatml import AudioRef
+from .faults import plural
+from .ingest_formats import Found, read_foreign
+
+TRIM_DB = 40.0  # below the loudest, where silence begins
+TRIM_MARGIN_SEC = 0.1  # of it that is kept at both ends
+PEAK = 0.99
+LEAST_BLOCK_SEC, BLOCK_SEC = 0.05, 0.4  # of loudness by ITU-R BS.1770
+
+
+@dataclass(frozen=True)
+class Sound:
+    """What is done to every clip; None leaves it as it is."""
+
+    trim: bool = False
+    loudness: float | None = None  # LUFS
+    resample: int | None = None  # Hz
+
+    def __bool__(self) -> bool:
+        return self.trim or self.loudness is not None or self.resample is not None
+
+    def apply(self, waveform: np.ndarray, sample_rate: int) -> tuple[np.ndarray, int]:
+        """A mono waveform float32 [samples] trimmed, resampled, and brought to its loudness without clipping."""
+        if self.trim:
+            waveform = trimmed(waveform, sample_rate)
+        if self.resample is not None and self.resample != sample_rate:
+            import soxr
+
+            waveform, sample_rate = soxr.resample(waveform, sample_rate, self.resample), self.resample
+        if self.loudness is not None:
+            waveform = at_loudness(waveform, sample_rate, self.loudness)
+        return waveform, sample_rate
+
+
+def trimmed(waveform: np.ndarray, sample_rate: int) -> np.ndarray:
+    """Without the silence at both ends, but for a tenth of a second of it."""
+    from librosa.effects import trim
+
+    _, (first, behind) = trim(waveform, top_db=TRIM_DB, frame_length=1024, hop_length=256)
+    margin = round(TRIM_MARGIN_SEC * sample_rate)
+    return waveform[max(0, first - margin) : behind + margin]
+
+
+def at_loudness(waveform: np.ndarray, sample_rate: int, lufs: float) -> np.ndarray:
+    """At an integrated loudness; softer where it would clip, unchanged where there is nothing to measure."""
+    import pyloudnorm
+
+    seconds = len(waveform) / sample_rate
+    if seconds < LEAST_BLOCK_SEC:
+        return waveform
+    meter = pyloudnorm.Meter(sample_rate, block_size=min(BLOCK_SEC, 0.99 * seconds))
+    found = meter.integrated_loudness(waveform.astype(np.float64))
+    if not np.isfinite(found):
+        return waveform
+    gain = 10 ** ((lufs - found) / 20)
+    peak = float(np.abs(waveform).max()) * gain
+    return (waveform * (gain * min(1.0, PEAK / peak))).astype(np.float32)
+
+
+def run_import(
+    path: Path,
+    output_dir: Path,
+    *,
+    kind: str | None = None,
+    val_share: float = 0.02,
+    val_speakers: list[str] | None = None,
+    seed: int = 0,
+    sound: Sound | None = None,
+) -> list[str]:
+    """Writes train.jsonl and, where it gets rows, val.jsonl; the lines to say.
+
+    Raises:
+        ConfigError: nothing that can be read, no row left, speakers that are not there.
+        FileExistsError: the folder holds a manifest already.
+    """
+    for name in ("train.jsonl", "val.jsonl"):
+        if (output_dir / name).exists():
+            raise FileExistsError(f"{output_dir} holds {name} already; remove it or name another --output")
+    kind, found = read_foreign(path, kind)
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        if sound:
+            _write_clips(found, output_dir / "clips", sound)
+        if not found.rows:
+            raise ConfigError([*found.lines(), f"{path}: no row is left, read as {kind}"])
+        train, val, notes = split(found.rows, val_share=val_share, val_speakers=val_speakers, seed=seed)
+        for name, rows in (("train.jsonl", train), ("val.jsonl", val)):
+            if rows:
+                _write_rows(output_dir / name, rows)
+    except OSError as error:
+        raise ConfigError([f"--output: {output_dir} cannot be written to: {error.strerror or error}"]) from error
+    said = [f"{path}: read as {kind}", *found.lines(), *notes]
+    said += [_summary(output_dir / n, rows) for n, rows in (("train.jsonl", train), ("val.jsonl", val)) if rows]
+    flags = f"--train_manifest {output_dir / 'train.jsonl'}" + (
+        f" --val_manifest {output_dir / 'val.jsonl'}" if val else ""
+    )
+    return [*said, f"next: python -m higgs_ds describe {flags}"]
+
+
+def split(
+    rows: list[dict], *, val_share: float, val_speakers: list[str] | None, seed: int
+) -> tuple[list[dict], list[dict], list[str]]:
+    """(training rows, validation rows, notes): by speaker where some are named, else by share; never a text on both.
+
+    A single number for `val_speakers` draws so many. Texts are the same whatever their case and punctuation.
+
+    Raises:
+        ConfigError: speakers that are not there, or none left to train on.
+    """
+    if val_speakers:
+        return _split_by_speaker(rows, val_speakers, seed)
+    groups: dict[str, list[int]] = {}
+    for i, row in enumerate(rows):
+        groups.setdefault(text_key(row), []).append(i)
+    wanted = round(val_share * len(rows))
+    if val_share > 0 and wanted == 0 and len(groups) > 1:
+        wanted = 1
+    order = sorted(groups)
+    random.Random(seed).shuffle(order)
+    chosen: set[int] = set()
+    for key in order:
+        if len(chosen) + len(groups[key]) <= wanted and len(groups) > 1:
+            chosen.update(groups[key])
+    train = [row for i, row in enumerate(rows) if i not in chosen]
+    return train, [row for i, row in enumerate(rows) if i in chosen], []
+
+
+def _split_by_speaker(rows: list[dict], named: list[str], seed: int) -> tuple[list[dict], list[dict], list[str]]:
+    speakers = sorted({row["speaker"] for row in rows if "speaker" in row})
+    if len(named) == 1 and named[0].isdigit() and named[0] not in speakers:
+        count = int(named[0])
+        if not 0 < count < len(speakers):
+            raise ConfigError(
+                [f"--val_speakers: {count} of {plural(len(speakers), 'speaker')} leaves none to train on"]
+            )
+        named = random.Random(seed).sample(speakers, count)
+    unknown = [name for name in named if name not in speakers]
+    if unknown:
+        shown = ", ".join(speakers[:20]) or "none"
+        raise ConfigError([f"--val_speakers: {', '.join(unknown)}: not there; the speakers are {shown}"])
+    train = [row for row in rows if row.get("speaker") not in named]
+    if not train:
+        raise ConfigError(["--val_speakers: no row is left to train on"])
+    known = {text_key(row) for row in train}
+    val = [row for row in rows if row.get("speaker") in named]
+    kept = [row for row in val if text_key(row) not in known]
+    note = f"left out of validation: {plural(len(val) - len(kept), 'row')} whose text is trained on too"
+    return train, kept, [note] if len(kept) < len(val) else []
+
+
+def text_key(row: dict) -> str:
+    """The same for texts that differ in case, blanks and punctuation alone."""
+    texts = [row["text"]] if "text" in row else [json.dumps(row["messages"][:-1], ensure_ascii=False)]
+    words = "".join(c if c.isalnum() else " " for c in " ".join(texts).casefold())
+    return " ".join(words.split()) or texts[0]
+
+
+def _write_clips(found: Found, folder: Path, sound: Sound) -> None:
+    """New clips in the place of all that the rows name; rows whose clip cannot be used are left out."""
+    folder.mkdir(parents=True, exist_ok=True)
+    done: dict[str, str | None] = {}
+    taken: set[str] = set()
+    kept = []
+    for row in tqdm(found.rows, desc="clips", unit="clip", mininterval=1.0):
+        for name, holder in _clips_of(row):
+            source = holder[name]
+            if source not in done:
+                done[source] = _write_clip(source, folder, taken, sound, found)
+            if done[source] is not None:
+                holder[name] = done[source]
+        if all(done.get(holder[name], holder[name]) is not None for name, holder in _clips_of(row)):
+            kept.append(row)
+    found.rows = kept
+
+
+def _clips_of(row: dict) -> Iterable[tuple[str, dict]]:
+    yield from ((name, row) for name in ("audio", "ref_audio") if name in row)
+    for message in row.get("messages", ()):
+        if isinstance(message["content"], list):
+            yield from (("audio_url", piece) for piece in message["content"] if piece["type"] == "audio")
+
+
+def _write_clip(source: str, folder: Path, taken: set[str], sound: Sound, found: Found) -> str | None:
+    """The new clip's path relative to the manifest; None for a clip that cannot be used."""
+    stem = number = Path(source).stem
+    for i in range(len(taken)):
+        if stem not in taken:
+            break
+        stem = f"{number}-{i + 2}"
+    try:
+        waveform, sample_rate = sound.apply(*read_audio(AudioRef(Path(source))))
+    except AudioError as error:
+        found.leave_out("clips that cannot be used", f"{source}: {error}")
+        return None
+    taken.add(stem)
+    write_wav(folder / f"{stem}.wav", waveform, sample_rate)
+    return f"{folder.name}/{stem}.wav"
+
+
+def _write_rows(path: Path, rows: list[dict]) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _summary(path: Path, rows: list[dict]) -> str:
+    speakers = len({row["speaker"] for row in rows if "speaker" in row})
+    return f"{path}: {plural(len(rows), 'row')}" + (f", {plural(speakers, 'speaker')}" if speakers else "")

@@ -1,0 +1,207 @@
+"""Whether texts can belong to their clips: characters a second, stated lengths, and what stands there twice.
+
+Nothing is heard here. A transcript that slipped to the wrong line shows in how fast it would have to be spoken, a clip
+of a wrong sample rate in a length that its row knows better.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .chatml import Row
+from .faults import Fault, plural
+
+# Of each row: a hash of its text (0: none), characters spoken, script, stated seconds (0: none), bytes of all texts,
+# and which of the row's clips speaks the text (-1: none).
+FACTS = np.dtype(
+    [("text", "<u8"), ("chars", "<i4"), ("script", "u1"), ("stated", "<f4"), ("bytes", "<i4"), ("clip", "<i2")]
+)
+SCRIPTS = ("Latin", "Han and kana", "Hangul", "Cyrillic", "Arabic", "Devanagari", "Thai", "Greek", "Hebrew", "other")
+_RANGES = (  # of Unicode's blocks, in the order of SCRIPTS from the second on
+    r"\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff",
+    r"\u1100-\u11ff\uac00-\ud7a3",
+    r"\u0400-\u052f",
+    r"\u0600-\u06ff\u0750-\u077f",
+    r"\u0900-\u097f",
+    r"\u0e00-\u0e7f",
+    r"\u0370-\u03ff",
+    r"\u0590-\u05ff",
+)
+_OF_SCRIPT = [re.compile(f"[{letters}]") for letters in _RANGES]
+_LATIN = re.compile(r"[A-Za-z\u00c0-\u024f\u1e00-\u1eff]")
+_TAG = re.compile(r"</?SE(_[a-z]+)?>|\[[^\[\]]*\]")
+
+# Short clips have pauses around them, and short texts letters that are spelt: both are evened out.
+EVEN_CHARS, EVEN_SEC = 5, 0.5
+OUTLIER_DEVIATIONS = 3.0
+OUTLIER_FACTOR = 2.0
+LEAST_ROWS = 20  # of a script, below which nothing is usual
+USUAL_RATES = (8000, 16000, 22050, 24000, 44100, 48000)
+RATE_TOLERANCE, FRAME_SEC = 0.01, 0.04  # a clip's length is known to a frame of the codec
+# A length that differs by less is rounded, or counts silence that was cut.
+LENGTH_SHARE, LENGTH_SEC = 0.2, 0.5
+TURN_BYTES = 64  # more than the tokens of a turn's header and end, and of a clip's
+
+
+def facts_of(row: Row) -> tuple:
+    """One row's FACTS; costs some microseconds."""
+    size = 0
+    for turn in row.messages:
+        size += TURN_BYTES + len(turn.recipient or "")
+        for piece in turn.content:
+            if isinstance(piece, str):
+                size += len(piece) if piece.isascii() else len(piece.encode("utf-8", "surrogatepass"))
+            else:
+                size += TURN_BYTES
+    spoken = row.spoken()
+    if spoken is None:
+        return 0, 0, 0, 0.0, size, -1
+    text, clip = spoken
+    said = _TAG.sub("", text) if "<" in text or "[" in text else text
+    words = " ".join(said.casefold().split())
+    digest = hashlib.blake2b(words.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little") or 1, len(words), script_of(said), row.stated_sec or 0.0, size, clip
+
+
+def script_of(text: str) -> int:
+    """The number in SCRIPTS of the script that most letters of a text are of."""
+    if text.isascii() or max(text) < "\u0250":
+        return 0
+    counts = [len(_LATIN.findall(text)), *(len(letters.findall(text)) for letters in _OF_SCRIPT)]
+    best = int(np.argmax(counts))
+    return best if counts[best] else len(SCRIPTS) - 1
+
+
+@dataclass
+class Spoken:
+    """The usable rows of a manifest and the clips that speak their texts, one entry a row."""
+
+    file: str
+    lines: np.ndarray  # int64 [rows]
+    facts: np.ndarray  # FACTS [rows]
+    clips: np.ndarray  # uint64 [rows], the same for the same clip; 0 where none speaks
+    seconds: np.ndarray  # float64 [rows], 0 where no clip speaks
+
+    def at(self, i: int) -> str:
+        """`file:line` of a row."""
+        return f"{self.file}:{self.lines[i]}"
+
+
+def wrong_lengths(spoken: Spoken) -> Iterator[Fault]:
+    """Warnings where a clip's length is far from what its row says, with a hint where a wrong sample rate explains it.
+
+    Not faults: the number is not trained on, and often counts silence that was cut later.
+    """
+    stated, seconds = spoken.facts["stated"].astype(np.float64), spoken.seconds
+    off = abs(seconds - stated) > np.maximum(LENGTH_SEC, LENGTH_SHARE * stated)
+    for i in np.flatnonzero((stated > 0) & (seconds > 0) & off).tolist():
+        ratio = seconds[i] / stated[i]
+        hint = ", as at another sample rate than it was recorded at" if _is_ratio_of_rates(ratio, seconds[i]) else ""
+        problem = f"says {stated[i]:.2f} s, the clip lasts {seconds[i]:.2f} s{hint}"
+        yield Fault(spoken.file, int(spoken.lines[i]), "duration", problem, warning=True)
+
+
+def _is_ratio_of_rates(ratio: float, seconds: float) -> bool:
+    tolerance = RATE_TOLERANCE + FRAME_SEC / seconds
+    return any(a != b and abs(ratio * b / a - 1) < tolerance for a in USUAL_RATES for b in USUAL_RATES)
+
+
+def outliers(spoken: Spoken) -> Iterator[Fault]:
+    """Warnings where a text is spoken far faster or slower than the corpus speaks that script."""
+    for script, usual, odd in _by_script(spoken):
+        for i in odd:
+            chars, seconds = int(spoken.facts["chars"][i]), spoken.seconds[i]
+            problem = (
+                f"{chars} characters in {seconds:.2f} s are {chars / seconds:.1f} a second, "
+                f"where {SCRIPTS[script]} text here has {usual:.1f}: is it the text of this clip?"
+            )
+            yield Fault(spoken.file, int(spoken.lines[i]), "text", problem, warning=True)
+
+
+def oddness(spoken: Spoken) -> np.ndarray:
+    """float64 [rows]: how many deviations a row's characters a second are off its script's median; 0 where unknown."""
+    result = np.zeros(len(spoken.lines))
+    for script in np.unique(spoken.facts["script"]).tolist():
+        rows = np.flatnonzero((spoken.facts["script"] == script) & (spoken.seconds > 0))
+        if len(rows) >= LEAST_ROWS:
+            pace, median, deviation = _pace(spoken, rows)
+            result[rows] = (pace - median) / deviation
+    return result
+
+
+def _by_script(spoken: Spoken) -> Iterator[tuple[int, float, list[int]]]:
+    """(script, its median of characters a second, rows that are far off)."""
+    for script in np.unique(spoken.facts["script"]).tolist():
+        rows = np.flatnonzero((spoken.facts["script"] == script) & (spoken.seconds > 0))
+        if len(rows) < LEAST_ROWS:
+            continue
+        pace, median, deviation = _pace(spoken, rows)
+        far = abs(pace - median) > max(OUTLIER_DEVIATIONS * deviation, math.log(OUTLIER_FACTOR))
+        usual = float(np.median(spoken.facts["chars"][rows] / spoken.seconds[rows]))
+        yield script, usual, rows[far].tolist()
+
+
+def _pace(spoken: Spoken, rows: np.ndarray) -> tuple[np.ndarray, float, float]:
+    """log of characters a second [rows], their median, and their deviation by the median of distances."""
+    pace = np.log((spoken.facts["chars"][rows] + EVEN_CHARS) / (spoken.seconds[rows] + EVEN_SEC))
+    median = float(np.median(pace))
+    return pace, median, max(1.4826 * float(np.median(abs(pace - median))), 0.05)
+
+
+def clips_of_two_texts(spoken: Spoken) -> Iterator[Fault]:
+    """Warnings for rows whose clip stands under another text in an earlier row."""
+    rows = np.flatnonzero(spoken.facts["text"] != 0)
+    first, group = _first_of_each(spoken.clips[rows])
+    texts = spoken.facts["text"][rows]
+    for i in np.flatnonzero(texts != texts[first[group]]).tolist():
+        problem = f"the same clip has another text in line {spoken.lines[rows[first[group[i]]]]}; one of them is wrong"
+        yield Fault(spoken.file, int(spoken.lines[rows[i]]), "audio", problem, warning=True)
+
+
+def texts_on_both_sides(train: Spoken, val: Spoken) -> Iterator[Fault]:
+    """Warnings for validation rows whose text is trained on."""
+    known, first = np.unique(train.facts["text"], return_index=True)
+    texts = val.facts["text"]
+    found = np.minimum(np.searchsorted(known, texts), max(0, len(known) - 1))
+    both = (texts != 0) & (known[found] == texts) if len(known) else np.zeros(len(texts), bool)
+    for i in np.flatnonzero(both).tolist():
+        problem = f"is trained on too, in {train.at(int(first[found[i]]))}: validation is no test of it"
+        yield Fault(val.file, int(val.lines[i]), "text", problem, warning=True)
+
+
+def _first_of_each(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(where each different value stands first, which of them each value is)."""
+    _, first, group = np.unique(values, return_index=True, return_inverse=True)
+    return first, group.reshape(-1)
+
+
+def first_lines(spoken: Spoken) -> list[str]:
+    """How much there is, how long, in which script, and how fast: two lines, from what `load_rows` knows too."""
+    seconds = spoken.seconds[spoken.seconds > 0]
+    if not len(seconds):
+        return [f"{spoken.file}: {plural(len(spoken.lines), 'row')}, none of which speaks a text"]
+    scripts = Counter(spoken.facts["script"][spoken.seconds > 0].tolist())
+    shares = ", ".join(f"{SCRIPTS[script]} {100 * n / len(seconds):.4g} %" for script, n in scripts.most_common())
+    pace = float(np.median(spoken.facts["chars"][spoken.seconds > 0] / seconds))
+    return [
+        f"{spoken.file}: {plural(len(spoken.lines), 'row')}, {seconds.sum() / 3600:.4g} hours spoken, clips of "
+        f"{seconds.min():.2f} to {seconds.max():.2f} s (median {np.median(seconds):.2f})",
+        f"script: {shares}; {pace:.1f} characters a second (median)",
+    ]
+
+
+def warnings_of(sides: Sequence[Spoken]) -> list[Fault]:
+    """All warnings about the rows of the training manifest and, where there is one, of the validation manifest."""
+    found = [
+        fault for side in sides for check in (wrong_lengths, outliers, clips_of_two_texts) for fault in check(side)
+    ]
+    if len(sides) > 1:
+        found += texts_on_both_sides(sides[0], sides[1])
+    return found

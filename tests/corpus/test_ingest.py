@@ -1,0 +1,227 @@
+"""Imports of what people have; each file is written as its tool writes it, and what comes out is read as a manifest."""
+
+import csv
+import json
+import shlex
+
+import numpy as np
+import pyloudnorm
+import pytest
+import soundfile
+
+from higgs_ds.cli import main
+from higgs_ds.corpus.chatml import AudioRef, Turn
+from higgs_ds.corpus.manifest import read_manifest
+
+TEXTS = ["One.", "Two, three.", "Four five six.", "Seven.", "Eight, nine.", "Ten."]
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """Six clips in `corpus/wavs`, named a0 to b5, by two speakers."""
+    folder = tmp_path / "corpus"
+    (folder / "wavs").mkdir(parents=True)
+    for i in range(6):
+        write_clip(folder / "wavs" / f"{'aabbbb'[i]}{i}.wav", i)
+    return folder
+
+
+def write_clip(path, seed, sample_rate=16000):
+    clip = np.random.default_rng(seed).normal(0, 0.02, 2 * sample_rate)
+    clip[: sample_rate // 2] = clip[-sample_rate // 2 :] = 0
+    soundfile.write(path, clip, sample_rate)
+
+
+def names(folder):
+    return sorted(path.stem for path in (folder / "wavs").iterdir())
+
+
+def imported(capsys, path, output, *flags):
+    """(training rows, validation rows, what was said) of `python -m higgs_ds import`."""
+    assert main(["import", str(path), "--output", str(output), *flags]) == 0, capsys.readouterr().err
+    said = capsys.readouterr().out
+    sides = []
+    for name in ("train.jsonl", "val.jsonl"):
+        rows, faults = read_manifest(output / name) if (output / name).exists() else ([], [])
+        assert faults == []
+        sides.append(rows)
+    return *sides, said
+
+
+def texts_of(rows):
+    return [row.messages[-2].content[0] for row in rows]
+
+
+def ljspeech(columns):
+    def write(folder):
+        lines = []
+        for name, text in zip(names(folder), TEXTS, strict=True):
+            parts = {2: [name, text], 3: [name, f"{text} etc.", text], "speaker": [name, name[0], text]}[columns]
+            lines.append("|".join(parts))
+        (folder / "metadata.csv").write_text("\n".join([*lines, "gone|Not|there."]), encoding="utf-8-sig")
+
+    return write
+
+
+def train_higgs_audio(folder):
+    samples = []
+    for name, text in zip(names(folder), TEXTS, strict=True):
+        (folder / f"{name}.txt").write_text(f"{text}\n")
+        sample = {"id": name, "audio_file": f"wavs/{name}.wav", "transcript_file": f"{name}.txt", "speaker_id": name[0]}
+        samples.append(sample | {"scene": "quiet_room", "emotion": "neutral", "duration": 2.0})
+    samples[0] |= {"ref_audio_file": "wavs/a1.wav", "ref_transcript_file": "a1.txt"}
+    info = {"total_samples": 6, "speakers": ["a", "b"]}
+    (folder / "metadata.json").write_text(json.dumps({"dataset_info": info, "samples": samples}, indent=2))
+
+
+def ms_swift(folder):
+    rows = []
+    for i, (name, text) in enumerate(zip(names(folder), TEXTS, strict=True)):
+        pair = ["<audio> /transcribe", text] if i % 2 else [text, "<audio>"]
+        messages = [{"role": role, "content": c} for role, c in zip(("user", "assistant"), pair, strict=True)]
+        rows.append({"messages": messages, "audios": [f"{folder}/wavs/{name}.wav"]})
+    (folder / "swift.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder / "swift.jsonl"
+
+
+def audiofolder_csv(folder):
+    with (folder / "metadata.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["file_name", "transcription", "speaker_id"])
+        writer.writerows([f"wavs/{n}.wav", text, n[0]] for n, text in zip(names(folder), TEXTS, strict=True))
+
+
+def audiofolder_jsonl(folder):
+    rows = [{"file_name": f"{n}.wav", "text": text} for n, text in zip(names(folder), TEXTS, strict=True)]
+    (folder / "wavs" / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
+def plain_folder(folder):
+    for name, text in zip(names(folder), TEXTS, strict=True):
+        (folder / name[0]).mkdir(exist_ok=True)
+        (folder / "wavs" / f"{name}.wav").rename(folder / name[0] / f"{name}.wav")
+        (folder / name[0] / f"{name}.txt").write_text(text)
+
+
+FORMATS = [
+    ("ljspeech", ljspeech(2), False),
+    ("ljspeech", ljspeech(3), False),
+    ("ljspeech", ljspeech("speaker"), True),
+    ("train-higgs-audio", train_higgs_audio, True),
+    ("ms-swift", ms_swift, False),
+    ("audiofolder", audiofolder_csv, True),
+    ("audiofolder", audiofolder_jsonl, False),
+    ("folder", plain_folder, True),
+]
+
+
+@pytest.mark.parametrize("guessed", [True, False])
+@pytest.mark.parametrize(("kind", "write", "with_speaker"), FORMATS)
+def test_every_format_becomes_a_manifest(corpus, tmp_path, capsys, kind, write, with_speaker, guessed):
+    path = write(corpus) or corpus
+    flags = [] if guessed else ["--from", kind]
+    train, val, said = imported(capsys, path, tmp_path / "out", "--val_share", "0", *flags)
+    assert texts_of(train) == TEXTS and val == []
+    assert f"{path}: read as {kind}" in said and f"{tmp_path}/out/train.jsonl: 6 rows" in said
+    assert [row.audio_refs[-1][1].path.stem for row in train] == ["a0", "a1", "b2", "b3", "b4", "b5"]
+    assert all(row.audio_refs[-1][1].path.is_relative_to(corpus) for row in train)
+    assert [row.speaker for row in train] == (["a", "a", "b", "b", "b", "b"] if with_speaker else [None] * 6)
+    if write.__qualname__.startswith("ljspeech"):
+        assert "left out: 1 × clips that do not exist, e.g. " in said and "metadata.csv:7" in said
+    if kind == "train-higgs-audio":
+        assert train[0].messages[1:3] == (
+            Turn("user", ("Two, three.",)),
+            Turn("assistant", (train[1].audio_refs[0][1],)),
+        )
+        assert "quiet room" in train[0].messages[0].content[0]
+
+
+@pytest.mark.parametrize(("kind", "write", "_"), FORMATS[:-1])
+def test_given_to_training_it_is_answered_with_the_very_command(corpus, tmp_path, capsys, kind, write, _):
+    path = write(corpus) or next(p for p in corpus.rglob("metadata.*"))
+    _, [fault] = read_manifest(path)
+    command = fault.problem[fault.problem.index("python -m higgs_ds ") :].replace("DIR", str(tmp_path / "out"))
+    assert main(shlex.split(command)[3:]) == 0
+    assert len(read_manifest(tmp_path / "out" / "train.jsonl")[0]) == 5
+
+
+def test_a_conversation_with_several_clips_stays_one(corpus, tmp_path, capsys):
+    talk = [("system", "You speak."), ("user", "Hello <audio> there."), ("assistant", "<audio>"), ("user", "So?")]
+    messages = [{"role": role, "content": content} for role, content in [*talk, ("assistant", "Well: <audio>")]]
+    audios = [f"wavs/{name}.wav" for name in names(corpus)[:3]]
+    (corpus / "s.jsonl").write_text(json.dumps({"messages": messages, "audios": audios}))
+    [row], _, _ = imported(capsys, corpus / "s.jsonl", tmp_path / "out")
+    clips = [AudioRef(corpus / audio) for audio in audios]
+    assert row.messages == (
+        Turn("system", ("You speak.",)),
+        Turn("user", ("Hello", clips[0], "there.")),
+        Turn("assistant", (clips[1],)),
+        Turn("user", ("So?",)),
+        Turn("assistant", ("Well:", clips[2])),
+    )
+
+
+def test_no_text_is_on_both_sides_and_the_split_is_seeded(corpus, tmp_path, capsys):
+    rows = [f"{names(corpus)[i % 6]}|{'Same TEXT' if i % 2 else 'same text!'} {i // 4}" for i in range(200)]
+    (corpus / "metadata.csv").write_text("\n".join(rows))
+    sides = [
+        imported(capsys, corpus, tmp_path / f"{i}", "--val_share", "0.1", "--seed", seed)
+        for i, seed in enumerate("112")
+    ]
+    for train, val, _ in sides:
+        assert len(train) + len(val) == 200 and 16 <= len(val) <= 20
+        plain = [{t.lower().replace("!", "") for t in texts_of(side)} for side in (train, val)]
+        assert not plain[0] & plain[1]
+    assert texts_of(sides[0][1]) == texts_of(sides[1][1]) != texts_of(sides[2][1])
+
+
+def test_by_speaker(corpus, tmp_path, capsys):
+    ljspeech("speaker")(corpus)
+    with (corpus / "metadata.csv").open("a") as file:
+        file.write("\na0|a|Ten.")  # which b says too
+    train, val, said = imported(capsys, corpus, tmp_path / "1", "--val_speakers", "a")
+    assert {row.speaker for row in train} == {"b"} and texts_of(val) == TEXTS[:2]
+    assert "left out of validation: 1 row whose text is trained on too" in said
+    train, val, _ = imported(capsys, corpus, tmp_path / "2", "--val_speakers", "1")
+    assert len({row.speaker for row in val}) == 1 and not {r.speaker for r in val} & {r.speaker for r in train}
+    assert main(["import", str(corpus), "--output", str(tmp_path / "3"), "--val_speakers", "c"]) == 2
+    assert "--val_speakers: c: not there; the speakers are a, b" in capsys.readouterr().err
+
+
+def test_new_clips_are_trimmed_resampled_and_equally_loud(corpus, tmp_path, capsys):
+    ljspeech(2)(corpus)
+    before = {path: path.read_bytes() for path in corpus.rglob("*.wav")}
+    flags = ("--val_share", "0", "--trim", "--loudness", "-20", "--resample", "24000")
+    train, _, _ = imported(capsys, corpus, tmp_path / "out", *flags)
+    assert {path: path.read_bytes() for path in corpus.rglob("*.wav")} == before
+    for row in train:
+        clip = row.audio_refs[0][1].path
+        assert clip.parent == tmp_path / "out" / "clips"
+        waveform, sample_rate = soundfile.read(clip)
+        assert sample_rate == 24000 and len(waveform) / sample_rate == pytest.approx(1.2, abs=0.06)
+        assert pyloudnorm.Meter(sample_rate).integrated_loudness(waveform) == pytest.approx(-20, abs=0.5)
+    assert len(train) == 6
+
+
+def test_a_clip_that_cannot_be_read_is_left_out_and_said(corpus, tmp_path, capsys):
+    ljspeech(2)(corpus)
+    (corpus / "wavs" / "a1.wav").write_bytes(b"no audio")
+    train, _, said = imported(capsys, corpus, tmp_path / "out", "--val_share", "0", "--trim")
+    assert len(train) == 5 and "1 × clips that cannot be used, e.g. " in said and "a1.wav: cannot be decoded" in said
+
+
+def test_what_cannot_be_imported_is_one_message(corpus, tmp_path, capsys):
+    (tmp_path / "x.json").write_text(json.dumps({"a": [1, 2]}, indent=1))
+    (tmp_path / "half.csv").write_text("gone|a\ngone2|b\n")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "train.jsonl").write_text("")
+    for path, output, flags, words in (
+        (tmp_path / "none", "o", [], "does not exist"),
+        (tmp_path / "x.json", "o", [], "holds none of the formats that are known"),
+        (tmp_path / "x.json", "o", ["--from", "train-higgs-audio"], "is not train-higgs-audio's metadata.json"),
+        (tmp_path / "half.csv", "o", [], "no row is left, read as ljspeech"),
+        (corpus, "o", ["--val_share", "1"], "--val_share: 1.0 must be 0 or more and below 1"),
+        (corpus, "out", [], "holds train.jsonl already"),
+    ):
+        assert main(["import", str(path), "--output", str(tmp_path / output), *flags]) == 2
+        assert words in capsys.readouterr().err

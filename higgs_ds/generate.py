@@ -17,6 +17,7 @@ from .audio import read_audio, write_wav
 from .codec import Codec
 from .collate import Collator, Sample, tokenize
 from .config import ConfigError
+from .load_layout import load_checkpoint
 from .manifest import AudioRef, Row, Turn
 from .model import DTYPES, check_weights, load_tokenizer, locate_checkpoint, read_model_config
 
@@ -70,9 +71,7 @@ class Speaker:
         self.codec = codec
         self.tokenizer = load_tokenizer(folder)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model = HiggsAudioModel.from_pretrained(
-            folder, config=self.config, torch_dtype=DTYPES[dtype], use_safetensors=True
-        )
+        model = load_checkpoint(HiggsAudioModel, folder, self.config, DTYPES[dtype])
         if adapter is not None:
             if not (Path(adapter) / "adapter_config.json").is_file():
                 raise ConfigError([f"--adapter: {adapter} holds no adapter_config.json"])

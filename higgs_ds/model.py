@@ -7,7 +7,6 @@ loaded: the same verdict on every rank and under every ZeRO stage, where loading
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 
 import torch
@@ -16,11 +15,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 from .config import DEFAULT_BASE, DEFAULT_BASE_REVISION, ConfigError, nearest
 from .ds_config import LayerSizes
 from .forward import HiggsAudioForTraining
+from .layout_config import read_checkpoint_config
+from .layouts import TRANSFORMERS, layout_of
+from .load_layout import check_renamed_weights, load_checkpoint
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -53,24 +54,9 @@ def read_model_config(folder: Path) -> HiggsAudioConfig:
     """The checkpoint's `config.json`, refused where this trainer would train something else than the model is.
 
     Raises:
-        ConfigError: not a Higgs Audio checkpoint, in the newer transformers layout, or with an audio tower.
+        ConfigError: not a Higgs Audio checkpoint in either layout, or with an audio tower.
     """
-    file = folder / "config.json"
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError([f"--base_ckpt: {file} cannot be read: {error}"]) from None
-    model_type = raw.get("model_type") if isinstance(raw, dict) else None
-    if isinstance(model_type, str) and model_type.startswith("higgs_audio_v2"):
-        raise ConfigError(
-            [
-                f"--base_ckpt: {folder} is in transformers' newer layout (model_type {model_type!r}), which "
-                f"boson_multimodal cannot load; use {DEFAULT_BASE} with --base_revision {DEFAULT_BASE_REVISION}"
-            ]
-        )
-    if model_type != "higgs_audio":
-        raise ConfigError([f"--base_ckpt: {file} says model_type {model_type!r}, expected 'higgs_audio'"])
-    config = HiggsAudioConfig.from_pretrained(folder)
+    config = read_checkpoint_config(folder)
     if config.encode_whisper_embed or not config.skip_audio_tower:
         raise ConfigError(
             [
@@ -87,6 +73,8 @@ def check_weights(folder: Path, config: HiggsAudioConfig) -> None:
     Raises:
         ConfigError: missing, extra or misshapen weights, each named.
     """
+    if layout_of(folder) == TRANSFORMERS:
+        return check_renamed_weights(folder, config)
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ConfigError(
@@ -130,14 +118,7 @@ def load_tokenizer(folder: Path):
 
 def load_base(folder: Path, config: HiggsAudioConfig, dtype: str) -> HiggsAudioForTraining:
     """The base model, all parameters frozen, in `dtype` ("bf16", "fp16", "fp32"); after `check_weights`."""
-    model = HiggsAudioForTraining.from_pretrained(
-        folder,
-        config=config,
-        torch_dtype=DTYPES[dtype],
-        use_safetensors=True,
-        # Without it every rank would hold the weights twice for a moment; with stage 3 it is not to be had.
-        low_cpu_mem_usage=not is_deepspeed_zero3_enabled(),
-    )
+    model = load_checkpoint(HiggsAudioForTraining, folder, config, DTYPES[dtype])
     model.requires_grad_(False)
     return model
 

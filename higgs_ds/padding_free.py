@@ -33,9 +33,9 @@ def check_supported(config) -> None:
     """
     layers = config.text_config.num_hidden_layers
     found = {
-        f"audio_adapter_type {config.audio_adapter_type!r}": config.audio_adapter_type != "dual_ffn",
+        f"audio_adapter_type {config.audio_adapter_type!r}": not config.audio_adapter_type.startswith("dual_ffn"),
         f"a dual FFN in only some of its {layers} layers": (
-            config.audio_adapter_type == "dual_ffn" and set(config.audio_dual_ffn_layers) != set(range(layers))
+            config.audio_adapter_type.startswith("dual_ffn") and set(config.audio_dual_ffn_layers) != set(range(layers))
         ),
         "an audio tower": not config.skip_audio_tower or config.encode_whisper_embed,
         "its own attention for audio (use_audio_out_self_attention)": config.use_audio_out_self_attention,

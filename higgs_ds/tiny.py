@@ -24,6 +24,7 @@ SPECIAL_TOKENS = (
     "<|audio_bos|>",
     "<|audio_eos|>",
     "<|audio_out_bos|>",
+    "<|reserved_special_token_6|>",  # transformers' audio delay token
     "<|AUDIO|>",
     "<|AUDIO_OUT|>",
     "<|recipient|>",

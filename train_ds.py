@@ -89,6 +89,7 @@ def train(config: TrainConfig, ds_raw: dict, ranks: Ranks, watch: Watch, *, chec
     base_dir = ranks.each(lambda: model.locate_checkpoint(config.base_ckpt, config.base_revision))
     model_config = ranks.each(lambda: model.read_model_config(base_dir))
     ranks.each(lambda: model.check_weights(base_dir, model_config))
+    initial = ranks.each(lambda: None if resumed else model.read_init_adapter(config, model_config))
     padding_free = config.forward_impl == "padding_free"
     if padding_free:
         ranks.each(lambda: check_supported(model_config))
@@ -170,9 +171,8 @@ def train(config: TrainConfig, ds_raw: dict, ranks: Ranks, watch: Watch, *, chec
     )
     if resumed:
         ranks.each(lambda: model.set_lora(lora_model, resumed.adapter, str(resumed.folder)))
-    elif config.init_adapter:
-        adapter = ranks.each(lambda: model.read_adapter(Path(config.init_adapter)))
-        ranks.each(lambda: model.set_lora(lora_model, adapter, f"--init_adapter {config.init_adapter}"))
+    elif initial:
+        ranks.each(lambda: model.set_lora(lora_model, initial, f"--init_adapter {config.init_adapter}"))
     engine = Engine(
         training_forward(
             lora_model,

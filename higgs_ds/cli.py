@@ -1,4 +1,4 @@
-"""The verbs beside training: `python -m higgs_ds tiny | sample-codec | prepare | check | generate | recite`."""
+"""The verbs beside training: `python -m higgs_ds tiny | sample-codec | prepare | check | generate | recite | …`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 from .audio import AudioError
 from .config import DEFAULT_BASE, DEFAULT_CODEC, ConfigError
+from .merge_cli import add_export, add_merge
 
 EXIT_OK, EXIT_FAILED, EXIT_CONFIG = 0, 1, 2
 
@@ -71,6 +72,9 @@ def _parser() -> argparse.ArgumentParser:
     recite.add_argument("--output_dir", type=Path, required=True)
     recite.add_argument("--at_least", type=float, default=0.0, help="exit 1 if a clip gives back a smaller share")
     recite.set_defaults(verb=_recite)
+
+    add_merge(verbs)
+    add_export(verbs)
     return parser
 
 
@@ -78,6 +82,7 @@ def _speaker_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base_ckpt", default=DEFAULT_BASE)
     parser.add_argument("--base_revision")
     parser.add_argument("--adapter", help="folder of a PEFT adapter (default: speak with the base alone)")
+    parser.add_argument("--other_base", action="store_true", help="the adapter was trained on another base")
     parser.add_argument("--codec", default=DEFAULT_CODEC)
     parser.add_argument("--codec_revision")
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="fp32")
@@ -117,7 +122,14 @@ def _speaker(args):
     from .generate import Speaker
 
     codec = load_codec(args.codec, args.codec_revision)
-    return Speaker(args.base_ckpt, args.adapter, codec, base_revision=args.base_revision, dtype=args.dtype)
+    return Speaker(
+        args.base_ckpt,
+        args.adapter,
+        codec,
+        base_revision=args.base_revision,
+        dtype=args.dtype,
+        other_base=args.other_base,
+    )
 
 
 def _generate(args) -> int:

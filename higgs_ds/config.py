@@ -152,6 +152,7 @@ class TrainConfig:
         600.0, "run", "seconds without progress on any rank, after which all ranks end and say who is stuck", above=0
     )
     init_adapter: str | None = _option(None, "model", "start from this adapter's weights: a new run, not a resume")
+    other_base: bool = _option(False, "model", "--init_adapter was trained on another base than --base_ckpt")
     run_name: str | None = _option(None, "run", "name of the run in W&B and on the plot")
     wandb_project: str | None = _option(None, "run", "W&B project (default: higgs-ds)")
     wandb_mode: str = _option(

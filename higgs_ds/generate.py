@@ -11,13 +11,12 @@ import numpy as np
 import torch
 from boson_multimodal.model.higgs_audio import HiggsAudioModel
 from boson_multimodal.model.higgs_audio.utils import revert_delay_pattern
-from peft import PeftModel
 
+from .adapter_file import attach, check_base, read_adapter, read_adapter_config
 from .audio import read_audio, write_wav
 from .codec import Codec
 from .collate import Collator, Sample, tokenize
-from .config import ConfigError
-from .load_layout import load_checkpoint
+from .load_layout import linear_layers, load_checkpoint
 from .manifest import AudioRef, Row, Turn
 from .model import DTYPES, check_weights, load_tokenizer, locate_checkpoint, read_model_config
 
@@ -60,26 +59,26 @@ class Speaker:
         *,
         base_revision: str | None = None,
         dtype: str = "fp32",
+        other_base: bool = False,
     ):
         """
         Raises:
-            ConfigError: a checkpoint that cannot be used, or an adapter whose weights do not fit it one to one.
+            ConfigError: a checkpoint that cannot be used, an adapter that is not plain LoRA or whose weights do not fit
+                it one to one, or, without `other_base`, one that was trained on another base.
         """
+        lora = None if adapter is None else read_adapter_config(Path(adapter))
+        if lora and not other_base:
+            check_base(lora, base_ckpt, base_revision)
         folder = locate_checkpoint(base_ckpt, base_revision)
         self.config = read_model_config(folder)
+        weights = lora and read_adapter(Path(adapter), linear_layers(self.config), lora)
         check_weights(folder, self.config)
         self.codec = codec
         self.tokenizer = load_tokenizer(folder)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model = load_checkpoint(HiggsAudioModel, folder, self.config, DTYPES[dtype])
-        if adapter is not None:
-            if not (Path(adapter) / "adapter_config.json").is_file():
-                raise ConfigError([f"--adapter: {adapter} holds no adapter_config.json"])
-            try:
-                peft_model = PeftModel.from_pretrained(model, adapter, use_safetensors=True)
-            except (RuntimeError, ValueError, OSError) as error:
-                raise ConfigError([f"--adapter: {adapter} does not fit the base checkpoint: {error}"]) from error
-            model = peft_model.merge_and_unload()
+        if weights is not None:
+            model = attach(model, weights).merge_and_unload()
         self.model = model.to(self.device).eval()
         self.collator = Collator.of(self.config, round_to=1)
 

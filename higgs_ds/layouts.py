@@ -27,14 +27,17 @@ _PREFIXES = (
 
 def transformers_name(boson_name: str) -> str | None:
     """The name in transformers' layout of a weight or module of boson_multimodal's; None for one that is not there."""
-    return next((new + boson_name[len(old) :] for old, new in _PREFIXES if boson_name.startswith(old)), None)
+    return _renamed(boson_name, _PREFIXES)
 
 
 def boson_name(transformers_name: str) -> str | None:
     """The inverse of `transformers_name`."""
-    return next(
-        (old + transformers_name[len(new) :] for old, new in _PREFIXES if transformers_name.startswith(new)), None
-    )
+    return _renamed(transformers_name, [(new, old) for old, new in _PREFIXES])
+
+
+def _renamed(name: str, prefixes) -> str | None:
+    dotted = name + "."  # so that a module's own name has the prefix too
+    return next((new + dotted[len(old) :] for old, new in prefixes if dotted.startswith(old)), ".")[:-1] or None
 
 
 def name_in(layout: str, boson_name: str) -> str:

@@ -12,16 +12,16 @@ from pathlib import Path
 import torch
 from boson_multimodal.model.higgs_audio import HiggsAudioConfig, HiggsAudioModel
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import nn
 
-from .config import DEFAULT_BASE, DEFAULT_BASE_REVISION, ConfigError, nearest
+from . import adapter_file
+from .config import DEFAULT_BASE, DEFAULT_BASE_REVISION, ConfigError, TrainConfig, nearest
 from .ds_config import LayerSizes
 from .forward import HiggsAudioForTraining
 from .layout_config import read_checkpoint_config
 from .layouts import TRANSFORMERS, layout_of
-from .load_layout import check_renamed_weights, load_checkpoint
+from .load_layout import check_renamed_weights, linear_layers, load_checkpoint
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -188,17 +188,19 @@ def set_lora(model: PeftModel, weights: dict[str, torch.Tensor], source: str) ->
         parameter.data.copy_(weights[key])
 
 
-def read_adapter(folder: Path) -> dict[str, torch.Tensor]:
-    """The weights of a PEFT adapter, by the keys of its file.
+def read_init_adapter(options: TrainConfig, config: HiggsAudioConfig) -> dict[str, torch.Tensor] | None:
+    """The checked weights of `--init_adapter`, by the keys of its file; None without one.
 
     Raises:
-        ConfigError: no adapter there, or one that cannot be read.
+        ConfigError: it is not plain LoRA, does not fit the base one to one, or was trained on another base.
     """
-    file = folder / "adapter_model.safetensors"
-    try:
-        return load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise ConfigError([f"--init_adapter: {file} cannot be read: {error}"]) from error
+    if options.init_adapter is None:
+        return None
+    folder, flag = Path(options.init_adapter), "--init_adapter"
+    lora = adapter_file.read_adapter_config(folder, flag)
+    if not options.other_base:
+        adapter_file.check_base(lora, options.base_ckpt, options.base_revision, flag)
+    return adapter_file.read_adapter(folder, linear_layers(config), lora, flag).state_dict()
 
 
 def initial_lora(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:

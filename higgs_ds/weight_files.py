@@ -130,9 +130,9 @@ class Planned:
 def shards(planned: Iterable[Planned], limit: int = SHARD_BYTES) -> list[list[Planned]]:
     """In the given order, as many to a file as `limit` bytes hold."""
     files: list[list[Planned]] = []
-    size = limit
+    size = 0
     for tensor in planned:
-        if size + tensor.num_bytes > limit:
+        if not files or size + tensor.num_bytes > limit:
             files.append([])
             size = 0
         files[-1].append(tensor)

@@ -9,7 +9,7 @@ from boson_multimodal.model.higgs_audio import HiggsAudioModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from higgs_ds.config import DEFAULT_BASE_REVISION, DEFAULT_LORA_TARGETS, ConfigError
+from higgs_ds.config import DEFAULT_LORA_TARGETS, ConfigError
 from higgs_ds.model import (
     attach_lora,
     check_weights,
@@ -73,7 +73,7 @@ def test_missing_extra_and_misshapen_weights_are_refused(copy):
     text = refused(copy)
     assert "missing weight norm.weight [64]" in text
     assert "extra weight stray.weight [2]" in text
-    assert "embed_tokens.weight has shape [3, 64], the model needs [270, 64]" in text
+    assert "embed_tokens.weight has shape [3, 64], the model needs [271, 64]" in text
 
 
 def test_truncated_and_absent_files_are_refused(copy):
@@ -88,7 +88,7 @@ def test_truncated_and_absent_files_are_refused(copy):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model_type": "higgs_audio_v2"}, ["newer layout", DEFAULT_BASE_REVISION]),
+        ({"model_type": "higgs_audio_v2"}, ["audio_token_id is 128016, the tokenizer's <|AUDIO_OUT|> is 267"]),
         ({"model_type": "llama"}, ["model_type 'llama', expected 'higgs_audio'"]),
         ({"skip_audio_tower": False}, ["Whisper audio tower"]),
     ],

@@ -80,6 +80,11 @@ def load(folder, text_head=True, adapter=None):
     return model.eval(), report
 
 
+def load_report(folder, text_head=True):
+    """What the loader complained about: nothing."""
+    return load(folder, text_head)[1]
+
+
 def logits(folder, inputs, output, adapter=None):
     """Text and audio logits of whole sequences, [positions, …]; what the loader complained about."""
     model, report = load(folder, adapter=adapter)

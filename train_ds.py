@@ -110,9 +110,9 @@ def train(config: TrainConfig, ds_raw: dict, ranks: Ranks, watch: Watch, *, chec
     )
 
     # 3. Data: every row checked and every clip encoded once, before anything large is loaded.
-    watch.untimed("loading the codec")
-    codec = ranks.each(lambda: load_codec(config.codec, config.codec_revision, device=str(ranks.device)))
-    cache = CodeCache(config.codes_cache or output_dir / "codes_cache", codec)
+    watch.untimed("opening the codec")
+    codec = ranks.each(lambda: load_codec(config.codec, config.codec_revision, device=str(ranks.device), warn=say))
+    cache = ranks.each(lambda: CodeCache(config.codes_cache or output_dir / "codes_cache", codec))
     tokenizer = ranks.each(lambda: model.load_tokenizer(base_dir))
     collator = Collator.of(model_config, with_layout=padding_free)
     watch.at(0, "reading manifests, encoding clips")
@@ -130,6 +130,7 @@ def train(config: TrainConfig, ds_raw: dict, ranks: Ranks, watch: Watch, *, chec
         max_tokens=config.max_tokens_per_batch,
     )
     train_rows, val_rows = read([m for m in (config.train_manifest, config.val_manifest) if m])
+    codec.release()  # every clip has its codes: the model may have the memory
     plan = make_plan(
         len(train_rows),
         train_rows.tokens,

@@ -1,20 +1,29 @@
 """Audio to codes and back: Boson's codec, or the sample codec where Boson's weights cannot be had."""
 
+from __future__ import annotations
+
+import contextlib
+import ctypes
 import functools
+import gc
 import hashlib
-import json
-import pickle
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from .config import DEFAULT_CODEC, DEFAULT_CODEC_REVISION, ConfigError
 
+if TYPE_CHECKING:
+    import torch
+
 CODEC_FILES = ("config.json", "model.pth", "sample_codec.json", "codebooks.safetensors")
 
-# Only HuBERT's training masks frames with it. Checkpoint and model may each have it or not, and the codes are the same.
-UNUSED_WEIGHT = "semantic_model.masked_spec_embed"
+
+def _to_stderr(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 class Codec(Protocol):
@@ -30,13 +39,32 @@ class Codec(Protocol):
     def decode(self, codes: np.ndarray) -> np.ndarray:
         """Waveform float32 [samples] of codes [num_codebooks, frames]."""
 
+    def build(self) -> None:
+        """Loads what `encode` and `decode` need, which the first of them would do otherwise."""
 
-def load_codec(name_or_path: str, revision: str | None = None, device: str = "cpu") -> Codec:
+    def release(self) -> None:
+        """Gives back the memory that `build` took; the codec may still be used, and then loads it again."""
+
+
+def load_codec(
+    name_or_path: str,
+    revision: str | None = None,
+    device: str = "cpu",
+    warn: Callable[[str], None] = _to_stderr,
+) -> Codec:
     """The codec in a local folder (Boson's or a sample codec) or in a repository of the hub.
 
-    `revision` is of the hub; None means the pinned one for `DEFAULT_CODEC`, the newest for any other.
-    Raises ConfigError for what is neither, for a folder that lacks a file or holds the newer layout, for weights that
-    do not fit their config, and for what the hub does not give.
+    Cheap: the network of Boson's codec is built by the first `encode` or `decode`, or by `build`, which raise
+    ConfigError for weights that do not fit config.json.
+
+    Args:
+        revision: of the hub; None means the pinned one for `DEFAULT_CODEC`, the newest for any other.
+        device: where the network is to be.
+        warn: gets a line on weights that are left out.
+
+    Raises:
+        ConfigError: what is neither, a folder that lacks a file or holds the newer layout, a config.json or model.pth
+            that is none, and what the hub does not give.
     """
     try:
         folder = Path(name_or_path)
@@ -44,16 +72,28 @@ def load_codec(name_or_path: str, revision: str | None = None, device: str = "cp
             folder = _download(name_or_path, revision)
         elif revision is not None:
             raise ValueError(f"codec {name_or_path!r} is a local folder, which has no revision: leave {revision!r} out")
-        return _load_folder(folder, device)
+        return _load_folder(folder, device, warn)
     except OSError as error:
         raise ConfigError(
             [
                 f"--codec: {name_or_path!r} cannot be loaded: {error}. A folder is looked for first, then the hub or "
-                "its cache, where Boson's codec also has its bosonai/hubert_base; a sample codec needs neither"
+                "its cache"
             ]
         ) from error
     except ValueError as error:
         raise ConfigError([f"--codec: {error}"]) from error
+
+
+def check_fits(codec: Codec, num_codebooks: int, codebook_size: int) -> None:
+    """Raises ConfigError unless the codec has a model's codebooks, and no codes but those that the model knows."""
+    if codec.num_codebooks < num_codebooks:
+        raise ConfigError(
+            [f"--codec: has {codec.num_codebooks} codebooks, the model needs {num_codebooks}; use its own codec"]
+        )
+    if codec.codebook_size > codebook_size:
+        raise ConfigError(
+            [f"--codec: has codes up to {codec.codebook_size - 1}, the model knows 0 to {codebook_size - 1}"]
+        )
 
 
 def check_codes(codes: np.ndarray, codec: Codec) -> None:
@@ -71,67 +111,112 @@ def check_codes(codes: np.ndarray, codec: Codec) -> None:
 
 
 class BosonCodec:
-    """Boson's own codec, `HiggsAudioTokenizer` of boson_multimodal."""
+    """Boson's own codec, `HiggsAudioTokenizer` of boson_multimodal.
 
-    def __init__(self, folder: Path, device: str):
-        """Read config.json and model.pth of a folder. Raises ValueError unless every weight finds its place."""
-        import torch
-        from boson_multimodal.audio_processing.higgs_audio_tokenizer import HiggsAudioTokenizer
+    What is known without its network is read at once; the network is built by the first `encode` or `decode`.
+    """
 
-        self._files = (folder / "config.json", folder / "model.pth")
-        config_path, weights_path = self._files
-        try:
-            config = json.loads(config_path.read_bytes())
-            # The constructor gets bosonai/hubert_base from the hub or its cache, with trust_remote_code=True; the
-            # weights of that HuBERT are among those in model.pth.
-            self._model = HiggsAudioTokenizer(**config, device=device)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{config_path} is no config of Boson's codec: {error}") from error
-        if self._model.quantizer_type != "RVQ":
-            raise ValueError(f"{config_path}: bins must be a whole number (of codes), found {config['bins']}")
-        try:
-            # Not upstream's loader: it leaves weights out silently (strict=False) and weights_only to torch's default.
-            weights = torch.load(weights_path, map_location="cpu", weights_only=True)
-            fit = self._model.load_state_dict(weights, strict=False)
-        except (RuntimeError, EOFError, TypeError, pickle.UnpicklingError) as error:
-            raise ValueError(f"{weights_path} does not hold the weights of Boson's codec: {error}") from error
-        missing = [name for name in fit.missing_keys if name != UNUSED_WEIGHT]
-        unexpected = [name for name in fit.unexpected_keys if name != UNUSED_WEIGHT]
-        if missing or unexpected:
-            raise ValueError(
-                f"{weights_path} does not fit its config.json: missing {missing}, unexpected {unexpected}; "
-                f"get both from one revision of the codec, such as {DEFAULT_CODEC} at {DEFAULT_CODEC_REVISION}"
-            )
-        self._model.to(device).eval()
-        self.num_codebooks = int(self._model.n_q)
-        self.codebook_size = int(self._model.quantizer.bins)  # the model's own codebook_size is a width
-        self.frame_rate = float(self._model.frame_rate)
-        self.sample_rate = int(self._model.sample_rate)
+    def __init__(self, folder: Path, device: str = "cpu", warn: Callable[[str], None] = _to_stderr):
+        """Reads config.json and the list of tensors in model.pth; `warn` gets a line on weights that are left out.
+
+        Raises ValueError for files that are not such, OSError for files that cannot be read.
+        """
+        from .boson_tokenizer import read_tokenizer_config, read_weights
+
+        self._config_path, self._weights_path = folder / "config.json", folder / "model.pth"
+        self._device, self._warn = device, warn
+        self._found = self._files_now()
+        self._config = read_tokenizer_config(self._config_path)
+        read_weights(self._weights_path)
+        self._model: torch.nn.Module | None = None
+        self.num_codebooks = self._config.num_codebooks
+        self.codebook_size = self._config.codebook_size
+        self.frame_rate = self._config.frame_rate
+        self.sample_rate = self._config.sample_rate
 
     @functools.cached_property
     def fingerprint(self) -> str:
+        """By the whole content of both files. Raises ConfigError if they cannot be read or have changed."""
         digest = hashlib.sha256()
-        for path in reversed(self._files):
-            with path.open("rb") as file:
-                while chunk := file.read(1 << 20):
-                    digest.update(chunk)
+        with self._unchanged_files():
+            for path in (self._weights_path, self._config_path):
+                with path.open("rb") as file:
+                    while chunk := file.read(1 << 20):
+                        digest.update(chunk)
         return f"boson:{digest.hexdigest()}"
 
+    def build(self) -> None:
+        """Builds the network, unless it is there. Raises ConfigError for weights that do not fit config.json one to
+        one, the unexpected ones aside, and for files that have changed since they were looked at first."""
+        from .boson_tokenizer import build_tokenizer
+
+        if self._model is not None:
+            return
+        with self._unchanged_files():
+            try:
+                model = build_tokenizer(self._config, self._weights_path, self._device, self._warn)
+            except ValueError as error:
+                raise ConfigError(
+                    [f"--codec: {error}; {DEFAULT_CODEC} at revision {DEFAULT_CODEC_REVISION} is one that fits"]
+                ) from error
+        self._model = model
+
+    def release(self) -> None:
+        """Gives the network's memory back, 0.8 GB for Boson's, on a GPU to others too; `encode` builds it anew."""
+        import torch
+
+        if self._model is None:
+            return
+        self._model = None
+        gc.collect()  # its modules and their hooks refer to each other
+        with contextlib.suppress(OSError, AttributeError):  # glibc alone keeps what lies between other pieces, 0.3 GB
+            ctypes.CDLL(None).malloc_trim(0)
+        if torch.device(self._device).type == "cuda":
+            torch.cuda.empty_cache()
+
     def encode(self, waveform: np.ndarray, sample_rate: int) -> np.ndarray:
-        """Codes int16 [8, frames] of a mono waveform float32 [samples]."""
+        """Codes int16 [8, frames] of a mono waveform float32 [samples]. Raises ConfigError as `build` does."""
+        from .boson_tokenizer import exact_float32
+
+        self.build()
         # Under one frame upstream's convolutions have nothing to stand on.
         short = int(np.ceil(sample_rate / self.frame_rate)) - len(waveform)
         if short > 0:
             waveform = np.pad(waveform, (0, short))
-        return self._model.encode(waveform.astype(np.float32), sample_rate).cpu().numpy().astype(np.int16)
+        with exact_float32(self._device):
+            codes = self._model.encode(waveform.astype(np.float32), sample_rate)
+        return codes.cpu().numpy().astype(np.int16)
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
-        """Waveform float32 [samples] of codes [8, frames]. Raises ValueError for codes that there are not."""
+        """Waveform float32 [samples] of codes [8, frames].
+
+        Raises ValueError for codes that there are not, ConfigError as `build` does.
+        """
         import torch
 
+        from .boson_tokenizer import exact_float32
+
         check_codes(codes, self)
-        with torch.no_grad():
+        self.build()
+        with exact_float32(self._device):
             return self._model.decode(torch.from_numpy(codes.astype(np.int64))[None])[0, 0]
+
+    def _files_now(self) -> list[tuple[int, ...]]:
+        """What tells another content of the files, or other files in their place."""
+        stats = [path.stat() for path in (self._config_path, self._weights_path)]
+        return [(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats]
+
+    @contextlib.contextmanager
+    def _unchanged_files(self) -> Iterator[None]:
+        """Around all that reads them again: codes of one file under the fingerprint of another would never be found
+        out."""
+        try:
+            yield
+            changed = self._files_now() != self._found
+        except OSError as error:
+            raise ConfigError([f"--codec: {self._weights_path.parent} cannot be read: {error}"]) from error
+        if changed:
+            raise ConfigError([f"--codec: files in {self._weights_path.parent} were changed meanwhile; start again"])
 
 
 def _download(repo: str, revision: str | None) -> Path:
@@ -146,14 +231,14 @@ def _download(repo: str, revision: str | None) -> Path:
         raise ValueError(f"codec {repo!r} is neither a folder here nor the name of a repository on the hub") from error
 
 
-def _load_folder(folder: Path, device: str) -> Codec:
+def _load_folder(folder: Path, device: str, warn: Callable[[str], None]) -> Codec:
     files = {path.name for path in folder.iterdir()}
     if "sample_codec.json" in files:
         from .sample_codec import SampleCodec
 
         return SampleCodec.load(folder)
     if {"config.json", "model.pth"} <= files:
-        return BosonCodec(folder, device)
+        return BosonCodec(folder, device, warn)
     if "config.json" in files:
         newer = " (only model.safetensors: the layout of newer transformers)" if "model.safetensors" in files else ""
         raise ValueError(

@@ -20,6 +20,7 @@ import numpy as np
 
 from .audio import content_hash, duration_sec, read_audio
 from .codec import Codec, check_codes
+from .config import ConfigError
 from .manifest import AudioRef
 from .records import Records, RecordWriter, record_type, words_of, write_all
 
@@ -90,6 +91,7 @@ class CodeCache:
 
         Raises:
             OSError: the cache cannot be written to.
+            ConfigError: the codec's network cannot be built.
         """
         self.read_index()
         unique = list(dict.fromkeys(refs))[shard::num_shards]
@@ -114,6 +116,8 @@ class CodeCache:
             for ref in refs:
                 try:
                     yield ref, self._ensure_one(ref, max_duration_sec), None
+                except ConfigError:  # of the codec itself, which is no fault of the clip
+                    raise
                 except ValueError as error:  # an AudioError, or codes that cannot be
                     yield ref, None, str(error)
         finally:

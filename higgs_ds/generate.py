@@ -14,7 +14,7 @@ from boson_multimodal.model.higgs_audio.utils import revert_delay_pattern
 
 from .adapter_file import attach, check_base, read_adapter, read_adapter_config
 from .audio import read_audio, write_wav
-from .codec import Codec
+from .codec import Codec, check_fits
 from .collate import Collator, Sample, tokenize
 from .load_layout import linear_layers, load_checkpoint
 from .manifest import AudioRef, Row, Turn
@@ -63,8 +63,8 @@ class Speaker:
     ):
         """
         Raises:
-            ConfigError: a checkpoint that cannot be used, an adapter that is not plain LoRA or whose weights do not fit
-                it one to one, or, without `other_base`, one that was trained on another base.
+            ConfigError: a checkpoint or codec that cannot be used, an adapter that is not plain LoRA or whose weights do
+                not fit it one to one, or, without `other_base`, one that was trained on another base.
         """
         lora = None if adapter is None else read_adapter_config(Path(adapter))
         if lora and not other_base:
@@ -73,6 +73,8 @@ class Speaker:
         self.config = read_model_config(folder)
         weights = lora and read_adapter(Path(adapter), linear_layers(self.config), lora)
         check_weights(folder, self.config)
+        check_fits(codec, self.config.audio_num_codebooks, self.config.audio_codebook_size)
+        codec.build()  # what is wrong with it is said before the base is loaded
         self.codec = codec
         self.tokenizer = load_tokenizer(folder)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -77,9 +77,9 @@ def _prepare(config: TrainConfig, ranks, device: str) -> None:
     folder = Path(config.codes_cache or Path(config.output_dir) / "codes_cache")
     base_dir = ranks.each(lambda: model.locate_checkpoint(config.base_ckpt, config.base_revision))
     model_config = ranks.each(lambda: model.read_model_config(base_dir))
-    codec = ranks.each(lambda: load_codec(config.codec, config.codec_revision, device=device))
+    codec = ranks.each(lambda: load_codec(config.codec, config.codec_revision, device=device, warn=say))
     tokenizer = ranks.each(lambda: model.load_tokenizer(base_dir))
-    cache = CodeCache(folder, codec)
+    cache = ranks.each(lambda: CodeCache(folder, codec))
     sets = load_rows(
         [manifest for manifest in (config.train_manifest, config.val_manifest) if manifest],
         cache=cache,
@@ -93,6 +93,7 @@ def _prepare(config: TrainConfig, ranks, device: str) -> None:
         max_tokens=config.max_tokens_per_batch,
         outcome="the other rows are prepared (--skip_bad_rows leaves these out)",
     )
+    codec.release()
     encoded = sum(ranks.gather(cache.encoded))
     if not ranks.is_main:
         return

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
+from .codec import check_fits
 from .codes import CodeCache
 from .config import ConfigError
 from .lengths import LengthIndex
@@ -79,14 +80,7 @@ def load_rows(
         ConfigError: all faults of all manifests without `skip_bad_rows`, a manifest without a usable row, or a cache
             that cannot be written to.
     """
-    if cache.codec.num_codebooks < num_codebooks:
-        raise ConfigError(
-            [f"--codec: has {cache.codec.num_codebooks} codebooks, the model needs {num_codebooks}; use its own codec"]
-        )
-    if cache.codec.codebook_size > codebook_size:
-        raise ConfigError(
-            [f"--codec: has codes up to {cache.codec.codebook_size - 1}, the model knows 0 to {codebook_size - 1}"]
-        )
+    check_fits(cache.codec, num_codebooks, codebook_size)
     read = [Manifest(manifest) for manifest in manifests]
     for manifest, *others in zip(
         manifests, *ranks.gather([(part.digest(), part.faults) for part in read]), strict=True

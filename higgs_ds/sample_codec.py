@@ -124,6 +124,12 @@ class SampleCodec:
             frames[known] += book[codebook[known]]
         return _griffin_lim(_magnitudes(frames.reshape(-1, MELS))).astype(np.float32)
 
+    def build(self) -> None:
+        """Nothing to do: the codebooks are there."""
+
+    def release(self) -> None:
+        """Nothing to do: the codebooks take 20 MB at most."""
+
     def save(self, folder: str | Path) -> None:
         """Write the codec into a folder, which is made if it is not there."""
         from safetensors.numpy import save

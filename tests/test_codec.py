@@ -1,21 +1,32 @@
+import hashlib
+import inspect
 import json
 import os
+import re
+import socket
 import subprocess
 import sys
+import weakref
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import transformers
+from boson_multimodal.audio_processing import higgs_audio_tokenizer
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_torch_file
+from transformers import HubertConfig, HubertModel
 
-from higgs_ds import sample_codec
+from higgs_ds import cli, sample_codec
 from higgs_ds.audio import read_audio
+from higgs_ds.boson_tokenizer import DEFAULTS, TEACHER_REPOSITORY
 from higgs_ds.codec import DEFAULT_CODEC, DEFAULT_CODEC_REVISION, BosonCodec, check_codes, load_codec
+from higgs_ds.codes import CodeCache
+from higgs_ds.config import ConfigError
 from higgs_ds.manifest import read_manifest
 from higgs_ds.sample_codec import SampleCodec
+from tests.conftest import SPEECH
 
 ROOT = Path(__file__).parents[1]
 
@@ -109,8 +120,11 @@ def test_the_same_clips_and_seed_give_the_same_codec_in_any_process(codec, clips
 import hashlib, sys
 from pathlib import Path
 from higgs_ds.audio import read_audio
+from higgs_ds.codes import CodeCache
+from higgs_ds.config import ConfigError
 from higgs_ds.manifest import read_manifest
 from higgs_ds.sample_codec import SampleCodec
+from tests.conftest import SPEECH
 rows, _ = read_manifest("examples/speech/manifest.jsonl")
 clips = [read_audio(ref) for row in rows for _, ref in row.audio_refs]
 codec = SampleCodec.load(sys.argv[1])
@@ -281,117 +295,275 @@ def test_the_default_repository_is_read_at_the_pinned_revision(folder, monkeypat
     assert asked == [(DEFAULT_CODEC, DEFAULT_CODEC_REVISION), (DEFAULT_CODEC, "main"), ("someone/codec", None)]
 
 
-class SmallHubert:
-    """What `AutoModel` would fetch as bosonai/hubert_base, with random weights: the one thing here that is not real."""
+# Boson's own codec, as config.json of the pinned revision describes it: its real architecture and sizes.
+REAL_CONFIG = {
+    "sample_rate": 24000,
+    "ratios": [8, 5, 4, 2, 3],
+    "D": 256,
+    "n_filters": 32,
+    "n_q": 8,
+    "bins": 1024,
+    "codebook_dim": 64,
+    "semantic_techer": "hubert_base_general",
+    "target_bandwidths": [0.5, 1, 1.5, 2, 4],
+}
+REAL_WEIGHTS, REAL_BYTES = 602, 805_705_896
+
+
+class InstalledHubert:
+    """For upstream's own constructor and loader, which the tests compare with."""
 
     @staticmethod
     def from_pretrained(name, trust_remote_code):
-        from transformers import HubertConfig, HubertModel
-
-        assert name == "bosonai/hubert_base"
-        small = {"num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 32, "conv_dim": (16,) * 7}
-        return HubertModel(HubertConfig(hidden_size=768, num_conv_pos_embeddings=16, **small))
+        return HubertModel(HubertConfig())
 
 
 @pytest.fixture(scope="module")
 def boson_folder(tmp_path_factory):
-    """Upstream's own model in its smallest useful form (16 kHz, one frame = 640 samples), saved as Boson's codec is."""
-    from boson_multimodal.audio_processing import higgs_audio_tokenizer as upstream
-
+    """Upstream's own model with random weights, saved as Boson's codec is: 0.8 GB."""
     folder = tmp_path_factory.mktemp("boson")
-    config = {"D": 16, "codebook_dim": 8, "ratios": [8, 8, 10], "sample_rate": 16000, "bins": 64, "n_q": 8}
-    config |= {"semantic_techer": "hubert_base_general", "target_bandwidths": [0.5, 1]}
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(REAL_CONFIG))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(upstream, "AutoModel", SmallHubert)
+        patch.setattr(higgs_audio_tokenizer, "AutoModel", InstalledHubert)
         torch.manual_seed(0)
-        weights = upstream.HiggsAudioTokenizer(**config, device="cpu").state_dict()
-        for name, weight in weights.items():
-            if name.endswith("_codebook.inited"):
-                weight.fill_(1)  # else the first clip would initialise the codebooks
-            if name.endswith("_codebook.embed"):
-                weight.normal_()
-        torch.save(weights, folder / "model.pth")
-        yield folder
+        weights = higgs_audio_tokenizer.HiggsAudioTokenizer(**REAL_CONFIG, device="cpu").state_dict()
+    for name, weight in weights.items():
+        if name.endswith("_codebook.inited"):
+            weight.fill_(1)  # else the first clip would initialise the codebooks
+        if name.endswith("_codebook.embed"):
+            weight.normal_()
+    torch.save(weights, folder / "model.pth")
+    del weights, weight
+    yield folder
+    (folder / "model.pth").unlink()
 
 
-def changed_copy(folder: Path, target: Path, change) -> Path:
-    """A copy of the codec whose state dict `change` has been over."""
-    (target / "config.json").write_bytes((folder / "config.json").read_bytes())
-    weights = torch.load(folder / "model.pth", weights_only=True)
-    change(weights)
-    torch.save(weights, target / "model.pth")
-    return target
+@pytest.fixture(scope="module")
+def boson_codec(boson_folder):
+    return load_codec(str(boson_folder))
 
 
-def test_boson_codec_gives_what_upstream_gives(boson_folder, clips):
-    from boson_multimodal.audio_processing.higgs_audio_tokenizer import load_higgs_audio_tokenizer
+@pytest.fixture(scope="module")
+def hollow(boson_folder):
+    """Weights of the right names and shapes, each one value that is stretched: a file of 0.2 MB."""
+    real = torch.load(boson_folder / "model.pth", weights_only=True, mmap=True)
+    return {name: torch.ones(()).expand(weight.shape) for name, weight in real.items()}
 
-    codec = load_codec(str(boson_folder))
-    assert isinstance(codec, BosonCodec)
-    assert (codec.num_codebooks, codec.codebook_size, codec.frame_rate, codec.sample_rate) == (8, 64, 25, 16000)
-    model = load_higgs_audio_tokenizer(str(boson_folder), device="cpu")
+
+def saved(folder: Path, weights) -> Path:
+    (folder / "config.json").write_text(json.dumps(REAL_CONFIG))
+    torch.save(weights, folder / "model.pth")
+    return folder
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """No name is resolved, nothing is connected to, and no class is made from code of a repository."""
+    tried = []
+
+    def refuse(*args, **kwargs):
+        tried.append(args)
+        raise AssertionError(f"no network here: {args}")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(transformers.AutoModel, "from_pretrained", refuse)
+    monkeypatch.setattr(transformers.dynamic_module_utils, "get_class_from_dynamic_module", refuse)
+    monkeypatch.setattr("huggingface_hub.file_download.hf_hub_download", refuse)
+    monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", refuse)
+    yield
+    assert not tried
+
+
+def memory_mb() -> float:
+    """Of this process, without what it maps from files."""
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"RssAnon:\s+(\d+) kB", status)[1]) / 1000
+
+
+def test_the_real_codec_needs_neither_the_hub_nor_its_code(boson_folder, clips, no_network, monkeypatch):
+    before = memory_mb()
+    torch.manual_seed(7)
+    state = torch.get_rng_state()
+    said = []
+    codec = load_codec(str(boson_folder), warn=said.append)
+    assert isinstance(codec, BosonCodec) and codec._model is None and memory_mb() - before < 50
+    assert (codec.num_codebooks, codec.codebook_size, codec.frame_rate, codec.sample_rate) == (8, 1024, 25, 24000)
+
     spoken = clips[0][0][5000:14000]
-    for sample_rate in (16000, 24000):  # as it is, and resampled
-        codes = codec.encode(spoken, sample_rate)
-        check_codes(codes, codec)
-        assert codes.dtype == np.int16 and abs(codes.shape[1] - len(spoken) * 25 / sample_rate) <= 1
-        expected = model.encode(spoken, sample_rate)
-        assert np.array_equal(codes, expected.numpy())
-        waveform = codec.decode(codes)
-        assert waveform.dtype == np.float32 and waveform.shape == (codes.shape[1] * 640,)
-        assert np.array_equal(waveform, model.decode(expected[None])[0, 0])
+    codes = codec.encode(spoken, 16000)
+    assert codes.dtype == np.int16 and codes.shape == (8, 14)
+    check_codes(codes, codec)
+    model = codec._model
+    assert type(model.semantic_model) is HubertModel and not model.training
+    weights = model.state_dict()
+    assert len(weights) == REAL_WEIGHTS and sum(weight.nbytes for weight in weights.values()) == REAL_BYTES
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+    assert not any(weight.requires_grad for weight in model.parameters())
+    waveform = codec.decode(codes)
+    assert waveform.dtype == np.float32 and waveform.shape == (14 * 960,) and np.isfinite(waveform).all()
     for samples in (1, 639):  # upstream itself fails below one frame
         assert codec.encode(np.full(samples, 0.1, dtype=np.float32), 16000).shape == (8, 1)
-    with pytest.raises(ValueError, match=r"must be 0\.\.63, found 64"):
-        codec.decode(np.full((8, 2), 64))
+    with pytest.raises(ValueError, match=r"must be 0\.\.1023, found 1024"):
+        codec.decode(np.full((8, 2), 1024))
+    assert not said and torch.equal(torch.get_rng_state(), state)
+
+    # Its memory comes back, and it still works after.
+    held = memory_mb()
+    gone = weakref.ref(model)
+    del model, weights
+    codec.release()
+    assert gone() is None and held - memory_mb() > 0.95 * REAL_BYTES / 1e6
+    assert np.array_equal(codec.encode(spoken, 16000), codes)
+    codec.release()
+    codec.release()
+
+    # Upstream's own loader, given the same class of HuBERT, says the same.
+    monkeypatch.setattr(higgs_audio_tokenizer, "AutoModel", InstalledHubert)
+    upstream = higgs_audio_tokenizer.load_higgs_audio_tokenizer(str(boson_folder), device="cpu")
+    expected = upstream.encode(spoken, 16000)
+    assert np.array_equal(codes, expected.numpy())
+    assert np.array_equal(waveform, upstream.decode(expected[None])[0, 0])
 
 
-def test_boson_fingerprint_follows_both_files(boson_folder, tmp_path):
-    def fingerprint(folder):
-        return BosonCodec.fingerprint.func(SimpleNamespace(_files=(folder / "config.json", folder / "model.pth")))
-
-    first = fingerprint(boson_folder)
-    assert first == fingerprint(boson_folder) and first.startswith("boson:")
-    copy = changed_copy(boson_folder, tmp_path, lambda weights: weights["fc_prior.bias"].add_(1))
-    assert fingerprint(copy) != first
-    (copy / "model.pth").write_bytes((boson_folder / "model.pth").read_bytes())
-    assert fingerprint(copy) == first
-    (copy / "config.json").write_text((boson_folder / "config.json").read_text() + " ")
-    assert fingerprint(copy) != first
-
-
-def test_a_weight_without_a_place_or_a_place_without_a_weight_is_refused(boson_folder, tmp_path):
-    def rename(weights):
-        weights["quantizer.vq.layers.0.project_in.renamed"] = weights.pop("quantizer.vq.layers.0.project_in.weight")
-
-    with pytest.raises(ValueError) as caught:
-        load_codec(str(changed_copy(boson_folder, tmp_path, rename)))
-    assert (
-        "missing ['quantizer.vq.layers.0.project_in.weight'], unexpected ['quantizer.vq.layers.0.project_in.renamed']"
-        in str(caught.value)
+def test_the_config_is_the_one_that_upstream_takes():
+    """Fails when upstream's constructor takes something else, or means something else by silence."""
+    taken = inspect.signature(higgs_audio_tokenizer.HiggsAudioTokenizer.__init__).parameters.values()
+    assert {p.name: p.default for p in taken if p.name not in ("self", "device")} == DEFAULTS
+    assert f'AutoModel.from_pretrained("{TEACHER_REPOSITORY}", trust_remote_code=True)' in inspect.getsource(
+        higgs_audio_tokenizer
     )
 
 
-def test_what_older_torch_and_training_call_otherwise_is_no_fault(boson_folder, tmp_path, clips):
-    """Weight norm has two spellings in torch, and HuBERT's mask embedding is there for training only."""
+def test_codes_are_computed_in_full_float32_whatever_is_set(boson_codec, clips):
+    def settings():
+        return (
+            torch.backends.cudnn.allow_tf32,
+            torch.backends.cuda.matmul.allow_tf32,
+            torch.get_float32_matmul_precision(),
+            torch.is_autocast_enabled("cpu"),
+        )
 
-    def older(weights):
-        del weights["semantic_model.masked_spec_embed"]
-        convolution = "semantic_model.encoder.pos_conv_embed.conv"
-        for old, new in (("weight_g", "original0"), ("weight_v", "original1")):
-            weights[f"{convolution}.{old}"] = weights.pop(f"{convolution}.parametrizations.weight.{new}")
+    boson_codec.build()
+    seen = []
+    hooks = [
+        module.register_forward_hook(lambda _, __, output: seen.append((settings(), output.dtype)))
+        for module in (boson_codec._model.encoder, boson_codec._model.fc_prior, boson_codec._model.decoder_2)
+    ]
+    spoken = clips[0][0][5000:9000]
+    codes = boson_codec.encode(spoken, 16000)
+    waveform = boson_codec.decode(codes)
+    before = settings()
+    try:
+        torch.backends.cudnn.allow_tf32 = True
+        torch.set_float32_matmul_precision("medium")
+        with torch.autocast("cpu", torch.bfloat16):
+            assert settings() == (True, True, "medium", True)
+            assert np.array_equal(boson_codec.encode(spoken, 16000), codes)
+            assert np.array_equal(boson_codec.decode(codes), waveform)
+            with pytest.raises(RuntimeError):
+                boson_codec.encode(np.zeros((1000, 2, 2)), 24000)
+            assert settings() == (True, True, "medium", True)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        torch.backends.cudnn.allow_tf32 = before[0]
+        torch.set_float32_matmul_precision(before[2])
+    assert len(seen) >= 6 and set(seen) == {((False, False, "highest", False), torch.float32)}
 
-    copy = changed_copy(boson_folder, tmp_path, older)
-    assert np.array_equal(load_codec(str(copy)).encode(*clips[0]), load_codec(str(boson_folder)).encode(*clips[0]))
+
+def test_what_bosons_file_may_hold_besides_is_one_line(boson_folder, boson_codec, tmp_path, clips):
+    """Weights that no module has; weight norm as torch spelled it before; HuBERT's mask embedding left out."""
+    weights = torch.load(boson_folder / "model.pth", weights_only=True, mmap=True)
+    del weights["semantic_model.masked_spec_embed"]
+    convolution = "semantic_model.encoder.pos_conv_embed.conv"
+    for old, new in (("weight_g", "original0"), ("weight_v", "original1")):
+        weights[f"{convolution}.{old}"] = weights.pop(f"{convolution}.parametrizations.weight.{new}")
+    for layer in range(4):
+        weights |= {f"fc1.{layer}.weight": torch.zeros(2, 2), f"fc1.{layer}.bias": torch.zeros(2)}
+    said = []
+    codec = load_codec(str(saved(tmp_path, weights)), warn=said.append)
+    spoken = clips[0][0][5000:9000]
+    assert np.array_equal(codec.encode(spoken, 16000), boson_codec.encode(spoken, 16000))
+    assert said == [
+        f"--codec: {tmp_path}/model.pth holds 8 weights that Boson's codec has no place for, left out: fc1.0.weight, "
+        "fc1.0.bias, fc1.1.weight, fc1.1.bias, fc1.2.weight and 3 more"
+    ]
+    codec.release()
+    boson_codec.release()
+    (tmp_path / "model.pth").unlink()
 
 
-def test_weights_of_another_size_are_refused(boson_folder, tmp_path):
-    def widen(weights):
-        weights["fc_prior.bias"] = torch.zeros(3)
+def without(*prefixes):
+    return lambda weights: {name: weight for name, weight in weights.items() if not name.startswith(prefixes)}
 
-    with pytest.raises(ValueError, match=r"model\.pth does not hold (.|\n)*size mismatch for fc_prior\.bias"):
-        load_codec(str(changed_copy(boson_folder, tmp_path, widen)))
+
+PROJECTION = "quantizer.vq.layers.0.project_in.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (without(PROJECTION), f"does not fit its config.json: missing {PROJECTION}; bosonai/"),
+        (without("semantic_model.encoder.layers.3."), r"missing semantic_model\.encoder\.layers\.3\.\S+(, \S+){15};"),
+        (without("encoder.block.1", "decoder_2.model.1"), r"missing encoder\.block\.1\S+(, \S+){19} and \d\d more; "),
+        (
+            lambda weights: without(PROJECTION)(weights) | {"renamed": weights[PROJECTION]},
+            rf"missing {PROJECTION} \(it holds renamed, which have no place\)",
+        ),
+        (lambda weights: weights | {"fc_prior.bias": torch.zeros(3)}, r"size mismatch for fc_prior\.bias.*\[3\]"),
+        (lambda weights: weights | {"fc_prior.bias": [0.0]}, r"fc_prior\.bias must be plain tensors"),
+        (lambda weights: weights | {"fc_prior.bias": torch.zeros(1024, device="meta")}, "fc_prior.bias must be plain"),
+        (lambda weights: weights | {"fc_prior.bias": torch.full([1024], np.nan)}, r"not finite: fc_prior\.bias"),
+        (
+            lambda weights: weights | {"quantizer.vq.layers.5._codebook.inited": torch.zeros(1)},
+            r"never fitted: quantizer\.vq\.layers\.5\._codebook\.inited must be 1",
+        ),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_by_name_before_a_clip_is_blamed(hollow, tmp_path, change, complaint):
+    codec = load_codec(str(saved(tmp_path, change(hollow))))
+    ref = read_manifest(ROOT / "examples/speech/manifest.jsonl")[0][0].audio_refs[0][1]
+    with pytest.raises(ConfigError, match=complaint) as caught:
+        CodeCache(tmp_path / "codes", codec).ensure([ref])
+    (line,) = caught.value.problems
+    assert line.startswith(f"--codec: {tmp_path}/model.pth") and "\n" not in line
+    assert codec._model is None
+
+
+def test_the_fingerprint_is_that_of_both_files(hollow, tmp_path):
+    """To the bit as caches were filled under it."""
+    folder = saved(tmp_path, hollow)
+
+    def content():
+        return (folder / "model.pth").read_bytes() + (folder / "config.json").read_bytes()
+
+    seen = set()
+    for change in (lambda: None, lambda: saved(folder, without("fc_post1")(hollow)), lambda: append(" ")):
+
+        def append(text):
+            (folder / "config.json").write_text((folder / "config.json").read_text() + text)
+
+        change()
+        fingerprint = load_codec(str(folder)).fingerprint
+        assert fingerprint == f"boson:{hashlib.sha256(content()).hexdigest()}"
+        seen.add(fingerprint)
+    assert len(seen) == 3
+
+
+def test_files_that_change_after_they_were_opened_are_refused(hollow, tmp_path):
+    folder = saved(tmp_path, hollow)
+    codec = load_codec(str(folder))
+    other = load_codec(str(folder))
+    assert other.fingerprint
+    torch.save(hollow | {"fc_prior.bias": torch.zeros(1024)}, folder / "new")
+    os.replace(folder / "new", folder / "model.pth")
+    for use in (lambda: codec.fingerprint, codec.build, lambda: other.encode(np.zeros(2000), 16000)):
+        with pytest.raises(ConfigError, match="were changed meanwhile; start again"):
+            use()
+    (folder / "model.pth").unlink()
+    with pytest.raises(ConfigError, match=r"cannot be read: .*model\.pth"):
+        codec.build()
 
 
 class Payload:
@@ -399,22 +571,63 @@ class Payload:
         return os.mkdir, ("ran",)
 
 
-@pytest.mark.parametrize("content", [b"", b"not a zip", {"payload": Payload()}, [1, 2]])
-def test_a_model_file_is_never_executed(boson_folder, tmp_path, monkeypatch, content):
+@pytest.mark.parametrize("content", [b"", b"not a zip", "half", {"payload": Payload()}, [1, 2], {3: torch.zeros(1)}])
+def test_a_model_file_is_never_executed(hollow, tmp_path, monkeypatch, content):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "config.json").write_bytes((boson_folder / "config.json").read_bytes())
+    saved(tmp_path, hollow if content == "half" else content)
+    if content == "half":
+        whole = (tmp_path / "model.pth").read_bytes()
+        content = whole[: len(whole) // 2]
     if isinstance(content, bytes):
         (tmp_path / "model.pth").write_bytes(content)
-    else:
-        torch.save(content, tmp_path / "model.pth")
-    with pytest.raises(ValueError, match=r"model\.pth does not hold the weights of Boson's codec"):
+    with pytest.raises(ValueError, match=r"model\.pth does not hold the weights of Boson's codec: [^\n]*$"):
         load_codec(str(tmp_path))
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize("config", ["{", "[]", '{"acoustic_model_config": {}}', '{"n_q": 8, "bins": [8, 8]}'])
-def test_a_config_that_is_not_bosons(boson_folder, tmp_path, config):
-    (tmp_path / "config.json").write_text(config)
+@pytest.mark.parametrize(
+    ("config", "complaint"),
+    [
+        ("{", "is no config of Boson's codec"),
+        ("[" * 100_000, "is no config of Boson's codec"),
+        ("[]", "is no config of Boson's codec: it must be a JSON object"),
+        ({"acoustic_model_config": {}}, "upstream knows no acoustic_model_config"),
+        ({"device": "cuda"}, "upstream knows no device"),
+        ({"bins": [8, 8]}, r"bins must be a whole number \(of codes\) of 1 to 32768, found \[8, 8\]"),
+        ({"n_q": 0}, "n_q must be a whole number of 1 to 64, found 0"),
+        ({"n_q": True}, "found True"),
+        ({"D": 1e9}, "D must be a whole number"),
+        ({"ratios": [8, "5"]}, "ratios must be 1 to 8 whole numbers"),
+        ({"ratios": [8, 5]}, "a frame of 40 samples .* is shorter than one of hubert_base_general, 20 ms"),
+        ({"semantic_techer": "wavlm_base_plus"}, "'wavlm_base_plus' would be fetched from the hub; only hubert_base_g"),
+        ({"semantic_techer": "hubert_base"}, "'hubert_base' would be fetched from the hub"),
+    ],
+)
+def test_a_config_that_is_not_bosons(tmp_path, config, complaint):
+    text = config if isinstance(config, str) else json.dumps(REAL_CONFIG | config)
+    (tmp_path / "config.json").write_text(text)
     (tmp_path / "model.pth").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"config\.json(: bins must be| is no config of Boson's codec)"):
+    with pytest.raises(ConfigError, match=rf"config\.json.*{complaint}"):
         load_codec(str(tmp_path))
+
+
+def test_a_run_gives_the_codecs_memory_back_and_a_later_one_never_takes_it(
+    boson_folder, flags_of, forks, tmp_path, monkeypatch, capsys
+):
+    manifest = tmp_path / "two.jsonl"
+    rows = [json.loads(line) for line in SPEECH.read_text().splitlines()[:2]]
+    manifest.write_text("\n".join(json.dumps(row | {"audio": str(SPEECH.parent / row["audio"])}) for row in rows))
+    data = {"train_manifest": manifest, "codec": boson_folder, "codes_cache": tmp_path / "codes"}
+    flags = flags_of(tmp_path / "run", **data, max_steps=1)
+    (first,) = forks.run(flags, 1, patches={0: ["count_codec_networks"]})
+    assert first.returncode == 0 and "codec networks: 1 built, 0 left" in first.output, first.output
+    flags = flags_of(tmp_path / "again", **data, max_steps=1)
+    (again,) = forks.run(flags, 1, patches={0: ["count_codec_networks"]})
+    assert again.returncode == 0 and "codec networks: 0 built, 0 left" in again.output, again.output
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("every clip's codes were there")
+
+    monkeypatch.setattr(higgs_audio_tokenizer.HiggsAudioTokenizer, "__init__", refuse)
+    assert cli.main(["prepare", *flags_of(tmp_path / "prepared", **data)]) == 0
+    assert "2 different clips" in (said := capsys.readouterr().out) and "0 clips were encoded now" in said

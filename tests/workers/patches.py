@@ -5,8 +5,9 @@ import os
 import resource
 import signal
 import time
+import weakref
 
-from higgs_ds import checkpoint, dataset, engine, trainer
+from higgs_ds import boson_tokenizer, checkpoint, dataset, engine, model, trainer
 
 
 def _at_step(step: int, action) -> None:
@@ -48,6 +49,24 @@ def slowly(step_seconds: float, write_seconds: float) -> None:
 def quota_from_step(step: int, size: int) -> None:
     """No file may grow beyond `size` bytes."""
     _at_step(step, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY)))
+
+
+def count_codec_networks() -> None:
+    """Says how many networks of Boson's codec were built, and are left, when the base model is to be loaded."""
+    original_build, original_load = boson_tokenizer.build_tokenizer, model.load_base
+    built = []
+
+    def build(*args):
+        network = original_build(*args)
+        built.append(weakref.ref(network))
+        return network
+
+    def load(*args):
+        left = sum(network() is not None for network in built)
+        print(f"codec networks: {len(built)} built, {left} left", flush=True)
+        return original_load(*args)
+
+    boson_tokenizer.build_tokenizer, model.load_base = build, load
 
 
 def _signal_all() -> None:

@@ -63,8 +63,8 @@ class Speaker:
     ):
         """
         Raises:
-            ConfigError: a checkpoint or codec that cannot be used, an adapter that is not plain LoRA or whose weights do
-                not fit it one to one, or, without `other_base`, one that was trained on another base.
+            ConfigError: a checkpoint or codec that cannot be used, an adapter that is not plain LoRA or whose weights
+                do not fit it one to one, or, without `other_base`, one that was trained on another base.
         """
         lora = None if adapter is None else read_adapter_config(Path(adapter))
         if lora and not other_base:

@@ -112,10 +112,14 @@ def read_adapter_config(folder: Path, flag: str = "--adapter") -> AdapterConfig:
         ConfigError: every field that is wrong, or that makes it something else than plain LoRA, a line each.
     """
     file = folder / CONFIG
-    if not file.is_file():
-        raise ConfigError([f"{flag}: {folder} holds no {CONFIG}"])
-    if file.stat().st_size > MAX_CONFIG_BYTES:
-        raise ConfigError([f"{flag}: {file} has {file.stat().st_size} bytes, a config has a few thousand"])
+    try:
+        if not file.is_file():
+            raise ConfigError([f"{flag}: {folder} holds no {CONFIG}"])
+        size = file.stat().st_size
+    except OSError as error:
+        raise ConfigError([f"{flag}: {_short(str(folder))} cannot be read: {error.strerror}"]) from None
+    if size > MAX_CONFIG_BYTES:
+        raise ConfigError([f"{flag}: {file} has {size} bytes, a config has a few thousand"])
     raw = read_json(file, flag)
     problems = []
     for key, value in raw.items():

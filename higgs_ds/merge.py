@@ -70,11 +70,9 @@ def merge(base: Base, adapter: Adapter | None, output_dir: Path, layout: str, *,
         Bytes of weights written.
 
     Raises:
-        ConfigError: `output_dir` exists or cannot be written, the model is not one that `layout` has, or what was read
-            back is not what was meant.
+        ConfigError: `output_dir` holds something or cannot be written, the model is not one that `layout` has, or what
+            was read back is not what was meant.
     """
-    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise ConfigError([f"--output_dir: {output_dir} exists; it is not overwritten"])
     planned = _plan(base, layout, dtype)
     total = sum(tensor.num_bytes for tensor in planned.values())
     beside = output_dir.with_name(f".{output_dir.name}.{os.getpid()}.tmp")

@@ -40,6 +40,15 @@ def add_export(verbs) -> None:
     parser.set_defaults(verb=run_export)
 
 
+def refuse_existing(output_dir: Path) -> None:
+    """Raises ConfigError for an output that holds something, or cannot be looked for."""
+    try:
+        if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+            raise ConfigError([f"--output_dir: {output_dir} exists; it is not overwritten"])
+    except OSError as error:
+        raise ConfigError([f"--output_dir: {str(output_dir)[:200]} cannot be written: {error.strerror}"]) from None
+
+
 def run_merge(args: argparse.Namespace) -> int:
     """Checks the adapter's config before the base is looked for, and its weights before anything is written."""
     from .adapter_file import check_base, read_adapter, read_adapter_config
@@ -50,6 +59,7 @@ def run_merge(args: argparse.Namespace) -> int:
     from .model import locate_checkpoint
     from .processor_files import codec_reference
 
+    refuse_existing(args.output_dir)
     lora = read_adapter_config(args.adapter) if args.adapter else None
     if lora and not args.other_base:
         check_base(lora, args.base_ckpt, args.base_revision)
@@ -87,8 +97,7 @@ def run_export(args: argparse.Namespace) -> int:
     folder = locate_checkpoint(base_name, args.base_revision or lora.base_revision)
     adapter = read_adapter(args.adapter, linear_layers(read_checkpoint_config(folder)), lora)
     output_dir = args.output_dir or args.adapter.with_name(f"{args.adapter.resolve().name}-{TRANSFORMERS}")
-    if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-        raise ConfigError([f"--output_dir: {output_dir} exists; it is not overwritten"])
+    refuse_existing(output_dir)
     config = {
         "base_model_name_or_path": None if layout_of(folder) == BOSON else base_name,
         "bias": "none",

@@ -33,8 +33,11 @@ def locate_checkpoint(name_or_path: str, revision: str | None = None) -> Path:
         ConfigError: neither a folder nor a hub id that can be had.
     """
     folder = Path(name_or_path)
-    if folder.is_dir():
-        return folder
+    try:
+        if folder.is_dir():
+            return folder
+    except OSError as error:  # a name too long, a folder that may not be looked into
+        raise ConfigError([f"--base_ckpt: {name_or_path[:200]} cannot be read: {error.strerror}"]) from None
     if folder.is_absolute() or name_or_path.startswith(".") or name_or_path.count("/") != 1:
         raise ConfigError([f"--base_ckpt: {name_or_path} is neither a folder nor a hub id (owner/name)"])
     from huggingface_hub import snapshot_download

@@ -7,6 +7,7 @@ turn first. A scene is a message of its own (role "scene") after the system turn
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 from .config import ConfigError
@@ -128,7 +129,7 @@ def codec_reference(codec: str) -> str:
         ConfigError: a folder that is no codec in transformers' layout, which is the only one that its processor loads.
     """
     folder = Path(codec)
-    if not folder.exists():
+    if not os.path.exists(codec):
         if folder.is_absolute() or codec.startswith(".") or codec.count("/") != 1:
             raise ConfigError([f"--codec: {codec} is neither a folder nor a hub id (owner/name)"])
         return codec

@@ -10,7 +10,7 @@ import torch
 from boson_multimodal.model.higgs_audio import HiggsAudioModel
 from peft import PeftModel
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from higgs_ds.adapter_file import WEIGHTS, read_adapter, read_adapter_config
 from higgs_ds.cli import main
@@ -223,3 +223,55 @@ def test_export_renames_and_loses_nothing(adapter_dir, tiny_dir, tmp_path, capsy
         "--base_ckpt", tiny_dir, "--other_base",
     )  # fmt: skip
     assert code == 0 and len(load_file(tmp_path / "x" / WEIGHTS)) == 42
+
+
+def long_name(adapter):
+    return "x" * 5000
+
+
+def half(adapter):
+    weights = {key: value.clone() for key, value in load_file(adapter / WEIGHTS).items()}
+    save_file(dict(sorted(weights.items())[::2]), adapter / WEIGHTS)
+
+
+def foreign(adapter):
+    weights = {f"other.{key}": value.clone() for key, value in load_file(adapter / WEIGHTS).items()}
+    save_file(weights, adapter / WEIGHTS)
+
+
+def not_a_number(adapter):
+    weights = {key: value.clone() for key, value in load_file(adapter / WEIGHTS).items()}
+    next(iter(weights.values()))[0, 0] = float("nan")
+    save_file(weights, adapter / WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (long_name, "cannot be read: File name too long"),
+        (half, "missing weight"),
+        (foreign, "missing weight"),
+        (not_a_number, "holds NaN or infinity"),
+        (lambda a: edit(a, megatron_config={"a": 1}, megatron_core="evil"), "megatron_core is 'evil': not plain LoRA"),
+        (lambda a: edit(a, base_model_name_or_path="some/other"), "trained on 'some/other', --base_ckpt is"),
+        (lambda a: edit(a, r=-1), "r is -1"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["merge", "generate"])
+def test_no_verb_speaks_with_an_adapter_that_is_not_whole(
+    verb, damage, words, adapter_dir, tiny_dir, codec_dir, tmp_path, capsys, monkeypatch
+):
+    (tmp_path / "evil.py").write_text("raise SystemExit('it ran')")
+    monkeypatch.syspath_prepend(tmp_path)
+    copy = shutil.copytree(adapter_dir, tmp_path / "copy")
+    flags = ("--base_ckpt", tiny_dir, "--adapter", damage(copy) or copy, "--codec", codec_dir)
+    rest = {
+        "merge": ("--layout", "boson", "--output_dir", tmp_path / "out"),
+        "generate": ("--text", "hello", "--output_file", tmp_path / "out.wav"),
+    }
+    code, said = run(capsys, verb, *flags, *rest[verb])
+    assert code == 2 and any(words in line for line in said), said
+    assert all(line.startswith("--adapter: ") for line in said), said
+    assert not list(tmp_path.glob("out*"))
+    if "trained on" in words:
+        assert run(capsys, "merge", *flags, *rest["merge"], "--other_base")[0] == 0

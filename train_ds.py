@@ -64,7 +64,7 @@ def run(config: TrainConfig, ds_raw: dict, *, check_only: bool) -> int:
 
 def train(config: TrainConfig, ds_raw: dict, ranks: Ranks, watch: Watch, *, check_only: bool) -> int:
     """Stages 3 to 6."""
-    from higgs_ds import checkpoint, model, run_dir
+    from higgs_ds import cards, checkpoint, layouts, model, run_dir
     from higgs_ds.codec import load_codec
     from higgs_ds.codes import CodeCache
     from higgs_ds.collate import Collator
@@ -158,6 +158,8 @@ def train(config: TrainConfig, ds_raw: dict, ranks: Ranks, watch: Watch, *, chec
 
     # 4. Model: base weights, LoRA, engine, guard.
     watch.untimed("loading the model")
+    base_name, base_revision = cards.pinned(config.base_ckpt, config.base_revision)
+    origin = {"layout": layouts.layout_of(base_dir), "codec": config.codec}
     with loading(ds_config):
         base = model.load_base(base_dir, model_config, config.dtype)
     lora_model = model.attach_lora(
@@ -167,8 +169,8 @@ def train(config: TrainConfig, ds_raw: dict, ranks: Ranks, watch: Watch, *, chec
         dropout=config.lora_dropout,
         target_modules=config.lora_target_modules,
         seed=config.seed,
-        base_name=config.base_ckpt,
-        base_revision=config.base_revision,
+        base_name=base_name,
+        base_revision=base_revision,
     )
     if resumed:
         ranks.each(lambda: model.set_lora(lora_model, resumed.adapter, str(resumed.folder)))
@@ -277,7 +279,7 @@ def train(config: TrainConfig, ds_raw: dict, ranks: Ranks, watch: Watch, *, chec
             return leave_ranks(EXIT_CHECK_FAILED)
         facts = {"stopped": "by the loss guard, before the failed step was trained"}
         saved = run_dir.save_adapter(
-            lora_model, engine.gather_trainable(), output_dir / "adapter_before_failure", ranks, facts
+            lora_model, engine.gather_trainable(), output_dir / "adapter_before_failure", ranks, facts, **origin
         )
         say(f"nothing of the failed step was trained; the weights before it are in {saved}")
         return leave_ranks(EXIT_BAD_LOSS)
@@ -288,7 +290,9 @@ def train(config: TrainConfig, ds_raw: dict, ranks: Ranks, watch: Watch, *, chec
         return leave_ranks(EXIT_STOPPED)
     if not check_only:
         facts = {"rows": len(train_rows), "optimizer steps": total_steps, **trainer.last_losses}
-        saved = run_dir.save_adapter(lora_model, engine.gather_trainable(), output_dir / "adapter", ranks, facts)
+        facts |= cards.prompt_facts(train_rows)
+        adapter = output_dir / "adapter"
+        saved = run_dir.save_adapter(lora_model, engine.gather_trainable(), adapter, ranks, facts, **origin)
         say(f"adapter: {saved}")
         say(
             f"listen:  python -m higgs_ds generate --base_ckpt {config.base_ckpt} --adapter {saved} "

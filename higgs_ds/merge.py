@@ -55,7 +55,9 @@ def open_base(folder: Path, layout: str, config: HiggsAudioConfig, flag: str = "
     return Base(folder, layout, config, found.stored)
 
 
-def merge(base: Base, adapter: Adapter | None, output_dir: Path, layout: str, *, dtype: str | None, codec: str) -> int:
+def merge(
+    base: Base, adapter: Adapter | None, output_dir: Path, layout: str, *, dtype: str | None, codec: str, card: str = ""
+) -> int:
     """Writes the merged checkpoint, whole or not at all, and reads it back.
 
     Args:
@@ -65,6 +67,7 @@ def merge(base: Base, adapter: Adapter | None, output_dir: Path, layout: str, *,
         layout: of what is written.
         dtype: of its weights ("bf16", "fp16", "fp32"); None leaves each as the base has it.
         codec: hub id or folder of the audio tokenizer that transformers' processor loads.
+        card: content of its README.md.
 
     Returns:
         Bytes of weights written.
@@ -83,6 +86,7 @@ def merge(base: Base, adapter: Adapter | None, output_dir: Path, layout: str, *,
             if free < total:
                 raise ConfigError([f"--output_dir: {output_dir} needs {total:,} bytes, {free:,} are free there"])
             _write_files(base, beside, layout, dtype, codec)
+            (beside / "README.md").write_text(card, encoding="utf-8")
             by_name = {tensor.name: name for name, tensor in planned.items()}
             write_checkpoint_weights(
                 beside,

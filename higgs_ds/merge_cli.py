@@ -52,6 +52,7 @@ def refuse_existing(output_dir: Path) -> None:
 def run_merge(args: argparse.Namespace) -> int:
     """Checks the adapter's config before the base is looked for, and its weights before anything is written."""
     from .adapter_file import check_base, read_adapter, read_adapter_config
+    from .cards import merged_card, pinned
     from .layout_config import read_checkpoint_config
     from .layouts import layout_of
     from .load_layout import linear_layers
@@ -69,7 +70,17 @@ def run_merge(args: argparse.Namespace) -> int:
     config = read_checkpoint_config(folder)
     adapter = read_adapter(args.adapter, linear_layers(config), lora) if lora else None
     base = open_base(folder, layout_of(folder), config)
-    size = merge(base, adapter, args.output_dir, args.layout, dtype=args.dtype, codec=args.codec)
+    name, revision = pinned(args.base_ckpt, args.base_revision)
+    table = {"dtype": args.dtype or "as the base"}
+    if lora:
+        table |= {
+            "adapter": f"`{args.adapter.resolve()}`",
+            "LoRA rank / alpha": f"{lora.rank} / {lora.alpha:g}" + (", scaled by the root" if lora.rslora else ""),
+            "layers merged": len(adapter.weights),
+        }
+    where = {"base": name, "revision": revision, "layout": args.layout, "codec": args.codec, "folder": args.output_dir}
+    card = merged_card(table, **where)
+    size = merge(base, adapter, args.output_dir, args.layout, dtype=args.dtype, codec=args.codec, card=card)
     merged = f"{len(adapter.weights)} layers merged" if adapter else "nothing merged"
     print(
         f"{args.output_dir}: {len(base.stored)} weights, {size / 1e9:.2f} GB, {merged}; read back: every name, shape "

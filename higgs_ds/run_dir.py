@@ -14,8 +14,10 @@ import torch
 import yaml
 from peft import PeftModel
 
-from .config import ConfigError
+from .cards import adapter_card, pinned
+from .config import DEFAULT_CODEC, ConfigError
 from .engine import Ranks
+from .layouts import BOSON
 
 RUN_FILES = ("config.yaml", "metrics.jsonl", "adapter", "checkpoints")
 
@@ -82,13 +84,21 @@ def _write(path: Path, text: str) -> None:
 
 
 def save_adapter(
-    model: PeftModel, weights: dict[str, torch.Tensor], folder: Path, ranks: Ranks, facts: dict[str, object]
+    model: PeftModel,
+    weights: dict[str, torch.Tensor],
+    folder: Path,
+    ranks: Ranks,
+    facts: dict[str, object],
+    *,
+    layout: str = BOSON,
+    codec: str = DEFAULT_CODEC,
 ) -> Path:
     """The adapter in PEFT's format, from whole weights by module name; rank 0 writes, all ranks wait.
 
     Args:
         weights: what `Engine.gather_trainable` gave, named within the training module (`model.` before PEFT's names).
         facts: lines of the model card.
+        layout: of the base, and `codec` the audio tokenizer, for the card's commands.
 
     Raises:
         ValueError: a weight is empty or not finite, so that the file would not hold what was trained.
@@ -101,7 +111,7 @@ def save_adapter(
         beside = folder.with_name(folder.name + ".tmp")
         shutil.rmtree(beside, ignore_errors=True)
         model.save_pretrained(beside, state_dict=state, safe_serialization=True, save_embedding_layers=False)
-        (beside / "README.md").write_text(_model_card(model, facts), encoding="utf-8")
+        (beside / "README.md").write_text(_model_card(model, facts, folder, layout, codec), encoding="utf-8")
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(beside, folder)
@@ -109,34 +119,13 @@ def save_adapter(
     return folder
 
 
-def _model_card(model: PeftModel, facts: dict[str, object]) -> str:
+def _model_card(model: PeftModel, facts: dict[str, object], folder: Path, layout: str, codec: str) -> str:
     lora = model.peft_config["default"]
-    base = f"`{lora.base_model_name_or_path}`" + (f" at revision `{lora.revision}`" if lora.revision else "")
-    rows = {
-        "base": base,
+    base, revision = pinned(lora.base_model_name_or_path, lora.revision)
+    table = {
+        "base": f"`{base}`" + (f" at revision `{revision}`" if revision else ""),
         "LoRA rank / alpha / dropout": f"{lora.r} / {lora.lora_alpha:g} / {lora.lora_dropout:g}",
         "layers": ", ".join(sorted(lora.target_modules)),
-        **{key: f"{value:.4f}" if isinstance(value, float) else value for key, value in facts.items()},
+        **facts,
     }
-    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
-    return f"""---
-library_name: peft
-base_model: {lora.base_model_name_or_path}
-pipeline_tag: text-to-speech
----
-# LoRA adapter for Higgs Audio v2
-
-| | |
-|---|---|
-{table}
-
-```python
-from boson_multimodal.model.higgs_audio import HiggsAudioModel
-from peft import PeftModel
-
-model = HiggsAudioModel.from_pretrained("{lora.base_model_name_or_path}")
-model = PeftModel.from_pretrained(model, "adapter")
-```
-
-Trained with higgs_ds.
-"""
+    return adapter_card(table, base=base, revision=revision, layout=layout, codec=codec, folder=folder)

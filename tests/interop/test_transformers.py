@@ -6,8 +6,10 @@ In the second environment of this folder; skipped, with the reason, where it can
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
+import soundfile
 import torch
 from boson_multimodal.model.higgs_audio import HiggsAudioModel
 from safetensors.torch import load_file, save_file
@@ -187,6 +189,14 @@ def test_its_own_greedy_generate_gives_every_clip_back(trained, merged, transfor
     for number, codes in enumerate(wanted):
         assert spoken[str(number)].shape == codes.shape, number
         assert share_given_back(codes, spoken[str(number)].numpy()) >= 0.99, number
+
+
+def test_the_merged_folders_card_speaks_as_it_is_printed(merged, transformers_side, tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", (merged / "transformers/README.md").read_text(), flags=re.S)
+    # A random codec of this size takes its time.
+    left = transformers_side("run", code=code.replace("max_new_tokens=1024", "max_new_tokens=100"), folder=tmp_path)
+    waveform, rate = soundfile.read(tmp_path / "speech.wav")
+    assert left == ["speech.wav"] and rate == 24000 and len(waveform) >= 960
 
 
 def test_bosons_own_serve_engine_speaks_with_it(trained, merged, monkeypatch):

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import warnings
 
@@ -133,6 +134,14 @@ def generate(folder, conversations, output, max_new_tokens):
         codes[str(number)] = processor.revert_delay_pattern(stream[begins + 1 : end]).T.contiguous()
     save_file(codes, output)
     return report
+
+
+def run(code, folder):
+    """Runs a snippet in a folder."""
+    os.chdir(folder)
+    torch.manual_seed(0)
+    exec(code, {})
+    return sorted(os.listdir(folder))
 
 
 def encode(folder, waveform, output):

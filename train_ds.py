@@ -55,6 +55,7 @@ def train(config: TrainConfig, ds_raw: dict, *, check_only: bool) -> int:
         run.rehearse(setup, data, engine, guard, ranks, watch)
 
         # 5. Train, under the guard.
+        origin = {"layout": setup.base.layout, "codec": config.data.codec}
         sinks = run.Sinks(setup, data, engine, ranks, keeps_nothing=check_only)
         watch.before_end.append(sinks.writer.finish)
         try:
@@ -71,7 +72,7 @@ def train(config: TrainConfig, ds_raw: dict, *, check_only: bool) -> int:
                 ranks.say(str(error))
                 return leave_ranks(ExitCode.FAILED)
             facts = {"stopped": "by the loss guard, before the failed step was trained"}
-            saved = run_dir.save_adapter(engine, setup.output_dir / "adapter_before_failure", ranks, facts)
+            saved = run_dir.save_adapter(engine, setup.output_dir / "adapter_before_failure", ranks, facts, **origin)
             ranks.say(f"nothing of the failed step was trained; the weights before it are in {saved}")
             return leave_ranks(ExitCode.BAD_LOSS)
 
@@ -80,8 +81,9 @@ def train(config: TrainConfig, ds_raw: dict, *, check_only: bool) -> int:
             ranks.say(f"asked to stop: saved in {setup.output_dir / 'checkpoints'}; --resume auto goes on from there")
             return leave_ranks(ExitCode.STOPPED)
         if not check_only:
-            facts = {"rows": len(data.corpus.train_rows), "optimizer steps": data.total_steps, **trainer.last_losses}
-            saved = run_dir.save_adapter(engine, setup.output_dir / "adapter", ranks, facts)
+            saved = run_dir.save_adapter(
+                engine, setup.output_dir / "adapter", ranks, data.facts() | trainer.last_losses, **origin
+            )
             ranks.say(f"adapter: {saved}\nlisten:  {run_dir.listen_command(config, saved, ranks.device)}")
         return leave_ranks(ExitCode.OK)
 

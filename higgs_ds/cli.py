@@ -9,6 +9,7 @@ from pathlib import Path
 from .config import DEFAULT_BASE, DEFAULT_CODEC
 from .corpus.audio import AudioError
 from .errors import ConfigError, ExitCode
+from .merge_cli import add_export, add_merge
 from .process import say
 
 
@@ -83,6 +84,9 @@ def _parser() -> argparse.ArgumentParser:
     recite.add_argument("--output_dir", type=Path, required=True)
     recite.add_argument("--at_least", type=float, default=0.0, help="exit 1 if a clip gives back a smaller share")
     recite.set_defaults(verb=_recite)
+
+    add_merge(verbs)
+    add_export(verbs)
     return parser
 
 
@@ -108,6 +112,7 @@ def _speaker_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base_ckpt", default=DEFAULT_BASE)
     parser.add_argument("--base_revision")
     parser.add_argument("--adapter", help="folder of a PEFT adapter (default: speak with the base alone)")
+    parser.add_argument("--other_base", action="store_true", help="the adapter was trained on another base")
     parser.add_argument("--codec", default=DEFAULT_CODEC)
     parser.add_argument("--codec_revision")
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="default: bf16 on a GPU, fp32 on the CPU")
@@ -203,7 +208,7 @@ def _speaker(args):
     if base.notes:
         say("\n".join(base.notes))
     codec = load_codec(args.codec, args.codec_revision)
-    return Speaker(base, args.adapter, codec, dtype=args.dtype)
+    return Speaker(base, args.adapter, codec, dtype=args.dtype, other_base=args.other_base)
 
 
 def _generate(args) -> int:

@@ -113,6 +113,7 @@ class LoraOptions:
         "or attention, text_mlp, audio_mlp, all",
     )
     init_adapter: str | None = _option(None, "start from this adapter's weights: a new run, not a resume")
+    other_base: bool = _option(False, "--init_adapter was trained on another base than --base_ckpt")
 
     @property
     def target_suffixes(self) -> list[str]:

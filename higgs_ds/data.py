@@ -16,6 +16,7 @@ from .batching.collate import Batch, Collator
 from .batching.loader import MicroBatches, load_steps
 from .batching.shared_memory import check_shared_memory
 from .batching.token_counts import LengthIndex
+from .cards import prompt_facts
 from .codec.base import Codec, load_codec
 from .config import TrainConfig
 from .corpus.code_cache import CodeCache
@@ -115,6 +116,11 @@ class Data:
         budget = {"tokens": rows.tokens, "max_tokens": optim.max_tokens_per_batch}
         plans = evaluation_plans(len(rows), optim.batch_size, self.ranks.rank, self.ranks.world_size, **budget)
         return self._load(rows, plans)
+
+    def facts(self) -> dict[str, object]:
+        """Lines of an adapter's card on what it was trained on."""
+        rows = self.corpus.train_rows
+        return {"rows": len(rows), "optimizer steps": self.total_steps, **prompt_facts(rows)}
 
     def any_inputs(self) -> dict:
         """Some micro-batch's model inputs, on this rank's device."""

@@ -11,15 +11,15 @@ import numpy as np
 import torch
 from boson_multimodal.model.higgs_audio import HiggsAudioModel
 from boson_multimodal.model.higgs_audio.utils import revert_delay_pattern
-from peft import PeftModel
 
 from .batching.collate import Collator, Sample, tokenize
 from .codec.base import Codec, check_fits
 from .corpus.audio import read_audio, write_wav
 from .corpus.manifest import AudioRef, Row, Turn
 from .distributed.device import pick_device, take_device
-from .errors import ConfigError
+from .model.adapter_file import attach, check_base, read_adapter, read_adapter_config
 from .model.base import DTYPES, BaseCheckpoint
+from .model.load_layout import linear_layers, load_checkpoint
 
 ASSISTANT_HEADER = "<|start_header_id|>assistant<|end_header_id|>\n\n"
 STOP_STRINGS = ["<|end_of_text|>", "<|eot_id|>"]
@@ -57,33 +57,38 @@ def default_dtype(device: torch.device) -> str:
 class Speaker:
     """Base checkpoint, adapter and codec, ready to speak."""
 
-    def __init__(self, base: BaseCheckpoint, adapter: str | None, codec: Codec, *, dtype: str | None = None):
+    def __init__(
+        self,
+        base: BaseCheckpoint,
+        adapter: str | None,
+        codec: Codec,
+        *,
+        dtype: str | None = None,
+        other_base: bool = False,
+    ):
         """
         Args:
             dtype: what the model computes in; None is bf16 on a GPU and fp32 on the CPU.
 
         Raises:
-            ConfigError: no usable GPU unless DS_ACCELERATOR=cpu; a codec of another model, or an adapter whose weights
-                do not fit the base one to one.
+            ConfigError: no usable GPU unless DS_ACCELERATOR=cpu; a codec of another model; an adapter that is not
+                plain LoRA or whose weights do not fit the base one to one, or, without `other_base`, one that was
+                trained on another base.
         """
         self.device = pick_device()
         take_device(self.device)
         dtype = dtype or default_dtype(self.device)
         self.config, self.tokenizer = base.config, base.tokenizer
+        lora = None if adapter is None else read_adapter_config(Path(adapter))
+        if lora and not other_base:
+            check_base(lora, base.name, base.revision)
+        weights = lora and read_adapter(Path(adapter), linear_layers(self.config), lora)
         check_fits(codec, self.config.audio_num_codebooks, self.config.audio_codebook_size)
         codec.build()  # what is wrong with it is said before the base is loaded
         self.codec = codec
-        model = HiggsAudioModel.from_pretrained(
-            base.folder, config=self.config, torch_dtype=DTYPES[dtype], use_safetensors=True
-        )
-        if adapter is not None:
-            if not (Path(adapter) / "adapter_config.json").is_file():
-                raise ConfigError([f"--adapter: {adapter} holds no adapter_config.json"])
-            try:
-                peft_model = PeftModel.from_pretrained(model, adapter, use_safetensors=True)
-            except (RuntimeError, ValueError, OSError) as error:
-                raise ConfigError([f"--adapter: {adapter} does not fit the base checkpoint: {error}"]) from error
-            model = peft_model.merge_and_unload()
+        model = load_checkpoint(HiggsAudioModel, base.folder, self.config, DTYPES[dtype])
+        if weights is not None:
+            model = attach(model, weights).merge_and_unload()
         self.model = model.to(self.device).eval()
         self.collator = Collator.of(self.config, round_to=1)
 

@@ -14,12 +14,14 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from . import checkpoint, rehearsal, run_dir
 from .alone import Unwatched
 from .batching import micro_batches
 from .batching.batch_plan import MicroBatch
+from .cards import pinned
 from .checkpoint import Checkpoint
 from .config import TrainConfig
 from .data import Data
@@ -31,7 +33,7 @@ from .errors import ConfigError, ExitCode
 from .guard import Guard
 from .loss import LossWeights
 from .model import flops
-from .model.base import BaseCheckpoint, attach_lora, load_base, open_base, read_adapter, set_lora
+from .model.base import BaseCheckpoint, attach_lora, load_base, open_base, read_init_adapter, set_lora
 from .model.forward import training_forward
 from .model.padding_free import check_supported
 from .report.tracking import Tracker
@@ -75,6 +77,7 @@ class Setup:
     ds_config: dict  # for `deepspeed.initialize`
     weights: LossWeights
     resumed: Checkpoint | None = None
+    initial: dict[str, torch.Tensor] | None = None  # the weights of --init_adapter
     notes: list[str] = field(default_factory=list)  # what the user should read once
 
     @property
@@ -95,7 +98,9 @@ def open_setup(config: TrainConfig, ds_raw: dict, ranks: Ranks, watch: Watch | U
     resumed, notes = ranks.each(lambda: checkpoint.find_checkpoint(config.run.resume, Path(config.run.output_dir)))
     watch.untimed("finding the base checkpoint")
     base = ranks.each(lambda: open_base_for(config))
-    return settle(config, ds_raw, base, ranks, resumed, [*notes, *base.notes])
+    setup = settle(config, ds_raw, base, ranks, resumed, [*notes, *base.notes])
+    setup.initial = ranks.each(lambda: None if resumed else read_init_adapter(config, base.config))
+    return setup
 
 
 def open_base_for(config: TrainConfig) -> BaseCheckpoint:
@@ -132,7 +137,7 @@ def settle(
         on_cpu=ranks.device.type == "cpu",
         layer=LayerSizes.from_facts(base.facts),
     )
-    return Setup(config, base, ds_config, weights, resumed, list(notes))
+    return Setup(config, base, ds_config, weights, resumed, notes=list(notes))
 
 
 def load_model(
@@ -165,6 +170,7 @@ def adapt(
 ) -> Engine:
     """LoRA on a base model, started as the options say, and the training forward of both, under DeepSpeed."""
     config = setup.config
+    base_name, base_revision = pinned(config.model.base_ckpt, config.model.base_revision)
     lora_model = attach_lora(
         model,
         rank=config.lora.lora_r,
@@ -172,14 +178,13 @@ def adapt(
         dropout=config.lora.lora_dropout,
         target_modules=config.lora.target_suffixes,
         seed=config.optim.seed,
-        base_name=config.model.base_ckpt,
-        base_revision=config.model.base_revision,
+        base_name=base_name,
+        base_revision=base_revision,
     )
     if setup.resumed:
         ranks.each(lambda: set_lora(lora_model, setup.resumed.adapter, str(setup.resumed.folder)))
-    elif config.lora.init_adapter:
-        adapter = ranks.each(lambda: read_adapter(Path(config.lora.init_adapter)))
-        ranks.each(lambda: set_lora(lora_model, adapter, f"--init_adapter {config.lora.init_adapter}"))
+    elif setup.initial is not None:
+        ranks.each(lambda: set_lora(lora_model, setup.initial, f"--init_adapter {config.lora.init_adapter}"))
     module = training_forward(
         wrap(lora_model),
         setup.base.config,

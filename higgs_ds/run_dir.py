@@ -13,11 +13,11 @@ import torch
 import yaml
 from peft import PeftModel
 
+from .cards import adapter_card, pinned
 from .config import TrainConfig
 from .distributed.engine import Engine, Ranks
 from .errors import ConfigError
 from .files import replacing, write_text
-from .process import loss_text
 
 RUN_FILES = ("config.yaml", "metrics.jsonl", "adapter", "checkpoints")
 
@@ -86,11 +86,14 @@ def listen_command(config: TrainConfig, adapter: Path, device: torch.device) -> 
     )
 
 
-def save_adapter(engine: Engine, folder: Path, ranks: Ranks, facts: dict[str, object]) -> Path:
+def save_adapter(
+    engine: Engine, folder: Path, ranks: Ranks, facts: dict[str, object], *, layout: str, codec: str
+) -> Path:
     """The adapter in PEFT's format, whole under every stage; every rank must call this, rank 0 writes.
 
     Args:
         facts: lines of the model card.
+        layout: of the base, and `codec` the audio tokenizer, for the card's commands.
 
     Raises:
         ValueError: a weight is empty or not finite, so that the file would not hold what was trained.
@@ -103,39 +106,18 @@ def save_adapter(engine: Engine, folder: Path, ranks: Ranks, facts: dict[str, ob
                 raise ValueError(f"{name} has shape {tuple(value.shape)} or holds NaN: refusing to write this adapter")
         with replacing(folder) as beside:
             model.save_pretrained(beside, state_dict=state, safe_serialization=True, save_embedding_layers=False)
-            (beside / "README.md").write_text(_model_card(model, facts), encoding="utf-8")
+            (beside / "README.md").write_text(_model_card(model, facts, folder, layout, codec), encoding="utf-8")
     ranks.barrier()
     return folder
 
 
-def _model_card(model: PeftModel, facts: dict[str, object]) -> str:
+def _model_card(model: PeftModel, facts: dict[str, object], folder: Path, layout: str, codec: str) -> str:
     lora = model.peft_config["default"]
-    base = f"`{lora.base_model_name_or_path}`" + (f" at revision `{lora.revision}`" if lora.revision else "")
-    rows = {
-        "base": base,
+    base, revision = pinned(lora.base_model_name_or_path, lora.revision)
+    table = {
+        "base": f"`{base}`" + (f" at revision `{revision}`" if revision else ""),
         "LoRA rank / alpha / dropout": f"{lora.r} / {lora.lora_alpha:g} / {lora.lora_dropout:g}",
         "layers": ", ".join(sorted(lora.target_modules)),
-        **{key: loss_text(value) if isinstance(value, float) else value for key, value in facts.items()},
+        **facts,
     }
-    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
-    return f"""---
-library_name: peft
-base_model: {lora.base_model_name_or_path}
-pipeline_tag: text-to-speech
----
-# LoRA adapter for Higgs Audio v2
-
-| | |
-|---|---|
-{table}
-
-```python
-from boson_multimodal.model.higgs_audio import HiggsAudioModel
-from peft import PeftModel
-
-model = HiggsAudioModel.from_pretrained("{lora.base_model_name_or_path}")
-model = PeftModel.from_pretrained(model, "adapter")
-```
-
-Trained with higgs_ds.
-"""
+    return adapter_card(table, base=base, revision=revision, layout=layout, codec=codec, folder=folder)

@@ -1,6 +1,9 @@
 """Shared by the tests: a tiny base checkpoint, the sample codec on the shipped speech, and a launcher of real ranks."""
 
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -72,6 +75,28 @@ def flags_of(tiny_dir, codec_dir):
         return [str(word) for name, value in (settings | changes).items() for word in (f"--{name}", value)]
 
     return flags
+
+
+@pytest.fixture(scope="session")
+def quickstart_of(tmp_path_factory):
+    """The main job as a user starts it, once a ZeRO stage and session: stage -> (folder, output, seconds)."""
+    done = {}
+
+    def run(stage: int) -> tuple[Path, str, float]:
+        if stage not in done:
+            folder = tmp_path_factory.mktemp("quickstart") / f"stage{stage}"
+            command = ["bash", "launch/quickstart.sh", "--ranks", "2", "--stage", str(stage), "--output_dir", folder]
+            env = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "WANDB_MODE": "offline"}
+            env.pop("WANDB_API_KEY", None)
+            started = time.monotonic()
+            ran = subprocess.run(
+                command, cwd=ROOT, env=env, text=True, timeout=600, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            )
+            assert ran.returncode == 0, ran.stdout[-5000:]
+            done[stage] = folder, ran.stdout, time.monotonic() - started
+        return done[stage]
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import ctypes
 import functools
 import gc
 import hashlib
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -117,14 +118,20 @@ class BosonCodec:
     What is known without its network is read at once; the network is built by the first `encode` or `decode`.
     """
 
-    def __init__(self, folder: Path, device: str = "cpu", warn: Callable[[str], None] = _to_stderr):
-        """Reads config.json and the list of tensors in model.pth; `warn` gets a line on weights that are left out.
+    def __init__(
+        self,
+        folder: Path,
+        device: str = "cpu",
+        warn: Callable[[str], None] = _to_stderr,
+        weights: str = "model.pth",
+    ):
+        """Reads config.json and the list of tensors in `weights`; `warn` gets a line on weights that are left out.
 
         Raises ValueError for files that are not such, OSError for files that cannot be read.
         """
         from .boson_tokenizer import read_tokenizer_config, read_weights
 
-        self._config_path, self._weights_path = folder / "config.json", folder / "model.pth"
+        self._config_path, self._weights_path = folder / "config.json", folder / weights
         self._device, self._warn = device, warn
         self._found = self._files_now()
         self._config = read_tokenizer_config(self._config_path)
@@ -227,9 +234,24 @@ def _download(repo: str, revision: str | None) -> Path:
     if revision is None and repo == DEFAULT_CODEC:
         revision = DEFAULT_CODEC_REVISION
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(CODEC_FILES)))
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=list(CODEC_FILES)))
+        # Only where it is the codec: a repository may hold a file of that name that is something else, and large.
+        if _is_renamed(folder):
+            snapshot_download(repo, revision=revision, allow_patterns=["model.safetensors"])
+        return folder
     except HFValidationError as error:
         raise ValueError(f"codec {repo!r} is neither a folder here nor the name of a repository on the hub") from error
+
+
+def _is_renamed(folder: Path) -> bool:
+    """Whether the folder's config.json is of transformers' layout; one that cannot be read is not."""
+    from .codec_layout import is_renamed
+
+    try:
+        raw = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False  # what reads it next says what is wrong with it
+    return isinstance(raw, dict) and is_renamed(raw)
 
 
 def _load_folder(folder: Path, device: str, warn: Callable[[str], None]) -> Codec:
@@ -238,13 +260,13 @@ def _load_folder(folder: Path, device: str, warn: Callable[[str], None]) -> Code
         from .sample import SampleCodec
 
         return SampleCodec.load(folder)
-    if {"config.json", "model.pth"} <= files:
-        return BosonCodec(folder, device, warn)
     if "config.json" in files:
-        newer = " (only model.safetensors: the layout of newer transformers)" if "model.safetensors" in files else ""
+        weights = "model.safetensors" if _is_renamed(folder) else "model.pth"
+        if weights in files:
+            return BosonCodec(folder, device, warn, weights)
         raise ValueError(
-            f"codec folder {folder} has config.json but no model.pth{newer}; boson_multimodal reads "
-            f"{DEFAULT_CODEC} at revision {DEFAULT_CODEC_REVISION}"
+            f"codec folder {folder} has config.json but no {weights}, which belongs to it; "
+            f"{DEFAULT_CODEC} at revision {DEFAULT_CODEC_REVISION} has both"
         )
     raise ValueError(
         f"{folder} is no codec: it lacks config.json and model.pth (Boson's), or sample_codec.json (a sample codec)"

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from . import codec_layout
+
 if TYPE_CHECKING:
     import torch
 
@@ -76,6 +78,11 @@ def read_tokenizer_config(path: Path) -> TokenizerConfig:
         raise ValueError(f"{path} is no config of Boson's codec: {error}") from error
     if not isinstance(given, dict):
         raise ValueError(f"{path} is no config of Boson's codec: it must be a JSON object")
+    if codec_layout.is_renamed(given):
+        try:
+            given = codec_layout.old_config(given)
+        except ValueError as error:
+            raise ValueError(f"{path} is no config of Boson's codec: {error}") from error
     unknown = sorted(given.keys() - DEFAULTS.keys())
     if unknown:
         raise ValueError(f"{path} is no config of Boson's codec: upstream knows no {listed(unknown)}")
@@ -116,6 +123,8 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     """
     import torch
 
+    if path.name == codec_layout.WEIGHTS:
+        return codec_layout.read_renamed(path)
     try:
         # The layout of torch before 1.6 cannot be mapped, and is read.
         weights = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
@@ -151,6 +160,9 @@ def build_tokenizer(
         model = _empty_tokenizer(config, device)
     except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"config.json beside {weights_path} cannot be built: {_first_line(error)}") from error
+    if weights_path.name == codec_layout.WEIGHTS:
+        codec_layout.drop_weight_norm(model)
+        weights = codec_layout.renamed(weights, model.state_dict())
     places = model.state_dict().keys()
     unusable = [name for name in weights if name in places and not _is_plain(weights[name])]
     if unusable:

@@ -6,9 +6,7 @@ loaded: the same verdict on every rank and under every ZeRO stage, where loading
 
 from __future__ import annotations
 
-import copy
 import hashlib
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,17 +14,18 @@ from pathlib import Path
 import torch
 from boson_multimodal.model.higgs_audio import HiggsAudioConfig, HiggsAudioModel
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedTokenizerFast
-from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.utils.logging import disable_progress_bar
 
-from ..config import BASE_NAMES, DEFAULT_BASE, DEFAULT_BASE_REVISION, LORA_TARGET_GROUPS
+from ..config import BASE_NAMES, DEFAULT_BASE_REVISION, LORA_TARGET_GROUPS, TrainConfig
 from ..errors import ConfigError, nearest
+from . import adapter_file
 from .facts import ModelFacts
 from .higgs import HiggsAudioForTraining
+from .layout_config import read_checkpoint_config
+from .layouts import BOSON, TRANSFORMERS, layout_of, read_json
+from .load_layout import check_renamed_weights, linear_layers, load_checkpoint, wanted_weights
+from .weight_files import differences, refuse, weight_headers
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -35,7 +34,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 class BaseCheckpoint:
     """A base checkpoint whose every file was looked at, before any of its weights is loaded."""
 
+    name: str  # as the user gave it: a folder or a hub id
+    revision: str | None
     folder: Path
+    layout: str  # of its files, one of `layouts.LAYOUTS`
     config: HiggsAudioConfig
     tokenizer: PreTrainedTokenizerFast
     facts: ModelFacts
@@ -58,7 +60,8 @@ def open_base(name_or_path: str, revision: str | None = None) -> BaseCheckpoint:
     notes = check_weights(folder, config)
     tokenizer = load_tokenizer(folder)
     check_tokenizer(folder, tokenizer, config)
-    return BaseCheckpoint(folder, config, tokenizer, ModelFacts.from_config(config), tuple(notes))
+    facts = ModelFacts.from_config(config)
+    return BaseCheckpoint(name_or_path, revision, folder, layout_of(folder), config, tokenizer, facts, tuple(notes))
 
 
 def locate_checkpoint(name_or_path: str, revision: str | None = None) -> Path:
@@ -68,8 +71,11 @@ def locate_checkpoint(name_or_path: str, revision: str | None = None) -> Path:
         ConfigError: neither a folder nor a hub id that can be had.
     """
     folder = Path(name_or_path)
-    if folder.is_dir():
-        return folder
+    try:
+        if folder.is_dir():
+            return folder
+    except OSError as error:  # a name too long, a folder that may not be looked into
+        raise ConfigError([f"--base_ckpt: {name_or_path[:200]} cannot be read: {error.strerror}"]) from None
     if folder.is_absolute() or name_or_path.startswith(".") or name_or_path.count("/") != 1:
         raise ConfigError([f"--base_ckpt: {name_or_path} is neither a folder nor a hub id (owner/name)"])
     from huggingface_hub import snapshot_download
@@ -89,31 +95,13 @@ def read_model_config(folder: Path) -> HiggsAudioConfig:
     """The checkpoint's `config.json`, refused where this trainer would train something else than the model is.
 
     Raises:
-        ConfigError: not a Higgs Audio checkpoint, in the newer transformers layout, with an audio tower, or with
-            values that no such model has.
+        ConfigError: not a Higgs Audio checkpoint in either layout, with an audio tower, or with values that no such
+            model has.
     """
-    file = folder / "config.json"
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError([f"--base_ckpt: {file} cannot be read: {error}"]) from None
-    model_type = raw.get("model_type") if isinstance(raw, dict) else None
-    if isinstance(model_type, str) and model_type.startswith("higgs_audio_v2"):
-        raise ConfigError(
-            [
-                f"--base_ckpt: {folder} is in transformers' newer layout (model_type {model_type!r}), which "
-                f"boson_multimodal cannot load; use {DEFAULT_BASE} with --base_revision {DEFAULT_BASE_REVISION}"
-            ]
-        )
-    if model_type != "higgs_audio":
-        raise ConfigError([f"--base_ckpt: {file} says model_type {model_type!r}, expected 'higgs_audio'"])
-    problems = _config_problems(raw)
-    if problems:
-        raise ConfigError([f"--base_ckpt: {file}: {problem}" for problem in problems])
-    try:
-        config = HiggsAudioConfig.from_pretrained(folder)
-    except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ConfigError([f"--base_ckpt: {file} is no config of a Higgs Audio model: {error}"]) from error
+    if layout_of(folder) == BOSON:
+        file = folder / "config.json"
+        refuse(_config_problems(read_json(file, "--base_ckpt")), f"--base_ckpt: {file}")
+    config = read_checkpoint_config(folder)
     if config.encode_whisper_embed or not config.skip_audio_tower:
         raise ConfigError(
             [
@@ -174,23 +162,19 @@ def _config_problems(raw: dict) -> list[str]:
 _CARRIED_ALONG = re.compile(r"(^|\.)(audio_codebook_weights|rotary_emb\.(original_)?inv_freq)$")
 # Halves of one weight, as a training of Boson's with frozen and trained rows leaves them.
 _SPLIT_HALF = re.compile(r"_(frozen|trainable)(\.weight)?$")
-_FLOAT_DTYPES = ("BF16", "F16", "F32", "F64")
 
 
 def check_weights(folder: Path, config: HiggsAudioConfig) -> list[str]:
-    """Compares names, shapes and dtypes in the safetensors headers with those that the model has.
+    """Compares names, shapes and dtypes in the safetensors headers with those that the model has, in either layout.
 
     Returns what is to be mentioned: weights that this family is known to carry along, which are left out.
 
     Raises:
         ConfigError: missing, extra, misshapen or split weights, each named; an index that does not fit its files.
     """
-    found, problems = _read_headers(folder)
-    if problems:
-        raise _refused(folder, problems)
+    where = f"--base_ckpt: {folder}"
     try:
-        with torch.device("meta"):
-            model = HiggsAudioModel(copy.deepcopy(config))
+        wanted = wanted_weights(config)
     except (
         AssertionError,
         AttributeError,
@@ -201,82 +185,26 @@ def check_weights(folder: Path, config: HiggsAudioConfig) -> list[str]:
         RuntimeError,
     ) as error:
         raise ConfigError([f"--base_ckpt: {folder / 'config.json'} describes no model: {error}"]) from error
-    wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    left_out = [key for key in found if key not in wanted and _CARRIED_ALONG.search(key)]
-    halves = [key for key in found if key not in wanted and _SPLIT_HALF.search(key)]
+    if layout_of(folder) == TRANSFORMERS:
+        check_renamed_weights(folder, config)
+        return []
+    found = weight_headers(folder)
+    left_out = [name for name in found.stored if name not in wanted and _CARRIED_ALONG.search(name)]
+    halves = [name for name in found.stored if name not in wanted and _SPLIT_HALF.search(name)]
+    for name in (*left_out, *halves):
+        del found.stored[name]
     if halves:
-        problems.append(
+        joined = {_SPLIT_HALF.sub("", name).rsplit(".", 1)[0] for name in halves}
+        wanted = {name: shape for name, shape in wanted.items() if not any(name.startswith(half) for half in joined)}
+        found.problems.append(
             f"holds weights in two halves ({', '.join(halves[:4])}): rows that a training of Boson's kept frozen and "
             "rows that it trained, to be joined before any program can load them; export the checkpoint joined"
         )
-    extra = [key for key in found if key not in wanted and key not in left_out and key not in halves]
-    joined = {_SPLIT_HALF.sub("", key).rsplit(".", 1)[0] for key in halves}
-    missing = [key for key in wanted if key not in found and not any(key.startswith(name) for name in joined)]
-    problems += [f"missing weight {key} {list(wanted[key])}" for key in missing]
-    problems += [f"extra weight {key} {list(found[key][1])}" for key in extra]
-    for key, (dtype, shape) in found.items():
-        if key in wanted and shape != wanted[key]:
-            problems.append(f"weight {key} has shape {list(shape)}, the model needs {list(wanted[key])}")
-        elif key in wanted and dtype not in _FLOAT_DTYPES:
-            problems.append(f"weight {key} is {dtype}: quantized checkpoints are not trained on, take the bf16 one")
-    if problems:
-        raise _refused(folder, problems)
+    refuse(differences(found, wanted), where)
     if not left_out:
         return []
-    return [f"{folder}: left out what no module of this model has: {', '.join(left_out[:4])}"
-            + (f" and {len(left_out) - 4} more" if len(left_out) > 4 else "")]  # fmt: skip
-
-
-def _refused(folder: Path, problems: list[str]) -> ConfigError:
-    shown = problems[:20] + ([f"… and {len(problems) - 20} more"] if len(problems) > 20 else [])
-    return ConfigError([f"--base_ckpt: {folder}: {problem}" for problem in shown])
-
-
-def _read_headers(folder: Path) -> tuple[dict[str, tuple[str, tuple[int, ...]]], list[str]]:
-    """(dtype, shape) of every weight in the files that a loader would take, and what is wrong with those files."""
-    files, index, problems = _weight_files(folder)
-    found: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for key in tensors.keys():  # noqa: SIM118 - safe_open is not a mapping
-                    if key in found:
-                        problems.append(f"{file.name}: {key} stands in two files")
-                    if index and index.get(key) != file.name:
-                        problems.append(
-                            f"{file.name}: {key} is there, the index says {index.get(key, 'nothing of it')}"
-                        )
-                    view = tensors.get_slice(key)
-                    found[key] = view.get_dtype(), tuple(view.get_shape())
-        except Exception as error:  # the safetensors reader raises its own SafetensorError, OSError or ValueError
-            problems.append(f"{file.name} cannot be read: {error}")
-    return found, problems
-
-
-def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str], list[str]]:
-    """The files that transformers would load, by the index where there is one, and what is wrong with the index."""
-    single, index_file = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if single.exists():
-        return [single], {}, []
-    if not index_file.exists():
-        shards = sorted(folder.glob("*.safetensors"))
-        if shards:
-            named = ", ".join(shard.name for shard in shards[:3])
-            return (
-                [],
-                {},
-                [f"holds {named} but neither model.safetensors nor {index_file.name}, which names the shards"],
-            )
-        return [], {}, ["holds no .safetensors file (pickled checkpoints are not loaded: convert it)"]
-    try:
-        weight_map = json.loads(index_file.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(weight_map.values()))
-        if not names or any("/" in name or "\\" in name or not name.endswith(".safetensors") for name in names):
-            raise ValueError("its weight_map must name .safetensors files of the same folder")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return [], {}, [f"{index_file.name} cannot be used: {error}"]
-    missing = [f"{name} is missing, the index names it" for name in names if not (folder / name).is_file()]
-    return [folder / name for name in names if (folder / name).is_file()], weight_map, missing
+    more = f" and {len(left_out) - 4} more" if len(left_out) > 4 else ""
+    return [f"{folder}: left out what no module of this model has: {', '.join(left_out[:4])}{more}"]
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
@@ -318,21 +246,12 @@ def check_tokenizer(folder: Path, tokenizer, config: HiggsAudioConfig) -> None:
             problems.append(f"its tokenizer gives {token} the id {encoded[0]}, config.json {wanted}")
     if len(tokenizer) > config.text_config.vocab_size:
         problems.append(f"its tokenizer has {len(tokenizer)} tokens, the model {config.text_config.vocab_size}")
-    if problems:
-        raise _refused(folder, problems)
+    refuse(problems, f"--base_ckpt: {folder}")
 
 
 def load_base(folder: Path, config: HiggsAudioConfig, dtype: str) -> HiggsAudioForTraining:
     """The base model, all parameters frozen, in `dtype` ("bf16", "fp16", "fp32"); after `check_weights`."""
-    disable_progress_bar()  # a bar for three files, from every rank
-    model = HiggsAudioForTraining.from_pretrained(
-        folder,
-        config=config,
-        torch_dtype=DTYPES[dtype],
-        use_safetensors=True,
-        # Without it every rank would hold the weights twice for a moment; with stage 3 it is not to be had.
-        low_cpu_mem_usage=not is_deepspeed_zero3_enabled(),
-    )
+    model = load_checkpoint(HiggsAudioForTraining, folder, config, DTYPES[dtype])
     model.requires_grad_(False)
     return model
 
@@ -402,17 +321,19 @@ def set_lora(model: PeftModel, weights: dict[str, torch.Tensor], source: str) ->
         parameter.data.copy_(weights[key])
 
 
-def read_adapter(folder: Path) -> dict[str, torch.Tensor]:
-    """The weights of a PEFT adapter, by the keys of its file.
+def read_init_adapter(options: TrainConfig, config: HiggsAudioConfig) -> dict[str, torch.Tensor] | None:
+    """The checked weights of `--init_adapter`, by the keys of its file; None without one.
 
     Raises:
-        ConfigError: no adapter there, or one that cannot be read.
+        ConfigError: it is not plain LoRA, does not fit the base one to one, or was trained on another base.
     """
-    file = folder / "adapter_model.safetensors"
-    try:
-        return load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise ConfigError([f"--init_adapter: {file} cannot be read: {error}"]) from error
+    if options.lora.init_adapter is None:
+        return None
+    folder, flag = Path(options.lora.init_adapter), "--init_adapter"
+    lora = adapter_file.read_adapter_config(folder, flag)
+    if not options.lora.other_base:
+        adapter_file.check_base(lora, options.model.base_ckpt, options.model.base_revision, flag)
+    return adapter_file.read_adapter(folder, linear_layers(config), lora, flag).state_dict()
 
 
 def initial_lora(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:

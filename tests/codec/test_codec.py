@@ -257,8 +257,8 @@ def test_codes_are_checked_before_they_are_decoded(codec, codes, complaint):
     [
         ([], "it lacks config.json and model.pth"),
         (["model.pth"], "has model.pth but lacks config.json"),
-        (["config.json"], f"no model.pth; .*at revision {DEFAULT_CODEC_REVISION}"),
-        (["config.json", "model.safetensors"], f"the layout of newer transformers.*{DEFAULT_CODEC_REVISION}"),
+        (["config.json"], f"no model.pth, .*at revision {DEFAULT_CODEC_REVISION}"),
+        (["config.json", "model.safetensors"], f"no model.pth, .*at revision {DEFAULT_CODEC_REVISION}"),
     ],
 )
 def test_a_folder_that_is_no_codec_is_told_what_it_lacks(tmp_path, files, complaint):

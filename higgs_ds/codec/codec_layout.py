@@ -1,0 +1,187 @@
+"""Boson's codec in transformers' layout (model type `higgs_audio_v2_tokenizer`), read as boson_multimodal's.
+
+The network is the same. transformers has other names, and has multiplied out the weight norm of the convolutions:
+boson_multimodal keeps length g and direction v of a weight g · v / ‖v‖, transformers the weight itself.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+MODEL_TYPE = "higgs_audio_v2_tokenizer"
+WEIGHTS = "model.safetensors"
+_INNER = ("snake1", "conv1", "snake2", "conv2")
+
+# What upstream's network is and its config.json cannot say.
+_FIXED = {
+    "kernel_size": 3,
+    "channel_ratios": [1, 1],
+    "strides": [1, 1],
+    "block_dilations": [1, 1],
+    "unit_kernel_size": 3,
+    "semantic_sample_rate": 16000,
+    "downsample_factor": 320,
+}
+_FIXED_ACOUSTIC = {"model_type": "dac", "encoder_hidden_size": 64, "decoder_hidden_size": 1024}
+# Of HuBERT base, as far as they shape what it computes.
+_FIXED_SEMANTIC = {
+    "model_type": "hubert",
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+    "conv_dim": [512] * 7,
+    "conv_kernel": [10, 3, 3, 3, 3, 2, 2],
+    "conv_stride": [5, 2, 2, 2, 2, 2, 2],
+    "conv_bias": False,
+    "do_stable_layer_norm": False,
+    "feat_extract_norm": "group",
+    "feat_extract_activation": "gelu",
+    "feat_proj_layer_norm": True,
+    "hidden_act": "gelu",
+    "layer_norm_eps": 1e-5,
+    "num_conv_pos_embeddings": 128,
+    "num_conv_pos_embedding_groups": 16,
+    "conv_pos_batch_norm": False,
+}
+_DEFAULTS = {"sample_rate": 24000, "codebook_size": 1024, "codebook_dim": 64, "target_bandwidths": [0.5, 1, 1.5, 2, 4]}
+
+
+def is_renamed(raw: dict) -> bool:
+    """Whether a config.json is of transformers' layout."""
+    return raw.get("model_type") == MODEL_TYPE
+
+
+def old_config(raw: dict) -> dict:
+    """Arguments for upstream's constructor, from config.json in transformers' layout.
+
+    Raises:
+        ValueError: it is of another network than upstream's; names the key.
+    """
+    acoustic, semantic = raw.get("acoustic_model_config"), raw.get("semantic_model_config")
+    if not isinstance(acoustic, dict) or not isinstance(semantic, dict):
+        raise ValueError("acoustic_model_config and semantic_model_config must be objects")
+    for part, given, fixed in (
+        ("", raw, _FIXED),
+        ("acoustic_model_config.", acoustic, _FIXED_ACOUSTIC),
+        ("semantic_model_config.", semantic, _FIXED_SEMANTIC),
+    ):
+        for key, value in fixed.items():
+            if given.get(key, value) != value:
+                raise ValueError(f"{part}{key} is {given[key]!r}, Boson's codec has {value!r}")
+    ratios = acoustic.get("downsampling_ratios")
+    if ratios != acoustic.get("upsampling_ratios"):
+        raise ValueError("acoustic_model_config: downsampling_ratios and upsampling_ratios differ")
+    values = {key: raw.get(key, default) for key, default in _DEFAULTS.items()}
+    return {
+        "D": acoustic.get("hidden_size"),
+        "bins": values["codebook_size"],
+        "codebook_dim": values["codebook_dim"],
+        "n_q": _num_codebooks(values, ratios),
+        "ratios": ratios,
+        "sample_rate": values["sample_rate"],
+        "semantic_techer": "hubert_base_general",
+        "target_bandwidths": values["target_bandwidths"],
+    }
+
+
+def _num_codebooks(values: dict, ratios) -> int:
+    """As transformers counts them: the largest bandwidth, in kbit/s, over the bits that a codebook takes."""
+    try:
+        frame_rate = math.ceil(values["sample_rate"] / math.prod(ratios))
+        bits = math.ceil(math.log2(values["codebook_size"]))
+        return int(1000 * values["target_bandwidths"][-1] // (frame_rate * bits))
+    except (TypeError, ValueError, ArithmeticError, IndexError, KeyError):
+        raise ValueError("sample_rate, codebook_size, target_bandwidths and ratios do not make a codec") from None
+
+
+def new_name(old: str) -> str:
+    """The name in transformers' layout of a weight of upstream's; both halves of a weight norm have the same."""
+    name = re.sub(r"\.weight_[gv]$", ".weight", old)
+    for pattern, replacement in _RULES:
+        found = re.match(pattern, name)
+        if found:
+            return replacement(found) + name[found.end() :]
+    if name.startswith(("encoder_semantic.", "decoder_semantic.")):
+        return re.sub(r"\.(conv[12]?)\.conv\.", r".\1.", name)
+    return name
+
+
+def _block(side: str, names: dict[str, str]):
+    return lambda found: f"acoustic_{side}.block.{int(found[1]) - 1}.{names[found[2]]}"
+
+
+def _unit(side: str, first: int):
+    def name(found) -> str:
+        return f"acoustic_{side}.block.{int(found[1]) - 1}.res_unit{int(found[2]) - first + 1}.{_INNER[int(found[3])]}"
+
+    return name
+
+
+_RULES = (
+    (r"encoder\.block\.(\d+)\.block\.([0-2])\.block\.([0-3])(?=\.)", _unit("encoder", 0)),
+    (r"encoder\.block\.(\d+)\.block\.([34])(?=\.)", _block("encoder", {"3": "snake1", "4": "conv1"})),
+    (r"decoder_2\.model\.(\d+)\.block\.([2-4])\.block\.([0-3])(?=\.)", _unit("decoder", 2)),
+    (r"decoder_2\.model\.(\d+)\.block\.([01])(?=\.)", _block("decoder", {"0": "snake1", "1": "conv_t1"})),
+    (r"(encoder)\.block\.0(?=\.)", lambda found: "acoustic_encoder.conv1"),
+    (r"(decoder_2)\.model\.0(?=\.)", lambda found: "acoustic_decoder.conv1"),
+    (r"encoder\.block\.\d+(?=\.alpha)", lambda found: "acoustic_encoder.snake1"),
+    (r"decoder_2\.model\.\d+(?=\.alpha)", lambda found: "acoustic_decoder.snake1"),
+    (r"encoder\.block\.\d+(?=\.(weight|bias)$)", lambda found: "acoustic_encoder.conv2"),
+    (r"decoder_2\.model\.\d+(?=\.(weight|bias)$)", lambda found: "acoustic_decoder.conv2"),
+    (r"quantizer\.vq\.layers\.(\d+)\._codebook(?=\.)", lambda found: f"quantizer.quantizers.{found[1]}.codebook"),
+    (r"quantizer\.vq\.layers(?=\.)", lambda found: "quantizer.quantizers"),
+    (r"fc_prior(?=\.)", lambda found: "fc"),
+    (r"fc_post1(?=\.)", lambda found: "fc1"),
+    (r"fc_post2(?=\.)", lambda found: "fc2"),
+)
+
+
+def drop_weight_norm(model: torch.nn.Module) -> None:
+    """Makes each weight of upstream's network one that stands alone, as it does in transformers' files.
+
+    Splitting the files' weights into length and direction instead would round each of them a second time.
+    """
+    from torch.nn.utils import remove_weight_norm
+
+    for module in model.modules():
+        if "weight_g" in module._parameters:
+            remove_weight_norm(module)
+
+
+def renamed(weights: dict[str, torch.Tensor], places: Iterable[str]) -> dict[str, torch.Tensor]:
+    """Weights of transformers' layout under upstream's names.
+
+    Args:
+        weights: by the file's names.
+        places: the names that upstream's network has, after `drop_weight_norm`.
+
+    Returns:
+        What `places` asks for, as far as it is there, and whatever is left over under its own name.
+    """
+    found = {old: weights[new_name(old)] for old in places if new_name(old) in weights}
+    used = {new_name(old) for old in found}
+    return found | {name: value for name, value in weights.items() if name not in used}
+
+
+def read_renamed(path: Path) -> dict[str, torch.Tensor]:
+    """Tensors of model.safetensors, mapped: only their list has been read.
+
+    Raises:
+        ValueError: the file is damaged or no such file.
+        OSError: it cannot be read.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} does not hold the weights of Boson's codec: {error}; get the file again") from error

@@ -1,0 +1,140 @@
+"""`python -m higgs_ds merge` and `export`: from an adapter to what other stacks load."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+from pathlib import Path
+
+from .config import DEFAULT_BASE, DEFAULT_CODEC
+from .errors import ConfigError
+from .model.layouts import BOSON, LAYOUTS, TRANSFORMERS
+from .process import say
+
+
+def add_merge(verbs) -> None:
+    """The flags of `merge`."""
+    parser = verbs.add_parser("merge", help="write base and adapter as one checkpoint, in either layout")
+    parser.add_argument("--base_ckpt", default=DEFAULT_BASE)
+    parser.add_argument("--base_revision")
+    parser.add_argument("--adapter", type=Path, help="folder of a LoRA adapter (default: rewrite the base alone)")
+    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument("--layout", choices=LAYOUTS, required=True)
+    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="of the weights (default: as the base)")
+    parser.add_argument(
+        "--codec", default=DEFAULT_CODEC, help="audio tokenizer that transformers' processor loads: hub id or folder"
+    )
+    parser.add_argument("--other_base", action="store_true", help="the adapter was trained on another base")
+    parser.set_defaults(verb=run_merge)
+
+
+def add_export(verbs) -> None:
+    """The flags of `export`."""
+    parser = verbs.add_parser("export", help="write an adapter under transformers' names, for peft there")
+    parser.add_argument("--adapter", type=Path, required=True)
+    parser.add_argument("--layout", choices=(TRANSFORMERS,), required=True)
+    parser.add_argument("--output_dir", type=Path, help="default: beside the adapter, its name and -transformers")
+    parser.add_argument("--base_ckpt", help="the base that it was trained on (default: the one that it names)")
+    parser.add_argument("--base_revision")
+    parser.add_argument("--other_base", action="store_true", help="the adapter was trained on another base")
+    parser.set_defaults(verb=run_export)
+
+
+def refuse_existing(output_dir: Path) -> None:
+    """Raises ConfigError for an output that holds something, or cannot be looked for."""
+    try:
+        if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
+            raise ConfigError([f"--output_dir: {output_dir} exists; it is not overwritten"])
+    except OSError as error:
+        raise ConfigError([f"--output_dir: {str(output_dir)[:200]} cannot be written: {error.strerror}"]) from None
+
+
+def run_merge(args: argparse.Namespace) -> int:
+    """Checks the adapter's config before the base is looked for, and its weights before anything is written."""
+    from .cards import merged_card, pinned
+    from .model.adapter_file import check_base, read_adapter, read_adapter_config
+    from .model.base import locate_checkpoint
+    from .model.layout_config import read_checkpoint_config
+    from .model.layouts import layout_of
+    from .model.load_layout import linear_layers
+    from .model.merge import merge, open_base
+    from .model.processor_files import codec_reference
+
+    refuse_existing(args.output_dir)
+    lora = read_adapter_config(args.adapter) if args.adapter else None
+    if lora and not args.other_base:
+        check_base(lora, args.base_ckpt, args.base_revision)
+    if args.layout == TRANSFORMERS:
+        codec_reference(args.codec)
+    folder = locate_checkpoint(args.base_ckpt, args.base_revision)
+    config = read_checkpoint_config(folder)
+    adapter = read_adapter(args.adapter, linear_layers(config), lora) if lora else None
+    base = open_base(folder, layout_of(folder), config)
+    name, revision = pinned(args.base_ckpt, args.base_revision)
+    table = {"dtype": args.dtype or "as the base"}
+    if lora:
+        table |= {
+            "adapter": f"`{args.adapter.resolve()}`",
+            "LoRA rank / alpha": f"{lora.rank} / {lora.alpha:g}" + (", scaled by the root" if lora.rslora else ""),
+            "layers merged": len(adapter.weights),
+        }
+    where = {"base": name, "revision": revision, "layout": args.layout, "codec": args.codec, "folder": args.output_dir}
+    card = merged_card(table, **where)
+    size = merge(base, adapter, args.output_dir, args.layout, dtype=args.dtype, codec=args.codec, card=card)
+    merged = f"{len(adapter.weights)} layers merged" if adapter else "nothing merged"
+    say(
+        f"{args.output_dir}: {len(base.stored)} weights, {size / 1e9:.2f} GB, {merged}; read back: every name, shape "
+        "and type, and a sample of the values"
+    )
+    return 0
+
+
+def run_export(args: argparse.Namespace) -> int:
+    """Renames a checked adapter's weights and layers."""
+    from safetensors.torch import save_file
+
+    from .model.adapter_file import CONFIG, PREFIX, WEIGHTS, check_base, read_adapter, read_adapter_config
+    from .model.base import locate_checkpoint
+    from .model.layout_config import read_checkpoint_config
+    from .model.layouts import layout_of, transformers_name
+    from .model.load_layout import linear_layers
+
+    lora = read_adapter_config(args.adapter)
+    base_name = args.base_ckpt or lora.base_name
+    if base_name is None:
+        raise ConfigError([f"--base_ckpt: needed, {args.adapter} does not say what it was trained on"])
+    if args.base_ckpt and not args.other_base:
+        check_base(lora, args.base_ckpt, args.base_revision)
+    folder = locate_checkpoint(base_name, args.base_revision or lora.base_revision)
+    adapter = read_adapter(args.adapter, linear_layers(read_checkpoint_config(folder)), lora)
+    output_dir = args.output_dir or args.adapter.with_name(f"{args.adapter.resolve().name}-{TRANSFORMERS}")
+    refuse_existing(output_dir)
+    config = {
+        "base_model_name_or_path": None if layout_of(folder) == BOSON else base_name,
+        "bias": "none",
+        "inference_mode": True,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": 0.0,
+        "peft_type": "LORA",
+        "r": lora.rank,
+        # Whole names: a suffix that boson_multimodal's names have may mean other layers there.
+        "target_modules": sorted(transformers_name(name) for name in adapter.weights),
+        "task_type": None,  # PEFT's wrapper for language models passes arguments that this model does not take
+        "use_rslora": lora.rslora,
+    }
+    weights = {
+        PREFIX + transformers_name(key.removeprefix(PREFIX)): value for key, value in adapter.state_dict().items()
+    }
+    beside = output_dir.with_name(f".{output_dir.name}.{os.getpid()}.tmp")
+    try:
+        beside.mkdir(parents=True)
+        (beside / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        save_file(weights, beside / WEIGHTS, metadata={"format": "pt"})
+        os.replace(beside, output_dir)
+    except OSError as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise ConfigError([f"--output_dir: {output_dir} cannot be written: {error.strerror or error}"]) from error
+    say(f"{output_dir}: the adapter of {len(adapter.weights)} layers under transformers' names")
+    return 0

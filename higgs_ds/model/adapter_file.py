@@ -1,0 +1,298 @@
+"""Reading a LoRA adapter that somebody else made: its config by our own eyes, every weight accounted for.
+
+PEFT takes a config as it is: fields of it import modules, replace layers by name or compile a pattern from the file.
+So what plain LoRA needs is read here, everything else is refused by name, and PEFT gets a config that we made.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from ..errors import ConfigError
+from .layouts import read_json
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."  # before a module's name in PEFT's files
+MAX_RANK = 8192
+MAX_CONFIG_BYTES = 1 << 20
+MAX_TARGETS = 1000
+SHOWN_PROBLEMS = 20
+
+# Values with which each of PEFT's other fields changes nothing; any other value makes it more than plain LoRA.
+_NEUTRAL: dict[str, tuple] = {
+    "alora_invocation_tokens": (None,),
+    "alpha_pattern": (None, {}),
+    "arrow_config": (None,),
+    "auto_mapping": (None,),
+    "bias": ("none",),
+    "corda_config": (None,),
+    "ensure_weight_tying": (False,),
+    "eva_config": (None,),
+    "exclude_modules": (None, []),
+    "fan_in_fan_out": (False,),
+    "layer_replication": (None, []),
+    "layers_pattern": (None, []),
+    "layers_to_transform": (None, []),
+    "loftq_config": (None, {}),
+    "lora_bias": (False,),
+    "megatron_config": (None,),
+    "megatron_core": (None, "megatron.core"),  # what PEFT writes itself; it never gets it back
+    "modules_to_save": (None, []),
+    "peft_type": ("LORA",),
+    "rank_pattern": (None, {}),
+    "target_parameters": (None, []),
+    "task_type": (None, "CAUSAL_LM"),
+    "trainable_token_indices": (None, []),
+    "use_dora": (False,),
+    "use_qalora": (False,),
+}
+# Of no effect on the weights of a trained adapter.
+_IGNORED = {
+    "inference_mode",
+    "init_lora_weights",
+    "lora_dropout",
+    "peft_version",
+    "qalora_group_size",
+}
+_READ = {"r", "lora_alpha", "target_modules", "use_rslora", "base_model_name_or_path", "revision"}
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What plain LoRA says of itself."""
+
+    rank: int
+    alpha: float
+    rslora: bool
+    target_modules: tuple[str, ...]
+    base_name: str | None
+    base_revision: str | None
+
+    @property
+    def scale(self) -> float:
+        """The factor of B·A."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    def targets(self, module: str) -> bool:
+        """Whether a module of the model, by its name, is adapted."""
+        return any(module == target or module.endswith("." + target) for target in self.target_modules)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A checked adapter: `weights` by module of boson_multimodal's model, (A [rank, in], B [out, rank]) in float32."""
+
+    config: AdapterConfig
+    weights: dict[str, tuple[torch.Tensor, torch.Tensor]]
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """By the names of PEFT's files."""
+        return {
+            f"{PREFIX}{name}.lora_{part}.weight": value
+            for name, pair in self.weights.items()
+            for part, value in zip("AB", pair, strict=True)
+        }
+
+    def delta_rows(self, module: str, start: int, stop: int) -> torch.Tensor:
+        """Rows of scale · B·A, float32 [stop - start, in]."""
+        a, b = self.weights[module]
+        return (b[start:stop] @ a) * self.config.scale
+
+
+def read_adapter_config(folder: Path, flag: str = "--adapter") -> AdapterConfig:
+    """Checks adapter_config.json, field by field, against what plain LoRA has.
+
+    Raises:
+        ConfigError: every field that is wrong, or that makes it something else than plain LoRA, a line each.
+    """
+    file = folder / CONFIG
+    try:
+        if not file.is_file():
+            raise ConfigError([f"{flag}: {folder} holds no {CONFIG}"])
+        size = file.stat().st_size
+    except OSError as error:
+        raise ConfigError([f"{flag}: {_short(str(folder))} cannot be read: {error.strerror}"]) from None
+    if size > MAX_CONFIG_BYTES:
+        raise ConfigError([f"{flag}: {file} has {size} bytes, a config has a few thousand"])
+    raw = read_json(file, flag)
+    problems = []
+    for key, value in raw.items():
+        if key in _NEUTRAL and not any(type(value) is type(one) and value == one for one in _NEUTRAL[key]):
+            problems.append(f"{key} is {_short(value)}: not plain LoRA, it is not loaded")
+        elif key not in _NEUTRAL and key not in _IGNORED and key not in _READ:
+            problems.append(f"unknown field {_short(key)}")
+    if "peft_type" not in raw:
+        problems.append("peft_type is missing")
+    problems += _wrong_fields(raw)
+    if problems:
+        raise ConfigError([f"{flag}: {file}: {problem}" for problem in problems[:SHOWN_PROBLEMS]])
+    return AdapterConfig(
+        rank=raw["r"],
+        alpha=float(raw["lora_alpha"]),
+        rslora=raw.get("use_rslora", False),
+        target_modules=tuple(raw["target_modules"]),
+        base_name=raw.get("base_model_name_or_path"),
+        base_revision=raw.get("revision"),
+    )
+
+
+def _wrong_fields(raw: dict) -> list[str]:
+    """Types and bounds of the fields that are read."""
+    rank, alpha, targets = raw.get("r"), raw.get("lora_alpha"), raw.get("target_modules")
+    problems = []
+    if type(rank) is not int or not 1 <= rank <= MAX_RANK:
+        problems.append(f"r is {_short(rank)}, expected a whole number from 1 to {MAX_RANK}")
+    # 1e6 times an update is no training any more, and an infinity would be written into every merged weight.
+    if type(alpha) not in (int, float) or not 0 < alpha <= 1e6:
+        problems.append(f"lora_alpha is {_short(alpha)}, expected a number above 0, up to 1000000")
+    is_list = isinstance(targets, list) and 0 < len(targets) <= MAX_TARGETS
+    if not is_list or not all(isinstance(name, str) and 0 < len(name) <= 200 for name in targets):
+        problems.append(f"target_modules is {_short(targets)}, expected a list of names of layers")
+    if type(raw.get("use_rslora", False)) is not bool:
+        problems.append(f"use_rslora is {_short(raw['use_rslora'])}, expected true or false")
+    for key in ("base_model_name_or_path", "revision"):
+        value = raw.get(key)
+        if value is not None and (not isinstance(value, str) or len(value) > 4096 or "\0" in value):
+            problems.append(f"{key} is {_short(value)}, expected text")
+    return problems
+
+
+def _short(value) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "…"
+
+
+def check_base(config: AdapterConfig, base_name: str, base_revision: str | None, flag: str = "--adapter") -> None:
+    """Compares the base that an adapter was trained on with the one given.
+
+    Raises:
+        ConfigError: another one.
+    """
+    trained, given = config.base_name, base_name
+    if trained is None:
+        return
+    if same_base(trained, given):
+        if config.base_revision is None or base_revision is None or config.base_revision == base_revision:
+            return
+        trained, given = f"{trained} at {config.base_revision}", f"{given} at {base_revision}"
+    raise ConfigError(
+        [f"{flag}: trained on {_short(trained)}, --base_ckpt is {_short(given)}; --other_base takes it all the same"]
+    )
+
+
+# The hub renamed the repository in spring 2026; the old name leads to the new one.
+_RENAMED = {"bosonai/higgs-audio-v2-generation-3b-base": "bosonai/higgs-tts-2-3b-base"}
+
+
+def same_base(one: str, other: str) -> bool:
+    """Whether two values of --base_ckpt mean the same: folders by their place, hub ids by any name of theirs."""
+
+    def place(name: str) -> str:
+        # A snapshot in the hub's cache stands for the repository that it is of.
+        for part in Path(name).parts:
+            if part.startswith("models--") and part.count("--") == 2:
+                name = part.removeprefix("models--").replace("--", "/")
+        if name.count("/") == 1 and not os.path.isdir(name) and not name.startswith((".", "/")):
+            return _RENAMED.get(name.lower(), name.lower())
+        return os.path.realpath(name)
+
+    return one == other or place(one) == place(other)
+
+
+def read_adapter(
+    folder: Path, linears: dict[str, tuple[int, int]], config: AdapterConfig, flag: str = "--adapter"
+) -> Adapter:
+    """The weights of a checked adapter, each one that its config promises and no other.
+
+    Args:
+        folder: holds adapter_model.safetensors, by PEFT's names.
+        linears: the model's linear layers, name to (out, in).
+        config: from `read_adapter_config`.
+        flag: begins each message.
+
+    Raises:
+        ConfigError: missing, extra, misshapen or not finite weights, targets that name no layer, a file that cannot be
+            read; a line each.
+    """
+    modules = [name for name in linears if config.targets(name)]
+    problems = [
+        f"target_modules: {_short(target)} names no linear layer of the base"
+        for target in config.target_modules
+        if not any(name == target or name.endswith("." + target) for name in linears)
+    ]
+    wanted: dict[str, tuple[int, int]] = {}
+    for name in modules:
+        out, width = linears[name]
+        wanted[f"{PREFIX}{name}.lora_A.weight"] = (config.rank, width)
+        wanted[f"{PREFIX}{name}.lora_B.weight"] = (out, config.rank)
+    file = folder / WEIGHTS
+    if problems:
+        raise ConfigError([f"{flag}: {folder / CONFIG}: {problem}" for problem in problems[:SHOWN_PROBLEMS]])
+    tensors, problems = _read_weights(file, wanted)
+    if problems:
+        more = [f"… and {len(problems) - SHOWN_PROBLEMS} more"] if len(problems) > SHOWN_PROBLEMS else []
+        raise ConfigError([f"{flag}: {file}: {problem}" for problem in problems[:SHOWN_PROBLEMS] + more])
+    pair = {
+        name: (tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"]) for name in modules
+    }
+    return Adapter(config, pair)
+
+
+def attach(model, adapter: Adapter):
+    """A `PeftModel` of `model` with a checked adapter on it; PEFT sees a config of ours, and not the file's.
+
+    Args:
+        model: boson_multimodal's, the one whose linear layers `adapter` was checked against.
+        adapter: from `read_adapter`.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(
+        r=adapter.config.rank,
+        lora_alpha=adapter.config.alpha,
+        use_rslora=adapter.config.rslora,
+        target_modules=list(adapter.weights),
+        task_type="CAUSAL_LM",
+    )
+    peft_model = get_peft_model(model, lora, autocast_adapter_dtype=False)
+    weights = adapter.state_dict()
+    for name, parameter in peft_model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data.copy_(weights[name.replace(".default.", ".")])
+    return peft_model
+
+
+def _read_weights(file: Path, wanted: dict[str, tuple[int, int]]) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """The wanted tensors in float32, and what is wrong with the file; names and shapes before any value."""
+    if not file.is_file():
+        others = [name for name in ("adapter_model.bin", "adapter_model.pt") if (file.parent / name).exists()]
+        pickled = f"; {others[0]} is a pickle and is not loaded" if others else ""
+        return {}, [f"is not there{pickled}"]
+    tensors: dict[str, torch.Tensor] = {}
+    try:
+        with safe_open(file, framework="pt") as stored:
+            found = {key: tuple(stored.get_slice(key).get_shape()) for key in stored.keys()}  # noqa: SIM118
+            problems = [f"missing weight {key}" for key in wanted if key not in found]
+            problems += [f"extra weight {_short(key)[1:-1]} {list(found[key])}" for key in found if key not in wanted]
+            problems += [
+                f"{key} has shape {list(found[key])}, the base and r need {list(shape)}"
+                for key, shape in wanted.items()
+                if key in found and found[key] != shape
+            ]
+            for key in () if problems else wanted:
+                value = stored.get_tensor(key)
+                if not value.is_floating_point():
+                    problems.append(f"{key} is {value.dtype}, expected floating point")
+                    continue
+                tensors[key] = value.to(torch.float32, copy=True)
+                if not bool(torch.isfinite(tensors[key]).all()):
+                    problems.append(f"{key} holds NaN or infinity")
+    except Exception as error:  # the safetensors reader raises its own SafetensorError, OSError or ValueError
+        problems = [f"cannot be read: {error}"]
+    return tensors, problems

@@ -1,0 +1,207 @@
+"""`python -m higgs_ds merge`: base + scale · B·A as a checkpoint of its own, in either layout, tensor by tensor.
+
+A server that misses a weight says nothing and speaks noise, so what was written is read again and compared.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from boson_multimodal.model.higgs_audio import HiggsAudioConfig
+
+from ..errors import ConfigError
+from .adapter_file import Adapter
+from .layout_config import token_ids, transformers_config
+from .layouts import BOSON, TRANSFORMERS, name_in, read_json
+from .load_layout import wanted_weights
+from .processor_files import TOKENIZER_FILES, generation_config, write_processor
+from .weight_files import (
+    DTYPES_BY_NAME,
+    Planned,
+    Stored,
+    differences,
+    refuse,
+    weight_headers,
+    write_checkpoint_weights,
+)
+
+SAMPLED_TENSORS = 12  # of the merged and of the others, read back and computed anew
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base checkpoint whose weights were checked."""
+
+    folder: Path
+    layout: str
+    config: HiggsAudioConfig
+    stored: dict[str, Stored]  # by boson_multimodal's names
+
+
+def open_base(folder: Path, layout: str, config: HiggsAudioConfig, flag: str = "--base_ckpt") -> Base:
+    """Compares the headers with what the model needs.
+
+    Raises:
+        ConfigError: missing, extra or misshapen weights, each named.
+    """
+    found = weight_headers(folder, layout)
+    refuse(differences(found, wanted_weights(config), lambda name: name_in(layout, name)), f"{flag}: {folder}")
+    return Base(folder, layout, config, found.stored)
+
+
+def merge(
+    base: Base, adapter: Adapter | None, output_dir: Path, layout: str, *, dtype: str | None, codec: str, card: str = ""
+) -> int:
+    """Writes the merged checkpoint, whole or not at all, and reads it back.
+
+    Args:
+        base: the base checkpoint.
+        adapter: None rewrites the base as it is, in another layout or dtype.
+        output_dir: is made; its name appears once everything in it is proven.
+        layout: of what is written.
+        dtype: of its weights ("bf16", "fp16", "fp32"); None leaves each as the base has it.
+        codec: hub id or folder of the audio tokenizer that transformers' processor loads.
+        card: content of its README.md.
+
+    Returns:
+        Bytes of weights written.
+
+    Raises:
+        ConfigError: `output_dir` holds something or cannot be written, the model is not one that `layout` has, or what
+            was read back is not what was meant.
+    """
+    planned = _plan(base, layout, dtype)
+    total = sum(tensor.num_bytes for tensor in planned.values())
+    beside = output_dir.with_name(f".{output_dir.name}.{os.getpid()}.tmp")
+    try:
+        beside.mkdir(parents=True)
+        try:
+            free = shutil.disk_usage(beside).free
+            if free < total:
+                raise ConfigError([f"--output_dir: {output_dir} needs {total:,} bytes, {free:,} are free there"])
+            _write_files(base, beside, layout, dtype, codec)
+            (beside / "README.md").write_text(card, encoding="utf-8")
+            by_name = {tensor.name: name for name, tensor in planned.items()}
+            write_checkpoint_weights(
+                beside,
+                list(planned.values()),
+                lambda tensor: _merged_rows(base.stored[by_name[tensor.name]], by_name[tensor.name], adapter, tensor),
+            )
+            prove(base, adapter, beside, layout, planned)
+            os.replace(beside, output_dir)
+        except BaseException:
+            shutil.rmtree(beside, ignore_errors=True)
+            raise
+    except OSError as error:
+        raise ConfigError([f"--output_dir: {output_dir} cannot be written: {error.strerror or error}"]) from error
+    return total
+
+
+def _plan(base: Base, layout: str, dtype: str | None) -> dict[str, Planned]:
+    """What is written, in the order of the model, by boson_multimodal's names."""
+    from .base import DTYPES
+
+    return {
+        name: Planned(
+            name_in(layout, name),
+            base.stored[name].shape,
+            DTYPES[dtype] if dtype else DTYPES_BY_NAME[base.stored[name].dtype],
+        )
+        for name in wanted_weights(base.config)
+    }
+
+
+def _merged_rows(stored: Stored, name: str, adapter: Adapter | None, planned: Planned) -> Iterator[torch.Tensor]:
+    """The tensor to write, a few rows at a time: float32 sums, rounded once."""
+    module = name.removesuffix(".weight")
+    changed = adapter is not None and module in adapter.weights
+    start = 0
+    for rows in stored.rows():
+        if changed:
+            rows = rows.float() + adapter.delta_rows(module, start, start + rows.shape[0])
+        start += rows.shape[0]
+        yield rows.to(planned.dtype)
+
+
+def _write_files(base: Base, folder: Path, layout: str, dtype: str | None, codec: str) -> None:
+    """Everything but the weights."""
+    for name in TOKENIZER_FILES:
+        if (base.folder / name).is_file():
+            shutil.copyfile(base.folder / name, folder / name)
+    kinds = {one.dtype for one in base.stored.values()}
+    torch_dtype = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}.get(dtype) or (
+        str(DTYPES_BY_NAME[kinds.pop()]).removeprefix("torch.") if len(kinds) == 1 else "float32"
+    )
+    same = layout == base.layout
+    if same:
+        config = read_json(base.folder / "config.json", "--base_ckpt")
+        config["torch_dtype" if layout == BOSON or "torch_dtype" in config else "dtype"] = torch_dtype
+    elif layout == BOSON:
+        config = {**base.config.to_diff_dict(), "torch_dtype": torch_dtype}
+    else:
+        tokens = token_ids(base.folder)
+        config = transformers_config(base.config, tokens, torch_dtype, f"--layout transformers: {base.folder}")
+    _write_json(folder / "config.json", config)
+    kept = base.folder / "generation_config.json"
+    if same and kept.is_file():
+        shutil.copyfile(kept, folder / kept.name)
+    else:
+        _write_json(folder / kept.name, generation_config(layout, base.config, config))
+    if layout == TRANSFORMERS:
+        write_processor(folder, codec, base.config)
+
+
+def _write_json(file: Path, values: dict) -> None:
+    file.write_text(json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def prove(
+    base: Base, adapter: Adapter | None, folder: Path, layout: str, planned: dict[str, Planned]
+) -> tuple[int, int]:
+    """Reads a written folder: every name, shape and dtype, and the values of a sample, computed anew in one piece.
+
+    Returns:
+        How many merged and how many other tensors were compared.
+
+    Raises:
+        ConfigError: a difference, named.
+    """
+    where = f"--output_dir: {folder} was written wrongly (nothing is kept)"
+    found = weight_headers(folder, layout)
+    wanted = {name: tensor.shape for name, tensor in planned.items()}
+    problems = differences(found, wanted, lambda name: name_in(layout, name))
+    index = folder / "model.safetensors.index.json"
+    if not problems and index.is_file():
+        listed = read_json(index, "--output_dir")["weight_map"]
+        if listed != {one.key: one.file.name for one in found.stored.values()}:
+            problems.append(f"{index.name} lists other weights than the files hold")
+    refuse(problems, where)
+    merged = [name for name in planned if adapter and name.removesuffix(".weight") in adapter.weights]
+    others = [name for name in planned if name not in set(merged)]
+    for name in _spread(merged) + _spread(others):
+        module, tensor = name.removesuffix(".weight"), planned[name]
+        start = 0
+        for written, was in zip(found.stored[name].rows(), base.stored[name].rows(), strict=True):
+            if name in merged:
+                a, b = adapter.weights[module]
+                update = torch.matmul(b[start : start + len(was)], a) * adapter.config.scale
+                was = was.to(torch.float32) + update
+            start += len(was)
+            if written.dtype != tensor.dtype or not torch.equal(written, was.to(tensor.dtype)):
+                problems.append(f"{tensor.name} is not what base and adapter make")
+                break
+    refuse(problems, where)
+    return len(_spread(merged)), len(_spread(others))
+
+
+def _spread(names: list[str]) -> list[str]:
+    """Up to `SAMPLED_TENSORS` of them, from the first to the last."""
+    if len(names) <= SAMPLED_TENSORS:
+        return names
+    return [names[place * (len(names) - 1) // (SAMPLED_TENSORS - 1)] for place in range(SAMPLED_TENSORS)]

@@ -1,0 +1,229 @@
+"""What is written here, in transformers 5: loaded strictly, the same logits, the same speech, the same tokens.
+
+In the second environment of this folder; skipped, with the reason, where it cannot be made.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import soundfile
+import torch
+from boson_multimodal.model.higgs_audio import HiggsAudioModel
+from safetensors.torch import load_file, save_file
+
+from higgs_ds.batching.collate import Collator, Sample, tokenize
+from higgs_ds.cli import main
+from higgs_ds.codec.base import load_codec
+from higgs_ds.corpus.audio import read_audio
+from higgs_ds.corpus.manifest import AudioRef, Turn, read_manifest
+from higgs_ds.generate import share_given_back
+from higgs_ds.model.base import load_tokenizer
+from higgs_ds.model.layout_config import DEFAULT_ROPE, DEFAULTS, read_checkpoint_config
+from higgs_ds.model.layouts import transformers_name
+from higgs_ds.model.load_layout import wanted_weights
+from tests.conftest import SPEECH
+from tests.model.test_layouts import translated
+
+SYSTEM, SCENE = "Generate audio following instruction.", "Two people in a small kitchen.\nA clock ticks."
+CLIP = AudioRef(None, None, None, None)
+
+
+@pytest.fixture(scope="module")
+def trained(quickstart_of):
+    """The quick start's base, adapter and sample codec."""
+    return quickstart_of(2)[0]
+
+
+@pytest.fixture(scope="module")
+def merged(trained, transformers_side, tmp_path_factory):
+    """The quick start's voice, merged in both layouts; the exported adapter beside its base in transformers' layout."""
+    folder = tmp_path_factory.mktemp("interop")
+    transformers_side("make_codec", folder=folder / "codec")
+    base = ("--base_ckpt", trained / "base", "--codec", folder / "codec")
+    voice = ("--adapter", trained / "adapter")
+
+    def run(*flags):
+        assert main([str(flag) for flag in flags]) == 0
+
+    run("merge", *base, *voice, "--output_dir", folder / "boson", "--layout", "boson")
+    run("merge", *base, *voice, "--output_dir", folder / "transformers", "--layout", "transformers")
+    run("merge", *base, "--output_dir", folder / "base", "--layout", "transformers")
+    run("export", *voice, "--layout", "transformers", "--output_dir", folder / "exported")
+    return folder
+
+
+def test_our_tables_are_the_classes_own(transformers_side):
+    facts = transformers_side("facts")
+    found = {key: facts["defaults"].get(key) for key in DEFAULTS}
+    assert found == DEFAULTS
+    assert facts["defaults"]["rope_parameters"] == DEFAULT_ROPE
+    shapes = wanted_weights(translated())
+    assert {transformers_name(name): list(shape) for name, shape in shapes.items()} == facts["model"]
+
+
+def test_it_loads_strictly_with_and_without_the_text_head(merged, transformers_side):
+    assert transformers_side("load_report", folder=merged / "transformers") == {}
+    assert transformers_side("load_report", folder=merged / "transformers", text_head=False) == {}
+
+
+def conversations() -> dict[str, list[Turn]]:
+    """Prompts as a server builds them: plain, with a scene, with a cloned voice, and of two turns."""
+    user, second = Turn("user", ("Where is the café?",)), Turn("user", ("It was here — yesterday.",))
+    scene = f"{SYSTEM}\n\n<|scene_desc_start|>\n{SCENE}\n<|scene_desc_end|>"
+    system, spoken = Turn("system", (SYSTEM,)), Turn("assistant", (CLIP,))
+    return {
+        "plain": [system, user],
+        "scene": [Turn("system", (scene,)), user],
+        "cloned": [system, user, spoken, second],
+        "two turns": [system, user, spoken, second, spoken],
+    }
+
+
+def as_messages(turns: list[Turn]) -> list[dict]:
+    """As transformers' chat template takes them; the scene is a message of its own, texts have blanks around them."""
+    messages = []
+    for turn in turns:
+        pieces = [
+            {"type": "text", "text": f"  {one}\n"} if isinstance(one, str) else {"type": "audio"}
+            for one in turn.content
+        ]
+        messages.append({"role": turn.role, "content": pieces})
+    text = messages[0]["content"][0]["text"]
+    if "scene_desc_start" in text:
+        messages[0]["content"][0]["text"] = SYSTEM
+        messages.insert(1, {"role": "scene", "content": [{"type": "text", "text": f" {SCENE} "}]})
+    return messages
+
+
+@pytest.mark.parametrize("prompt", [False, True])
+def test_the_chat_templates_tokens_are_ours(prompt, merged, trained, transformers_side):
+    tokenizer = load_tokenizer(trained / "base")
+    rows = {name: turns for name, turns in conversations().items() if not (prompt and turns[-1].role == "assistant")}
+    answer = transformers_side(
+        "chat",
+        folder=merged / "transformers",
+        conversations=[as_messages(turns) for turns in rows.values()],
+        add_generation_prompt=prompt,
+    )
+    assert answer["ids"] == answer["alone"]  # vllm-omni asks the tokenizer, and not the processor
+    header = "<|start_header_id|>assistant<|end_header_id|>\n\n<|audio_out_bos|>" if prompt else ""
+    for (name, turns), ids in zip(rows.items(), answer["ids"], strict=True):
+        ours = tokenize(turns, None, tokenizer)[0] + tokenizer.encode(header, add_special_tokens=False)
+        assert ids == ours, name
+
+
+def test_a_conversation_that_the_model_never_saw_is_refused(merged, transformers_side):
+    system, user, written = ({"role": role, "content": "x"} for role in ("system", "user", "assistant"))
+    for messages in ([user], [system, written], [system, user, {"role": "scene", "content": "x"}]):
+        with pytest.raises(AssertionError, match="The first message must|An assistant message must|A scene must"):
+            transformers_side("chat", folder=merged / "transformers", conversations=[messages])
+
+
+@pytest.fixture(scope="module")
+def whole_rows(trained, merged):
+    """A plain and a cloned row with real codes, as each stack takes them, and boson_multimodal's logits of them."""
+    tokenizer, codec = load_tokenizer(trained / "base"), load_codec(str(trained / "codec"))
+    config = read_checkpoint_config(merged / "boson")
+    model, report = HiggsAudioModel.from_pretrained(merged / "boson", output_loading_info=True)
+    assert not any(report.values())
+    rows, _ = read_manifest(SPEECH)
+    codes = [torch.from_numpy(codec.encode(*read_audio(row.audio_refs[0][1])).astype("int64")) for row in rows[:2]]
+    delay_token = tokenizer.convert_tokens_to_ids("<|reserved_special_token_6|>")
+    inputs, wanted = {}, {}
+    for number, (name, clips) in enumerate({"cloned": codes[:1], "two turns": codes}.items()):
+        ids = torch.tensor(tokenize(conversations()[name], None, tokenizer)[0])
+        batch = Collator.of(config, round_to=1)([Sample(ids, torch.full_like(ids, -100), tuple(clips), name)])
+        with torch.no_grad():
+            out = model.eval()(**batch.model_inputs())
+        frames = [clip.shape[1] + 2 + 7 for clip in clips]
+        expanded, left = [], iter(frames)
+        for token in ids.tolist():
+            if token == config.audio_out_token_idx:
+                length = next(left)
+                expanded += [token] * (length - 7) + [delay_token] * 7
+            else:
+                expanded.append(token)
+        inputs[f"{number}.input_ids"] = torch.tensor([expanded])
+        inputs[f"{number}.audio_input_ids"] = batch.audio_out_ids.T[None].contiguous()
+        inputs[f"{number}.audio_input_ids_mask"] = torch.ones(1, sum(frames), dtype=torch.bool)
+        audio = (inputs[f"{number}.input_ids"][0] == config.audio_out_token_idx) | (
+            inputs[f"{number}.input_ids"][0] == delay_token
+        )
+        wanted[number] = (out.logits[0][-len(expanded) :], out.audio_logits.flatten(1), audio)
+    return inputs, wanted
+
+
+@pytest.mark.parametrize("way", ["merged", "exported"])
+def test_logits_are_equal(way, whole_rows, merged, transformers_side, tmp_path):
+    inputs, wanted = whole_rows
+    save_file(inputs, tmp_path / "inputs.safetensors")
+    folder, adapter = (merged / "transformers", None) if way == "merged" else (merged / "base", merged / "exported")
+    request = {"folder": folder, "inputs": tmp_path / "inputs.safetensors", "output": tmp_path / "logits.safetensors"}
+    assert transformers_side("logits", **request, adapter=adapter) == {}
+    found = load_file(tmp_path / "logits.safetensors")
+    for number, (text, audio, mask) in wanted.items():
+        scale = audio.abs().max()
+        assert scale > 5 and mask.sum() == len(audio) > 30
+        assert (found[f"{number}.text"] - text).abs().max() <= 1e-5 * text.abs().max()
+        assert (found[f"{number}.audio"][mask] - audio).abs().max() <= 1e-5 * scale
+
+
+def test_its_own_greedy_generate_gives_every_clip_back(trained, merged, transformers_side, tmp_path):
+    rows, _ = read_manifest(SPEECH)
+    codec = load_codec(str(trained / "codec"))
+    wanted = [codec.encode(*read_audio(row.audio_refs[0][1])) for row in rows]
+    texts = [json.loads(line)["text"] for line in SPEECH.read_text().splitlines()]
+    conversations = [[{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}] for text in texts]
+    report = transformers_side(
+        "generate",
+        folder=merged / "transformers",
+        conversations=conversations,
+        output=tmp_path / "codes.safetensors",
+        max_new_tokens=max(codes.shape[1] for codes in wanted) + 64,
+    )
+    spoken = load_file(tmp_path / "codes.safetensors")
+    assert report == {} and len(spoken) == 32
+    for number, codes in enumerate(wanted):
+        assert spoken[str(number)].shape == codes.shape, number
+        assert share_given_back(codes, spoken[str(number)].numpy()) >= 0.99, number
+
+
+def test_the_merged_folders_card_speaks_as_it_is_printed(merged, transformers_side, tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", (merged / "transformers/README.md").read_text(), flags=re.S)
+    # A random codec of this size takes its time.
+    left = transformers_side("run", code=code.replace("max_new_tokens=1024", "max_new_tokens=100"), folder=tmp_path)
+    waveform, rate = soundfile.read(tmp_path / "speech.wav")
+    assert left == ["speech.wav"] and rate == 24000 and len(waveform) >= 960
+
+
+def test_bosons_own_serve_engine_speaks_with_it(trained, merged, monkeypatch):
+    """Upstream's engine as it is; the sample codec stands in for the audio tokenizer, whose weights are not here."""
+    from boson_multimodal.data_types import ChatMLSample, Message
+    from boson_multimodal.serve import serve_engine
+
+    codec = load_codec(str(trained / "codec"))
+
+    class Tokenizer:
+        tps, sampling_rate = codec.frame_rate, codec.sample_rate
+
+        def decode(self, codes):
+            return codec.decode(codes[0].clip(0, codec.codebook_size - 1).numpy())[None, None]
+
+    monkeypatch.setattr(serve_engine, "load_higgs_audio_tokenizer", lambda *_, **__: Tokenizer())
+    engine = serve_engine.HiggsAudioServeEngine(
+        str(merged / "boson"), "unused", device="cpu", torch_dtype=torch.float32, kv_cache_lengths=[512]
+    )
+    rows, _ = read_manifest(SPEECH)
+    for row, line in list(zip(rows, SPEECH.read_text().splitlines(), strict=True))[:3]:
+        text = json.loads(line)["text"]
+        sample = ChatMLSample(messages=[Message(role="system", content=SYSTEM), Message(role="user", content=text)])
+        said = engine.generate(sample, max_new_tokens=400, temperature=0.0, ras_win_len=None, force_audio_gen=True)
+        wanted = codec.encode(*read_audio(row.audio_refs[0][1]))
+        stream = torch.from_numpy(said.generated_audio_tokens)
+        frames = wanted.shape[1]
+        given = torch.stack([stream[k, k + 1 : k + 1 + frames] for k in range(8)]).numpy()
+        assert share_given_back(wanted, given) >= 0.99 and stream.shape[1] == frames + 2 + 7
+        assert abs(len(said.audio) / said.sampling_rate - frames / codec.frame_rate) < 0.1

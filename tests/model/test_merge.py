@@ -1,0 +1,278 @@
+"""Merging and exporting: what is written, read back and loaded by plain boson_multimodal."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from boson_multimodal.model.higgs_audio import HiggsAudioModel
+from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from higgs_ds.cli import main
+from higgs_ds.config import DEFAULT_LORA_TARGETS
+from higgs_ds.errors import ConfigError
+from higgs_ds.model.adapter_file import WEIGHTS, read_adapter, read_adapter_config
+from higgs_ds.model.layout_config import read_checkpoint_config
+from higgs_ds.model.layouts import transformers_name
+from higgs_ds.model.load_layout import check_renamed_weights, linear_layers, load_checkpoint, wanted_weights
+from higgs_ds.model.merge import merge, open_base, prove
+from higgs_ds.model.weight_files import Planned, shards, weight_headers, write_checkpoint_weights
+from tests.model.test_adapter_file import edit, write_adapter
+from tests.model.test_layouts import translated
+
+
+@pytest.fixture(scope="module")
+def adapter_dir(tmp_path_factory, tiny_config, tiny_dir):
+    folder = tmp_path_factory.mktemp("adapter")
+    targets = (*DEFAULT_LORA_TARGETS, "audio_lm_head")
+    return write_adapter(folder, tiny_config, targets=targets, base_model_name_or_path=str(tiny_dir))
+
+
+def run(capsys, *argv) -> tuple[int, list[str]]:
+    code = main([str(word) for word in argv])
+    said = capsys.readouterr()
+    return code, (said.out + said.err).splitlines()
+
+
+@pytest.fixture(scope="module")
+def merged(tmp_path_factory, tiny_dir, adapter_dir):
+    """The same adapter merged in both layouts."""
+    folder = tmp_path_factory.mktemp("merged")
+    for layout in ("boson", "transformers"):
+        flags = ["--base_ckpt", tiny_dir, "--adapter", adapter_dir, "--output_dir", folder / layout]
+        assert main(["merge", *map(str, flags), "--layout", layout]) == 0
+    return folder
+
+
+def test_boson_loads_it_with_nothing_missing_and_the_weights_are_pefts(merged, tiny_dir, adapter_dir):
+    model, report = HiggsAudioModel.from_pretrained(merged / "boson", output_loading_info=True)
+    assert not any(report.values()), report
+    pefts = PeftModel.from_pretrained(HiggsAudioModel.from_pretrained(tiny_dir), adapter_dir).merge_and_unload()
+    wanted, changed = pefts.state_dict(), 0
+    base = load_file(tiny_dir / "model.safetensors")
+    for name, value in model.state_dict().items():
+        assert torch.allclose(value, wanted[name], atol=1e-6, rtol=0), name
+        changed += not torch.equal(value, base[name])
+    assert changed == 2 * 10 + 1
+    assert not torch.equal(wanted["norm.weight"], torch.zeros(())) and len(wanted) == len(base)
+
+
+def test_both_layouts_hold_the_same_values(merged, tiny_config):
+    one, two = load_file(merged / "boson/model.safetensors"), load_file(merged / "transformers/model.safetensors")
+    assert {transformers_name(name) for name in one} == set(two)
+    assert all(torch.equal(value, two[transformers_name(name)]) for name, value in one.items())
+    check_renamed_weights(merged / "transformers", read_checkpoint_config(merged / "transformers"))
+    names = {path.name for path in (merged / "transformers").iterdir()}
+    assert names >= {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
+    assert names >= {"processor_config.json", "preprocessor_config.json", "chat_template.jinja", "model.safetensors"}
+    settings = json.loads((merged / "transformers/generation_config.json").read_text())
+    assert settings["ras_win_len"] == 7 and settings["ras_win_max_num_repeat"] == 2
+
+
+def test_a_model_read_from_either_layout_is_the_same(merged):
+    inputs = {"input_ids": torch.arange(16)[None], "attention_mask": torch.ones(1, 16, dtype=torch.long)}
+    found = []
+    for layout in ("boson", "transformers"):
+        config = read_checkpoint_config(merged / layout)
+        model = load_checkpoint(HiggsAudioModel, merged / layout, config, torch.bfloat16).eval()
+        assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+        found.append(model(**inputs).logits)
+    assert torch.equal(*found)
+
+
+def test_the_other_way_round(merged, tmp_path, capsys):
+    """A base in transformers' layout, written in Boson's and in another dtype."""
+    flags = ("--base_ckpt", merged / "transformers", "--layout", "boson", "--output_dir", tmp_path / "out")
+    code, said = run(capsys, "merge", *flags, "--dtype", "bf16")
+    assert code == 0 and "nothing merged" in said[-1]
+    model, report = HiggsAudioModel.from_pretrained(tmp_path / "out", torch_dtype="auto", output_loading_info=True)
+    assert not any(report.values()) and model.dtype == torch.bfloat16
+    was = load_file(merged / "boson/model.safetensors")
+    assert all(torch.equal(value, was[name].bfloat16()) for name, value in model.state_dict().items())
+
+
+def test_shards_and_index_are_the_hubs(tmp_path):
+    """At real size: three files; here with a limit that a test can afford, read by the library."""
+    config = translated()
+    real = [Planned(name, shape, torch.bfloat16) for name, shape in wanted_weights(config).items()]
+    files = shards(real)
+    assert len(files) == 3 and all(sum(t.num_bytes for t in file) <= 5e9 for file in files)
+    assert sum(t.num_bytes for t in real) == 11_542_566_912
+
+    planned = [Planned(f"t{n}", (n, 3), torch.float32) for n in range(5)] + [Planned("one", (), torch.bfloat16)]
+
+    def pieces(tensor):
+        value = torch.full(tensor.shape, float(len(tensor.shape)), dtype=tensor.dtype)
+        yield from value.split(2) if tensor.shape else [value]
+
+    write_checkpoint_weights(tmp_path, planned, pieces, limit=100)
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == (1 + 2 + 3 + 4) * 12 + 2
+    for name, file in index["weight_map"].items():
+        with safe_open(tmp_path / file, framework="pt") as tensors:
+            (tensor,) = [one for one in planned if one.name == name]
+            value = tensors.get_tensor(name)
+            assert tuple(value.shape) == tensor.shape and value.dtype == tensor.dtype and (value == value.ndim).all()
+            assert tensors.metadata() == {"format": "pt"}
+    assert set(index["weight_map"]) == {tensor.name for tensor in planned}
+    assert {path.name for path in tmp_path.glob("*.safetensors")} == set(index["weight_map"].values())
+    with pytest.raises(ValueError, match="0 bytes written, expected 12"):
+        write_checkpoint_weights(tmp_path, planned[1:2], lambda tensor: iter(()))
+
+
+def test_what_was_written_wrongly_is_found(merged, tiny_dir, adapter_dir, tmp_path):
+    """Every tensor of this small model is compared: merged, other, missing, misnamed."""
+    config = read_checkpoint_config(tiny_dir)
+    base = open_base(tiny_dir, "boson", config)
+    adapter = read_adapter(adapter_dir, linear_layers(config), read_adapter_config(adapter_dir))
+    plan = {name: Planned(name, one.shape, torch.float32) for name, one in base.stored.items()}
+    assert prove(base, adapter, merged / "boson", "boson", plan) == (12, 12)
+    copy = shutil.copytree(merged / "boson", tmp_path / "copy")
+    was = {name: value.clone() for name, value in load_file(copy / "model.safetensors").items()}
+
+    def broken(**changes) -> str:
+        values = was | changes
+        stored = [Planned(n, tuple(v.shape), v.dtype) for n, v in values.items() if v is not None]
+        write_checkpoint_weights(copy, stored, lambda tensor: iter([values[tensor.name]]))
+        with pytest.raises(ConfigError) as caught:
+            prove(base, adapter, copy, "boson", plan)
+        return str(caught.value)
+
+    head = "audio_decoder_proj.audio_lm_head.weight"
+    assert f"{head} is not what base and adapter make" in broken(**{head: was[head] * 1.001})
+    assert "embed_tokens.weight is not what" in broken(**{"embed_tokens.weight": was["embed_tokens.weight"] + 1e-3})
+    assert "missing weight norm.weight" in broken(**{"norm.weight": None})
+    assert "has shape [65]" in broken(**{"norm.weight": torch.ones(65)})
+    assert "embed_tokens.weight is not what" in broken(**{"embed_tokens.weight": was["embed_tokens.weight"].bfloat16()})
+
+
+def test_nothing_is_overwritten_and_nothing_half_written_stays(merged, tiny_dir, adapter_dir, tmp_path, capsys):
+    flags = ("merge", "--base_ckpt", tiny_dir, "--adapter", adapter_dir, "--layout", "boson", "--output_dir")
+    before = (merged / "boson/model.safetensors").stat().st_mtime_ns
+    code, said = run(capsys, *flags, merged / "boson")
+    assert code == 2 and said == [f"--output_dir: {merged / 'boson'} exists; it is not overwritten"]
+    assert (merged / "boson/model.safetensors").stat().st_mtime_ns == before
+
+    (tmp_path / "file").write_text("kept")
+    code, said = run(capsys, *flags, tmp_path / "file" / "out")
+    assert code == 2 and len(said) == 1 and "cannot be written" in said[0]
+
+    config = read_checkpoint_config(tiny_dir)
+    base = open_base(tiny_dir, "boson", config)
+    lora = read_adapter(adapter_dir, linear_layers(config), read_adapter_config(adapter_dir))
+    lora.weights["layers.0.mlp.up_proj"] = lora.weights["layers.0.self_attn.k_proj"]
+    with pytest.raises(RuntimeError):
+        merge(base, lora, tmp_path / "half", "boson", dtype=None, codec="a/b")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert len(weight_headers(merged / "boson").stored) == len(base.stored)
+
+
+def test_wrong_bases_are_listed_by_their_own_names(merged, tmp_path, capsys):
+    copy = shutil.copytree(merged / "transformers", tmp_path / "copy")
+    weights = {name: value.clone() for name, value in load_file(copy / "model.safetensors").items()}
+    del weights["text_lm_head.weight"]
+    weights["embed_tokens.weight"] = torch.ones(2)
+    weights["model.norm.weight"] = torch.ones(3)
+    plan = [Planned(name, tuple(value.shape), value.dtype) for name, value in weights.items()]
+    write_checkpoint_weights(copy, plan, lambda tensor: iter([weights[tensor.name]]))
+    code, said = run(capsys, "merge", "--base_ckpt", copy, "--output_dir", tmp_path / "x", "--layout", "boson")
+    assert code == 2 and len(said) == 3
+    assert "missing weight text_lm_head.weight [271, 64]" in said[0]
+    assert "extra weight embed_tokens.weight [2]" in said[1]
+    assert "weight model.norm.weight has shape [3], the model needs [64]" in said[2]
+    with pytest.raises(ConfigError, match="speaks in transformers alone, and cannot be trained"):
+        check_renamed_weights(copy, read_checkpoint_config(copy))
+
+
+def test_wrong_arguments_are_one_line_before_the_base_is_looked_for(adapter_dir, tiny_dir, tmp_path, capsys):
+    out = ("--output_dir", tmp_path / "out", "--layout", "transformers")
+    code, said = run(capsys, "merge", "--base_ckpt", "no/where", "--adapter", adapter_dir, *out)
+    assert code == 2 and len(said) == 1 and "--other_base takes it all the same" in said[0]
+    code, said = run(capsys, "merge", "--base_ckpt", tiny_dir, "--adapter", tmp_path, *out)
+    assert code == 2 and said == [f"--adapter: {tmp_path} holds no adapter_config.json"]
+    for codec, words in (
+        (tiny_dir, "no codec in transformers' layout"),
+        ("./nowhere", "neither a folder nor a hub id"),
+    ):
+        code, said = run(capsys, "merge", "--base_ckpt", tiny_dir, "--codec", codec, *out)
+        assert code == 2 and len(said) == 1 and words in said[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_export_renames_and_loses_nothing(adapter_dir, tiny_dir, tmp_path, capsys):
+    copy = shutil.copytree(adapter_dir, tmp_path / "mine")
+    code, said = run(capsys, "export", "--adapter", copy, "--layout", "transformers")
+    assert code == 0 and "under transformers' names" in said[-1]
+    out = tmp_path / "mine-transformers"
+    was, now = load_file(copy / WEIGHTS), load_file(out / WEIGHTS)
+    assert len(was) == len(now) == 2 * 21
+    old = "base_model.model.audio_decoder_proj.audio_lm_head.lora_A.weight"
+    assert torch.equal(was[old], now["base_model.model.audio_lm_head.lora_A.weight"])
+    old = "base_model.model.layers.1.audio_mlp.up_proj.lora_B.weight"
+    assert torch.equal(was[old], now[old.replace("model.layers", "model.model.layers")])
+    code, said = run(capsys, "export", "--adapter", copy, "--layout", "transformers")
+    assert code == 2 and "exists; it is not overwritten" in said[0]
+    edit(copy, base_model_name_or_path=str(tmp_path / "gone"))
+    code, said = run(capsys, "export", "--adapter", copy, "--layout", "transformers", "--output_dir", tmp_path / "x")
+    assert code == 2 and "neither a folder nor a hub id" in said[0]
+    code, said = run(
+        capsys, "export", "--adapter", copy, "--layout", "transformers", "--output_dir", tmp_path / "x",
+        "--base_ckpt", tiny_dir, "--other_base",
+    )  # fmt: skip
+    assert code == 0 and len(load_file(tmp_path / "x" / WEIGHTS)) == 42
+
+
+def long_name(adapter):
+    return "x" * 5000
+
+
+def half(adapter):
+    weights = {key: value.clone() for key, value in load_file(adapter / WEIGHTS).items()}
+    save_file(dict(sorted(weights.items())[::2]), adapter / WEIGHTS)
+
+
+def foreign(adapter):
+    weights = {f"other.{key}": value.clone() for key, value in load_file(adapter / WEIGHTS).items()}
+    save_file(weights, adapter / WEIGHTS)
+
+
+def not_a_number(adapter):
+    weights = {key: value.clone() for key, value in load_file(adapter / WEIGHTS).items()}
+    next(iter(weights.values()))[0, 0] = float("nan")
+    save_file(weights, adapter / WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (long_name, "cannot be read: File name too long"),
+        (half, "missing weight"),
+        (foreign, "missing weight"),
+        (not_a_number, "holds NaN or infinity"),
+        (lambda a: edit(a, megatron_config={"a": 1}, megatron_core="evil"), "megatron_core is 'evil': not plain LoRA"),
+        (lambda a: edit(a, base_model_name_or_path="some/other"), "trained on 'some/other', --base_ckpt is"),
+        (lambda a: edit(a, r=-1), "r is -1"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["merge", "generate"])
+def test_no_verb_speaks_with_an_adapter_that_is_not_whole(
+    verb, damage, words, adapter_dir, tiny_dir, codec_dir, tmp_path, capsys, monkeypatch
+):
+    (tmp_path / "evil.py").write_text("raise SystemExit('it ran')")
+    monkeypatch.syspath_prepend(tmp_path)
+    copy = shutil.copytree(adapter_dir, tmp_path / "copy")
+    flags = ("--base_ckpt", tiny_dir, "--adapter", damage(copy) or copy, "--codec", codec_dir)
+    rest = {
+        "merge": ("--layout", "boson", "--output_dir", tmp_path / "out"),
+        "generate": ("--text", "hello", "--output_file", tmp_path / "out.wav"),
+    }
+    code, said = run(capsys, verb, *flags, *rest[verb])
+    assert code == 2 and any(words in line for line in said), said
+    assert all(line.startswith("--adapter: ") for line in said), said
+    assert not list(tmp_path.glob("out*"))
+    if "trained on" in words:
+        assert run(capsys, "merge", *flags, *rest["merge"], "--other_base")[0] == 0

@@ -1,0 +1,114 @@
+"""What the README.md of an adapter and of a merged checkpoint say, run as it is printed, from another folder."""
+
+from __future__ import annotations
+
+import re
+import shlex
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from higgs_ds.cards import merged_card, pinned, prompt_facts
+from higgs_ds.cli import main
+from higgs_ds.codec.base import load_codec
+from higgs_ds.config import DEFAULT_BASE, DEFAULT_BASE_REVISION, DEFAULT_CODEC, DEFAULT_CODEC_REVISION
+from higgs_ds.corpus.manifest import AudioRef, Row, speech_messages
+from tests.ranks import assert_all
+
+
+def blocks(readme: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", readme, flags=re.S)
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_dir, codec_dir, flags_of, forks, tmp_path_factory):
+    """The run's folder after one step."""
+    folder = tmp_path_factory.mktemp("run")
+    assert_all(forks.run(flags_of(folder, max_steps=1), 1))
+    return folder
+
+
+def run(command: str) -> int:
+    words = shlex.split(command)
+    assert words[:3] == ["python", "-m", "higgs_ds"]
+    return main(words[3:])
+
+
+def test_an_adapters_card_runs_as_it_is_printed(trained, tiny_dir, codec_dir, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    readme = (trained / "adapter/README.md").read_text()
+    assert f"| base | `{tiny_dir}` |" in readme and "| rows with a reference clip | 0 of 32 rows |" in readme
+    assert "| rows with a system turn | 32 of 32 rows |" in readme
+    (python,) = blocks(readme, "python")
+    names = {}
+    exec(python, names)
+    assert type(names["model"]).__name__ == "HiggsAudioModel"
+    generate, merge = blocks(readme, "bash")
+    assert run(generate.strip() + " --max_new_tokens 40") in (0, 1)  # one step of training may answer with silence
+    assert run(merge) == 0
+    merged = (trained / "adapter-merged/README.md").read_text()
+    assert "LoRA rank / alpha | 8 / " in merged and f"base | `{tiny_dir}`" in merged
+
+
+def test_a_merged_folders_card_speaks_in_boson_multimodal(trained, tiny_dir, codec_dir, tmp_path, monkeypatch):
+    """Upstream's engine and the printed lines; the sample codec stands in for the audio tokenizer on the hub."""
+    from boson_multimodal.serve import serve_engine
+
+    monkeypatch.chdir(tmp_path)
+    flags = ["--base_ckpt", str(tiny_dir), "--adapter", str(trained / "adapter"), "--layout", "boson"]
+    assert main(["merge", *flags, "--output_dir", "voice"]) == 0
+    (python,) = blocks((tmp_path / "voice/README.md").read_text(), "python")
+    codec, asked = load_codec(str(codec_dir)), []
+
+    class Tokenizer:
+        tps, sampling_rate = codec.frame_rate, codec.sample_rate
+
+        def decode(self, codes):
+            return codec.decode(np.minimum(codes[0].numpy(), codec.codebook_size - 1))[None, None]
+
+    def snapshot_download(name, **settings):
+        asked.append((name, settings))
+        return "there"
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+
+    def load(where, **_):
+        asked.append(where)
+        return Tokenizer()
+
+    monkeypatch.setattr(serve_engine, "load_higgs_audio_tokenizer", load)
+    torch.manual_seed(0)
+    exec(python.replace("max_new_tokens=1024", "max_new_tokens=40"), {})
+    assert asked == [(DEFAULT_CODEC, {"revision": DEFAULT_CODEC_REVISION}), "there"]
+    waveform, rate = soundfile.read(tmp_path / "speech.wav")
+    assert rate == codec.sample_rate and len(waveform) > 0
+
+
+def test_a_base_is_named_so_that_it_is_found_again(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").mkdir()
+    assert pinned("base", "x") == (str(tmp_path / "base"), None)
+    assert pinned(DEFAULT_BASE, None) == (DEFAULT_BASE, DEFAULT_BASE_REVISION)
+    assert pinned("a/b", None) == ("a/b", None) and pinned("a/b", "c") == ("a/b", "c")
+    names = {"base": "a/b", "revision": "c", "layout": "transformers", "codec": "d/e", "folder": tmp_path / "it's"}
+    card = merged_card({"share": 0.5}, **names)
+    (serve,) = blocks(card, "bash")
+    assert shlex.split(serve) == ["vllm", "serve", str(tmp_path / "it's"), "--omni"]
+    assert "`a/b` at revision `c`" in card and "| share | 0.5000 |" in card
+    compile(*blocks(card, "python"), "card", "exec")
+
+
+def test_prompts_are_counted():
+    clip = AudioRef(None, "x", None, None)
+    plain, start = speech_messages("a", clip)
+    scene, _ = speech_messages("a", clip, scene="A kitchen.")
+    cloned, _ = speech_messages("a", clip, ref_text="b", ref_audio=clip)
+    rows = [Row(messages, start, None, "m", 1) for messages in (plain, scene, cloned)]
+    assert prompt_facts(rows) == {
+        "rows with a reference clip": "1 of 3 rows",
+        "rows with a scene": "1 of 3 rows",
+        "rows with a system turn": "2 of 3 rows",
+    }
+    assert prompt_facts(rows * 500)["rows with a scene"] == "333 of the first 1000 rows"

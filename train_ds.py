@@ -36,6 +36,10 @@ def main(argv: list[str], *, check_only: bool = False) -> int:
 
 def train(config: TrainConfig, ds_raw: dict, *, check_only: bool) -> int:
     """Stages 2 to 6."""
+    from higgs_ds.distributed.device import name_accelerator
+
+    name_accelerator()  # before anything imports DeepSpeed, which would guess
+
     from higgs_ds import run, run_dir
     from higgs_ds.distributed.engine import StopSignal, leave_ranks
     from higgs_ds.guard import BadLossError

@@ -197,9 +197,9 @@ def _sample_codec(args) -> int:
 
 
 def _speaker(args):
-    from .distributed.device import pick_device
+    from .distributed.device import name_accelerator
 
-    pick_device()  # refused before anything is downloaded or loaded
+    name_accelerator()  # refused before anything is downloaded or loaded
     from .codec.base import load_codec
     from .generate import Speaker
     from .model.base import open_base

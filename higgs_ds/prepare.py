@@ -31,9 +31,9 @@ def main(argv: list[str]) -> int:
     config = parse_args(argv, may_lack=("output_dir",))
     if config.data.codes_cache is None and config.run.output_dir is None:
         raise ConfigError(["--codes_cache: is required here, or --output_dir, whose codes_cache is taken"])
-    from .distributed.device import pick_device
+    from .distributed.device import name_accelerator
 
-    device = pick_device()
+    device = name_accelerator()
     import torch
     import torch.distributed as dist
 

@@ -70,7 +70,8 @@ def said(text: str) -> dict:
 
 SLOW_CODEC = """
 import sys, time
-from higgs_ds import cli, sample_codec
+from higgs_ds import cli
+from higgs_ds.codec import sample as sample_codec
 encode = sample_codec.SampleCodec.encode
 sample_codec.SampleCodec.encode = lambda *a: time.sleep(0.05) or encode(*a)
 sys.exit(cli.main(sys.argv[1:]))

@@ -49,6 +49,13 @@ def pick_device() -> torch.device:
     return torch.device("cuda", local_rank)
 
 
+def name_accelerator() -> torch.device:
+    """`pick_device`, and DeepSpeed told the same: without a word it guesses, and fails where it guesses wrong."""
+    device = pick_device()
+    os.environ["DS_ACCELERATOR"] = device.type
+    return device
+
+
 def take_device(device: torch.device, *, deterministic: bool = False) -> None:
     """Takes the device for this process, before anything is computed on it.
 

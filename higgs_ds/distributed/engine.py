@@ -23,7 +23,7 @@ from torch import nn
 
 from ..errors import ConfigError
 from ..process import say
-from .device import describe_devices, pick_device, take_device
+from .device import describe_devices, name_accelerator, take_device
 from .optimizer_state import GatheredState, OptimizerState
 
 T = TypeVar("T")
@@ -96,9 +96,8 @@ def start_ranks(*, deterministic: bool = False) -> Ranks:
     Raises:
         ConfigError: this rank has no GPU, and `DS_ACCELERATOR` does not say that it is to use the CPU.
     """
-    device = pick_device()
+    device = name_accelerator()
     on_cpu = device.type == "cpu"
-    os.environ["DS_ACCELERATOR"] = device.type  # DeepSpeed, which guesses without it, is to mean the same
     take_device(device, deterministic=deterministic)
     if "RANK" not in os.environ:
         with socket.socket() as free:

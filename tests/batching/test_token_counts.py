@@ -37,17 +37,14 @@ def cache(rows, codec_dir, tmp_path_factory):
 
 
 def collator_of(config, **changes) -> Collator:
-    collator = Collator(ModelFacts.from_config(config))
-    for name, value in changes.items():
-        setattr(collator, name, value)
-    return collator
+    return Collator(dataclasses.replace(ModelFacts.from_config(config), **changes))
 
 
 @pytest.mark.parametrize("delay", [True, False])
 @pytest.mark.parametrize("audio_in", [True, False])
 @pytest.mark.parametrize("books", [8, 3])
 def test_a_row_is_as_long_as_the_collator_makes_it(rows, cache, tokenizer, tiny_config, delay, audio_in, books):
-    collator = collator_of(tiny_config, use_delay_pattern=delay, audio_in_tokens=audio_in, num_codebooks=books)
+    collator = collator_of(tiny_config, use_delay_pattern=delay, audio_in_codes=audio_in, num_codebooks=books)
     counted = LengthIndex(cache, tokenizer, collator).count(rows)
     assert counted.dtype == np.int32
 

@@ -13,6 +13,7 @@ from higgs_ds.batching.token_counts import LengthIndex
 from higgs_ds.cli import main
 from higgs_ds.corpus.describe import describe, oddest
 from higgs_ds.corpus.transcripts import first_lines
+from higgs_ds.model.facts import ModelFacts
 from tests.conftest import SPEECH
 
 
@@ -43,7 +44,7 @@ def test_tokens_are_those_that_training_counts(codec_dir, tokenizer, tiny_config
     found = describe(str(SPEECH), tokenizer=tokenizer)
     cache = CodeCache(tmp_path, load_codec(str(codec_dir)))
     cache.ensure([ref for row in found.rows[:4] for _, ref in row.audio_refs])
-    index = LengthIndex(cache, tokenizer, Collator.of(tiny_config))
+    index = LengthIndex(cache, tokenizer, Collator(ModelFacts.from_config(tiny_config)))
     assert [index.tokens(row) for row in found.rows[:4]] == pytest.approx(found.tokens[:4], abs=1)
     assert len(first_lines(found.spoken)) == 2
 

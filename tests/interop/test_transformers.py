@@ -21,6 +21,7 @@ from higgs_ds.corpus.audio import read_audio
 from higgs_ds.corpus.manifest import AudioRef, Turn, read_manifest
 from higgs_ds.generate import share_given_back
 from higgs_ds.model.base import load_tokenizer
+from higgs_ds.model.facts import ModelFacts
 from higgs_ds.model.layout_config import DEFAULT_ROPE, DEFAULTS, read_checkpoint_config
 from higgs_ds.model.layouts import transformers_name
 from higgs_ds.model.load_layout import wanted_weights
@@ -135,7 +136,9 @@ def whole_rows(trained, merged):
     inputs, wanted = {}, {}
     for number, (name, clips) in enumerate({"cloned": codes[:1], "two turns": codes}.items()):
         ids = torch.tensor(tokenize(conversations()[name], None, tokenizer)[0])
-        batch = Collator.of(config, round_to=1)([Sample(ids, torch.full_like(ids, -100), tuple(clips), name)])
+        batch = Collator(ModelFacts.from_config(config), round_to=1)(
+            [Sample(ids, torch.full_like(ids, -100), tuple(clips), name)]
+        )
         with torch.no_grad():
             out = model.eval()(**batch.model_inputs())
         frames = [clip.shape[1] + 2 + 7 for clip in clips]

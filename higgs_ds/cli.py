@@ -201,8 +201,8 @@ def _speaker(args):
 
     name_accelerator()  # refused before anything is downloaded or loaded
     from .codec.base import load_codec
-    from .generate import Speaker
     from .model.base import open_base
+    from .model.speaker import Speaker
 
     base = open_base(args.base_ckpt, args.base_revision)
     if base.notes:
@@ -214,7 +214,7 @@ def _speaker(args):
 def _generate(args) -> int:
     from .corpus.audio import read_audio, write_wav
     from .corpus.manifest import AudioRef, speech_messages
-    from .generate import Sampling
+    from .model.speaker import Sampling
 
     if (args.ref_audio is None) != (args.ref_text is None):
         raise ConfigError(["--ref_audio, --ref_text: one needs the other"])
@@ -263,7 +263,7 @@ def _check_prompt(args, messages) -> None:
 def _recite(args) -> int:
     from .corpus.faults import grouped
     from .corpus.manifest import read_manifest
-    from .generate import recite
+    from .recite import recite
 
     rows, faults = read_manifest(args.train_manifest)
     if faults:

@@ -18,7 +18,7 @@ from boson_multimodal.model.higgs_audio import HiggsAudioModel
 from peft import PeftModel
 from PIL import Image
 
-from higgs_ds.generate import Recital
+from higgs_ds.recite import Recital
 from tests.conftest import ROOT, SPEECH
 from tests.ranks import assert_all, run_ranks
 

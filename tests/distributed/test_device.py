@@ -13,7 +13,7 @@ from higgs_ds.distributed.device import describe_devices, driver_version, pick_d
 from higgs_ds.distributed.engine import start_ranks
 from higgs_ds.distributed.rank_watch import NCCL_TIMEOUT_SEC, check_stall_timeout
 from higgs_ds.errors import ConfigError
-from higgs_ds.generate import default_dtype
+from higgs_ds.model.speaker import default_dtype
 from tests.conftest import SPEECH
 from tests.ranks import assert_all, run_ranks
 

@@ -19,12 +19,12 @@ from higgs_ds.cli import main
 from higgs_ds.codec.base import load_codec
 from higgs_ds.corpus.audio import read_audio
 from higgs_ds.corpus.manifest import AudioRef, Turn, read_manifest
-from higgs_ds.generate import share_given_back
 from higgs_ds.model.base import load_tokenizer
 from higgs_ds.model.facts import ModelFacts
 from higgs_ds.model.layout_config import DEFAULT_ROPE, DEFAULTS, read_checkpoint_config
 from higgs_ds.model.layouts import transformers_name
 from higgs_ds.model.load_layout import wanted_weights
+from higgs_ds.recite import share_given_back
 from tests.conftest import SPEECH
 from tests.model.test_layouts import translated
 

@@ -20,10 +20,12 @@ def renamed(tiny_dir, tmp_path_factory):
     folder = tmp_path_factory.mktemp("renamed") / "base"
     assert main(["merge", "--base_ckpt", str(tiny_dir), "--output_dir", str(folder), "--layout", "transformers"]) == 0
     with safe_open(folder / "model.safetensors", framework="pt") as stored:
-        names = sorted(stored.keys())
+        names, weight_map = sorted(stored.keys()), {}
         for number, part in enumerate((names[::2], names[1::2]), 1):
             file = folder / f"model-0000{number}-of-00002.safetensors"
             save_file({name: stored.get_tensor(name) for name in part}, file)
+            weight_map |= dict.fromkeys(part, file.name)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     (folder / "model.safetensors").unlink()
     return folder
 
@@ -53,7 +55,10 @@ def test_either_layout_trains_to_the_same_losses(stage, dtype, tiny_dir, renamed
 
 def test_every_rank_refuses_a_wrong_checkpoint_with_code_2(renamed, flags_of, forks, tmp_path):
     copy = shutil.copytree(renamed, tmp_path / "copy")
-    (copy / "model-00002-of-00002.safetensors").unlink()
+    index = copy / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    first = {name: file for name, file in weight_map.items() if file.startswith("model-00001")}
+    index.write_text(json.dumps({"weight_map": first}))
     config = json.loads((copy / "config.json").read_text())
     results = forks.run(flags_of(tmp_path / "a", base_ckpt=copy), 2)
     assert_all(results, returncode=2)

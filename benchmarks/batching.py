@@ -152,13 +152,13 @@ def planning(count: int) -> dict[str, float]:
     import time
 
     from higgs_ds.batching.token_counts import LENGTH
-    from higgs_ds.corpus.records import Records, _checks
+    from higgs_ds.corpus.records import Records, checksums
 
     with tempfile.TemporaryDirectory() as folder:
         table = np.zeros(count, LENGTH)
         table["key"] = np.random.RandomState(0).randint(0, 1 << 62, size=(count, 4))
         table["tokens"] = lognormal_tokens(count)
-        table["check"] = _checks(table)
+        table["check"] = checksums(table)
         table.tofile(Path(folder) / "a.lengths")
         keys = np.ascontiguousarray(table["key"])
         del table

@@ -1,4 +1,4 @@
-"""How many tokens each row takes, counted once and kept beside the codes: what batches by token budget are cut from."""
+"""How many tokens each row takes, counted once and kept beside the codes: batches by token budget are made from it."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from ..corpus.records import Records, RecordWriter, record_type
 from .collate import Collator, tokenize
 
 LENGTH = record_type(("tokens", "<u8"))
-REMEMBERED_TEXTS = 4096
+CACHED_TEXTS = 4096
 
 
 class LengthIndex:
-    """Tokens of rows, found by their content (roles, texts, clips), the tokenizer, the codec and the collator."""
+    """How many tokens rows take, kept on disk by their content (roles, texts, clips), tokenizer, codec and collator."""
 
     def __init__(self, cache: CodeCache, tokenizer, collator: Collator):
         self._cache = cache
-        self._tokenizer = _Remembering(tokenizer)
+        self._tokenizer = _CachingTokenizer(tokenizer)
         self._collator = collator
         self._records: Records | None = None
         # The codec is in the folder's name.
@@ -38,10 +38,17 @@ class LengthIndex:
             ).encode()
         ).digest()
 
-    def count(self, rows: list[Row], moved: Callable[[], None] = lambda: None) -> np.ndarray:
-        """int32 [rows]: the tokens of each row, whose clips are all encoded; `moved` is told of each row counted.
+    def count(self, rows: list[Row], on_row: Callable[[], None] = lambda: None) -> np.ndarray:
+        """int32 [rows]: the tokens of each row, read from disk where they were counted before.
 
         Counts of other processes are found if they were there at this object's first call.
+
+        Args:
+            rows: whose clips are all encoded.
+            on_row: called after each row that had to be counted.
+
+        Raises:
+            MissingCodesError: a clip is not encoded.
         """
         counted = np.zeros(len(rows), np.int32)
         if not rows:
@@ -59,13 +66,13 @@ class LengthIndex:
                     writer.append(keys[i], tokens=counted[i])
                 except OSError:
                     writer = None  # a cache that may only be read still serves; these are counted again
-            moved()
+            on_row()
         if writer is not None:
             writer.close()
         return counted
 
     def tokens(self, row: Row) -> int:
-        """Positions that the model computes for a row: text tokens, and the frames of its clips in their place."""
+        """Positions that the model computes for a row: text tokens, each clip's placeholder replaced by its frames."""
         input_ids, _, _ = tokenize(row.messages, row.start_index, self._tokenizer)
         total = len(input_ids)
         for turn in row.messages:
@@ -84,13 +91,11 @@ class LengthIndex:
         return hashlib.sha256(self._context + json.dumps(content).encode()).digest()
 
 
-class _Remembering:
+class _CachingTokenizer:
     """A tokenizer that remembers the last few thousand texts: headers and scenes are the same in every row."""
 
     def __init__(self, tokenizer):
-        self._encode = functools.lru_cache(REMEMBERED_TEXTS)(
-            lambda text: tokenizer.encode(text, add_special_tokens=False)
-        )
+        self._encode = functools.lru_cache(CACHED_TEXTS)(lambda text: tokenizer.encode(text, add_special_tokens=False))
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
         """Token ids; never with special tokens added."""

@@ -22,13 +22,13 @@ from ..codec.base import Codec, check_codes
 from ..errors import ConfigError
 from .audio import content_hash, duration_sec, read_audio
 from .manifest import AudioRef
-from .records import Records, RecordWriter, record_type, words_of, write_all
+from .records import Records, RecordWriter, key_words, record_type, write_all
 
 INDEX = record_type(("offset", "<u8"), ("frames", "<u4"), ("crc", "<u4"))  # offset: bytes from the file's start
 HASH = record_type(("content", "<u8", (4,)), ("seconds", "<f8"))
-# A file changed less than this long ago may be changed again within its clock's tick: it is not remembered.
-SETTLED_SEC = 2.0
-MOST_NEW = 100_000  # additions kept as objects before the index is read anew, where each takes 75 bytes
+# A file changed less than this long ago may be changed again within its clock's tick: its hash is not remembered.
+MIN_AGE_SEC = 2.0
+MAX_ADDED = 100_000  # additions kept as objects before the index is read anew, where each takes 75 bytes
 
 
 class MissingCodesError(KeyError):
@@ -47,9 +47,9 @@ class CodeCache:
         self.codec = codec
         self.folder = Path(folder) / hashlib.sha256(codec.fingerprint.encode()).hexdigest()[:16]
         self._store = CodeStore(self.folder, codec)
-        self._files = FileHashes(Path(folder))
+        self._hashes = FileHashes(Path(folder))
         self.encoded = 0  # clips that this object had the codec encode
-        self._keys: dict[AudioRef, bytes] = {}  # so that a clip is not hashed at every epoch
+        self._keys: dict[AudioRef, bytes] = {}  # so that a clip is hashed once a run, not at every epoch
 
     def get(self, ref: AudioRef) -> np.ndarray:
         """Codes int16 [codebooks, frames] of a clip.
@@ -60,11 +60,11 @@ class CodeCache:
         return self._store.get(self.key(ref))
 
     def frames(self, ref: AudioRef) -> int:
-        """Frames of a clip, from the index alone; raises as `get` does."""
+        """Frames of a clip, from the index alone. Raises MissingCodesError and AudioError as `get` does."""
         return self._store.frames(self.key(ref))
 
     def frames_each(self, keys: np.ndarray) -> np.ndarray:
-        """int64 [clips]: frames of the clips with these keys, uint8 [clips, 32]; raises as `get` does."""
+        """int64 [clips]: frames of the clips with these keys, uint8 [clips, 32]. Raises MissingCodesError."""
         return self._store.frames_each(keys)
 
     def key(self, ref: AudioRef) -> bytes:
@@ -72,7 +72,7 @@ class CodeCache:
         if ref.key is not None:
             return ref.key
         if ref not in self._keys:
-            self._keys[ref] = self._files.look(ref)[0]
+            self._keys[ref] = self._hashes.hash_and_duration(ref)[0]
         return self._keys[ref]
 
     def ensure(
@@ -108,9 +108,10 @@ class CodeCache:
     def ensure_each(
         self, refs: Sequence[AudioRef], max_duration_sec: float | None = None
     ) -> Iterator[tuple[AudioRef, bytes | None, str | None]]:
-        """`ensure`, one clip at a time, whatever their number: the clip, and its key or what is wrong with it.
+        """Encode the clips that are not cached yet, as they are asked for, whatever their number.
 
-        Knows what other processes had written at the last `read_index`.
+        Yields each clip with its key and None, or with None and what is wrong with it. What other processes have
+        written since the last `read_index` is encoded again. Raises as `ensure` does.
         """
         try:
             for ref in refs:
@@ -122,16 +123,16 @@ class CodeCache:
                     yield ref, None, str(error)
         finally:
             self._store.close_writer()
-            self._files.close_writer()
+            self._hashes.close_writer()
 
     def read_index(self) -> None:
-        """Looks at what other processes have written by now."""
+        """Finds what other processes have written by now."""
         self._store.read_index()
-        self._files.forget()
+        self._hashes.read_again()
 
     def _ensure_one(self, ref: AudioRef, max_duration_sec: float | None) -> bytes:
         # By the header first: a clip that is hours too long need not be decoded to know it.
-        key, seconds = self._files.look(ref)
+        key, seconds = self._hashes.hash_and_duration(ref)
         if max_duration_sec is not None and seconds > max_duration_sec:
             raise ValueError(f"lasts {seconds:.1f} s, over --max_duration_sec {max_duration_sec:g}")
         if not self._store.holds(key):
@@ -143,7 +144,7 @@ class CodeCache:
 
 
 @dataclass(frozen=True)
-class Place:
+class Location:
     """Where a clip's codes are: from `offset` (bytes) of a file, row after row of [codebooks, frames]."""
 
     file: Path
@@ -153,34 +154,38 @@ class Place:
 
 
 class CodeStore:
-    """Codes by key in a few append-only files, memory-mapped by those who read; one codec's."""
+    """One codec's codes by key, in append-only files of one folder that are memory-mapped to be read.
+
+    A writer has two files of its own: `<name>.codes`, clip after clip, and `<name>.index`, where each of them is.
+    """
 
     def __init__(self, folder: Path, codec: Codec):
         self._folder = folder
         self._codec = codec
         self._index: Records | None = None
+        self._code_files: list[Path] = []  # of the index's files
         self._maps: dict[Path, mmap.mmap] = {}
-        self._new: dict[bytes, Place] = {}  # written since the index was read
+        self._added: dict[bytes, Location] = {}  # written since the index was read
         self._writer: RecordWriter | None = None
-        self._data: int | None = None
-        self._end = 0  # bytes written to the open file
+        self._codes_file: int | None = None
+        self._codes_size = 0  # bytes written to the open file
 
     def get(self, key: bytes) -> np.ndarray:
         """Codes int16 [codebooks, frames], of their own memory. Raises MissingCodesError, or ValueError if damaged."""
         damage = None
-        for place in self._places(key):
+        for location in self._locations(key):
             try:
-                return self._read(place)
+                return self._read(location)
             except ValueError as error:
-                damage = damage or f"{place.file} is damaged at byte {place.offset} ({error}); start again, and it"
-        raise ValueError(f"{damage} is made anew")
+                damage = damage or f"{location.file} is damaged at byte {location.offset} ({error})"
+        raise ValueError(f"{damage}; start again, and it is made anew")
 
     def frames(self, key: bytes) -> int:
-        """How many frames there are. Raises MissingCodesError."""
-        return self._places(key)[0].frames
+        """How many frames the codes of this key have. Raises MissingCodesError."""
+        return self._locations(key)[0].frames
 
     def frames_each(self, keys: np.ndarray) -> np.ndarray:
-        """int64 [clips] for keys uint8 [clips, 32], as they stand on the disk now. Raises MissingCodesError."""
+        """int64 [clips]: frames of keys uint8 [clips, 32], as the disk has them now. Raises MissingCodesError."""
         self.read_index()
         found = self._index.find_each(np.ascontiguousarray(keys).view("<u8"))
         if (found < 0).any():
@@ -188,19 +193,20 @@ class CodeStore:
         return self._index.rows["frames"][found].astype(np.int64)
 
     def holds(self, key: bytes) -> bool:
-        """Whether whole codes were there when the index was last read, or were added since."""
-        for place in self._find(key):
+        """Whether whole codes of this key were there when the index was last read, or were added since."""
+        for location in self._find(key):
             try:
-                self._read(place)
+                self._read(location)
                 return True
             except ValueError:
                 pass  # damaged: another copy may be whole
         return False
 
     def read_index(self) -> None:
-        """Looks at what other processes have written by now."""
+        """Finds what other processes have written by now, in place of what was known."""
         self._index = Records(self._folder, ".index", INDEX)
-        self._new.clear()
+        self._code_files = [file.with_suffix(".codes") for file in self._index.files]
+        self._added.clear()
 
     def add(self, key: bytes, codes: np.ndarray) -> None:
         """Appends codes [codebooks, frames], then their place to the index: killed between, nothing was added."""
@@ -209,30 +215,30 @@ class CodeStore:
             self._writer = RecordWriter(self._folder, ".index", INDEX)
             self._folder.mkdir(parents=True, exist_ok=True)
             path = self._writer.path.with_suffix(".codes")
-            self._data = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o666)
-            self._end = 0
-        offset, crc = self._end, zlib.crc32(content)
+            self._codes_file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o666)
+            self._codes_size = 0
+        offset, crc = self._codes_size, zlib.crc32(content)
         try:
-            write_all(self._data, content)
-            self._end += len(content)
+            write_all(self._codes_file, content)
+            self._codes_size += len(content)
             self._writer.append(key, offset=offset, frames=codes.shape[1], crc=crc)
         except OSError:
             self.close_writer()  # what was written in part would shift all that follows
             raise
-        self._new[key] = Place(self._writer.path.with_suffix(".codes"), offset, codes.shape[1], crc)
-        if len(self._new) > MOST_NEW:
+        self._added[key] = Location(self._writer.path.with_suffix(".codes"), offset, codes.shape[1], crc)
+        if len(self._added) > MAX_ADDED:
             self.read_index()
 
     def close_writer(self) -> None:
         """Brings what was added to the disk; the next codes begin another file."""
-        writer, data, self._writer, self._data = self._writer, self._data, None, None
+        writer, data, self._writer, self._codes_file = self._writer, self._codes_file, None, None
         if data is not None:
             os.fsync(data)
             os.close(data)
             writer.close()
 
-    def _places(self, key: bytes) -> list[Place]:
-        """Where each copy is; looks again where there is none. Raises MissingCodesError."""
+    def _locations(self, key: bytes) -> list[Location]:
+        """Where each copy is; reads the index again if it knows none. Raises MissingCodesError."""
         found = self._find(key)
         if not found:
             self.read_index()
@@ -241,21 +247,21 @@ class CodeStore:
             raise MissingCodesError(f"no codes in {self._folder}; encode the clip first, with CodeCache.ensure")
         return found
 
-    def _find(self, key: bytes) -> list[Place]:
-        if key in self._new:
-            return [self._new[key]]
+    def _find(self, key: bytes) -> list[Location]:
+        if key in self._added:
+            return [self._added[key]]
         index = self._index
         if index is None:
             return []
-        places = []
+        locations = []
         for i in index.find(key):
-            file, row = index.files[index.file_numbers[i]].with_suffix(".codes"), index.rows[i]
-            places.append(Place(file, int(row["offset"]), int(row["frames"]), int(row["crc"])))
-        return places
+            file, row = self._code_files[index.file_numbers[i]], index.rows[i]
+            locations.append(Location(file, int(row["offset"]), int(row["frames"]), int(row["crc"])))
+        return locations
 
-    def _read(self, place: Place) -> np.ndarray:
+    def _read(self, location: Location) -> np.ndarray:
         """Raises ValueError for anything but the codes that were written."""
-        file, end = place.file, place.offset + place.frames * self._codec.num_codebooks * 2
+        file, end = location.file, location.offset + location.frames * self._codec.num_codebooks * 2
         try:
             size = file.stat().st_size  # at each call: touching a map past its file's end kills the process
             if end > size:
@@ -265,45 +271,45 @@ class CodeStore:
                     self._maps[file] = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
             raise ValueError(f"it cannot be read: {error.strerror}") from error
-        content = self._maps[file][place.offset : end]
-        if zlib.crc32(content) != place.crc:
+        content = self._maps[file][location.offset : end]
+        if zlib.crc32(content) != location.crc:
             raise ValueError("its checksum is not the one that was written")
-        codes = np.frombuffer(bytearray(content), dtype="<i2").reshape(self._codec.num_codebooks, place.frames)
+        codes = np.frombuffer(bytearray(content), dtype="<i2").reshape(self._codec.num_codebooks, location.frames)
         check_codes(codes, self._codec)
         return codes
 
 
 class FileHashes:
-    """Content hash and length of clips, remembered by path, size and time of the file, and the slice."""
+    """Content hash and duration of clips, remembered in a folder by path, size and time of the file, and the slice."""
 
     def __init__(self, folder: Path):
         self._folder = folder
-        self._known: Records | None = None
+        self._records: Records | None = None
         self._writer: RecordWriter | None = RecordWriter(folder, ".hashes", HASH)
 
-    def look(self, ref: AudioRef) -> tuple[bytes, float]:
-        """(content hash, seconds) of a clip; reads it only if it is new or has changed. Raises AudioError."""
-        name, settled = self._name(ref)
+    def hash_and_duration(self, ref: AudioRef) -> tuple[bytes, float]:
+        """(SHA-256 of the content, seconds) of a clip; reads it only if it is new or has changed. Raises AudioError."""
+        name, may_remember = self._name(ref)
         if name is not None:
-            if self._known is None:
-                self._known = Records(self._folder, ".hashes", HASH)
-            for i in self._known.find(name):
-                return self._known.rows["content"][i].tobytes(), float(self._known.rows["seconds"][i])
+            if self._records is None:
+                self._records = Records(self._folder, ".hashes", HASH)
+            for i in self._records.find(name):
+                return self._records.rows["content"][i].tobytes(), float(self._records.rows["seconds"][i])
         seconds = duration_sec(ref)
         content = bytes.fromhex(content_hash(ref))
-        if settled and self._writer is not None:
+        if may_remember and self._writer is not None:
             try:
-                self._writer.append(name, content=words_of(content), seconds=seconds)
+                self._writer.append(name, content=key_words(content), seconds=seconds)
             except OSError:
                 self._writer = None  # a cache that may only be read still serves the codes that it has
         return content, seconds
 
-    def forget(self) -> None:
-        """Looks at the folder anew, once it is needed."""
-        self._known = None
+    def read_again(self) -> None:
+        """Has the next call read what other processes have remembered by then."""
+        self._records = None
 
     def close_writer(self) -> None:
-        """Brings what was found to the disk."""
+        """Brings what is to be remembered to the disk."""
         if self._writer is not None:
             self._writer.close()
 
@@ -318,5 +324,5 @@ class FileHashes:
             return None, False  # what is wrong with it is said by whoever reads it
         span = f"{ref.offset_sec or 0.0} {ref.duration_sec}"
         name = f"{ref.path}\0{stat.st_size} {stat.st_mtime_ns} {span}"
-        settled = time.time() - stat.st_mtime > SETTLED_SEC
-        return hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest(), settled
+        may_remember = time.time() - stat.st_mtime > MIN_AGE_SEC
+        return hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest(), may_remember

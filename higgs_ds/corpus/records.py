@@ -1,7 +1,8 @@
 """Tables of fixed-size records in a folder that many processes add to at a time, and that survive a killed writer.
 
 Each writer appends to a file of its own, so nothing is ever locked or rewritten. A record carries a checksum: half of
-one, or one that was damaged later, is left out when the table is read, as if it had never been written.
+one, or one that was damaged later, is left out when the table is read, as if it had never been written. Against SQLite
+it was measured in `benchmarks/NOTES.md`.
 """
 
 from __future__ import annotations
@@ -13,39 +14,45 @@ from pathlib import Path
 import numpy as np
 
 KEY = ("key", "<u8", (4,))  # 32 bytes that tell records apart
-_CHECK = ("check", "<u8")
+_CHECKSUM = ("check", "<u8")
 # Odd, so that a change of any one word changes the sum.
 _FACTORS = np.random.RandomState(20260).randint(0, 1 << 63, size=64, dtype=np.uint64) * 2 + 1
-_SEAL = np.uint64(0x9E3779B97F4A7C15)
+_START = np.uint64(0x9E3779B97F4A7C15)  # not 0, so that a record of zero bytes, as a crash may leave, is none
 
 
 def record_type(*fields: tuple) -> np.dtype:
-    """A record of the key, `fields` (together a multiple of 8 bytes) and the checksum."""
-    kind = np.dtype([KEY, *fields, _CHECK])
-    assert kind.itemsize % 8 == 0
-    return kind
+    """The dtype of a record: the key, `fields` (together a multiple of 8 bytes), the checksum."""
+    dtype = np.dtype([KEY, *fields, _CHECKSUM])
+    assert dtype.itemsize % 8 == 0
+    return dtype
 
 
-def words_of(key: bytes) -> np.ndarray:
+def key_words(key: bytes) -> np.ndarray:
     """A key of 32 bytes as it stands in a record: uint64 [4]."""
     return np.frombuffer(key, dtype="<u8")
 
 
-class RecordWriter:
-    """Appends records to a new file, which appears with the first of them."""
+def checksums(records: np.ndarray) -> np.ndarray:
+    """uint64 [records]: the checksum that each of them should carry, over all its words but the last."""
+    words = np.ascontiguousarray(records).view("<u8").reshape(len(records), records.itemsize // 8)[:, :-1]
+    return ((words ^ (words >> np.uint64(29))) * _FACTORS[: words.shape[1]]).sum(axis=1, dtype=np.uint64) + _START
 
-    def __init__(self, folder: Path, suffix: str, kind: np.dtype):
+
+class RecordWriter:
+    """Appends records to a new file `<random name><suffix>` of a folder; the first record makes file and folder."""
+
+    def __init__(self, folder: Path, suffix: str, dtype: np.dtype):
         self.path = folder / f"{uuid.uuid4().hex}{suffix}"
-        self._kind = kind
+        self._dtype = dtype
         self._file: int | None = None
 
     def append(self, key: bytes, **values) -> None:
-        """Writes one record in one call to the system. Raises OSError, after which a new file is begun."""
-        record = np.zeros(1, self._kind)
-        record["key"][0] = words_of(key)
+        """Writes one record in one system call. Raises OSError, after which the next record begins another file."""
+        record = np.zeros(1, self._dtype)
+        record["key"][0] = key_words(key)
         for name, value in values.items():
             record[name][0] = value
-        record["check"] = _checks(record)
+        record["check"] = checksums(record)
         if self._file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o666)
@@ -69,20 +76,21 @@ class RecordWriter:
 
 
 class Records:
-    """Every whole record of a folder's files with one suffix, found by key; about 75 bytes of memory each."""
+    """Every whole record of a folder's files with one suffix, found by key; about 75 bytes of memory each.
 
-    def __init__(self, folder: Path, suffix: str, kind: np.dtype):
-        """Reads the files as they are now. A folder that is not there holds no record."""
+    `rows` holds the records, `files` the paths, `file_numbers` int32 [records] which of them each stands in.
+    """
+
+    def __init__(self, folder: Path, suffix: str, dtype: np.dtype):
+        """Reads the files as they are now. A folder that is not there holds no record. Raises OSError."""
         self.files = sorted(folder.glob(f"*{suffix}"))
-        parts, numbers = [np.zeros(0, kind)], [np.zeros(0, np.int32)]
-        for number, file in enumerate(self.files):
-            content = file.read_bytes()
-            records = np.frombuffer(content, kind, count=len(content) // kind.itemsize)
-            records = records[_checks(records) == records["check"]]
-            parts.append(records)
-            numbers.append(np.full(len(records), number, np.int32))
+        parts = [np.zeros(0, dtype)]
+        for file in self.files:
+            records = np.fromfile(file, dtype)  # without the half of one at the end
+            whole = checksums(records) == records["check"]
+            parts.append(records if whole.all() else records[whole])
         self.rows = np.concatenate(parts)
-        self.file_numbers = np.concatenate(numbers)
+        self.file_numbers = np.repeat(np.arange(len(self.files), dtype=np.int32), [len(part) for part in parts[1:]])
         first_words = self.rows["key"][:, 0]
         self._order = np.argsort(first_words, kind="stable").astype(np.int32)
         self._sorted = first_words[self._order]
@@ -91,19 +99,19 @@ class Records:
         return len(self.rows)
 
     def find(self, key: bytes) -> list[int]:
-        """Numbers in `rows` of the records with this key."""
-        words = words_of(key)
-        first = int(np.searchsorted(self._sorted, words[0], side="left"))
+        """Numbers in `rows` of the records with this key of 32 bytes."""
+        first_word = key_words(key)[0]
+        place = int(np.searchsorted(self._sorted, first_word, side="left"))
         found = []
-        while first < len(self._sorted) and self._sorted[first] == words[0]:
-            number = int(self._order[first])
-            if (self.rows["key"][number] == words).all():
+        while place < len(self._sorted) and self._sorted[place] == first_word:
+            number = int(self._order[place])
+            if self.rows["key"][number].tobytes() == key:
                 found.append(number)
-            first += 1
+            place += 1
         return found
 
     def find_each(self, keys: np.ndarray) -> np.ndarray:
-        """int64 [keys]: a record's number for each of `keys` uint64 [keys, 4], -1 where there is none."""
+        """int64 [keys]: a record's number in `rows` for each of `keys` uint64 [keys, 4], -1 where there is none."""
         if len(self) == 0:
             return np.full(len(keys), -1)
         places = np.minimum(np.searchsorted(self._sorted, keys[:, 0], side="left"), len(self) - 1)
@@ -122,9 +130,3 @@ def write_all(file: int, content: bytes) -> None:
     view = memoryview(content)
     while view:
         view = view[os.write(file, view) :]
-
-
-def _checks(records: np.ndarray) -> np.ndarray:
-    """uint64 [records]: the checksum that each of them should carry."""
-    words = np.ascontiguousarray(records).view("<u8").reshape(len(records), records.itemsize // 8)[:, :-1]
-    return ((words ^ (words >> np.uint64(29))) * _FACTORS[: words.shape[1]]).sum(axis=1, dtype=np.uint64) + _SEAL

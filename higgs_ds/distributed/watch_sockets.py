@@ -1,0 +1,306 @@
+"""What the ranks tell each other to find one that died or is stuck: JSON lines over one TCP connection a rank.
+
+Rank 0 is the server. Every other rank is a client, which sends its state each half second and believes the server's
+verdict. A process that dies closes its connection at once, whatever killed it; a host that dies falls silent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import secrets
+import selectors
+import socket
+import time
+from dataclasses import asdict, dataclass, fields
+
+from .engine import Ranks
+
+HEARTBEAT_SEC = 0.5
+SILENCE_TIMEOUT_SEC = 50.0  # a rank not heard from for so long is gone: its host died, or it is frozen
+CONNECT_TIMEOUT_SEC = 60.0
+MAX_LINE = 65536
+
+
+@dataclass
+class RankState:
+    """What a rank is doing."""
+
+    rank: int
+    progress: int = 0  # how often it has begun something new; all ranks begin the same things in the same order
+    step: int = 0  # 0 before the first
+    doing: str = "starting"
+    no_progress_sec: float = 0.0  # how long it has been without any sign of progress
+    timed: bool = False  # whether the stall timeout holds for what it is doing
+
+    def __str__(self) -> str:
+        return f"in step {self.step} ({self.doing})" if self.step else f"before the first step ({self.doing})"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Why all ranks end, and with which exit code."""
+
+    text: str
+    exit_code: int = 1
+
+
+def connect_ranks(ranks: Ranks) -> WatchServer | WatchClient:
+    """This rank's side of the connections; every rank calls it at the same time.
+
+    Raises:
+        RuntimeError: rank 0 cannot be reached, or some ranks did not come, within a minute.
+    """
+    token, port, listener = secrets.token_hex(16), 0, None
+    if ranks.is_main and ranks.world_size > 1:
+        any_family = {"family": socket.AF_INET6, "dualstack_ipv6": True} if socket.has_dualstack_ipv6() else {}
+        listener = socket.create_server(("", 0), backlog=ranks.world_size, **any_family)
+        port = listener.getsockname()[1]
+    token, port = ranks.gather((token, port))[0]
+    host = os.environ.get("MASTER_ADDR", "127.0.0.1")
+    return WatchServer(ranks, token, listener) if ranks.is_main else WatchClient(ranks, token, host, port)
+
+
+class WatchServer:
+    """Rank 0's side: hears every rank, finds who is gone or stuck, tells all."""
+
+    def __init__(self, ranks: Ranks, token: str, listener: socket.socket | None):
+        self._ranks = ranks
+        self._token = token
+        self._selector = selectors.DefaultSelector()
+        self._connections: dict[int, JsonConnection] = {}
+        self._states: dict[int, RankState] = {}
+        self._heard_at: dict[int, float] = {}
+        self._left: set[int] = set()  # ranks that have ended in good order
+        if listener is not None:
+            self._accept_all(listener)
+
+    def _accept_all(self, listener: socket.socket) -> None:
+        listener.settimeout(CONNECT_TIMEOUT_SEC)
+        try:
+            while len(self._connections) < self._ranks.world_size - 1:
+                accepted, _ = listener.accept()
+                connection = JsonConnection(accepted)
+                accepted.settimeout(10.0)
+                hello = connection.wait_for_one()
+                rank = hello.get("rank") if hello.get("token") == self._token else None
+                if not isinstance(rank, int) or not 0 < rank < self._ranks.world_size or rank in self._connections:
+                    accepted.close()  # a stranger
+                    continue
+                accepted.setblocking(False)
+                self._connections[rank] = connection
+                self._states[rank] = RankState(rank)
+                self._heard_at[rank] = time.monotonic()
+                self._selector.register(accepted, selectors.EVENT_READ, rank)
+        except OSError as error:
+            missing = sorted(set(range(1, self._ranks.world_size)) - set(self._connections))
+            raise RuntimeError(f"rank 0 heard nothing from ranks {missing}: {error}") from error
+        finally:
+            listener.close()
+
+    def exchange(self, mine: RankState, stall_timeout_sec: float) -> Verdict | None:
+        """Listens for half a second, then sends rank 0's state or the verdict to all; returns the verdict, if any."""
+        self._states[0] = mine
+        verdict = self._listen() or self._find_silent() or find_stalled(list(self._states.values()), stall_timeout_sec)
+        if verdict is None:
+            self._send({"state": asdict(mine)})
+        else:
+            self.send_verdict(verdict)
+        return verdict
+
+    def _listen(self) -> Verdict | None:
+        if not self._selector.get_map():
+            time.sleep(HEARTBEAT_SEC)
+            return None
+        until = time.monotonic() + HEARTBEAT_SEC
+        while (left := until - time.monotonic()) > 0:
+            for key, _ in self._selector.select(left):
+                if (verdict := self._read(key)) is not None:
+                    return verdict
+        return None
+
+    def _read(self, key: selectors.SelectorKey) -> Verdict | None:
+        rank = key.data
+        messages, is_open = self._connections[rank].read()
+        for message in messages:
+            self._heard_at[rank] = time.monotonic()
+            if "verdict" in message:
+                return _verdict_of(message)
+            if "leaving" in message:
+                self._left.add(rank)
+            if "state" in message:
+                self._states[rank] = _state_of(message["state"], rank)
+        if not is_open:
+            self._selector.unregister(key.fileobj)
+            if rank not in self._left:
+                return Verdict(f"rank {rank} died {self._states[rank]}")
+            self._states.pop(rank)
+            self._heard_at.pop(rank)
+        return None
+
+    def _find_silent(self) -> Verdict | None:
+        for rank, at in self._heard_at.items():
+            if rank not in self._left and time.monotonic() - at > SILENCE_TIMEOUT_SEC:
+                return _silent(self._states[rank])
+        return None
+
+    def extend_deadlines(self, seconds: float) -> None:
+        """Forgives the ranks that long a silence: this process was suspended and could not hear them."""
+        self._heard_at = {rank: at + seconds for rank, at in self._heard_at.items()}
+
+    def send_verdict(self, verdict: Verdict) -> None:
+        """Has every rank end."""
+        self._send(_verdict_message(verdict))
+
+    def leave(self) -> None:
+        """Tells all that this rank's end is in good order."""
+        self._send({"leaving": True})
+
+    def _send(self, message: dict) -> None:
+        for rank, connection in self._connections.items():
+            if rank not in self._left:
+                connection.send(message)
+
+
+class WatchClient:
+    """Every other rank's side: tells rank 0 what it is doing, and believes its verdict."""
+
+    def __init__(self, ranks: Ranks, token: str, host: str, port: int):
+        try:
+            self._socket = socket.create_connection((host, port), timeout=CONNECT_TIMEOUT_SEC)
+        except OSError as error:
+            raise RuntimeError(
+                f"rank {ranks.rank} cannot reach rank 0's watch at {host}:{port} ({error}); "
+                "nodes must reach each other on every TCP port of net.ipv4.ip_local_port_range, as NCCL must"
+            ) from error
+        self._connection = JsonConnection(self._socket)
+        self._connection.send({"token": token, "rank": ranks.rank})
+        self._socket.setblocking(False)
+        self._heard_at = time.monotonic()
+        self._state_of_0 = RankState(0)
+        self._server_left = False
+
+    def exchange(self, mine: RankState, stall_timeout_sec: float) -> Verdict | None:
+        """Sends this rank's state, then listens for half a second; returns the verdict, if any.
+
+        `stall_timeout_sec` is for rank 0 to hold against.
+        """
+        if self._server_left:
+            time.sleep(HEARTBEAT_SEC)
+            return None
+        self._connection.send({"state": asdict(mine)})
+        until = time.monotonic() + HEARTBEAT_SEC
+        while (left := until - time.monotonic()) > 0 and not self._server_left:
+            with selectors.DefaultSelector() as selector:
+                selector.register(self._socket, selectors.EVENT_READ)
+                if not selector.select(left):
+                    break
+            if (verdict := self._read()) is not None:
+                return verdict
+        if not self._server_left and time.monotonic() - self._heard_at > SILENCE_TIMEOUT_SEC:
+            return _silent(self._state_of_0)
+        return None
+
+    def _read(self) -> Verdict | None:
+        messages, is_open = self._connection.read()
+        for message in messages:
+            self._heard_at = time.monotonic()
+            if "verdict" in message:
+                return _verdict_of(message)
+            self._server_left = self._server_left or "leaving" in message
+            if "state" in message:
+                self._state_of_0 = _state_of(message["state"], 0)
+        if not is_open and not self._server_left:
+            return Verdict(f"rank 0 died {self._state_of_0}")
+        return None
+
+    def extend_deadlines(self, seconds: float) -> None:
+        """Forgives rank 0 that long a silence: this process was suspended and could not hear it."""
+        self._heard_at += seconds
+
+    def send_verdict(self, verdict: Verdict) -> None:
+        """Has rank 0 end all ranks."""
+        self._connection.send(_verdict_message(verdict))
+
+    def leave(self) -> None:
+        """Tells rank 0 that this rank's end is in good order, and closes the connection."""
+        self._connection.send({"leaving": True})
+        self._socket.close()
+
+
+class JsonConnection:
+    """JSON objects, one a line, over a socket; a line that is anything else is dropped."""
+
+    def __init__(self, connected: socket.socket):
+        self._socket = connected
+        self._unfinished = b""
+
+    def send(self, message: dict) -> None:
+        """Sends it; raises nothing: a peer that is gone or does not read shows when reading from it."""
+        with contextlib.suppress(OSError):
+            self._socket.sendall(json.dumps(message).encode() + b"\n")
+
+    def read(self) -> tuple[list[dict], bool]:
+        """The messages that have come, and whether the connection is still open."""
+        try:
+            data = self._socket.recv(MAX_LINE)
+        except (BlockingIOError, TimeoutError):
+            return [], True
+        except OSError:
+            return [], False
+        *lines, self._unfinished = (self._unfinished + data).split(b"\n")
+        self._unfinished = self._unfinished[-MAX_LINE:]
+        return [message for line in lines if (message := _parsed(line))], bool(data)
+
+    def wait_for_one(self) -> dict:
+        """The first message; empty if none comes within the socket's timeout."""
+        while True:
+            messages, is_open = self.read()
+            if messages:
+                return messages[0]
+            if not is_open or len(self._unfinished) >= MAX_LINE:
+                return {}
+            if self._socket.gettimeout():
+                return {}
+
+
+def find_stalled(states: list[RankState], stall_timeout_sec: float) -> Verdict | None:
+    """Names the ranks that hold up all others, once no rank has made progress for the timeout."""
+    if not all(state.timed and state.no_progress_sec > stall_timeout_sec for state in states):
+        return None
+    least = min(state.progress for state in states)
+    behind = [state for state in states if state.progress == least]
+    if len(behind) == len(states):
+        who = "no rank has" if len(states) > 1 else "rank 0 has not"
+    else:
+        who = ("rank " if len(behind) == 1 else "ranks ") + ", ".join(str(state.rank) for state in behind)
+        who += " has not" if len(behind) == 1 else " have not"
+    return Verdict(f"{who} moved for {stall_timeout_sec:g} s (--stall_timeout_sec), {behind[0]}")
+
+
+def _silent(state: RankState) -> Verdict:
+    return Verdict(f"rank {state.rank} has not been heard from for {SILENCE_TIMEOUT_SEC:.0f} s, {state}")
+
+
+def _verdict_message(verdict: Verdict) -> dict:
+    return {"verdict": verdict.text, "exit_code": verdict.exit_code}
+
+
+def _verdict_of(message: dict) -> Verdict:
+    exit_code = message.get("exit_code")
+    return Verdict(str(message["verdict"]), exit_code if isinstance(exit_code, int) else 1)
+
+
+def _parsed(line: bytes) -> dict | None:
+    try:
+        message = json.loads(line)
+    except ValueError:
+        return None
+    return message if isinstance(message, dict) else None
+
+
+def _state_of(values: object, rank: int) -> RankState:
+    known = {f.name for f in fields(RankState)}
+    given = {k: v for k, v in values.items() if k in known} if isinstance(values, dict) else {}
+    return RankState(**given | {"rank": rank})

@@ -1,0 +1,135 @@
+"""What the ranks' watch finds out over real sockets; ranks are threads here, whole processes in test_faults.py."""
+
+import json
+import socket
+import threading
+import time
+
+import pytest
+import torch
+
+from higgs_ds.distributed import watch_sockets
+from higgs_ds.distributed.engine import Ranks
+from higgs_ds.distributed.watch_sockets import RankState, Verdict, connect_ranks, find_stalled
+
+
+class ThreadRanks(Ranks):
+    """Ranks that are threads of one process, and only ask for rank 0's value."""
+
+    def gather(self, value):
+        if self.is_main:
+            FROM_0.append(value)
+            GATHERED.set()
+        assert GATHERED.wait(10)
+        return [FROM_0[0]]
+
+
+FROM_0: list = []
+GATHERED = threading.Event()
+
+
+@pytest.fixture
+def connected(monkeypatch):
+    """Connects so many ranks, after `first(port)` was called by rank 1; (server, client…)."""
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setattr(watch_sockets, "HEARTBEAT_SEC", 0.05)
+
+    def connect(world_size: int, first=lambda port: None) -> list:
+        FROM_0.clear()
+        GATHERED.clear()
+        sides: list = [None] * world_size
+
+        def one(rank: int) -> None:
+            if rank == 1:
+                GATHERED.wait(10)
+                first(FROM_0[0][1])
+            sides[rank] = connect_ranks(ThreadRanks(rank, world_size, rank, torch.device("cpu")))
+
+        threads = [threading.Thread(target=one, args=(rank,)) for rank in range(world_size)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        return sides
+
+    return connect
+
+
+def state(rank: int, **values) -> RankState:
+    return RankState(rank, **{"step": 7, "doing": "forward", "timed": True} | values)
+
+
+def test_a_connection_that_closes_is_a_dead_rank_and_all_hear_of_it(connected):
+    server, one, two = connected(3)
+    for rank, client in ((1, one), (2, two)):
+        assert client.exchange(state(rank), 60) is None
+    assert server.exchange(state(0), 60) is None
+    one._socket.close()  # as the system does for a process that is killed
+    wanted = Verdict("rank 1 died in step 7 (forward)")
+    assert server.exchange(state(0), 60) == wanted
+    assert two.exchange(state(2), 60) == wanted
+
+
+def test_a_rank_that_says_goodbye_is_not_missed(connected):
+    server, one, two = connected(3)
+    one.leave()
+    assert server.exchange(state(0), 60) is None and server.exchange(state(0), 60) is None
+    server.leave()
+    assert two.exchange(state(2), 60) is None and two.exchange(state(2), 60) is None
+
+
+def test_the_exit_code_of_a_failure_reaches_every_rank(connected):
+    server, one, two = connected(3)
+    failed = Verdict("rank 2 failed in step 7 (forward): out of memory", 3)
+    two.send_verdict(failed)
+    assert server.exchange(state(0), 60) == failed
+    assert one.exchange(state(1), 60) == failed
+
+
+def test_a_rank_that_falls_silent_is_named_unless_this_process_was_suspended_itself(connected, monkeypatch):
+    monkeypatch.setattr(watch_sockets, "SILENCE_TIMEOUT_SEC", 0.3)
+    server, one = connected(2)
+    one.exchange(state(1), 60)
+    server.exchange(state(0), 60)
+    time.sleep(0.4)
+    server.extend_deadlines(0.4)
+    one.extend_deadlines(0.4)
+    server._listen()
+    assert server._find_silent() is None
+    time.sleep(0.4)
+    assert server._find_silent().text == "rank 1 has not been heard from for 0 s, in step 7 (forward)"
+    while (verdict := one.exchange(state(1), 60)) is None:
+        pass
+    assert verdict.text == "rank 0 has not been heard from for 0 s, in step 7 (forward)"
+
+
+def test_a_stranger_and_what_is_no_message_are_left_alone(connected):
+    strangers = []
+
+    def knock(port: int) -> None:
+        for hello in (b"GET / HTTP/1.1\r\n\r\n", b'{"token": "guessed", "rank": 1}\n', b"[1]\n", b"\xff" * 100_000):
+            strangers.append(socket.create_connection(("127.0.0.1", port)))
+            strangers[-1].sendall(hello)
+            strangers[-1].shutdown(socket.SHUT_WR)
+
+    server, one = connected(2, knock)
+    one._socket.sendall(b'no JSON\n[]\n{"state": 3}\n{"state": {"rank": 5, "color": 1, "step": 9}}\n')
+    assert server.exchange(state(0), 60) is None
+    one.send_verdict(Verdict("the end"))
+    assert server.exchange(state(0), 60) == Verdict("the end")
+    assert server._states[1] == RankState(1, step=9)
+    one._socket.sendall(json.dumps({"verdict": "again", "exit_code": "two"}).encode() + b"\n")
+    assert server.exchange(state(0), 60) == Verdict("again", 1)
+
+
+def test_the_ranks_behind_are_those_that_hold_up_the_others():
+    waiting = [state(rank, progress=9, no_progress_sec=11) for rank in range(4)]
+    assert find_stalled(waiting, 12) is None
+    assert find_stalled(waiting, 10).text.startswith("no rank has moved for 10 s (--stall_timeout_sec), in step 7")
+    waiting[2] = state(2, progress=8, no_progress_sec=11, doing="reading")
+    assert find_stalled(waiting, 10).text == "rank 2 has not moved for 10 s (--stall_timeout_sec), in step 7 (reading)"
+    waiting[3] = state(3, progress=8, no_progress_sec=11)
+    assert find_stalled(waiting, 10).text.startswith("ranks 2, 3 have not moved for 10 s")
+    waiting[1] = state(1, progress=9, no_progress_sec=11, timed=False)
+    assert find_stalled(waiting, 10) is None
+    assert find_stalled([state(0, no_progress_sec=11)], 10).text.startswith("rank 0 has not moved")

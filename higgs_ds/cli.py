@@ -200,7 +200,7 @@ def _speaker(args):
     from .distributed.device import name_accelerator
 
     name_accelerator()  # refused before anything is downloaded or loaded
-    from .codec.base import load_codec
+    from .codec.load import load_codec
     from .model.base import open_base
     from .model.speaker import Speaker
 

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from . import checkpoint, rehearsal
 from .alone import Alone, Unwatched
@@ -17,7 +16,8 @@ from .batching.loader import MicroBatches, load_steps
 from .batching.shared_memory import check_shared_memory
 from .batching.token_counts import LengthIndex
 from .cards import prompt_facts
-from .codec.base import Codec, load_codec
+from .codec.base import Codec
+from .codec.load import load_codec
 from .config import TrainConfig
 from .corpus.code_cache import CodeCache
 from .corpus.controls import control_tokens
@@ -25,9 +25,7 @@ from .corpus.rows import RowSet, load_rows
 from .distributed.engine import Ranks
 from .distributed.rank_watch import Watch
 from .model.base import BaseCheckpoint
-
-if TYPE_CHECKING:
-    from .run import Setup
+from .run_setup import Setup
 
 
 def codes_folder(config: TrainConfig) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from . import checkpoint, run_dir
 from .batching.batch_plan import StepPlan
@@ -12,9 +11,7 @@ from .checkpoint import CheckpointWriter
 from .data import Data
 from .distributed.engine import Engine, Ranks
 from .report.tracking import Tracker, open_tracker
-
-if TYPE_CHECKING:
-    from .run import Setup
+from .run_setup import Setup
 
 
 @dataclass

@@ -12,7 +12,7 @@ import torch
 
 from higgs_ds.cards import merged_card, pinned, prompt_facts
 from higgs_ds.cli import main
-from higgs_ds.codec.base import load_codec
+from higgs_ds.codec.load import load_codec
 from higgs_ds.config import DEFAULT_BASE, DEFAULT_BASE_REVISION, DEFAULT_CODEC, DEFAULT_CODEC_REVISION
 from higgs_ds.corpus.manifest import AudioRef, Row, speech_messages
 from tests.ranks import assert_all

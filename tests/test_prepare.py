@@ -13,7 +13,7 @@ import pytest
 import soundfile
 
 from higgs_ds import cli
-from higgs_ds.codec.base import load_codec
+from higgs_ds.codec.load import load_codec
 from higgs_ds.corpus.code_cache import INDEX, CodeCache
 from higgs_ds.corpus.manifest import read_manifest
 from tests.conftest import ROOT, SPEECH

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import defaultdict
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +16,10 @@ from ..batching.batch_plan import make_plan
 from ..errors import ConfigError
 from .audio import AudioError, duration_sec
 from .chatml import AudioRef, Row
+from .described import Described
 from .faults import Fault, grouped, plural, write_faults
 from .manifest import Manifest
-from .transcripts import FACTS, Spoken, facts_of, first_lines, oddness, warnings_of
+from .transcripts import FACTS, Spoken, facts_of, first_lines, warnings_of
 
 ODDEST = 10
 # Boson's codec and the model's stream around each clip: BOS, EOS and the delay of 8 codebooks.
@@ -28,18 +28,6 @@ BYTES_PER_TOKEN = 3.5  # of text under Boson's tokenizer, roughly, where no toke
 TOKENS_PER_TURN = 5
 # benchmarks/roofline.py: the 5.8 B model in bf16, LoRA rank 16. Arithmetic at what large kernels reach, not measured.
 CARD, TOKENS_PER_SEC = "H100", 32_000
-
-
-@dataclass
-class Described:
-    """A manifest's usable rows, with what is known of each, one entry a row."""
-
-    spoken: Spoken
-    rows: list[Row]
-    seconds: np.ndarray  # float64 [rows], of all clips of a row
-    tokens: np.ndarray  # int64 [rows]
-    faults: list[Fault]
-    notes: list[str] = field(default_factory=list)
 
 
 def describe(path: str, *, audio_root: str | None = None, tokenizer=None) -> Described:
@@ -133,17 +121,6 @@ def lines_of(found: Described, *, max_tokens: int, epochs: float | None) -> list
 
 def _time(seconds: float) -> str:
     return f"{seconds / 3600:.3g} hours" if seconds >= 3600 else plural(max(1, round(seconds / 60)), "minute")
-
-
-def oddest(found: Described) -> list[int]:
-    """The rows, at most ten, whose texts are spoken the most unlike the others; of few rows, the oddest lengths."""
-    spoken = found.spoken
-    there = np.flatnonzero(spoken.seconds > 0)
-    score = abs(oddness(spoken)[there])
-    if not score.any() and len(there):
-        length = np.log(spoken.seconds[there])
-        score = abs(length - np.median(length))
-    return there[np.argsort(-score, kind="stable")[:ODDEST]].tolist()
 
 
 def run_describe(

@@ -12,7 +12,7 @@ import numpy as np
 import soundfile
 
 from .audio import AudioError, read_audio
-from .describe import Described, oddest
+from .described import Described, oddest
 
 PLAYED_SEC = 30.0
 STYLE = (

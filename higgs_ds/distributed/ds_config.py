@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -136,77 +138,100 @@ def resolve(raw: dict, config: TrainConfig, *, world_size: int, on_cpu: bool, la
     Raises:
         ConfigError: every contradiction and unknown key, each with both values or the nearest valid name.
     """
-    name = config.run.deepspeed_config
-    problems: list[str] = []
-    out = copy.deepcopy(raw)
-    for key in list(out):
-        if key in REFUSED_KEYS:
-            problems.append(f"{name}: {key}: {REFUSED_KEYS[key]}")
-        elif key not in TOP_LEVEL_KEYS:
-            problems.append(f"{name}: {key}: unknown key{nearest(key, TOP_LEVEL_KEYS)}")
+    file = _File(config.run.deepspeed_config, copy.deepcopy(raw), [])
+    file.refuse_unknown("", file.content, TOP_LEVEL_KEYS, REFUSED_KEYS)
+    zero = file.section("zero_optimization")
+    file.refuse_unknown("zero_optimization.", zero, ZERO_KEYS)
+    stage = zero.setdefault("stage", 0)
+    if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
+        file.problems.append(f"{file.name}: zero_optimization.stage is {stage!r}, expected 0, 1, 2 or 3")
+        stage = 0
+    _settle_step(file, config, world_size)
+    _settle_dtype(file, config, stage, on_cpu)
+    # The boundaries of an optimizer step, its optimizer and its learning rate are ours.
+    for key, value in (
+        ("managed_gradient_accumulation", False),
+        ("zero_allow_untested_optimizer", True),
+        ("zero_force_ds_cpu_optimizer", False),
+    ):
+        file.settle(file.content, key, value, "this trainer")
+    if file.content.get("steps_per_print", "auto") == "auto":
+        file.content["steps_per_print"] = None
+    _check_optimizer(file.content.pop("optimizer", None), config, file.name, file.problems)
+    _fill_timers(file.section("timers"), file.name, file.problems)
+    _fill_zero(zero, stage, config, layer, on_cpu)
+    _check_offload(file, zero, stage, on_cpu)
+    _find_auto(file.content, file.name, "", file.problems)
+    if file.problems:
+        raise ConfigError(file.problems)
+    return file.content
 
-    def section(key: str) -> dict:
-        value = out.setdefault(key, {})
+
+@dataclass
+class _File:
+    """The file's content as it is being resolved, and what was found wrong with it."""
+
+    name: str
+    content: dict
+    problems: list[str]
+
+    def section(self, key: str) -> dict:
+        """An object of the top level, empty where there is none."""
+        value = self.content.setdefault(key, {})
         if not isinstance(value, dict):
-            problems.append(f"{name}: {key}: must be an object, it is {value!r}")
-            value = out[key] = {}
+            self.problems.append(f"{self.name}: {key}: must be an object, it is {value!r}")
+            value = self.content[key] = {}
         return value
 
-    def settle(place: dict, key: str, value, flag: str, prefix: str = "") -> None:
+    def settle(self, place: dict, key: str, value, flag: str, prefix: str = "") -> None:
         """`place[key]` is `value`: filled where absent or "auto", refused where it says something else."""
         given = place.get(key, "auto")
         if given != "auto" and given != value:
-            problems.append(
-                f"{name}: {prefix}{key} is {given!r}, but {flag} gives {value!r}; make them agree or use 'auto'"
+            self.problems.append(
+                f"{self.name}: {prefix}{key} is {given!r}, but {flag} gives {value!r}; make them agree or use 'auto'"
             )
         place[key] = value
 
-    zero = section("zero_optimization")
-    for key in zero:
-        if key not in ZERO_KEYS:
-            problems.append(f"{name}: zero_optimization.{key}: unknown key{nearest(key, ZERO_KEYS)}")
-    stage = zero.setdefault("stage", 0)
-    if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
-        problems.append(f"{name}: zero_optimization.stage is {stage!r}, expected 0, 1, 2 or 3")
-        stage = 0
+    def refuse_unknown(self, prefix: str, place: dict, known: set[str], refused: Mapping[str, str] | None = None):
+        """A problem for each key that is not known, and for each that is refused, with its reason."""
+        for key in place:
+            if refused and key in refused:
+                self.problems.append(f"{self.name}: {prefix}{key}: {refused[key]}")
+            elif key not in known:
+                self.problems.append(f"{self.name}: {prefix}{key}: unknown key{nearest(key, known)}")
 
-    rows = config.optim.batch_size or 1
-    batch = rows * config.optim.grad_accum * world_size
-    settle(out, "train_micro_batch_size_per_gpu", rows, "--batch_size")
-    settle(out, "gradient_accumulation_steps", config.optim.grad_accum, "--grad_accum")
-    settle(
-        out,
-        "train_batch_size",
-        batch,
-        f"--batch_size {rows} × --grad_accum {config.optim.grad_accum} × {world_size} ranks",
-    )
-    settle(out, "gradient_clipping", config.optim.max_grad_norm, "--max_grad_norm")
-    for key, wanted in (("bf16", config.model.dtype == "bf16"), ("fp16", config.model.dtype == "fp16")):
-        settle(section(key), "enabled", wanted, f"--dtype {config.model.dtype}", f"{key}.")
-    if config.model.dtype == "bf16":
+
+def _settle_step(file: _File, config: TrainConfig, world_size: int) -> None:
+    """Batch size, accumulation and clipping are the flags'."""
+    optim = config.optim
+    rows = optim.batch_size or 1
+    product = f"--batch_size {rows} × --grad_accum {optim.grad_accum} × {world_size} ranks"
+    file.settle(file.content, "train_micro_batch_size_per_gpu", rows, "--batch_size")
+    file.settle(file.content, "gradient_accumulation_steps", optim.grad_accum, "--grad_accum")
+    file.settle(file.content, "train_batch_size", rows * optim.grad_accum * world_size, product)
+    file.settle(file.content, "gradient_clipping", optim.max_grad_norm, "--max_grad_norm")
+
+
+def _settle_dtype(file: _File, config: TrainConfig, stage: int, on_cpu: bool) -> None:
+    """The computing dtype is the flag's; LoRA gradients are summed and sent in float32."""
+    dtype = config.model.dtype
+    for key in ("bf16", "fp16"):
+        file.settle(file.section(key), "enabled", dtype == key, f"--dtype {dtype}", f"{key}.")
+    if dtype == "bf16":
         # Switched off, DeepSpeed would apply an update whose gradients are NaN.
-        settle(section("bf16"), "check_grad_overflow", True, "this trainer", "bf16.")
-    if config.model.dtype == "fp16" and on_cpu:
-        problems.append("--dtype: fp16 needs a GPU; on CPU use bf16 or fp32")
-    # LoRA gradients are tiny: they are summed and sent in float32. Stage 0 has no such choice.
-    if stage > 0:
-        settle(section("data_types"), "grad_accum_dtype", "fp32", "this trainer", "data_types.")
-        settle(out, "communication_data_type", "fp32", "this trainer")
-    # The boundaries of an optimizer step, its optimizer and its learning rate are ours.
-    settle(out, "managed_gradient_accumulation", False, "this trainer")
-    settle(out, "zero_allow_untested_optimizer", True, "this trainer")
-    settle(out, "zero_force_ds_cpu_optimizer", False, "this trainer")
-    if out.get("steps_per_print", "auto") == "auto":
-        out["steps_per_print"] = None
-    _check_optimizer(out.pop("optimizer", None), config, name, problems)
-    _fill_timers(section("timers"), name, problems)
+        file.settle(file.section("bf16"), "check_grad_overflow", True, "this trainer", "bf16.")
+    if dtype == "fp16" and on_cpu:
+        file.problems.append("--dtype: fp16 needs a GPU; on CPU use bf16 or fp32")
+    if stage > 0:  # stage 0 has no such choice
+        file.settle(file.section("data_types"), "grad_accum_dtype", "fp32", "this trainer", "data_types.")
+        file.settle(file.content, "communication_data_type", "fp32", "this trainer")
 
-    if stage == 3:
-        # A LoRA matrix below the threshold stays whole on every rank, instead of being gathered on its own.
-        threshold = zero.get("stage3_param_persistence_threshold", "auto")
-        zero["stage3_param_persistence_threshold"] = (
-            max(100_000, config.lora.lora_r * layer.widest) if threshold == "auto" else threshold
-        )
+
+def _fill_zero(zero: dict, stage: int, config: TrainConfig, layer: LayerSizes, on_cpu: bool) -> None:
+    """The "auto" values of the ZeRO section."""
+    # A LoRA matrix below the threshold stays whole on every rank, instead of being gathered on its own.
+    if stage == 3 and zero.get("stage3_param_persistence_threshold", "auto") == "auto":
+        zero["stage3_param_persistence_threshold"] = max(100_000, config.lora.lora_r * layer.widest)
     for key, value in (
         ("reduce_bucket_size", 50_000_000),
         ("allgather_bucket_size", 50_000_000),
@@ -218,20 +243,20 @@ def resolve(raw: dict, config: TrainConfig, *, world_size: int, on_cpu: bool, la
     ):
         if zero.get(key) == "auto":
             zero[key] = value
+
+
+def _check_offload(file: _File, zero: dict, stage: int, on_cpu: bool) -> None:
     for key in ("offload_optimizer", "offload_param"):
         block = zero.get(key)
         if block is None:
             continue
         if not isinstance(block, dict) or block.get("device") not in ("cpu", "none"):
-            problems.append(f"{name}: zero_optimization.{key}: needs {{'device': 'cpu'}} (or 'none'), it is {block!r}")
+            needs = "needs {'device': 'cpu'} (or 'none')"
+            file.problems.append(f"{file.name}: zero_optimization.{key}: {needs}, it is {block!r}")
         elif block.get("pin_memory", "auto") == "auto":
             block["pin_memory"] = not on_cpu
     if isinstance(zero.get("offload_param"), dict) and stage != 3:
-        problems.append(f"{name}: zero_optimization.offload_param needs stage 3, the stage is {stage}")
-    _find_auto(out, name, "", problems)
-    if problems:
-        raise ConfigError(problems)
-    return out
+        file.problems.append(f"{file.name}: zero_optimization.offload_param needs stage 3, the stage is {stage}")
 
 
 def _fill_timers(timers: dict, name: str, problems: list[str]) -> None:

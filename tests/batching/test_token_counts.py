@@ -8,7 +8,7 @@ import torch
 
 from higgs_ds.batching.collate import Collator, build_sample
 from higgs_ds.batching.token_counts import LengthIndex
-from higgs_ds.codec.base import load_codec
+from higgs_ds.codec.load import load_codec
 from higgs_ds.corpus.code_cache import CodeCache
 from higgs_ds.corpus.manifest import Row, Turn, read_manifest
 from higgs_ds.model.facts import ModelFacts

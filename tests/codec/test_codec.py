@@ -20,9 +20,12 @@ from transformers import HubertConfig, HubertModel
 
 from higgs_ds import cli
 from higgs_ds.codec import sample as sample_codec
-from higgs_ds.codec.base import DEFAULT_CODEC, DEFAULT_CODEC_REVISION, BosonCodec, check_codes, load_codec
+from higgs_ds.codec.base import check_codes
+from higgs_ds.codec.boson import BosonCodec
 from higgs_ds.codec.boson_tokenizer import DEFAULTS, TEACHER_REPOSITORY
+from higgs_ds.codec.load import load_codec
 from higgs_ds.codec.sample import SampleCodec
+from higgs_ds.config import DEFAULT_CODEC, DEFAULT_CODEC_REVISION
 from higgs_ds.corpus.audio import read_audio
 from higgs_ds.corpus.code_cache import CodeCache
 from higgs_ds.corpus.manifest import read_manifest

@@ -10,8 +10,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from higgs_ds.codec.base import load_codec
 from higgs_ds.codec.codec_layout import WEIGHTS, new_name, old_config
+from higgs_ds.codec.load import load_codec
 from higgs_ds.errors import ConfigError
 from tests.codec.test_codec import REAL_CONFIG, boson_folder, clips_of  # noqa: F401 - a fixture
 

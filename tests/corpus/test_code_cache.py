@@ -327,7 +327,7 @@ def test_processes_fill_one_folder_at_a_time(tmp_path, codec, codebooks):
     SampleCodec(codebooks).save(tmp_path / "codec")
     script = """
 import sys
-from higgs_ds.codec.base import load_codec
+from higgs_ds.codec.load import load_codec
 from higgs_ds.corpus.code_cache import CodeCache
 from higgs_ds.corpus.manifest import read_manifest
 refs = [ref for row in read_manifest(sys.argv[1])[0] for _, ref in row.audio_refs][:6]

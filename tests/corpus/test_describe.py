@@ -11,7 +11,8 @@ import soundfile
 
 from higgs_ds.batching.token_counts import LengthIndex
 from higgs_ds.cli import main
-from higgs_ds.corpus.describe import describe, oddest
+from higgs_ds.corpus.describe import describe
+from higgs_ds.corpus.described import oddest
 from higgs_ds.corpus.transcripts import first_lines
 from higgs_ds.model.facts import ModelFacts
 from tests.conftest import SPEECH
@@ -38,7 +39,7 @@ def test_the_shipped_speech_in_numbers(capsys, tmp_path):
 
 def test_tokens_are_those_that_training_counts(codec_dir, tokenizer, tiny_config, tmp_path):
     from higgs_ds.batching.collate import Collator
-    from higgs_ds.codec.base import load_codec
+    from higgs_ds.codec.load import load_codec
     from higgs_ds.corpus.code_cache import CodeCache
 
     found = describe(str(SPEECH), tokenizer=tokenizer)

@@ -11,7 +11,7 @@ import torch
 
 from higgs_ds.batching.collate import Collator
 from higgs_ds.batching.token_counts import LengthIndex
-from higgs_ds.codec.base import load_codec
+from higgs_ds.codec.load import load_codec
 from higgs_ds.corpus import rows as rows_module
 from higgs_ds.corpus.code_cache import CodeCache, CodeStore
 from higgs_ds.corpus.manifest import Manifest, read_manifest

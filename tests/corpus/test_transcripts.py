@@ -9,7 +9,7 @@ import soundfile
 
 from higgs_ds.batching.collate import Collator
 from higgs_ds.batching.token_counts import LengthIndex
-from higgs_ds.codec.base import load_codec
+from higgs_ds.codec.load import load_codec
 from higgs_ds.corpus import transcripts
 from higgs_ds.corpus.chatml import AudioRef, Row, Turn, speech_messages
 from higgs_ds.corpus.code_cache import CodeCache

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from higgs_ds.codec.base import load_codec
 from higgs_ds.codec.codec_layout import new_name
+from higgs_ds.codec.load import load_codec
 from tests.codec.test_codec import boson_folder, clips_of  # noqa: F401 - a fixture
 from tests.codec.test_codec_layout import NEW_CONFIG, folded  # noqa: F401 - a fixture
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from higgs_ds.batching.collate import Collator, Sample, tokenize
 from higgs_ds.cli import main
-from higgs_ds.codec.base import load_codec
+from higgs_ds.codec.load import load_codec
 from higgs_ds.corpus.audio import read_audio
 from higgs_ds.corpus.manifest import AudioRef, Turn, read_manifest
 from higgs_ds.model.base import load_tokenizer

@@ -1,0 +1,136 @@
+"""Boson's own codec, whose network is built when the first clip has to be encoded."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import gc
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..config import DEFAULT_CODEC, DEFAULT_CODEC_REVISION
+from ..errors import ConfigError
+from .base import check_codes, to_stderr
+
+if TYPE_CHECKING:
+    import torch
+
+
+class BosonCodec:
+    """Boson's own codec, `HiggsAudioTokenizer` of boson_multimodal.
+
+    What is known without its network is read at once; the network is built by the first `encode` or `decode`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        device: str = "cpu",
+        warn: Callable[[str], None] = to_stderr,
+        weights: str = "model.pth",
+    ):
+        """Reads config.json and the list of tensors in `weights`; `warn` gets a line on weights that are left out.
+
+        Raises ValueError for files that are not such, OSError for files that cannot be read.
+        """
+        from .boson_tokenizer import read_tokenizer_config, read_weights
+
+        self._config_path, self._weights_path = folder / "config.json", folder / weights
+        self._device, self._warn = device, warn
+        self._found = self._files_now()
+        self._config = read_tokenizer_config(self._config_path)
+        read_weights(self._weights_path)
+        self._model: torch.nn.Module | None = None
+        self.num_codebooks = self._config.num_codebooks
+        self.codebook_size = self._config.codebook_size
+        self.frame_rate = self._config.frame_rate
+        self.sample_rate = self._config.sample_rate
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """By the whole content of both files. Raises ConfigError if they cannot be read or have changed."""
+        digest = hashlib.sha256()
+        with self._unchanged_files():
+            for path in (self._weights_path, self._config_path):
+                with path.open("rb") as file:
+                    while chunk := file.read(1 << 20):
+                        digest.update(chunk)
+        return f"boson:{digest.hexdigest()}"
+
+    def build(self) -> None:
+        """Builds the network, unless it is there. Raises ConfigError for weights that do not fit config.json one to
+        one, the unexpected ones aside, and for files that have changed since they were looked at first."""
+        from .boson_tokenizer import build_tokenizer
+
+        if self._model is not None:
+            return
+        with self._unchanged_files():
+            try:
+                model = build_tokenizer(self._config, self._weights_path, self._device, self._warn)
+            except ValueError as error:
+                raise ConfigError(
+                    [f"--codec: {error}; {DEFAULT_CODEC} at revision {DEFAULT_CODEC_REVISION} is one that fits"]
+                ) from error
+        self._model = model
+
+    def release(self) -> None:
+        """Gives the network's memory back, 0.8 GB for Boson's, on a GPU to others too; `encode` builds it anew."""
+        import torch
+
+        if self._model is None:
+            return
+        self._model = None
+        gc.collect()  # its modules and their hooks refer to each other
+        with contextlib.suppress(OSError, AttributeError):  # glibc alone keeps what lies between other pieces, 0.3 GB
+            ctypes.CDLL(None).malloc_trim(0)
+        if torch.device(self._device).type == "cuda":
+            torch.cuda.empty_cache()
+
+    def encode(self, waveform: np.ndarray, sample_rate: int) -> np.ndarray:
+        """Codes int16 [8, frames] of a mono waveform float32 [samples]. Raises ConfigError as `build` does."""
+        from .boson_tokenizer import exact_float32
+
+        self.build()
+        # Under one frame upstream's convolutions have nothing to stand on.
+        short = int(np.ceil(sample_rate / self.frame_rate)) - len(waveform)
+        if short > 0:
+            waveform = np.pad(waveform, (0, short))
+        with exact_float32(self._device):
+            codes = self._model.encode(waveform.astype(np.float32), sample_rate)
+        return codes.cpu().numpy().astype(np.int16)
+
+    def decode(self, codes: np.ndarray) -> np.ndarray:
+        """Waveform float32 [samples] of codes [8, frames].
+
+        Raises ValueError for codes that there are not, ConfigError as `build` does.
+        """
+        import torch
+
+        from .boson_tokenizer import exact_float32
+
+        check_codes(codes, self)
+        self.build()
+        with exact_float32(self._device):
+            return self._model.decode(torch.from_numpy(codes.astype(np.int64))[None])[0, 0]
+
+    def _files_now(self) -> list[tuple[int, ...]]:
+        """What tells another content of the files, or other files in their place."""
+        stats = [path.stat() for path in (self._config_path, self._weights_path)]
+        return [(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats]
+
+    @contextlib.contextmanager
+    def _unchanged_files(self) -> Iterator[None]:
+        """Around all that reads them again: codes of one file under the fingerprint of another would never be found
+        out."""
+        try:
+            yield
+            changed = self._files_now() != self._found
+        except OSError as error:
+            raise ConfigError([f"--codec: {self._weights_path.parent} cannot be read: {error}"]) from error
+        if changed:
+            raise ConfigError([f"--codec: files in {self._weights_path.parent} were changed meanwhile; start again"])

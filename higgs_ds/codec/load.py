@@ -1,0 +1,98 @@
+"""A codec from a folder or the hub: which of them a folder holds is told by its files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from ..config import DEFAULT_CODEC, DEFAULT_CODEC_REVISION
+from ..errors import ConfigError
+from .base import Codec, to_stderr
+from .boson import BosonCodec
+from .codec_layout import is_renamed
+from .sample import SampleCodec
+
+CODEC_FILES = ("config.json", "model.pth", "sample_codec.json", "codebooks.safetensors")
+
+
+def load_codec(
+    name_or_path: str,
+    revision: str | None = None,
+    device: str = "cpu",
+    warn: Callable[[str], None] = to_stderr,
+) -> Codec:
+    """The codec in a local folder (Boson's or a sample codec) or in a repository of the hub.
+
+    Cheap: the network of Boson's codec is built by the first `encode` or `decode`, or by `build`, which raise
+    ConfigError for weights that do not fit config.json.
+
+    Args:
+        revision: of the hub; None means the pinned one for `DEFAULT_CODEC`, the newest for any other.
+        device: where the network is to be.
+        warn: gets a line on weights that are left out.
+
+    Raises:
+        ConfigError: what is neither, a folder that lacks a file or holds the newer layout, a config.json or model.pth
+            that is none, and what the hub does not give.
+    """
+    try:
+        folder = Path(name_or_path)
+        if not folder.exists():
+            folder = _download(name_or_path, revision)
+        elif revision is not None:
+            raise ValueError(f"codec {name_or_path!r} is a local folder, which has no revision: leave {revision!r} out")
+        return _load_folder(folder, device, warn)
+    except OSError as error:
+        raise ConfigError(
+            [
+                f"--codec: {name_or_path!r} cannot be loaded: {error}. A folder is looked for first, then the hub or "
+                "its cache"
+            ]
+        ) from error
+    except ValueError as error:
+        raise ConfigError([f"--codec: {error}"]) from error
+
+
+def _download(repo: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import HFValidationError
+
+    if revision is None and repo == DEFAULT_CODEC:
+        revision = DEFAULT_CODEC_REVISION
+    try:
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=list(CODEC_FILES)))
+        # Only where it is the codec: a repository may hold a file of that name that is something else, and large.
+        if _is_renamed(folder):
+            snapshot_download(repo, revision=revision, allow_patterns=["model.safetensors"])
+        return folder
+    except HFValidationError as error:
+        raise ValueError(f"codec {repo!r} is neither a folder here nor the name of a repository on the hub") from error
+
+
+def _is_renamed(folder: Path) -> bool:
+    """Whether the folder's config.json is of transformers' layout; one that cannot be read is not."""
+    try:
+        raw = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False  # what reads it next says what is wrong with it
+    return isinstance(raw, dict) and is_renamed(raw)
+
+
+def _load_folder(folder: Path, device: str, warn: Callable[[str], None]) -> Codec:
+    files = {path.name for path in folder.iterdir()}
+    if "sample_codec.json" in files:
+        return SampleCodec.load(folder)
+    if "config.json" in files:
+        weights = "model.safetensors" if _is_renamed(folder) else "model.pth"
+        if weights in files:
+            return BosonCodec(folder, device, warn, weights)
+        raise ValueError(
+            f"codec folder {folder} has config.json but no {weights}, which belongs to it; "
+            f"{DEFAULT_CODEC} at revision {DEFAULT_CODEC_REVISION} has both"
+        )
+    raise ValueError(
+        f"{folder} is no codec: it lacks config.json and model.pth (Boson's), or sample_codec.json (a sample codec)"
+        if "model.pth" not in files
+        else f"codec folder {folder} has model.pth but lacks config.json"
+    )

@@ -1,0 +1,93 @@
+"""A run's options as they hold on this checkpoint and this many ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from . import checkpoint
+from .alone import Unwatched
+from .batching import micro_batches
+from .checkpoint import Checkpoint
+from .config import TrainConfig
+from .distributed.ds_config import LayerSizes, resolve
+from .distributed.engine import Ranks
+from .distributed.rank_watch import Watch
+from .loss import LossWeights
+from .model.base import BaseCheckpoint, open_base, read_init_adapter
+from .model.padding_free import check_supported
+
+
+@dataclass
+class Setup:
+    """A run's options as they hold on this checkpoint and this many ranks."""
+
+    config: TrainConfig
+    base: BaseCheckpoint
+    ds_config: dict  # for `deepspeed.initialize`
+    weights: LossWeights
+    resumed: Checkpoint | None = None
+    initial: dict[str, torch.Tensor] | None = None  # the weights of --init_adapter
+    notes: list[str] = field(default_factory=list)  # what the user should read once
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.config.run.output_dir)
+
+    @property
+    def padding_free(self) -> bool:
+        return self.config.model.forward_impl == "padding_free"
+
+    @property
+    def first_step(self) -> int:
+        return self.resumed.position.step + 1 if self.resumed else 1
+
+
+def open_setup(config: TrainConfig, ds_raw: dict, ranks: Ranks, watch: Watch | Unwatched) -> Setup:
+    """Finds the checkpoint to go on from and the base, asks both everything, and settles the options by them."""
+    resumed, notes = ranks.each(lambda: checkpoint.find_checkpoint(config.run.resume, Path(config.run.output_dir)))
+    watch.untimed("finding the base checkpoint")
+    base = ranks.each(lambda: open_base_for(config))
+    setup = settle(config, ds_raw, base, ranks, resumed, [*notes, *base.notes])
+    setup.initial = ranks.each(lambda: None if resumed else read_init_adapter(config, base.config))
+    return setup
+
+
+def open_base_for(config: TrainConfig) -> BaseCheckpoint:
+    """The base checkpoint, refused where the run's forward could not compute it."""
+    base = open_base(config.model.base_ckpt, config.model.base_revision)
+    if config.model.forward_impl == "padding_free":
+        check_supported(base.config)
+    return base
+
+
+def settle(
+    config: TrainConfig,
+    ds_raw: dict,
+    base: BaseCheckpoint,
+    ranks: Ranks,
+    resumed: Checkpoint | None = None,
+    notes: Iterable[str] = (),
+) -> Setup:
+    """Fills what the options left open; changes `config`. Raises ConfigError for what does not go together."""
+    optim = config.optim
+    weights = LossWeights.from_options(config.loss, base.facts.num_codebooks)
+    optim.batch_size, optim.max_tokens_per_batch = micro_batches.settle_micro_batches(
+        optim.batch_size,
+        optim.max_tokens_per_batch,
+        device_type=ranks.device.type,
+        resumed=resumed.position.config if resumed else None,
+    )
+    if resumed:
+        optim.grad_accum = ranks.each(lambda: checkpoint.keep_global_batch(resumed, config, ranks.world_size))
+    ds_config = resolve(
+        ds_raw,
+        config,
+        world_size=ranks.world_size,
+        on_cpu=ranks.device.type == "cpu",
+        layer=LayerSizes.from_facts(base.facts),
+    )
+    return Setup(config, base, ds_config, weights, resumed, notes=list(notes))

@@ -16,25 +16,21 @@ from higgs_ds.parse import parse_args
 from higgs_ds.process import end_process, say
 
 
-def main(argv: list[str], *, check_only: bool = False) -> int:
-    """Trains; with `check_only` runs one optimizer step for its checklist and leaves no run behind.
-
-    Returns the exit code: 0 done, 1 a failed checklist, 2 wrong flags or data, 3 a loss that is not real, 75 asked to
-    stop, saved.
-    """
+def main(argv: list[str]) -> int:
+    """Trains; returns the exit code: 0 done, 2 wrong flags or data, 3 a loss that is not real, 75 stopped, saved."""
     try:
         # 1. Parse: every wrong flag and YAML key, before torch is imported.
         config = parse_args(argv)
         ds_raw = read_deepspeed_config(config.run.deepspeed_config)
         grow_segments()
-        return train(config, ds_raw, check_only=check_only)
+        return train(config, ds_raw)
     except ConfigError as error:
         if os.environ.get("RANK", "0") == "0":
             say("\n".join(error.problems), error=True)
         return ExitCode.CONFIG
 
 
-def train(config: TrainConfig, ds_raw: dict, *, check_only: bool) -> int:
+def train(config: TrainConfig, ds_raw: dict) -> int:
     """Stages 2 to 6."""
     from higgs_ds.distributed.device import name_accelerator
 
@@ -45,12 +41,12 @@ def train(config: TrainConfig, ds_raw: dict, *, check_only: bool) -> int:
     from higgs_ds.guard import BadLossError
 
     # 2. Join: this process among the other ranks, in a folder that is this run's alone.
-    with run.joined(config, keeps_nothing=check_only) as (ranks, watch):
+    with run.joined(config) as (ranks, watch):
         stop = StopSignal()
 
         # 3. Data: every row checked and every clip encoded once, before anything large is loaded.
         setup = run.open_setup(config, ds_raw, ranks, watch)
-        data = run.load_data(setup, ranks, watch, only_one_step=check_only)
+        data = run.load_data(setup, ranks, watch)
 
         # 4. Model: base weights, LoRA, engine, guard.
         engine = run.load_model(setup, ranks, watch, first_inputs=data.any_inputs)
@@ -60,7 +56,7 @@ def train(config: TrainConfig, ds_raw: dict, *, check_only: bool) -> int:
 
         # 5. Train, under the guard.
         origin = {"layout": setup.base.layout, "codec": config.data.codec}
-        sinks = run.Sinks(setup, data, engine, ranks, keeps_nothing=check_only)
+        sinks = run.Sinks(setup, data, engine, ranks)
         watch.before_end.append(sinks.writer.finish)
         try:
             with sinks.open_tracker() as tracker:
@@ -71,10 +67,7 @@ def train(config: TrainConfig, ds_raw: dict, *, check_only: bool) -> int:
                 watch.at(data.total_steps, "writing the last checkpoint")
                 sinks.writer.wait()
                 watch.untimed("closing")  # what W&B has yet to upload takes as long as it takes
-        except BadLossError as error:
-            if check_only:
-                ranks.say(str(error))
-                return leave_ranks(ExitCode.FAILED)
+        except BadLossError:
             facts = {"stopped": "by the loss guard, before the failed step was trained"}
             saved = run_dir.save_adapter(engine, setup.output_dir / "adapter_before_failure", ranks, facts, **origin)
             ranks.say(f"nothing of the failed step was trained; the weights before it are in {saved}")
@@ -84,11 +77,10 @@ def train(config: TrainConfig, ds_raw: dict, *, check_only: bool) -> int:
         if not finished:
             ranks.say(f"asked to stop: saved in {setup.output_dir / 'checkpoints'}; --resume auto goes on from there")
             return leave_ranks(ExitCode.STOPPED)
-        if not check_only:
-            saved = run_dir.save_adapter(
-                engine, setup.output_dir / "adapter", ranks, data.facts() | trainer.last_losses, **origin
-            )
-            ranks.say(f"adapter: {saved}\nlisten:  {run_dir.listen_command(config, saved, ranks.device)}")
+        saved = run_dir.save_adapter(
+            engine, setup.output_dir / "adapter", ranks, data.facts() | trainer.last_losses, **origin
+        )
+        ranks.say(f"adapter: {saved}\nlisten:  {run_dir.listen_command(config, saved, ranks.device)}")
         return leave_ranks(ExitCode.OK)
 
 

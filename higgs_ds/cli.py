@@ -15,12 +15,9 @@ from .process import say
 
 def main(argv: list[str]) -> int:
     """Runs one verb; returns the exit code (0 done, 1 failed, 2 wrong flags or data)."""
-    if argv[:1] == ["check"]:
-        # `check` takes the flags of train_ds.py as they are; it stands beside this package.
-        from train_ds import main as train
-
-        return train(argv[1:], check_only=True)
     try:
+        if argv[:1] == ["check"]:
+            return _check(argv[1:])
         if argv[:1] == ["prepare"]:
             from .prepare import main as prepare
 
@@ -31,6 +28,22 @@ def main(argv: list[str]) -> int:
         if os.environ.get("RANK", "0") == "0":
             say(str(error), error=True)
         return ExitCode.CONFIG
+
+
+def _check(argv: list[str]) -> int:
+    """Takes the flags of train_ds.py as they are."""
+    from .distributed.allocator import grow_segments
+    from .distributed.device import name_accelerator
+    from .distributed.ds_config import read_deepspeed_config
+    from .parse import parse_args
+
+    config = parse_args(argv)
+    ds_raw = read_deepspeed_config(config.run.deepspeed_config)
+    grow_segments()
+    name_accelerator()
+    from .run import check
+
+    return check(config, ds_raw)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -26,7 +26,7 @@ from .data import load_data as load_data
 from .distributed.engine import Engine, Ranks, StopSignal, leave_ranks, loading, start_ranks
 from .distributed.rank_watch import Watch, check_stall_timeout
 from .errors import ConfigError, ExitCode
-from .guard import Guard
+from .guard import BadLossError, Guard
 from .model import flops
 from .model.base import attach_lora, load_base, set_lora
 from .model.forward import training_forward
@@ -209,3 +209,22 @@ def make_trainer(
     if stop is not None:
         trainer.stop_requested = stop.requested
     return trainer
+
+
+def check(config: TrainConfig, ds_raw: dict) -> int:
+    """The same run for one optimizer step, with sinks that keep nothing: its checklist, and an exit code of 0 or 1."""
+    with joined(config, keeps_nothing=True) as (ranks, watch):
+        setup = open_setup(config, ds_raw, ranks, watch)
+        data = load_data(setup, ranks, watch, only_one_step=True)
+        engine = load_model(setup, ranks, watch, first_inputs=data.any_inputs)
+        guard = make_guard(setup, ranks)
+        describe(setup, data, engine, ranks)
+        rehearse(setup, data, engine, guard, ranks, watch)
+        sinks = Sinks(setup, data, engine, ranks, keeps_nothing=True)
+        trainer = make_trainer(setup, data, engine, guard, ranks, watch, sinks=sinks)
+        try:
+            trainer.train(data.steps(setup.first_step, data.total_steps))
+        except BadLossError as error:
+            ranks.say(str(error))
+            return leave_ranks(ExitCode.FAILED)
+        return leave_ranks(ExitCode.OK)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,14 +88,16 @@ ZERO_KEYS = {
 def read_deepspeed_config(path: str) -> dict:
     """The JSON as it stands in the file, each key once.
 
-    A relative path is looked up from the working folder, then from the project's root (`ds_configs/zero2.json`).
+    A relative path (`ds_configs/zero2.json`) is looked up from the working folder, then from the project's root, then
+    where an installed wheel keeps the shipped files.
 
     Raises:
         ConfigError: missing, not JSON, not an object, a key given twice.
     """
     file = Path(path)
-    if not file.exists() and not file.is_absolute() and (PROJECT_ROOT / file).exists():
-        file = PROJECT_ROOT / file
+    if not file.is_absolute():
+        places = (file, PROJECT_ROOT / file, Path(sys.prefix) / "share" / "higgs_ds" / file)
+        file = next((place for place in places if place.exists()), file)
 
     def unique(pairs):
         keys = [key for key, _ in pairs]

@@ -9,6 +9,7 @@ import sys
 import torch
 
 import train_ds
+from higgs_ds import cli
 from higgs_ds.batching import collate, layout
 from higgs_ds.model import forward
 from higgs_ds.process import end_process
@@ -62,5 +63,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     if int(rank) in (-1, int(os.environ.get("RANK", "0"))):
         CHANGES[change]()
-    check_only = "--check" in flags
-    end_process(train_ds.main([flag for flag in flags if flag != "--check"], check_only=check_only))
+    others = [flag for flag in flags if flag != "--check"]
+    end_process(cli.main(["check", *others]) if "--check" in flags else train_ds.main(flags))

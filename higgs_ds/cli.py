@@ -22,7 +22,7 @@ def main(argv: list[str]) -> int:
             from .prepare import main as prepare
 
             return prepare(argv[1:])
-        args = _parser().parse_args(argv)
+        args = build_parser().parse_args(argv)
         return args.verb(args)
     except (ConfigError, AudioError, FileExistsError) as error:
         if os.environ.get("RANK", "0") == "0":
@@ -46,7 +46,8 @@ def _check(argv: list[str]) -> int:
     return check(config, ds_raw)
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """Of every verb but `check` and `prepare`, which take the flags of train_ds.py."""
     parser = argparse.ArgumentParser(prog="python -m higgs_ds", description=__doc__, allow_abbrev=False)
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 

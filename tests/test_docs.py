@@ -1,13 +1,17 @@
 """What the documentation says: every flag, the drawing of a layout, and that its commands parse."""
 
+import argparse
 import dataclasses
 import re
+import shlex
 
 import pytest
 import torch
 
+from higgs_ds import cli
 from higgs_ds.batching.layout import make_layout
 from higgs_ds.config import ALIASES, OPTIONS
+from higgs_ds.parse import parse_args
 from tests.conftest import ROOT
 
 AUDIO_OUT, AUDIO_IN, NONE = 90, 91, -100
@@ -67,6 +71,35 @@ def test_every_link_and_every_named_file_is_there(file):
     named = re.findall(r"`((?:higgs_ds|tests|benchmarks|launch|ds_configs|examples|docs)/[\w./-]+\.\w+)`", text)
     missing += [name for name in named if not (ROOT / name).exists()]
     assert not missing, missing
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    """Every command line of the documentation that starts one of ours: (where it stands, its words)."""
+    found = []
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))):
+        for block in re.findall(r"```bash\n(.*?)```", path.read_text(), flags=re.S):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = [word for word in shlex.split(line, comments=True) if word != "…"]
+                if {"train_ds.py", "higgs_ds"} & set(words):
+                    found.append((path.name, words))
+    return found
+
+
+@pytest.mark.parametrize(("where", "words"), commands(), ids=lambda value: value if isinstance(value, str) else "")
+def test_every_command_has_a_verb_and_flags_that_exist(where, words):
+    """What they do is run elsewhere: test_train.py, test_prepare.py, test_cards.py, model/test_merge.py, corpus/."""
+    if "train_ds.py" in words:
+        flags = words[words.index("train_ds.py") + 1 :]
+        parse_args(flags, may_lack=("train_manifest", "output_dir"))
+        return
+    verb, *flags = words[words.index("higgs_ds") + 1 :]
+    if verb in ("check", "prepare"):
+        parse_args(flags, may_lack=("train_manifest", "output_dir"))
+        return
+    parser = cli.build_parser()
+    (verbs,) = (action for action in parser._actions if isinstance(action, argparse._SubParsersAction))
+    known = {name for action in verbs.choices[verb]._actions for name in action.option_strings}
+    assert not [flag for flag in flags if flag.startswith("--") and flag not in known]
 
 
 if __name__ == "__main__":

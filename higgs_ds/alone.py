@@ -41,5 +41,5 @@ class Unwatched:
     def untimed(self, doing: str) -> None:
         """This rank moved on to something that takes as long as it takes."""
 
-    def moved(self) -> None:
+    def progressed(self) -> None:
         """This rank goes on with what it is doing."""

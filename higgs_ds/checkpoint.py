@@ -24,6 +24,7 @@ from .config import TrainConfig
 from .distributed.engine import Engine, OptimizerState, Ranks
 from .errors import ConfigError
 from .files import sha256, sync
+from .model.adapter_names import peft_key
 
 CHECKSUMS = "checksums.json"
 LAST_WRITE_SEC = 25.0
@@ -63,7 +64,7 @@ class Checkpoint:
     @property
     def adapter(self) -> dict[str, torch.Tensor]:
         """The weights by PEFT's keys."""
-        return {adapter_key(name): value for name, value in self.state.weights.items()}
+        return {peft_key(name): value for name, value in self.state.weights.items()}
 
 
 class CheckpointError(ValueError):
@@ -144,7 +145,7 @@ class CheckpointWriter:
         try:
             (beside / "adapter").mkdir(parents=True)
             self.lora.save_pretrained(beside / "adapter")
-            weights = {adapter_key(key): value.contiguous() for key, value in state.weights.items()}
+            weights = {peft_key(key): value.contiguous() for key, value in state.weights.items()}
             save_file(weights, beside / "adapter" / "adapter_model.safetensors", metadata={"format": "pt"})
             moments = {f"{part}.{key}": value for part in ("exp_avg", "exp_avg_sq")
                        for key, value in getattr(state, part).items()}  # fmt: skip
@@ -170,11 +171,6 @@ class CheckpointWriter:
             ) from error
         for old in list_checkpoints(self.folder)[: -self.keep_last]:
             shutil.rmtree(old)
-
-
-def adapter_key(name: str) -> str:
-    """A weight's name in the training module -> its key in PEFT's file."""
-    return name.removeprefix("model.").replace(".default.", ".")
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -214,7 +210,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         raise CheckpointError(f"{folder} cannot be read: {error}") from error
     exp_avg = {key.removeprefix("exp_avg."): v for key, v in moments.items() if key.startswith("exp_avg.")}
     exp_avg_sq = {key.removeprefix("exp_avg_sq."): v for key, v in moments.items() if key.startswith("exp_avg_sq.")}
-    weights = {name: weights[adapter_key(name)] for name in exp_avg}
+    weights = {name: weights[peft_key(name)] for name in exp_avg}
     return Checkpoint(folder, position, OptimizerState(weights, exp_avg, exp_avg_sq, position.adam_steps), rng)
 
 

@@ -75,7 +75,7 @@ def load_corpus(
         skip_bad_rows=data.skip_bad_rows,
         ranks=ranks,
         warn=ranks.say,
-        moved=watch.moved,
+        on_progress=watch.progressed,
         lengths=LengthIndex(cache, base.tokenizer, collator),
         count_tokens=count_tokens,
         max_tokens=config.optim.max_tokens_per_batch,

@@ -18,6 +18,7 @@ from .config import TrainConfig
 from .distributed.engine import Engine, Ranks
 from .errors import ConfigError
 from .files import replacing, write_text
+from .model.adapter_names import TRAINING_MODULE
 
 RUN_FILES = ("config.yaml", "metrics.jsonl", "adapter", "checkpoints")
 
@@ -100,7 +101,7 @@ def save_adapter(
     """
     weights, model = engine.gather_trainable(), engine.module.model
     if ranks.is_main:
-        state = {name.removeprefix("model."): value.contiguous() for name, value in weights.items()}
+        state = {name.removeprefix(TRAINING_MODULE): value.contiguous() for name, value in weights.items()}
         for name, value in state.items():
             if value.numel() == 0 or not bool(torch.isfinite(value).all()):
                 raise ValueError(f"{name} has shape {tuple(value.shape)} or holds NaN: refusing to write this adapter")

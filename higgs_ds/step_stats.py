@@ -111,7 +111,7 @@ class LabelCounts(Packed):
     codebooks: list[float]
 
     @classmethod
-    def of(cls, batches: list, failures: int, num_codebooks: int) -> LabelCounts:
+    def from_batches(cls, batches: list, failures: int, num_codebooks: int) -> LabelCounts:
         """Of this rank's `Batch`es; where a check failed nothing is counted, since nothing will be trained."""
         counts = cls(failures, 0.0, [0.0] * num_codebooks)
         for batch in batches if not failures else []:

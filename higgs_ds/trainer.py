@@ -112,7 +112,7 @@ class Trainer:
         sums = StepSums.empty(books)
         failures = [f for i, batch in enumerate(batches) for f in self.guard.check_batch(batch, step, i)]
         # The labels of the whole step are counted before its first forward, and the verdict on the batches with them.
-        mine = LabelCounts.of(batches, len(failures), books)
+        mine = LabelCounts.from_batches(batches, len(failures), books)
         counts = mine.unpack(self.ranks.sum(mine.pack()))
         if counts.failures:
             if self._checklist_due:

@@ -50,7 +50,7 @@ def load_rows(
     skip_bad_rows: bool,
     ranks: Ranks,
     warn: Callable[[str], None],
-    moved: Callable[[], None] = lambda: None,
+    on_progress: Callable[[], None] = lambda: None,
     lengths: LengthIndex | None = None,
     count_tokens: bool = True,
     max_tokens: int | None = None,
@@ -67,7 +67,7 @@ def load_rows(
     Args:
         lengths: counts tokens, where they are wanted: of every row with `count_tokens`, else only where a row may have
             more than `max_row_tokens`.
-        moved: told of each clip and row that is done, by this rank.
+        on_progress: called for each clip and row that is done, by this rank.
         max_tokens, max_row_tokens: with `lengths`, a row of more tokens is a fault.
         audio_root: where paths are looked for that are not beside the manifest.
         controls: finds tokens that no text may hold; see `controls.control_tokens`.
@@ -84,7 +84,7 @@ def load_rows(
     ):
         _check_same(manifest, others)
     limits = Limits(max_duration_sec, max_tokens if count_tokens else None, max_row_tokens)
-    loader = _Loader(cache, ranks, limits, lengths, count_tokens, moved)
+    loader = _Loader(cache, ranks, limits, lengths, count_tokens, on_progress)
     total = sum(map(len, read))
     bar = tqdm(total=total, desc="rows", unit="row", disable=not ranks.is_main, mininterval=1.0)
     with bar, _few_objects_to_collect():
@@ -177,14 +177,14 @@ class _Loader:
         limits: Limits,
         lengths: LengthIndex | None,
         count_tokens: bool,
-        moved: Callable[[], None],
+        on_progress: Callable[[], None],
     ):
         self._cache = cache
         self._ranks = ranks
         self._limits = limits
         self._lengths = lengths
         self._count_tokens = count_tokens and lengths is not None
-        self._moved = moved
+        self._on_progress = on_progress
         self._others_encoded = True  # since this rank last looked
         self.faults: list[list[Fault]] = []  # of each manifest
         self.spoken: list[Spoken] = []  # of each manifest, its usable rows
@@ -262,7 +262,7 @@ class _Loader:
             if row is not None:
                 rows.append(row)
                 numbers.append(number)
-            self._moved()
+            self._on_progress()
         refs = [row.audio_refs for row in rows]
         keys, problems = self._encode([ref for of_row in refs for _, ref in of_row], progress)
         clips = np.array([len(of_row) for of_row in refs], np.int64)
@@ -277,7 +277,7 @@ class _Loader:
         if self._count_tokens:
             counted = np.flatnonzero(usable)
             keyed = [rows[i].with_keys(keys[ends[i] - clips[i] : ends[i]]) for i in counted.tolist()]
-            tokens = self._lengths.count(keyed, self._moved)
+            tokens = self._lengths.count(keyed, self._on_progress)
             too_long = tokens > (self._limits.batch_tokens or np.inf)
             for i, count in zip(counted[too_long].tolist(), tokens[too_long].tolist(), strict=True):
                 problem = f"takes {count} tokens, over --max_tokens_per_batch {self._limits.batch_tokens}"
@@ -345,7 +345,7 @@ class _Loader:
                 if problem is not None:
                     problems[int(mine[len(found)])] = problem
                 found.append(key or bytes(32))
-                self._moved()
+                self._on_progress()
                 if time.monotonic() > until:
                     return True
         except OSError as error:

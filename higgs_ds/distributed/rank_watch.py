@@ -75,7 +75,7 @@ class Watch:
         """This rank moved on to something that takes as long as it takes: a download, loading a large model."""
         self._move_on(self._state.step, doing, timed=False)
 
-    def moved(self) -> None:
+    def progressed(self) -> None:
         """This rank goes on with what it is doing, alone: not one of the moves that all ranks make."""
         with self._lock:
             self._progress_at = time.monotonic()

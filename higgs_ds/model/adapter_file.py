@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 
 from ..errors import ConfigError
+from .adapter_names import peft_key
 from .layouts import read_json
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -264,7 +265,7 @@ def attach(model, adapter: Adapter):
     weights = adapter.state_dict()
     for name, parameter in peft_model.named_parameters():
         if parameter.requires_grad:
-            parameter.data.copy_(weights[name.replace(".default.", ".")])
+            parameter.data.copy_(weights[peft_key(name)])
     return peft_model
 
 

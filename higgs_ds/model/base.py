@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from ..config import BASE_NAMES, DEFAULT_BASE_REVISION, LORA_TARGET_GROUPS, TrainConfig
 from ..errors import ConfigError, nearest
 from . import adapter_file
+from .adapter_names import peft_key
 from .facts import ModelFacts
 from .higgs import HiggsAudioForTraining
 from .layout_config import read_checkpoint_config
@@ -307,7 +308,7 @@ def set_lora(model: PeftModel, weights: dict[str, torch.Tensor], source: str) ->
     Raises:
         ConfigError: weights that are missing, extra or of another shape, each named.
     """
-    own = {name.replace(".default.", "."): p for name, p in model.named_parameters() if p.requires_grad}
+    own = {peft_key(name): p for name, p in model.named_parameters() if p.requires_grad}
     problems = [f"{source}: missing weight {key}" for key in own if key not in weights]
     problems += [f"{source}: extra weight {key}" for key in weights if key not in own]
     problems += [

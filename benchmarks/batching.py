@@ -17,8 +17,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-from higgs_ds.model.facts import ModelFacts
-
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
@@ -28,6 +26,7 @@ from report import report  # noqa: E402
 
 from higgs_ds.batching.batch_plan import TokenPlan  # noqa: E402
 from higgs_ds.batching.length_buckets import slowest  # noqa: E402
+from higgs_ds.model.facts import ModelFacts  # noqa: E402
 
 RANKS = 8
 EPOCHS = 3

@@ -24,10 +24,6 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from higgs_ds.config import LossOptions
-from higgs_ds.distributed.ds_config import LayerSizes
-from higgs_ds.model.facts import ModelFacts
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -83,10 +79,10 @@ def main() -> None:
     args = parse()
     import torch
 
-    from benchmarks.report import device_name, report
+    from benchmarks.report import device_name, measuring_device, report
     from higgs_ds.model.flops import peak_flops
 
-    on_gpu = torch.cuda.is_available()
+    on_gpu = measuring_device().type == "cuda"
     names = list(CASES) if args.cases == "all" else args.cases.split(";")
     unknown = [name for name in names if name not in CASES]
     if unknown:
@@ -215,34 +211,28 @@ def engine_of(case: Case, config, ranks):
     """The model with random weights on this rank's device, LoRA on it, under DeepSpeed; and its frozen parameters."""
     import torch
 
-    from higgs_ds.config import DEFAULT_LORA_TARGETS
-    from higgs_ds.distributed.ds_config import resolve
-    from higgs_ds.distributed.engine import Engine, loading
-    from higgs_ds.model import base as model
-    from higgs_ds.model.forward import training_forward
+    from higgs_ds import run
+    from higgs_ds.distributed.engine import loading
+    from higgs_ds.model.base import BaseCheckpoint
+    from higgs_ds.model.facts import ModelFacts
     from higgs_ds.model.higgs import HiggsAudioForTraining
+    from higgs_ds.model.layouts import BOSON
     from higgs_ds.parse import parse_args
 
-    forward_impl = "padding_free" if case.forward == "compiled" else case.forward
-    flags = parse_args(["--train_manifest", "x", "--output_dir", "x", "--dtype", "bf16"])
+    words = ["--train_manifest", "x", "--output_dir", "x", "--dtype", "bf16", "--base_ckpt", "random"]
+    words += ["--activation_checkpointing", str(case.checkpoint_every or "none")]
+    if case.forward == "upstream":
+        words += ["--forward_impl", "upstream", "--loss_impl", "reference"]
     raw = json.loads((ROOT / f"ds_configs/zero{case.stage}.json").read_text())
-    on_cpu, layer = ranks.device.type == "cpu", LayerSizes.from_facts(ModelFacts.from_config(config))
-    ds_config = resolve(raw, flags, world_size=ranks.world_size, on_cpu=on_cpu, layer=layer)
+    # Of no file: its weights are drawn on the device.
+    base = BaseCheckpoint("random", None, ROOT, BOSON, config, None, ModelFacts.from_config(config), ())
+    setup = run.settle(parse_args(words), raw, base, ranks)
     torch.manual_seed(0)
-    with loading(ds_config), ranks.device:
-        base = HiggsAudioForTraining._from_config(config, torch_dtype=torch.bfloat16)
-    base.requires_grad_(False)
-    targets = list(DEFAULT_LORA_TARGETS)
-    lora = model.attach_lora(base, rank=16, alpha=32, dropout=0.05, target_modules=targets, seed=0, base_name="random")
-    module = training_forward(
-        lora,
-        config,
-        forward_impl=forward_impl,
-        loss_impl="reference" if forward_impl == "upstream" else "fused",
-        checkpoint_every=case.checkpoint_every,
-    )
-    engine = Engine(module, ds_config, weight_decay=0.0, max_grad_norm=1.0)
-    return engine, sum(getattr(p, "ds_numel", p.numel()) for p in base.parameters() if not p.requires_grad)
+    with loading(setup.ds_config), ranks.device:
+        model = HiggsAudioForTraining._from_config(config, torch_dtype=torch.bfloat16)
+    model.requires_grad_(False)
+    engine = run.adapt(setup, model, ranks)
+    return engine, sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if not p.requires_grad)
 
 
 def batches_of(case: Case, config, tokenizer, ranks, most: int, steps: int):
@@ -252,6 +242,7 @@ def batches_of(case: Case, config, tokenizer, ranks, most: int, steps: int):
     from benchmarks.step import make_samples
     from higgs_ds.batching.batch_plan import TokenPlan
     from higgs_ds.batching.collate import Collator
+    from higgs_ds.model.facts import ModelFacts
 
     samples = make_samples(max(64, steps * most // 100) * ranks.world_size, config, tokenizer, None)
     count = Collator(ModelFacts.from_config(config))
@@ -267,9 +258,10 @@ def run_one(args: argparse.Namespace) -> None:
     import torch
 
     from benchmarks.step import Peak, learned_tokens, wait_for
-    from higgs_ds.config import DEFAULT_LORA_TARGETS
+    from higgs_ds.config import DEFAULT_LORA_TARGETS, LossOptions
     from higgs_ds.distributed.engine import leave_ranks, start_ranks
     from higgs_ds.loss import LossWeights, loss_scales
+    from higgs_ds.model.facts import ModelFacts
     from higgs_ds.model.flops import flop_per_token, mean_row_tokens, touched_parameters
     from higgs_ds.model.padding_free import DecoderLayer
     from higgs_ds.process import end_process
@@ -280,12 +272,13 @@ def run_one(args: argparse.Namespace) -> None:
     ranks = start_ranks()
     on_gpu = ranks.device.type == "cuda"
     config, tokenizer = config_of(on_gpu)
+    facts = ModelFacts.from_config(config)
     with Peak(ranks.device) as whole:
         engine, parameters = engine_of(case, config, ranks)
         batches, lengths = batches_of(case, config, tokenizer, ranks, case.times * args.tokens, args.steps)
         if on_gpu:
             batches = [batch.pin_memory() for batch in batches]
-        weights = LossWeights.from_options(LossOptions(1.0, 1.0, None), config.audio_num_codebooks)
+        weights = LossWeights.from_options(LossOptions(), facts.num_codebooks)
         engine.train()
         seconds, real, learned = [], [], []
         for number, batch in enumerate(batches):
@@ -308,7 +301,7 @@ def run_one(args: argparse.Namespace) -> None:
     memory = max(row[0] for row in ranks.table([whole.added]))
     rates = [tokens / took / ranks.world_size for tokens, took in zip(real, slowest, strict=True)]
     cost = flop_per_token(
-        config,
+        facts,
         lora_rank=16,
         lora_targets=list(DEFAULT_LORA_TARGETS),
         checkpoint_every=case.checkpoint_every,
@@ -317,7 +310,7 @@ def run_one(args: argparse.Namespace) -> None:
     row = {
         "case": args.one,
         "parameters": f"{parameters / 1e9:.3f} B",
-        "touched by a token": f"{touched_parameters(config) / 1e9:.3f} B",
+        "touched by a token": f"{touched_parameters(facts) / 1e9:.3f} B",
         "tokens a batch": round(statistics.mean(real) / ranks.world_size),
         "steps": len(slowest),
         "seconds a step": statistics.median(slowest),

@@ -20,8 +20,6 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from higgs_ds.model.facts import ModelFacts
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -33,6 +31,7 @@ from higgs_ds.batching.batch_plan import TokenPlan  # noqa: E402
 from higgs_ds.batching.collate import Batch, Collator  # noqa: E402
 from higgs_ds.config import DEFAULT_LORA_TARGETS  # noqa: E402
 from higgs_ds.model import base as model  # noqa: E402
+from higgs_ds.model.facts import ModelFacts  # noqa: E402
 from higgs_ds.model.forward import training_forward  # noqa: E402
 from higgs_ds.model.higgs import HiggsAudioForTraining  # noqa: E402
 

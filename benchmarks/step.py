@@ -26,10 +26,6 @@ import threading
 import time
 from pathlib import Path
 
-from higgs_ds.config import LossOptions
-from higgs_ds.distributed.ds_config import LayerSizes
-from higgs_ds.model.facts import ModelFacts
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -141,64 +137,44 @@ def learned_tokens(batch) -> int:
 def work_as_rank(args: argparse.Namespace, work: Path) -> None:
     import torch
 
+    from higgs_ds import run
     from higgs_ds.batching.batch_plan import TokenPlan
     from higgs_ds.batching.collate import Collator
-    from higgs_ds.config import DEFAULT_LORA_TARGETS
-    from higgs_ds.distributed.ds_config import resolve
     from higgs_ds.distributed.engine import Engine, leave_ranks, loading, start_ranks
-    from higgs_ds.guard import Guard
-    from higgs_ds.loss import LossWeights
-    from higgs_ds.model import base as model
-    from higgs_ds.model.forward import training_forward
+    from higgs_ds.model.base import load_base, open_base
     from higgs_ds.parse import parse_args
     from higgs_ds.process import end_process
     from higgs_ds.trainer import Trainer
 
     ranks = start_ranks()
-    base_dir = work / "base"
-    config, tokenizer = model.read_model_config(base_dir), model.load_tokenizer(base_dir)
-    flags = f"--train_manifest x --output_dir x --dtype {args.dtype} --batch_size {NAIVE_ROWS}".split()
+    flags = f"--train_manifest x --output_dir {work} --dtype {args.dtype} --batch_size {NAIVE_ROWS} --seed 0"
+    checkpointed = ["--activation_checkpointing", str(args.activation_checkpointing or "none")]
     raw = json.loads((ROOT / f"ds_configs/zero{args.stage}.json").read_text())
-    ds_config = resolve(
-        raw,
-        parse_args(flags),
-        world_size=ranks.world_size,
-        on_cpu=ranks.device.type == "cpu",
-        layer=LayerSizes.from_facts(ModelFacts.from_config(config)),
-    )
+    base = open_base(str(work / "base"))
+    setup = run.settle(parse_args([*flags.split(), *checkpointed]), raw, base, ranks)
+    config, tokenizer, facts = base.config, base.tokenizer, base.facts
     samples = make_samples(args.rows, config, tokenizer, args.seconds)
 
-    def engine_for(wrap) -> Engine:
+    def engine_for(forward=None) -> Engine:
         ranks.seed(0)
-        with loading(ds_config):
-            base = model.load_base(base_dir, config, args.dtype)
-        targets = list(DEFAULT_LORA_TARGETS)
-        lora = model.attach_lora(
-            base, rank=16, alpha=32, dropout=0.05, target_modules=targets, seed=0, base_name="base"
-        )
-        return Engine(wrap(lora), ds_config, weight_decay=0.0, max_grad_norm=1.0)
+        with loading(setup.ds_config):
+            model = load_base(base.folder, config, args.dtype)
+        return run.adapt(setup, model, ranks, forward=forward)
 
     before = resident()
-    ours = engine_for(lambda m: training_forward(m, config, checkpoint_every=args.activation_checkpointing))
+    ours = engine_for()
     one_model = resident() - before
-    naive = None if args.no_naive else engine_for(lambda m: naive_forward(m, config.audio_num_codebooks))
+    naive = None if args.no_naive else engine_for(lambda m: naive_forward(m, facts.num_codebooks))
 
-    plain, flat = Collator(ModelFacts.from_config(config)), Collator(ModelFacts.from_config(config), with_layout=True)
+    plain, flat = Collator(facts), Collator(facts, with_layout=True)
     tokens = torch.tensor([flat([sample]).num_tokens for sample in samples]).numpy()
     budget = args.max_tokens or int(NAIVE_ROWS * tokens.mean())
     plan = TokenPlan(tokens, max_tokens=max(budget, tokens.max()), grad_accum=1, world_size=ranks.world_size, seed=0)
-    weights = LossWeights.from_options(LossOptions(1.0, 1.0, None), config.audio_num_codebooks)
     trainer = Trainer(
         engine=ours,
         ranks=ranks,
-        guard=Guard(
-            rank=ranks.rank,
-            output_dir=work,
-            audio_out_token=config.audio_out_token_idx,
-            max_code=config.audio_codebook_size + 1,
-            weights=weights,
-        ),
-        weights=weights,
+        guard=run.make_guard(setup, ranks),
+        weights=setup.weights,
         learning_rate=lambda step: 1e-4,
         on_bad_loss="raise",
         log_every=1,
@@ -234,17 +210,17 @@ def work_as_rank(args: argparse.Namespace, work: Path) -> None:
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     peaks: dict[str, list[float]] = {name: [] for name in cases}
     for repeat in range(args.repeats + 1):
-        for name, (run, _) in cases.items():
+        for name, (one_pass, _) in cases.items():
             if repeat == 0:  # warms up, and shows the memory: watching it, and giving it back, cost time
                 give_back_memory()
                 with Peak(ranks.device) as peak:
-                    run()
+                    one_pass()
                     wait_for(ranks.device)
                 peaks[name].append(peak.added)
                 continue
             ranks.barrier()
             started = time.perf_counter()
-            run()
+            one_pass()
             wait_for(ranks.device)
             ranks.barrier()
             seconds[name].append(time.perf_counter() - started)

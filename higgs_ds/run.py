@@ -92,9 +92,19 @@ def load_model(
 
 
 def adapt(
-    setup: Setup, model: nn.Module, ranks: Ranks, *, wrap: Callable[[nn.Module], nn.Module] = lambda module: module
+    setup: Setup,
+    model: nn.Module,
+    ranks: Ranks,
+    *,
+    wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
+    forward: Callable[[nn.Module], nn.Module] | None = None,
 ) -> Engine:
-    """LoRA on a base model, started as the options say, and the training forward of both, under DeepSpeed."""
+    """LoRA on a base model, started as the options say, and the training forward of both, under DeepSpeed.
+
+    Args:
+        wrap: what is put around the model with LoRA, for tests.
+        forward: makes another module of it than the training forward, for benchmarks.
+    """
     config = setup.config
     base_name, base_revision = pinned(config.model.base_ckpt, config.model.base_revision)
     lora_model = attach_lora(
@@ -111,13 +121,14 @@ def adapt(
         ranks.each(lambda: set_lora(lora_model, setup.resumed.adapter, str(setup.resumed.folder)))
     elif setup.initial is not None:
         ranks.each(lambda: set_lora(lora_model, setup.initial, f"--init_adapter {config.lora.init_adapter}"))
-    module = training_forward(
-        wrap(lora_model),
-        setup.base.config,
+    forward = forward or partial(
+        training_forward,
+        config=setup.base.config,
         forward_impl=config.model.forward_impl,
         loss_impl=config.loss.loss_impl,
         checkpoint_every=config.model.checkpoint_every,
     )
+    module = forward(wrap(lora_model))
     optim = config.optim
     return Engine(module, setup.ds_config, weight_decay=optim.weight_decay, max_grad_norm=optim.max_grad_norm)
 

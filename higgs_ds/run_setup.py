@@ -13,7 +13,7 @@ from .alone import Unwatched
 from .batching import micro_batches
 from .checkpoint import Checkpoint
 from .config import TrainConfig
-from .distributed.ds_config import LayerSizes, resolve
+from .distributed.ds_config import LayerSizes, ignored_keys, resolve
 from .distributed.engine import Ranks
 from .distributed.rank_watch import Watch
 from .loss import LossWeights
@@ -90,4 +90,7 @@ def settle(
         on_cpu=ranks.device.type == "cpu",
         layer=LayerSizes.from_facts(base.facts),
     )
+    ignored = ignored_keys(ds_raw)
+    if ignored:
+        notes = [*notes, f"{config.run.deepspeed_config}: {', '.join(ignored)}: of no effect here, left out"]
     return Setup(config, base, ds_config, weights, resumed, notes=list(notes))

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from higgs_ds.config import DEFAULT_BASE_REVISION, DEFAULT_CODEC_REVISION, DEFAULT_LORA_TARGETS
-from higgs_ds.distributed.ds_config import LayerSizes, read_deepspeed_config, resolve
+from higgs_ds.distributed.ds_config import LayerSizes, ignored_keys, read_deepspeed_config, resolve
 from higgs_ds.errors import ConfigError
 from higgs_ds.parse import parse_args
 from tests.conftest import ROOT
@@ -210,3 +210,28 @@ def test_a_file_that_is_no_config(text, tmp_path):
     file.write_text(text)
     with pytest.raises(ConfigError, match="--deepspeed_config"):
         read_deepspeed_config(str(file))
+
+
+def test_keys_of_everybodys_files_that_change_nothing_are_left_out():
+    raw = {
+        "train_batch_size": "auto",
+        "prescale_gradients": False,
+        "wandb": {"enabled": False},
+        "zero_optimization": {
+            "stage": 3,
+            "stage3_gather_16bit_weights_on_model_save": True,
+            "cpu_offload": False,
+            "sub_group_size": 1e9,
+        },
+    }
+    left_out = ignored_keys(raw)
+    assert left_out == [
+        *("prescale_gradients", "wandb", "zero_optimization.stage3_gather_16bit_weights_on_model_save"),
+        "zero_optimization.cpu_offload",
+    ]
+    out = resolved(raw)
+    assert "wandb" not in out and "cpu_offload" not in out["zero_optimization"]
+    assert out["zero_optimization"]["sub_group_size"] == 1e9 and raw["wandb"] == {"enabled": False}
+    for key, value in (("prescale_gradients", True), ("wandb", {"enabled": True}), ("gradient_predivide_factor", 2.0)):
+        assert key in refused(raw | {key: value})
+    assert "cpu_offload: unknown key" in refused({"zero_optimization": {"stage": 2, "cpu_offload": True}})

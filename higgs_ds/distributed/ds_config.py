@@ -85,6 +85,56 @@ ZERO_KEYS = {
 }
 
 
+# Keys of files that others use, which cannot change a LoRA run here: left out, and named in one line.
+IGNORED_KEYS = {
+    *("aio", "autotuning", "checkpoint", "compile", "dataloader_drop_last", "use_node_local_storage"),
+    *("zero_optimization.stage3_gather_16bit_weights_on_model_save", "zero_optimization.load_from_fp32_weights"),
+    *("zero_optimization.stage3_gather_fp16_weights_on_model_save", "zero_optimization.elastic_checkpoint"),
+    *("zero_optimization.ignore_unused_parameters", "zero_optimization.log_trace_cache_warnings"),
+    *("zero_optimization.override_module_apply", "zero_optimization.pipeline_loading_checkpoint"),
+    *("zero_optimization.cpu_offload_use_pin_memory", "zero_optimization.legacy_stage1"),
+}
+# Blocks and switches that do nothing as long as they say so.
+IGNORED_VALUES = {
+    **dict.fromkeys(("prescale_gradients", "sparse_gradients", "disable_allgather", "fp32_allreduce"), (False,)),
+    **dict.fromkeys(("zero_optimization.cpu_offload", "zero_optimization.cpu_offload_params"), (False, None)),
+    "gradient_predivide_factor": (1, 1.0),
+    "zero_optimization.mics_shard_size": (-1,),
+    "zero_optimization.mics_hierarchical_params_gather": (False,),
+}
+OFF_BLOCKS = {
+    *("wandb", "tensorboard", "csv_monitor", "comet", "amp", "torch_autocast", "data_efficiency", "elasticity"),
+    *("curriculum_learning", "hybrid_engine", "nebula", "eigenvalue", "progressive_layer_drop"),
+}
+
+
+def ignored_keys(raw: dict) -> list[str]:
+    """The keys of a file, sections written out, that cannot change a run: DeepSpeed is not given them."""
+    zero = raw.get("zero_optimization")
+    places = dict(raw) | {f"zero_optimization.{key}": v for key, v in (zero if isinstance(zero, dict) else {}).items()}
+
+    def means_nothing(key: str, value: object) -> bool:
+        off = isinstance(value, dict) and value.get("enabled", False) is False
+        return (
+            key in IGNORED_KEYS
+            or (
+                key in IGNORED_VALUES and any(value is v or (v is not None and value == v) for v in IGNORED_VALUES[key])
+            )
+            or (key in OFF_BLOCKS and off)
+        )
+
+    return [key for key, value in places.items() if means_nothing(key, value)]
+
+
+def _without(raw: dict, keys: list[str]) -> dict:
+    """A copy of the file's content without these keys."""
+    content = copy.deepcopy(raw)
+    for key in keys:
+        section, _, name = key.rpartition(".")
+        del (content[section] if section else content)[name]
+    return content
+
+
 def read_deepspeed_config(path: str) -> dict:
     """The JSON as it stands in the file, each key once.
 
@@ -141,7 +191,7 @@ def resolve(raw: dict, config: TrainConfig, *, world_size: int, on_cpu: bool, la
     Raises:
         ConfigError: every contradiction and unknown key, each with both values or the nearest valid name.
     """
-    file = _File(config.run.deepspeed_config, copy.deepcopy(raw), [])
+    file = _File(config.run.deepspeed_config, _without(raw, ignored_keys(raw)), [])
     file.refuse_unknown("", file.content, TOP_LEVEL_KEYS, REFUSED_KEYS)
     zero = file.section("zero_optimization")
     file.refuse_unknown("zero_optimization.", zero, ZERO_KEYS)

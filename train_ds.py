@@ -64,6 +64,9 @@ def train(config: TrainConfig, ds_raw: dict) -> int:
                     setup, data, engine, guard, ranks, watch, tracker=tracker, sinks=sinks, stop=stop
                 )
                 finished = trainer.train(data.steps(setup.first_step, data.total_steps))
+                if finished:  # the adapter first: nothing stands between the last step and the disk
+                    facts = data.facts() | trainer.last_losses
+                    saved = run_dir.save_adapter(engine, setup.output_dir / "adapter", ranks, facts, **origin)
                 watch.at(data.total_steps, "writing the last checkpoint")
                 sinks.writer.wait()
                 watch.untimed("closing")  # what W&B has yet to upload takes as long as it takes
@@ -73,13 +76,10 @@ def train(config: TrainConfig, ds_raw: dict) -> int:
             ranks.say(f"nothing of the failed step was trained; the weights before it are in {saved}")
             return leave_ranks(ExitCode.BAD_LOSS)
 
-        # 6. Close: the adapter, and where to look.
+        # 6. Close: where to look.
         if not finished:
             ranks.say(f"asked to stop: saved in {setup.output_dir / 'checkpoints'}; --resume auto goes on from there")
             return leave_ranks(ExitCode.STOPPED)
-        saved = run_dir.save_adapter(
-            engine, setup.output_dir / "adapter", ranks, data.facts() | trainer.last_losses, **origin
-        )
         ranks.say(f"adapter: {saved}\nlisten:  {run_dir.listen_command(config, saved, ranks.device)}")
         return leave_ranks(ExitCode.OK)
 

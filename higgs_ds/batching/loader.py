@@ -73,7 +73,7 @@ def _kill(processes: list[multiprocessing.Process]) -> None:
 
 def _outlive_stop_signals(worker: int) -> None:
     """A queue's SIGTERM reaches every process; the rank still needs its workers to finish the step and save."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 

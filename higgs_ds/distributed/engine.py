@@ -11,6 +11,7 @@ import math
 import os
 import signal
 import socket
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -142,22 +143,29 @@ def leave_ranks(exit_code: int, *, wait: bool = True) -> int:
     return exit_code
 
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+# A launcher passes on what the whole group has already got: a second signal means it only after so long.
+SECOND_SIGNAL_SEC = 3.0
+
+
 class StopSignal:
-    """SIGTERM and SIGUSR1 ask for a stop after the step in hand; the second one ends the process at once."""
+    """SIGTERM, SIGUSR1 and Ctrl-C ask for a stop after the step in hand; another one seconds later ends at once."""
 
     def __init__(self):
-        self._asked = False
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        self._asked_at: float | None = None
+        for number in STOP_SIGNALS:
             signal.signal(number, self._ask)
 
     def _ask(self, number, frame) -> None:
-        if self._asked:
+        now = time.monotonic()
+        if self._asked_at is None:
+            self._asked_at = now
+        elif now - self._asked_at > SECOND_SIGNAL_SEC:
             os._exit(128 + number)
-        self._asked = True
 
     def requested(self) -> bool:
         """Whether this process was asked."""
-        return self._asked
+        return self._asked_at is not None
 
 
 class DroppableAdamW(torch.optim.AdamW):

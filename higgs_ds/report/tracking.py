@@ -9,16 +9,13 @@ import math
 import os
 import re
 import shlex
-import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from ..errors import ConfigError
-from ..process import loss_text
+from .console import Console
 from .curves import History, draw_history, remember
 from .jsonl import append_rows, keep_rows, strict
 
@@ -29,7 +26,6 @@ METRICS_FILE = "metrics.jsonl"
 FAILURES_FILE = "guard_failures.jsonl"
 PLOT_FILE = "loss.png"
 
-PLAIN_LINE_INTERVAL_SEC = 5.0
 # Both redraw or resend everything so far, so their cost grows with the run.
 PLOT_INTERVAL_SEC = 30.0
 TABLE_INTERVAL_SEC = 30.0
@@ -83,12 +79,15 @@ def open_tracker(
             wandb_run = _WandbRun(output_dir, config, title, wandb_project or DEFAULT_WANDB_PROJECT, wandb_mode)
         except RuntimeError as error:
             raise ConfigError([str(error)]) from error
-    console = _Console(total_steps, first_step)
+    console = Console(total_steps, first_step)
     return Tracker(output_dir, title=title, console=console, wandb_run=wandb_run, first_step=first_step)
 
 
 class Tracker:
     """The sinks of one run; made by `open_tracker`, used as a context manager.
+
+    A sink that fails (a full disk, a process that died, a network that is gone) says so once, is left out from there on
+    and named again at the end. It never ends the run: nothing that a plot or a server does is worth an adapter.
 
     An exception that leaves the `with` block closes the tracker with exit code 1, SystemExit with its own code.
     """
@@ -98,7 +97,7 @@ class Tracker:
         output_dir: Path,
         *,
         title: str,
-        console: "_Console",
+        console: Console,
         wandb_run: "_WandbRun | None",
         first_step: int,
     ) -> None:
@@ -117,6 +116,17 @@ class Tracker:
         self._last_table_time = -math.inf
         self._table_is_stale = False
         self._closed = False
+        self._failed: dict[str, str] = {}  # sinks that are left out, and why
+
+    def _sink(self, name: str, action: Callable[..., object], *args: object) -> None:
+        """`action(*args)`, once more a sink that has not failed yet."""
+        if name in self._failed:
+            return
+        try:
+            action(*args)
+        except Exception as error:  # whatever a sink's library raises
+            self._failed[name] = f"{type(error).__name__}: {error}"
+            self.message(f"WARNING: {name} failed and is left out from here on: {self._failed[name]}")
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         """Send the metrics of optimizer step `step` to every sink.
@@ -125,7 +135,6 @@ class Tracker:
 
         Raises:
             TypeError: a value is not a Python number, for instance a tensor.
-            RuntimeError: W&B no longer takes metrics.
         """
         assert not metrics.keys() & {"global_step", "time"}, "global_step and time are added by the tracker"
         for name, value in metrics.items():
@@ -133,10 +142,10 @@ class Tracker:
                 raise TypeError(f"metric {name} is a {type(value).__name__}; log a Python number, e.g. tensor.item()")
         self._global_step = step
         row = {"global_step": step, **metrics, "time": round(time.time(), 3)}
-        append_rows(self.metrics_path, [row])
+        self._sink(METRICS_FILE, append_rows, self.metrics_path, [row])
         remember(self._history, row)
         if self._wandb_run:
-            self._wandb_run.log({"global_step": step, **metrics})
+            self._sink("W&B", self._wandb_run.log, {"global_step": step, **metrics})
         has_validation = any(name.startswith("eval/") for name in metrics)
         if has_validation and time.monotonic() - self._last_plot_time >= PLOT_INTERVAL_SEC:
             self._draw()
@@ -156,7 +165,7 @@ class Tracker:
         """Print a warning and send it as a W&B alert (mail or Slack, as the user set it up there)."""
         self._console.message(f"ALERT {title}: {text}")
         if self._wandb_run:
-            self._wandb_run.alert(title, text)
+            self._sink("W&B", self._wandb_run.alert, title, text)
 
     def failures(self, rows: list[dict]) -> None:
         """Record failures that the loss guard found; they accumulate over the run.
@@ -165,7 +174,7 @@ class Tracker:
         30 s or at close. "global_step" is the row's own "step", or else the step last logged.
         """
         rows = [{"global_step": row.get("step", self._global_step), **row} for row in rows]
-        append_rows(self.failures_path, rows)
+        self._sink(FAILURES_FILE, append_rows, self.failures_path, rows)
         self._failure_rows += rows
         self._table_is_stale = True
         if time.monotonic() - self._last_table_time >= TABLE_INTERVAL_SEC:
@@ -180,47 +189,41 @@ class Tracker:
         if self._closed:
             return
         self._closed = True
-        # The stack runs from the last line to the first, each step also when one before it raised.
-        with contextlib.ExitStack() as steps:
-            steps.callback(self._say_where_to_look)
-            if self._wandb_run:
-                steps.callback(self._wandb_run.finish, exit_code)
-            steps.callback(self._send_failures)
-            steps.callback(self._draw)
-            steps.callback(self._console.close)
+        self._console.close()
+        self._draw()
+        self._send_failures()
+        if self._wandb_run:
+            self._sink("W&B", self._wandb_run.finish, exit_code)
+        self._say_where_to_look()
 
     def __enter__(self) -> "Tracker":
         return self
 
     def __exit__(self, exception_type, exception, traceback) -> None:
-        try:
-            self.close(_exit_code(exception))
-        except Exception as close_error:
-            if exception is None:
-                raise
-            # What ended the run is the exception to raise; this one would hide it.
-            self.message(f"closing the sinks failed too: {close_error}")
+        self.close(_exit_code(exception))
 
     def _draw(self) -> None:
         if self._history:
-            draw_history(self._history, self.plot_path, self._title)
+            self._sink(PLOT_FILE, draw_history, self._history, self.plot_path, self._title)
         self._last_plot_time = time.monotonic()
 
     def _send_failures(self) -> None:
         if self._wandb_run and self._table_is_stale:
-            self._wandb_run.log_table("guard/failures", self._failure_rows, self._global_step)
+            self._sink("W&B", self._wandb_run.log_table, "guard/failures", self._failure_rows, self._global_step)
         self._table_is_stale = False
         self._last_table_time = time.monotonic()
 
     def _say_where_to_look(self) -> None:
         if self.metrics_path.exists():
             self.message(f"metrics: {self.metrics_path}")
-        if self._history:
+        if self.plot_path.is_file():
             self.message(f"curves: {self.plot_path}")
         if self._failure_rows:
             self.message(f"guard failures: {self.failures_path} ({len(self._failure_rows)} rows)")
         if self._wandb_run:
-            self.message(self._wandb_run.where_to_look())
+            self._sink("W&B", lambda: self.message(self._wandb_run.where_to_look()))
+        for name, reason in self._failed.items():
+            self.message(f"WARNING: {name} failed during the run and is not complete: {reason}")
 
 
 def redact(config: dict) -> dict:
@@ -247,68 +250,6 @@ def _exit_code(exception: BaseException | None) -> int:
     if isinstance(exception, SystemExit) and isinstance(exception.code, (int, type(None))):
         return exception.code or 0
     return 1
-
-
-def _format_figures(figures: dict[str, float | str]) -> str:
-    """{"loss": 5.1, "lr": 1e-4, "tok_per_sec": 812.3} becomes "loss 5.1000  lr 1.00e-04  812 tok/s"."""
-    parts = []
-    for name, value in figures.items():
-        name = name.replace("_per_sec", "/s")
-        if name.endswith("/s"):
-            parts.append(f"{value:.0f} {name}")
-        elif name == "lr":
-            parts.append(f"lr {value:.2e}")
-        elif isinstance(value, float):
-            parts.append(f"{name} {loss_text(value)}")
-        else:
-            parts.append(f"{name} {value}")
-    return "  ".join(parts)
-
-
-class _Console:
-    """A progress bar on a terminal; elsewhere (log files, CI) a plain line every few seconds. All on stderr."""
-
-    def __init__(self, total_steps: int, first_step: int) -> None:
-        self._total_steps = total_steps
-        self._first_step = first_step
-        self._start_time = time.monotonic()
-        self._last_line_time = -math.inf
-        self._figures = ""
-        self._pending_line: str | None = None
-        self._bar = None
-        if sys.stderr.isatty():
-            self._bar = tqdm(total=total_steps, initial=first_step, unit="step", dynamic_ncols=True, file=sys.stderr)
-
-    def progress(self, step: int, figures: dict[str, float | str]) -> None:
-        self._figures = _format_figures(figures) or self._figures
-        if self._bar is not None:
-            self._bar.set_postfix_str(self._figures, refresh=False)
-            self._bar.update(step - self._bar.n)
-            return
-        now = time.monotonic()
-        seconds_per_step = (now - self._start_time) / max(1, step - self._first_step)
-        eta = tqdm.format_interval(seconds_per_step * (self._total_steps - step))
-        fields = [f"step {step}/{self._total_steps}", self._figures, f"ETA {eta}"]
-        self._pending_line = "  ".join(field for field in fields if field)
-        if now - self._last_line_time >= PLAIN_LINE_INTERVAL_SEC:
-            self._last_line_time = now
-            self._print_pending_line()
-
-    def message(self, text: str) -> None:
-        if self._bar is not None:
-            tqdm.write(text, file=sys.stderr)
-        else:
-            print(text, file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-        self._print_pending_line()
-
-    def _print_pending_line(self) -> None:
-        if self._pending_line is not None:
-            self.message(self._pending_line)
-        self._pending_line = None
 
 
 class _WandbRun:

@@ -219,7 +219,7 @@ def test_an_exception_closes_with_its_exit_code(tmp_path, exception, exit_code):
     assert_png(tmp_path / "loss.png")
 
 
-def test_a_sink_that_fails_to_close_does_not_hide_why_the_run_ended(tmp_path, monkeypatch, capsys):
+def test_a_sink_that_fails_says_so_twice_and_never_ends_a_run(tmp_path, monkeypatch, capsys):
     def disk_is_full(*args):
         raise OSError("No space left on device")
 
@@ -227,11 +227,33 @@ def test_a_sink_that_fails_to_close_does_not_hide_why_the_run_ended(tmp_path, mo
     with pytest.raises(ZeroDivisionError), start(tmp_path, wandb_mode="offline") as tracker:
         tracker.log(step_metrics(1), 1)
         raise ZeroDivisionError
-    assert "closing the sinks failed too: No space left on device" in capsys.readouterr().err
+    assert capsys.readouterr().err.count("loss.png failed") == 2
     assert wandb_exit_code(tmp_path) == 1
 
-    with pytest.raises(OSError, match="No space left"), start(tmp_path / "clean_end") as tracker:
-        tracker.log(step_metrics(1), 1)
+    with start(tmp_path / "clean_end") as tracker:
+        (tmp_path / "clean_end/metrics.jsonl").mkdir()
+        for step in (1, 2):
+            tracker.log(step_metrics(step), step)
+    said = capsys.readouterr().err
+    assert said.count("metrics.jsonl failed and is left out") == said.count("metrics.jsonl failed during the run") == 1
+
+
+def test_wandb_killed_in_the_middle_costs_its_own_curves_alone(tmp_path):
+    """In a process of its own: W&B's service is one for all runs of a process."""
+    code = (
+        "import sys; from pathlib import Path; import psutil\n"
+        "from tests.report.test_tracking import start, step_metrics\n"
+        "with start(Path(sys.argv[1]), wandb_mode='offline') as tracker:\n"
+        "    tracker.log(step_metrics(1), 1)\n"
+        "    (service,) = (p for p in psutil.Process().children(recursive=True) if 'wandb-core' in p.name())\n"
+        "    service.kill(); service.wait(10)\n"
+        "    for step in range(2, 40): tracker.log(step_metrics(step), step)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "W&B failed and is left out" in done.stderr and "W&B failed during the run" in done.stderr
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 39
+    assert_png(tmp_path / "loss.png")
 
 
 def test_failures_reach_the_file_at_once_and_the_table_by_close(tmp_path):

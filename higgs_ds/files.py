@@ -24,8 +24,8 @@ def replacing(path: Path) -> Iterator[Path]:
         yield beside
         for file in (p for p in (beside, *sorted(beside.rglob("*"))) if p.is_file()):
             sync(file)
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)  # a folder cannot be replaced in one call
+        if beside.is_dir() and path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)  # a folder cannot be replaced in one call; by a file it is not replaced at all
         os.replace(beside, path)
     finally:
         _remove(beside)

@@ -32,6 +32,14 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path):
         write_text(tmp_path / "nowhere" / "file", "x")
 
 
+def test_a_folder_is_not_replaced_by_a_file(tmp_path):
+    (tmp_path / "loss.png").mkdir()
+    (tmp_path / "loss.png/somebodys").write_text("work")
+    with pytest.raises(IsADirectoryError):
+        write_text(tmp_path / "loss.png", "x")
+    assert (tmp_path / "loss.png/somebodys").read_text() == "work" and len(list(tmp_path.iterdir())) == 1
+
+
 def test_a_name_where_a_link_stands_replaces_the_link_and_not_what_it_points_to(tmp_path):
     kept, link = tmp_path / "kept", tmp_path / "link"
     kept.mkdir()

@@ -1,11 +1,13 @@
 """Every sink of the tracker, W&B included: its offline file is read back with wandb's own reader."""
 
+import contextlib
 import io
 import json
 import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -62,7 +64,20 @@ def strict_rows(path) -> list[dict]:
 
 
 def wandb_records(output_dir) -> list:
-    """All records of the one W&B run in `output_dir`."""
+    """All records of the one W&B run in `output_dir`, once its exit is among them.
+
+    W&B's own process writes the file; `finish` of an offline run does not wait for the last of it.
+    """
+    until = time.monotonic() + 30
+    while time.monotonic() < until:
+        records = _records_so_far(output_dir)
+        if any(record.WhichOneof("record_type") == "exit" for record in records):
+            return records
+        time.sleep(0.1)
+    raise AssertionError("the run's exit was never written")
+
+
+def _records_so_far(output_dir) -> list:
     from wandb.proto import wandb_internal_pb2
     from wandb.sdk.internal.datastore import DataStore
 
@@ -70,10 +85,11 @@ def wandb_records(output_dir) -> list:
     store = DataStore()
     store.open_for_scan(str(path))
     records = []
-    while (data := store.scan_data()) is not None:
-        record = wandb_internal_pb2.Record()
-        record.ParseFromString(data)
-        records.append(record)
+    with contextlib.suppress(AssertionError):  # a record that is being written
+        while (data := store.scan_data()) is not None:
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(data)
+            records.append(record)
     store.close()
     return records
 

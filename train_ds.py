@@ -59,7 +59,11 @@ def train(config: TrainConfig, ds_raw: dict, *, check_only: bool) -> int:
         run.rehearse(setup, data, engine, guard, ranks, watch)
 
         # 5. Train, under the guard.
-        origin = {"layout": setup.base.layout, "codec": config.data.codec}
+        origin = {
+            "layout": setup.base.layout,
+            "codec": config.data.codec,
+            "prompt_style": config.data.prompt_style,
+        }
         sinks = run.Sinks(setup, data, engine, ranks, keeps_nothing=check_only)
         watch.before_end.append(sinks.writer.finish)
         try:

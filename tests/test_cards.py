@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 
@@ -40,7 +41,7 @@ def test_an_adapters_card_runs_as_it_is_printed(trained, tiny_dir, codec_dir, tm
     monkeypatch.chdir(tmp_path)
     readme = (trained / "adapter/README.md").read_text()
     assert f"| base | `{tiny_dir}` |" in readme and "| rows with a reference clip | 0 of 32 rows |" in readme
-    assert "| rows with a system turn | 32 of 32 rows |" in readme
+    assert "| rows with a system turn | 32 of 32 rows |" in readme and "| prompt style | served |" in readme
     (python,) = blocks(readme, "python")
     names = {}
     exec(python, names)
@@ -50,6 +51,10 @@ def test_an_adapters_card_runs_as_it_is_printed(trained, tiny_dir, codec_dir, tm
     assert run(merge) == 0
     merged = (trained / "adapter-merged/README.md").read_text()
     assert "LoRA rank / alpha | 8 / " in merged and f"base | `{tiny_dir}`" in merged
+    assert "| prompt style | served |" in merged and "| rows with a reference clip | 0 of 32 rows |" in merged
+    record = (trained / "adapter/higgs_ds.json").read_text()
+    assert json.loads(record)["prompt_style"] == "served"
+    assert (trained / "adapter-merged/higgs_ds.json").read_text() == record
 
 
 def test_a_merged_folders_card_speaks_in_boson_multimodal(trained, tiny_dir, codec_dir, tmp_path, monkeypatch):
@@ -104,7 +109,7 @@ def test_prompts_are_counted():
     clip = AudioRef(None, "x", None, None)
     plain, start = speech_messages("a", clip)
     scene, _ = speech_messages("a", clip, scene="A kitchen.")
-    cloned, _ = speech_messages("a", clip, ref_text="b", ref_audio=clip)
+    cloned, _ = speech_messages("a", clip, ref_text="b", ref_audio=clip, prompt_style="boson")
     rows = [Row(messages, start, None, "m", 1) for messages in (plain, scene, cloned)]
     assert prompt_facts(rows) == {
         "rows with a reference clip": "1 of 3 rows",

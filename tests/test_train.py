@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -53,8 +54,12 @@ def test_it_speaks(quickstart):
     folder, output, seconds = quickstart
     recitals = [Recital(**row) for row in json.loads((folder / "speech/recital.json").read_text())]
     assert len(recitals) == 32
-    assert min(r.share for r in recitals) >= 0.99
-    assert all(r.frames == r.spoken_frames for r in recitals)
+    for rule in ("boson", "transformers", "vllm"):
+        endings = [(r, r.endings[rule]) for r in recitals]
+        assert min(ending["share"] for _, ending in endings) >= 0.99, rule
+        assert all(r.frames == ending["frames"] and ending["ended"] for r, ending in endings), rule
+        (line,) = re.findall(rf"^stop as {rule}: .*", output, flags=re.M)
+        assert line.endswith("32 of 32 lengths right")
     for recital in recitals:
         waveform, rate = soundfile.read(folder / "speech" / recital.file)
         original, original_rate = soundfile.read(folder / "speech" / recital.file.replace("spoken", "original"))

@@ -48,6 +48,7 @@ def test_an_adapters_card_runs_as_it_is_printed(trained, tiny_dir, codec_dir, tm
     assert type(names["model"]).__name__ == "HiggsAudioModel"
     generate, merge = blocks(readme, "bash")
     assert run(generate.strip() + " --max_new_tokens 40") in (0, 1)  # one step of training may answer with silence
+    assert "--sampler served" in readme and "Prompts:" not in readme
     assert run(merge) == 0
     merged = (trained / "adapter-merged/README.md").read_text()
     assert "LoRA rank / alpha | 8 / " in merged and f"base | `{tiny_dir}`" in merged
@@ -64,7 +65,12 @@ def test_a_merged_folders_card_speaks_in_boson_multimodal(trained, tiny_dir, cod
     monkeypatch.chdir(tmp_path)
     flags = ["--base_ckpt", str(tiny_dir), "--adapter", str(trained / "adapter"), "--layout", "boson"]
     assert main(["merge", *flags, "--output_dir", "voice"]) == 0
-    (python,) = blocks((tmp_path / "voice/README.md").read_text(), "python")
+    card = (tmp_path / "voice/README.md").read_text()
+    (python,), (speak,) = blocks(card, "python"), blocks(card, "bash")
+    assert "| prompt style | served |" in card and "--sampler boson" in card
+    # The sample codec, here too.
+    speak = speak.replace(DEFAULT_CODEC, str(codec_dir)).strip()
+    assert f"--merged {tmp_path / 'voice'}" in speak and run(f"{speak} --max_new_tokens 40") in (0, 1)
     codec, asked = load_codec(str(codec_dir)), []
 
     class Tokenizer:
@@ -99,10 +105,12 @@ def test_a_base_is_named_so_that_it_is_found_again(tmp_path, monkeypatch):
     assert pinned("a/b", None) == ("a/b", None) and pinned("a/b", "c") == ("a/b", "c")
     names = {"base": "a/b", "revision": "c", "layout": "transformers", "codec": "d/e", "folder": tmp_path / "it's"}
     card = merged_card({"share": 0.5}, **names)
-    (serve,) = blocks(card, "bash")
+    serve, speak = blocks(card, "bash")
+    assert shlex.split(speak)[4:8] == ["--merged", str(tmp_path / "it's"), "--codec", "d/e"]
     assert shlex.split(serve) == ["vllm", "serve", str(tmp_path / "it's"), "--omni"]
     assert "`a/b` at revision `c`" in card and "| share | 0.5000 |" in card
     compile(*blocks(card, "python"), "card", "exec")
+    assert "Prompts: as boson_multimodal's" in merged_card({"prompt style": "boson"}, **names)
 
 
 def test_prompts_are_counted():

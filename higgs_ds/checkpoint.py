@@ -24,6 +24,7 @@ from .config import TrainConfig
 from .distributed.engine import Engine, OptimizerState, Ranks
 from .errors import ConfigError
 from .files import sha256, sync
+from .voice_record import VoiceRecord, write_record
 
 CHECKSUMS = "checksums.json"
 LAST_WRITE_SEC = 25.0
@@ -145,6 +146,8 @@ class CheckpointWriter:
         try:
             (beside / "adapter").mkdir(parents=True)
             self.lora.save_pretrained(beside / "adapter")
+            if style := position.config.get("prompt_style"):
+                write_record(beside / "adapter", VoiceRecord(style))
             weights = {adapter_key(key): value.contiguous() for key, value in state.weights.items()}
             save_file(weights, beside / "adapter" / "adapter_model.safetensors", metadata={"format": "pt"})
             moments = {f"{part}.{key}": value for part in ("exp_avg", "exp_avg_sq")

@@ -307,13 +307,15 @@ def _reference(args: argparse.Namespace, problems: list[str]):
 
 def _prompt(args: argparse.Namespace, ref) -> dict:
     """For `speech_messages`; the prompt style is the voice's own."""
-    from .voice_record import settled_style
+    from .voice_record import read_record, settled_style
 
     flag = "--merged" if args.merged else "--adapter"
     folder = args.merged or args.adapter
     style, note = settled_style(args.prompt_style, folder and Path(folder), flag)
     if note:
         say(note)
+    elif ref and folder and not args.prompt_style and read_record(Path(folder), flag) is None:
+        say(f"{folder} does not say what prompts it was trained on; taken: {style} (--prompt_style)")
     more = {"scene": args.scene if args.scene and args.scene.strip() else None, "prompt_style": style}
     return more | ({"ref_text": args.ref_text, "ref_audio": ref} if ref else {})
 

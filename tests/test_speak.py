@@ -152,6 +152,8 @@ def test_a_merged_folder_speaks_as_its_base(layout, voice, said, codec_dir, tmp_
     merged = ["--merged", tmp_path / "m", "--codec", codec_dir]
     assert said("generate", *merged, *more, "--output_file", tmp_path / "merged.wav")[0] == 0
     assert (tmp_path / "base.wav").read_bytes() == (tmp_path / "merged.wav").read_bytes()
+    code, lines = said("generate", *merged, *more, "--output_file", tmp_path / "unknown.wav")
+    assert code == 0 and lines[0].startswith(f"{tmp_path / 'm'} does not say what prompts it was trained on")
     (tmp_path / "m/higgs_ds.json").write_text('{"prompt_style": "boson"}')
     code, lines = said("generate", *merged, *more, "--output_file", tmp_path / "boson.wav")
     assert code == 0 and lines[0] == f"prompt style boson, as {tmp_path / 'm'} was trained"

@@ -55,7 +55,7 @@ def train(config: TrainConfig, ds_raw: dict) -> int:
         run.rehearse(setup, data, engine, guard, ranks, watch)
 
         # 5. Train, under the guard.
-        origin = {"layout": setup.base.layout, "codec": config.data.codec}
+        origin = {"layout": setup.base.layout, "codec": config.data.codec, "prompt_style": config.data.prompt_style}
         sinks = run.Sinks(setup, data, engine, ranks)
         watch.before_end.append(sinks.writer.finish)
         try:

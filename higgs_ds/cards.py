@@ -9,11 +9,16 @@ from itertools import islice
 from pathlib import Path
 
 from .config import DEFAULT_BASE, DEFAULT_BASE_REVISION, DEFAULT_CODEC, DEFAULT_CODEC_REVISION
-from .corpus.manifest import SYSTEM_PROMPT, AudioRef, Row
+from .corpus.chatml import BOSON_EXAMPLE, SYSTEM_PROMPT, AudioRef, Row
 from .model.layouts import BOSON, TRANSFORMERS
 
 COUNTED_ROWS = 1000
 SAMPLING = {"do_sample": True, "temperature": 1.0, "top_k": 50, "top_p": 0.95}  # as vllm-omni serves
+SPEAK = "--text 'All circuits are busy now.' --output_file speech.wav --overwrite"
+SAMPLER_NOTE = """Sampler: greedy gives the training sentences back (`--sampler greedy`). vllm-omni draws with
+temperature 1.0, top-k 50, top-p 0.95 and repetition-aware resampling, window 7, at most 2 repeats
+(`--sampler served`); boson_multimodal's engine with temperature 0.7, top-p 0.95 and the same resampling
+(`--sampler boson`)."""
 
 
 def pinned(name: str, revision: str | None) -> tuple[str, str | None]:
@@ -27,7 +32,7 @@ def prompt_facts(rows: Sequence[Row]) -> dict[str, object]:
     """Lines of a card on the prompts of the training rows, from the first of them."""
     counted = [rows[place] for place in islice(range(len(rows)), COUNTED_ROWS)]
     clips = [sum(isinstance(p, AudioRef) for turn in row.messages for p in turn.content) for row in counted]
-    scenes = sum("<|scene_desc_start|>" in str(turn.content) for row in counted for turn in row.messages[:1])
+    scenes = sum(row.has_scene for row in counted)
     systems = sum(row.messages[0].role == "system" for row in counted)
     of = f"of {len(counted)} rows" if len(counted) == len(rows) else f"of the first {len(counted)} rows"
     return {
@@ -51,7 +56,7 @@ def adapter_card(
     """
     place = str(folder.resolve())
     where = _flags(base_ckpt=base, base_revision=revision, adapter=place)
-    tokenizer = _flags(codec=os.path.abspath(codec) if os.path.isdir(codec) else codec)
+    tokenizer = _flags(codec=_found(codec))
     at = f", revision={revision!r}" if revision else ""
     peft = f"""
 In boson_multimodal, with peft:
@@ -74,7 +79,7 @@ pipeline_tag: text-to-speech
 {_table(table)}
 
 ```bash
-python -m higgs_ds generate {where} {tokenizer} --text 'All circuits are busy now.' --output_file speech.wav
+python -m higgs_ds generate {where} {tokenizer} {SPEAK}
 ```
 {peft if layout == BOSON else ""}
 No server applies an adapter to this model: merge it, then serve the folder, whose README.md says how.
@@ -83,8 +88,8 @@ No server applies an adapter to this model: merge it, then serve the folder, who
 python -m higgs_ds merge {where} --output_dir {shlex.quote(place + "-merged")} --layout transformers
 ```
 
-Sampling: greedy gives the training sentences back; servers draw with temperature 1.0, top-k 50, top-p 0.95 and
-repetition-aware resampling (window 7, at most 2 repeats). The base's licence holds for what is made of it.
+{SAMPLER_NOTE}
+{_prompt_note(table)}The base's licence holds for what is made of it.
 
 Trained with higgs_ds.
 """
@@ -107,7 +112,14 @@ pipeline_tag: text-to-speech
 {_table(rows)}
 
 {speak}
-The base's licence holds for what is made of it. Merged with higgs_ds.
+higgs_ds:
+
+```bash
+python -m higgs_ds generate --merged {shlex.quote(place)} {_flags(codec=_found(codec))} {SPEAK}
+```
+
+{SAMPLER_NOTE}
+{_prompt_note(table)}The base's licence holds for what is made of it. Merged with higgs_ds.
 """
 
 
@@ -151,7 +163,7 @@ import torch
 from boson_multimodal.data_types import ChatMLSample, Message
 from boson_multimodal.serve.serve_engine import HiggsAudioServeEngine
 {"" if here else "from huggingface_hub import snapshot_download" + chr(10)}
-codec = {repr(os.path.abspath(codec)) if here else fetch}
+codec = {repr(_found(codec)) if here else fetch}
 device = "cuda" if torch.cuda.is_available() else "cpu"
 engine = HiggsAudioServeEngine({place!r}, codec, device=device)
 sample = ChatMLSample(
@@ -164,6 +176,21 @@ said = engine.generate(sample, max_new_tokens=1024, temperature=0.7, top_p=0.95,
 soundfile.write("speech.wav", said.audio, said.sampling_rate)
 ```
 """
+
+
+def _prompt_note(table: dict[str, object]) -> str:
+    """What a voice trained on boson_multimodal's prompts must not be served as."""
+    if table.get("prompt style") != BOSON_EXAMPLE:
+        return ""
+    return (
+        "Prompts: as boson_multimodal's example builds them. Before a reference clip they have no system turn, which "
+        "transformers and\nvllm-omni always build: clone a voice in boson_multimodal or with `generate`.\n"
+    )
+
+
+def _found(codec: str) -> str:
+    """A codec as a command names it from any folder."""
+    return os.path.abspath(codec) if os.path.isdir(codec) else codec
 
 
 def _flags(**values: str | None) -> str:

@@ -25,6 +25,7 @@ from .distributed.engine import Engine, OptimizerState, Ranks
 from .errors import ConfigError
 from .files import sha256, sync
 from .model.adapter_names import peft_key
+from .voice_record import VoiceRecord, write_record
 
 CHECKSUMS = "checksums.json"
 LAST_WRITE_SEC = 25.0
@@ -34,6 +35,7 @@ TRAJECTORY_OPTIONS = (
     *("lora_alpha", "lora_dropout", "train_manifest", "codec", "base_ckpt", "base_revision", "seed", "dtype", "lr"),
     *("lr_scheduler", "warmup_ratio", "weight_decay", "max_grad_norm", "epochs", "max_steps", "text_loss_weight"),
     *("audio_loss_weight", "codebook_weights", "max_duration_sec", "max_tokens_per_batch", "forward_impl"),
+    "prompt_style",
 )
 
 
@@ -145,6 +147,8 @@ class CheckpointWriter:
         try:
             (beside / "adapter").mkdir(parents=True)
             self.lora.save_pretrained(beside / "adapter")
+            if style := position.config.get("prompt_style"):
+                write_record(beside / "adapter", VoiceRecord(style))
             weights = {peft_key(key): value.contiguous() for key, value in state.weights.items()}
             save_file(weights, beside / "adapter" / "adapter_model.safetensors", metadata={"format": "pt"})
             moments = {f"{part}.{key}": value for part in ("exp_avg", "exp_avg_sq")

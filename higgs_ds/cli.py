@@ -6,11 +6,11 @@ import argparse
 import os
 from pathlib import Path
 
-from .config import DEFAULT_BASE, DEFAULT_CODEC
 from .corpus.audio import AudioError
 from .errors import ConfigError, ExitCode
 from .merge_cli import add_export, add_merge
 from .process import say
+from .speak_cli import add_generate, add_recite
 
 
 def main(argv: list[str]) -> int:
@@ -77,28 +77,8 @@ def build_parser() -> argparse.ArgumentParser:
     verbs.add_parser("prepare", help="encode all clips and count all tokens ahead; takes the flags of train_ds.py")
     verbs.add_parser("check", help="the loss checklist on the first batches; takes the flags of train_ds.py")
 
-    generate = verbs.add_parser("generate", help="speak a text with upstream's own generate")
-    _speaker_flags(generate)
-    generate.add_argument("--text", required=True)
-    generate.add_argument("--output_file", type=Path, required=True)
-    generate.add_argument("--scene", help="scene description for the system message")
-    generate.add_argument("--ref_audio", type=Path, help="a clip of the voice to speak with; needs --ref_text")
-    generate.add_argument("--ref_text", help="what is said in --ref_audio")
-    generate.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
-    generate.add_argument("--top_k", type=int)
-    generate.add_argument("--top_p", type=float, default=0.95)
-    generate.add_argument("--seed", type=int)
-    generate.add_argument("--max_new_tokens", type=int, default=1024)
-    generate.add_argument("--max_row_tokens", type=int, default=8192, help="longest prompt, in tokens (default: 8192)")
-    generate.set_defaults(verb=_generate)
-
-    recite = verbs.add_parser("recite", help="speak the training rows again; share of the codes given back")
-    _speaker_flags(recite)
-    recite.add_argument("--train_manifest", required=True)
-    recite.add_argument("--output_dir", type=Path, required=True)
-    recite.add_argument("--at_least", type=float, default=0.0, help="exit 1 if a clip gives back a smaller share")
-    recite.set_defaults(verb=_recite)
-
+    add_generate(verbs)
+    add_recite(verbs)
     add_merge(verbs)
     add_export(verbs)
     return parser
@@ -120,16 +100,6 @@ def _import_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--loudness", type=float, nargs="?", const=-23.0, metavar="LUFS", help="write new clips at -23")
     parser.add_argument("--resample", type=int, nargs="?", const=24000, metavar="HZ", help="write new clips at 24000")
     parser.set_defaults(verb=_import)
-
-
-def _speaker_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--base_ckpt", default=DEFAULT_BASE)
-    parser.add_argument("--base_revision")
-    parser.add_argument("--adapter", help="folder of a PEFT adapter (default: speak with the base alone)")
-    parser.add_argument("--other_base", action="store_true", help="the adapter was trained on another base")
-    parser.add_argument("--codec", default=DEFAULT_CODEC)
-    parser.add_argument("--codec_revision")
-    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="default: bf16 on a GPU, fp32 on the CPU")
 
 
 def _tiny(args) -> int:
@@ -208,93 +178,3 @@ def _sample_codec(args) -> int:
     codec.save(args.output_dir)
     say(f"{args.output_dir}: the sample codec, fitted on {len(clips)} clips")
     return ExitCode.OK
-
-
-def _speaker(args):
-    from .distributed.device import name_accelerator
-
-    name_accelerator()  # refused before anything is downloaded or loaded
-    from .codec.load import load_codec
-    from .model.base import open_base
-    from .model.speaker import Speaker
-
-    base = open_base(args.base_ckpt, args.base_revision)
-    if base.notes:
-        say("\n".join(base.notes))
-    codec = load_codec(args.codec, args.codec_revision)
-    return Speaker(base, args.adapter, codec, dtype=args.dtype, other_base=args.other_base)
-
-
-def _generate(args) -> int:
-    from .corpus.audio import read_audio, write_wav
-    from .corpus.manifest import AudioRef, speech_messages
-    from .model.speaker import Sampling
-
-    if (args.ref_audio is None) != (args.ref_text is None):
-        raise ConfigError(["--ref_audio, --ref_text: one needs the other"])
-    ref = AudioRef(args.ref_audio, None, None, None) if args.ref_audio else None
-    args.scene = args.scene if args.scene and args.scene.strip() else None
-    asked = {name: text.strip() for name in ("text", "scene", "ref_text") if (text := getattr(args, name)) is not None}
-    messages, _ = speech_messages(asked.pop("text"), None, ref_audio=ref, **asked)
-    _check_prompt(args, messages)
-    speaker = _speaker(args)
-    context = [speaker.codec.encode(*read_audio(ref))] if ref else []
-    sampling = Sampling(args.temperature, args.top_k, args.top_p, args.seed, args.max_new_tokens)
-    codes = speaker.speak(messages, context, sampling, force_audio=True)
-    if codes is None or codes.shape[1] == 0:
-        say("the model ended its answer without a frame of audio; nothing was written", error=True)
-        return ExitCode.FAILED
-    write_wav(args.output_file, speaker.decode(codes), speaker.codec.sample_rate)
-    seconds = codes.shape[1] / speaker.codec.frame_rate
-    say(f"{args.output_file}: {seconds:.2f} s, {codes.shape[1]} frames")
-    return ExitCode.OK
-
-
-def _check_prompt(args, messages) -> None:
-    """Asks of what is to be spoken what a row of a manifest is asked.
-
-    Raises:
-        ConfigError: with the flag whose text is empty, holds control tokens, or is too long.
-    """
-    from .batching.collate import tokenize
-    from .corpus.controls import control_tokens, find_control
-    from .model.base import load_tokenizer, locate_checkpoint
-
-    tokenizer = load_tokenizer(locate_checkpoint(args.base_ckpt, args.base_revision))
-    controls = control_tokens(tokenizer)
-    problems = []
-    for name in ("text", "scene", "ref_text"):
-        text = getattr(args, name)
-        problem = None if text is None else "is empty" if not text.strip() else find_control(text, controls)
-        if problem:
-            problems.append(f"--{name}: {problem}")
-    if not problems and (count := len(tokenize(messages, None, tokenizer)[0])) > args.max_row_tokens:
-        problems.append(f"--text: the prompt takes {count} tokens, over --max_row_tokens {args.max_row_tokens}")
-    if problems:
-        raise ConfigError(problems)
-
-
-def _recite(args) -> int:
-    from .corpus.faults import grouped
-    from .corpus.manifest import read_manifest
-    from .recite import recite
-
-    rows, faults = read_manifest(args.train_manifest)
-    if faults:
-        raise ConfigError(grouped(faults))
-    recitals = recite(_speaker(args), rows, args.output_dir)
-    if not recitals:
-        raise ConfigError([f"{args.train_manifest}: no row ends in a clip to speak"])
-    for r in recitals:
-        length = "right length" if r.frames == r.spoken_frames else f"{r.spoken_frames} frames for {r.frames}"
-        say(f"{100 * r.share:6.2f} %  {length:<22}  {r.text[:60]}")
-    frames = sum(r.frames for r in recitals)
-    share = sum(r.share * r.frames for r in recitals) / frames
-    right = sum(r.frames == r.spoken_frames for r in recitals)
-    worst = min(r.share for r in recitals)
-    say(
-        f"{100 * share:.2f} % of the codes of {len(recitals)} clips given back (worst clip {100 * worst:.2f} %), "
-        f"{right} of {len(recitals)} lengths right"
-    )
-    say(f"listen: {args.output_dir}/*.spoken.wav beside *.original.wav")
-    return ExitCode.OK if worst >= args.at_least else ExitCode.FAILED

@@ -73,6 +73,12 @@ class DataOptions:
     audio_root: str | None = _option(
         None, "folder that paths are relative to which are not beside their manifest (default: working folder)"
     )
+    prompt_style: str = _option(
+        "served",
+        "prompt of speech rows. served: as transformers and vllm-omni build it, a system turn always; boson: as "
+        "boson_multimodal's example, which has none before a reference clip",
+        choices=("served", "boson"),
+    )
     skip_bad_rows: bool = _option(False, "train without the rows that fail their check, and say which")
     num_workers: int = _option(2, "processes a rank that prepare batches (0: the training process)", least=0)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from . import checkpoint, rehearsal
 from .alone import Alone, Unwatched
 from .batching.batch_plan import MicroBatch, Plan, StepPlan, evaluation_plans, make_plan
-from .batching.collate import Batch, Collator
+from .batching.collate import Batch, Collator, tokenize
 from .batching.loader import MicroBatches, load_steps
 from .batching.shared_memory import check_shared_memory
 from .batching.token_counts import LengthIndex
@@ -19,6 +19,7 @@ from .cards import prompt_facts
 from .codec.base import Codec
 from .codec.load import load_codec
 from .config import TrainConfig
+from .corpus.chatml import Row
 from .corpus.code_cache import CodeCache
 from .corpus.controls import control_tokens
 from .corpus.rows import RowSet, load_rows
@@ -26,6 +27,8 @@ from .distributed.engine import Ranks
 from .distributed.rank_watch import Watch
 from .model.base import BaseCheckpoint
 from .run_setup import Setup
+
+SHOWN_CHARACTERS = 4000  # of a prompt
 
 
 def codes_folder(config: TrainConfig) -> Path:
@@ -82,6 +85,7 @@ def load_corpus(
         max_row_tokens=min(data.max_row_tokens, base.facts.max_positions),
         audio_root=data.audio_root,
         controls=control_tokens(base.tokenizer),
+        prompt_style=data.prompt_style,
         faults_dir=Path(config.run.output_dir or codes_folder(config)),
         outcome=outcome,
     )
@@ -118,7 +122,8 @@ class Data:
     def facts(self) -> dict[str, object]:
         """Lines of an adapter's card on what it was trained on."""
         rows = self.corpus.train_rows
-        return {"rows": len(rows), "optimizer steps": self.total_steps, **prompt_facts(rows)}
+        style = {"prompt style": self.setup.config.data.prompt_style}
+        return {"rows": len(rows), "optimizer steps": self.total_steps, **style, **prompt_facts(rows)}
 
     def any_inputs(self) -> dict:
         """Some micro-batch's model inputs, on this rank's device."""
@@ -152,6 +157,7 @@ def load_data(setup: Setup, ranks: Ranks, watch: Watch | Unwatched, *, only_one_
     rows = corpus.train_rows
     if only_one_step:
         ranks.say("\n".join([*rows.summary, *corpus.val_rows.summary]))
+        ranks.say(shown_prompt(rows[0], setup.base.tokenizer))
     plan = make_plan(
         len(rows),
         rows.tokens,
@@ -177,6 +183,14 @@ def load_data(setup: Setup, ranks: Ranks, watch: Watch | Unwatched, *, only_one_
     )
     ranks.each(check_memory)
     return data
+
+
+def shown_prompt(row: Row, tokenizer) -> str:
+    """A row as the tokenizer reads its tokens back, special tokens visible; all it learns to say stands at its end."""
+    text = tokenizer.decode(tokenize(row.messages, row.start_index, tokenizer)[0], clean_up_tokenization_spaces=False)
+    if len(text) > SHOWN_CHARACTERS:
+        text = f"{text[:SHOWN_CHARACTERS]}… ({len(text) - SHOWN_CHARACTERS:,} more characters)"
+    return f"the first row's prompt ({row.origin}):\n{text}"
 
 
 def _say_how_it_begins(setup: Setup, data: Data, ranks: Ranks) -> None:

@@ -61,6 +61,7 @@ def run_merge(args: argparse.Namespace) -> int:
     from .model.load_layout import linear_layers
     from .model.merge import merge, open_base
     from .model.processor_files import codec_reference
+    from .voice_record import read_record, write_record
 
     refuse_existing(args.output_dir)
     lora = read_adapter_config(args.adapter) if args.adapter else None
@@ -71,6 +72,7 @@ def run_merge(args: argparse.Namespace) -> int:
     folder = locate_checkpoint(args.base_ckpt, args.base_revision)
     config = read_checkpoint_config(folder)
     adapter = read_adapter(args.adapter, linear_layers(config), lora) if lora else None
+    record = read_record(args.adapter, "--adapter") if lora else None
     base = open_base(folder, layout_of(folder), config)
     name, revision = pinned(args.base_ckpt, args.base_revision)
     table = {"dtype": args.dtype or "as the base"}
@@ -80,9 +82,12 @@ def run_merge(args: argparse.Namespace) -> int:
             "LoRA rank / alpha": f"{lora.rank} / {lora.alpha:g}" + (", scaled by the root" if lora.rslora else ""),
             "layers merged": len(adapter.weights),
         }
+    table |= record.table() if record else {}
     where = {"base": name, "revision": revision, "layout": args.layout, "codec": args.codec, "folder": args.output_dir}
     card = merged_card(table, **where)
     size = merge(base, adapter, args.output_dir, args.layout, dtype=args.dtype, codec=args.codec, card=card)
+    if record:
+        write_record(args.output_dir, record)
     merged = f"{len(adapter.weights)} layers merged" if adapter else "nothing merged"
     say(
         f"{args.output_dir}: {len(base.stored)} weights, {size / 1e9:.2f} GB, {merged}; read back: every name, shape "

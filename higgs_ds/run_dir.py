@@ -19,6 +19,7 @@ from .distributed.engine import Engine, Ranks
 from .errors import ConfigError
 from .files import replacing, write_text
 from .model.adapter_names import TRAINING_MODULE
+from .voice_record import VoiceRecord, write_record
 
 RUN_FILES = ("config.yaml", "metrics.jsonl", "adapter", "checkpoints")
 
@@ -88,13 +89,14 @@ def listen_command(config: TrainConfig, adapter: Path, device: torch.device) -> 
 
 
 def save_adapter(
-    engine: Engine, folder: Path, ranks: Ranks, facts: dict[str, object], *, layout: str, codec: str
+    engine: Engine, folder: Path, ranks: Ranks, facts: dict[str, object], *, layout: str, codec: str, prompt_style: str
 ) -> Path:
     """The adapter in PEFT's format, whole under every stage; every rank must call this, rank 0 writes.
 
     Args:
         facts: lines of the model card.
         layout: of the base, and `codec` the audio tokenizer, for the card's commands.
+        prompt_style: of the speech rows, which `generate` and `recite` then take.
 
     Raises:
         ValueError: a weight is empty or not finite, so that the file would not hold what was trained.
@@ -107,6 +109,7 @@ def save_adapter(
                 raise ValueError(f"{name} has shape {tuple(value.shape)} or holds NaN: refusing to write this adapter")
         with replacing(folder) as beside:
             model.save_pretrained(beside, state_dict=state, safe_serialization=True, save_embedding_layers=False)
+            write_record(beside, VoiceRecord(prompt_style, facts))
             (beside / "README.md").write_text(_model_card(model, facts, folder, layout, codec), encoding="utf-8")
     ranks.barrier()
     return folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 
@@ -40,16 +41,21 @@ def test_an_adapters_card_runs_as_it_is_printed(trained, tiny_dir, codec_dir, tm
     monkeypatch.chdir(tmp_path)
     readme = (trained / "adapter/README.md").read_text()
     assert f"| base | `{tiny_dir}` |" in readme and "| rows with a reference clip | 0 of 32 rows |" in readme
-    assert "| rows with a system turn | 32 of 32 rows |" in readme
+    assert "| rows with a system turn | 32 of 32 rows |" in readme and "| prompt style | served |" in readme
     (python,) = blocks(readme, "python")
     names = {}
     exec(python, names)
     assert type(names["model"]).__name__ == "HiggsAudioModel"
     generate, merge = blocks(readme, "bash")
     assert run(generate.strip() + " --max_new_tokens 40") in (0, 1)  # one step of training may answer with silence
+    assert "--sampler served" in readme and "Prompts:" not in readme
     assert run(merge) == 0
     merged = (trained / "adapter-merged/README.md").read_text()
     assert "LoRA rank / alpha | 8 / " in merged and f"base | `{tiny_dir}`" in merged
+    assert "| prompt style | served |" in merged and "| rows with a reference clip | 0 of 32 rows |" in merged
+    record = (trained / "adapter/higgs_ds.json").read_text()
+    assert json.loads(record)["prompt_style"] == "served"
+    assert (trained / "adapter-merged/higgs_ds.json").read_text() == record
 
 
 def test_a_merged_folders_card_speaks_in_boson_multimodal(trained, tiny_dir, codec_dir, tmp_path, monkeypatch):
@@ -59,7 +65,12 @@ def test_a_merged_folders_card_speaks_in_boson_multimodal(trained, tiny_dir, cod
     monkeypatch.chdir(tmp_path)
     flags = ["--base_ckpt", str(tiny_dir), "--adapter", str(trained / "adapter"), "--layout", "boson"]
     assert main(["merge", *flags, "--output_dir", "voice"]) == 0
-    (python,) = blocks((tmp_path / "voice/README.md").read_text(), "python")
+    card = (tmp_path / "voice/README.md").read_text()
+    (python,), (speak,) = blocks(card, "python"), blocks(card, "bash")
+    assert "| prompt style | served |" in card and "--sampler boson" in card
+    # The sample codec, here too.
+    speak = speak.replace(DEFAULT_CODEC, str(codec_dir)).strip()
+    assert f"--merged {tmp_path / 'voice'}" in speak and run(f"{speak} --max_new_tokens 40") in (0, 1)
     codec, asked = load_codec(str(codec_dir)), []
 
     class Tokenizer:
@@ -94,17 +105,19 @@ def test_a_base_is_named_so_that_it_is_found_again(tmp_path, monkeypatch):
     assert pinned("a/b", None) == ("a/b", None) and pinned("a/b", "c") == ("a/b", "c")
     names = {"base": "a/b", "revision": "c", "layout": "transformers", "codec": "d/e", "folder": tmp_path / "it's"}
     card = merged_card({"share": 0.5}, **names)
-    (serve,) = blocks(card, "bash")
+    serve, speak = blocks(card, "bash")
+    assert shlex.split(speak)[4:8] == ["--merged", str(tmp_path / "it's"), "--codec", "d/e"]
     assert shlex.split(serve) == ["vllm", "serve", str(tmp_path / "it's"), "--omni"]
     assert "`a/b` at revision `c`" in card and "| share | 0.5000 |" in card
     compile(*blocks(card, "python"), "card", "exec")
+    assert "Prompts: as boson_multimodal's" in merged_card({"prompt style": "boson"}, **names)
 
 
 def test_prompts_are_counted():
     clip = AudioRef(None, "x", None, None)
     plain, start = speech_messages("a", clip)
     scene, _ = speech_messages("a", clip, scene="A kitchen.")
-    cloned, _ = speech_messages("a", clip, ref_text="b", ref_audio=clip)
+    cloned, _ = speech_messages("a", clip, ref_text="b", ref_audio=clip, prompt_style="boson")
     rows = [Row(messages, start, None, "m", 1) for messages in (plain, scene, cloned)]
     assert prompt_facts(rows) == {
         "rows with a reference clip": "1 of 3 rows",

@@ -103,6 +103,7 @@ def test_rotation_and_what_a_checkpoint_holds(saved, tiny_dir):
 FILES = [
     "adapter/adapter_config.json",
     "adapter/adapter_model.safetensors",
+    "adapter/higgs_ds.json",
     "optimizer.safetensors",
     "rng.safetensors",
     "state.json",

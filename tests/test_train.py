@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import time
@@ -53,8 +54,12 @@ def test_it_speaks(quickstart):
     folder, output, seconds = quickstart
     recitals = [Recital(**row) for row in json.loads((folder / "speech/recital.json").read_text())]
     assert len(recitals) == 32
-    assert min(r.share for r in recitals) >= 0.99
-    assert all(r.frames == r.spoken_frames for r in recitals)
+    for rule in ("boson", "transformers", "vllm"):
+        endings = [(r, r.endings[rule]) for r in recitals]
+        assert min(ending["share"] for _, ending in endings) >= 0.99, rule
+        assert all(r.frames == ending["frames"] and ending["ended"] for r, ending in endings), rule
+        (line,) = re.findall(rf"^stop as {rule}: .*", output, flags=re.M)
+        assert line.endswith("32 of 32 lengths right")
     for recital in recitals:
         waveform, rate = soundfile.read(folder / "speech" / recital.file)
         original, original_rate = soundfile.read(folder / "speech" / recital.file.replace("spoken", "original"))
@@ -211,6 +216,11 @@ def test_check_prints_the_checklist_and_leaves_no_run(tiny_dir, codec_dir, tmp_p
     lines = [line for line in result.stdout.splitlines() if line.startswith(("ok  ", "FAIL"))]
     assert len(lines) == 12 and all(line.startswith("ok   [rank 0]") for line in lines)
     assert not (tmp_path / "run/metrics.jsonl").exists() and not (tmp_path / "run/adapter").exists()
+    text = json.loads(SPEECH.read_text().splitlines()[0])["text"]
+    system = "<|start_header_id|>system<|end_header_id|>\n\nGenerate audio following instruction.<|eot_id|>"
+    user = f"<|start_header_id|>user<|end_header_id|>\n\n{text}<|eot_id|>"
+    spoken = "<|start_header_id|>assistant<|end_header_id|>\n\n<|audio_out_bos|><|AUDIO_OUT|><|audio_eos|><|eot_id|>"
+    assert f"manifest.jsonl:1):\n<|begin_of_text|>{system}{user}{spoken}\n" in result.stdout
 
     (broken,) = run_ranks(["tests/workers/train_with.py", "lost_audio", "0", *flags, "--check"], 1, timeout=120)
     assert broken.returncode == 1

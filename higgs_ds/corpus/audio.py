@@ -23,6 +23,13 @@ READ_SAMPLES = 1 << 20
 SILENT_PEAK = 1e-3  # -60 dB of full scale: below what any recording of speech peaks at
 # Lossy decoders overshoot full scale by some 10 %; integers that were written as floats, by thousands.
 LARGEST_PEAK = 2.0
+# Format and subtype of what is written, by the file's ending.
+SOUND_FORMATS = {
+    ".wav": ("WAV", "PCM_16"),
+    ".flac": ("FLAC", "PCM_16"),
+    ".ogg": ("OGG", "VORBIS"),
+    ".mp3": ("MP3", "MPEG_LAYER_III"),
+}
 UNRECOGNISED = 1  # libsndfile's SF_ERR_UNRECOGNISED_FORMAT
 HASH_BYTES = 1 << 20
 
@@ -95,17 +102,30 @@ def content_hash(ref: AudioRef) -> str:
 
 
 def write_wav(path: str | Path, waveform: np.ndarray, sample_rate: int) -> None:
-    """Write a mono waveform [samples] as 16-bit WAV; samples beyond -1..1 are clipped. The file appears whole.
+    """Write a mono waveform [samples] as 16-bit WAV; see `write_sound`."""
+    _write(path, waveform, sample_rate, *SOUND_FORMATS[".wav"])
 
-    Raises ValueError for a waveform that is not one-dimensional or not finite.
+
+def write_sound(path: str | Path, waveform: np.ndarray, sample_rate: int) -> None:
+    """Write a mono waveform [samples] in the format of the file's ending, one of `SOUND_FORMATS`.
+
+    Samples beyond -1..1 are clipped. The file appears whole.
+    Raises ValueError for a waveform that is not one-dimensional or not finite, KeyError for another ending.
     """
+    _write(path, waveform, sample_rate, *SOUND_FORMATS[Path(path).suffix.lower()])
+
+
+def _write(path: str | Path, waveform: np.ndarray, sample_rate: int, kind: str, subtype: str) -> None:
     waveform = np.asarray(waveform)
     if waveform.ndim != 1 or not np.isfinite(waveform).all():
         raise ValueError(f"{path}: a waveform must be mono [samples] and finite, found shape {list(waveform.shape)}")
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        soundfile.write(temporary, np.clip(waveform, -1, 1), sample_rate, subtype="PCM_16", format="WAV")
+        with soundfile.SoundFile(temporary, "w", sample_rate, 1, subtype=subtype, format=kind) as file:
+            # Not all at once: libsndfile's Vorbis encoder takes the stack for what it is given.
+            for start in range(0, len(waveform), sample_rate):
+                file.write(np.clip(waveform[start : start + sample_rate], -1, 1))
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -10,6 +10,9 @@ import numpy as np
 
 ROLES = ("system", "user", "assistant")
 SYSTEM_PROMPT = "Generate audio following instruction."
+SCENE_START, SCENE_END = "<|scene_desc_start|>", "<|scene_desc_end|>"
+# served: what transformers' processor and vllm-omni build. boson: upstream's `examples/generation.py`.
+SERVED, BOSON_EXAMPLE = PROMPT_STYLES = ("served", "boson")
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,11 @@ class Row:
         pieces = (piece for turn in self.messages for piece in turn.content)
         return tuple((piece.field, piece) for piece in pieces if isinstance(piece, AudioRef))
 
+    @property
+    def has_scene(self) -> bool:
+        """Whether its first turn describes a scene."""
+        return any(isinstance(piece, str) and SCENE_START in piece for piece in self.messages[0].content)
+
     def with_keys(self, keys: np.ndarray) -> Row:
         """The same row whose clips, in the order of `audio_refs`, carry these keys, uint8 [clips, 32]."""
         following = iter(keys)
@@ -92,20 +100,25 @@ def speech_messages(
     scene: str | None = None,
     ref_text: str | None = None,
     ref_audio: AudioRef | None = None,
+    prompt_style: str = SERVED,
 ) -> tuple[tuple[Turn, ...], int | None]:
-    """The prompt of upstream's `examples/generation.py` for one speaker, and its `start_index`.
+    """The prompt of one speaker, every text trimmed, and its `start_index`.
 
-    `audio` None leaves the last assistant turn out: the prompt to generate from. With a reference clip the system
-    turn stands only if there is a scene, and training starts at the last user turn.
-    Raises ValueError when `ref_text` and `ref_audio` are not given together.
+    `audio` None leaves the last assistant turn out: the prompt to generate from. With a reference clip training starts
+    at the last user turn, and as the `boson` style has it the system turn then stands only if there is a scene; as
+    `served` has it, it always does.
+    Raises ValueError when `ref_text` and `ref_audio` are not given together, or for another style.
     """
+    if prompt_style not in PROMPT_STYLES:
+        raise ValueError(f"prompt_style: {prompt_style!r} is not one of {', '.join(PROMPT_STYLES)}")
     if (ref_text is None) != (ref_audio is None):
         raise ValueError("ref_text and ref_audio belong together: give the reference clip and its transcript, or none")
     turns = []
+    text, scene, ref_text = text.strip(), scene and scene.strip(), ref_text and ref_text.strip()
     if scene:
-        scene_block = f"<|scene_desc_start|>\n{scene}\n<|scene_desc_end|>"
+        scene_block = f"{SCENE_START}\n{scene}\n{SCENE_END}"
         turns.append(Turn("system", (f"{SYSTEM_PROMPT}\n\n{scene_block}",)))
-    elif ref_audio is None:
+    elif ref_audio is None or prompt_style == SERVED:
         turns.append(Turn("system", (SYSTEM_PROMPT,)))
     start_index = None
     if ref_audio is not None:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .chatml import SYSTEM_PROMPT, AudioRef, Row, Turn, speech_messages
+from .chatml import SERVED, SYSTEM_PROMPT, AudioRef, Row, Turn, speech_messages
 from .clip_paths import MISSING, ClipPaths
 from .controls import AUDIO_PLACEHOLDERS, DEFAULT_CONTROLS
 from .faults import Fault
@@ -56,14 +56,16 @@ class Manifest:
         *,
         audio_root: str | Path | None = None,
         controls: re.Pattern[str] = DEFAULT_CONTROLS,
+        prompt_style: str = SERVED,
     ):
         """Raises nothing for what the file holds, nor when it cannot be read: that is in `faults`.
 
-        `controls` finds the tokens that no text may hold; see `controls.control_tokens`.
+        `controls` finds the tokens that no text may hold; see `controls.control_tokens`. `prompt_style` is that of the
+        turns which speech rows become.
         """
         self.file = str(path)
         self.faults: list[Fault] = []  # of the file as a whole; those of rows come from `check`
-        self._rules = Rules(self.file, ClipPaths(path, audio_root), controls)
+        self._rules = Rules(self.file, ClipPaths(path, audio_root), controls, prompt_style)
         self._content = b""
         self._spans = np.zeros((0, 2), np.int64)  # bytes of `_content`, first and behind the last
         self._lines = np.zeros(0, np.int64)  # 1-based
@@ -117,7 +119,10 @@ class Manifest:
         check = RowCheck(self._rules, line)
         row = check.row(value)
         self._elsewhere[number] = check.found_elsewhere
-        return (None, check.faults) if check.faults else (row, [])
+        if check.faults:
+            return None, check.faults
+        self._rules.scenes += row.has_scene
+        return row, []
 
     def row(self, number: int) -> Row:
         """A row that `check` found no fault in; its clips are not looked for again."""
@@ -129,20 +134,25 @@ class Manifest:
     def seen(self) -> tuple:
         """What `check` has counted in this process over the rows given to it, for everybody's `set_seen`."""
         numbers = np.flatnonzero(self._elsewhere)
-        return dict(self._rules.columns.counts), dict(self._rules.paths.elsewhere), numbers
+        return dict(self._rules.columns.counts), dict(self._rules.paths.elsewhere), numbers, self._rules.scenes
 
     def set_seen(self, of_ranks: list[tuple]) -> None:
         """All ranks' `seen` together in the place of this process's own."""
         self._rules.columns.counts.clear()
         self._rules.paths.elsewhere.clear()
-        for columns, elsewhere, numbers in of_ranks:
+        self._rules.scenes = sum(seen[-1] for seen in of_ranks)
+        for columns, elsewhere, numbers, _ in of_ranks:
             self._rules.columns.add(columns)
             self._rules.paths.elsewhere.update(elsewhere)
             self._elsewhere[numbers] = True
 
     def notes(self) -> list[str]:
         """One line for each thing that concerns many rows and hurts none: columns not read, clips found elsewhere."""
-        return [*self._rules.paths.said(self.file), *self._rules.columns.lines(self.file)]
+        notes = [*self._rules.paths.said(self.file), *self._rules.columns.lines(self.file)]
+        if count := self._rules.scenes:
+            rows = f"{count:,} row{' has' if count == 1 else 's have'}"
+            notes.append(f"{self.file}: {rows} a scene; vllm-omni serves no scene, the other stacks do")
+        return notes
 
     def summed_up(self, faults: list[Fault]) -> list[Fault]:
         """The faults of all rows; one sentence where not a single clip is where its row says."""
@@ -231,10 +241,14 @@ def _after_space(text: str, at: int) -> int:
 
 
 def read_manifest(
-    path: str | Path, *, audio_root: str | Path | None = None, controls: re.Pattern[str] = DEFAULT_CONTROLS
+    path: str | Path,
+    *,
+    audio_root: str | Path | None = None,
+    controls: re.Pattern[str] = DEFAULT_CONTROLS,
+    prompt_style: str = SERVED,
 ) -> tuple[list[Row], list[Fault]]:
     """Every row without faults, in file order, and every fault of the others, sorted: all of a small manifest."""
-    manifest = Manifest(path, audio_root=audio_root, controls=controls)
+    manifest = Manifest(path, audio_root=audio_root, controls=controls, prompt_style=prompt_style)
     rows: list[Row] = []
     faults = list(manifest.faults)
     for number in range(len(manifest)):

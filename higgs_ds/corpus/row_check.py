@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .chatml import ROLES, AudioRef, Row, Turn, speech_messages
+from .chatml import ROLES, SERVED, AudioRef, Row, Turn, speech_messages
 from .clip_paths import URL, ClipPaths
 from .columns import AUDIO_FIELDS, TEXT_FIELDS, TURN_FIELDS, Columns, Reading, member, reading, weighty_misspelling
 from .controls import DEFAULT_CONTROLS, find_control
@@ -48,7 +48,9 @@ class Rules:
     file: str
     paths: ClipPaths
     controls: re.Pattern[str] = DEFAULT_CONTROLS
+    prompt_style: str = SERVED  # of speech rows
     columns: Columns = field(default_factory=Columns)
+    scenes: int = 0  # rows without faults that have one
 
 
 class RowCheck:
@@ -209,11 +211,12 @@ class RowCheck:
         if self.faults:
             return None
         turns, start_index = speech_messages(
-            text.strip(),
+            text,
             audio,
-            scene=scene and scene.strip(),
-            ref_text=ref_text and ref_text.strip(),
+            scene=scene,
+            ref_text=ref_text,
             ref_audio=ref_audio,
+            prompt_style=self.rules.prompt_style,
         )
         return Row(turns, start_index, speaker, self.rules.file, self.line, stated_sec)
 

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from ..batching.token_counts import LengthIndex
 from ..codec.base import check_fits
 from ..errors import ConfigError
-from .chatml import AudioRef, Row
+from .chatml import SERVED, AudioRef, Row
 from .code_cache import CodeCache
 from .controls import DEFAULT_CONTROLS
 from .faults import SHOWN_OF_A_KIND, Fault, grouped, plural, write_faults
@@ -57,6 +57,7 @@ def load_rows(
     max_row_tokens: int | None = None,
     audio_root: str | None = None,
     controls: re.Pattern[str] = DEFAULT_CONTROLS,
+    prompt_style: str = SERVED,
     faults_dir: Path | None = None,
     outcome: str = "nothing was trained (--skip_bad_rows trains without them)",
 ) -> tuple[RowSet, RowSet]:
@@ -71,6 +72,7 @@ def load_rows(
         max_tokens, max_row_tokens: with `lengths`, a row of more tokens is a fault.
         audio_root: where paths are looked for that are not beside the manifest.
         controls: finds tokens that no text may hold; see `controls.control_tokens`.
+        prompt_style: of speech rows; see `chatml.speech_messages`.
         faults_dir: where all faults and warnings go, as `faults.jsonl`.
 
     Raises:
@@ -78,7 +80,8 @@ def load_rows(
             that cannot be written to.
     """
     check_fits(cache.codec, num_codebooks, codebook_size)
-    read = [Manifest(manifest, audio_root=audio_root, controls=controls) for manifest in manifests]
+    rules = {"audio_root": audio_root, "controls": controls, "prompt_style": prompt_style}
+    read = [Manifest(manifest, **rules) for manifest in manifests]
     for manifest, *others in zip(
         manifests, *ranks.gather([(part.digest(), part.faults) for part in read]), strict=True
     ):

@@ -18,9 +18,11 @@ from ..distributed.device import pick_device, take_device
 from .adapter_file import attach, check_base, read_adapter, read_adapter_config
 from .base import DTYPES, BaseCheckpoint
 from .load_layout import linear_layers, load_checkpoint
+from .stop_rules import BOSON, stopping
 
 ASSISTANT_HEADER = "<|start_header_id|>assistant<|end_header_id|>\n\n"
-STOP_STRINGS = ["<|end_of_text|>", "<|eot_id|>"]
+# The last ends a clip: what an untrained model says after it may be a token that upstream cannot go on from.
+STOP_STRINGS = ["<|end_of_text|>", "<|eot_id|>", "<|audio_eos|>"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class Sampling:
     top_p: float = 0.95
     seed: int | None = None
     max_new_tokens: int = 1024
+    ras_window: int | None = None  # repetition-aware: a code that stands often in the last so many frames is redrawn
+    ras_max_repeats: int = 2
 
     def as_kwargs(self) -> dict:
         """For upstream's `generate`."""
@@ -44,7 +48,26 @@ class Sampling:
             "top_p": self.top_p,
             "seed": self.seed,
             "max_new_tokens": self.max_new_tokens,
+            "ras_win_len": self.ras_window,
+            "ras_win_max_num_repeat": self.ras_max_repeats,
         }
+
+
+# boson: its serve engine's own defaults; served: vllm-omni's.
+SAMPLERS = {
+    "greedy": Sampling(),
+    "boson": Sampling(0.7, None, 0.95, ras_window=7),
+    "served": Sampling(1.0, 50, 0.95, ras_window=7),
+}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said to a prompt."""
+
+    codes: np.ndarray | None  # int16 [codebooks, frames]; None if it answered without audio
+    ended: bool = True  # by itself, and not at `max_new_tokens`
+    rules_agree: bool = False  # whether every stop rule would have ended the clip here
 
 
 def default_dtype(device: torch.device) -> str:
@@ -91,15 +114,24 @@ class Speaker:
         self.collator = Collator(self.facts, round_to=1)
 
     def speak(
-        self, messages: Sequence[Turn], context: Sequence[np.ndarray], sampling: Sampling, *, force_audio: bool
-    ) -> np.ndarray | None:
-        """Codes that the model answers a prompt with, int16 [codebooks, frames]; None if it answers without audio.
+        self,
+        messages: Sequence[Turn],
+        context: Sequence[np.ndarray],
+        sampling: Sampling,
+        *,
+        force_audio: bool,
+        stop: str = BOSON,
+    ) -> Answer:
+        """What the model answers a prompt with.
 
         Args:
             messages: the prompt's turns; the assistant's turn follows.
             context: codes of the clips in the prompt, in reading order.
             force_audio: begin the answer with `<|audio_out_bos|>` instead of leaving that to the model.
+            stop: one of `STOP_RULES`; another than boson's needs greedy sampling.
         """
+        if stop != BOSON and sampling.temperature:
+            raise ValueError(f"the stop rule {stop} is greedy")
         input_ids, _, clips = tokenize(messages, None, self.tokenizer)
         header = ASSISTANT_HEADER + ("<|audio_out_bos|>" if force_audio else "")
         input_ids = torch.tensor(input_ids + self.tokenizer.encode(header, add_special_tokens=False))
@@ -110,20 +142,23 @@ class Speaker:
         inputs = self.collator([sample]).model_inputs(self.device)
         kinds = ("input_ids", "attention_mask", "audio_out_ids", "audio_out_ids_start")
         names = (*kinds, "audio_in_ids", "audio_in_ids_start")
-        _, sequences = self.model.generate(
-            **{name: inputs[name] for name in names},
-            use_cache=True,
-            stop_strings=STOP_STRINGS,
-            tokenizer=self.tokenizer,
-            **sampling.as_kwargs(),
-        )
+        with stopping(self.model, stop) as ending:
+            _, sequences = self.model.generate(
+                **{name: inputs[name] for name in names},
+                use_cache=True,
+                stop_strings=STOP_STRINGS,
+                tokenizer=self.tokenizer,
+                **sampling.as_kwargs(),
+            )
         if not sequences:
-            return None
+            return Answer(None)
         stream = sequences[-1]  # [codebooks, frames], BOS first, EOS last, delayed
+        # Upstream ends with what the last codebook says, EOS or not.
+        ended = bool((stream[: max(1, len(stream) - 1), -1] == self.facts.stream_eos).all())
         if self.facts.use_delay_pattern:
             stream = revert_delay_pattern(stream)
         codes = stream.clip(0, self.facts.codebook_size - 1)[:, 1:-1]
-        return codes.cpu().numpy().astype(np.int16)
+        return Answer(codes.cpu().numpy().astype(np.int16), ended, ending.rules_agree)
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
         """Waveform of codes, float32 [samples]; ids that the codec does not know are taken as its last."""

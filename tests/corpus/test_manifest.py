@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from higgs_ds.corpus.manifest import AudioRef, Fault, Turn, read_manifest, speech_messages
+from higgs_ds.corpus.manifest import AudioRef, Fault, Manifest, Turn, read_manifest, speech_messages
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "speech"
 CLIP = {"type": "audio", "audio_url": "a.wav"}
@@ -33,11 +33,11 @@ def manifest(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "pipe")
     monkeypatch.chdir(tmp_path)
 
-    def read(content):
+    def read(content, **options):
         if isinstance(content, list):
             content = "\n".join(row if isinstance(row, str) else json.dumps(row) for row in content)
         Path("m.jsonl").write_bytes(content.encode() if isinstance(content, str) else content)
-        rows, faults = read_manifest("m.jsonl")
+        rows, faults = read_manifest("m.jsonl", **options)
         assert faults == sorted(faults)
         return rows, [str(fault) for fault in faults]
 
@@ -305,9 +305,9 @@ SCENE = "Generate audio following instruction.\n\n<|scene_desc_start|>\nA quiet 
         ({"duration": 1.5, "speaker": "x"}, [("system", SCENE.split("\n")[0])], None, ["audio"]),
         ({"scene": "A quiet room."}, [("system", SCENE)], None, ["audio"]),
         (
-            {"ref_audio": "ref.wav", "ref_text": "So."},
-            [("user", "So."), ("assistant", "ref.wav")],
-            2,
+            {"ref_audio": "ref.wav", "ref_text": " So.\n"},
+            [("system", SCENE.split("\n")[0]), ("user", "So."), ("assistant", "ref.wav")],
+            3,
             ["ref_audio", "audio"],
         ),
         (
@@ -318,7 +318,7 @@ SCENE = "Generate audio following instruction.\n\n<|scene_desc_start|>\nA quiet 
         ),
     ],
 )
-def test_speech_rows_become_the_prompt_of_the_generation_example(manifest, tmp_path, more, before, start_index, fields):
+def test_speech_rows_become_the_prompt_that_servers_build(manifest, tmp_path, more, before, start_index, fields):
     (tmp_path / "ref.wav").write_bytes(b"RIFF")
     clips = {name: AudioRef(tmp_path / name) for name in ("a.wav", "ref.wav")}
     prompt = tuple(Turn(role, (clips.get(content, content),)) for role, content in [*before, ("user", "Hello.")])
@@ -329,7 +329,33 @@ def test_speech_rows_become_the_prompt_of_the_generation_example(manifest, tmp_p
     assert [field for field, _ in row.audio_refs] == fields
 
     reference = {"ref_text": "So.", "ref_audio": clips["ref.wav"]} if "ref_text" in more else {}
-    assert speech_messages("Hello.", None, scene=more.get("scene"), **reference) == (prompt, start_index)
+    assert speech_messages(" Hello.", None, scene=more.get("scene"), **reference) == (prompt, start_index)
+
+
+def test_bosons_style_has_no_system_turn_before_a_reference(manifest, tmp_path):
+    (tmp_path / "ref.wav").write_bytes(b"RIFF")
+    reference = {"ref_audio": "ref.wav", "ref_text": "So."}
+    rows = [SPEECH, {**SPEECH, **reference}, {**SPEECH, **reference, "scene": "A quiet room."}]
+    served, _ = manifest(rows)
+    boson, _ = manifest(rows, prompt_style="boson")
+    assert [row.messages[0].role for row in boson] == ["system", "user", "system"]
+    assert boson[1].messages == served[1].messages[1:] and (boson[1].start_index, served[1].start_index) == (2, 3)
+    assert boson[0] == served[0] and boson[2] == served[2]
+
+
+def test_rows_with_a_scene_are_counted_in_a_line(tmp_path):
+    (tmp_path / "a.wav").write_bytes(b"RIFF")
+    talk = chatml(CLIP)
+    talk["messages"].insert(0, turn("system", SCENE))
+    rows = [SPEECH, {**SPEECH, "scene": "A quiet room."}, talk, {"scene": "No clip.", "text": "x"}]
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    manifest = Manifest(tmp_path / "m.jsonl")
+    assert [bool(manifest.check(number)[1]) for number in range(4)] == [False, False, False, True]
+    (note,) = manifest.notes()
+    assert note == f"{tmp_path / 'm.jsonl'}: 2 rows have a scene; vllm-omni serves no scene, the other stacks do"
+    other = Manifest(tmp_path / "m.jsonl")
+    other.set_seen([manifest.seen(), manifest.seen()])
+    assert "4 rows" in other.notes()[0]
 
 
 @pytest.mark.parametrize("half", [{"ref_text": "So."}, {"ref_audio": AudioRef(Path("ref.wav"))}])

@@ -129,8 +129,8 @@ def test_a_reference_under_other_names(write, tmp_path):
     (tmp_path / "data" / "r.wav").write_bytes(b"RIFF")
     row = {"audio": "a.wav", "text": "So.", "reference_audio": "r.wav", "reference_text": "Well. "}
     rows, faults, _ = checked(write([row, {"audio": "a.wav", "text": "So.", "ref_audio": None, "ref_text": ""}]))
-    assert faults == [] and [row.start_index for row in rows] == [2, None]
-    assert rows[0].messages[0] == Turn("user", ("Well.",))
+    assert faults == [] and [row.start_index for row in rows] == [3, None]
+    assert rows[0].messages[1] == Turn("user", ("Well.",))
     assert rows[0].audio_refs[0] == ("reference_audio", AudioRef(tmp_path / "data" / "r.wav"))
 
 

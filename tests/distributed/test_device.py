@@ -50,13 +50,13 @@ def refusal() -> str:
 def test_no_usable_gpu_ends_every_verb_with_2_before_anything_is_made(verb, monkeypatch, tmp_path, capfd):
     monkeypatch.delenv("DS_ACCELERATOR")
     run = ["--train_manifest", str(SPEECH), "--output_dir", str(tmp_path / "run")]
-    speak = ["--text", "Hello.", "--output_file", str(tmp_path / "run")]
+    speak = ["--text", "Hello.", "--output_file", str(tmp_path / "run.wav")]
     if verb == "train":
         code = train_ds.main(run)
     else:
         code = higgs_ds([verb, *(speak if verb == "generate" else run)])
     said = capfd.readouterr().err
-    assert code == 2 and not (tmp_path / "run").exists()
+    assert code == 2 and not list(tmp_path.glob("run*"))
     assert said.count("no usable GPU") == 1 and "\n" not in said.strip(), said
     assert f"torch is built for CUDA {torch.version.cuda}" in said
     assert "580 or newer" in said and "DS_ACCELERATOR=cpu" in said

@@ -18,7 +18,7 @@ from higgs_ds.batching.collate import Collator, Sample, tokenize
 from higgs_ds.cli import main
 from higgs_ds.codec.load import load_codec
 from higgs_ds.corpus.audio import read_audio
-from higgs_ds.corpus.manifest import AudioRef, Turn, read_manifest
+from higgs_ds.corpus.manifest import AudioRef, Turn, read_manifest, speech_messages
 from higgs_ds.model.base import load_tokenizer
 from higgs_ds.model.facts import ModelFacts
 from higgs_ds.model.layout_config import DEFAULT_ROPE, DEFAULTS, read_checkpoint_config
@@ -73,15 +73,16 @@ def test_it_loads_strictly_with_and_without_the_text_head(merged, transformers_s
 
 def conversations() -> dict[str, list[Turn]]:
     """Prompts as a server builds them: plain, with a scene, with a cloned voice, and of two turns."""
-    user, second = Turn("user", ("Where is the café?",)), Turn("user", ("It was here — yesterday.",))
-    scene = f"{SYSTEM}\n\n<|scene_desc_start|>\n{SCENE}\n<|scene_desc_end|>"
-    system, spoken = Turn("system", (SYSTEM,)), Turn("assistant", (CLIP,))
-    return {
-        "plain": [system, user],
-        "scene": [Turn("system", (scene,)), user],
-        "cloned": [system, user, spoken, second],
-        "two turns": [system, user, spoken, second, spoken],
+    first, second = "Where is the café?", "It was here — yesterday."
+    cloned = {"ref_text": f" {first}\n", "ref_audio": CLIP, "prompt_style": "served"}
+    rows = {
+        "plain": speech_messages(first, None),
+        "scene": speech_messages(first, None, scene=f"{SCENE}\n"),
+        "cloned": speech_messages(f"{second} ", None, **cloned),
+        "two turns": speech_messages(second, CLIP, **cloned),
+        "cloned in a scene": speech_messages(second, CLIP, **cloned, scene=SCENE),
     }
+    return {name: list(turns) for name, (turns, _) in rows.items()}
 
 
 def as_messages(turns: list[Turn]) -> list[dict]:

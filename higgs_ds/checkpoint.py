@@ -30,7 +30,8 @@ LAST_WRITE_SEC = 25.0
 # A change of these would make another run of it; the adapter's shape cannot change at all.
 SHAPE_OPTIONS = ("lora_r", "lora_target_modules")
 TRAJECTORY_OPTIONS = (
-    *("lora_alpha", "lora_dropout", "train_manifest", "codec", "base_ckpt", "base_revision", "seed", "dtype", "lr"),
+    *("lora_alpha", "lora_rslora", "lora_dropout", "train_manifest", "codec", "base_ckpt", "base_revision", "seed"),
+    *("dtype", "lr"),
     *("lr_scheduler", "warmup_ratio", "weight_decay", "max_grad_norm", "epochs", "max_steps", "text_loss_weight"),
     *("audio_loss_weight", "codebook_weights", "max_duration_sec", "max_tokens_per_batch", "forward_impl"),
 )
@@ -281,7 +282,7 @@ def changed_settings(resumed: Checkpoint | None, config: dict, num_rows: int) ->
     """What differs from the checkpoint's settings and makes another trajectory, a line each."""
     if resumed is None:
         return []
-    saved = resumed.position.config
+    saved = {"lora_rslora": False} | resumed.position.config  # older checkpoints had no such option
     changed = [
         f"--{name} is {config[name]}, the checkpoint has {saved.get(name)}"
         for name in TRAJECTORY_OPTIONS

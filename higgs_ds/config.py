@@ -106,6 +106,7 @@ class LoraOptions:
 
     lora_r: int = _option(16, "LoRA rank", least=1)
     lora_alpha: float = _option(32.0, "LoRA alpha; updates are scaled by alpha / r", above=0)
+    lora_rslora: bool = _option(False, "rank-stabilised LoRA: updates are scaled by alpha / sqrt(r) instead")
     lora_dropout: float = _option(0.05, "dropout before the LoRA branch", least=0, below=1)
     lora_target_modules: list[str] = _option(
         list(DEFAULT_LORA_TARGETS),

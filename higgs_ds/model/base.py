@@ -266,6 +266,7 @@ def attach_lora(
     seed: int,
     base_name: str,
     base_revision: str | None = None,
+    rslora: bool = False,
 ) -> PeftModel:
     """LoRA on every linear layer whose name ends in one of `target_modules`, A drawn from our own generator, B zero.
 
@@ -286,6 +287,7 @@ def attach_lora(
     lora = LoraConfig(
         r=rank,
         lora_alpha=alpha,
+        use_rslora=rslora,
         lora_dropout=dropout,
         target_modules=list(target_modules),
         bias="none",

@@ -113,7 +113,9 @@ class LoraOptions:
         "linear layers that get LoRA: by the end of their path (q_proj, audio_mlp.up_proj, layers.3.self_attn.o_proj), "
         "or attention, text_mlp, audio_mlp, all",
     )
-    init_adapter: str | None = _option(None, "start from this adapter's weights: a new run, not a resume")
+    init_adapter: str | None = _option(
+        None, "start from this adapter's weights, with its rank, alpha, rslora and targets: a new run, not a resume"
+    )
     other_base: bool = _option(False, "--init_adapter was trained on another base than --base_ckpt")
 
     @property
@@ -201,6 +203,8 @@ class TrainConfig:
     optim: OptimOptions = field(default_factory=OptimOptions)
     loss: LossOptions = field(default_factory=LossOptions)
     run: RunOptions = field(default_factory=RunOptions)
+    # Names of the options that a flag or the YAML file gave; the others may be filled by what a run starts from.
+    given: frozenset[str] = field(default=frozenset(), compare=False)
 
     def get(self, name: str):
         """The value of an option by its flag's name."""
@@ -226,6 +230,8 @@ class Option(NamedTuple):
 def _options() -> dict[str, Option]:
     found: dict[str, Option] = {}
     for section, kind in typing.get_type_hints(TrainConfig).items():
+        if not dataclasses.is_dataclass(kind):
+            continue
         hints = typing.get_type_hints(kind)
         for f in dataclasses.fields(kind):
             assert f.name not in found, f.name
@@ -275,11 +281,15 @@ def _forward_checks(config: TrainConfig) -> list[str]:
             )
         if recomputed != "none":
             problems.append("--activation_checkpointing: upstream's forward has none; use --forward_impl padding_free")
-    if config.loss.loss_impl == "fused":
-        heads = [t for t in config.lora.target_suffixes if t.rsplit(".", 1)[-1] in HEADS]
-        problems += [
-            f"--lora_target_modules: LoRA on {head} would get no gradient from the fused loss; "
-            "use --loss_impl reference"
-            for head in heads
-        ]
-    return problems
+    return problems + fused_head_problems(config)
+
+
+def fused_head_problems(config: TrainConfig) -> list[str]:
+    """LoRA on a head beside the fused loss, a line each."""
+    if config.loss.loss_impl != "fused":
+        return []
+    heads = [t for t in config.lora.target_suffixes if t.rsplit(".", 1)[-1] in HEADS]
+    return [
+        f"--lora_target_modules: LoRA on {head} would get no gradient from the fused loss; use --loss_impl reference"
+        for head in heads
+    ]

@@ -107,6 +107,7 @@ class LoraOptions:
     lora_r: int = _option(16, "LoRA rank", least=1)
     lora_alpha: float = _option(32.0, "LoRA alpha; updates are scaled by alpha / r", above=0)
     lora_rslora: bool = _option(False, "rank-stabilised LoRA: updates are scaled by alpha / sqrt(r) instead")
+    lora_dora: bool = _option(False, "not supported: DoRA is refused, with the reason")
     lora_dropout: float = _option(0.05, "dropout before the LoRA branch", least=0, below=1)
     lora_target_modules: list[str] = _option(
         list(DEFAULT_LORA_TARGETS),
@@ -258,6 +259,11 @@ def cross_checks(config: TrainConfig) -> list[str]:
         elif sum(config.loss.codebook_weights) <= 0:
             problems.append(f"--codebook_weights: {config.loss.codebook_weights} sum to 0; give at least one above 0")
     problems += _forward_checks(config)
+    if config.lora.lora_dora:
+        problems.append(
+            "--lora_dora: not supported: DoRA scales each row of the weight by a learned size, which the fused layers, "
+            "merge and export, all of plain LoRA, do not compute; --lora_rslora is the other way to a larger rank"
+        )
     if config.optim.max_tokens_per_batch is not None and config.optim.batch_size not in (None, 1):
         problems.append("--batch_size, --max_tokens_per_batch: one counts rows, the other tokens; leave one out")
     if config.model.base_revision is None and config.model.base_ckpt in BASE_NAMES:

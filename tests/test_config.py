@@ -82,6 +82,7 @@ def test_the_resolved_config_can_be_given_back(tmp_path):
             ["--activation_checkpointing: upstream's forward has none"],
         ),
         (["--lora_target_modules", "q_proj,audio_lm_head"], ["LoRA on audio_lm_head", "--loss_impl reference"]),
+        (["--lora_dora"], ["--lora_dora: not supported: DoRA scales each row", "--lora_rslora"]),
         (["--lr", "fast"], ["--lr: expected a number, got 'fast'"]),
         (["--lr", "nan"], ["--lr: expected a finite number"]),
         (["--batch_size", "0"], ["--batch_size: 0 is below 1"]),

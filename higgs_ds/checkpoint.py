@@ -24,6 +24,7 @@ from .config import TrainConfig
 from .distributed.engine import Engine, OptimizerState, Ranks
 from .errors import ConfigError
 from .files import sha256, sync
+from .model.adapter_file import same_base
 
 CHECKSUMS = "checksums.json"
 LAST_WRITE_SEC = 25.0
@@ -287,6 +288,7 @@ def changed_settings(resumed: Checkpoint | None, config: dict, num_rows: int) ->
         f"--{name} is {config[name]}, the checkpoint has {saved.get(name)}"
         for name in TRAJECTORY_OPTIONS
         if config[name] != saved.get(name)
+        and not (name == "base_ckpt" and same_base(config[name], str(saved.get(name))))
     ]
     if num_rows != resumed.position.num_rows:
         changed.append(f"the manifest has {num_rows} usable rows, the checkpoint's had {resumed.position.num_rows}")

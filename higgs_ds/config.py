@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-DEFAULT_BASE = "bosonai/higgs-audio-v2-generation-3B-base"
-# One repository, which the hub knows by both of its names.
-BASE_NAMES = (DEFAULT_BASE, "bosonai/higgs-tts-2-3b-base")
+DEFAULT_BASE = "bosonai/higgs-tts-2-3b-base"
+# One repository, with the same revisions, which the hub knows by its name of today and by the one that it had before.
+BASE_NAMES = (DEFAULT_BASE, "bosonai/higgs-audio-v2-generation-3B-base")
 DEFAULT_BASE_REVISION = "10840182ca4ad5d9d9113b60b9bb3c1ef1ba3f84"
 # The last revisions that boson_multimodal can read: the hub's `main` is in the layout of newer transformers.
 DEFAULT_CODEC = "bosonai/higgs-audio-v2-tokenizer"
@@ -81,7 +81,9 @@ class DataOptions:
 class ModelOptions:
     """The base checkpoint, and how it is computed."""
 
-    base_ckpt: str = _option(DEFAULT_BASE, "base checkpoint: hub id or folder, boson_multimodal layout")
+    base_ckpt: str = _option(
+        DEFAULT_BASE, "base checkpoint: hub id or folder, in boson_multimodal's or transformers' layout"
+    )
     base_revision: str | None = _option(None, f"revision of a hub checkpoint (Boson's: {DEFAULT_BASE_REVISION[:12]}…)")
     dtype: str = _option("bf16", "what the model computes in", choices=("bf16", "fp16", "fp32"))
     forward_impl: str = _option(

@@ -15,7 +15,14 @@ from boson_multimodal.model.higgs_audio import HiggsAudioModel
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from higgs_ds.checkpoint import CheckpointError, find_checkpoint, list_checkpoints, read_checkpoint
+from higgs_ds.checkpoint import (
+    CheckpointError,
+    changed_settings,
+    find_checkpoint,
+    list_checkpoints,
+    read_checkpoint,
+)
+from higgs_ds.config import BASE_NAMES
 from higgs_ds.errors import ConfigError
 from tests.conftest import ROOT
 from tests.distributed.test_engine import distance
@@ -178,6 +185,15 @@ def test_a_new_run_can_start_from_an_adapter(forks, saved, flags_of, tmp_path):
     assert distance(ours, wanted) < 1e-4
     (refused,) = forks.run(flags_of(tmp_path / "x", init_adapter=folder), 1)
     assert refused.returncode == 2 and "--init_adapter" in refused.output
+
+
+def test_a_base_by_its_old_name_is_no_other_setting(saved):
+    resumed = read_checkpoint(list_checkpoints(saved[0] / "checkpoints")[-1])
+    now = resumed.position.config | {"base_ckpt": BASE_NAMES[0]}
+    resumed.position.config["base_ckpt"] = BASE_NAMES[1]
+    assert changed_settings(resumed, now, resumed.position.num_rows) == []
+    (said,) = changed_settings(resumed, now | {"base_ckpt": "someone/else"}, resumed.position.num_rows)
+    assert "--base_ckpt is someone/else, the checkpoint has bosonai/higgs-audio-v2-generation-3B-base" in said
 
 
 def test_an_adapter_says_what_the_runs_lora_is_and_the_run_goes_on_with_it(forks, flags_of, tmp_path):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
-from .config import DEFAULT_BASE, DEFAULT_BASE_REVISION, DEFAULT_CODEC, DEFAULT_CODEC_REVISION
+from .config import BASE_NAMES, DEFAULT_BASE_REVISION, DEFAULT_CODEC, DEFAULT_CODEC_REVISION
 from .corpus.chatml import BOSON_EXAMPLE, SYSTEM_PROMPT, AudioRef, Row
 from .model.layouts import BOSON, TRANSFORMERS
 
@@ -22,10 +22,10 @@ temperature 1.0, top-k 50, top-p 0.95 and repetition-aware resampling, window 7,
 
 
 def pinned(name: str, revision: str | None) -> tuple[str, str | None]:
-    """A base as a snippet names it from any folder: a local one by its whole path, the default one at its revision."""
+    """A base as a snippet names it from any folder: a local one by its whole path, Boson's at its revision."""
     if os.path.isdir(name):
         return os.path.abspath(name), None
-    return name, revision or (DEFAULT_BASE_REVISION if name == DEFAULT_BASE else None)
+    return name, revision or (DEFAULT_BASE_REVISION if name in BASE_NAMES else None)
 
 
 def prompt_facts(rows: Sequence[Row]) -> dict[str, object]:

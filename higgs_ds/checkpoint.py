@@ -24,6 +24,7 @@ from .config import TrainConfig
 from .distributed.engine import Engine, OptimizerState, Ranks
 from .errors import ConfigError
 from .files import sha256, sync
+from .model.adapter_file import same_base
 from .model.adapter_names import peft_key
 from .voice_record import VoiceRecord, write_record
 
@@ -32,7 +33,8 @@ LAST_WRITE_SEC = 25.0
 # A change of these would make another run of it; the adapter's shape cannot change at all.
 SHAPE_OPTIONS = ("lora_r", "lora_target_modules")
 TRAJECTORY_OPTIONS = (
-    *("lora_alpha", "lora_dropout", "train_manifest", "codec", "base_ckpt", "base_revision", "seed", "dtype", "lr"),
+    *("lora_alpha", "lora_rslora", "lora_dropout", "train_manifest", "codec", "base_ckpt", "base_revision", "seed"),
+    *("dtype", "lr"),
     *("lr_scheduler", "warmup_ratio", "weight_decay", "max_grad_norm", "epochs", "max_steps", "text_loss_weight"),
     *("audio_loss_weight", "codebook_weights", "max_duration_sec", "max_tokens_per_batch", "forward_impl"),
     "prompt_style",
@@ -281,11 +283,12 @@ def changed_settings(resumed: Checkpoint | None, config: dict, num_rows: int) ->
     """What differs from the checkpoint's settings and makes another trajectory, a line each."""
     if resumed is None:
         return []
-    saved = resumed.position.config
+    saved = {"lora_rslora": False} | resumed.position.config  # older checkpoints had no such option
     changed = [
         f"--{name} is {config[name]}, the checkpoint has {saved.get(name)}"
         for name in TRAJECTORY_OPTIONS
         if config[name] != saved.get(name)
+        and not (name == "base_ckpt" and same_base(config[name], str(saved.get(name))))
     ]
     if num_rows != resumed.position.num_rows:
         changed.append(f"the manifest has {num_rows} usable rows, the checkpoint's had {resumed.position.num_rows}")

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-DEFAULT_BASE = "bosonai/higgs-audio-v2-generation-3B-base"
-# One repository, which the hub knows by both of its names.
-BASE_NAMES = (DEFAULT_BASE, "bosonai/higgs-tts-2-3b-base")
+DEFAULT_BASE = "bosonai/higgs-tts-2-3b-base"
+# One repository, with the same revisions, which the hub knows by its name of today and by the one that it had before.
+BASE_NAMES = (DEFAULT_BASE, "bosonai/higgs-audio-v2-generation-3B-base")
 DEFAULT_BASE_REVISION = "10840182ca4ad5d9d9113b60b9bb3c1ef1ba3f84"
 # The last revisions that boson_multimodal can read: the hub's `main` is in the layout of newer transformers.
 DEFAULT_CODEC = "bosonai/higgs-audio-v2-tokenizer"
@@ -87,7 +87,9 @@ class DataOptions:
 class ModelOptions:
     """The base checkpoint, and how it is computed."""
 
-    base_ckpt: str = _option(DEFAULT_BASE, "base checkpoint: hub id or folder, boson_multimodal layout")
+    base_ckpt: str = _option(
+        DEFAULT_BASE, "base checkpoint: hub id or folder, in boson_multimodal's or transformers' layout"
+    )
     base_revision: str | None = _option(None, f"revision of a hub checkpoint (Boson's: {DEFAULT_BASE_REVISION[:12]}…)")
     dtype: str = _option("bf16", "what the model computes in", choices=("bf16", "fp16", "fp32"))
     forward_impl: str = _option(
@@ -112,13 +114,17 @@ class LoraOptions:
 
     lora_r: int = _option(16, "LoRA rank", least=1)
     lora_alpha: float = _option(32.0, "LoRA alpha; updates are scaled by alpha / r", above=0)
+    lora_rslora: bool = _option(False, "rank-stabilised LoRA: updates are scaled by alpha / sqrt(r) instead")
+    lora_dora: bool = _option(False, "not supported: DoRA is refused, with the reason")
     lora_dropout: float = _option(0.05, "dropout before the LoRA branch", least=0, below=1)
     lora_target_modules: list[str] = _option(
         list(DEFAULT_LORA_TARGETS),
         "linear layers that get LoRA: by the end of their path (q_proj, audio_mlp.up_proj, layers.3.self_attn.o_proj), "
         "or attention, text_mlp, audio_mlp, all",
     )
-    init_adapter: str | None = _option(None, "start from this adapter's weights: a new run, not a resume")
+    init_adapter: str | None = _option(
+        None, "start from this adapter's weights, with its rank, alpha, rslora and targets: a new run, not a resume"
+    )
     other_base: bool = _option(False, "--init_adapter was trained on another base than --base_ckpt")
 
     @property
@@ -206,6 +212,8 @@ class TrainConfig:
     optim: OptimOptions = field(default_factory=OptimOptions)
     loss: LossOptions = field(default_factory=LossOptions)
     run: RunOptions = field(default_factory=RunOptions)
+    # Names of the options that a flag or the YAML file gave; the others may be filled by what a run starts from.
+    given: frozenset[str] = field(default=frozenset(), compare=False)
 
     def get(self, name: str):
         """The value of an option by its flag's name."""
@@ -231,6 +239,8 @@ class Option(NamedTuple):
 def _options() -> dict[str, Option]:
     found: dict[str, Option] = {}
     for section, kind in typing.get_type_hints(TrainConfig).items():
+        if not dataclasses.is_dataclass(kind):
+            continue
         hints = typing.get_type_hints(kind)
         for f in dataclasses.fields(kind):
             assert f.name not in found, f.name
@@ -257,6 +267,11 @@ def cross_checks(config: TrainConfig) -> list[str]:
         elif sum(config.loss.codebook_weights) <= 0:
             problems.append(f"--codebook_weights: {config.loss.codebook_weights} sum to 0; give at least one above 0")
     problems += _forward_checks(config)
+    if config.lora.lora_dora:
+        problems.append(
+            "--lora_dora: not supported: DoRA scales each row of the weight by a learned size, which the fused layers, "
+            "merge and export, all of plain LoRA, do not compute; --lora_rslora is the other way to a larger rank"
+        )
     if config.optim.max_tokens_per_batch is not None and config.optim.batch_size not in (None, 1):
         problems.append("--batch_size, --max_tokens_per_batch: one counts rows, the other tokens; leave one out")
     if config.model.base_revision is None and config.model.base_ckpt in BASE_NAMES:
@@ -280,11 +295,15 @@ def _forward_checks(config: TrainConfig) -> list[str]:
             )
         if recomputed != "none":
             problems.append("--activation_checkpointing: upstream's forward has none; use --forward_impl padding_free")
-    if config.loss.loss_impl == "fused":
-        heads = [t for t in config.lora.target_suffixes if t.rsplit(".", 1)[-1] in HEADS]
-        problems += [
-            f"--lora_target_modules: LoRA on {head} would get no gradient from the fused loss; "
-            "use --loss_impl reference"
-            for head in heads
-        ]
-    return problems
+    return problems + fused_head_problems(config)
+
+
+def fused_head_problems(config: TrainConfig) -> list[str]:
+    """LoRA on a head beside the fused loss, a line each."""
+    if config.loss.loss_impl != "fused":
+        return []
+    heads = [t for t in config.lora.target_suffixes if t.rsplit(".", 1)[-1] in HEADS]
+    return [
+        f"--lora_target_modules: LoRA on {head} would get no gradient from the fused loss; use --loss_impl reference"
+        for head in heads
+    ]

@@ -137,7 +137,7 @@ def parse_args(argv: list[str], *, may_lack: tuple[str, ...] = ()) -> TrainConfi
         text = " ".join(value) if isinstance(value, list) else value
         values[name] = (f"--{name}", text)
 
-    config = TrainConfig()
+    config = TrainConfig(given=frozenset(values))
     for name in OPTIONS:
         where, value = values.get(name, (f"--{name}", None))
         try:

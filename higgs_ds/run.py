@@ -111,6 +111,7 @@ def adapt(
         model,
         rank=config.lora.lora_r,
         alpha=config.lora.lora_alpha,
+        rslora=config.lora.lora_rslora,
         dropout=config.lora.lora_dropout,
         target_modules=config.lora.target_suffixes,
         seed=config.optim.seed,

@@ -120,7 +120,8 @@ def _model_card(model: PeftModel, facts: dict[str, object], folder: Path, layout
     base, revision = pinned(lora.base_model_name_or_path, lora.revision)
     table = {
         "base": f"`{base}`" + (f" at revision `{revision}`" if revision else ""),
-        "LoRA rank / alpha / dropout": f"{lora.r} / {lora.lora_alpha:g} / {lora.lora_dropout:g}",
+        "LoRA rank / alpha / dropout": f"{lora.r} / {lora.lora_alpha:g} / {lora.lora_dropout:g}"
+        + (", scaled by the root" if lora.use_rslora else ""),
         "layers": ", ".join(sorted(lora.target_modules)),
         **facts,
     }

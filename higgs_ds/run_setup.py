@@ -17,7 +17,8 @@ from .distributed.ds_config import LayerSizes, ignored_keys, resolve
 from .distributed.engine import Ranks
 from .distributed.rank_watch import Watch
 from .loss import LossWeights
-from .model.base import BaseCheckpoint, open_base, read_init_adapter
+from .model.base import BaseCheckpoint, open_base
+from .model.init_adapter import settle_lora
 from .model.padding_free import check_supported
 
 
@@ -51,8 +52,9 @@ def open_setup(config: TrainConfig, ds_raw: dict, ranks: Ranks, watch: Watch | U
     resumed, notes = ranks.each(lambda: checkpoint.find_checkpoint(config.run.resume, Path(config.run.output_dir)))
     watch.untimed("finding the base checkpoint")
     base = ranks.each(lambda: open_base_for(config))
+    initial = ranks.each(lambda: settle_lora(config, base.config, resumed.position.config if resumed else None))
     setup = settle(config, ds_raw, base, ranks, resumed, [*notes, *base.notes])
-    setup.initial = ranks.each(lambda: None if resumed else read_init_adapter(config, base.config))
+    setup.initial = initial
     return setup
 
 

@@ -14,7 +14,7 @@ import torch
 from higgs_ds.cards import merged_card, pinned, prompt_facts
 from higgs_ds.cli import main
 from higgs_ds.codec.load import load_codec
-from higgs_ds.config import DEFAULT_BASE, DEFAULT_BASE_REVISION, DEFAULT_CODEC, DEFAULT_CODEC_REVISION
+from higgs_ds.config import BASE_NAMES, DEFAULT_BASE_REVISION, DEFAULT_CODEC, DEFAULT_CODEC_REVISION
 from higgs_ds.corpus.manifest import AudioRef, Row, speech_messages
 from tests.ranks import assert_all
 
@@ -101,7 +101,8 @@ def test_a_base_is_named_so_that_it_is_found_again(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "base").mkdir()
     assert pinned("base", "x") == (str(tmp_path / "base"), None)
-    assert pinned(DEFAULT_BASE, None) == (DEFAULT_BASE, DEFAULT_BASE_REVISION)
+    for name in BASE_NAMES:
+        assert pinned(name, None) == (name, DEFAULT_BASE_REVISION) and pinned(name, "c") == (name, "c")
     assert pinned("a/b", None) == ("a/b", None) and pinned("a/b", "c") == ("a/b", "c")
     names = {"base": "a/b", "revision": "c", "layout": "transformers", "codec": "d/e", "folder": tmp_path / "it's"}
     card = merged_card({"share": 0.5}, **names)

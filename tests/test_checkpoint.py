@@ -10,11 +10,19 @@ import time
 
 import pytest
 import torch
+import yaml
 from boson_multimodal.model.higgs_audio import HiggsAudioModel
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from higgs_ds.checkpoint import CheckpointError, find_checkpoint, list_checkpoints, read_checkpoint
+from higgs_ds.checkpoint import (
+    CheckpointError,
+    changed_settings,
+    find_checkpoint,
+    list_checkpoints,
+    read_checkpoint,
+)
+from higgs_ds.config import BASE_NAMES
 from higgs_ds.errors import ConfigError
 from tests.conftest import ROOT
 from tests.distributed.test_engine import distance
@@ -178,6 +186,55 @@ def test_a_new_run_can_start_from_an_adapter(forks, saved, flags_of, tmp_path):
     assert distance(ours, wanted) < 1e-4
     (refused,) = forks.run(flags_of(tmp_path / "x", init_adapter=folder), 1)
     assert refused.returncode == 2 and "--init_adapter" in refused.output
+
+
+def test_a_base_by_its_old_name_is_no_other_setting(saved):
+    resumed = read_checkpoint(list_checkpoints(saved[0] / "checkpoints")[-1])
+    now = resumed.position.config | {"base_ckpt": BASE_NAMES[0]}
+    resumed.position.config["base_ckpt"] = BASE_NAMES[1]
+    assert changed_settings(resumed, now, resumed.position.num_rows) == []
+    (said,) = changed_settings(resumed, now | {"base_ckpt": "someone/else"}, resumed.position.num_rows)
+    assert "--base_ckpt is someone/else, the checkpoint has bosonai/higgs-audio-v2-generation-3B-base" in said
+
+
+def test_an_adapter_says_what_the_runs_lora_is_and_the_run_goes_on_with_it(forks, flags_of, tmp_path):
+    """Trained with rslora and a large alpha; started from with the same command, resumed, and given back as YAML."""
+
+    def run(folder, *more, **changes):
+        flags = flags_of(tmp_path / folder, **{"dtype": "fp32", "lora_dropout": 0, "max_steps": 1} | changes)
+        place = flags.index("--lora_r")
+        (result,) = forks.run([*flags[:place], *flags[place + 2 :], *more], 1)
+        return result
+
+    targets = ["--lora_target_modules", "q_proj", "layers.1.mlp.up_proj"]
+    assert_all([run("first", "--lora_r", "4", "--lora_rslora", *targets, lora_alpha=300)])
+    adapter = tmp_path / "first/adapter"
+    written = json.loads((adapter / "adapter_config.json").read_text())
+    assert (written["r"], written["lora_alpha"], written["use_rslora"]) == (4, 300, True)
+    assert "4 / 300 / 0, scaled by the root" in (adapter / "README.md").read_text()
+
+    assert_all([run("second", init_adapter=adapter, save_every=1, lr=1e-9)])
+    resolved = yaml.safe_load((tmp_path / "second/config.yaml").read_text())
+    options = ("lora_r", "lora_alpha", "lora_rslora", "lora_target_modules")
+    assert [resolved[name] for name in options] == [4, 300.0, True, ["layers.1.mlp.up_proj", "q_proj"]]
+    again = json.loads((tmp_path / "second/adapter/adapter_config.json").read_text())
+    assert all(again[key] == written[key] for key in ("r", "lora_alpha", "use_rslora"))
+    ours, wanted = (load_file(tmp_path / one / "adapter/adapter_model.safetensors") for one in ("second", "first"))
+    assert distance(ours, wanted) < 1e-4
+
+    resumed = run("second", "--resume", "auto", init_adapter=adapter, max_steps=2, lr=1e-9)
+    assert_all([resumed])
+    assert "resuming after step 1" in resumed.output and "--lora_" not in resumed.output
+    yaml_file = ["--config", str(tmp_path / "second/config.yaml")]
+    assert_all([run("third", *yaml_file, lr=1e-9)])
+
+    other = run("x", "--lora_r", "8", "--lora_rslora", "false", "--lora_target_modules", "all", *["--lora_alpha", "16"],
+                init_adapter=adapter)  # fmt: skip
+    assert other.returncode == 2 and not (tmp_path / "x/config.yaml").exists()
+    for words in ("--lora_r is 8, the adapter has 4", "--lora_alpha is 16, the adapter has 300"):
+        assert f"--init_adapter: {words}; leave the flag out" in other.output
+    assert "--lora_rslora is False, the adapter has True" in other.output
+    assert "--lora_target_modules is all, the adapter has layers.1.mlp.up_proj q_proj" in other.output
 
 
 def test_a_second_signal_ends_at_once_unless_a_launcher_passed_on_the_first(flags_of, tmp_path):

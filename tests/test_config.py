@@ -31,6 +31,19 @@ def test_the_documented_command_parses():
     assert config.model.base_revision == DEFAULT_BASE_REVISION and config.data.codec_revision == DEFAULT_CODEC_REVISION
 
 
+def test_the_defaults_are_the_living_names_at_the_pinned_revisions_and_the_old_name_is_the_same():
+    config = parse_args(NEEDED)
+    assert config.model.base_ckpt == "bosonai/higgs-tts-2-3b-base"
+    assert config.model.base_revision == "10840182ca4ad5d9d9113b60b9bb3c1ef1ba3f84"
+    assert config.data.codec == "bosonai/higgs-audio-v2-tokenizer"
+    assert config.data.codec_revision == "9d4988fbd4ad07b4cac3a5fa462741a41810dbec"
+    old = parse_args([*NEEDED, "--base_ckpt", "bosonai/higgs-audio-v2-generation-3B-base"])
+    assert old.model.base_revision == config.model.base_revision
+    other = parse_args([*NEEDED, "--base_revision", "main", "--codec_revision", "v1"])
+    assert (other.model.base_revision, other.data.codec_revision) == ("main", "v1")
+    assert parse_args([*NEEDED, "--base_ckpt", "someone/else"]).model.base_revision is None
+
+
 def test_aliases():
     config = parse_args(
         [*NEEDED, *"--learning_rate 1e-3 --per_device_train_batch_size 3 --gradient_accumulation_steps 5".split()]
@@ -82,6 +95,7 @@ def test_the_resolved_config_can_be_given_back(tmp_path):
             ["--activation_checkpointing: upstream's forward has none"],
         ),
         (["--lora_target_modules", "q_proj,audio_lm_head"], ["LoRA on audio_lm_head", "--loss_impl reference"]),
+        (["--lora_dora"], ["--lora_dora: not supported: DoRA scales each row", "--lora_rslora"]),
         (["--lr", "fast"], ["--lr: expected a number, got 'fast'"]),
         (["--lr", "nan"], ["--lr: expected a finite number"]),
         (["--batch_size", "0"], ["--batch_size: 0 is below 1"]),

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from ..config import BASE_NAMES, DEFAULT_BASE
 from ..errors import ConfigError
 from .adapter_names import peft_key
 from .layouts import read_json
@@ -188,7 +189,7 @@ def check_base(config: AdapterConfig, base_name: str, base_revision: str | None,
 
 
 # The hub renamed the repository in spring 2026; the old name leads to the new one.
-_RENAMED = {"bosonai/higgs-audio-v2-generation-3b-base": "bosonai/higgs-tts-2-3b-base"}
+_RENAMED = {old.lower(): DEFAULT_BASE for old in BASE_NAMES}
 
 
 def same_base(one: str, other: str) -> bool:

@@ -17,15 +17,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from ..config import BASE_NAMES, DEFAULT_BASE_REVISION, LORA_TARGET_GROUPS, TrainConfig
+from ..config import BASE_NAMES, DEFAULT_BASE_REVISION, LORA_TARGET_GROUPS
 from ..errors import ConfigError, nearest
-from . import adapter_file
 from .adapter_names import peft_key
 from .facts import ModelFacts
 from .higgs import HiggsAudioForTraining
 from .layout_config import read_checkpoint_config
 from .layouts import BOSON, TRANSFORMERS, layout_of, read_json
-from .load_layout import check_renamed_weights, linear_layers, load_checkpoint, wanted_weights
+from .load_layout import check_renamed_weights, load_checkpoint, wanted_weights
 from .weight_files import differences, refuse, weight_headers
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -267,6 +266,7 @@ def attach_lora(
     seed: int,
     base_name: str,
     base_revision: str | None = None,
+    rslora: bool = False,
 ) -> PeftModel:
     """LoRA on every linear layer whose name ends in one of `target_modules`, A drawn from our own generator, B zero.
 
@@ -287,6 +287,7 @@ def attach_lora(
     lora = LoraConfig(
         r=rank,
         lora_alpha=alpha,
+        use_rslora=rslora,
         lora_dropout=dropout,
         target_modules=list(target_modules),
         bias="none",
@@ -320,21 +321,6 @@ def set_lora(model: PeftModel, weights: dict[str, torch.Tensor], source: str) ->
         raise ConfigError(problems[:20])
     for key, parameter in own.items():
         parameter.data.copy_(weights[key])
-
-
-def read_init_adapter(options: TrainConfig, config: HiggsAudioConfig) -> dict[str, torch.Tensor] | None:
-    """The checked weights of `--init_adapter`, by the keys of its file; None without one.
-
-    Raises:
-        ConfigError: it is not plain LoRA, does not fit the base one to one, or was trained on another base.
-    """
-    if options.lora.init_adapter is None:
-        return None
-    folder, flag = Path(options.lora.init_adapter), "--init_adapter"
-    lora = adapter_file.read_adapter_config(folder, flag)
-    if not options.lora.other_base:
-        adapter_file.check_base(lora, options.model.base_ckpt, options.model.base_revision, flag)
-    return adapter_file.read_adapter(folder, linear_layers(config), lora, flag).state_dict()
 
 
 def initial_lora(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:

@@ -51,7 +51,7 @@ def config(base_dir):
     return read_model_config(base_dir)
 
 
-def lora_on(base_dir, config, targets=DEFAULT_LORA_TARGETS, *, dtype="fp32", dropout=0.0):
+def lora_on(base_dir, config, targets=DEFAULT_LORA_TARGETS, *, dtype="fp32", dropout=0.0, rslora=False):
     model = attach_lora(
         load_base(base_dir, config, dtype),
         rank=4,
@@ -60,6 +60,7 @@ def lora_on(base_dir, config, targets=DEFAULT_LORA_TARGETS, *, dtype="fp32", dro
         target_modules=list(targets),
         seed=1,
         base_name="tiny",
+        rslora=rslora,
     )
     return with_lora_b(model)
 
@@ -144,6 +145,14 @@ def test_agrees_with_upstream_in_loss_and_every_gradient(name, loss_impl, model,
     assert not any(moved) if name == "a filler" else any(moved)
     if name in ("mixed lengths", "several clips a row"):
         assert all(moved)
+
+
+def test_rslora_agrees_too_and_is_not_plain_lora(model, base_dir, config, tokenizer):
+    rooted = lora_on(base_dir, config, rslora=True)
+    batch = batch_of(["dialog", "speech"], tokenizer, config)
+    ours, plain = computed(ours_on(rooted, config), batch), computed(ours_on(model, config), batch)
+    assert_agree(ours, computed(upstreams_on(rooted, config), batch, layout=False))
+    assert distance(joined(ours[3]), joined(plain[3])) > 0.1
 
 
 @pytest.mark.parametrize("name", ALL_BATCHES)

@@ -110,6 +110,20 @@ def test_outputs_and_gradients_are_pefts(dtype, rows_learn, targets, dropout, mo
     assert_same(theirs, mine, limit, learned=2 * len(targets), rows_learn=rows_learn)
 
 
+def test_rslora_is_scaled_by_the_root_of_the_rank_as_pefts():
+    pefts = with_lora(dropout=0.0, use_rslora=True).double().train()
+    ours = copy.deepcopy(pefts)
+    group = ProjectionGroup.from_layers(layers_of(ours))
+    assert [p.scaling for p in group.projections] == pytest.approx([3 / 4**0.5, 10 / 4**0.5, 10 / 7**0.5])
+    drawn = [torch.linspace(-1, 1, 6 * 24, dtype=torch.float64).view(6, 24).requires_grad_() for _ in range(2)]
+    assert_same(
+        lambda: (pefts(drawn[0]), drawn[0], pefts),
+        lambda: (project(layers_of(ours), drawn[1]), drawn[1], ours),
+        1e-12,
+        learned=6,
+    )
+
+
 def test_layers_on_one_input_share_a_mask_and_draw_anew():
     ours = with_lora(rank_pattern={}, alpha_pattern={}).train()
     group = ProjectionGroup.from_layers(layers_of(ours))

@@ -203,6 +203,21 @@ def test_wrong_arguments_are_one_line_before_the_base_is_looked_for(adapter_dir,
     assert not (tmp_path / "out").exists()
 
 
+def test_rslora_is_merged_as_peft_merges_it_and_exported(adapter_dir, tiny_dir, tmp_path, capsys):
+    rooted = shutil.copytree(adapter_dir, tmp_path / "rooted")
+    edit(rooted, use_rslora=True)
+    out = tmp_path / "out"
+    flags = ["--base_ckpt", tiny_dir, "--adapter", rooted, "--output_dir", out, "--layout", "boson", "--dtype", "fp32"]
+    assert run(capsys, "merge", *flags)[0] == 0
+    pefts = PeftModel.from_pretrained(HiggsAudioModel.from_pretrained(tiny_dir), rooted).merge_and_unload().state_dict()
+    for name, value in HiggsAudioModel.from_pretrained(out).state_dict().items():
+        assert torch.allclose(value, pefts[name], atol=1e-6, rtol=0), name
+    assert (
+        run(capsys, "export", "--adapter", rooted, "--layout", "transformers", "--output_dir", tmp_path / "x")[0] == 0
+    )
+    assert json.loads((tmp_path / "x/adapter_config.json").read_text())["use_rslora"] is True
+
+
 def test_export_renames_and_loses_nothing(adapter_dir, tiny_dir, tmp_path, capsys):
     copy = shutil.copytree(adapter_dir, tmp_path / "mine")
     code, said = run(capsys, "export", "--adapter", copy, "--layout", "transformers")

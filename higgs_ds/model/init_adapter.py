@@ -1,0 +1,90 @@
+"""`--init_adapter`: the adapter that a new run starts from, and that says what the run's LoRA is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from boson_multimodal.model.higgs_audio import HiggsAudioConfig
+
+from ..config import DEFAULT_LORA_TARGETS, TrainConfig, fused_head_problems
+from ..errors import ConfigError
+from .adapter_file import AdapterConfig, check_base, read_adapter, read_adapter_config
+from .load_layout import linear_layers
+
+OPTIONS = ("lora_r", "lora_alpha", "lora_rslora", "lora_target_modules")
+FLAG = "--init_adapter"
+
+
+def settle_lora(
+    config: TrainConfig, base: HiggsAudioConfig, resumed: dict | None = None
+) -> dict[str, torch.Tensor] | None:
+    """Fills the rank, alpha, rslora and targets that were not given from the adapter; changes `config`.
+
+    Args:
+        config: the run's; nothing happens where it has no `--init_adapter`.
+        base: the base checkpoint's config.
+        resumed: all options of the run that is gone on with, which then stand in for the adapter.
+
+    Returns:
+        The adapter's checked weights by the keys of its file; None without one, and where a run is gone on with.
+
+    Raises:
+        ConfigError: the adapter is not plain LoRA, does not fit the base one to one, was trained on another base, or
+            differs from what was given; a line each.
+    """
+    if config.lora.init_adapter is None:
+        return None
+    if resumed is not None:
+        _fill(config, {name: resumed[name] for name in OPTIONS if name in resumed})
+        return None
+    folder, linears = Path(config.lora.init_adapter), linear_layers(base)
+    adapter = read_adapter_config(folder, FLAG)
+    if not config.lora.other_base:
+        check_base(adapter, config.model.base_ckpt, config.model.base_revision, FLAG)
+    if problems := _contradictions(config, adapter, linears):
+        raise ConfigError([f"{FLAG}: {problem}" for problem in problems])
+    weights = read_adapter(folder, linears, adapter, FLAG).state_dict()
+    _fill(config, _options_of(adapter))
+    if problems := fused_head_problems(config):
+        raise ConfigError([f"{FLAG}: {problem}" for problem in problems])
+    return weights
+
+
+def _options_of(adapter: AdapterConfig) -> dict:
+    """What an adapter's config says, by our flags' names."""
+    targets = sorted(adapter.target_modules)  # PEFT writes a set, in any order
+    if targets == sorted(DEFAULT_LORA_TARGETS):
+        targets = list(DEFAULT_LORA_TARGETS)
+    values = (adapter.rank, adapter.alpha, adapter.rslora, targets)
+    return dict(zip(OPTIONS, values, strict=True))
+
+
+def _fill(config: TrainConfig, values: dict) -> None:
+    for name, value in values.items():
+        if name not in config.given:
+            config.set(name, value)
+
+
+def _contradictions(config: TrainConfig, adapter: AdapterConfig, linears: Iterable[str]) -> list[str]:
+    """Options that were given and say something else than the adapter, a line each."""
+
+    def adapted(targets: Iterable[str]) -> set[str]:
+        # Two lists of targets mean the same where they name the same layers.
+        return {name for name in linears if any(name == one or name.endswith("." + one) for one in targets)}
+
+    problems = []
+    for name, value in _options_of(adapter).items():
+        given = config.get(name)
+        same = given == value
+        if name == "lora_target_modules":
+            same = adapted(config.lora.target_suffixes) == adapted(value)
+        if name in config.given and not same:
+            problems.append(f"--{name} is {_shown(given)}, the adapter has {_shown(value)}; leave the flag out")
+    return problems
+
+
+def _shown(value) -> str:
+    text = " ".join(value) if isinstance(value, list) else f"{value:g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= 200 else text[:199] + "…"

@@ -33,6 +33,7 @@ TRAJECTORY_OPTIONS = (
     *("lora_alpha", "lora_dropout", "train_manifest", "codec", "base_ckpt", "base_revision", "seed", "dtype", "lr"),
     *("lr_scheduler", "warmup_ratio", "weight_decay", "max_grad_norm", "epochs", "max_steps", "text_loss_weight"),
     *("audio_loss_weight", "codebook_weights", "max_duration_sec", "max_tokens_per_batch", "forward_impl"),
+    "reference_rate",
 )
 
 

@@ -215,7 +215,8 @@ class RowCheck:
             ref_text=ref_text and ref_text.strip(),
             ref_audio=ref_audio,
         )
-        return Row(turns, start_index, speaker, self.rules.file, self.line, stated_sec)
+        of_row = {"stated_sec": stated_sec, "is_speech": True, "scene": scene and scene.strip()}
+        return Row(turns, start_index, speaker, self.rules.file, self.line, **of_row)
 
     def clip(self, value: Any, where: str, missing: str = "is missing") -> AudioRef:
         """A path, or Hugging Face's `{"path", "bytes"}`, of which the bytes win as they do there."""

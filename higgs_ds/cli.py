@@ -70,6 +70,8 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--scene", help="scene description for the system message")
     generate.add_argument("--ref_audio", type=Path, help="a clip of the voice to speak with; needs --ref_text")
     generate.add_argument("--ref_text", help="what is said in --ref_audio")
+    generate.add_argument("--speaker", help="speak with a clip of this speaker of --train_manifest as the reference")
+    generate.add_argument("--train_manifest", help="where --speaker is looked for")
     generate.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
     generate.add_argument("--top_k", type=int)
     generate.add_argument("--top_p", type=float, default=0.95)
@@ -214,11 +216,19 @@ def _speaker(args):
 def _generate(args) -> int:
     from .corpus.audio import read_audio, write_wav
     from .corpus.manifest import AudioRef, speech_messages
+    from .corpus.voices import reference_of
     from .model.speaker import Sampling
 
     if (args.ref_audio is None) != (args.ref_text is None):
         raise ConfigError(["--ref_audio, --ref_text: one needs the other"])
     ref = AudioRef(args.ref_audio, None, None, None) if args.ref_audio else None
+    if (args.speaker is None) != (args.train_manifest is None) or (args.speaker is not None and ref is not None):
+        raise ConfigError(
+            ["--speaker, --train_manifest: one needs the other, and they stand in the place of --ref_audio"]
+        )
+    if args.speaker is not None:
+        args.ref_text, ref = reference_of(args.train_manifest, args.speaker)
+        say(f"the voice of {args.speaker}: {ref.path or 'a clip within the manifest'}")
     args.scene = args.scene if args.scene and args.scene.strip() else None
     asked = {name: text.strip() for name in ("text", "scene", "ref_text") if (text := getattr(args, name)) is not None}
     messages, _ = speech_messages(asked.pop("text"), None, ref_audio=ref, **asked)

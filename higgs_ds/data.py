@@ -124,7 +124,8 @@ class Data:
     def facts(self) -> dict[str, object]:
         """Lines of an adapter's card on what it was trained on."""
         rows = self.corpus.train_rows
-        return {"rows": len(rows), "optimizer steps": self.total_steps, **prompt_facts(rows)}
+        drawn = {} if self.references is None else {"reference rate": self.setup.config.data.reference_rate}
+        return {"rows": len(rows), "optimizer steps": self.total_steps, **prompt_facts(rows), **drawn}
 
     def any_inputs(self) -> dict:
         """Some micro-batch's model inputs, on this rank's device."""

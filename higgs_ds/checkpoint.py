@@ -37,7 +37,7 @@ TRAJECTORY_OPTIONS = (
     *("dtype", "lr"),
     *("lr_scheduler", "warmup_ratio", "weight_decay", "max_grad_norm", "epochs", "max_steps", "text_loss_weight"),
     *("audio_loss_weight", "codebook_weights", "max_duration_sec", "max_tokens_per_batch", "forward_impl"),
-    "prompt_style",
+    *("prompt_style", "reference_rate"),
 )
 
 

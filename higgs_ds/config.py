@@ -48,7 +48,7 @@ ALIASES = {
 
 
 def _option(default, text: str, **rules):
-    """A field with its help and the rules that a value must meet: choices, least, above, below, required."""
+    """A field with its help and the rules that a value must meet: choices, least, most, above, below, required."""
     metadata = {"help": text, **rules}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
@@ -69,6 +69,13 @@ class DataOptions:
     max_duration_sec: float = _option(30.0, "longest clip that is accepted, seconds", above=0)
     max_row_tokens: int = _option(
         8192, "longest row that is accepted, in tokens; never more than the model has positions", least=1
+    )
+    reference_rate: float | None = _option(
+        None,
+        "share of the speech rows that carry a reference, drawn anew each epoch: another clip of their speaker, or "
+        "their own (default: as the manifest has them)",
+        least=0,
+        most=1,
     )
     audio_root: str | None = _option(
         None, "folder that paths are relative to which are not beside their manifest (default: working folder)"

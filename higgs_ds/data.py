@@ -13,6 +13,7 @@ from .alone import Alone, Unwatched
 from .batching.batch_plan import MicroBatch, Plan, StepPlan, evaluation_plans, make_plan
 from .batching.collate import Batch, Collator, tokenize
 from .batching.loader import MicroBatches, load_steps
+from .batching.references import References, in_epochs
 from .batching.shared_memory import check_shared_memory
 from .batching.token_counts import LengthIndex
 from .cards import prompt_facts
@@ -103,14 +104,19 @@ class Data:
     setup: Setup
     collator: Collator
     ranks: Ranks
+    references: References | None = None  # of the training rows
 
     def dataset(self, rows: RowSet) -> MicroBatches:
         """Micro-batches of these rows, by number."""
-        return MicroBatches(rows, self.setup.base.tokenizer, self.corpus.cache, self.collator)
+        references = self.references if rows is self.corpus.train_rows else None
+        return MicroBatches(rows, self.setup.base.tokenizer, self.corpus.cache, self.collator, references)
 
     def steps(self, first_step: int, last_step: int) -> Iterator[tuple[StepPlan, list[Batch]]]:
         """This rank's batches of the optimizer steps `first_step`…`last_step`, both included."""
-        return self._load(self.corpus.train_rows, self.plan.steps(self.ranks.rank, first_step, last_step))
+        plans = self.plan.steps(self.ranks.rank, first_step, last_step)
+        if self.references is not None:
+            plans = in_epochs(plans, self.plan.steps_per_epoch)
+        return self._load(self.corpus.train_rows, plans)
 
     def validation(self) -> Iterator[tuple[StepPlan, list[Batch]]]:
         """This rank's share of all validation rows, as many batches on every rank."""
@@ -123,7 +129,9 @@ class Data:
         """Lines of an adapter's card on what it was trained on."""
         rows = self.corpus.train_rows
         style = {"prompt style": self.setup.config.data.prompt_style}
-        return {"rows": len(rows), "optimizer steps": self.total_steps, **style, **prompt_facts(rows)}
+        rate = self.setup.config.data.reference_rate
+        drawn = {} if rate is None else {"reference rate": f"{rate:g}"}
+        return {"rows": len(rows), "optimizer steps": self.total_steps, **style, **prompt_facts(rows), **drawn}
 
     def any_inputs(self) -> dict:
         """Some micro-batch's model inputs, on this rank's device."""
@@ -151,10 +159,13 @@ def load_data(setup: Setup, ranks: Ranks, watch: Watch | Unwatched, *, only_one_
         watch,
         device=str(ranks.device),
         collator=collator,
-        count_tokens=bool(config.optim.max_tokens_per_batch) or rehearsal.is_wanted(ranks.device),
+        count_tokens=bool(config.optim.max_tokens_per_batch)
+        or config.data.reference_rate is not None
+        or rehearsal.is_wanted(ranks.device),
         outcome="nothing was trained (--skip_bad_rows trains without them)",
     )
     rows = corpus.train_rows
+    references = _references(setup, rows)
     if only_one_step:
         ranks.say("\n".join([*rows.summary, *corpus.val_rows.summary]))
         ranks.say(shown_prompt(rows[0], setup.base.tokenizer))
@@ -169,7 +180,7 @@ def load_data(setup: Setup, ranks: Ranks, watch: Watch | Unwatched, *, only_one_
         round_to=1 if setup.padding_free else collator.round_to,
     )
     total_steps = setup.first_step if only_one_step else plan.total_steps(config.optim.epochs, config.optim.max_steps)
-    data = Data(corpus, plan, total_steps, setup, collator, ranks)
+    data = Data(corpus, plan, total_steps, setup, collator, ranks, references)
     _say_how_it_begins(setup, data, ranks)
     host = socket.gethostname()
     check_memory = partial(
@@ -193,7 +204,25 @@ def shown_prompt(row: Row, tokenizer) -> str:
     return f"the first row's prompt ({row.origin}):\n{text}"
 
 
+def _references(setup: Setup, rows: RowSet) -> References | None:
+    """The draw of references where there is one; `rows.tokens` then is what each may take at most."""
+    config, base = setup.config, setup.base
+    if config.data.reference_rate is None:
+        return None
+    limits = (config.optim.max_tokens_per_batch, config.data.max_row_tokens, base.facts.max_positions)
+    references = References(
+        rows,
+        rate=config.data.reference_rate,
+        seed=config.optim.seed,
+        max_tokens=min(limit for limit in limits if limit is not None),
+        tokenizer=base.tokenizer,
+    )
+    rows.tokens = references.longest
+    return references
+
+
 def _say_how_it_begins(setup: Setup, data: Data, ranks: Ranks) -> None:
     changed = checkpoint.changed_settings(setup.resumed, setup.config.as_dict(), len(data.corpus.train_rows))
     begins = f"resuming after step {setup.first_step - 1}" if setup.resumed else "a fresh start"
-    ranks.say("\n".join([*setup.notes, *changed, begins]))
+    drawn = [data.references.describe()] if data.references is not None else []
+    ranks.say("\n".join([*setup.notes, *drawn, *changed, begins]))

@@ -69,6 +69,8 @@ def _range_problem(name: str, value) -> str | None:
         return f"{value!r} is not one of {', '.join(rules['choices'])}"
     if "least" in rules and value < rules["least"]:
         return f"{value!r} is below {rules['least']}"
+    if "most" in rules and value > rules["most"]:
+        return f"{value!r} is above {rules['most']}"
     if "above" in rules and value <= rules["above"]:
         return f"{value!r} must be above {rules['above']}"
     if "below" in rules and value >= rules["below"]:

@@ -32,6 +32,8 @@ def add_generate(verbs) -> None:
     parser.add_argument("--output_dir", type=Path, help="for --texts: 0001.wav and so on, by their lines")
     parser.add_argument("--format", choices=ENDINGS, default="wav", help="of the files of --texts (default: wav)")
     parser.add_argument("--overwrite", action="store_true", help="write over outputs that exist")
+    parser.add_argument("--speaker", help="speak with a clip of this speaker of --train_manifest as the reference")
+    parser.add_argument("--train_manifest", help="where --speaker is looked for")
     parser.add_argument("--max_row_tokens", type=int, default=8192, help="longest prompt, in tokens (default: 8192)")
     parser.set_defaults(verb=run_generate)
 
@@ -88,6 +90,7 @@ def run_generate(args: argparse.Namespace) -> int:
     from .distributed.device import name_accelerator
 
     problems = [*_voice_problems(args), *_sampling_problems(args)]
+    _take_speaker(args, problems)
     texts = _texts(args, problems)
     outputs = _outputs(args, texts, problems)
     ref = _reference(args, problems)
@@ -303,6 +306,27 @@ def _reference(args: argparse.Namespace, problems: list[str]):
     except (OSError, ValueError) as error:
         problems.append(f"--ref_audio: {str(args.ref_audio)[:200]} cannot be read: {error}")
     return ref
+
+
+def _take_speaker(args: argparse.Namespace, problems: list[str]) -> None:
+    """`--speaker` of `--train_manifest` as `--ref_audio` and `--ref_text`."""
+    from .corpus.voices import reference_of
+
+    if args.speaker is None and args.train_manifest is None:
+        return
+    if args.speaker is None or args.train_manifest is None or args.ref_audio or args.ref_text:
+        problems.append("--speaker, --train_manifest: one needs the other, and they stand in the place of --ref_audio")
+        return
+    try:
+        args.ref_text, ref = reference_of(args.train_manifest, args.speaker)
+    except ConfigError as error:
+        problems += error.problems
+        return
+    if ref.path is None or ref.offset_sec or ref.duration_sec:
+        problems.append(f"--speaker: the clip of {args.speaker} is no file of its own; give it as --ref_audio")
+        return
+    args.ref_audio = ref.path
+    say(f"the voice of {args.speaker}: {ref.path}")
 
 
 def _prompt(args: argparse.Namespace, ref) -> dict:

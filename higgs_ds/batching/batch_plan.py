@@ -22,6 +22,7 @@ class MicroBatch:
 
     rows: tuple[int, ...]
     filler: bool = False
+    epoch: int | None = None  # 0-based, where rows differ by epoch; None: as long as they may become
 
 
 @dataclass(frozen=True)

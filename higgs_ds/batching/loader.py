@@ -17,6 +17,7 @@ from ..corpus.code_cache import CodeCache
 from ..corpus.manifest import AudioRef, Row
 from .batch_plan import MicroBatch, StepPlan
 from .collate import Batch, Collator, build_sample
+from .references import References
 
 PREFETCH = 4  # micro-batches that a data worker builds ahead
 
@@ -24,8 +25,16 @@ PREFETCH = 4  # micro-batches that a data worker builds ahead
 class MicroBatches(Dataset):
     """`dataset[MicroBatch]` is the collated `Batch`."""
 
-    def __init__(self, rows: Sequence[Row], tokenizer, cache: CodeCache, collator: Collator):
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        tokenizer,
+        cache: CodeCache,
+        collator: Collator,
+        references: References | None = None,
+    ):
         self.rows = rows
+        self.references = references
         self.tokenizer = tokenizer
         self.cache = cache
         self.collator = collator
@@ -34,8 +43,12 @@ class MicroBatches(Dataset):
         return len(self.rows)
 
     def __getitem__(self, micro_batch: MicroBatch) -> Batch:
-        samples = [build_sample(self.rows[i], self.tokenizer, self._codes) for i in micro_batch.rows]
+        rows = [self._row(i, micro_batch.epoch) for i in micro_batch.rows]
+        samples = [build_sample(row, self.tokenizer, self._codes) for row in rows]
         return self.collator(samples, filler=micro_batch.filler)
+
+    def _row(self, i: int, epoch: int | None) -> Row:
+        return self.rows[i] if self.references is None else self.references.row(i, epoch)
 
     def _codes(self, ref: AudioRef) -> torch.Tensor:
         return torch.from_numpy(self.cache.get(ref).astype("int64"))

@@ -48,6 +48,9 @@ class Row:
     file: str  # the manifest as the user named it
     line: int  # 1-based, where the row starts
     stated_sec: float | None = None  # what a speech row says its clip lasts; compared with the clip, not used
+    is_speech: bool = False  # given as text and clip, not as messages
+    scene: str | None = None  # of a speech row
+    prompt_style: str = "served"  # of a speech row, see `speech_messages`
 
     @property
     def origin(self) -> str:
@@ -75,7 +78,22 @@ class Row:
             return AudioRef(piece.path, piece.raw_audio, piece.offset_sec, piece.duration_sec, piece.field, key)
 
         turns = tuple(Turn(t.role, tuple(map(with_key, t.content)), t.recipient) for t in self.messages)
-        return Row(turns, self.start_index, self.speaker, self.file, self.line, self.stated_sec)
+        return dataclasses.replace(self, messages=turns)
+
+    def with_reference(self, reference: tuple[str, AudioRef] | None) -> Row:
+        """The same speech row with this transcript and clip as its earlier turns, or with none."""
+        assert self.is_speech
+        text, clip = self.messages[-2].content[0], self.messages[-1].content[0]
+        ref_text, ref_audio = reference or (None, None)
+        turns, start_index = speech_messages(
+            text,
+            clip,
+            scene=self.scene,
+            ref_text=ref_text,
+            ref_audio=ref_audio,
+            prompt_style=self.prompt_style,
+        )
+        return dataclasses.replace(self, messages=turns, start_index=start_index)
 
     def spoken(self) -> tuple[str, int] | None:
         """The text that the row's last clip speaks, and that clip's number in `audio_refs`.

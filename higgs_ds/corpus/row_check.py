@@ -218,7 +218,9 @@ class RowCheck:
             ref_audio=ref_audio,
             prompt_style=self.rules.prompt_style,
         )
-        return Row(turns, start_index, speaker, self.rules.file, self.line, stated_sec)
+        of_row = {"stated_sec": stated_sec, "is_speech": True, "scene": scene and scene.strip()}
+        of_row["prompt_style"] = self.rules.prompt_style
+        return Row(turns, start_index, speaker, self.rules.file, self.line, **of_row)
 
     def clip(self, value: Any, where: str, missing: str = "is missing") -> AudioRef:
         """A path, or Hugging Face's `{"path", "bytes"}`, of which the bytes win as they do there."""

@@ -10,7 +10,7 @@ import numpy as np
 from .chatml import Row
 from .faults import Fault
 from .manifest import Manifest
-from .transcripts import FACTS
+from .transcripts import FACTS, VOICE
 
 
 @dataclass
@@ -22,6 +22,7 @@ class RowSet(Sequence):
     keys: np.ndarray = field(default_factory=lambda: np.zeros((0, 32), np.uint8))  # [clips of all rows, 32]
     clip_ends: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # [rows], in `keys`
     tokens: np.ndarray | None = None  # int32 [rows], where they were asked for
+    voices: np.ndarray = field(default_factory=lambda: np.zeros(0, VOICE))  # VOICE [rows]
     summary: tuple[str, ...] = ()  # what the first rank says of them
 
     def __len__(self) -> int:
@@ -37,7 +38,7 @@ class RowSet(Sequence):
         clips = np.diff(np.r_[0, self.clip_ends])
         tokens = None if self.tokens is None else self.tokens[kept]
         keys = self.keys[np.repeat(kept, clips)]
-        return RowSet(self.manifest, self.numbers[kept], keys, np.cumsum(clips[kept]), tokens)
+        return RowSet(self.manifest, self.numbers[kept], keys, np.cumsum(clips[kept]), tokens, self.voices[kept])
 
 
 @dataclass
@@ -50,6 +51,7 @@ class Part:
     keys: np.ndarray  # uint8 [clips of all rows, 32]
     faults: list[Fault]
     facts: np.ndarray  # FACTS [rows]
+    voices: np.ndarray  # VOICE [rows]
 
 
 def as_array(keys: Iterable[bytes]) -> np.ndarray:
@@ -61,13 +63,12 @@ def put_together(manifest: Manifest, parts: list[Part]) -> tuple[RowSet, np.ndar
     """All ranks' rows in the manifest's order, and their FACTS."""
     if not parts:
         return RowSet(manifest), np.zeros(0, FACTS)
-    numbers, clips, keys, facts = (
-        np.concatenate([getattr(p, name) for p in parts]) for name in ("numbers", "clips", "keys", "facts")
-    )
+    names = ("numbers", "clips", "keys", "facts", "voices")
+    numbers, clips, keys, facts, voices = (np.concatenate([getattr(p, name) for p in parts]) for name in names)
     order = np.argsort(numbers)
     first = (np.cumsum(clips) - clips)[order]
     clips = clips[order]
     ends = np.cumsum(clips)
     places = np.repeat(first - (ends - clips), clips) + np.arange(len(keys))
     tokens = None if parts[0].tokens is None else np.concatenate([part.tokens for part in parts])[order]
-    return RowSet(manifest, numbers[order], keys[places], ends, tokens), facts[order]
+    return RowSet(manifest, numbers[order], keys[places], ends, tokens, voices[order]), facts[order]

@@ -29,7 +29,7 @@ from .controls import DEFAULT_CONTROLS
 from .faults import SHOWN_OF_A_KIND, Fault, grouped, plural, write_faults
 from .manifest import Manifest
 from .row_set import Part, RowSet, as_array, put_together
-from .transcripts import FACTS, Spoken, facts_of, first_lines, warnings_of
+from .transcripts import FACTS, VOICE, Spoken, facts_of, first_lines, voice_of, warnings_of
 
 if TYPE_CHECKING:
     from ..distributed.engine import Ranks
@@ -289,7 +289,8 @@ class _Loader:
             tokens = tokens[~too_long]
         kept = np.repeat(usable, clips)
         facts = np.array([facts_of(row) for row, use in zip(rows, usable, strict=True) if use], FACTS)
-        return Part(np.array(numbers, np.int64)[usable], tokens, clips[usable], keys[kept], faults, facts)
+        voices = np.array([voice_of(row) for row, use in zip(rows, usable, strict=True) if use], VOICE)
+        return Part(np.array(numbers, np.int64)[usable], tokens, clips[usable], keys[kept], faults, facts, voices)
 
     def _encode(self, refs: list[AudioRef], progress: Callable[[float], None]) -> tuple[np.ndarray, dict[int, str]]:
         """Encodes the clips that all ranks have given and that are not cached yet.

@@ -23,6 +23,8 @@ from .faults import Fault, plural
 FACTS = np.dtype(
     [("text", "<u8"), ("chars", "<i4"), ("script", "u1"), ("stated", "<f4"), ("bytes", "<i4"), ("clip", "<i2")]
 )
+# Of each row: a hash of a speech row's speaker (0: none), and whether it has a reference of its own.
+VOICE = np.dtype([("speaker", "<u8"), ("referenced", "u1")])
 SCRIPTS = ("Latin", "Han and kana", "Hangul", "Cyrillic", "Arabic", "Devanagari", "Thai", "Greek", "Hebrew", "other")
 _RANGES = (  # of Unicode's blocks, in the order of SCRIPTS from the second on
     r"\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff",
@@ -68,6 +70,19 @@ def facts_of(row: Row) -> tuple:
     words = " ".join(said.casefold().split())
     digest = hashlib.blake2b(words.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little") or 1, len(words), script_of(said), row.stated_sec or 0.0, size, clip
+
+
+def voice_of(row: Row) -> tuple[int, bool]:
+    """One row's VOICE."""
+    if not row.is_speech:
+        return 0, False
+    return 0 if row.speaker is None else speaker_hash(row.speaker), row.start_index is not None
+
+
+def speaker_hash(name: str) -> int:
+    """What `VOICE` holds of a speaker; never 0."""
+    digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little") or 1
 
 
 def script_of(text: str) -> int:

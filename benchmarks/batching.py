@@ -128,7 +128,7 @@ def manifest_tokens(manifest: Path) -> np.ndarray:
     from higgs_ds.corpus.audio import read_audio
     from higgs_ds.corpus.code_cache import CodeCache
     from higgs_ds.corpus.manifest import read_manifest
-    from higgs_ds.model.base import load_tokenizer, read_model_config
+    from higgs_ds.model.base_checkpoint import load_tokenizer, read_model_config
     from higgs_ds.model.tiny import write_tiny
 
     rows, faults = read_manifest(manifest)

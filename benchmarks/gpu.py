@@ -213,7 +213,7 @@ def engine_of(case: Case, config, ranks):
 
     from higgs_ds import run
     from higgs_ds.distributed.engine import loading
-    from higgs_ds.model.base import BaseCheckpoint
+    from higgs_ds.model.base_checkpoint import BaseCheckpoint
     from higgs_ds.model.facts import ModelFacts
     from higgs_ds.model.higgs import HiggsAudioForTraining
     from higgs_ds.model.layouts import BOSON

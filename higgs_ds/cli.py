@@ -141,7 +141,7 @@ def _describe(args) -> int:
 
     tokenizer = None
     if args.base_ckpt is not None:
-        from .model.base import load_tokenizer, locate_checkpoint
+        from .model.base_checkpoint import load_tokenizer, locate_checkpoint
 
         tokenizer = load_tokenizer(locate_checkpoint(args.base_ckpt))
     if args.max_tokens_per_batch < 1 or not 0 < args.epochs < float("inf"):

@@ -26,7 +26,7 @@ from .corpus.controls import control_tokens
 from .corpus.rows import RowSet, load_rows
 from .distributed.engine import Ranks
 from .distributed.rank_watch import Watch
-from .model.base import BaseCheckpoint
+from .model.base_checkpoint import BaseCheckpoint
 from .run_setup import Setup
 
 SHOWN_CHARACTERS = 4000  # of a prompt

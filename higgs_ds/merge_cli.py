@@ -55,11 +55,11 @@ def run_merge(args: argparse.Namespace) -> int:
     """Checks the adapter's config before the base is looked for, and its weights before anything is written."""
     from .cards import merged_card, pinned
     from .model.adapter_file import check_base, read_adapter, read_adapter_config
-    from .model.base import locate_checkpoint
+    from .model.base_checkpoint import locate_checkpoint
     from .model.layout_config import read_checkpoint_config
     from .model.layouts import layout_of
     from .model.load_layout import linear_layers
-    from .model.merge import merge, open_base
+    from .model.merge import check_base_weights, merge
     from .model.processor_files import codec_reference
     from .voice_record import read_record, write_record
 
@@ -73,7 +73,7 @@ def run_merge(args: argparse.Namespace) -> int:
     config = read_checkpoint_config(folder)
     adapter = read_adapter(args.adapter, linear_layers(config), lora) if lora else None
     record = read_record(args.adapter, "--adapter") if lora else None
-    base = open_base(folder, layout_of(folder), config)
+    base = check_base_weights(folder, layout_of(folder), config)
     name, revision = pinned(args.base_ckpt, args.base_revision)
     table = {"dtype": args.dtype or "as the base"}
     if lora:
@@ -101,7 +101,7 @@ def run_export(args: argparse.Namespace) -> int:
     from safetensors.torch import save_file
 
     from .model.adapter_file import CONFIG, PREFIX, WEIGHTS, check_base, read_adapter, read_adapter_config
-    from .model.base import locate_checkpoint
+    from .model.base_checkpoint import locate_checkpoint
     from .model.layout_config import read_checkpoint_config
     from .model.layouts import layout_of, transformers_name
     from .model.load_layout import linear_layers

@@ -28,7 +28,7 @@ from .distributed.rank_watch import Watch, check_stall_timeout
 from .errors import ConfigError, ExitCode
 from .guard import BadLossError, Guard
 from .model import flops
-from .model.base import attach_lora, load_base, set_lora
+from .model.base_checkpoint import attach_lora, load_base, set_lora
 from .model.forward import training_forward
 from .report.tracking import Tracker
 from .run_setup import Setup

@@ -17,7 +17,7 @@ from .distributed.ds_config import LayerSizes, ignored_keys, resolve
 from .distributed.engine import Ranks
 from .distributed.rank_watch import Watch
 from .loss import LossWeights
-from .model.base import BaseCheckpoint, open_base
+from .model.base_checkpoint import BaseCheckpoint, open_base
 from .model.init_adapter import settle_lora
 from .model.padding_free import check_supported
 

@@ -352,7 +352,7 @@ def _check_prompts(args: argparse.Namespace, texts: list[tuple[str, str]], promp
     """
     from .batching.collate import tokenize
     from .corpus.controls import control_tokens, find_control
-    from .model.base import load_tokenizer, locate_checkpoint
+    from .model.base_checkpoint import load_tokenizer, locate_checkpoint
 
     tokenizer = load_tokenizer(locate_checkpoint(args.merged or args.base_ckpt, args.base_revision))
     controls = control_tokens(tokenizer)
@@ -379,7 +379,7 @@ def _is_text(text: str) -> bool:
 
 def _speaker(args: argparse.Namespace):
     from .codec.load import load_codec
-    from .model.base import open_base
+    from .model.base_checkpoint import open_base
     from .model.speaker import Speaker
 
     try:

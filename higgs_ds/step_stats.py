@@ -1,6 +1,7 @@
 """The numbers of a micro-batch and of an optimizer step, by name, and how they travel as one flat list.
 
-A new number from the model is a field here, its value where the model makes it, and its name in `metrics`. Records are
+A new number from the model: a field of `loss.HeadSums` with its value in `head_sums` and `padding_free._heads`, the same
+field in `MicroBatchStats` and `StepSums` here, its name in `report/metrics.py`. Records are
 dataclasses of floats, lists of floats and records; flat, the fields follow each other in their order.
 """
 

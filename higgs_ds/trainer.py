@@ -1,4 +1,4 @@
-"""The training loop over objects that `train_ds.py` built; knows nothing of DeepSpeed or W&B."""
+"""The training loop over objects that `run.py` built; knows nothing of DeepSpeed or W&B."""
 
 from __future__ import annotations
 

@@ -45,14 +45,14 @@ def codec_dir(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_config(tiny_dir):
-    from higgs_ds.model.base import read_model_config
+    from higgs_ds.model.base_checkpoint import read_model_config
 
     return read_model_config(tiny_dir)
 
 
 @pytest.fixture(scope="session")
 def tokenizer(tiny_dir):
-    from higgs_ds.model.base import load_tokenizer
+    from higgs_ds.model.base_checkpoint import load_tokenizer
 
     return load_tokenizer(tiny_dir)
 

@@ -12,7 +12,7 @@ from higgs_ds.batching.collate import Collator
 from higgs_ds.config import LossOptions
 from higgs_ds.guard import CHECKS, HONEST_ZERO_UNITS, LIKELY_CAUSES, Guard, checklist
 from higgs_ds.loss import LossWeights
-from higgs_ds.model.base import load_base
+from higgs_ds.model.base_checkpoint import load_base
 from higgs_ds.model.facts import ModelFacts
 from higgs_ds.model.reference import ReferenceForward
 from higgs_ds.step_stats import ForwardReport, MicroBatchStats

@@ -14,7 +14,7 @@ from higgs_ds.codec.load import load_codec
 from higgs_ds.corpus.chatml import speech_messages
 from higgs_ds.model import speaker as speaking
 from higgs_ds.model import stop_rules
-from higgs_ds.model.base import open_base
+from higgs_ds.model.base_checkpoint import open_base
 from higgs_ds.model.speaker import Sampling, Speaker
 from tests.conftest import SPEECH
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-# What 80 GB hold of the real model with room to spare; see README, "Fast".
+# What 80 GB hold of the real model with room to spare; see docs/performance.md.
 TOKENS_ON_GPU = 16_384
 # A micro-batch is some 6,900 kernels. Below so many tokens a GPU is done with them before the CPU has launched the
 # next ones.

@@ -33,7 +33,7 @@ def load_codec(
         warn: gets a line on weights that are left out.
 
     Raises:
-        ConfigError: what is neither, a folder that lacks a file or holds the newer layout, a config.json or model.pth
+        ConfigError: what is neither, a folder that lacks a file, a config.json or model.pth
             that is none, and what the hub does not give.
     """
     try:

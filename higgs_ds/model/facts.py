@@ -1,7 +1,8 @@
 """What a checkpoint says of itself, read once: all that the rest of the program knows of the model.
 
-This is the seam for a second model family: nothing outside `model/` names a class of boson_multimodal or a field of its
-config.
+A second model family begins here: nothing outside `model/` names a class of boson_multimodal's model or a field of its
+config. It brings its own `open_base` and `load_base` (base_checkpoint.py) and training forward (forward.py), chosen
+where `run.py` and `run_setup.py` call them, and its prompt in `batching/collate.py`; see docs/internals.md.
 """
 
 from __future__ import annotations

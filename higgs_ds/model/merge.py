@@ -44,7 +44,7 @@ class Base:
     stored: dict[str, Stored]  # by boson_multimodal's names
 
 
-def open_base(folder: Path, layout: str, config: HiggsAudioConfig, flag: str = "--base_ckpt") -> Base:
+def check_base_weights(folder: Path, layout: str, config: HiggsAudioConfig, flag: str = "--base_ckpt") -> Base:
     """Compares the headers with what the model needs.
 
     Raises:
@@ -105,7 +105,7 @@ def merge(
 
 def _plan(base: Base, layout: str, dtype: str | None) -> dict[str, Planned]:
     """What is written, in the order of the model, by boson_multimodal's names."""
-    from .base import DTYPES
+    from .base_checkpoint import DTYPES
 
     return {
         name: Planned(

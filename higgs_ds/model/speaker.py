@@ -16,7 +16,7 @@ from ..codec.base import Codec, check_fits
 from ..corpus.manifest import Turn
 from ..distributed.device import pick_device, take_device
 from .adapter_file import attach, check_base, read_adapter, read_adapter_config
-from .base import DTYPES, BaseCheckpoint
+from .base_checkpoint import DTYPES, BaseCheckpoint
 from .load_layout import linear_layers, load_checkpoint
 from .stop_rules import BOSON, stopping
 

@@ -244,7 +244,7 @@ def _redact_value(key: str, value: Any) -> Any:
 
 
 def _exit_code(exception: BaseException | None) -> int:
-    """What the process will exit with: SystemExit() and SystemExit(None) mean 0, SystemExit("text") means 1."""
+    """What W&B is told of how the run ended: 0, or 1 for an exception, or SystemExit's own code."""
     if exception is None:
         return 0
     if isinstance(exception, SystemExit) and isinstance(exception.code, (int, type(None))):

@@ -19,7 +19,7 @@ from higgs_ds.cli import main
 from higgs_ds.codec.load import load_codec
 from higgs_ds.corpus.audio import read_audio
 from higgs_ds.corpus.manifest import AudioRef, Turn, read_manifest, speech_messages
-from higgs_ds.model.base import load_tokenizer
+from higgs_ds.model.base_checkpoint import load_tokenizer
 from higgs_ds.model.facts import ModelFacts
 from higgs_ds.model.layout_config import DEFAULT_ROPE, DEFAULTS, read_checkpoint_config
 from higgs_ds.model.layouts import transformers_name

@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from higgs_ds.batching.collate import Collator
 from higgs_ds.config import DEFAULT_LORA_TARGETS
 from higgs_ds.errors import ConfigError
-from higgs_ds.model.base import attach_lora, load_base, read_model_config
+from higgs_ds.model.base_checkpoint import attach_lora, load_base, read_model_config
 from higgs_ds.model.facts import ModelFacts
 from higgs_ds.model.forward import training_forward
 from higgs_ds.model.fused_mlp import FusedRmsNorm

@@ -19,7 +19,7 @@ from higgs_ds.model.adapter_file import WEIGHTS, read_adapter, read_adapter_conf
 from higgs_ds.model.layout_config import read_checkpoint_config
 from higgs_ds.model.layouts import transformers_name
 from higgs_ds.model.load_layout import check_renamed_weights, linear_layers, load_checkpoint, wanted_weights
-from higgs_ds.model.merge import merge, open_base, prove
+from higgs_ds.model.merge import check_base_weights, merge, prove
 from higgs_ds.model.weight_files import Planned, shards, weight_headers, write_checkpoint_weights
 from tests.model.test_adapter_file import edit, write_adapter
 from tests.model.test_layouts import translated
@@ -127,7 +127,7 @@ def test_shards_and_index_are_the_hubs(tmp_path):
 def test_what_was_written_wrongly_is_found(merged, tiny_dir, adapter_dir, tmp_path):
     """Every tensor of this small model is compared: merged, other, missing, misnamed."""
     config = read_checkpoint_config(tiny_dir)
-    base = open_base(tiny_dir, "boson", config)
+    base = check_base_weights(tiny_dir, "boson", config)
     adapter = read_adapter(adapter_dir, linear_layers(config), read_adapter_config(adapter_dir))
     plan = {name: Planned(name, one.shape, torch.float32) for name, one in base.stored.items()}
     assert prove(base, adapter, merged / "boson", "boson", plan) == (12, 12)
@@ -162,7 +162,7 @@ def test_nothing_is_overwritten_and_nothing_half_written_stays(merged, tiny_dir,
     assert code == 2 and len(said) == 1 and "cannot be written" in said[0]
 
     config = read_checkpoint_config(tiny_dir)
-    base = open_base(tiny_dir, "boson", config)
+    base = check_base_weights(tiny_dir, "boson", config)
     lora = read_adapter(adapter_dir, linear_layers(config), read_adapter_config(adapter_dir))
     lora.weights["layers.0.mlp.up_proj"] = lora.weights["layers.0.self_attn.k_proj"]
     with pytest.raises(RuntimeError):

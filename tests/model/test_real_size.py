@@ -12,7 +12,7 @@ from benchmarks.roofline import Roofline
 from benchmarks.syncs import dispatched
 from higgs_ds.config import PROJECT_ROOT
 from higgs_ds.distributed.ds_config import LayerSizes, read_deepspeed_config, resolve
-from higgs_ds.model.base import attach_lora, open_base
+from higgs_ds.model.base_checkpoint import attach_lora, open_base
 from higgs_ds.model.facts import ModelFacts
 from higgs_ds.model.forward import training_forward
 from higgs_ds.model.higgs import HiggsAudioForTraining

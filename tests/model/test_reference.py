@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 
 from higgs_ds.batching.collate import Collator
 from higgs_ds.loss import audio_targets, text_targets
-from higgs_ds.model.base import attach_lora, load_base
+from higgs_ds.model.base_checkpoint import attach_lora, load_base
 from higgs_ds.model.facts import ModelFacts
 from higgs_ds.model.higgs import HiggsAudioForTraining
 from higgs_ds.model.reference import AlignmentError, ReferenceForward, clip_lengths, expand_labels

@@ -12,7 +12,7 @@ from higgs_ds.batching.batch_plan import MicroBatch, StepPlan
 from higgs_ds.batching.collate import Collator, Sample, tokenize
 from higgs_ds.corpus.manifest import AudioRef, Turn, speech_messages
 from higgs_ds.distributed.engine import leave_ranks, start_ranks
-from higgs_ds.model.base import read_model_config
+from higgs_ds.model.base_checkpoint import read_model_config
 from higgs_ds.model.facts import ModelFacts
 from higgs_ds.process import end_process
 from tests.workers.common import build, without_text_labels

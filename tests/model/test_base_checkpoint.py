@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from higgs_ds.config import DEFAULT_LORA_TARGETS, LoraOptions
 from higgs_ds.errors import ConfigError
-from higgs_ds.model.base import (
+from higgs_ds.model.base_checkpoint import (
     attach_lora,
     initial_lora,
     load_base,

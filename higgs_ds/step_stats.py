@@ -1,8 +1,8 @@
 """The numbers of a micro-batch and of an optimizer step, by name, and how they travel as one flat list.
 
-A new number from the model: a field of `loss.HeadSums` with its value in `head_sums` and `padding_free._heads`, the same
-field in `MicroBatchStats` and `StepSums` here, its name in `report/metrics.py`. Records are
-dataclasses of floats, lists of floats and records; flat, the fields follow each other in their order.
+A new number from the model: a field of `loss.HeadSums` with its value in `head_sums` and `padding_free._heads`,
+the same field in `MicroBatchStats` and `StepSums` here, its name in `report/metrics.py`. Records are dataclasses of
+floats, lists of floats and records; flat, the fields follow each other in their order.
 """
 
 from __future__ import annotations

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
+import re
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -29,6 +31,8 @@ from .model.adapter_names import peft_key
 from .voice_record import VoiceRecord, write_record
 
 CHECKSUMS = "checksums.json"
+TENSOR_FILES = ("adapter/adapter_model.safetensors", "optimizer.safetensors", "rng.safetensors")
+NAME = re.compile(r"step-[0-9]+")
 LAST_WRITE_SEC = 25.0
 # A change of these would make another run of it; the adapter's shape cannot change at all.
 SHAPE_OPTIONS = ("lora_r", "lora_target_modules")
@@ -180,8 +184,16 @@ class CheckpointWriter:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Complete-looking checkpoints, oldest first; what is being written has another name."""
-    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+    """Folders called `step-` and digits, by that number; what is being written has another name.
+
+    A copy that a user keeps (`step-best`) and a link are his: neither resumed from by "auto" nor rotated away.
+    """
+    named = [path for path in folder.glob("step-*") if NAME.fullmatch(path.name)]
+    return sorted((path for path in named if path.is_dir() and not path.is_symlink()), key=_step_of)
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -197,10 +209,13 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     try:
         sums = json.loads(content)["files"]
         intact = _sealed(sums) == content
+        unlisted = [name for name in ("state.json", *TENSOR_FILES) if name not in sums]
     except (ValueError, KeyError, TypeError):
         intact = False
     if not intact:
         raise CheckpointError(f"{folder / CHECKSUMS} is damaged")
+    if unlisted:
+        raise CheckpointError(f"{folder / CHECKSUMS} does not list {', '.join(unlisted)}")
     for name, wanted in sums.items():
         path = folder / name
         if not path.is_file():
@@ -209,15 +224,40 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             raise CheckpointError(f"{path} is damaged: its checksum is not the one that was written")
     try:
         position = Position(**json.loads((folder / "state.json").read_text(encoding="utf-8")))
-        weights = load_file(folder / "adapter" / "adapter_model.safetensors")
-        moments = load_file(folder / "optimizer.safetensors")
-        rng = load_file(folder / "rng.safetensors")
+        weights, moments, rng = (load_file(folder / name) for name in TENSOR_FILES)
     except (OSError, ValueError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"{folder} cannot be read: {error}") from error
+    _check_position(folder, position)
     exp_avg = {key.removeprefix("exp_avg."): v for key, v in moments.items() if key.startswith("exp_avg.")}
     exp_avg_sq = {key.removeprefix("exp_avg_sq."): v for key, v in moments.items() if key.startswith("exp_avg_sq.")}
+    shapes = {key: value.shape for key, value in weights.items()}
+    for part, values in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
+        found = {peft_key(name): value.shape for name, value in values.items()}
+        if not shapes or found != shapes:
+            odd = min((key for key in shapes | found if found.get(key) != shapes.get(key)), default="no weight at all")
+            raise CheckpointError(f"{folder}: {part} in optimizer.safetensors is not of the adapter's weights: {odd}")
     weights = {name: weights[peft_key(name)] for name in exp_avg}
     return Checkpoint(folder, position, OptimizerState(weights, exp_avg, exp_avg_sq, position.adam_steps), rng)
+
+
+def _check_position(folder: Path, position: Position) -> None:
+    """Raises CheckpointError where state.json holds a place that no run can stand at."""
+    state = folder / "state.json"
+    counts = {
+        **{name: getattr(position, name) for name in ("step", "dropped_steps", "rows_per_step", "num_rows")},
+        **{name: getattr(position, name) for name in ("world_size", "adam_steps", "micro_batches_per_step")},
+    }
+    for name, value in counts.items():
+        if type(value) is not int or not (name == "world_size") <= value < 2**53:
+            raise CheckpointError(f"{state}: {name} is {value!r}, no count")
+    if type(position.epoch) not in (int, float) or not 0 <= position.epoch < math.inf:
+        raise CheckpointError(f"{state}: epoch is {position.epoch!r}, no number from 0 on")
+    if not isinstance(position.config, dict):
+        raise CheckpointError(f"{state}: config is {type(position.config).__name__}, not the settings by name")
+    if position.adam_steps > position.step:
+        raise CheckpointError(f"{state}: {position.adam_steps} updates in {position.step} steps cannot be")
+    if NAME.fullmatch(folder.name) and position.step != _step_of(folder):
+        raise CheckpointError(f"{state}: step is {position.step}, the folder says {_step_of(folder)}")
 
 
 def find_checkpoint(resume: str, output_dir: Path) -> tuple[Checkpoint | None, list[str]]:

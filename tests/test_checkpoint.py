@@ -13,10 +13,11 @@ import torch
 import yaml
 from boson_multimodal.model.higgs_audio import HiggsAudioModel
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from higgs_ds.checkpoint import (
     CheckpointError,
+    _sealed,
     changed_settings,
     find_checkpoint,
     list_checkpoints,
@@ -24,6 +25,7 @@ from higgs_ds.checkpoint import (
 )
 from higgs_ds.config import BASE_NAMES
 from higgs_ds.errors import ConfigError
+from higgs_ds.files import sha256
 from tests.conftest import ROOT
 from tests.distributed.test_engine import distance
 from tests.ranks import assert_all, free_port, run_ranks
@@ -148,6 +150,74 @@ def test_any_damage_to_any_file_is_detected(name, damage, saved, tmp_path):
         find_checkpoint(str(newest), tmp_path)
     found, said = find_checkpoint("auto", tmp_path)
     assert found.position.step == 4 and len(said) == 1 and "step-000005" in said[0]
+
+
+def reseal(folder, change):
+    """The checkpoint changed by `change(folder)`, with checksums that prove it: damage that no disk makes."""
+    change(folder)
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "checksums.json"]
+    sums = {str(path.relative_to(folder)): sha256(path) for path in files}
+    (folder / "checksums.json").write_bytes(_sealed(sums))
+
+
+def with_state(**changed):
+    def change(folder):
+        state = json.loads((folder / "state.json").read_text())
+        (folder / "state.json").write_text(json.dumps(state | changed))
+
+    return change
+
+
+def without_tensor(name):
+    def change(folder):
+        tensors = load_file(folder / name)
+        del tensors[next(iter(tensors))]
+        save_file(tensors, folder / name)
+
+    return change
+
+
+IMPOSSIBLE = {
+    "a negative step": (with_state(step=-5), "step is -5"),
+    "an absurd step": (with_state(step=10**30), "step is 1000"),
+    "another step than its name": (with_state(step=6), "the folder says 5"),
+    "a step in words": (with_state(step="5"), "step is '5'"),
+    "no rank": (with_state(world_size=0), "world_size is 0"),
+    "more updates than steps": (with_state(adam_steps=9), "9 updates in 5 steps"),
+    "no settings": (with_state(config=None), "config is NoneType"),
+    "a field too many": (with_state(more=1), "cannot be read"),
+    "an epoch that is no number": (with_state(epoch=float("nan")), "epoch is nan"),
+    "a weight too few": (without_tensor("adapter/adapter_model.safetensors"), "not of the adapter's weights: .*lora_"),
+    "a moment too few": (without_tensor("optimizer.safetensors"), "not of the adapter's weights: .*lora_"),
+    "no file listed": (lambda folder: [p.unlink() for p in folder.rglob("*") if p.is_file()], "does not list state"),
+}
+
+
+@pytest.mark.parametrize("kind", IMPOSSIBLE)
+def test_a_resealed_checkpoint_that_no_run_wrote_is_passed_over(kind, saved, tmp_path):
+    shutil.copytree(saved[0] / "checkpoints", tmp_path / "checkpoints")
+    change, reason = IMPOSSIBLE[kind]
+    newest = list_checkpoints(tmp_path / "checkpoints")[-1]
+    reseal(newest, change)
+    with pytest.raises(CheckpointError, match=reason):
+        read_checkpoint(newest)
+    found, said = find_checkpoint("auto", tmp_path)
+    assert found.position.step == 4 and len(said) == 1 and "step-000005" in said[0]
+
+
+def test_only_step_and_digits_is_a_checkpoint_and_what_a_user_keeps_stays(saved, tmp_path):
+    checkpoints = tmp_path / "checkpoints"
+    shutil.copytree(saved[0] / "checkpoints", checkpoints)
+    shutil.copytree(checkpoints / "step-000003", checkpoints / "step-best")
+    (checkpoints / "step-000009").symlink_to(checkpoints / "step-best")
+    (checkpoints / "step-10").write_text("a file")
+    shutil.copytree(checkpoints / "step-000003", checkpoints / "step-1000000")
+    names = [path.name for path in list_checkpoints(checkpoints)]
+    assert names == ["step-000003", "step-000004", "step-000005", "step-1000000"]
+    found, said = find_checkpoint("auto", tmp_path)
+    assert found.position.step == 5 and "the folder says 1000000" in said[0] and len(said) == 1
+    kept, said = find_checkpoint(str(checkpoints / "step-best"), tmp_path)  # by its own name it can be resumed from
+    assert kept.position.step == 3 and not said
 
 
 def test_what_cannot_go_on_is_refused_and_what_changes_is_said(forks, saved, tmp_path):

@@ -6,6 +6,7 @@ Nothing here imports torch, so that a wrong flag is reported in a fraction of a 
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -271,6 +272,8 @@ def cross_checks(config: TrainConfig) -> list[str]:
     if config.loss.codebook_weights is not None:
         if any(weight < 0 for weight in config.loss.codebook_weights):
             problems.append(f"--codebook_weights: {config.loss.codebook_weights} holds a negative weight")
+        elif not math.isfinite(sum(config.loss.codebook_weights)):
+            problems.append(f"--codebook_weights: {config.loss.codebook_weights} sum to more than a float holds")
         elif sum(config.loss.codebook_weights) <= 0:
             problems.append(f"--codebook_weights: {config.loss.codebook_weights} sum to 0; give at least one above 0")
     problems += _forward_checks(config)

@@ -15,6 +15,8 @@ import yaml
 from .config import ALIASES, OPTIONS, TrainConfig, cross_checks
 from .errors import ConfigError, nearest
 
+MAX_YAML_BYTES = 1_000_000
+
 
 def _convert(name: str, value):
     """A flag's text or a YAML value in the field's type; ValueError says what was expected."""
@@ -43,6 +45,8 @@ def _scalar(kind, value):
             return words[str(value).lower()]
         raise ValueError(f"expected true or false, got {value!r}")
     if kind is str:
+        if isinstance(value, str) and not value.strip():
+            raise ValueError("is empty; give a value, or leave it out")
         if isinstance(value, (str, int, float)) and not isinstance(value, bool):
             return str(value)
         raise ValueError(f"expected text, got {value!r}")
@@ -52,6 +56,8 @@ def _scalar(kind, value):
         number = float(value)
     except ValueError:
         raise ValueError(f"expected a number, got {value!r}") from None
+    except OverflowError:  # a YAML integer of hundreds of digits
+        raise ValueError("expected a number of usual size, got a whole number beyond a float's range") from None
     if not math.isfinite(number):
         raise ValueError(f"expected a finite number, got {value!r}")
     if kind is int:
@@ -157,13 +163,40 @@ def parse_args(argv: list[str], *, may_lack: tuple[str, ...] = ()) -> TrainConfi
     return config
 
 
+class _PlainLoader(yaml.SafeLoader):
+    """YAML of plain values: a key given twice or an alias, by which a few lines become gigabytes, is an error."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.MarkedYAMLError(
+                problem=f"alias *{event.anchor}: write its value out", problem_mark=event.start_mark
+            )
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node, deep=False):
+        keys: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in keys:
+                    raise yaml.MarkedYAMLError(problem=f"{key.value} is given twice", problem_mark=key.start_mark)
+                keys.add(key.value)
+        return super().construct_mapping(node, deep=deep)
+
+
 def _read_yaml(path: str, problems: list[str]) -> dict:
     try:
-        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        if Path(path).stat().st_size > MAX_YAML_BYTES:
+            problems.append(f"--config: {path} is larger than {MAX_YAML_BYTES:,} bytes, no file of options")
+            return {}
+        data = yaml.load(Path(path).read_text(encoding="utf-8"), _PlainLoader)
     except OSError as error:
         problems.append(f"--config: {path} cannot be read: {error.strerror or error}")
         return {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except RecursionError:
+        problems.append(f"--config: {path} is nested too deeply for a file of options")
+        return {}
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # ValueError: bytes or dates that cannot be
         problems.append(f"--config: {path} is not YAML: {' '.join(str(error).split())}")
         return {}
     if data is None:

@@ -104,6 +104,11 @@ def test_the_resolved_config_can_be_given_back(tmp_path):
         (["--lora_dropout", "1"], ["--lora_dropout: 1.0 must be below 1"]),
         (["--text_loss_weight", "0", "--audio_loss_weight", "0"], ["there is no loss to train on"]),
         (["--codebook_weights", "1,-1"], ["holds a negative weight"]),
+        (["--codebook_weights", *["1e308"] * 8], ["--codebook_weights", "sum to more than a float holds"]),
+        (["--train_manifest", ""], ["--train_manifest: is empty; give a value, or leave it out"]),
+        (["--output_dir", " "], ["--output_dir: is empty"]),
+        (["--run_name="], ["--run_name: is empty"]),
+        (["--lora_target_modules", ""], ["--lora_target_modules: expected a list"]),
         (["--config", "nowhere.yaml"], ["--config: nowhere.yaml cannot be read"]),
         (["stray"], ["'stray': not a flag"]),
     ],
@@ -123,6 +128,37 @@ def test_all_problems_at_once(tmp_path):
                  "lr: expected a number", "--dtype: 'fp8'", "--no_such", "--train_manifest: is required",
                  "--output_dir: is required"):  # fmt: skip
         assert word in text, text
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("lr: 1e-4\nlr: 2e-4\n", "lr is given twice"),
+        ("run_name: 2026-11-25\n", "run_name: expected text, got datetime.date"),
+        ("run_name: 2026-13-45\n", "is not YAML: month must be in 1..12"),
+        ("a: &a [x, x]\nb: &b [*a, *a]\n", "alias *a: write its value out"),
+        ("<<: {lr: 1}\n<<: {lr: 2}\n", "<< is given twice"),
+        ("run_name: &a\n  [*a]\n", "alias *a"),
+        ("lr: " + "9" * 400 + "\n", "lr: expected a number of usual size"),
+        ("lr: " + "[" * 5000, "is nested too deeply"),
+        ("{[1]: 2}: 3\n", "is not YAML"),
+        ("? [lr]\n: 1\n", "is not YAML"),
+        ("lr: !!python/object/apply:os.system [ls]\n", "could not determine a constructor"),
+        ("run_name: ''\n", "run_name: is empty"),
+        ("epochs: true\n", "epochs: expected a number, got True"),
+        ("skip_bad_rows: {a: 1}\n", "skip_bad_rows: expected true or false"),
+        ("lora_target_modules: [[q_proj]]\n", "lora_target_modules: expected text"),
+        ("codebook_weights: {0: 1}\n", "codebook_weights: expected a list"),
+        ("- lr\n", "must hold `name: value` lines"),
+        ("# " + "x" * 1_000_001, "is larger than 1,000,000 bytes"),
+        ("run_name: \x00\n", "is not YAML"),
+    ],
+)
+def test_whatever_stands_in_the_yaml_is_one_line(text, words, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    (line,) = problems_of(["--train_manifest", "a", "--output_dir", "b", "--config", str(file)])
+    assert words in line and "\n" not in line and len(line) < 500, line
 
 
 # --- DeepSpeed's JSON

@@ -323,7 +323,8 @@ def changed_settings(resumed: Checkpoint | None, config: dict, num_rows: int) ->
     """What differs from the checkpoint's settings and makes another trajectory, a line each."""
     if resumed is None:
         return []
-    saved = {"lora_rslora": False} | resumed.position.config  # older checkpoints had no such option
+    saved = _spelt_out({"lora_rslora": False} | resumed.position.config)  # older checkpoints had no such option
+    config = _spelt_out(config)
     changed = [
         f"--{name} is {config[name]}, the checkpoint has {saved.get(name)}"
         for name in TRAJECTORY_OPTIONS
@@ -333,6 +334,12 @@ def changed_settings(resumed: Checkpoint | None, config: dict, num_rows: int) ->
     if num_rows != resumed.position.num_rows:
         changed.append(f"the manifest has {num_rows} usable rows, the checkpoint's had {resumed.position.num_rows}")
     return [f"WARNING: --resume with another setting: {line}" for line in changed]
+
+
+def _spelt_out(settings: dict) -> dict:
+    """An epoch is what is run where neither epochs nor steps are given; older checkpoints wrote that as a number."""
+    whole = settings.get("epochs") is None and settings.get("max_steps") is None
+    return settings | {"epochs": 1.0} if whole else settings
 
 
 def _sealed(sums: dict[str, str]) -> bytes:

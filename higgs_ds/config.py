@@ -155,8 +155,10 @@ class OptimOptions:
         least=1,
     )
     grad_accum: int = _option(1, "micro-batches an optimizer step", least=1)
-    epochs: float = _option(1.0, "passes over the training rows", above=0)
-    max_steps: int | None = _option(None, "stop after this many optimizer steps", least=1)
+    epochs: float | None = _option(
+        None, "passes over the training rows (default: 1, or as many as --max_steps takes)", above=0
+    )
+    max_steps: int | None = _option(None, "optimizer steps of the run; with --epochs the fewer of both", least=1)
     lr: float = _option(2e-4, "peak learning rate of AdamW", above=0)
     lr_scheduler: str = _option("cosine", "shape after warm-up", choices=("cosine", "linear", "constant"))
     warmup_ratio: float = _option(0.03, "share of the steps that warm up", least=0, below=1)

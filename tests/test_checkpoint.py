@@ -267,6 +267,15 @@ def test_a_base_by_its_old_name_is_no_other_setting(saved):
     assert "--base_ckpt is someone/else, the checkpoint has bosonai/higgs-audio-v2-generation-3B-base" in said
 
 
+def test_an_epoch_that_older_checkpoints_spelt_out_is_no_other_setting(saved):
+    resumed = read_checkpoint(list_checkpoints(saved[0] / "checkpoints")[-1])
+    given = resumed.position.config | {"epochs": None, "max_steps": None}
+    resumed.position.config |= {"epochs": 1.0, "max_steps": None}
+    assert changed_settings(resumed, given, resumed.position.num_rows) == []
+    (said,) = changed_settings(resumed, given | {"epochs": 2.0}, resumed.position.num_rows)
+    assert "--epochs is 2.0, the checkpoint has 1.0" in said
+
+
 def test_an_adapter_says_what_the_runs_lora_is_and_the_run_goes_on_with_it(forks, flags_of, tmp_path):
     """Trained with rslora and a large alpha; started from with the same command, resumed, and given back as YAML."""
 

@@ -53,10 +53,15 @@ class Plan:
         self.rows_per_step = batch_size * self.micro_batches_per_step  # 0 where it is not fixed
         self.steps_per_epoch = math.ceil(num_rows / self.rows_per_step)
 
-    def total_steps(self, epochs: float, max_steps: int | None) -> int:
-        """Optimizer steps of the whole run; a part of an epoch is rounded up to a step."""
-        steps = math.ceil(epochs * self.steps_per_epoch - 1e-9)
-        return min(steps, max_steps) if max_steps else steps
+    def total_steps(self, epochs: float | None, max_steps: int | None) -> int:
+        """Optimizer steps of the whole run: the fewer of both where both are given, an epoch where neither is.
+
+        A part of an epoch is rounded up to a step.
+        """
+        if epochs is None and max_steps is not None:
+            return max_steps
+        steps = math.ceil((1.0 if epochs is None else epochs) * self.steps_per_epoch - 1e-9)
+        return steps if max_steps is None else min(steps, max_steps)
 
     def describe(self, total_steps: int) -> str:
         """The arithmetic of a step and of the run, as text."""

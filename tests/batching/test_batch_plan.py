@@ -56,6 +56,7 @@ def test_evaluation_sees_every_row_once_with_equal_forwards(num_rows, world_size
 def test_steps_of_a_run():
     p = plan(37, 2, 2)  # 8 rows a step, 5 steps an epoch
     assert p.total_steps(2, None) == 10 and p.total_steps(0.5, None) == 3 and p.total_steps(2, 4) == 4
+    assert p.total_steps(None, None) == 5 and p.total_steps(None, 23) == 23 and p.total_steps(1, 23) == 5
     with pytest.raises(ValueError, match="no rows"):
         plan(0, 1, 1)
 

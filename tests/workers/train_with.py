@@ -11,7 +11,7 @@ import torch
 import train_ds
 from higgs_ds import cli
 from higgs_ds.batching import collate, layout
-from higgs_ds.model import forward
+from higgs_ds.model import higgs, reference
 from higgs_ds.process import end_process
 
 
@@ -28,7 +28,7 @@ def code_out_of_range() -> None:
 
 def lost_audio() -> None:
     """The trainer that started this project: audio_out_ids filtered away on the way to the model."""
-    original = forward.HiggsAudioForTraining.forward
+    original = higgs.HiggsAudioForTraining.forward
 
     def call(self, *args, **kwargs):
         if "layout" in kwargs:
@@ -37,23 +37,23 @@ def lost_audio() -> None:
         outputs.audio_logits = outputs.audio_logits[:0] + outputs.audio_logits.sum() * 0
         return outputs
 
-    forward.HiggsAudioForTraining.forward = call
+    higgs.HiggsAudioForTraining.forward = call
 
 
 def unshifted_audio() -> None:
     """Position t is asked for its own code: the loss falls, and the model is silent."""
-    forward.audio_targets = layout.audio_targets = lambda label_audio_ids: label_audio_ids.t()
+    reference.audio_targets = layout.audio_targets = lambda label_audio_ids: label_audio_ids.t()
 
 
 def no_expanded_labels() -> None:
-    original = forward.HiggsAudioForTraining.forward
+    original = higgs.HiggsAudioForTraining.forward
 
     def call(self, *args, **kwargs):
         outputs = original(self, *args, **kwargs)
         outputs.expanded_labels = None
         return outputs
 
-    forward.HiggsAudioForTraining.forward = call
+    higgs.HiggsAudioForTraining.forward = call
 
 
 CHANGES = {f.__name__: f for f in (code_out_of_range, lost_audio, unshifted_audio, no_expanded_labels)}

@@ -17,7 +17,7 @@ from higgs_ds.process import end_process, say
 
 
 def main(argv: list[str]) -> int:
-    """Trains; returns the exit code: 0 done, 2 wrong flags or data, 3 a loss that is not real, 75 stopped, saved."""
+    """Trains; returns an `ExitCode`. What nobody foresaw ends the process with 1 elsewhere: see `rank_watch`."""
     try:
         # 1. Parse: every wrong flag and YAML key, before torch is imported.
         config = parse_args(argv)

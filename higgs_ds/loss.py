@@ -1,4 +1,4 @@
-"""The loss over both heads as sums and counts; nothing here divides by a local count.
+"""The loss over both heads as sums and counts; nothing that is trained on divides by a local count.
 
 Text: position t predicts `expanded_labels[:, t + 1]`. Audio, codebook k: row i predicts `label_audio_ids[k, i + 1]`.
 With N counted over the whole optimizer step (all micro-batches, all ranks),

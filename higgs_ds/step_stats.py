@@ -1,8 +1,9 @@
 """The numbers of a micro-batch and of an optimizer step, by name, and how they travel as one flat list.
 
-A new number from the model: a field of `loss.HeadSums` with its value in `head_sums` and `padding_free._heads`,
-the same field in `MicroBatchStats` and `StepSums` here, its name in `report/metrics.py`. Records are dataclasses of
-floats, lists of floats and records; flat, the fields follow each other in their order.
+A new number from the model: a field of `loss.HeadSums` with its values in `head_sums` there and in
+`model/fused_head.py`, a field of `HeadTotals` here, its name in `report/metrics.py`. It has to be one that adds up: a
+sum or a count, never a mean. Records are dataclasses of floats, lists of floats and records; flat, the fields follow
+each other in their order.
 """
 
 from __future__ import annotations
@@ -59,16 +60,34 @@ class Packed:
         return parts[0].unpack([sum(column) for column in zip(*(part.pack() for part in parts), strict=True)])
 
 
-@dataclass
-class MicroBatchStats(Packed):
-    """What a training forward says of one micro-batch, on the host; see `HeadSums`."""
+H = TypeVar("H", bound="HeadTotals")
+
+
+@dataclass(kw_only=True)
+class HeadTotals(Packed):
+    """What adds up of `HeadSums`, over micro-batches and ranks."""
 
     text_sum: float
     text_count: float
-    text_saturation: float
-    loss: float  # the scaled one, for backward
     codebook_sums: list[float]
     codebook_counts: list[float]
+
+    @classmethod
+    def empty(cls: type[H], num_codebooks: int) -> H:
+        """Zeros; lists have a value a codebook."""
+        return cls(**{f.name: [0.0] * num_codebooks if f.type == "list[float]" else 0.0 for f in fields(cls)})
+
+    def losses(self, weights: LossWeights) -> dict[str, float]:
+        """Mean losses over what is summed here."""
+        return mean_losses(weights, self.text_sum, self.text_count, self.codebook_sums, self.codebook_counts)
+
+
+@dataclass(kw_only=True)
+class MicroBatchStats(HeadTotals):
+    """What a training forward says of one micro-batch, on the host; see `HeadSums`. `empty` unpacks `on_device`."""
+
+    text_saturation: float
+    loss: float  # the scaled one, for backward
 
     @staticmethod
     def on_device(sums: HeadSums, loss: torch.Tensor) -> torch.Tensor:
@@ -81,15 +100,6 @@ class MicroBatchStats(Packed):
     def unknown(loss: torch.Tensor, num_codebooks: int) -> torch.Tensor:
         """As many NaN, on the loss's device: of a forward whose outputs were not what they should be."""
         return loss.new_full((len(MicroBatchStats.empty(num_codebooks).pack()),), float("nan")).detach()
-
-    @classmethod
-    def empty(cls, num_codebooks: int) -> MicroBatchStats:
-        """Zeros; its `unpack` reads what `on_device` made."""
-        return cls(0.0, 0.0, 0.0, 0.0, [0.0] * num_codebooks, [0.0] * num_codebooks)
-
-    def losses(self, weights: LossWeights) -> dict[str, float]:
-        """Mean losses of this micro-batch alone."""
-        return mean_losses(weights, self.text_sum, self.text_count, self.codebook_sums, self.codebook_counts)
 
 
 @dataclass
@@ -122,35 +132,23 @@ class LabelCounts(Packed):
         return counts
 
 
-@dataclass
-class StepSums(Packed):
+@dataclass(kw_only=True)
+class StepSums(HeadTotals):
     """One rank's share of an optimizer step; all of it adds up over micro-batches and ranks."""
 
-    text_sum: float
-    text_count: float
     tokens: float  # positions computed that are not padding
     re_expanded: float  # micro-batches whose labels had to be re-expanded
-    codebook_sums: list[float]
-    codebook_counts: list[float]
-
-    @classmethod
-    def empty(cls, num_codebooks: int) -> StepSums:
-        """Of no micro-batch."""
-        return cls(0.0, 0.0, 0.0, 0.0, [0.0] * num_codebooks, [0.0] * num_codebooks)
 
     def add(self, stats: MicroBatchStats, *, tokens: int, re_expanded: bool) -> None:
         """Adds one micro-batch."""
-        self.text_sum += stats.text_sum
-        self.text_count += stats.text_count
         self.tokens += tokens
         self.re_expanded += re_expanded
-        for k, (loss_sum, count) in enumerate(zip(stats.codebook_sums, stats.codebook_counts, strict=True)):
-            self.codebook_sums[k] += loss_sum
-            self.codebook_counts[k] += count
-
-    def losses(self, weights: LossWeights) -> dict[str, float]:
-        """Mean losses over what is summed here."""
-        return mean_losses(weights, self.text_sum, self.text_count, self.codebook_sums, self.codebook_counts)
+        for f in fields(HeadTotals):
+            so_far, more = getattr(self, f.name), getattr(stats, f.name)
+            if isinstance(so_far, list):
+                setattr(self, f.name, [a + b for a, b in zip(so_far, more, strict=True)])
+            else:
+                setattr(self, f.name, so_far + more)
 
     @property
     def audio_frames(self) -> float:

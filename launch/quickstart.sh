@@ -51,4 +51,4 @@ echo "look:   $output_dir/loss.png (curves), $output_dir/metrics.jsonl (numbers)
 echo "listen: $output_dir/speech/*.spoken.wav beside *.original.wav"
 echo "speak:  DS_ACCELERATOR=cpu ${PYTHON#"$PWD"/} -m higgs_ds generate --base_ckpt $output_dir/base --adapter $output_dir/adapter \\"
 echo "          --codec $output_dir/codec --text 'All circuits are busy now.' --output_file hello.wav"
-echo "next:   your own voice on 8 GPUs: README.md, \"Fine-tune Boson's checkpoint\""
+echo "next:   your own voice on 8 GPUs: README.md, \"Your GPUs\""

@@ -36,7 +36,14 @@ def guard(tmp_path, tiny_config):
 
 
 def good_stats(batch) -> MicroBatchStats:
-    return MicroBatchStats(30.0, float(batch.text_count), 1e6, 9.0, [50.0] * 8, list(map(float, batch.codebook_counts)))
+    return MicroBatchStats(
+        text_sum=30.0,
+        text_count=float(batch.text_count),
+        text_saturation=1e6,
+        loss=9.0,
+        codebook_sums=[50.0] * 8,
+        codebook_counts=list(map(float, batch.codebook_counts)),
+    )
 
 
 def checks(failures) -> set[str]:

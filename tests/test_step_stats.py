@@ -15,12 +15,26 @@ BOOKS = 3
 
 
 def stats(first: float = 1.0) -> MicroBatchStats:
-    return MicroBatchStats.empty(BOOKS).unpack([first + i for i in range(4 + 2 * BOOKS)])
+    return MicroBatchStats(
+        text_sum=first,
+        text_count=first + 1,
+        text_saturation=first + 2,
+        loss=first + 3,
+        codebook_sums=[first + 4, first + 5, first + 6],
+        codebook_counts=[first + 7, first + 8, first + 9],
+    )
 
 
 def test_what_is_packed_comes_back_by_name():
     counts = LabelCounts(0.0, 5.0, [1.0, 2.0, 3.0])
-    sums = StepSums(1.0, 2.0, 3.0, 4.0, [5.0, 6.0, 7.0], [8.0, 9.0, 10.0])
+    sums = StepSums(
+        text_sum=1.0,
+        text_count=2.0,
+        tokens=3.0,
+        re_expanded=4.0,
+        codebook_sums=[5.0, 6.0, 7.0],
+        codebook_counts=[8.0, 9.0, 10.0],
+    )
     step = RankStep(0.0, 1.0, 0.5, 0.1, 7.0, 8.0, 0.0, [0.0] * 11, sums)
     for record, empty in (
         (counts, LabelCounts(0, 0, [0] * BOOKS)),
@@ -45,7 +59,12 @@ def test_the_models_numbers_keep_their_names_on_the_way_from_the_device():
     flat = MicroBatchStats.on_device(sums, loss)
     assert flat.dtype == torch.float32 and not flat.requires_grad
     assert MicroBatchStats.empty(BOOKS).unpack(flat.tolist()) == MicroBatchStats(
-        1.5, 2.0, 0.25, 9.5, [3.0, 4.0, 5.0], [6.0, 7.0, 8.0]
+        text_sum=1.5,
+        text_count=2.0,
+        text_saturation=0.25,
+        loss=9.5,
+        codebook_sums=[3.0, 4.0, 5.0],
+        codebook_counts=[6.0, 7.0, 8.0],
     )
     unknown = MicroBatchStats.unknown(loss, BOOKS)
     assert unknown.shape == flat.shape and unknown.isnan().all() and not unknown.requires_grad

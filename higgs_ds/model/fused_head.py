@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..loss import IGNORE
+from ..loss import IGNORE, HeadSums
 
 CHUNK_BYTES = 96 * 2**20  # of the logits that one product makes, were they float32
 BLOCK_BYTES = 4 * 2**20  # of the float32 logits that a CPU turns into a gradient at a time
@@ -36,6 +36,17 @@ class HeadLoss:
     counts: torch.Tensor  # [G] int64, labels that the sums are over
     saturation: torch.Tensor  # [] float32, see `HeadSums`
     shape: tuple[int, int, int]  # (R, G, classes) that were computed
+
+
+def head_sums_of(text: HeadLoss, audio: HeadLoss) -> HeadSums:
+    """What both heads answered, as `loss.head_sums` says it of their logits."""
+    return HeadSums(
+        text_sum=text.sums[0],
+        text_count=text.counts[0],
+        codebook_sums=audio.sums,
+        codebook_counts=audio.counts,
+        text_saturation=text.saturation,
+    )
 
 
 class FusedHead(nn.Linear):

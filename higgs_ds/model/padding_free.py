@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from ..batching.layout import Layout
 from ..errors import ConfigError
 from ..loss import HeadSums, head_sums, scaled_loss
-from .fused_head import LabelledRows
+from .fused_head import LabelledRows, head_sums_of
 from .fused_lora import project
 from .fused_mlp import add_mlps
 
@@ -293,11 +293,5 @@ def _heads(
     text_scale = torch.full((1,), objective.text_scale, dtype=scales.dtype, device=scales.device)
     (of_text,) = heads.text_lm_head(LabelledRows(text, layout.text_targets[:, None], text_scale))
     (of_audio,) = heads.audio_lm_head(LabelledRows(audio, layout.audio_targets, scales))
-    sums = HeadSums(
-        text_sum=of_text.sums[0],
-        text_count=of_text.counts[0],
-        codebook_sums=of_audio.sums,
-        codebook_counts=of_audio.counts,
-        text_saturation=of_text.saturation,
-    )
+    sums = head_sums_of(of_text, of_audio)
     return of_text.loss + of_audio.loss, sums, (of_text.shape[0], of_text.shape[2]), of_audio.shape

@@ -19,6 +19,7 @@ from .config import LossOptions
 from .errors import ConfigError
 
 IGNORE = -100
+HEADLINES = ("loss", "text_loss", "audio_loss")  # of `mean_losses`, without the codebooks
 
 
 @dataclass

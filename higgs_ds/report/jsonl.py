@@ -38,19 +38,35 @@ def read_rows(path: Path) -> list[dict]:
             if not line.endswith("\n"):
                 break
             try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}, line {line_number} is not JSON ({error}); mend or delete it") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}, line {line_number} is no JSON object; mend or delete it")
+            rows.append(row)
     return rows
 
 
-def keep_rows(path: Path, last_step: int) -> list[dict]:
-    """Cut a JSONL file back to the rows up to `last_step`, delete it at 0, and return what is left."""
-    if not path.exists():
+def rows_until(path: Path, last_step: int) -> list[dict]:
+    """The rows up to `last_step`; none of a file that is not there, and none up to 0.
+
+    Raises:
+        ValueError: a row that is no JSON object, or has no `global_step`.
+    """
+    if last_step == 0 or not path.exists():
         return []
-    if last_step == 0:
-        path.unlink()
-        return []
-    rows = [row for row in read_rows(path) if row["global_step"] <= last_step]
-    write_text(path, "".join(map(json_line, rows)))
-    return rows
+    kept = []
+    for number, row in enumerate(read_rows(path), start=1):
+        if type(row.get("global_step")) is not int:
+            raise ValueError(f"{path}, line {number} has no global_step; mend or delete it")
+        if row["global_step"] <= last_step:
+            kept.append(row)
+    return kept
+
+
+def keep_only(path: Path, rows: list[dict]) -> None:
+    """Cuts a JSONL file back to these rows; without any it is deleted."""
+    if rows:
+        write_text(path, "".join(map(json_line, rows)))
+    else:
+        path.unlink(missing_ok=True)

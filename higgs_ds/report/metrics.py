@@ -9,7 +9,7 @@ import time
 import torch
 
 from ..guard import CHECKS
-from ..loss import LossWeights
+from ..loss import HEADLINES, LossWeights
 from ..model.flops import Utilisation
 from ..step_stats import RankStep, StepSums
 
@@ -77,7 +77,7 @@ def step_metrics(
         metrics["perf/mfu"] = utilisation.mfu(tokens_per_sec)
     for rank, part in enumerate(ranks):
         losses = part.sums.losses(weights)
-        for name in ("loss", "text_loss", "audio_loss"):
+        for name in HEADLINES:
             if name in losses:
                 metrics[f"rank/{rank}/{name}"] = losses[name]
     return metrics

@@ -17,7 +17,7 @@ from typing import Any
 from ..errors import ConfigError
 from .console import Console
 from .curves import History, draw_history, remember
-from .jsonl import append_rows, keep_rows, strict
+from .jsonl import append_rows, keep_only, rows_until, strict
 
 WANDB_MODES = ("auto", "online", "offline", "disabled")
 DEFAULT_WANDB_PROJECT = "higgs-ds"
@@ -59,8 +59,8 @@ def open_tracker(
             of later steps is dropped; at 0 they are replaced.
 
     Raises:
-        ConfigError: unknown `wandb_mode`; "online" without an API key; wandb is not installed or does not start.
-        ValueError: a damaged metrics.jsonl to continue.
+        ConfigError: unknown `wandb_mode`; "online" without an API key; wandb is not installed or does not start;
+            a metrics.jsonl to continue that is damaged or cannot be read.
     """
     requested_mode = wandb_mode
     if wandb_mode == "auto":
@@ -72,7 +72,11 @@ def open_tracker(
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     title = run_name or output_dir.resolve().name
-    # W&B comes first: if it does not start, the files of an earlier run in output_dir are still whole.
+    try:
+        kept = {name: rows_until(output_dir / name, first_step) for name in (METRICS_FILE, FAILURES_FILE)}
+    except (OSError, ValueError) as error:
+        raise ConfigError([f"--resume: {error}"]) from None
+    # Files are cut last: if W&B does not start, those of an earlier run in output_dir are still whole.
     wandb_run = None
     if wandb_mode != "disabled":
         try:
@@ -80,7 +84,9 @@ def open_tracker(
         except RuntimeError as error:
             raise ConfigError([str(error)]) from error
     console = Console(total_steps, first_step)
-    return Tracker(output_dir, title=title, console=console, wandb_run=wandb_run, first_step=first_step)
+    for name, rows in kept.items():
+        keep_only(output_dir / name, rows)
+    return Tracker(output_dir, title=title, console=console, wandb_run=wandb_run, first_step=first_step, kept=kept)
 
 
 class Tracker:
@@ -100,7 +106,9 @@ class Tracker:
         console: Console,
         wandb_run: "_WandbRun | None",
         first_step: int,
+        kept: dict[str, list[dict]],
     ) -> None:
+        """`kept` has the rows of the files of an earlier part of the run, by file."""
         self.metrics_path = output_dir / METRICS_FILE
         self.failures_path = output_dir / FAILURES_FILE
         self.plot_path = output_dir / PLOT_FILE
@@ -109,9 +117,9 @@ class Tracker:
         self._wandb_run = wandb_run
         self._global_step = first_step
         self._history: History = {}
-        for row in keep_rows(self.metrics_path, first_step):
+        for row in kept[METRICS_FILE]:
             remember(self._history, row)
-        self._failure_rows = keep_rows(self.failures_path, first_step)
+        self._failure_rows = kept[FAILURES_FILE]
         self._last_plot_time = -math.inf
         self._last_table_time = -math.inf
         self._table_is_stale = False

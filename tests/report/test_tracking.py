@@ -219,8 +219,14 @@ def test_resume_drops_later_steps_and_a_line_cut_short(tmp_path):
 
 def test_resume_names_a_damaged_line(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"global_step": 1}\n{"global_\n{"global_step": 3}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2 is not JSON"):
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl, line 2 is not JSON"):
         start(tmp_path, first_step=3)
+    for line, found in (("[1]", "is no JSON object"), ("{}", "has no global_step"), ("[" * 9999, "is not JSON")):
+        damaged = f'{{"global_step": 1}}\n{line}\n'
+        (tmp_path / "metrics.jsonl").write_text(damaged)
+        with pytest.raises(ConfigError, match=f"line 2 {found}"):
+            start(tmp_path, first_step=3)
+        assert (tmp_path / "metrics.jsonl").read_text() == damaged
 
 
 @pytest.mark.parametrize(

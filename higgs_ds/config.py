@@ -164,7 +164,7 @@ class OptimOptions:
     warmup_ratio: float = _option(0.03, "share of the steps that warm up", least=0, below=1)
     weight_decay: float = _option(0.0, "AdamW weight decay of the LoRA weights", least=0)
     max_grad_norm: float = _option(1.0, "gradient clipping, 0 for none", least=0)
-    seed: int = _option(42, "LoRA initialisation, order of the data, dropout", least=0)
+    seed: int = _option(42, "LoRA initialisation, order of the data, dropout", least=0, most=2**53 - 1)
 
 
 @dataclass

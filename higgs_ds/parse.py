@@ -95,7 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the DeepSpeed launcher passes it
     groups: dict[str, argparse._ArgumentGroup] = {}
     for name, (section, hint, f) in OPTIONS.items():
-        group = groups.setdefault(section, parser.add_argument_group(section))
+        group = groups.get(section) or groups.setdefault(section, parser.add_argument_group(section))
         names = [f"--{name}"] + [f"--{alias}" for alias, target in ALIASES.items() if target == name]
         shown = f.default if f.default is not dataclasses.MISSING else " ".join(map(str, f.default_factory()))
         options: dict = {"dest": name, "default": argparse.SUPPRESS}

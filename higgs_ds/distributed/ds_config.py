@@ -160,6 +160,8 @@ def read_deepspeed_config(path: str) -> dict:
         raw = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=unique)
     except OSError as error:
         raise ConfigError([f"--deepspeed_config: {path} cannot be read: {error.strerror or error}"]) from None
+    except RecursionError:
+        raise ConfigError([f"--deepspeed_config: {path} is nested too deeply for a file of settings"]) from None
     except ValueError as error:
         raise ConfigError([f"--deepspeed_config: {path} is not JSON: {error}"]) from None
     if not isinstance(raw, dict):
@@ -338,15 +340,20 @@ def _check_optimizer(block, config: TrainConfig, name: str, problems: list[str])
     if not isinstance(block, dict) or block.get("type") not in ("AdamW", "Adam"):
         problems.append(f"{name}: optimizer: this trainer uses AdamW; remove the block or give type AdamW")
         return
-    wanted = {"lr": ("--lr", config.optim.lr), "weight_decay": ("--weight_decay", config.optim.weight_decay)}
-    for key, value in block.get("params", {}).items():
+    params = block.get("params", {})
+    if not isinstance(params, dict):
+        problems.append(f"{name}: optimizer.params: must be an object, it is {params!r}")
+        return
+    wanted = {
+        "lr": ("--lr", config.optim.lr),
+        "weight_decay": ("--weight_decay", config.optim.weight_decay),
+        "betas": ("this trainer", [0.9, 0.999]),
+        "eps": ("this trainer", 1e-8),
+    }
+    for key, value in params.items():
         if value == "auto" or key in ("torch_adam", "adam_w_mode"):
             continue
-        if key == "betas" and list(value) == [0.9, 0.999]:
-            continue
-        if key == "eps" and value == 1e-8:
-            continue
-        flag, ours = wanted.get(key, ("this trainer", {"betas": [0.9, 0.999], "eps": 1e-8}.get(key)))
+        flag, ours = wanted.get(key, ("this trainer", None))
         if value != ours:
             problems.append(f"{name}: optimizer.params.{key} is {value!r}, but {flag} gives {ours!r}; use 'auto'")
 

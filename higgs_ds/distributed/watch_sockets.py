@@ -254,15 +254,15 @@ class JsonConnection:
         return [message for line in lines if (message := _parsed(line))], bool(data)
 
     def wait_for_one(self) -> dict:
-        """The first message; empty if none comes within the socket's timeout."""
-        while True:
+        """The first message, in however many parts it comes; empty if none is whole within the socket's timeout."""
+        until = time.monotonic() + self._socket.gettimeout()
+        while time.monotonic() < until:
             messages, is_open = self.read()
             if messages:
                 return messages[0]
             if not is_open or len(self._unfinished) >= MAX_LINE:
-                return {}
-            if self._socket.gettimeout():
-                return {}
+                break
+        return {}
 
 
 def find_stalled(states: list[RankState], stall_timeout_sec: float) -> Verdict | None:

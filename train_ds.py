@@ -63,7 +63,14 @@ def train(config: TrainConfig, ds_raw: dict) -> int:
                 trainer = run.make_trainer(
                     setup, data, engine, guard, ranks, watch, tracker=tracker, sinks=sinks, stop=stop
                 )
-                finished = trainer.train(data.steps(setup.first_step, data.total_steps))
+                try:
+                    finished = trainer.train(data.steps(setup.first_step, data.total_steps))
+                except BadLossError:
+                    facts = {"stopped": "by the loss guard, before the failed step was trained"}
+                    folder = setup.output_dir / "adapter_before_failure"
+                    saved = run_dir.save_adapter(engine, folder, ranks, facts, **origin)
+                    watch.untimed("closing")
+                    raise
                 if finished:  # the adapter first: nothing stands between the last step and the disk
                     facts = data.facts() | trainer.last_losses
                     saved = run_dir.save_adapter(engine, setup.output_dir / "adapter", ranks, facts, **origin)
@@ -71,8 +78,6 @@ def train(config: TrainConfig, ds_raw: dict) -> int:
                 sinks.writer.wait()
                 watch.untimed("closing")  # what W&B has yet to upload takes as long as it takes
         except BadLossError:
-            facts = {"stopped": "by the loss guard, before the failed step was trained"}
-            saved = run_dir.save_adapter(engine, setup.output_dir / "adapter_before_failure", ranks, facts, **origin)
             ranks.say(f"nothing of the failed step was trained; the weights before it are in {saved}")
             return leave_ranks(ExitCode.BAD_LOSS)
 

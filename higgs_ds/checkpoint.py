@@ -8,6 +8,7 @@ and renamed, so that a folder with that name is whole, and its checksums prove i
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -28,6 +29,7 @@ from .errors import ConfigError
 from .files import sha256, sync
 from .model.adapter_file import same_base
 from .model.adapter_names import peft_key
+from .process import say
 from .voice_record import VoiceRecord, write_record
 
 CHECKSUMS = "checksums.json"
@@ -112,10 +114,29 @@ class CheckpointWriter:
         self._pool = ThreadPoolExecutor(1)
         self._pending: Future | None = None
 
-    def clean(self) -> None:
-        """Removes what a killed run was writing; rank 0 calls it before the first save."""
+    def clean(self, steps_done: int) -> list[Path]:
+        """Removes what a killed run was writing, and puts checkpoints beyond `steps_done` aside as `left-step-…`.
+
+        Those are of a run that this one does not go on with: damaged, or newer than what `--resume` named. They would
+        be taken by the next `--resume auto`, and push out what this run saves. Rank 0 calls it before the first save.
+
+        Returns:
+            where they are now.
+
+        Raises:
+            ConfigError: one cannot be renamed.
+        """
         for leftover in self.folder.glob(".step-*.tmp"):
             shutil.rmtree(leftover, ignore_errors=True)
+        aside = []
+        for later in [path for path in list_checkpoints(self.folder) if _step_of(path) > steps_done]:
+            names = (f"left-{later.name}" + (f"-{n}" if n else "") for n in itertools.count())
+            aside.append(next(place for name in names if not os.path.lexists(place := self.folder / name)))
+            try:
+                later.rename(aside[-1])
+            except OSError as error:
+                raise ConfigError([f"--resume: {later} cannot be put aside: {error.strerror or error}"]) from None
+        return aside
 
     def save(self, position: Position, engine: Engine, ranks: Ranks) -> None:
         """Gathers on all ranks, then writes behind their backs on rank 0; waits for the checkpoint before."""
@@ -180,7 +201,7 @@ class CheckpointWriter:
                 "whole, --resume auto goes on from the last of them once this is mended"
             ) from error
         for old in list_checkpoints(self.folder)[: -self.keep_last]:
-            shutil.rmtree(old)
+            shutil.rmtree(old, onerror=_say_not_removed)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -190,6 +211,10 @@ def list_checkpoints(folder: Path) -> list[Path]:
     """
     named = [path for path in folder.glob("step-*") if NAME.fullmatch(path.name)]
     return sorted((path for path in named if path.is_dir() and not path.is_symlink()), key=_step_of)
+
+
+def _say_not_removed(_, path: str, error: tuple) -> None:
+    say(f"WARNING: {path} of an old checkpoint cannot be removed: {error[1]}", error=True)
 
 
 def _step_of(folder: Path) -> int:
@@ -218,10 +243,13 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         raise CheckpointError(f"{folder / CHECKSUMS} does not list {', '.join(unlisted)}")
     for name, wanted in sums.items():
         path = folder / name
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing")
-        if sha256(path) != wanted:
-            raise CheckpointError(f"{path} is damaged: its checksum is not the one that was written")
+        try:
+            if not path.is_file():
+                raise CheckpointError(f"{path} is missing")
+            if sha256(path) != wanted:
+                raise CheckpointError(f"{path} is damaged: its checksum is not the one that was written")
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
     try:
         position = Position(**json.loads((folder / "state.json").read_text(encoding="utf-8")))
         weights, moments, rng = (load_file(folder / name) for name in TENSOR_FILES)
@@ -302,12 +330,12 @@ def keep_global_batch(resumed: Checkpoint, config: TrainConfig, world_size: int)
             f"{saved.get('max_tokens_per_batch')}; batches cut by {now} cannot go on where those by {then} stopped"
         )
     elif config.optim.max_tokens_per_batch is not None:
-        if position.micro_batches_per_step % world_size:
+        if not position.micro_batches_per_step or position.micro_batches_per_step % world_size:
             problems.append(
                 f"--resume: the checkpoint's global batch of {position.micro_batches_per_step} micro-batches is no "
                 f"multiple of {world_size} ranks"
             )
-    elif position.rows_per_step % (config.optim.batch_size * world_size):
+    elif not position.rows_per_step or position.rows_per_step % (config.optim.batch_size * world_size):
         problems.append(
             f"--resume: the checkpoint's global batch of {position.rows_per_step} rows is no multiple of "
             f"--batch_size {config.optim.batch_size} × {world_size} ranks"

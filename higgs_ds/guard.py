@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from .batching.collate import Batch
@@ -204,12 +205,16 @@ class Guard:
         return failures
 
     def _save(self, batch: Batch, problems, step: int, micro_batch: int) -> str:
+        """Where the batch is now; a disk that takes nothing does not hide what was found."""
         folder = self.output_dir / "bad_batches"
-        folder.mkdir(parents=True, exist_ok=True)
         stem = folder / f"step-{step:06d}-rank-{self.rank}-micro-{micro_batch}"
-        save_file(describe_bad_batch(batch), f"{stem}.safetensors")
         facts = {"step": step, "rank": self.rank, "micro_batch": micro_batch, "rows": batch.origins, "failed": problems}
-        Path(f"{stem}.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(describe_bad_batch(batch), f"{stem}.safetensors")
+            Path(f"{stem}.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        except (OSError, SafetensorError) as error:  # a full disk is the one or the other, by which file it hits
+            return f"nowhere, {folder} could not be written: {error}"
         return f"{stem}.safetensors"
 
 

@@ -182,9 +182,16 @@ def make_trainer(
     tracker: Tracker | None = None,
     sinks: Sinks | None = None,
     stop: StopSignal | None = None,
+    on_bad_loss: str | None = None,
 ) -> Trainer:
-    """The loop over the engine, under the guard; without `sinks` nothing is saved, without `stop` nobody asks."""
-    config, keeps = setup.config, sinks is not None and not sinks.keeps_nothing
+    """The loop over the engine, under the guard.
+
+    Args:
+        sinks: without them nothing is saved.
+        stop: without it nobody asks for an end.
+        on_bad_loss: what happens whatever the option says.
+    """
+    config = setup.config
     trainer = Trainer(
         engine=engine,
         ranks=ranks,
@@ -197,14 +204,14 @@ def make_trainer(
             warmup_ratio=config.optim.warmup_ratio,
             shape=config.optim.lr_scheduler,
         ),
-        on_bad_loss="raise" if sinks is not None and sinks.keeps_nothing else config.loss.on_bad_loss,
+        on_bad_loss=on_bad_loss or config.loss.on_bad_loss,
         log_every=config.run.log_every,
         total_steps=data.total_steps,
         first_step=setup.first_step,
         eval_every=config.run.eval_every or data.plan.steps_per_epoch,
         validation=data.validation if data.corpus.val_rows else None,
         tracker=tracker,
-        save=(lambda step: sinks.save(step, trainer.dropped_steps)) if keeps else None,
+        save=(lambda step: sinks.save(step, trainer.dropped_steps)) if sinks else None,
         save_every=config.run.save_every,
         at=watch.at,
         dropped_steps=setup.resumed.position.dropped_steps if setup.resumed else 0,
@@ -224,7 +231,7 @@ def make_trainer(
 
 
 def check(config: TrainConfig, ds_raw: dict) -> int:
-    """The same run for one optimizer step, with sinks that keep nothing: its checklist, and an exit code of 0 or 1."""
+    """The same run for one optimizer step, without sinks: its checklist, and an exit code of 0 or 1."""
     with joined(config, keeps_nothing=True) as (ranks, watch):
         setup = open_setup(config, ds_raw, ranks, watch)
         data = load_data(setup, ranks, watch, only_one_step=True)
@@ -232,8 +239,7 @@ def check(config: TrainConfig, ds_raw: dict) -> int:
         guard = make_guard(setup, ranks)
         describe(setup, data, engine, ranks)
         rehearse(setup, data, engine, guard, ranks, watch)
-        sinks = Sinks(setup, data, engine, ranks, keeps_nothing=True)
-        trainer = make_trainer(setup, data, engine, guard, ranks, watch, sinks=sinks)
+        trainer = make_trainer(setup, data, engine, guard, ranks, watch, on_bad_loss="raise")
         try:
             trainer.train(data.steps(setup.first_step, data.total_steps))
         except BadLossError as error:

@@ -24,13 +24,13 @@ from .voice_record import VoiceRecord, write_record
 RUN_FILES = ("config.yaml", "metrics.jsonl", "adapter", "checkpoints")
 
 
-def prepare_run_dir(output_dir: Path, *, may_hold_a_run: bool) -> Path:
+def prepare_run_dir(output_dir: Path, *, may_hold_a_run: bool) -> None:
     """Makes the run's folder; refuses one that cannot be written to, or that holds a run already unless it may.
 
     Raises:
         ConfigError: with the folder and what to do.
     """
-    held = [name for name in RUN_FILES if (output_dir / name).exists()]
+    held = [name for name in RUN_FILES if os.path.exists(output_dir / name)]
     if held and not may_hold_a_run:
         raise ConfigError(
             [
@@ -45,7 +45,6 @@ def prepare_run_dir(output_dir: Path, *, may_hold_a_run: bool) -> Path:
         probe.unlink()
     except OSError as error:
         raise ConfigError([f"--output_dir: {output_dir} cannot be written to: {error.strerror or error}"]) from None
-    return output_dir
 
 
 def lock_run_dir(output_dir: Path, *, wait_sec: float = 60.0) -> contextlib.AbstractContextManager:
@@ -57,7 +56,10 @@ def lock_run_dir(output_dir: Path, *, wait_sec: float = 60.0) -> contextlib.Abst
         ConfigError: another run has had it for `wait_sec`, which is long enough for the ranks of a killed one to end.
     """
     until = time.monotonic() + wait_sec
-    file = (output_dir / ".lock").open("w")
+    try:
+        file = (output_dir / ".lock").open("w")
+    except OSError as error:
+        raise ConfigError([f"--output_dir: {output_dir}/.lock cannot be opened: {error.strerror or error}"]) from None
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -16,13 +16,12 @@ from .run_setup import Setup
 
 @dataclass
 class Sinks:
-    """Where a run's numbers and checkpoints go; with `keeps_nothing` nowhere."""
+    """Where a run's numbers and checkpoints go."""
 
     setup: Setup
     data: Data
     engine: Engine
     ranks: Ranks
-    keeps_nothing: bool = False
 
     def __post_init__(self):
         self.writer = CheckpointWriter(
@@ -30,15 +29,16 @@ class Sinks:
             keep_last=self.setup.config.run.keep_last,
             lora=self.engine.lora_config,
         )
-        if self.ranks.is_main and not self.keeps_nothing:
-            self.writer.clean()
+        aside = self.ranks.each(lambda: self.writer.clean(self.setup.first_step - 1) if self.ranks.is_main else [])
+        for place in aside:
+            self.ranks.say(f"checkpoints: not gone on with, kept as {place}")
 
     def open_tracker(self) -> contextlib.AbstractContextManager[Tracker | None]:
         """Metrics, curves and W&B on rank 0, and the resolved options in the run's folder; None elsewhere."""
         return self.ranks.each(self._open_tracker)
 
     def _open_tracker(self) -> contextlib.AbstractContextManager[Tracker | None]:
-        if self.keeps_nothing or not self.ranks.is_main:
+        if not self.ranks.is_main:
             return contextlib.nullcontext(None)
         config = self.setup.config
         tracker = open_tracker(

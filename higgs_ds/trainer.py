@@ -14,7 +14,7 @@ from .batching.batch_plan import StepPlan
 from .batching.collate import Batch
 from .distributed.engine import Engine, Ranks
 from .guard import CHECKS, BadLossError, Failure, Guard, checklist
-from .loss import LossWeights, loss_scales
+from .loss import HEADLINES, LossWeights, loss_scales
 from .process import loss_text, say
 from .report.metrics import StepClock, guard_metrics, peak_memory_gib, reserved_memory_gib, step_metrics
 from .step_stats import ForwardReport, LabelCounts, MicroBatchStats, RankStep, StepSums
@@ -22,8 +22,6 @@ from .step_stats import ForwardReport, LabelCounts, MicroBatchStats, RankStep, S
 if TYPE_CHECKING:
     from .model.flops import Utilisation
     from .report.tracking import Tracker
-
-HEADLINES = ("loss", "text_loss", "audio_loss")
 
 
 @dataclass
@@ -84,7 +82,8 @@ class Trainer:
             self.raise_if_save_failed()
             result = self.train_step(plan.step, batches, lr)
             if result.failures:
-                self._bad_step(result.failures)
+                self._report(result.failures)
+                self.dropped_steps += 1
             self._clock.end()
             self._log(plan, result, lr)
             if self.validation and (plan.step % self.eval_every == 0 or plan.step == self.total_steps):
@@ -134,12 +133,8 @@ class Trainer:
             on_device.append(values)
             reports.append(report)
         self.at(step, "checking the losses")
-        # The step's one copy from the device.
-        stats = [MicroBatchStats.empty(books).unpack(values) for values in torch.stack(on_device).tolist()]
-
-        for i, (batch, report, of_batch) in enumerate(zip(batches, reports, stats, strict=True)):
-            failures += self.guard.check_result(batch, report, of_batch, step, i)
-            sums.add(of_batch, tokens=batch.num_tokens, re_expanded=report.path == "re-expanded")
+        stats, found = self._check_results(step, batches, reports, on_device, sums)
+        failures += found
         if self._checklist_due:
             self._say_checklist(batches[0], reports[0], stats[0], failures)
         ranks = self._exchange(failures, sums)
@@ -157,6 +152,23 @@ class Trainer:
                 return StepResult(self._exchange(failures, sums), self._all_failures(failures))
         return StepResult(ranks, [], grad_norm)
 
+    def _check_results(
+        self,
+        step: int,
+        batches: list[Batch],
+        reports: list[ForwardReport],
+        on_device: list[torch.Tensor],
+        sums: StepSums,
+    ) -> tuple[list[MicroBatchStats], list[Failure]]:
+        """What the forwards of one plan gave, by micro-batch, and what the guard says of it; adds it up in `sums`."""
+        empty = MicroBatchStats.empty(len(self.weights.codebooks))
+        stats = [empty.unpack(values) for values in torch.stack(on_device).tolist()]  # the plan's one copy
+        failures: list[Failure] = []
+        for i, (batch, report, of_batch) in enumerate(zip(batches, reports, stats, strict=True)):
+            failures += self.guard.check_result(batch, report, of_batch, step, i)
+            sums.add(of_batch, tokens=batch.num_tokens, re_expanded=report.path == "re-expanded")
+        return stats, failures
+
     def _exchange(self, failures: list[Failure], sums: StepSums) -> list[RankStep]:
         """Every rank's share of the step; one collective, once a step (and once more for a gradient that failed)."""
         mine = RankStep(
@@ -173,8 +185,8 @@ class Trainer:
         return [mine.unpack(row) for row in self.ranks.table(mine.pack())]
 
     @torch.no_grad()
-    def evaluate(self, step: int) -> dict[str, float]:
-        """Losses over the validation rows, as `eval/*`; every rank runs as many forwards."""
+    def evaluate(self, step: int) -> None:
+        """Logs losses over the validation rows, as `eval/*`; every rank runs as many forwards."""
         self.engine.train(False)
         books = len(self.weights.codebooks)
         sums = StepSums.empty(books)
@@ -184,17 +196,18 @@ class Trainer:
             failures += [f for i, batch in enumerate(batches) for f in self.guard.check_batch(batch, step, i)]
             if self.ranks.sum([len(failures)])[0]:
                 break
-            for i, batch in enumerate(batches):
+            on_device, reports = [], []
+            for batch in batches:
                 self.at(step, "validating")
                 _, values, report = self.engine.forward(batch.model_inputs(self.ranks.device), 1.0, ones)
-                stats = MicroBatchStats.empty(books).unpack(values.tolist())
-                failures += self.guard.check_result(batch, report, stats, step, i)
-                sums.add(stats, tokens=batch.num_tokens, re_expanded=report.path == "re-expanded")
+                on_device.append(values)
+                reports.append(report)
+            failures += self._check_results(step, batches, reports, on_device, sums)[1]
         self.engine.train()
         table = self.ranks.table([len(failures), *sums.pack()])
         if any(row[0] for row in table):
-            self._bad_step(self._all_failures(failures))
-            return {}
+            self._report(self._all_failures(failures))
+            return
         total = StepSums.total([sums.unpack(row[1:]) for row in table])
         losses = total.losses(self.weights)
         metrics = {f"eval/{name}": value for name, value in losses.items()}
@@ -203,18 +216,17 @@ class Trainer:
             self.tracker.log(metrics, step)
             line = "  ".join(f"{name} {loss_text(losses[name])}" for name in HEADLINES if name in losses)
             self.tracker.message(f"step {step}: validation  {line}")
-        return metrics
 
     def _all_failures(self, mine: list[Failure]) -> list[Failure]:
         return [failure for part in self.ranks.gather(mine) for failure in part]
 
-    def _bad_step(self, failures: list[Failure]) -> None:
+    def _report(self, failures: list[Failure]) -> None:
+        """Tells the sinks; raises BadLossError where a failed check ends the run."""
         if self.tracker:
             self.tracker.failures([failure.as_row() for failure in failures])
             self.tracker.alert(f"loss check failed at step {failures[0].step}", "\n".join(map(str, failures)))
         if self.on_bad_loss == "raise":
             raise BadLossError(failures)
-        self.dropped_steps += 1
 
     def _log(self, plan: StepPlan, result: StepResult, lr: float) -> None:
         if not self.tracker:

@@ -11,6 +11,7 @@ import sys
 from higgs_ds.config import TrainConfig
 from higgs_ds.distributed.allocator import grow_segments
 from higgs_ds.distributed.ds_config import read_deepspeed_config
+from higgs_ds.distributed.stop import StopRequest
 from higgs_ds.errors import ConfigError, ExitCode
 from higgs_ds.parse import parse_args
 from higgs_ds.process import end_process, say
@@ -23,30 +24,31 @@ def main(argv: list[str]) -> int:
         config = parse_args(argv)
         ds_raw = read_deepspeed_config(config.run.deepspeed_config)
         grow_segments()
-        return train(config, ds_raw)
+        return train(config, ds_raw, StopRequest())
     except ConfigError as error:
         if os.environ.get("RANK", "0") == "0":
             say("\n".join(error.problems), error=True)
         return ExitCode.CONFIG
 
 
-def train(config: TrainConfig, ds_raw: dict) -> int:
+def train(config: TrainConfig, ds_raw: dict, stop: StopRequest) -> int:
     """Stages 2 to 6."""
     from higgs_ds.distributed.device import name_accelerator
 
     name_accelerator()  # before anything imports DeepSpeed, which would guess
 
     from higgs_ds import run, run_dir
-    from higgs_ds.distributed.engine import StopSignal, leave_ranks
+    from higgs_ds.distributed.engine import leave_ranks
     from higgs_ds.guard import BadLossError
 
     # 2. Join: this process among the other ranks, in a folder that is this run's alone.
-    with run.joined(config) as (ranks, watch):
-        stop = StopSignal()
-
+    with run.joined(config, stop=stop) as (ranks, watch):
         # 3. Data: every row checked and every clip encoded once, before anything large is loaded.
         setup = run.open_setup(config, ds_raw, ranks, watch)
         data = run.load_data(setup, ranks, watch)
+        if run.is_complete(setup, data, ranks):
+            ranks.say(f"nothing is left to train: {setup.output_dir / 'adapter'} is of the run's last step")
+            return leave_ranks(ExitCode.OK)
 
         # 4. Model: base weights, LoRA, engine, guard.
         engine = run.load_model(setup, ranks, watch, first_inputs=data.any_inputs)
@@ -54,8 +56,7 @@ def train(config: TrainConfig, ds_raw: dict) -> int:
         run.describe(setup, data, engine, ranks)
         run.rehearse(setup, data, engine, guard, ranks, watch)
 
-        # 5. Train, under the guard.
-        origin = {"layout": setup.base.layout, "codec": config.data.codec, "prompt_style": config.data.prompt_style}
+        # 5. Train, under the guard. The adapter first: nothing stands between the last step and the disk.
         sinks = run.Sinks(setup, data, engine, ranks)
         watch.before_end.append(sinks.writer.finish)
         try:
@@ -63,30 +64,31 @@ def train(config: TrainConfig, ds_raw: dict) -> int:
                 trainer = run.make_trainer(
                     setup, data, engine, guard, ranks, watch, tracker=tracker, sinks=sinks, stop=stop
                 )
+                stop.training()
                 try:
                     finished = trainer.train(data.steps(setup.first_step, data.total_steps))
                 except BadLossError:
                     facts = {"stopped": "by the loss guard, before the failed step was trained"}
-                    folder = setup.output_dir / "adapter_before_failure"
-                    saved = run_dir.save_adapter(engine, folder, ranks, facts, **origin)
+                    saved = sinks.save_adapter("adapter_before_failure", facts)
                     watch.untimed("closing")
                     raise
-                if finished:  # the adapter first: nothing stands between the last step and the disk
-                    facts = data.facts() | trainer.last_losses
-                    saved = run_dir.save_adapter(engine, setup.output_dir / "adapter", ranks, facts, **origin)
-                watch.at(data.total_steps, "writing the last checkpoint")
+                if finished:
+                    saved = sinks.save_last(trainer)
+                trainer.save_end()
                 sinks.writer.wait()
                 watch.untimed("closing")  # what W&B has yet to upload takes as long as it takes
-        except BadLossError:
+        except BadLossError as error:
             ranks.say(f"nothing of the failed step was trained; the weights before it are in {saved}")
+            run.say_stopped(setup, ranks, watch, str(error), ExitCode.BAD_LOSS)
             return leave_ranks(ExitCode.BAD_LOSS)
 
         # 6. Close: where to look.
         if not finished:
             ranks.say(f"asked to stop: saved in {setup.output_dir / 'checkpoints'}; --resume auto goes on from there")
+            run.say_stopped(setup, ranks, watch, stop.reason, ExitCode.STOPPED)
             return leave_ranks(ExitCode.STOPPED)
         ranks.say(f"adapter: {saved}\nlisten:  {run_dir.listen_command(config, saved, ranks.device)}")
-        return leave_ranks(ExitCode.OK)
+        return leave_ranks(ExitCode.OK if saved.parent == setup.output_dir else ExitCode.FAILED)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from .config import TrainConfig
 from .distributed.engine import Engine, OptimizerState, Ranks
 from .errors import ConfigError
-from .files import sha256, sync
+from .files import sha256, sync, sync_folders
 from .model.adapter_file import same_base
 from .model.adapter_names import peft_key
 from .process import say
@@ -60,6 +60,10 @@ class Position:
     config: dict
     adam_steps: int = 0  # updates made; fewer than `step` where steps were dropped
     micro_batches_per_step: int = 0  # of a global batch, over all ranks; 0 in checkpoints that did not count them
+    best_step: int = 0  # of the lowest validation loss; 0 before the first validation
+    best_loss: float | None = None
+    validations_since_best: int = 0
+    owes_validation: bool = False  # a stop came before this step's validation
 
 
 @dataclass
@@ -107,9 +111,10 @@ def restore_rng(rng: dict[str, torch.Tensor], ranks: Ranks, seed: int) -> None:
 class CheckpointWriter:
     """Writes checkpoints in the background, on rank 0; an error surfaces at the next call."""
 
-    def __init__(self, folder: Path, *, keep_last: int, lora: LoraConfig):
+    def __init__(self, folder: Path, *, keep_last: int, keep_best: bool, lora: LoraConfig):
         self.folder = folder
         self.keep_last = keep_last
+        self.keep_best = keep_best
         self.lora = lora
         self._pool = ThreadPoolExecutor(1)
         self._pending: Future | None = None
@@ -129,7 +134,7 @@ class CheckpointWriter:
         for leftover in self.folder.glob(".step-*.tmp"):
             shutil.rmtree(leftover, ignore_errors=True)
         aside = []
-        for later in [path for path in list_checkpoints(self.folder) if _step_of(path) > steps_done]:
+        for later in [path for path in list_checkpoints(self.folder) if step_of(path) > steps_done]:
             names = (f"left-{later.name}" + (f"-{n}" if n else "") for n in itertools.count())
             aside.append(next(place for name in names if not os.path.lexists(place := self.folder / name)))
             try:
@@ -161,8 +166,8 @@ class CheckpointWriter:
         if pending is not None:
             pending.result()
 
-    def finish(self) -> None:
-        """`wait`, but not longer than a queue would: for a run that is ending anyway."""
+    def finish(self, *_) -> None:
+        """`wait`, but not longer than a queue would: for a run that is ending anyway, whatever ends it."""
         if self._pending is not None:
             self._pending.result(timeout=LAST_WRITE_SEC)
 
@@ -187,12 +192,13 @@ class CheckpointWriter:
             files = sorted(path for path in beside.rglob("*") if path.is_file())
             sums = {str(path.relative_to(beside)): sha256(path) for path in files}
             (beside / CHECKSUMS).write_bytes(_sealed(sums))
-            for path in (*files, beside / CHECKSUMS, beside / "adapter", beside):
+            for path in (*files, beside / CHECKSUMS):
                 sync(path)
+            sync_folders(beside / "adapter", beside)
             final = self.folder / name
             shutil.rmtree(final, ignore_errors=True)
             os.replace(beside, final)
-            sync(self.folder)
+            sync_folders(self.folder)
         except (OSError, SafetensorError) as error:  # a full disk is the one or the other, by which file it hits
             shutil.rmtree(beside, ignore_errors=True)
             reason = getattr(error, "strerror", None) or str(error)
@@ -201,7 +207,8 @@ class CheckpointWriter:
                 "whole, --resume auto goes on from the last of them once this is mended"
             ) from error
         for old in list_checkpoints(self.folder)[: -self.keep_last]:
-            shutil.rmtree(old, onerror=_say_not_removed)
+            if not (self.keep_best and step_of(old) == position.best_step):
+                shutil.rmtree(old, onerror=_say_not_removed)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -210,14 +217,15 @@ def list_checkpoints(folder: Path) -> list[Path]:
     A copy that a user keeps (`step-best`) and a link are his: neither resumed from by "auto" nor rotated away.
     """
     named = [path for path in folder.glob("step-*") if NAME.fullmatch(path.name)]
-    return sorted((path for path in named if path.is_dir() and not path.is_symlink()), key=_step_of)
+    return sorted((path for path in named if path.is_dir() and not path.is_symlink()), key=step_of)
 
 
 def _say_not_removed(_, path: str, error: tuple) -> None:
     say(f"WARNING: {path} of an old checkpoint cannot be removed: {error[1]}", error=True)
 
 
-def _step_of(folder: Path) -> int:
+def step_of(folder: Path) -> int:
+    """The number in a checkpoint's name."""
     return int(folder.name.removeprefix("step-"))
 
 
@@ -274,18 +282,24 @@ def _check_position(folder: Path, position: Position) -> None:
     counts = {
         **{name: getattr(position, name) for name in ("step", "dropped_steps", "rows_per_step", "num_rows")},
         **{name: getattr(position, name) for name in ("world_size", "adam_steps", "micro_batches_per_step")},
+        **{name: getattr(position, name) for name in ("best_step", "validations_since_best")},
     }
     for name, value in counts.items():
         if type(value) is not int or not (name == "world_size") <= value < 2**53:
             raise CheckpointError(f"{state}: {name} is {value!r}, no count")
     if type(position.epoch) not in (int, float) or not 0 <= position.epoch < math.inf:
         raise CheckpointError(f"{state}: epoch is {position.epoch!r}, no number from 0 on")
+    best = position.best_loss
+    if best is not None and (type(best) not in (int, float) or not math.isfinite(best)):
+        raise CheckpointError(f"{state}: best_loss is {best!r}, no number")
+    if type(position.owes_validation) is not bool:
+        raise CheckpointError(f"{state}: owes_validation is {position.owes_validation!r}, neither true nor false")
     if not isinstance(position.config, dict):
         raise CheckpointError(f"{state}: config is {type(position.config).__name__}, not the settings by name")
     if position.adam_steps > position.step:
         raise CheckpointError(f"{state}: {position.adam_steps} updates in {position.step} steps cannot be")
-    if NAME.fullmatch(folder.name) and position.step != _step_of(folder):
-        raise CheckpointError(f"{state}: step is {position.step}, the folder says {_step_of(folder)}")
+    if NAME.fullmatch(folder.name) and position.step != step_of(folder):
+        raise CheckpointError(f"{state}: step is {position.step}, the folder says {step_of(folder)}")
 
 
 def find_checkpoint(resume: str, output_dir: Path) -> tuple[Checkpoint | None, list[str]]:

@@ -192,8 +192,15 @@ class RunOptions:
     output_dir: str | None = _option(None, "where the run's files go", required=True)
     log_every: int = _option(1, "optimizer steps between two logged points", least=1)
     eval_every: int | None = _option(None, "optimizer steps between two validations (default: once an epoch)", least=1)
-    save_every: int | None = _option(None, "optimizer steps between two checkpoints (default: none)", least=1)
+    save_every: int | None = _option(None, "optimizer steps between two checkpoints, beside --save_minutes", least=1)
+    save_minutes: float = _option(15.0, "minutes between two checkpoints, beside --save_every; 0: not by time", least=0)
     keep_last: int = _option(3, "checkpoints that are kept; older ones are removed", least=1)
+    keep_best: bool = _option(
+        True, "keep the checkpoint with the lowest validation loss too, and its adapter as adapter-best/"
+    )
+    early_stop: int | None = _option(
+        None, "validations in a row without a lower loss, after which the run ends (default: it does not)", least=1
+    )
     resume: str = _option(
         "none", "auto: go on from the newest whole checkpoint of --output_dir; none; or a checkpoint's folder"
     )
@@ -279,6 +286,8 @@ def cross_checks(config: TrainConfig) -> list[str]:
         elif sum(config.loss.codebook_weights) <= 0:
             problems.append(f"--codebook_weights: {config.loss.codebook_weights} sum to 0; give at least one above 0")
     problems += _forward_checks(config)
+    if config.run.early_stop is not None and config.data.val_manifest is None:
+        problems.append("--early_stop: there is nothing to validate on; give --val_manifest with it")
     if config.lora.lora_dora:
         problems.append(
             "--lora_dora: not supported: DoRA scales each row of the weight by a learned size, which the fused layers, "

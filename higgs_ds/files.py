@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import functools
 import hashlib
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+from .process import say
 
 
 @contextlib.contextmanager
@@ -44,6 +48,25 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync_folders(*folders: Path) -> None:
+    """Brings the folders' lists of names to the disk, where the file system has that; says it once where it has not.
+
+    What was written stands all the same: a crash of the whole machine within the next seconds may lose it.
+    """
+    for folder in folders:
+        try:
+            sync(folder)
+        except OSError as error:
+            if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
+                raise
+            _say_unsynced(folder, error.strerror or str(error))
+
+
+@functools.cache
+def _say_unsynced(folder: Path, reason: str) -> None:
+    say(f"WARNING: {folder} cannot be brought to the disk at once ({reason}): this file system does it by itself")
 
 
 def sha256(path: Path) -> str:

@@ -23,8 +23,9 @@ from .cards import pinned
 from .config import TrainConfig
 from .data import Data
 from .data import load_data as load_data
-from .distributed.engine import Engine, Ranks, StopSignal, leave_ranks, loading, start_ranks
+from .distributed.engine import Engine, Ranks, leave_ranks, loading, start_ranks
 from .distributed.rank_watch import Watch, check_stall_timeout
+from .distributed.stop import StopRequest
 from .errors import ConfigError, ExitCode
 from .guard import BadLossError, Guard
 from .model import flops
@@ -37,15 +38,18 @@ from .run_setup import open_setup as open_setup
 from .run_setup import settle as settle
 from .schedule import learning_rate
 from .sinks import Sinks as Sinks
-from .trainer import Trainer
+from .trainer import Best, Trainer
 
 
 @contextlib.contextmanager
-def joined(config: TrainConfig, *, keeps_nothing: bool = False) -> Iterator[tuple[Ranks, Watch]]:
+def joined(
+    config: TrainConfig, *, keeps_nothing: bool = False, stop: StopRequest | None = None
+) -> Iterator[tuple[Ranks, Watch]]:
     """This process among the other ranks, watched, in a run's folder that is this run's alone.
 
     Args:
         keeps_nothing: the folder may hold a run, and is not taken (`check`).
+        stop: what this process was asked for; without it a signal kills, as it kills any program.
 
     Raises:
         ConfigError: on all ranks, after the process group is left.
@@ -53,13 +57,21 @@ def joined(config: TrainConfig, *, keeps_nothing: bool = False) -> Iterator[tupl
     ranks = start_ranks(deterministic=config.run.deterministic)
     ranks.seed(config.optim.seed)
     output_dir = Path(config.run.output_dir)
-    may_hold_a_run = keeps_nothing or config.run.resume != "none"
+    is_new = not keeps_nothing and config.run.resume == "none"
     alone = ranks.is_main and not keeps_nothing
-    with Watch(ranks, stall_timeout_sec=config.run.stall_timeout_sec) as watch:
+    with Watch(ranks, stall_timeout_sec=config.run.stall_timeout_sec, stop=stop) as watch:
         try:
             check_stall_timeout(config.run.stall_timeout_sec, on_gpu=ranks.device.type == "cuda")
-            ranks.each(lambda: run_dir.prepare_run_dir(output_dir, may_hold_a_run=may_hold_a_run))
+            ranks.each(lambda: run_dir.refuse_a_run(output_dir) if is_new else None)
+            ranks.each(lambda: run_dir.prepare_run_dir(output_dir))
             with ranks.each(lambda: run_dir.lock_run_dir(output_dir) if alone else contextlib.nullcontext()):
+                # Again: the folder's lock may have been waited for, and its holder have left a run.
+                ranks.each(lambda: run_dir.refuse_a_run(output_dir) if is_new and alone else None)
+                if alone:
+                    (output_dir / run_dir.STOPPED).unlink(missing_ok=True)
+                    watch.before_end.append(
+                        lambda end: run_dir.write_stopped(output_dir, end.text, end.exit_code, watch.resume_command)
+                    )
                 yield ranks, watch
         except ConfigError:
             leave_ranks(ExitCode.CONFIG, wait=False)
@@ -181,7 +193,7 @@ def make_trainer(
     *,
     tracker: Tracker | None = None,
     sinks: Sinks | None = None,
-    stop: StopSignal | None = None,
+    stop: StopRequest | None = None,
     on_bad_loss: str | None = None,
 ) -> Trainer:
     """The loop over the engine, under the guard.
@@ -211,10 +223,10 @@ def make_trainer(
         eval_every=config.run.eval_every or data.plan.steps_per_epoch,
         validation=data.validation if data.corpus.val_rows else None,
         tracker=tracker,
-        save=(lambda step: sinks.save(step, trainer.dropped_steps)) if sinks else None,
         save_every=config.run.save_every,
+        save_minutes=config.run.save_minutes,
+        early_stop=config.run.early_stop,
         at=watch.at,
-        dropped_steps=setup.resumed.position.dropped_steps if setup.resumed else 0,
         utilisation=flops.utilisation(
             config,
             setup.base.facts,
@@ -223,11 +235,35 @@ def make_trainer(
             world_size=ranks.world_size,
         ),
     )
+    if setup.resumed:
+        at = setup.resumed.position
+        trainer.dropped_steps, trainer.owes_validation = at.dropped_steps, at.owes_validation
+        trainer.best = Best(at.best_step, at.best_loss, at.validations_since_best)
     if sinks is not None:
+        trainer.save = partial(sinks.save, trainer=trainer)
         trainer.raise_if_save_failed = sinks.writer.raise_if_failed
+        if config.run.keep_best and trainer.validation:
+            trainer.save_best = partial(sinks.save_best, trainer=trainer)
     if stop is not None:
-        trainer.stop_requested = stop.requested
+        trainer.stop_requested = lambda: stop.reason is not None
     return trainer
+
+
+def is_complete(setup: Setup, data: Data, ranks: Ranks) -> bool:
+    """Whether the run that is gone on with was at its end, and left its adapter."""
+    if setup.resumed is None:
+        return False
+    at, patience = setup.resumed.position, setup.config.run.early_stop
+    over = patience is not None and at.validations_since_best >= patience
+    left = ranks.gather((setup.output_dir / "adapter").is_dir())[0]
+    return left and not at.owes_validation and (over or setup.first_step > data.total_steps)
+
+
+def say_stopped(setup: Setup, ranks: Ranks, watch: Watch, reason: str | None, exit_code: ExitCode) -> None:
+    """Leaves `stopped.json`; every rank must call it, with its own reason or None."""
+    reasons = dict.fromkeys(reason for reason in ranks.gather(reason) if reason)
+    if ranks.is_main:
+        run_dir.write_stopped(setup.output_dir, "; ".join(reasons), exit_code, watch.resume_command)
 
 
 def check(config: TrainConfig, ds_raw: dict) -> int:

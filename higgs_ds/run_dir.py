@@ -12,32 +12,51 @@ from pathlib import Path
 import torch
 import yaml
 from peft import PeftModel
+from safetensors import SafetensorError
 
 from .cards import adapter_card, pinned
+from .checkpoint import list_checkpoints, step_of
 from .config import TrainConfig
 from .distributed.engine import Engine, Ranks
 from .errors import ConfigError
 from .files import replacing, write_text
 from .model.adapter_names import TRAINING_MODULE
+from .process import say
 from .voice_record import VoiceRecord, write_record
 
-RUN_FILES = ("config.yaml", "metrics.jsonl", "adapter", "checkpoints")
+RESULTS = ("adapter", "adapter-best")
+RUN_FILES = ("config.yaml", "metrics.jsonl", *RESULTS, "checkpoints")
+STOPPED = "stopped.json"
 
 
-def prepare_run_dir(output_dir: Path, *, may_hold_a_run: bool) -> None:
-    """Makes the run's folder; refuses one that cannot be written to, or that holds a run already unless it may.
-
-    Raises:
-        ConfigError: with the folder and what to do.
-    """
+def refuse_a_run(output_dir: Path) -> None:
+    """Raises ConfigError for a folder that holds a run, which a fresh one would write over."""
     held = [name for name in RUN_FILES if os.path.exists(output_dir / name)]
-    if held and not may_hold_a_run:
+    if held:
         raise ConfigError(
             [
                 f"--output_dir: {output_dir} holds a run already ({', '.join(held)}); --resume auto goes on with it, "
                 "or name another folder"
             ]
         )
+
+
+def refuse_a_result(output_dir: Path) -> None:
+    """Raises ConfigError for a folder with an adapter, where `--resume auto` found no checkpoint to go on from."""
+    held = [name for name in RESULTS if os.path.exists(output_dir / name)]
+    if held:
+        adapter = output_dir / held[0]
+        raise ConfigError(
+            [
+                f"--resume auto: {output_dir} holds {' and '.join(held)}, but no whole checkpoint to go on from, and a "
+                f"fresh start would write over it. Name another --output_dir; or another one and --init_adapter "
+                f"{adapter}, to train on from there; or move {' and '.join(held)} away, to begin again here"
+            ]
+        )
+
+
+def prepare_run_dir(output_dir: Path) -> None:
+    """Makes the run's folder. Raises ConfigError for one that cannot be written to."""
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         probe = output_dir / f".writable-{os.getpid()}"
@@ -74,6 +93,21 @@ def lock_run_dir(output_dir: Path, *, wait_sec: float = 60.0) -> contextlib.Abst
             return contextlib.nullcontext()
 
 
+def write_stopped(output_dir: Path, reason: str, exit_code: int, command: str) -> None:
+    """`stopped.json`, for a queue whose launcher does not let the exit code through; a run that goes on removes it.
+
+    A folder that takes nothing any more is left as it is: what ended the run has been said.
+
+    Args:
+        command: that goes on with the run.
+    """
+    saved = list_checkpoints(output_dir / "checkpoints")
+    step = step_of(saved[-1]) if saved else 0
+    facts = {"reason": reason, "exit_code": int(exit_code), "saved_step": step, "command": command}
+    with contextlib.suppress(OSError):
+        write_text(output_dir / STOPPED, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+
+
 def write_resolved(output_dir: Path, config: dict, ds_config: dict) -> None:
     """`config.yaml` and `ds_config.json`, as the run uses them; both can be given back as flags' files."""
     text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
@@ -91,30 +125,51 @@ def listen_command(config: TrainConfig, adapter: Path, device: torch.device) -> 
 
 
 def save_adapter(
-    engine: Engine, folder: Path, ranks: Ranks, facts: dict[str, object], *, layout: str, codec: str, prompt_style: str
-) -> Path:
+    engine: Engine,
+    places: list[Path],
+    ranks: Ranks,
+    facts: dict[str, object],
+    *,
+    layout: str,
+    codec: str,
+    prompt_style: str,
+) -> Path | None:
     """The adapter in PEFT's format, whole under every stage; every rank must call this, rank 0 writes.
 
     Args:
+        places: folders for it; the first that takes it has it, and every other is named as a warning.
         facts: lines of the model card.
         layout: of the base, and `codec` the audio tokenizer, for the card's commands.
         prompt_style: of the speech rows, which `generate` and `recite` then take.
+
+    Returns:
+        where it is, on every rank; None if no place takes it.
 
     Raises:
         ValueError: a weight is empty or not finite, so that the file would not hold what was trained.
     """
     weights, model = engine.gather_trainable(), engine.module.model
+    saved = None
     if ranks.is_main:
         state = {name.removeprefix(TRAINING_MODULE): value.contiguous() for name, value in weights.items()}
         for name, value in state.items():
             if value.numel() == 0 or not bool(torch.isfinite(value).all()):
                 raise ValueError(f"{name} has shape {tuple(value.shape)} or holds NaN: refusing to write this adapter")
-        with replacing(folder) as beside:
-            model.save_pretrained(beside, state_dict=state, safe_serialization=True, save_embedding_layers=False)
-            write_record(beside, VoiceRecord(prompt_style, facts))
-            (beside / "README.md").write_text(_model_card(model, facts, folder, layout, codec), encoding="utf-8")
-    ranks.barrier()
-    return folder
+        for folder in places:
+            try:
+                with replacing(folder) as beside:
+                    model.save_pretrained(
+                        beside, state_dict=state, safe_serialization=True, save_embedding_layers=False
+                    )
+                    write_record(beside, VoiceRecord(prompt_style, facts))
+                    card = _model_card(model, facts, folder, layout, codec)
+                    (beside / "README.md").write_text(card, encoding="utf-8")
+                saved = folder
+                break
+            except (OSError, SafetensorError) as error:  # a full disk is the one or the other, by which file it hits
+                reason = getattr(error, "strerror", None) or str(error)
+                say(f"WARNING: the adapter could not be written to {folder}: {reason}", error=True)
+    return ranks.gather(saved)[0]
 
 
 def _model_card(model: PeftModel, facts: dict[str, object], folder: Path, layout: str, codec: str) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from . import checkpoint
+from . import checkpoint, run_dir
 from .alone import Unwatched
 from .batching import micro_batches
 from .checkpoint import Checkpoint
@@ -50,6 +50,8 @@ class Setup:
 def open_setup(config: TrainConfig, ds_raw: dict, ranks: Ranks, watch: Watch | Unwatched) -> Setup:
     """Finds the checkpoint to go on from and the base, asks both everything, and settles the options by them."""
     resumed, notes = ranks.each(lambda: checkpoint.find_checkpoint(config.run.resume, Path(config.run.output_dir)))
+    if resumed is None and config.run.resume == "auto":
+        ranks.each(lambda: run_dir.refuse_a_result(Path(config.run.output_dir)))
     watch.untimed("finding the base checkpoint")
     base = ranks.each(lambda: open_base_for(config))
     initial = ranks.each(lambda: settle_lora(config, base.config, resumed.position.config if resumed else None))

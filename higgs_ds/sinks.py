@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from . import checkpoint, run_dir
 from .batching.batch_plan import StepPlan
 from .checkpoint import CheckpointWriter
 from .data import Data
 from .distributed.engine import Engine, Ranks
+from .process import loss_text
 from .report.tracking import Tracker, open_tracker
 from .run_setup import Setup
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
 
 
 @dataclass
@@ -27,6 +34,7 @@ class Sinks:
         self.writer = CheckpointWriter(
             self.setup.output_dir / "checkpoints",
             keep_last=self.setup.config.run.keep_last,
+            keep_best=self.setup.config.run.keep_best,
             lora=self.engine.lora_config,
         )
         aside = self.ranks.each(lambda: self.writer.clean(self.setup.first_step - 1) if self.ranks.is_main else [])
@@ -53,12 +61,16 @@ class Sinks:
         run_dir.write_resolved(self.setup.output_dir, config.as_dict(), self.setup.ds_config)
         return tracker
 
-    def save(self, step: StepPlan, dropped_steps: int) -> None:
+    def save(self, step: StepPlan, trainer: Trainer) -> None:
         """A checkpoint after this step; every rank must call it."""
         position = checkpoint.Position(
             step=step.step,
             epoch=step.epoch,
-            dropped_steps=dropped_steps,
+            dropped_steps=trainer.dropped_steps,
+            best_step=trainer.best.step,
+            best_loss=trainer.best.loss,
+            validations_since_best=trainer.best.since,
+            owes_validation=trainer.owes_validation,
             rows_per_step=self.data.plan.rows_per_step,
             micro_batches_per_step=self.data.plan.micro_batches_per_step,
             num_rows=len(self.data.corpus.train_rows),
@@ -66,3 +78,37 @@ class Sinks:
             config=self.setup.config.as_dict(),
         )
         self.writer.save(position, self.engine, self.ranks)
+
+    def save_adapter(self, name: str, facts: dict[str, object], *, elsewhere: bool = True) -> Path | None:
+        """The adapter under this name in the run's folder; every rank must call it.
+
+        Args:
+            name: of its folder.
+            facts: lines of its card.
+            elsewhere: whether a folder that takes nothing, on a full disk say, makes it go to another; else None
+                is returned.
+
+        Raises:
+            OSError: no place takes it.
+        """
+        data, output_dir = self.setup.config.data, self.setup.output_dir
+        origin = {"layout": self.setup.base.layout, "codec": data.codec, "prompt_style": data.prompt_style}
+        places = [output_dir / name]
+        if elsewhere:
+            places += [Path(folder) / f"{output_dir.resolve().name}-{name}" for folder in (".", tempfile.gettempdir())]
+        saved = run_dir.save_adapter(self.engine, places, self.ranks, facts, **origin)
+        if saved is None and elsewhere:
+            raise OSError(f"the adapter could be written nowhere: neither to {', nor to '.join(map(str, places))}")
+        return saved
+
+    def save_best(self, step: int, trainer: Trainer) -> None:
+        """`adapter-best/`, of the step just validated; every rank must call it."""
+        validated = {name: loss for name, loss in trainer.last_losses.items() if name.startswith("validation ")}
+        self.save_adapter("adapter-best", self.data.facts() | {"optimizer steps": step} | validated, elsewhere=False)
+
+    def save_last(self, trainer: Trainer) -> Path:
+        """`adapter/`, of the run's last step; every rank must call it."""
+        facts = self.data.facts() | {"optimizer steps": trainer.steps_done} | trainer.last_losses
+        if trainer.best.step:
+            facts["lowest validation loss"] = f"{loss_text(trainer.best.loss)} at step {trainer.best.step}"
+        return self.save_adapter("adapter", facts)

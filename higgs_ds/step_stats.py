@@ -162,6 +162,7 @@ class RankStep(Packed):
 
     failures: float  # checks that failed in this step
     stop: float  # 1 where this rank was asked to stop
+    save_due: float  # 1 where rank 0's clock wants a checkpoint
     step_sec: float  # see `metrics.StepClock`
     data_sec: float
     peak_gib: float

@@ -39,6 +39,21 @@ class StepResult:
 
 
 @dataclass
+class Best:
+    """The validation with the lowest loss so far."""
+
+    step: int = 0  # 0: none yet
+    loss: float | None = None
+    since: int = 0  # validations after it, none of them better
+
+    def take(self, step: int, loss: float) -> bool:
+        """Counts a validation; whether it is the best."""
+        better = self.loss is None or loss < self.loss
+        self.step, self.loss, self.since = (step, loss, 0) if better else (self.step, self.loss, self.since + 1)
+        return better
+
+
+@dataclass
 class Trainer:
     """Runs optimizer steps through the engine, under the guard. `tracker` is rank 0's, None elsewhere."""
 
@@ -56,6 +71,11 @@ class Trainer:
     tracker: Tracker | None = None
     save: Callable[[StepPlan], None] | None = None
     save_every: int | None = None
+    save_minutes: float = 0.0  # 0: not by the clock
+    save_best: Callable[[int], None] | None = None  # of the step just validated
+    early_stop: int | None = None  # validations without gain that end the run
+    best: Best = field(default_factory=Best)
+    owes_validation: bool = False  # of the step before the first: a stop came first
     raise_if_save_failed: Callable[[], None] = lambda: None
     stop_requested: Callable[[], bool] = lambda: False
     at: Callable[[int, str], None] = lambda step, doing: None  # told of every move: a rank that stands still is found
@@ -63,18 +83,26 @@ class Trainer:
     utilisation: Utilisation | None = None  # of a known card: for the share of its peak
     last_losses: dict[str, float] = field(default_factory=dict)
     _clock: StepClock = field(default_factory=StepClock)
+    _saved_at: float = field(default_factory=time.monotonic)
     _save_stall_sec: float | None = None
+    _last: StepPlan | None = None
     _said: set[str] = field(default_factory=set)
     _checklist_due: bool = True
 
     def train(self, steps: Iterable[tuple[StepPlan, list[Batch]]]) -> bool:
-        """All optimizer steps; False if a rank was asked to stop, after its step is saved.
+        """The optimizer steps, saved on the way; False if a rank was asked to stop before the last of them.
+
+        What the last step reached is not saved: `save_end` does that, once the adapter is on the disk.
 
         Raises:
             BadLossError: on every rank, when a check failed on some rank and `on_bad_loss` is "raise".
         """
         self.engine.train()
         self._clock.begin()
+        if self.owes_validation and not self._validate(self.first_step - 1):
+            return False
+        if self.is_over():
+            return True
         self.at(self.first_step, "reading its batches")
         for plan, batches in steps:
             self._clock.batches_read()
@@ -86,19 +114,56 @@ class Trainer:
                 self.dropped_steps += 1
             self._clock.end()
             self._log(plan, result, lr)
-            if self.validation and (plan.step % self.eval_every == 0 or plan.step == self.total_steps):
-                self.evaluate(plan.step)
+            self._last = plan
             last = plan.step == self.total_steps
-            self.at(plan.step, "saving")
-            if self.save and (result.stop or (self.save_every and (last or plan.step % self.save_every == 0))):
+            if self.validation and (last or plan.step % self.eval_every == 0):
+                if not self._validate(plan.step, stopped=result.stop):
+                    return False
+                if self.is_over():
+                    return True
+            if result.stop or last:
+                return last
+            by_count = self.save_every and plan.step % self.save_every == 0
+            if self.save and (by_count or self.best_is(plan.step) or any(rank.save_due for rank in result.ranks)):
+                self.at(plan.step, "saving")
                 began = time.perf_counter()
                 self.save(plan)
+                self._saved_at = time.monotonic()
                 self._save_stall_sec = time.perf_counter() - began
-            if result.stop:
-                return False
             self._clock.begin()
             self.at(plan.step + 1, "reading its batches")
         return True
+
+    @property
+    def steps_done(self) -> int:
+        """Optimizer steps, of the whole run."""
+        return self._last.step if self._last else self.first_step - 1
+
+    def save_end(self) -> None:
+        """A checkpoint of the last step that was done, if one was; every rank must call it."""
+        if self.save and self._last is not None:
+            self.at(self._last.step, "saving")
+            self.save(self._last)
+
+    def is_over(self) -> bool:
+        """Whether enough validations went without gain."""
+        return self.early_stop is not None and self.best.since >= self.early_stop
+
+    def best_is(self, step: int) -> bool:
+        """Whether the checkpoint of this step is to be kept as the best."""
+        return self.save_best is not None and self.best.step == step
+
+    def _validate(self, step: int, *, stopped: bool = False) -> bool:
+        """Validates and keeps the best; False where a stop comes first, which leaves it to the run that goes on."""
+        self.owes_validation = stopped
+        if not stopped:
+            losses = self.evaluate(step)
+            if self.owes_validation:
+                return False
+            if losses and self.best.take(step, losses["loss"]) and self.save_best:
+                self.at(step, "saving the best adapter")
+                self.save_best(step)
+        return not stopped
 
     def train_step(self, step: int, batches: list[Batch], lr: float) -> StepResult:
         """One optimizer step over this rank's micro-batches; the update happens only if no rank saw a failure.
@@ -174,6 +239,7 @@ class Trainer:
         mine = RankStep(
             failures=len(failures),
             stop=self.stop_requested(),
+            save_due=self.ranks.is_main and 0 < self.save_minutes * 60 <= time.monotonic() - self._saved_at,
             step_sec=self._clock.step_sec(),
             data_sec=self._clock.data_sec,
             peak_gib=peak_memory_gib(self.ranks.device),
@@ -185,8 +251,11 @@ class Trainer:
         return [mine.unpack(row) for row in self.ranks.table(mine.pack())]
 
     @torch.no_grad()
-    def evaluate(self, step: int) -> None:
-        """Logs losses over the validation rows, as `eval/*`; every rank runs as many forwards."""
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Mean losses over the validation rows, logged as `eval/*`; every rank runs as many forwards.
+
+        Empty where a check failed, or where a rank was asked to stop: then `owes_validation` is set.
+        """
         self.engine.train(False)
         books = len(self.weights.codebooks)
         sums = StepSums.empty(books)
@@ -194,7 +263,9 @@ class Trainer:
         failures: list[Failure] = []
         for _, batches in self.validation():
             failures += [f for i, batch in enumerate(batches) for f in self.guard.check_batch(batch, step, i)]
-            if self.ranks.sum([len(failures)])[0]:
+            failed, stopped = self.ranks.sum([len(failures), self.stop_requested()])
+            self.owes_validation = bool(stopped)
+            if failed or stopped:
                 break
             on_device, reports = [], []
             for batch in batches:
@@ -206,8 +277,11 @@ class Trainer:
         self.engine.train()
         table = self.ranks.table([len(failures), *sums.pack()])
         if any(row[0] for row in table):
+            self.owes_validation = False
             self._report(self._all_failures(failures))
-            return
+            return {}
+        if self.owes_validation:
+            return {}
         total = StepSums.total([sums.unpack(row[1:]) for row in table])
         losses = total.losses(self.weights)
         metrics = {f"eval/{name}": value for name, value in losses.items()}
@@ -216,6 +290,7 @@ class Trainer:
             self.tracker.log(metrics, step)
             line = "  ".join(f"{name} {loss_text(losses[name])}" for name in HEADLINES if name in losses)
             self.tracker.message(f"step {step}: validation  {line}")
+        return losses
 
     def _all_failures(self, mine: list[Failure]) -> list[Failure]:
         return [failure for part in self.ranks.gather(mine) for failure in part]

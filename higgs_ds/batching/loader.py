@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..corpus.code_cache import CodeCache
 from ..corpus.manifest import AudioRef, Row
+from ..distributed.stop import STOP_SIGNALS
 from .batch_plan import MicroBatch, StepPlan
 from .collate import Batch, Collator, build_sample
 from .references import References
@@ -86,7 +87,7 @@ def _kill(processes: list[multiprocessing.Process]) -> None:
 
 def _outlive_stop_signals(worker: int) -> None:
     """A queue's SIGTERM reaches every process; the rank still needs its workers to finish the step and save."""
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -9,9 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-import signal
 import socket
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -141,31 +139,6 @@ def leave_ranks(exit_code: int, *, wait: bool = True) -> int:
             dist.barrier()
         dist.destroy_process_group()
     return exit_code
-
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-# A launcher passes on what the whole group has already got: a second signal means it only after so long.
-SECOND_SIGNAL_SEC = 3.0
-
-
-class StopSignal:
-    """SIGTERM, SIGUSR1 and Ctrl-C ask for a stop after the step in hand; another one seconds later ends at once."""
-
-    def __init__(self):
-        self._asked_at: float | None = None
-        for number in STOP_SIGNALS:
-            signal.signal(number, self._ask)
-
-    def _ask(self, number, frame) -> None:
-        now = time.monotonic()
-        if self._asked_at is None:
-            self._asked_at = now
-        elif now - self._asked_at > SECOND_SIGNAL_SEC:
-            os._exit(128 + number)
-
-    def requested(self) -> bool:
-        """Whether this process was asked."""
-        return self._asked_at is not None
 
 
 class DroppableAdamW(torch.optim.AdamW):

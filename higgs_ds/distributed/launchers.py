@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import shlex
+import sys
 
 LAUNCHER_PROGRAMS = {"deepspeed", "deepspeed.pt", "ds", "torchrun", "accelerate"}
 LAUNCHER_MODULES = ("deepspeed.launcher", "torch.distributed", "accelerate.commands")
@@ -29,6 +32,15 @@ def gone_launcher(chain: list[tuple[int, int]]) -> int | None:
     return None
 
 
+def resume_command(chain: list[tuple[int, int]]) -> str:
+    """What was typed to start this process, its topmost launcher included, with `--resume auto`, for a shell."""
+    words = _words_of(chain[-1][1]) if chain else ["python", *sys.argv]
+    if os.path.basename(words[0]).startswith("python") and len(words) > 1 and os.access(words[1], os.X_OK):
+        words = words[1:]  # a script that names its interpreter
+    resumed = any(pair == ("--resume", "auto") for pair in itertools.pairwise(words))
+    return shlex.join(words if resumed else [*words, "--resume", "auto"])
+
+
 def _parent_of(pid: int) -> int | None:
     try:
         with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
@@ -39,11 +51,16 @@ def _parent_of(pid: int) -> int | None:
 
 
 def _is_launcher(pid: int) -> bool:
-    try:
-        with open(f"/proc/{pid}/cmdline", encoding="utf-8", errors="replace") as file:
-            program, *words = file.read().split("\0")
-    except OSError:
-        return False
+    program, *words = _words_of(pid)
     return os.path.basename(program).startswith("python") and any(
         os.path.basename(word) in LAUNCHER_PROGRAMS or word.startswith(LAUNCHER_MODULES) for word in words[:4]
     )
+
+
+def _words_of(pid: int) -> list[str]:
+    """A process's command line; one empty word where it cannot be read."""
+    try:
+        with open(f"/proc/{pid}/cmdline", encoding="utf-8", errors="replace") as file:
+            return file.read().removesuffix("\0").split("\0")
+    except OSError:
+        return [""]

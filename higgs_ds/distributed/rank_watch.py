@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
 
-from ..errors import ConfigError
+from ..errors import ConfigError, ExitCode
 from ..process import say
 from .engine import Ranks
-from .launchers import find_launchers, gone_launcher
+from .launchers import find_launchers, gone_launcher, resume_command
+from .stop import StopRequest
 from .watch_sockets import HEARTBEAT_SEC, RankState, Verdict, connect_ranks
 
 NEWS_WAIT_SEC = 3.0  # how long an error waits for the news that another rank's death is behind it
@@ -51,7 +51,8 @@ class Watch:
     at once, and passes.
     """
 
-    def __init__(self, ranks: Ranks, *, stall_timeout_sec: float):
+    def __init__(self, ranks: Ranks, *, stall_timeout_sec: float, stop: StopRequest | None = None):
+        """`stop` is told of a launcher that is gone, which without it ends all ranks."""
         self._ranks = ranks
         self._stall_timeout_sec = stall_timeout_sec
         self._lock = threading.Lock()  # of the three that follow
@@ -62,8 +63,13 @@ class Watch:
         self._ending = threading.Lock()
         self._closing = threading.Event()
         self._launchers = find_launchers()
-        self.before_end: list[Callable[[], None]] = []  # what must be finished even then: a checkpoint being written
+        self.resume_command = resume_command(self._launchers)
+        self._stop = stop
+        # What must be done even then: a checkpoint being written is finished.
+        self.before_end: list[Callable[[Verdict], None]] = []
         self._connection = connect_ranks(ranks)
+        if stop is not None:
+            stop.joined()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self._thread.start()
 
@@ -134,9 +140,8 @@ class Watch:
                 self._connection.send_verdict(self._own_failure)
                 self._own_failure_sent.set()
                 return
-            launcher = gone_launcher(self._launchers)
-            if launcher is not None:
-                verdict = Verdict(f"the launcher (process {launcher}) is gone")
+            verdict = self._asked_to_end()
+            if verdict is not None:
                 self._connection.send_verdict(verdict)
             else:
                 verdict = self._connection.exchange(self._current_state(), self._stall_timeout_sec)
@@ -144,21 +149,33 @@ class Watch:
                 self._end(verdict)
         self._connection.leave()
 
+    def _asked_to_end(self) -> Verdict | None:
+        """Whether this rank was asked for an end that need not wait for a step."""
+        launcher = gone_launcher(self._launchers)
+        gone = None if launcher is None else f"the launcher (process {launcher}) is gone"
+        if self._stop is None:
+            return Verdict(gone) if gone else None
+        if gone:
+            self._stop.ask(gone)
+        if self._stop.reason is None or not self._stop.ends_at_once:
+            return None
+        text = f"rank {self._ranks.rank} was asked to stop ({self._stop.reason}) {self._current_state()}"
+        return Verdict(f"{text}; --resume auto begins there again", ExitCode.STOPPED)
+
     def _end(self, verdict: Verdict) -> None:
         self._ending.acquire()  # never released: one thread ends the process, another that comes here waits for that
         say(f"[rank {self._ranks.rank}] ending: {verdict.text}", error=True)
-        cleanup = threading.Thread(target=self._clean_up, daemon=True)
+        cleanup = threading.Thread(target=self._clean_up, args=[verdict], daemon=True)
         cleanup.start()
         cleanup.join(CLEANUP_TIMEOUT_SEC)
         for child in multiprocessing.active_children():
             child.kill()
-        sys.stdout.flush()
         os._exit(verdict.exit_code)
 
-    def _clean_up(self) -> None:
+    def _clean_up(self, verdict: Verdict) -> None:
         for action in self.before_end:
             try:
-                action()
+                action(verdict)
             except Exception as error:
                 say(f"[rank {self._ranks.rank}] {error}", error=True)
 

@@ -146,9 +146,11 @@ def count_exchanges() -> None:
 
 
 PHASES = {
+    "load": (run, "load_base"),
     "data": (dataset.MicroBatches, "__getitem__"),
     "forward": (engine.Engine, "forward"),
     "backward": (engine.Engine, "backward"),
+    "validate": (trainer.Trainer, "evaluate"),
     "save": (engine.Engine, "gather_state"),
     "write": (checkpoint, "sync"),
 }

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Iterable
 from enum import IntEnum
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
 
 
 class ExitCode(IntEnum):
@@ -28,10 +32,35 @@ class ConfigError(ValueError):
         super().__init__("\n".join(problems))
 
 
+def shown(value: object) -> str:
+    """A value as an error quotes it: one line of some 60 characters at most, however long or deep it is."""
+    return _SHORT.repr(value)
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """` (did you mean 'x'?)` for the closest valid name, or an empty string."""
-    close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
-    return f" (did you mean '{close[0]}'?)" if close else ""
+    """` (did you mean 'x'?)` for the valid name that `name` misspells, or an empty string.
+
+    Only for a slip of the keyboard or another form of the same words (`batchsize`, `warm_ratio`): a name of which one
+    word is another one (`save_steps` beside `max_steps`) is no suggestion, since it would make another run of it.
+    """
+    close = [(difflib.SequenceMatcher(None, name, other).ratio(), other) for other in valid if _alike(name, other)]
+    return f" (did you mean '{max(close)[1]}'?)" if close else ""
+
+
+def _alike(name: str, other: str) -> bool:
+    """Whether every word of one is a word of the other, or nearly; a word and a longer form of it count as one."""
+    words, others = (text.lower().replace("-", "_").split("_") for text in (name, other))
+    if len(words) != len(others):
+        words, others = ["".join(words)], ["".join(others)]
+        return difflib.SequenceMatcher(None, words[0], others[0]).ratio() >= 0.9
+    return all(_same_word(word, other) for word, other in zip(words, others, strict=True))
+
+
+def _same_word(word: str, other: str) -> bool:
+    short, long = sorted((word, other), key=len)
+    if len(short) >= 3 and long.startswith(short):
+        return True
+    return word == other or (len(short) >= 3 and difflib.SequenceMatcher(None, word, other).ratio() >= 0.8)
 
 
 def first_of(problems: list[str], most: int = 20) -> list[str]:

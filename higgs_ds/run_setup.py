@@ -14,7 +14,7 @@ from .batching import micro_batches
 from .checkpoint import Checkpoint
 from .config import TrainConfig
 from .distributed.ds_config import LayerSizes, ignored_keys, resolve
-from .distributed.engine import Ranks
+from .distributed.engine import Ranks, check_config
 from .distributed.rank_watch import Watch
 from .loss import LossWeights
 from .model.base_checkpoint import BaseCheckpoint, open_base
@@ -94,6 +94,7 @@ def settle(
         on_cpu=ranks.device.type == "cpu",
         layer=LayerSizes.from_facts(base.facts),
     )
+    check_config(ds_config, config.run.deepspeed_config)
     ignored = ignored_keys(ds_raw)
     if ignored:
         notes = [*notes, f"{config.run.deepspeed_config}: {', '.join(ignored)}: of no effect here, left out"]

@@ -1,15 +1,11 @@
 """Defaults ← YAML ← flags; all problems at once, each naming its flag and the nearest valid name."""
 
-import json
-
 import pytest
 import yaml
 
-from higgs_ds.config import DEFAULT_BASE_REVISION, DEFAULT_CODEC_REVISION, DEFAULT_LORA_TARGETS
-from higgs_ds.distributed.ds_config import LayerSizes, ignored_keys, read_deepspeed_config, resolve
-from higgs_ds.errors import ConfigError
+from higgs_ds.config import ALIASES, DEFAULT_BASE_REVISION, DEFAULT_CODEC_REVISION, DEFAULT_LORA_TARGETS, OPTIONS
+from higgs_ds.errors import ConfigError, nearest
 from higgs_ds.parse import parse_args
-from tests.conftest import ROOT
 
 NEEDED = ["--train_manifest", "train.json", "--output_dir", "out"]
 
@@ -161,127 +157,19 @@ def test_whatever_stands_in_the_yaml_is_one_line(text, words, tmp_path):
     assert words in line and "\n" not in line and len(line) < 500, line
 
 
-# --- DeepSpeed's JSON
-
-
-def resolved(raw=None, *, name="zero2.json", argv=(), world_size=4, on_cpu=True):
-    config = parse_args([*NEEDED, "--deepspeed_config", f"ds_configs/{name}", *argv])
-    raw = read_deepspeed_config(config.run.deepspeed_config) if raw is None else raw
-    return resolve(raw, config, world_size=world_size, on_cpu=on_cpu, layer=LayerSizes(8192, 176_160_768))
-
-
-def refused(raw, **kwargs) -> str:
-    with pytest.raises(ConfigError) as caught:
-        resolved(raw, **kwargs)
-    return str(caught.value)
-
-
 @pytest.mark.parametrize(
-    ("name", "stage", "offload"),
+    ("name", "suggested"),
     [
-        ("zero0", 0, False),
-        ("zero1", 1, False),
-        ("zero2", 2, False),
-        ("zero3", 3, False),
-        ("zero2_offload", 2, True),
-        ("zero3_offload", 3, True),
+        *(
+            ("batchsize", "batch_size"),
+            ("bach_size", "batch_size"),
+            ("lora_rnk", "lora_rank"),
+            ("warm_ratio", "warmup_ratio"),
+        ),
+        *(("keep_steps", None), ("save_step_count", None), ("lora_q", None), ("max_epochs", None), ("min_steps", None)),
+        *(("bp16", None), ("eval_ratio", None), ("train_loss_weight", None), ("log_interval", None), ("", None)),
     ],
 )
-def test_the_shipped_files_resolve_from_flags_alone(name, stage, offload):
-    out = resolved(name=f"{name}.json", argv=["--batch_size", "2", "--grad_accum", "8", "--max_grad_norm", "0.5"])
-    assert "auto" not in json.dumps(out)
-    assert out["zero_optimization"]["stage"] == stage
-    assert out["train_batch_size"] == 64 and out["train_micro_batch_size_per_gpu"] == 2
-    assert out["gradient_accumulation_steps"] == 8 and out["gradient_clipping"] == 0.5
-    assert out["bf16"]["enabled"] and not out["fp16"]["enabled"]
-    assert ("offload_optimizer" in out["zero_optimization"]) is offload
-    if stage == 3:
-        assert out["zero_optimization"]["stage3_param_persistence_threshold"] >= 16 * 8192
-        assert out["zero_optimization"]["stage3_prefetch_bucket_size"] == 176_160_768  # the real model's layer
-    assert sorted(path.stem for path in (ROOT / "ds_configs").glob("*.json")) == [
-        "zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload",
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize("name", ["zero0", "zero2", "zero2_offload", "zero3", "zero3_offload"])
-def test_communication_overlaps_under_stage_3_on_gpus_alone(name):
-    for on_cpu in (True, False):
-        overlaps = resolved(name=f"{name}.json", on_cpu=on_cpu)["zero_optimization"].get("overlap_comm", False)
-        assert overlaps is ("zero3" in name and not on_cpu)
-
-
-def test_deepspeeds_throughput_timer_is_off_unless_the_file_asks_for_it():
-    off = {"enabled": False, "synchronized": False}
-    assert resolved()["timers"] == {"throughput": off}
-    assert resolved({"timers": {"throughput": {"enabled": "auto"}}})["timers"] == {"throughput": off}
-    assert resolved({"timers": {"throughput": {"enabled": True}}})["timers"]["throughput"]["enabled"] is True
-
-
-@pytest.mark.parametrize(
-    ("raw", "words"),
-    [
-        ({"timers": {"thruput": {}}}, ["timers.thruput: unknown key", "'throughput'"]),
-        ({"timers": {"throughput": {"enable": True}}}, ["timers.throughput.enable: unknown key", "'enabled'"]),
-        ({"timers": {"throughput": {"enabled": "no"}}}, ["timers.throughput.enabled is 'no', expected true or false"]),
-        ({"timers": {"throughput": False}}, ["timers.throughput: must be an object, it is False"]),
-        ({"timers": []}, ["timers: must be an object"]),
-        ({"gradient_cliping": 1.0}, ["gradient_cliping: unknown key", "'gradient_clipping'"]),
-        ({"zero_optimization": {"stge": 2}}, ["zero_optimization.stge: unknown key", "'stage'"]),
-        ({"zero_optimization": {"stage": 4}}, ["stage is 4"]),
-        ({"gradient_clipping": 2.0}, ["gradient_clipping is 2.0, but --max_grad_norm gives 1.0"]),
-        ({"train_batch_size": 7}, ["train_batch_size is 7", "× 4 ranks gives 4"]),
-        ({"fp16": {"enabled": True}}, ["fp16.enabled is True, but --dtype bf16 gives False"]),
-        ({"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}, ["optimizer.params.lr is 0.001", "--lr", "0.0002"]),
-        ({"optimizer": {"type": "Lamb"}}, ["this trainer uses AdamW"]),
-        ({"scheduler": {"type": "WarmupLR"}}, ["--lr_scheduler"]),
-        ({"zero_optimization": {"stage": 2, "sub_group_size": "auto"}}, ["sub_group_size: 'auto' has no meaning here"]),
-        ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, ["offload_param needs stage 3"]),
-        ({"bf16": True}, ["bf16: must be an object"]),
-    ],
-)
-def test_contradictions_and_unknown_keys_are_refused_with_both_values(raw, words):
-    text = refused(raw)
-    assert all(word in text for word in words), text
-
-
-def test_fp16_is_refused_on_cpu():
-    assert "fp16 needs a GPU" in refused({}, argv=["--dtype", "fp16"])
-    assert resolved({}, argv=["--dtype", "fp16"], on_cpu=False)["fp16"]["enabled"]
-
-
-def test_an_optimizer_block_that_agrees_is_taken():
-    raw = {"optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": [0.9, 0.999], "torch_adam": True}}}
-    assert "optimizer" not in resolved(raw)
-
-
-@pytest.mark.parametrize("text", ["{", '{"bf16": {}, "bf16": {}}', "[]"])
-def test_a_file_that_is_no_config(text, tmp_path):
-    file = tmp_path / "ds.json"
-    file.write_text(text)
-    with pytest.raises(ConfigError, match="--deepspeed_config"):
-        read_deepspeed_config(str(file))
-
-
-def test_keys_of_everybodys_files_that_change_nothing_are_left_out():
-    raw = {
-        "train_batch_size": "auto",
-        "prescale_gradients": False,
-        "wandb": {"enabled": False},
-        "zero_optimization": {
-            "stage": 3,
-            "stage3_gather_16bit_weights_on_model_save": True,
-            "cpu_offload": False,
-            "sub_group_size": 1e9,
-        },
-    }
-    left_out = ignored_keys(raw)
-    assert left_out == [
-        *("prescale_gradients", "wandb", "zero_optimization.stage3_gather_16bit_weights_on_model_save"),
-        "zero_optimization.cpu_offload",
-    ]
-    out = resolved(raw)
-    assert "wandb" not in out and "cpu_offload" not in out["zero_optimization"]
-    assert out["zero_optimization"]["sub_group_size"] == 1e9 and raw["wandb"] == {"enabled": False}
-    for key, value in (("prescale_gradients", True), ("wandb", {"enabled": True}), ("gradient_predivide_factor", 2.0)):
-        assert key in refused(raw | {key: value})
-    assert "cpu_offload: unknown key" in refused({"zero_optimization": {"stage": 2, "cpu_offload": True}})
+def test_a_suggestion_is_another_spelling_and_never_another_option(name, suggested):
+    said = nearest(name, [*OPTIONS, *ALIASES])
+    assert said == (f" (did you mean '{suggested}'?)" if suggested else "")

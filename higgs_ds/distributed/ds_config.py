@@ -9,87 +9,26 @@ from __future__ import annotations
 import copy
 import json
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..config import PROJECT_ROOT, TrainConfig
-from ..errors import ConfigError, nearest
+from ..errors import ConfigError
+from .ds_fields import as_whole, field_faults
 
 if TYPE_CHECKING:
     from ..model.facts import ModelFacts
 
-# Keys of the file's top level that do what they say with this trainer.
-TOP_LEVEL_KEYS = {
-    "train_batch_size",
-    "train_micro_batch_size_per_gpu",
-    "gradient_accumulation_steps",
-    "gradient_clipping",
-    "zero_optimization",
-    "bf16",
-    "fp16",
-    "data_types",
-    "communication_data_type",
-    "zero_allow_untested_optimizer",
-    "zero_force_ds_cpu_optimizer",
-    "managed_gradient_accumulation",
-    "steps_per_print",
-    "wall_clock_breakdown",
-    "memory_breakdown",
-    "comms_logger",
-    "flops_profiler",
-    "timers",
-    "dump_state",
-    "optimizer",
-}
-REFUSED_KEYS = {
-    "scheduler": "the learning rate follows --lr_scheduler, --warmup_ratio and --lr; remove the block",
-    "activation_checkpointing": "DeepSpeed's block has no effect on this model; remove it",
-    "wandb": "metrics go to W&B through --wandb_project and --wandb_mode; remove the block",
-    "tensorboard": "metrics are in metrics.jsonl and W&B; remove the block",
-    "csv_monitor": "metrics are in metrics.jsonl and W&B; remove the block",
-    "comet": "metrics are in metrics.jsonl and W&B; remove the block",
-    "gradient_allreduce_op": "the loss is scaled for the mean over ranks; remove the key",
-    "prescale_gradients": "the loss is scaled for the mean over ranks; remove the key",
-    "gradient_predivide_factor": "the loss is scaled for the mean over ranks; remove the key",
-    "torch_autocast": "the computing dtype is --dtype; remove the block",
-    "amp": "the computing dtype is --dtype; remove the block",
-    "data_efficiency": "the order of the data is this trainer's own; remove the block",
-}
-ZERO_KEYS = {
-    "stage",
-    "contiguous_gradients",
-    "reduce_scatter",
-    "reduce_bucket_size",
-    "use_multi_rank_bucket_allreduce",
-    "allgather_partitions",
-    "allgather_bucket_size",
-    "overlap_comm",
-    "offload_param",
-    "offload_optimizer",
-    "sub_group_size",
-    "stage3_prefetch_bucket_size",
-    "stage3_param_persistence_threshold",
-    "stage3_model_persistence_threshold",
-    "stage3_max_live_parameters",
-    "stage3_max_reuse_distance",
-    "stage3_module_granularity_threshold",
-    "stage3_use_all_reduce_for_fetch_params",
-    "round_robin_gradients",
-    "zero_hpz_partition_size",
-    "zero_quantized_weights",
-    "zero_quantized_nontrainable_weights",
-    "zero_quantized_gradients",
-    "memory_efficient_linear",
-}
-
-
+MAX_BYTES = 1_000_000
 # Keys of files that others use, which cannot change a LoRA run here: left out, and named in one line.
 IGNORED_KEYS = {
-    *("aio", "autotuning", "checkpoint", "compile", "dataloader_drop_last", "use_node_local_storage"),
+    *("aio", "autotuning", "checkpoint", "compile", "dataloader_drop_last", "use_node_local_storage", "datastates"),
+    *("comms_config", "monitor_config", "vocabulary_size", "log_level", "disable_python_gc", "pipeline"),
+    *("weight_quantization", "seq_parallel_communication_data_type", "use_data_before_expert_parallelism"),
     *("zero_optimization.stage3_gather_16bit_weights_on_model_save", "zero_optimization.load_from_fp32_weights"),
     *("zero_optimization.stage3_gather_fp16_weights_on_model_save", "zero_optimization.elastic_checkpoint"),
+    *("zero_optimization.gather_16bit_weights_on_model_save", "zero_optimization.save_muon_momentum_buffer_in_memory"),
     *("zero_optimization.ignore_unused_parameters", "zero_optimization.log_trace_cache_warnings"),
     *("zero_optimization.override_module_apply", "zero_optimization.pipeline_loading_checkpoint"),
     *("zero_optimization.cpu_offload_use_pin_memory", "zero_optimization.legacy_stage1"),
@@ -97,33 +36,56 @@ IGNORED_KEYS = {
 # Blocks and switches that do nothing as long as they say so.
 IGNORED_VALUES = {
     **dict.fromkeys(("prescale_gradients", "sparse_gradients", "disable_allgather", "fp32_allreduce"), (False,)),
-    **dict.fromkeys(("zero_optimization.cpu_offload", "zero_optimization.cpu_offload_params"), (False, None)),
+    **dict.fromkeys((f"zero_optimization.cpu_offload{end}" for end in ("", "_param", "_params")), (False, None)),
     "gradient_predivide_factor": (1, 1.0),
+    "sequence_parallel_size": (1,),
     "zero_optimization.mics_shard_size": (-1,),
     "zero_optimization.mics_hierarchical_params_gather": (False,),
+    "zero_optimization.zenflow": (None,),
 }
 OFF_BLOCKS = {
     *("wandb", "tensorboard", "csv_monitor", "comet", "amp", "torch_autocast", "data_efficiency", "elasticity"),
-    *("curriculum_learning", "hybrid_engine", "nebula", "eigenvalue", "progressive_layer_drop"),
+    *("curriculum_learning", "hybrid_engine", "nebula", "eigenvalue", "progressive_layer_drop", "quantize_training"),
+    "expert_parallel",
 }
+# DeepSpeed's own two names for one thing.
+_PREFIXED = (
+    *("prefetch_bucket_size", "param_persistence_threshold", "model_persistence_threshold", "max_live_parameters"),
+    *("max_reuse_distance", "module_granularity_threshold", "use_all_reduce_for_fetch_params", "allgather_sequential"),
+)
+OTHER_NAMES = {f"zero_optimization.{key}": f"zero_optimization.stage3_{key}" for key in _PREFIXED}
+
+
+def _places(raw: dict) -> dict[str, object]:
+    """The values of a file's top level and of its ZeRO section, by their names in full."""
+    zero = raw.get("zero_optimization")
+    return dict(raw) | {f"zero_optimization.{key}": v for key, v in (zero if isinstance(zero, dict) else {}).items()}
 
 
 def ignored_keys(raw: dict) -> list[str]:
     """The keys of a file, sections written out, that cannot change a run: DeepSpeed is not given them."""
-    zero = raw.get("zero_optimization")
-    places = dict(raw) | {f"zero_optimization.{key}": v for key, v in (zero if isinstance(zero, dict) else {}).items()}
 
     def means_nothing(key: str, value: object) -> bool:
-        off = isinstance(value, dict) and value.get("enabled", False) is False
-        return (
-            key in IGNORED_KEYS
-            or (
-                key in IGNORED_VALUES and any(value is v or (v is not None and value == v) for v in IGNORED_VALUES[key])
-            )
-            or (key in OFF_BLOCKS and off)
-        )
+        if key in OFF_BLOCKS and isinstance(value, dict):
+            return value.get("enabled", False) is False
+        if key == "activation_checkpointing" and isinstance(value, dict):
+            return all(item in (False, None) for item in value.values())
+        same = (v for v in IGNORED_VALUES.get(key, ()) if value is v or (type(value) is not bool and value == v))
+        return key in IGNORED_KEYS or any(True for _ in same)
 
-    return [key for key, value in places.items() if means_nothing(key, value)]
+    return [key for key, value in _places(raw).items() if means_nothing(key, value)]
+
+
+def _content(raw: dict) -> tuple[dict, list[str]]:
+    """A copy of the file's content without what is ignored and under the names that `FIELDS` has; and what is wrong."""
+    content, problems = _without(raw, ignored_keys(raw)), []
+    for name in [name for name in _places(content) if name in OTHER_NAMES]:
+        (section, _, key), other = name.rpartition("."), OTHER_NAMES[name].rpartition(".")[2]
+        place = content[section] if section else content
+        if other in place:
+            problems.append(f"{name}: given twice, as {OTHER_NAMES[name]} too; leave one out")
+        place.setdefault(other, place.pop(key))
+    return content, problems + field_faults(content)
 
 
 def _without(raw: dict, keys: list[str]) -> dict:
@@ -142,7 +104,7 @@ def read_deepspeed_config(path: str) -> dict:
     where an installed wheel keeps the shipped files.
 
     Raises:
-        ConfigError: missing, not JSON, not an object, a key given twice.
+        ConfigError: missing, not JSON, not an object, a key given twice; a key or value that can stand in no such file.
     """
     file = Path(path)
     if not file.is_absolute():
@@ -157,6 +119,8 @@ def read_deepspeed_config(path: str) -> dict:
         return dict(pairs)
 
     try:
+        if file.stat().st_size > MAX_BYTES:
+            raise ConfigError([f"--deepspeed_config: {path} is larger than {MAX_BYTES:,} bytes, no file of settings"])
         raw = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=unique)
     except OSError as error:
         raise ConfigError([f"--deepspeed_config: {path} cannot be read: {error.strerror or error}"]) from None
@@ -166,7 +130,13 @@ def read_deepspeed_config(path: str) -> dict:
         raise ConfigError([f"--deepspeed_config: {path} is not JSON: {error}"]) from None
     if not isinstance(raw, dict):
         raise ConfigError([f"--deepspeed_config: {path} must hold a JSON object"])
+    _raise_if(path, _content(raw)[1])
     return raw
+
+
+def _raise_if(name: str, problems: list[str]) -> None:
+    if problems:
+        raise ConfigError([f"{name}: {problem}" for problem in problems])
 
 
 class LayerSizes(NamedTuple):
@@ -193,14 +163,12 @@ def resolve(raw: dict, config: TrainConfig, *, world_size: int, on_cpu: bool, la
     Raises:
         ConfigError: every contradiction and unknown key, each with both values or the nearest valid name.
     """
-    file = _File(config.run.deepspeed_config, _without(raw, ignored_keys(raw)), [])
-    file.refuse_unknown("", file.content, TOP_LEVEL_KEYS, REFUSED_KEYS)
+    content, problems = _content(raw)
+    _raise_if(config.run.deepspeed_config, problems)
+    as_whole(content)
+    file = _File(config.run.deepspeed_config, content, [])
     zero = file.section("zero_optimization")
-    file.refuse_unknown("zero_optimization.", zero, ZERO_KEYS)
     stage = zero.setdefault("stage", 0)
-    if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
-        file.problems.append(f"{file.name}: zero_optimization.stage is {stage!r}, expected 0, 1, 2 or 3")
-        stage = 0
     _settle_step(file, config, world_size)
     _settle_dtype(file, config, stage, on_cpu)
     # The boundaries of an optimizer step, its optimizer and its learning rate are ours.
@@ -213,9 +181,10 @@ def resolve(raw: dict, config: TrainConfig, *, world_size: int, on_cpu: bool, la
     if file.content.get("steps_per_print", "auto") == "auto":
         file.content["steps_per_print"] = None
     _check_optimizer(file.content.pop("optimizer", None), config, file.name, file.problems)
-    _fill_timers(file.section("timers"), file.name, file.problems)
+    _fill_timers(file.section("timers"))
     _fill_zero(zero, stage, config, layer, on_cpu)
     _check_offload(file, zero, stage, on_cpu)
+    _check_sharding(file, zero, stage, world_size, on_cpu)
     _find_auto(file.content, file.name, "", file.problems)
     if file.problems:
         raise ConfigError(file.problems)
@@ -232,28 +201,16 @@ class _File:
 
     def section(self, key: str) -> dict:
         """An object of the top level, empty where there is none."""
-        value = self.content.setdefault(key, {})
-        if not isinstance(value, dict):
-            self.problems.append(f"{self.name}: {key}: must be an object, it is {value!r}")
-            value = self.content[key] = {}
-        return value
+        return self.content.setdefault(key, {})
 
     def settle(self, place: dict, key: str, value, flag: str, prefix: str = "") -> None:
-        """`place[key]` is `value`: filled where absent or "auto", refused where it says something else."""
+        """`place[key]` is `value`: filled where absent, null or "auto", refused where it says something else."""
         given = place.get(key, "auto")
-        if given != "auto" and given != value:
+        if given not in ("auto", None, value):
             self.problems.append(
                 f"{self.name}: {prefix}{key} is {given!r}, but {flag} gives {value!r}; make them agree or use 'auto'"
             )
         place[key] = value
-
-    def refuse_unknown(self, prefix: str, place: dict, known: set[str], refused: Mapping[str, str] | None = None):
-        """A problem for each key that is not known, and for each that is refused, with its reason."""
-        for key in place:
-            if refused and key in refused:
-                self.problems.append(f"{self.name}: {prefix}{key}: {refused[key]}")
-            elif key not in known:
-                self.problems.append(f"{self.name}: {prefix}{key}: unknown key{nearest(key, known)}")
 
 
 def _settle_step(file: _File, config: TrainConfig, world_size: int) -> None:
@@ -277,9 +234,11 @@ def _settle_dtype(file: _File, config: TrainConfig, stage: int, on_cpu: bool) ->
         file.settle(file.section("bf16"), "check_grad_overflow", True, "this trainer", "bf16.")
     if dtype == "fp16" and on_cpu:
         file.problems.append("--dtype: fp16 needs a GPU; on CPU use bf16 or fp32")
-    if stage > 0:  # stage 0 has no such choice
+    if stage > 0:
         file.settle(file.section("data_types"), "grad_accum_dtype", "fp32", "this trainer", "data_types.")
         file.settle(file.content, "communication_data_type", "fp32", "this trainer")
+    elif "grad_accum_dtype" in file.section("data_types"):  # DeepSpeed has no other without ZeRO
+        file.settle(file.section("data_types"), "grad_accum_dtype", dtype, "stage 0 with --dtype", "data_types.")
 
 
 def _fill_zero(zero: dict, stage: int, config: TrainConfig, layer: LayerSizes, on_cpu: bool) -> None:
@@ -296,7 +255,7 @@ def _fill_zero(zero: dict, stage: int, config: TrainConfig, layer: LayerSizes, o
         # backward to do it.
         ("overlap_comm", stage == 3 and not on_cpu),
     ):
-        if zero.get(key) == "auto":
+        if key in zero and zero[key] in ("auto", None):  # null: overlap_comm's "as the stage has it"
             zero[key] = value
 
 
@@ -305,57 +264,43 @@ def _check_offload(file: _File, zero: dict, stage: int, on_cpu: bool) -> None:
         block = zero.get(key)
         if block is None:
             continue
-        if not isinstance(block, dict) or block.get("device") not in ("cpu", "none"):
-            needs = "needs {'device': 'cpu'} (or 'none')"
-            file.problems.append(f"{file.name}: zero_optimization.{key}: {needs}, it is {block!r}")
+        if "device" not in block:
+            file.problems.append(f"{file.name}: zero_optimization.{key}: needs {{'device': 'cpu'}} (or 'none')")
         elif block.get("pin_memory", "auto") == "auto":
             block["pin_memory"] = not on_cpu
-    if isinstance(zero.get("offload_param"), dict) and stage != 3:
-        file.problems.append(f"{file.name}: zero_optimization.offload_param needs stage 3, the stage is {stage}")
+        if key == "offload_param" and block.get("device") == "cpu" and stage != 3:
+            file.problems.append(f"{file.name}: zero_optimization.offload_param needs stage 3, the stage is {stage}")
 
 
-def _fill_timers(timers: dict, name: str, problems: list[str]) -> None:
+def _check_sharding(file: _File, zero: dict, stage: int, world_size: int, on_cpu: bool) -> None:
+    """Stage 3's second partitioning and its quantised weights, which DeepSpeed asserts once the model is there."""
+    group = zero.get("zero_hpz_partition_size", 1)
+    if stage == 3 and group != "auto" and world_size % min(group, world_size):
+        file.problems.append(
+            f"{file.name}: zero_optimization.zero_hpz_partition_size is {group}, no divisor of {world_size} ranks"
+        )
+    for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients"):
+        if zero.get(key) is True and on_cpu:
+            file.problems.append(f"{file.name}: zero_optimization.{key} needs a GPU's kernels; remove it on CPUs")
+
+
+def _fill_timers(timers: dict) -> None:
     """DeepSpeed's throughput timer is off unless the file asks for it: it waits for the GPU in every micro-batch."""
-    for key in timers:
-        if key != "throughput":
-            problems.append(f"{name}: timers.{key}: unknown key{nearest(key, {'throughput'})}")
     throughput = timers.setdefault("throughput", {})
-    if not isinstance(throughput, dict):
-        problems.append(f"{name}: timers.throughput: must be an object, it is {throughput!r}")
-        return
-    for key, value in throughput.items():
-        if key not in ("enabled", "synchronized"):
-            problems.append(f"{name}: timers.throughput.{key}: unknown key{nearest(key, {'enabled', 'synchronized'})}")
-        elif not isinstance(value, bool) and value != "auto":
-            problems.append(f"{name}: timers.throughput.{key} is {value!r}, expected true or false")
     for key in ("enabled", "synchronized"):
         if throughput.get(key, "auto") == "auto":
             throughput[key] = False
 
 
-def _check_optimizer(block, config: TrainConfig, name: str, problems: list[str]) -> None:
+def _check_optimizer(block: dict | None, config: TrainConfig, name: str, problems: list[str]) -> None:
     """An `optimizer` block may repeat what the flags say; the optimizer itself is torch's AdamW, made by us."""
-    if block is None:
-        return
-    if not isinstance(block, dict) or block.get("type") not in ("AdamW", "Adam"):
-        problems.append(f"{name}: optimizer: this trainer uses AdamW; remove the block or give type AdamW")
-        return
-    params = block.get("params", {})
-    if not isinstance(params, dict):
-        problems.append(f"{name}: optimizer.params: must be an object, it is {params!r}")
-        return
-    wanted = {
-        "lr": ("--lr", config.optim.lr),
-        "weight_decay": ("--weight_decay", config.optim.weight_decay),
-        "betas": ("this trainer", [0.9, 0.999]),
-        "eps": ("this trainer", 1e-8),
-    }
-    for key, value in params.items():
-        if value == "auto" or key in ("torch_adam", "adam_w_mode"):
-            continue
-        flag, ours = wanted.get(key, ("this trainer", None))
-        if value != ours:
-            problems.append(f"{name}: optimizer.params.{key} is {value!r}, but {flag} gives {ours!r}; use 'auto'")
+    for key, flag, ours in (
+        ("lr", "--lr", config.optim.lr),
+        ("weight_decay", "--weight_decay", config.optim.weight_decay),
+    ):
+        given = (block or {}).get("params", {}).get(key, "auto")
+        if given not in ("auto", ours):
+            problems.append(f"{name}: optimizer.params.{key} is {given!r}, but {flag} gives {ours!r}; use 'auto'")
 
 
 def _find_auto(value, name: str, path: str, problems: list[str]) -> None:

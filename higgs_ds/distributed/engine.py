@@ -7,6 +7,7 @@ then one `step`. Only public calls are used, but for the one in `_without_kernel
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import os
 import socket
@@ -163,6 +164,28 @@ class DroppableAdamW(torch.optim.AdamW):
             if not math.isfinite(self.norm):
                 return None
         return super().step(closure)
+
+
+def check_config(ds_config: dict, name: str) -> None:
+    """Has DeepSpeed's own models read what will be handed to it, before anything is loaded.
+
+    Args:
+        ds_config: as resolved by `ds_config.resolve`; it stays as it is.
+        name: the file's, for errors.
+
+    Raises:
+        ConfigError: with every field that DeepSpeed refuses, as far as it reads on.
+    """
+    from deepspeed import DeepSpeedConfig
+    from pydantic import ValidationError
+
+    try:
+        DeepSpeedConfig(copy.deepcopy(ds_config))
+    except ValidationError as error:
+        found = [(".".join(map(str, fault["loc"])), fault["msg"]) for fault in error.errors()]
+        raise ConfigError([f"{name}: DeepSpeed's {error.title}: {place}: {why}" for place, why in found]) from None
+    except Exception as error:  # its own kinds, assertions and whatever a value breaks in it: the file is at fault
+        raise ConfigError([f"{name}: DeepSpeed does not take it: {' '.join(str(error).split())}"]) from None
 
 
 @contextlib.contextmanager

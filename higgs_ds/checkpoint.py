@@ -40,7 +40,7 @@ LAST_WRITE_SEC = 25.0
 SHAPE_OPTIONS = ("lora_r", "lora_target_modules")
 TRAJECTORY_OPTIONS = (
     *("lora_alpha", "lora_rslora", "lora_dropout", "train_manifest", "codec", "base_ckpt", "base_revision", "seed"),
-    *("dtype", "lr"),
+    *("dtype", "lr", "warmup_steps"),
     *("lr_scheduler", "warmup_ratio", "weight_decay", "max_grad_norm", "epochs", "max_steps", "text_loss_weight"),
     *("audio_loss_weight", "codebook_weights", "max_duration_sec", "max_tokens_per_batch", "forward_impl"),
     *("prompt_style", "reference_rate"),

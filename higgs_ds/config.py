@@ -43,6 +43,10 @@ ALIASES = {
     "lr_scheduler_type": "lr_scheduler",
     "logging_steps": "log_every",
     "eval_steps": "eval_every",
+    "val_steps": "eval_every",
+    "save_steps": "save_every",
+    "save_total_limit": "keep_last",
+    "project_name": "wandb_project",
     "lora_rank": "lora_r",
     "dataloader_num_workers": "num_workers",
 }
@@ -88,7 +92,7 @@ class DataOptions:
         choices=("served", "boson"),
     )
     skip_bad_rows: bool = _option(False, "train without the rows that fail their check, and say which")
-    num_workers: int = _option(2, "processes a rank that prepare batches (0: the training process)", least=0)
+    num_workers: int = _option(2, "processes a rank that prepare batches (0: the training process)", least=0, most=256)
 
 
 @dataclass
@@ -161,7 +165,13 @@ class OptimOptions:
     max_steps: int | None = _option(None, "optimizer steps of the run; with --epochs the fewer of both", least=1)
     lr: float = _option(2e-4, "peak learning rate of AdamW", above=0)
     lr_scheduler: str = _option("cosine", "shape after warm-up", choices=("cosine", "linear", "constant"))
-    warmup_ratio: float = _option(0.03, "share of the steps that warm up", least=0, below=1)
+    warmup_ratio: float | None = _option(0.03, "share of the schedule's steps that warm up", least=0, below=1)
+    warmup_steps: int | None = _option(None, "steps that warm up, instead of --warmup_ratio", least=0)
+    lr_schedule_steps: int | None = _option(
+        None,
+        "steps that the learning rate's schedule spans (default: the run's); after them it stays where it is",
+        least=1,
+    )
     weight_decay: float = _option(0.0, "AdamW weight decay of the LoRA weights", least=0)
     max_grad_norm: float = _option(1.0, "gradient clipping, 0 for none", least=0)
     seed: int = _option(42, "LoRA initialisation, order of the data, dropout", least=0, most=2**53 - 1)
@@ -202,7 +212,8 @@ class RunOptions:
         None, "validations in a row without a lower loss, after which the run ends (default: it does not)", least=1
     )
     resume: str = _option(
-        "none", "auto: go on from the newest whole checkpoint of --output_dir; none; or a checkpoint's folder"
+        "none",
+        "auto, or no value: go on from the newest whole checkpoint of --output_dir; none; or a checkpoint's folder",
     )
     stall_timeout_sec: float = _option(
         300.0,
@@ -295,11 +306,23 @@ def cross_checks(config: TrainConfig) -> list[str]:
         )
     if config.optim.max_tokens_per_batch is not None and config.optim.batch_size not in (None, 1):
         problems.append("--batch_size, --max_tokens_per_batch: one counts rows, the other tokens; leave one out")
+    problems += _warmup_checks(config)
     if config.model.base_revision is None and config.model.base_ckpt in BASE_NAMES:
         config.model.base_revision = DEFAULT_BASE_REVISION
     if config.data.codec_revision is None and config.data.codec == DEFAULT_CODEC:
         config.data.codec_revision = DEFAULT_CODEC_REVISION
     return problems
+
+
+def _warmup_checks(config: TrainConfig) -> list[str]:
+    """One of ratio and steps says how long the warm-up is; the other then is None."""
+    optim = config.optim
+    if optim.warmup_steps is None:
+        return ["--warmup_ratio: needs a value, 0 for no warm-up"] if optim.warmup_ratio is None else []
+    if optim.warmup_ratio is not None and "warmup_ratio" in config.given:
+        return ["--warmup_steps, --warmup_ratio: both say how long the warm-up is; leave one out"]
+    optim.warmup_ratio = None
+    return []
 
 
 def _forward_checks(config: TrainConfig) -> list[str]:

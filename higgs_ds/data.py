@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import socket
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from . import checkpoint, rehearsal
+from . import checkpoint, rehearsal, schedule
 from .alone import Alone, Unwatched
-from .batching.batch_plan import MicroBatch, Plan, StepPlan, evaluation_plans, make_plan
+from .batching.batch_plan import MicroBatch, Plan, StepPlan, evaluation_plans, make_plan, total_steps
 from .batching.collate import Batch, Collator, tokenize
 from .batching.loader import MicroBatches, load_steps
 from .batching.references import References, in_epochs
@@ -224,5 +225,18 @@ def _references(setup: Setup, rows: RowSet) -> References | None:
 def _say_how_it_begins(setup: Setup, data: Data, ranks: Ranks) -> None:
     changed = checkpoint.changed_settings(setup.resumed, setup.config.as_dict(), len(data.corpus.train_rows))
     begins = f"resuming after step {setup.first_step - 1}" if setup.resumed else "a fresh start"
+    if setup.resumed:
+        changed += _another_rate(setup, data.plan)
     drawn = [data.references.describe()] if data.references is not None else []
     ranks.say("\n".join([*setup.notes, *drawn, *changed, begins]))
+
+
+def _another_rate(setup: Setup, plan: Plan) -> list[str]:
+    """See `schedule.jump`; the checkpoint's run had as many steps an epoch as its own rows make."""
+    position, optim, now = setup.resumed.position, setup.config.optim, setup.config.as_dict()
+    saved = now | {"warmup_steps": None, "lr_schedule_steps": None} | position.config
+    per_epoch = plan.steps_per_epoch
+    if position.rows_per_step:
+        per_epoch = math.ceil(position.num_rows / position.rows_per_step)
+    saved_steps = total_steps(per_epoch, saved["epochs"], saved["max_steps"])
+    return schedule.jump(saved, saved_steps, now, plan.total_steps(optim.epochs, optim.max_steps), position.step)

@@ -41,6 +41,20 @@ def write_text(path: Path, text: str) -> None:
         beside.write_text(text, encoding="utf-8")
 
 
+def read_settings(path: Path, most: int = 1_000_000) -> str:
+    """The text of a file of settings, UTF-8, a device or pipe that never ends included.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is larger than `most` bytes, of which no more is read, or no UTF-8; or no path.
+    """
+    with open(path, "rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"it is larger than {most:,} bytes, no file of settings")
+    return content.decode("utf-8")
+
+
 def sync(path: Path) -> None:
     """Brings a file, or a folder's list of names, to the disk. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)

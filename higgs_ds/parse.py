@@ -13,80 +13,106 @@ from pathlib import Path
 import yaml
 
 from .config import ALIASES, OPTIONS, TrainConfig, cross_checks
-from .errors import ConfigError, nearest
+from .errors import ConfigError, shown
+from .files import read_settings
+from .translate import FOREIGN, in_our_words, suggestion, yes_or_no
 
-MAX_YAML_BYTES = 1_000_000
+LARGEST = 2**53 - 1  # of whole numbers: beyond it a float, or a reader of JSON, holds another one
+
+
+def _kind(hint):
+    """A type without its `| None`."""
+    arms = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return next(arm for arm in arms if arm is not type(None))
 
 
 def _convert(name: str, value):
     """A flag's text or a YAML value in the field's type; ValueError says what was expected."""
-    hint = OPTIONS[name].hint
-    arms = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if type(None) in arms and (value is None or str(value).lower() in ("none", "null")):
+    kind = _kind(OPTIONS[name].hint)
+    if kind is not OPTIONS[name].hint and (value is None or str(value).lower() in ("none", "null")):
         return None
     if value is None:
         raise ValueError("needs a value")
-    kind = next(arm for arm in arms if arm is not type(None))
     if typing.get_origin(kind) is list:
         (item_kind,) = typing.get_args(kind)
         items = re.split(r"[\s,]+", value.strip()) if isinstance(value, str) else value
         if not isinstance(items, list) or not items or items == [""]:
-            raise ValueError(f"expected a list, got {value!r}")
+            raise ValueError(f"expected a list, got {shown(value)}")
         return [_scalar(item_kind, item) for item in items]
     return _scalar(kind, value)
 
 
 def _scalar(kind, value):
     if kind is bool:
-        words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-        if isinstance(value, bool):
-            return value
-        if str(value).lower() in words:
-            return words[str(value).lower()]
-        raise ValueError(f"expected true or false, got {value!r}")
+        return yes_or_no(value)
     if kind is str:
-        if isinstance(value, str) and not value.strip():
-            raise ValueError("is empty; give a value, or leave it out")
-        if isinstance(value, (str, int, float)) and not isinstance(value, bool):
-            return str(value)
-        raise ValueError(f"expected text, got {value!r}")
+        return _text(value)
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise ValueError(f"expected a number, got {value!r}")
+        raise ValueError(f"expected a number, got {shown(value)}")
+    if kind is int and (isinstance(value, int) or re.fullmatch(r"\s*[+-]?[0-9]{1,4000}\s*", str(value))):
+        return int(value)  # every digit of it
     try:
         number = float(value)
     except ValueError:
-        raise ValueError(f"expected a number, got {value!r}") from None
+        raise ValueError(f"expected a number, got {shown(value)}") from None
     except OverflowError:  # a YAML integer of hundreds of digits
         raise ValueError("expected a number of usual size, got a whole number beyond a float's range") from None
     if not math.isfinite(number):
-        raise ValueError(f"expected a finite number, got {value!r}")
+        raise ValueError(f"expected a finite number, got {shown(value)}")
     if kind is int:
         if number != int(number):
-            raise ValueError(f"expected a whole number, got {value!r}")
+            raise ValueError(f"expected a whole number, got {shown(value)}")
         return int(number)
     return number
+
+
+def _text(value) -> str:
+    if isinstance(value, str) and not value.strip():
+        raise ValueError("is empty; give a value, or leave it out")
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise ValueError(f"expected text, got {shown(value)}")
+    if not str(value).isprintable():  # a line break or NUL in a path, bytes that are no text
+        raise ValueError(f"holds a character that cannot be printed: {shown(value)}")
+    return str(value)
 
 
 def _range_problem(name: str, value) -> str | None:
     rules = OPTIONS[name].field.metadata
     if value is None:
         return "is required" if rules.get("required") else None
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    most = rules.get("most", LARGEST if whole else None)
     if "choices" in rules and value not in rules["choices"]:
-        return f"{value!r} is not one of {', '.join(rules['choices'])}"
+        return f"{shown(value)} is not one of {', '.join(rules['choices'])}"
     if "least" in rules and value < rules["least"]:
-        return f"{value!r} is below {rules['least']}"
-    if "most" in rules and value > rules["most"]:
-        return f"{value!r} is above {rules['most']}"
+        return f"{shown(value)} is below {rules['least']}"
+    if most is not None and value > most:
+        return f"{shown(value)} is above {most}"
     if "above" in rules and value <= rules["above"]:
-        return f"{value!r} must be above {rules['above']}"
+        return f"{shown(value)} must be above {rules['above']}"
     if "below" in rules and value >= rules["below"]:
-        return f"{value!r} must be below {rules['below']}"
+        return f"{shown(value)} must be below {rules['below']}"
     return None
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose own complaints are one line, without the usage."""
+
+    def error(self, message: str):
+        raise ConfigError([message.removeprefix("argument ")])
+
+
+class _Given(argparse.Action):
+    """Keeps a flag's text by the name that was written, in `given`."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        text = " ".join(values) if isinstance(values, list) else values
+        namespace.given[option_string.removeprefix("--")] = text
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Flags as text: conversion and checks are done together afterwards, so that all errors show at once."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="train_ds.py",
         description="LoRA fine-tuning of Higgs Audio v2 on DeepSpeed.",
         allow_abbrev=False,
@@ -97,16 +123,24 @@ def build_parser() -> argparse.ArgumentParser:
     for name, (section, hint, f) in OPTIONS.items():
         group = groups.get(section) or groups.setdefault(section, parser.add_argument_group(section))
         names = [f"--{name}"] + [f"--{alias}" for alias, target in ALIASES.items() if target == name]
-        shown = f.default if f.default is not dataclasses.MISSING else " ".join(map(str, f.default_factory()))
-        options: dict = {"dest": name, "default": argparse.SUPPRESS}
+        shown_default = f.default if f.default is not dataclasses.MISSING else " ".join(map(str, f.default_factory()))
+        options: dict = {"dest": name, "default": argparse.SUPPRESS, "action": _Given}
         if hint is bool:
             options |= {"nargs": "?", "const": "true"}
-        elif typing.get_origin(hint) is list or name == "codebook_weights":
+        elif typing.get_origin(_kind(hint)) is list:
             options |= {"nargs": "+"}
+        elif name in FOREIGN:
+            options |= {"nargs": "?", "const": FOREIGN[name].bare}
         choices = f.metadata.get("choices")
         metavar = "|".join(choices) if choices else name.split("_")[-1].upper()
-        suffix = "" if f.metadata.get("required") or shown is None else f" (default: {shown})"
+        suffix = "" if f.metadata.get("required") or shown_default is None else f" (default: {shown_default})"
         group.add_argument(*names, metavar=metavar, help=(f.metadata["help"] + suffix).replace("%", "%%"), **options)
+    others = parser.add_argument_group("as other trainers say it")
+    for name, foreign in FOREIGN.items():
+        if name not in OPTIONS:
+            nargs = {"nargs": "+"} if foreign.bare is None else {"nargs": "?", "const": foreign.bare}
+            text = f"--{foreign.target}; {foreign.text}"
+            others.add_argument(f"--{name}", metavar="VALUE", help=text, dest=name, action=_Given, **nargs)
     return parser
 
 
@@ -117,33 +151,20 @@ def parse_args(argv: list[str], *, may_lack: tuple[str, ...] = ()) -> TrainConfi
         ConfigError: with every problem found, each naming its flag or `file: key`.
     """
     parser = build_parser()
-    given, unknown = parser.parse_known_args(argv)
-    flags = vars(given)
-    flags.pop("local_rank", None)
-    config_file = flags.pop("config", None)
+    words, unknown = parser.parse_known_args(argv, argparse.Namespace(given={}))
     problems: list[str] = []
-    valid = [*OPTIONS, *ALIASES, "config"]
-    for word in unknown:
+    for before, word in zip(["", *unknown], unknown, strict=False):
         if word.startswith("--"):
             name = word[2:].split("=")[0]
-            close = nearest(name, valid).replace("'", "'--", 1)
-            problems.append(f"--{name}: unknown flag{close}")
-        else:
-            problems.append(f"{word!r}: not a flag, and no flag takes it")
+            problems.append(f"--{shown(name)[1:-1]}: unknown flag{suggestion(name, '--')}")
+        elif not before.startswith("--"):  # or it is the value of the one before
+            problems.append(f"{shown(word)}: not a flag, and no flag takes it")
 
-    values: dict[str, tuple[str, object]] = {}
-    if config_file is not None:
-        for key, value in _read_yaml(config_file, problems).items():
-            name = ALIASES.get(str(key), str(key))
-            if name not in OPTIONS:
-                problems.append(f"{config_file}: {key}: unknown key{nearest(str(key), valid)}")
-            elif name in values:
-                problems.append(f"{config_file}: {key}: given twice (as {name} and under another name)")
-            else:
-                values[name] = (f"{config_file}: {key}", value)
-    for name, value in flags.items():
-        text = " ".join(value) if isinstance(value, list) else value
-        values[name] = (f"--{name}", text)
+    in_file: dict[str, object] = {}
+    if words.config is not None:
+        in_file = {str(key): value for key, value in _read_yaml(words.config, problems).items()}
+    values = in_our_words(in_file, f"{words.config}: ", problems)
+    values |= in_our_words(words.given, "--", problems, beneath=in_file)
 
     config = TrainConfig(given=frozenset(values))
     for name in OPTIONS:
@@ -186,10 +207,7 @@ class _PlainLoader(yaml.SafeLoader):
 
 def _read_yaml(path: str, problems: list[str]) -> dict:
     try:
-        if Path(path).stat().st_size > MAX_YAML_BYTES:
-            problems.append(f"--config: {path} is larger than {MAX_YAML_BYTES:,} bytes, no file of options")
-            return {}
-        data = yaml.load(Path(path).read_text(encoding="utf-8"), _PlainLoader)
+        data = yaml.load(read_settings(Path(path)), _PlainLoader)
     except OSError as error:
         problems.append(f"--config: {path} cannot be read: {error.strerror or error}")
         return {}

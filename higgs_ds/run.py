@@ -36,7 +36,7 @@ from .run_setup import Setup
 from .run_setup import open_base_for as open_base_for
 from .run_setup import open_setup as open_setup
 from .run_setup import settle as settle
-from .schedule import learning_rate
+from .schedule import schedule
 from .sinks import Sinks as Sinks
 from .trainer import Best, Trainer
 
@@ -209,13 +209,7 @@ def make_trainer(
         ranks=ranks,
         guard=guard,
         weights=setup.weights,
-        learning_rate=partial(
-            learning_rate,
-            peak=config.optim.lr,
-            total_steps=data.total_steps,
-            warmup_ratio=config.optim.warmup_ratio,
-            shape=config.optim.lr_scheduler,
-        ),
+        learning_rate=schedule(config.as_dict(), data.total_steps),
         on_bad_loss=on_bad_loss or config.loss.on_bad_loss,
         log_every=config.run.log_every,
         total_steps=data.total_steps,

@@ -16,6 +16,7 @@ from .config import TrainConfig
 from .distributed.ds_config import LayerSizes, ignored_keys, resolve
 from .distributed.engine import Ranks, check_config
 from .distributed.rank_watch import Watch
+from .errors import ConfigError
 from .loss import LossWeights
 from .model.base_checkpoint import BaseCheckpoint, open_base
 from .model.init_adapter import settle_lora
@@ -78,6 +79,9 @@ def settle(
 ) -> Setup:
     """Fills what the options left open; changes `config`. Raises ConfigError for what does not go together."""
     optim = config.optim
+    if config.lora.lora_r > base.facts.hidden_size:
+        width = base.facts.hidden_size
+        raise ConfigError([f"--lora_r: {config.lora.lora_r} is above {width}, the width of the model's layers"])
     weights = LossWeights.from_options(config.loss, base.facts.num_codebooks)
     optim.batch_size, optim.max_tokens_per_batch = micro_batches.settle_micro_batches(
         optim.batch_size,

@@ -34,6 +34,17 @@ class StepPlan:
     micro_batches: tuple[MicroBatch, ...]
 
 
+def total_steps(steps_per_epoch: int, epochs: float | None, max_steps: int | None) -> int:
+    """Optimizer steps of a whole run: the fewer of both where both are given, an epoch where neither is.
+
+    A part of an epoch is rounded up to a step.
+    """
+    if epochs is None and max_steps is not None:
+        return max_steps
+    steps = math.ceil((1.0 if epochs is None else epochs) * steps_per_epoch - 1e-9)
+    return steps if max_steps is None else min(steps, max_steps)
+
+
 class Plan:
     """The order of the data: shuffled by epoch, every row once an epoch, the last global batch of an epoch smaller.
 
@@ -54,14 +65,8 @@ class Plan:
         self.steps_per_epoch = math.ceil(num_rows / self.rows_per_step)
 
     def total_steps(self, epochs: float | None, max_steps: int | None) -> int:
-        """Optimizer steps of the whole run: the fewer of both where both are given, an epoch where neither is.
-
-        A part of an epoch is rounded up to a step.
-        """
-        if epochs is None and max_steps is not None:
-            return max_steps
-        steps = math.ceil((1.0 if epochs is None else epochs) * self.steps_per_epoch - 1e-9)
-        return steps if max_steps is None else min(steps, max_steps)
+        """Optimizer steps of the whole run; see `total_steps`."""
+        return total_steps(self.steps_per_epoch, epochs, max_steps)
 
     def describe(self, total_steps: int) -> str:
         """The arithmetic of a step and of the run, as text."""

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ..config import PROJECT_ROOT, TrainConfig
 from ..errors import ConfigError
+from ..files import read_settings
 from .ds_fields import as_whole, field_faults
 
 if TYPE_CHECKING:
     from ..model.facts import ModelFacts
 
-MAX_BYTES = 1_000_000
 # Keys of files that others use, which cannot change a LoRA run here: left out, and named in one line.
 IGNORED_KEYS = {
     *("aio", "autotuning", "checkpoint", "compile", "dataloader_drop_last", "use_node_local_storage", "datastates"),
@@ -119,9 +119,7 @@ def read_deepspeed_config(path: str) -> dict:
         return dict(pairs)
 
     try:
-        if file.stat().st_size > MAX_BYTES:
-            raise ConfigError([f"--deepspeed_config: {path} is larger than {MAX_BYTES:,} bytes, no file of settings"])
-        raw = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=unique)
+        raw = json.loads(read_settings(file), object_pairs_hook=unique)
     except OSError as error:
         raise ConfigError([f"--deepspeed_config: {path} cannot be read: {error.strerror or error}"]) from None
     except RecursionError:

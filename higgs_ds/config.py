@@ -125,7 +125,7 @@ class LoraOptions:
     """What trains."""
 
     lora_r: int = _option(16, "LoRA rank", least=1)
-    lora_alpha: float = _option(32.0, "LoRA alpha; updates are scaled by alpha / r", above=0)
+    lora_alpha: float = _option(32.0, "LoRA alpha; updates are scaled by alpha / r", above=0, most=1e6)
     lora_rslora: bool = _option(False, "rank-stabilised LoRA: updates are scaled by alpha / sqrt(r) instead")
     lora_dora: bool = _option(False, "not supported: DoRA is refused, with the reason")
     lora_dropout: float = _option(0.05, "dropout before the LoRA branch", least=0, below=1)

@@ -237,6 +237,13 @@ def test_what_cannot_go_on_is_refused_and_what_changes_is_said(forks, saved, tmp
     done = resume("--lr", "0.5", "--seed", "7")
     assert done.returncode == 0 and "--lr is 0.5, the checkpoint has 0.01" in done.output
     assert "--seed is 7, the checkpoint has 42" in done.output
+    # Five steps are done, of a run of five: the end of its cosine.
+    kept = resume("--max_steps", "6", "--lr_schedule_steps", "5")
+    assert kept.returncode == 0 and "the learning rate goes" not in kept.output
+    longer = resume("--max_steps", "8")
+    assert longer.returncode == 0 and "--lr_schedule_steps 5 keeps the old one (0.001)" in longer.output
+    wide = resume("--lora_r", "65")
+    assert wide.returncode == 2 and "--lora_r: 65 is above 64, the width of the model's layers" in wide.output
 
 
 def test_check_of_a_resumed_run_looks_at_its_next_batch(saved):
@@ -256,6 +263,11 @@ def test_a_new_run_can_start_from_an_adapter(forks, saved, flags_of, tmp_path):
     assert distance(ours, wanted) < 1e-4
     (refused,) = forks.run(flags_of(tmp_path / "x", init_adapter=folder), 1)
     assert refused.returncode == 2 and "--init_adapter" in refused.output
+    shutil.copytree(folder / "adapter", tmp_path / "broken")
+    next(iter(wanted.values()))[0, 0] = float("nan")
+    save_file(wanted, tmp_path / "broken/adapter_model.safetensors")
+    (refused,) = forks.run(flags_of(tmp_path / "x", init_adapter=tmp_path / "broken"), 1)
+    assert refused.returncode == 2 and "holds NaN or infinity" in refused.output and "Traceback" not in refused.output
 
 
 def test_a_base_by_its_old_name_is_no_other_setting(saved):

@@ -48,6 +48,57 @@ def test_aliases():
     assert (config.optim.lr, config.optim.batch_size, config.optim.grad_accum, config.optim.epochs) == (1e-3, 3, 5, 7.0)
 
 
+@pytest.mark.parametrize(
+    ("words", "option", "value"),
+    [
+        *(
+            ("--save_steps 200", "save_every", 200),
+            ("--eval_steps 7", "eval_every", 7),
+            ("--val_steps 7", "eval_every", 7),
+        ),
+        *(("--save_total_limit 2", "keep_last", 2), ("--project_name voices", "wandb_project", "voices")),
+        *(("--resume", "resume", "auto"), ("--resume none", "resume", "none"), ("--resume out/x", "resume", "out/x")),
+        *(("--resume_from_checkpoint", "resume", "auto"), ("--resume_from_checkpoint True", "resume", "auto")),
+        *(("--resume_from_checkpoint false", "resume", "none"), ("--resume_from_checkpoint a/b", "resume", "a/b")),
+        ("--gradient_checkpointing", "activation_checkpointing", "full"),
+        ("--gradient_checkpointing false", "activation_checkpointing", "none"),
+        *(("--report_to none", "wandb_mode", "disabled"), ("--report_to wandb", "wandb_mode", "auto")),
+        *(("--bf16", "dtype", "bf16"), ("--bf16 true --fp16 false", "dtype", "bf16"), ("--fp16", "dtype", "fp16")),
+        *(
+            ("--bf16 false", "dtype", "fp32"),
+            ("--bf16 false --fp16 true", "dtype", "fp16"),
+            ("--fp16=0", "dtype", "bf16"),
+        ),
+        *(("--warmup_steps 10", "warmup_steps", 10), ("--warmup_steps 10", "warmup_ratio", None)),
+        *(("--seed 9007199254740991", "seed", 2**53 - 1), ("--max_steps 9007199254740991", "max_steps", 2**53 - 1)),
+        *(("--max_steps 1e3", "max_steps", 1000), ("--log_every +07", "log_every", 7)),
+    ],
+)
+def test_other_trainers_flags_mean_what_they_mean_there(words, option, value, tmp_path):
+    """On the command line, in YAML by the same names, and once more in the resolved file that is given back."""
+    config = parse_args([*NEEDED, *words.split()])
+    assert config.get(option) == value and type(config.get(option)) is type(value)
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(config.as_dict()))
+    assert parse_args(["--config", str(file)]) == config
+    flags = [part.replace("=", " ").split() for part in words.split("--")[1:]]
+    file.write_text("".join(f"{flag[0]}: {flag[1] if flag[1:] else 'true'}\n" for flag in flags))
+    assert parse_args([*NEEDED, "--config", str(file)]).get(option) == value
+
+
+def test_dtype_words_of_flags_and_file_together(tmp_path):
+    file = tmp_path / "run.yaml"
+
+    def dtype(text, *flags):
+        file.write_text(text)
+        return parse_args([*NEEDED, "--config", str(file), *flags]).model.dtype
+
+    assert dtype("bf16: true", "--fp16") == "fp16"  # flags win
+    assert dtype("fp16: true", "--bf16", "false") == "fp16"
+    assert dtype("dtype: fp32", "--fp16", "false") == "fp32"
+    assert dtype("dtype: fp32", "--bf16") == "bf16" and dtype("bf16: true", "--dtype", "fp32") == "fp32"
+
+
 @pytest.mark.parametrize(("given", "every"), [("none", 0), ("full", 1), ("4", 4)])
 def test_activation_checkpointing_as_a_number(given, every):
     assert parse_args([*NEEDED, "--activation_checkpointing", given]).model.checkpoint_every == every
@@ -105,12 +156,33 @@ def test_the_resolved_config_can_be_given_back(tmp_path):
         (["--output_dir", " "], ["--output_dir: is empty"]),
         (["--run_name="], ["--run_name: is empty"]),
         (["--lora_target_modules", ""], ["--lora_target_modules: expected a list"]),
+        (["--report_to", "tensorboard"], ["--report_to: tensorboard is not written here; wandb or none"]),
+        (["--report_to", "wandb", "mlflow"], ["--report_to: mlflow is not written here"]),
+        (["--report_to", "none", "--wandb_mode", "online"], ["--wandb_mode: given twice, as report_to too"]),
+        (["--bf16", "--fp16"], ["bf16 and fp16 are both true"]),
+        (["--bf16", "--dtype", "bf16"], ["--dtype: given twice, as bf16 too"]),
+        (["--gradient_checkpointing", "unsloth"], ["--gradient_checkpointing: expected true or false, got 'unsloth'"]),
+        (["--learning_rate", "1", "--lr", "2"], ["--lr: given twice, as learning_rate too; leave one out"]),
+        (["--warmup_steps", "3", "--warmup_ratio", "0.1"], ["--warmup_steps, --warmup_ratio: both say"]),
+        (["--warmup_ratio", "none"], ["--warmup_ratio: needs a value, 0 for no warm-up"]),
+        (["--lr"], ["--lr/--learning_rate: expected one argument"]),
+        (["--seed", "9007199254740993"], ["--seed: 9007199254740993 is above 9007199254740991"]),
+        (["--max_steps", "1" * 30], ["--max_steps: 1111", "is above 9007199254740991"]),
+        (["--num_workers", "1000"], ["--num_workers: 1000 is above 256"]),
+        (["--run_name", "a\nb"], ["--run_name: holds a character that cannot be printed"]),
+        (["--run_name", "\udc80"], ["--run_name: holds a character that cannot be printed: '\\udc80'"]),
+        (["--output_dir", "a\0b"], ["--output_dir: holds a character that cannot be printed"]),
+        (["--lr", "9" * 5000], ["--lr: expected a finite number, got '999", "..."]),
+        (["--config", "/dev/zero"], ["--config: /dev/zero is not YAML: it is larger than 1,000,000 bytes"]),
+        (["--save_step", "3"], ["--save_step: unknown flag (did you mean '--save_steps'?)"]),
         (["--config", "nowhere.yaml"], ["--config: nowhere.yaml cannot be read"]),
         (["stray"], ["'stray': not a flag"]),
     ],
 )
 def test_wrong_flags(argv, words):
-    text = "\n".join(problems_of([*NEEDED, *argv]))
+    found = problems_of([*NEEDED, *argv])
+    text = "\n".join(found)
+    assert len(found) == 1 and "\n" not in text and len(text) < 500
     assert all(word in text for word in words), text
 
 

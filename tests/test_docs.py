@@ -12,6 +12,7 @@ from higgs_ds import cli
 from higgs_ds.batching.layout import make_layout
 from higgs_ds.config import ALIASES, OPTIONS
 from higgs_ds.parse import parse_args
+from higgs_ds.translate import FOREIGN
 from tests.conftest import ROOT
 
 AUDIO_OUT, AUDIO_IN, NONE = 90, 91, -100
@@ -50,6 +51,7 @@ def flags_table() -> str:
         shown = "**required**" if rules.get("required") else "" if default is None else f"`{default}`"
         choices = f"; one of {', '.join(f'`{choice}`' for choice in rules['choices'])}" if "choices" in rules else ""
         also = [f"`--{alias}`" for alias, target in ALIASES.items() if target == name]
+        also += [f"`--{other}`: {f.text}" for other, f in FOREIGN.items() if f.target == name and other != name]
         also = f" (also {', '.join(also)})" if also else ""
         lines.append(f"| `--{name}` | {shown} | {rules['help']}{choices}{also} |")
     return "\n".join(lines).strip() + "\n"

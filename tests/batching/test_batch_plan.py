@@ -3,7 +3,6 @@
 import pytest
 
 from higgs_ds.batching.batch_plan import Plan, evaluation_plans
-from higgs_ds.schedule import learning_rate
 
 
 def plan(num_rows, world_size, grad_accum, batch_size=2, seed=7):
@@ -59,13 +58,3 @@ def test_steps_of_a_run():
     assert p.total_steps(None, None) == 5 and p.total_steps(None, 23) == 23 and p.total_steps(1, 23) == 5
     with pytest.raises(ValueError, match="no rows"):
         plan(0, 1, 1)
-
-
-def test_learning_rate_shapes():
-    def at(step, shape, warmup=0.1):
-        return learning_rate(step, peak=1.0, total_steps=100, warmup_ratio=warmup, shape=shape)
-
-    assert [at(s, "cosine") for s in (1, 5, 10, 11)] == pytest.approx([0.1, 0.5, 1.0, 1.0])
-    assert at(56, "cosine") == pytest.approx(0.5) and 0 < at(100, "cosine") < 0.001
-    assert at(56, "linear") == pytest.approx(0.5) and at(100, "constant") == 1.0
-    assert at(1, "linear", warmup=0.0) == 1.0

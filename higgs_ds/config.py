@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from .errors import shown
+
 DEFAULT_BASE = "bosonai/higgs-tts-2-3b-base"
 # One repository, with the same revisions, which the hub knows by its name of today and by the one that it had before.
 BASE_NAMES = (DEFAULT_BASE, "bosonai/higgs-audio-v2-generation-3B-base")
@@ -160,10 +162,10 @@ class OptimOptions:
     )
     grad_accum: int = _option(1, "micro-batches an optimizer step", least=1)
     epochs: float | None = _option(
-        None, "passes over the training rows (default: 1, or as many as --max_steps takes)", above=0
+        None, "passes over the training rows (default: 1, or as many as --max_steps takes)", above=0, most=1e6
     )
     max_steps: int | None = _option(None, "optimizer steps of the run; with --epochs the fewer of both", least=1)
-    lr: float = _option(2e-4, "peak learning rate of AdamW", above=0)
+    lr: float = _option(2e-4, "peak learning rate of AdamW", above=0, most=100)
     lr_scheduler: str = _option("cosine", "shape after warm-up", choices=("cosine", "linear", "constant"))
     warmup_ratio: float | None = _option(0.03, "share of the schedule's steps that warm up", least=0, below=1)
     warmup_steps: int | None = _option(None, "steps that warm up, instead of --warmup_ratio", least=0)
@@ -280,8 +282,8 @@ OPTIONS = _options()
 
 
 def _whole(text: str) -> int:
-    """The number that digits say; 0 for anything else."""
-    return int(text) if text.isascii() and text.isdigit() else 0
+    """The number that a few digits say; 0 for anything else."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else 0
 
 
 def cross_checks(config: TrainConfig) -> list[str]:
@@ -330,7 +332,7 @@ def _forward_checks(config: TrainConfig) -> list[str]:
     problems = []
     recomputed = config.model.activation_checkpointing
     if recomputed != "none" and not config.model.checkpoint_every:
-        problems.append(f"--activation_checkpointing: {recomputed!r} is not none, full or a whole number above 0")
+        problems.append(f"--activation_checkpointing: {shown(recomputed)} is not none, full or a whole number above 0")
     if config.model.forward_impl == "upstream":
         if config.loss.loss_impl == "fused":
             problems.append(

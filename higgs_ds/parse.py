@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import math
 import re
 import types
@@ -110,6 +111,7 @@ class _Given(argparse.Action):
         namespace.given[option_string.removeprefix("--")] = text
 
 
+@functools.cache
 def build_parser() -> argparse.ArgumentParser:
     """Flags as text: conversion and checks are done together afterwards, so that all errors show at once."""
     parser = _Parser(

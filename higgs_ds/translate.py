@@ -49,10 +49,9 @@ def _reported(value: object) -> str:
     names = re.split(r"[\s,]+", value.strip().lower()) if isinstance(value, str) else value
     if names in (["wandb"], ["none"]):
         return {"wandb": "auto", "none": "disabled"}[names[0]]
-    others = [str(name) for name in names if name not in ("wandb", "none")] if isinstance(names, list) else [str(names)]
-    raise ValueError(
-        f"{', '.join(others) or value} is not written here; wandb or none, and metrics.jsonl and loss.png always"
-    )
+    others = [name for name in names if name not in ("wandb", "none")] if isinstance(names, list) else []
+    foreign = ", ".join(shown(name).strip("'") for name in others[:3]) or shown(value)
+    raise ValueError(f"{foreign} is not written here; wandb or none, and metrics.jsonl and loss.png always")
 
 
 FOREIGN = {

@@ -1,11 +1,15 @@
 """Defaults ← YAML ← flags; all problems at once, each naming its flag and the nearest valid name."""
 
+import math
+from datetime import datetime
+
 import pytest
 import yaml
 
 from higgs_ds.config import ALIASES, DEFAULT_BASE_REVISION, DEFAULT_CODEC_REVISION, DEFAULT_LORA_TARGETS, OPTIONS
 from higgs_ds.errors import ConfigError, nearest
 from higgs_ds.parse import parse_args
+from higgs_ds.translate import FOREIGN
 
 NEEDED = ["--train_manifest", "train.json", "--output_dir", "out"]
 
@@ -245,3 +249,35 @@ def test_whatever_stands_in_the_yaml_is_one_line(text, words, tmp_path):
 def test_a_suggestion_is_another_spelling_and_never_another_option(name, suggested):
     said = nearest(name, [*OPTIONS, *ALIASES])
     assert said == (f" (did you mean '{suggested}'?)" if suggested else "")
+
+
+WRONG = (
+    *("", "abc", " ", "none", "-1", "0", "nan", "-inf", "1e400", "1e308", "9" * 5000, "x" * 5000, "a\nb", "\x00"),
+    *("\ud800", None, -1, 0, True, math.nan, math.inf, 10**400, [], {}, [[]], [None], {"a": [1]}, [True], [math.nan]),
+    datetime(2026, 11, 27),
+)
+
+
+@pytest.mark.parametrize("value", WRONG, ids=lambda value: repr(value)[:12])
+def test_every_option_takes_any_value_in_yaml_or_as_a_flag_or_says_why_not(value, tmp_path):
+    """Nothing but ConfigError comes of it, one short line a fault."""
+    names = [*OPTIONS, *FOREIGN]
+    given = [parse_args_of_yaml(tmp_path / "run.yaml", {name: value}) for name in names]
+    if isinstance(value, str):
+        given += [taken_or_refused([*NEEDED, f"--{name}={value}"]) for name in names]
+    assert len(given) >= len(names)
+    for config, problems in given:
+        assert config is not None or (0 < len(problems) <= 3 and all(len(line) < 500 for line in problems)), problems
+        assert not any("\n" in line for line in problems)
+
+
+def parse_args_of_yaml(file, options):
+    file.write_text(yaml.dump(options, allow_unicode=False))
+    return taken_or_refused([*NEEDED, "--config", str(file)])
+
+
+def taken_or_refused(argv):
+    try:
+        return parse_args(argv), []
+    except ConfigError as error:
+        return None, error.problems

@@ -174,7 +174,7 @@ class OptimOptions:
         "steps that the learning rate's schedule spans (default: the run's); after them it stays where it is",
         least=1,
     )
-    weight_decay: float = _option(0.0, "AdamW weight decay of the LoRA weights", least=0)
+    weight_decay: float = _option(0.0, "AdamW weight decay of the LoRA weights", least=0, most=1000)
     max_grad_norm: float = _option(1.0, "gradient clipping, 0 for none", least=0)
     seed: int = _option(42, "LoRA initialisation, order of the data, dropout", least=0, most=2**53 - 1)
 
@@ -183,8 +183,8 @@ class OptimOptions:
 class LossOptions:
     """Weights of the loss, and what happens where it is not real."""
 
-    text_loss_weight: float = _option(1.0, "weight of the text head's mean cross-entropy", least=0)
-    audio_loss_weight: float = _option(1.0, "weight of the audio head's mean cross-entropy", least=0)
+    text_loss_weight: float = _option(1.0, "weight of the text head's mean cross-entropy", least=0, most=1e6)
+    audio_loss_weight: float = _option(1.0, "weight of the audio head's mean cross-entropy", least=0, most=1e6)
     codebook_weights: list[float] | None = _option(None, "one weight a codebook, scaled to sum 1 (default: equal)")
     loss_impl: str = _option(
         "fused",

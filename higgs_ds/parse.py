@@ -19,6 +19,7 @@ from .files import read_settings
 from .translate import FOREIGN, in_our_words, suggestion, yes_or_no
 
 LARGEST = 2**53 - 1  # of whole numbers: beyond it a float, or a reader of JSON, holds another one
+LONGEST_NAME = 255  # bytes, on every file system in use
 
 
 def _kind(hint):
@@ -74,6 +75,8 @@ def _text(value) -> str:
         raise ValueError(f"expected text, got {shown(value)}")
     if not str(value).isprintable():  # a line break or NUL in a path, bytes that are no text
         raise ValueError(f"holds a character that cannot be printed: {shown(value)}")
+    if max(len(part.encode()) for part in str(value).split("/")) > LONGEST_NAME:
+        raise ValueError(f"is longer than a file's name may be: {shown(value)}")
     return str(value)
 
 

@@ -241,7 +241,7 @@ def test_what_cannot_go_on_is_refused_and_what_changes_is_said(forks, saved, tmp
     kept = resume("--max_steps", "6", "--lr_schedule_steps", "5")
     assert kept.returncode == 0 and "the learning rate goes" not in kept.output
     longer = resume("--max_steps", "8")
-    assert longer.returncode == 0 and "--lr_schedule_steps 5 keeps the old one (0.001)" in longer.output
+    assert longer.returncode == 0 and "--lr_schedule_steps 5 keeps the old one (0.0015)" in longer.output
     wide = resume("--lora_r", "65")
     assert wide.returncode == 2 and "--lora_r: 65 is above 64, the width of the model's layers" in wide.output
 

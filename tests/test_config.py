@@ -176,6 +176,7 @@ def test_the_resolved_config_can_be_given_back(tmp_path):
         (["--run_name", "a\nb"], ["--run_name: holds a character that cannot be printed"]),
         (["--run_name", "\udc80"], ["--run_name: holds a character that cannot be printed: '\\udc80'"]),
         (["--output_dir", "a\0b"], ["--output_dir: holds a character that cannot be printed"]),
+        (["--codes_cache", "a/" + "x" * 256], ["--codes_cache: is longer than a file's name may be: 'a/xxx"]),
         (["--lr", "9" * 5000], ["--lr: expected a finite number, got '999", "..."]),
         (["--config", "/dev/zero"], ["--config: /dev/zero is not YAML: it is larger than 1,000,000 bytes"]),
         (["--save_step", "3"], ["--save_step: unknown flag (did you mean '--save_steps'?)"]),

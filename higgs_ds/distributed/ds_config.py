@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..config import PROJECT_ROOT, TrainConfig
-from ..errors import ConfigError
+from ..errors import ConfigError, shown
 from ..files import read_settings
 from .ds_fields import as_whole, field_faults
 
@@ -106,19 +106,20 @@ def read_deepspeed_config(path: str) -> dict:
     Raises:
         ConfigError: missing, not JSON, not an object, a key given twice; a key or value that can stand in no such file.
     """
-    file = Path(path)
-    if not file.is_absolute():
-        places = (file, PROJECT_ROOT / file, Path(sys.prefix) / "share" / "higgs_ds" / file)
-        file = next((place for place in places if place.exists()), file)
 
     def unique(pairs):
-        keys = [key for key, _ in pairs]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise ValueError(f"key {key!r} stands there twice")
-        return dict(pairs)
+        found = {}
+        for key, value in pairs:
+            if key in found:
+                raise ValueError(f"key {shown(key)} stands there twice")
+            found[key] = value
+        return found
 
     try:
+        file = Path(path)
+        if not file.is_absolute():
+            places = (file, PROJECT_ROOT / file, Path(sys.prefix) / "share" / "higgs_ds" / file)
+            file = next((place for place in places if place.exists()), file)
         raw = json.loads(read_settings(file), object_pairs_hook=unique)
     except OSError as error:
         raise ConfigError([f"--deepspeed_config: {path} cannot be read: {error.strerror or error}"]) from None

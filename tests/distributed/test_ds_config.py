@@ -173,8 +173,9 @@ _FP16 = {
     "hysteresis": 2,
     "min_loss_scale": 1,
 }
+# As other trainers write them, axolotl with unprefixed names; `workers/all_configs.py` trains under the first two.
 FROM_THE_FIELD = {
-    "LLaMA-Factory's stage 2": {
+    "llama_factory_zero2": {
         **_AUTO,
         "zero_allow_untested_optimizer": True,
         "fp16": _FP16,
@@ -192,7 +193,7 @@ FROM_THE_FIELD = {
         "comms_config": {"verbose": False},
         "monitor_config": {"enabled": True, "csv_monitor": {"enabled": False}},
     },
-    "axolotl's stage 3, by DeepSpeed's other names": {
+    "axolotl_zero3_offload": {
         **_AUTO,
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": {
@@ -212,7 +213,7 @@ FROM_THE_FIELD = {
         "fp16": {**_FP16, "enabled": False, "auto_cast": False},
         "wall_clock_breakdown": False,
     },
-    "Hugging Face's": {
+    "hugging_face_zero3": {
         **_AUTO,
         "bf16": {"enabled": "auto"},
         "optimizer": {
@@ -231,7 +232,7 @@ FROM_THE_FIELD = {
         "activation_checkpointing": {"partition_activations": False, "number_checkpoints": None},
         "steps_per_print": 2000,
     },
-    "every other field": {
+    "every_other_field_zero3_offload": {
         "zero_optimization": {
             "stage": 3,
             "stage3_prefetch_bucket_size": 5e7,

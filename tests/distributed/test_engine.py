@@ -85,7 +85,7 @@ def test_every_shipped_config_trains_in_bf16_and_saves_what_the_host_holds(tiny_
     results = run_ranks(["tests/workers/all_configs.py", *map(str, (tiny_dir, codec_dir, tmp_path))], 2, timeout=240)
     assert_all(results)
     losses = dict(line.split()[1:] for line in results[0].output.splitlines() if line.startswith("config "))
-    assert len(losses) == 6 and "saved and set under every file" in results[0].output
+    assert len(losses) == 8 and "saved and set under every file" in results[0].output
     assert max(map(float, losses.values())) - min(map(float, losses.values())) < 0.05, losses
 
 

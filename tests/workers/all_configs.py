@@ -1,8 +1,10 @@
-"""Three bf16 steps under every shipped DeepSpeed file, then its state saved and set; prints the loss of the third step.
+"""Three bf16 steps under every shipped DeepSpeed file and two of other trainers, then its state saved and set; prints
+the loss of the third step.
 
 usage: all_configs.py BASE_DIR CODEC_DIR OUTPUT_DIR
 """
 
+import json
 import sys
 import time
 from pathlib import Path
@@ -14,6 +16,7 @@ from higgs_ds.config import PROJECT_ROOT
 from higgs_ds.distributed.engine import leave_ranks, start_ranks
 from higgs_ds.process import end_process
 from higgs_ds.step_stats import StepSums
+from tests.distributed.test_ds_config import FROM_THE_FIELD
 from tests.workers.common import build
 from tests.workers.residence import Residence, tensors_within
 
@@ -25,7 +28,12 @@ def main() -> None:
     ranks = start_ranks()
     times: dict[str, float] = {}
     note_initialize(times)
-    for number, file in enumerate(sorted((PROJECT_ROOT / "ds_configs").glob("*.json"))):
+    files = sorted((PROJECT_ROOT / "ds_configs").glob("*.json"))
+    for name in ("llama_factory_zero2", "axolotl_zero3_offload"):
+        files.append(out / f"rank{ranks.rank}" / f"{name}.json")
+        files[-1].parent.mkdir(exist_ok=True)
+        files[-1].write_text(json.dumps(FROM_THE_FIELD[name]))
+    for number, file in enumerate(files):
 
         def loaded(model, late=2.0 * ranks.rank * (number == 0)):
             time.sleep(late)  # rank 1 reads from a slower disk
@@ -41,7 +49,7 @@ def main() -> None:
             batch_size=2,
             grad_accum=2,
             dtype="bf16",
-            ds_file=f"ds_configs/{file.name}",
+            ds_file=str(file),
             wrap_model=loaded,
         )
         met = ranks.gather(times)

@@ -8,6 +8,7 @@ import shlex
 import sys
 
 LAUNCHER_PROGRAMS = {"deepspeed", "deepspeed.pt", "ds", "torchrun", "accelerate"}
+RESUMING = ("--resume", "--resume_from_checkpoint")  # two names for one option are refused
 LAUNCHER_MODULES = ("deepspeed.launcher", "torch.distributed", "accelerate.commands")
 
 
@@ -37,8 +38,20 @@ def resume_command(chain: list[tuple[int, int]]) -> str:
     words = _words_of(chain[-1][1]) if chain else ["python", *sys.argv]
     if os.path.basename(words[0]).startswith("python") and len(words) > 1 and os.access(words[1], os.X_OK):
         words = words[1:]  # a script that names its interpreter
-    resumed = any(pair == ("--resume", "auto") for pair in itertools.pairwise(words))
-    return shlex.join(words if resumed else [*words, "--resume", "auto"])
+    if not any(pair == ("--resume", "auto") for pair in itertools.pairwise(words)):
+        words = [*_without_resume(words), "--resume", "auto"]
+    return shlex.join(words)
+
+
+def _without_resume(words: list[str]) -> list[str]:
+    """A command without what it says of resuming, by either name, with a value or without."""
+    kept, before = [], ""
+    for word in words:
+        flag = word.split("=")[0] in RESUMING
+        if not flag and not (before in RESUMING and not word.startswith("--")):
+            kept.append(word)
+        before = word
+    return kept
 
 
 def _parent_of(pid: int) -> int | None:

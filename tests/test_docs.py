@@ -108,6 +108,6 @@ if __name__ == "__main__":
     file = ROOT / "docs/flags.md"
     head = (
         "# Flags of `train_ds.py`\n\nAll can stand in a YAML file given by `--config`; flags win. Unknown names "
-        "fail, naming the nearest valid one.\n\n"
+        "fail, naming the one that they misspell.\n\n"
     )
     file.write_text(head + flags_table())

@@ -39,6 +39,7 @@ IGNORED_VALUES = {
     **dict.fromkeys((f"zero_optimization.cpu_offload{end}" for end in ("", "_param", "_params")), (False, None)),
     "gradient_predivide_factor": (1, 1.0),
     "sequence_parallel_size": (1,),
+    "tensor_parallel": ({"autotp_size": 0}, {"autotp_size": 1}),
     "zero_optimization.mics_shard_size": (-1,),
     "zero_optimization.mics_hierarchical_params_gather": (False,),
     "zero_optimization.zenflow": (None,),
@@ -46,7 +47,7 @@ IGNORED_VALUES = {
 OFF_BLOCKS = {
     *("wandb", "tensorboard", "csv_monitor", "comet", "amp", "torch_autocast", "data_efficiency", "elasticity"),
     *("curriculum_learning", "hybrid_engine", "nebula", "eigenvalue", "progressive_layer_drop", "quantize_training"),
-    "expert_parallel",
+    *("expert_parallel", "fp8"),
 }
 # DeepSpeed's own two names for one thing.
 _PREFIXED = (

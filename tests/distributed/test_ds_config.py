@@ -230,6 +230,8 @@ FROM_THE_FIELD = {
             "stage3_gather_16bit_weights_on_model_save": True,
         },
         "activation_checkpointing": {"partition_activations": False, "number_checkpoints": None},
+        "tensor_parallel": {"autotp_size": 1},
+        "fp8": {"enabled": False},
         "steps_per_print": 2000,
     },
     "every_other_field_zero3_offload": {

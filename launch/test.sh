@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Set-up, then the tests: bash launch/test.sh [pytest arguments]
+# Set-up, then the tests, a file on each of two processes: bash launch/test.sh [pytest arguments, -n 0 for one process]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/setup.sh
 export DS_ACCELERATOR=cpu OMP_NUM_THREADS=1
-exec "$PYTHON" -m pytest "$@"
+exec "$PYTHON" -m pytest -n 2 --dist loadfile "$@"

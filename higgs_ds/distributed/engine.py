@@ -10,7 +10,6 @@ import contextlib
 import copy
 import math
 import os
-import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,6 +24,7 @@ from ..errors import ConfigError
 from ..process import say
 from .device import describe_devices, name_accelerator, take_device
 from .optimizer_state import GatheredState, OptimizerState
+from .rendezvous import host_names, meet, named
 
 T = TypeVar("T")
 
@@ -37,6 +37,7 @@ class Ranks:
     world_size: int
     local_rank: int
     device: torch.device
+    hosts: tuple[str, ...] = ()  # every rank's; empty where nobody asked
 
     @property
     def is_main(self) -> bool:
@@ -73,6 +74,15 @@ class Ranks:
             raise ConfigError(list(found))
         return value
 
+    def named(self, ranks: list[int]) -> str:
+        """`ranks 2, 3`; where the run is on several hosts, `ranks 2, 3 on node02`."""
+        return named(ranks, self.hosts)
+
+    @property
+    def host(self) -> str:
+        """This rank's, where the run is on several; empty otherwise."""
+        return self.hosts[self.rank] if len(set(self.hosts)) > 1 else ""
+
     def seed(self, seed: int) -> None:
         """Seeds torch for dropout, differently on every rank; LoRA's start and the data have their own generators."""
         torch.manual_seed(seed + self.rank)
@@ -88,25 +98,19 @@ class Ranks:
 
 
 def start_ranks(*, deterministic: bool = False) -> Ranks:
-    """Joins the process group of the DeepSpeed launcher or torchrun; plain `python` becomes one rank of its own.
+    """Joins the process group of whatever launched this; plain `python` becomes one rank of its own.
 
     Args:
         deterministic: only kernels that give the same numbers twice, see `take_device`.
 
     Raises:
-        ConfigError: this rank has no GPU, and `DS_ACCELERATOR` does not say that it is to use the CPU.
+        ConfigError: this rank has no GPU, and `DS_ACCELERATOR` does not say that it is to use the CPU; or the ranks
+            cannot meet, see `rendezvous.meet`.
     """
     device = name_accelerator()
     on_cpu = device.type == "cpu"
     take_device(device, deterministic=deterministic)
-    if "RANK" not in os.environ:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    # To find each other, the ranks have torch's half an hour. After that one may encode for hours while the others wait
-    # for it: who is dead or stuck is for `watch` to find, and not for a collective's timeout.
-    store, rank, world_size = next(dist.rendezvous("env://", timeout=timedelta(minutes=30)))
+    store, rank, world_size = meet(on_cpu=on_cpu)
     backend = "gloo" if on_cpu else "nccl"
     # NCCL need not guess the rank's GPU, and connects now, where an error has a place. One rank alone has nobody to
     # connect to, and doing it all the same has failed on some machines (DeepSpeed's issue 8248).
@@ -118,7 +122,7 @@ def start_ranks(*, deterministic: bool = False) -> Ranks:
     if on_cpu:
         _without_kernel_build(deepspeed)
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
-    return Ranks(rank, world_size, int(os.environ.get("LOCAL_RANK", "0")), device)
+    return Ranks(rank, world_size, int(os.environ.get("LOCAL_RANK", "0")), device, host_names(world_size))
 
 
 def _without_kernel_build(deepspeed) -> None:

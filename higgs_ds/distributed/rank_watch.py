@@ -56,7 +56,7 @@ class Watch:
         self._ranks = ranks
         self._stall_timeout_sec = stall_timeout_sec
         self._lock = threading.Lock()  # of the three that follow
-        self._state = RankState(ranks.rank)
+        self._state = RankState(ranks.rank, host=ranks.host)
         self._progress_at = time.monotonic()
         self._own_failure: Verdict | None = None
         self._own_failure_sent = threading.Event()
@@ -89,7 +89,7 @@ class Watch:
     def _move_on(self, step: int, doing: str, *, timed: bool) -> None:
         with self._lock:
             progress = self._state.progress + 1
-            self._state = RankState(self._ranks.rank, progress=progress, step=step, doing=doing, timed=timed)
+            self._state = replace(self._state, progress=progress, step=step, doing=doing, timed=timed)
             self._progress_at = time.monotonic()
 
     def __enter__(self) -> Watch:
@@ -115,7 +115,7 @@ class Watch:
         exit_code = getattr(error, "exit_code", 1)
         with self._lock:
             self._own_failure = Verdict(
-                f"rank {self._ranks.rank} failed {self._state}: {_first_line(error)}",
+                f"rank {self._state.name} failed {self._state}: {_first_line(error)}",
                 exit_code if isinstance(exit_code, int) else 1,
             )
         if not alone:

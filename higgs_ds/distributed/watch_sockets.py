@@ -16,6 +16,7 @@ import time
 from dataclasses import asdict, dataclass, fields
 
 from .engine import Ranks
+from .rendezvous import listen
 
 HEARTBEAT_SEC = 0.5
 SILENCE_TIMEOUT_SEC = 50.0  # a rank not heard from for so long is gone: its host died, or it is frozen
@@ -33,6 +34,12 @@ class RankState:
     doing: str = "starting"
     no_progress_sec: float = 0.0  # how long it has been without any sign of progress
     timed: bool = False  # whether the stall timeout holds for what it is doing
+    host: str = ""  # where it is, in a run on several hosts
+
+    @property
+    def name(self) -> str:
+        """Its number, and where it is."""
+        return f"{self.rank} on {self.host}" if self.host else str(self.rank)
 
     def __str__(self) -> str:
         return f"in step {self.step} ({self.doing})" if self.step else f"before the first step ({self.doing})"
@@ -54,8 +61,7 @@ def connect_ranks(ranks: Ranks) -> WatchServer | WatchClient:
     """
     token, port, listener = secrets.token_hex(16), 0, None
     if ranks.is_main and ranks.world_size > 1:
-        any_family = {"family": socket.AF_INET6, "dualstack_ipv6": True} if socket.has_dualstack_ipv6() else {}
-        listener = socket.create_server(("", 0), backlog=ranks.world_size, **any_family)
+        listener = listen(ranks.world_size)
         port = listener.getsockname()[1]
     token, port = ranks.gather((token, port))[0]
     host = os.environ.get("MASTER_ADDR", "127.0.0.1")
@@ -134,7 +140,7 @@ class WatchServer:
         if not is_open:
             self._selector.unregister(key.fileobj)
             if rank not in self._left:
-                return Verdict(f"rank {rank} died {self._states[rank]}")
+                return Verdict(f"rank {self._states[rank].name} died {self._states[rank]}")
             self._states.pop(rank)
             self._heard_at.pop(rank)
         return None
@@ -212,7 +218,7 @@ class WatchClient:
             if "state" in message:
                 self._state_of_0 = _state_of(message["state"], 0)
         if not is_open and not self._server_left:
-            return Verdict(f"rank 0 died {self._state_of_0}")
+            return Verdict(f"rank {self._state_of_0.name} died {self._state_of_0}")
         return None
 
     def extend_deadlines(self, seconds: float) -> None:
@@ -274,13 +280,13 @@ def find_stalled(states: list[RankState], stall_timeout_sec: float) -> Verdict |
     if len(behind) == len(states):
         who = "no rank has" if len(states) > 1 else "rank 0 has not"
     else:
-        who = ("rank " if len(behind) == 1 else "ranks ") + ", ".join(str(state.rank) for state in behind)
+        who = ("rank " if len(behind) == 1 else "ranks ") + ", ".join(state.name for state in behind)
         who += " has not" if len(behind) == 1 else " have not"
     return Verdict(f"{who} moved for {stall_timeout_sec:g} s (--stall_timeout_sec), {behind[0]}")
 
 
 def _silent(state: RankState) -> Verdict:
-    return Verdict(f"rank {state.rank} has not been heard from for {SILENCE_TIMEOUT_SEC:.0f} s, {state}")
+    return Verdict(f"rank {state.name} has not been heard from for {SILENCE_TIMEOUT_SEC:.0f} s, {state}")
 
 
 def _verdict_message(verdict: Verdict) -> dict:

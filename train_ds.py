@@ -11,6 +11,7 @@ import sys
 from higgs_ds.config import TrainConfig
 from higgs_ds.distributed.allocator import grow_segments
 from higgs_ds.distributed.ds_config import read_deepspeed_config
+from higgs_ds.distributed.launch_env import enter_launch
 from higgs_ds.distributed.stop import StopRequest
 from higgs_ds.errors import ConfigError, ExitCode
 from higgs_ds.parse import parse_args
@@ -20,7 +21,8 @@ from higgs_ds.process import end_process, say
 def main(argv: list[str]) -> int:
     """Trains; returns an `ExitCode`. What nobody foresaw ends the process with 1 elsewhere: see `rank_watch`."""
     try:
-        # 1. Parse: every wrong flag and YAML key, before torch is imported.
+        # 1. Parse: who started this, and every wrong flag and YAML key, before torch is imported.
+        enter_launch()
         config = parse_args(argv)
         ds_raw = read_deepspeed_config(config.run.deepspeed_config)
         grow_segments()

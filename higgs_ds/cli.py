@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from .corpus.audio import AudioError
+from .distributed.launch_env import enter_launch
 from .errors import ConfigError, ExitCode
 from .merge_cli import add_export, add_merge
 from .process import say
@@ -17,10 +18,12 @@ def main(argv: list[str]) -> int:
     """Runs one verb; returns the exit code (0 done, 1 failed, 2 wrong flags or data)."""
     try:
         if argv[:1] == ["check"]:
+            enter_launch()
             return _check(argv[1:])
         if argv[:1] == ["prepare"]:
             from .prepare import main as prepare
 
+            enter_launch()
             return prepare(argv[1:])
         args = build_parser().parse_args(argv)
         return args.verb(args)

@@ -37,16 +37,17 @@ def main(argv: list[str]) -> int:
     import torch
     import torch.distributed as dist
 
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if world_size == 1:
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         _prepare(config, Alone(), str(device))
         return 0
     from .distributed.engine import Ranks
+    from .distributed.rendezvous import host_names, meet
 
-    dist.init_process_group("gloo", timeout=PATIENCE)
+    store, rank, world_size = meet(on_cpu=True)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=PATIENCE)
     try:
-        _prepare(config, Ranks(dist.get_rank(), world_size, local_rank, torch.device("cpu")), str(device))
+        local_rank, hosts = int(os.environ.get("LOCAL_RANK", "0")), host_names(world_size)
+        _prepare(config, Ranks(rank, world_size, local_rank, torch.device("cpu"), hosts), str(device))
         dist.barrier()
     finally:
         dist.destroy_process_group()
@@ -58,9 +59,11 @@ def _prepare(config: TrainConfig, ranks: Ranks | Alone, device: str) -> None:
 
     from .batching.collate import Collator
     from .data import codes_folder, load_corpus
+    from .distributed.agreement import check_shared
     from .run import open_base_for
 
     began = time.monotonic()
+    check_shared({"--codes_cache": codes_folder(config)}, ranks)
     base = ranks.each(lambda: open_base_for(config))
     if base.notes:
         ranks.say("\n".join(base.notes))

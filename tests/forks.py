@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,17 +52,32 @@ class Forks:
         self._process.stdin.flush()
         return json.loads(self._process.stdout.readline())
 
-    def start(self, flags: list[str], world_size: int, *, patches: dict[int, list] | None = None) -> list[Fork]:
-        """Ranks of `train_ds.py` with these flags; `patches` by rank, see workers/patches.py."""
-        port = str(free_port())
+    def start(
+        self,
+        flags: list[str],
+        world_size: int,
+        *,
+        patches: dict[int, list] | None = None,
+        env_of: Callable[[int], dict] | None = None,
+        more: dict[int, list[str]] | None = None,
+    ) -> list[Fork]:
+        """Ranks of `train_ds.py` with these flags.
+
+        Args:
+            patches: by rank, see workers/patches.py.
+            env_of: a rank's environment as its launcher sets it, by default that of torchrun.
+            more: further flags by rank.
+        """
+        port = free_port()
         ranks = []
         for rank in range(world_size):
             self._started += 1
             output = self._folder / f"{self._started}.rank{rank}.txt"
             env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
-            env = {"MASTER_ADDR": "127.0.0.1"} | {name: str(value) for name, value in env.items()}
-            patch = (patches or {}).get(rank)
-            pid = self._ask({"start": flags, "env": env, "output": str(output), "patch": patch})
+            env = env_of(rank) if env_of else {"MASTER_ADDR": "127.0.0.1"} | env
+            order = {"start": [*flags, *(more or {}).get(rank, ())], "output": str(output)}
+            order |= {"env": {name: str(value) for name, value in env.items()}, "patch": (patches or {}).get(rank)}
+            pid = self._ask(order)
             ranks.append(Fork(pid, output))
         return ranks
 
@@ -84,9 +100,9 @@ class Forks:
                 rank.kill()
         return [RankResult(codes.get(r.pid), r.output, ended.get(r.pid, timeout)) for r in ranks]
 
-    def run(self, flags: list[str], world_size: int, *, timeout: float = 120, patches=None) -> list[RankResult]:
+    def run(self, flags: list[str], world_size: int, *, timeout: float = 120, **how) -> list[RankResult]:
         """`start`, then `wait`."""
-        return self.wait(self.start(flags, world_size, patches=patches), timeout)
+        return self.wait(self.start(flags, world_size, **how), timeout)
 
     def close(self) -> None:
         self._process.stdin.close()

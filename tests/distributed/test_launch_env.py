@@ -1,0 +1,184 @@
+"""Which rank a process is, by whatever launched it: the variables of srun and MPI, and real ranks with them."""
+
+import socket
+
+import pytest
+
+from higgs_ds.distributed.launch_env import PORTS, enter_launch, first_host, port_of_job
+from higgs_ds.errors import ConfigError
+from tests.ranks import assert_all
+
+TORCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# As srun sets them for the second task of the second of three nodes, 2 + 3 + 3 tasks.
+SRUN = {
+    "SLURM_JOB_ID": "4711",
+    "SLURM_STEP_ID": "0",
+    "SLURM_NTASKS": "8",
+    "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_STEP_NUM_NODES": "3",
+    "SLURM_STEP_TASKS_PER_NODE": "2,3(x2)",
+    "SLURM_STEP_NODELIST": "node[03-04,07]",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+}
+OPEN_MPI = {
+    "OMPI_COMM_WORLD_RANK": "3",
+    "OMPI_COMM_WORLD_SIZE": "4",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+    "PMIX_NAMESPACE": "prterun-node01-77@1",
+}
+HYDRA = {"PMI_RANK": "3", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
+BATCH_SCRIPT = {"SLURM_JOB_ID": "4711", "SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+
+
+def entered(environment: dict) -> dict:
+    """What torch reads then."""
+    environment = dict(environment)
+    enter_launch(environment)
+    return {name: environment[name] for name in TORCH if name in environment}
+
+
+def place(*values) -> dict:
+    return {name: str(value) for name, value in zip(TORCH, values, strict=True) if value is not None}
+
+
+def test_the_first_host_of_slurms_lists():
+    lists = {
+        "node[03-05,07],gpu1": "node03",
+        "gpu1,node[1-2]": "gpu1",
+        "rack[2-3]n[08-11,15]-ib,x": "rack2n08-ib",
+        "n[7]": "n7",
+        "alone": "alone",
+        "": "",
+    }
+    assert {text: first_host(text) for text in lists} == lists
+
+
+def test_srun_and_mpi_become_what_torch_reads():
+    port = port_of_job("4711.0")
+    assert port in PORTS and port != port_of_job("4711.1") != port_of_job("4712.0")
+    assert entered(SRUN) == place(3, 8, 1, 3, "node03", port)
+    assert entered(OPEN_MPI | {"MASTER_ADDR": "n1"}) == place(3, 4, 1, 2, "n1", port_of_job("prterun-node01-77@1"))
+    assert entered(OPEN_MPI | {"SLURM_JOB_NODELIST": "n[4-5]"})["MASTER_ADDR"] == "n4"
+    assert entered(HYDRA | {"MASTER_ADDR": "n1"}) == place(3, 4, 1, 2, "n1", 29500)
+    assert entered(HYDRA | {"MPI_LOCALNRANKS": "4", "MASTER_PORT": "5"}) == place(3, 4, 1, 4, "127.0.0.1", 5)
+    # srun speaks PMI, which does not know the task's place on its node; mpiexec under srun starts the ranks itself.
+    assert entered(SRUN | {"PMI_RANK": "3", "PMI_SIZE": "8"}) == entered(SRUN)
+    assert entered(SRUN | HYDRA | {"PMI_RANK": "0", "MASTER_ADDR": "n1"})["RANK"] == "0"
+
+
+def test_a_gpu_that_slurm_shows_to_one_task_alone_is_number_0():
+    own = SRUN | {"CUDA_VISIBLE_DEVICES": "0"}
+    assert entered(own | {"SLURM_GPUS_ON_NODE": "3"})["LOCAL_RANK"] == "0"
+    assert entered(own | {"SLURM_GPUS_PER_TASK": "1"})["LOCAL_WORLD_SIZE"] == "1"
+    assert entered(own | {"SLURM_GPUS_ON_NODE": "1"})["LOCAL_RANK"] == "1"  # three tasks for one: refused later
+    assert entered(SRUN | {"CUDA_VISIBLE_DEVICES": "0,1,2", "SLURM_GPUS_ON_NODE": "3"})["LOCAL_RANK"] == "1"
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        {"SLURM_JOB_ID": "4711", "SLURM_NTASKS": "1", "SLURM_PROCID": "0"},
+        BATCH_SCRIPT,
+        BATCH_SCRIPT | {"SLURM_STEP_ID": "4294967291"},
+        SRUN | {"SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"},  # the shell of salloc
+        SRUN | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"},
+        {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"},
+        {"PMI_RANK": "0", "PMI_SIZE": "1"},
+        {"WORLD_SIZE": "1", "MASTER_ADDR": "somewhere"},
+    ],
+)
+def test_one_process_is_one_wherever_it_is(environment, capsys):
+    assert "RANK" not in entered(environment) and "LOCAL_RANK" not in entered(environment)
+    forgot_srun = environment.get("SLURM_NTASKS") == "8" and "SLURM_STEP_NUM_TASKS" not in environment
+    assert ("one process alone; srun starts all" in capsys.readouterr().out) == forgot_srun
+
+
+def test_deepspeed_and_torchrun_win_over_what_they_were_started_in():
+    given = place(5, 16, 1, None, "10.0.0.1", 29500)
+    for around in (SRUN, OPEN_MPI, BATCH_SCRIPT):
+        assert entered(around | given) == given
+    assert entered(place(0, 1, None, None, None, None)) == {"WORLD_SIZE": "1"}  # alone: it needs no meeting place
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"WORLD_SIZE": "4"}, "WORLD_SIZE is 4, but RANK is not set: this process is one of several"),
+        ({"CROSS_SIZE": "2", "MASTER_ADDR": "n1"}, "CROSS_SIZE is 2"),
+        ({"PET_NNODES": "2"}, "PET_NNODES is 2"),
+        ({"RANK": "1"}, "RANK is 1, but WORLD_SIZE is not set"),
+        ({"RANK": "4", "WORLD_SIZE": "4"}, "RANK is 4, but WORLD_SIZE is 4: ranks count from 0"),
+        ({"RANK": "x", "WORLD_SIZE": "4"}, "RANK is 'x', no number"),
+        ({"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "n1"}, "MASTER_PORT is not set"),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, "OMPI_COMM_WORLD_SIZE is 4, but OMPI_COMM_WORLD_RANK is not set"),
+        ({"PMI_RANK": "4", "PMI_SIZE": "4", "MPI_LOCALRANKID": "0"}, "rank 4 of 4 ranks cannot be"),
+        ({"PMI_RANK": "1", "PMI_SIZE": "4"}, "PMI_RANK is 1 of 4, but MPI_LOCALRANKID is not set"),
+        (OPEN_MPI, "does not say where rank 0 is: set MASTER_ADDR"),
+        (SRUN | {"SLURM_DISTRIBUTION": "arbitrary"}, "does not say where rank 0 is: set MASTER_ADDR"),
+        (SRUN | {"SLURM_PROCID": ""}, "Slurm's step has 8 tasks, but SLURM_PROCID is not set"),
+        (SRUN | {"MASTER_ADDR": "localhost"}, "MASTER_ADDR is localhost, which is another host on each of them"),
+    ],
+)
+def test_one_of_several_that_cannot_know_which_is_refused(environment, said):
+    with pytest.raises(ConfigError) as refused:
+        entered(environment)
+    assert said in str(refused.value) and len(refused.value.problems) == 1
+
+
+def of_open_mpi(rank: int) -> dict:
+    here = {"OMPI_COMM_WORLD_RANK": rank, "OMPI_COMM_WORLD_SIZE": 2, "OMPI_COMM_WORLD_LOCAL_RANK": rank}
+    return here | {"OMPI_COMM_WORLD_LOCAL_SIZE": 2, "PMIX_NAMESPACE": f"prterun-here-{PORT}@1"}
+
+
+def of_hydra(rank: int) -> dict:
+    return {"PMI_RANK": rank, "PMI_SIZE": 2, "MPI_LOCALRANKID": rank, "MPI_LOCALNRANKS": 2, "MASTER_PORT": PORT}
+
+
+def of_srun(rank: int) -> dict:
+    """Two nodes of one task each, which are both this machine."""
+    here = {"SLURM_JOB_ID": PORT, "SLURM_STEP_ID": 3, "SLURM_STEP_NUM_TASKS": 2, "SLURM_PROCID": rank}
+    nodes = {"SLURM_STEP_NUM_NODES": 2, "SLURM_STEP_NODELIST": f"{socket.gethostname()},other[1-2]"}
+    return here | nodes | {"SLURM_LOCALID": 0, "SLURM_NODEID": rank, "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}
+
+
+with socket.create_server(("", 0)) as free:
+    PORT = free.getsockname()[1]
+
+
+@pytest.mark.parametrize("launcher", [of_open_mpi, of_hydra, of_srun])
+def test_two_real_ranks_of_each_train_together(launcher, forks, flags_of, tmp_path):
+    results = forks.run(flags_of(tmp_path / "run", max_steps=1, dtype="fp32"), 2, env_of=launcher)
+    assert_all(results)
+    assert "2 rows × 1 accumulation × 2 ranks = 4 rows" in results[0].output
+    assert ": 2 ranks, which meet at " in results[0].output and (tmp_path / "run/adapter").is_dir()
+
+
+def test_a_real_process_that_is_one_of_several_is_refused(forks, flags_of, tmp_path):
+    (result,) = forks.run(flags_of(tmp_path / "run"), 1, env_of=lambda rank: {"OMPI_COMM_WORLD_SIZE": 2})
+    assert result.returncode == 2 and not (tmp_path / "run").exists()
+    assert "OMPI_COMM_WORLD_RANK is not set" in result.output and "Traceback" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("launcher", "option"),
+    [({}, "MASTER_PORT="), ({"CROSS_RANK": 0}, "deepspeed --master_port "), ({"TORCHELASTIC_RUN_ID": "none"}, "torch")],
+)
+def test_a_taken_port_is_one_line_with_a_free_one(launcher, option, forks, flags_of, tmp_path):
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        place = {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        (result,) = forks.run(flags_of(tmp_path / "run"), 1, env_of=lambda rank: place | launcher)
+    assert result.returncode == 2, result.output
+    (line,) = [line for line in result.output.splitlines() if "MASTER_PORT" in line]
+    assert f"MASTER_PORT: {port} is taken on {socket.gethostname()}" in line and f" is free: {option}" in line
+
+
+def test_a_meeting_place_without_an_address_is_refused_at_once(forks, flags_of, tmp_path):
+    place = {"RANK": 1, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "MASTER_ADDR": "nowhere.invalid", "MASTER_PORT": 29500}
+    (result,) = forks.run(flags_of(tmp_path / "run"), 1, env_of=lambda rank: place)
+    assert result.returncode == 2
+    assert "[rank 1] MASTER_ADDR: nowhere.invalid:29500 has no address on" in result.output, result.output

@@ -74,6 +74,7 @@ class Checkpoint:
     position: Position
     state: OptimizerState
     rng: dict[str, torch.Tensor]
+    seal: str = ""  # of all its files; another checkpoint has another
 
     @property
     def adapter(self) -> dict[str, torch.Tensor]:
@@ -240,7 +241,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     except OSError as error:
         raise CheckpointError(f"{folder / CHECKSUMS} cannot be read: {error.strerror}") from error
     try:
-        sums = json.loads(content)["files"]
+        read = json.loads(content)
+        sums, seal = read["files"], read["seal"]
         intact = _sealed(sums) == content
         unlisted = [name for name in ("state.json", *TENSOR_FILES) if name not in sums]
     except (ValueError, KeyError, TypeError):
@@ -273,7 +275,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             odd = min((key for key in shapes | found if found.get(key) != shapes.get(key)), default="no weight at all")
             raise CheckpointError(f"{folder}: {part} in optimizer.safetensors is not of the adapter's weights: {odd}")
     weights = {name: weights[peft_key(name)] for name in exp_avg}
-    return Checkpoint(folder, position, OptimizerState(weights, exp_avg, exp_avg_sq, position.adam_steps), rng)
+    return Checkpoint(folder, position, OptimizerState(weights, exp_avg, exp_avg_sq, position.adam_steps), rng, seal)
 
 
 def _check_position(folder: Path, position: Position) -> None:

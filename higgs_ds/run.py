@@ -21,8 +21,9 @@ from .batching import micro_batches
 from .batching.batch_plan import MicroBatch
 from .cards import pinned
 from .config import TrainConfig
-from .data import Data
+from .data import Data, codes_folder
 from .data import load_data as load_data
+from .distributed.agreement import check_same, check_shared, versions
 from .distributed.engine import Engine, Ranks, leave_ranks, loading, start_ranks
 from .distributed.rank_watch import Watch, check_stall_timeout
 from .distributed.stop import StopRequest
@@ -62,7 +63,10 @@ def joined(
     with Watch(ranks, stall_timeout_sec=config.run.stall_timeout_sec, stop=stop) as watch:
         try:
             check_stall_timeout(config.run.stall_timeout_sec, on_gpu=ranks.device.type == "cuda")
-            ranks.each(lambda: run_dir.refuse_a_run(output_dir) if is_new else None)
+            check_same({f"--{name}": value for name, value in config.as_dict().items()} | versions(), ranks)
+            ranks.each(lambda: run_dir.refuse_a_run(output_dir) if is_new and ranks.is_main else None)
+            ranks.each(lambda: run_dir.prepare_run_dir(output_dir) if ranks.is_main else None)
+            check_shared({"--output_dir": output_dir, "--codes_cache": codes_folder(config)}, ranks)
             ranks.each(lambda: run_dir.prepare_run_dir(output_dir))
             with ranks.each(lambda: run_dir.lock_run_dir(output_dir) if alone else contextlib.nullcontext()):
                 # Again: the folder's lock may have been waited for, and its holder have left a run.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from .alone import Unwatched
 from .batching import micro_batches
 from .checkpoint import Checkpoint
 from .config import TrainConfig
+from .distributed.agreement import check_same, patiently
 from .distributed.ds_config import LayerSizes, ignored_keys, resolve
 from .distributed.engine import Ranks, check_config
 from .distributed.rank_watch import Watch
@@ -50,7 +51,7 @@ class Setup:
 
 def open_setup(config: TrainConfig, ds_raw: dict, ranks: Ranks, watch: Watch | Unwatched) -> Setup:
     """Finds the checkpoint to go on from and the base, asks both everything, and settles the options by them."""
-    resumed, notes = ranks.each(lambda: checkpoint.find_checkpoint(config.run.resume, Path(config.run.output_dir)))
+    resumed, notes = find_together(config, ranks)
     if resumed is None and config.run.resume == "auto":
         ranks.each(lambda: run_dir.refuse_a_result(Path(config.run.output_dir)))
     watch.untimed("finding the base checkpoint")
@@ -58,7 +59,48 @@ def open_setup(config: TrainConfig, ds_raw: dict, ranks: Ranks, watch: Watch | U
     initial = ranks.each(lambda: settle_lora(config, base.config, resumed.position.config if resumed else None))
     setup = settle(config, ds_raw, base, ranks, resumed, [*notes, *base.notes])
     setup.initial = initial
+    check_same(
+        {f"--{name} (as resolved)": value for name, value in config.as_dict().items()}
+        | {f"{config.run.deepspeed_config}: {name}": value for name, value in setup.ds_config.items()}
+        | {f"--base_ckpt: {name}": value for name, value in asdict(base.facts).items()},
+        ranks,
+    )
     return setup
+
+
+def find_together(config: TrainConfig, ranks: Ranks) -> tuple[Checkpoint | None, list[str]]:
+    """The checkpoint that rank 0 finds, read by every rank from that very path, and what has to be said about others.
+
+    Raises:
+        ConfigError: on all ranks, naming those that cannot read it, or read another one there.
+    """
+    resume, output_dir = config.run.resume, Path(config.run.output_dir)
+    resumed, notes = ranks.each(lambda: checkpoint.find_checkpoint(resume, output_dir) if ranks.is_main else (None, []))
+    found, notes = ranks.gather(((str(resumed.folder), resumed.seal) if resumed else None, notes))[0]
+    if found is None:
+        return None, notes
+    folder, seal = found
+
+    def read() -> Checkpoint:
+        if resumed is not None:
+            return resumed
+        who = f"{ranks.named([0])} goes on from {folder}, {ranks.named([ranks.rank])} cannot: "
+        # The folder's files may be newer than what this host remembers of it.
+        read_here = patiently(lambda: _read_or_why(Path(folder)), lambda found: isinstance(found, Checkpoint))
+        if isinstance(read_here, str):
+            raise ConfigError([f"--resume: {who}{read_here}; all hosts must share --output_dir"])
+        if read_here.seal != seal:
+            raise ConfigError([f"--resume: {who}it holds another checkpoint there; all hosts must share --output_dir"])
+        return read_here
+
+    return ranks.each(read), notes
+
+
+def _read_or_why(folder: Path) -> Checkpoint | str:
+    try:
+        return checkpoint.read_checkpoint(folder)
+    except checkpoint.CheckpointError as error:
+        return str(error)
 
 
 def open_base_for(config: TrainConfig) -> BaseCheckpoint:

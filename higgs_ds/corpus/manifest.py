@@ -12,6 +12,7 @@ counted and named; `columns` holds the names that are understood, `row_check` wh
 from __future__ import annotations
 
 import codecs
+import copy
 import hashlib
 import json
 import re
@@ -130,6 +131,18 @@ class Manifest:
         row = check.row(DECODER.decode(self._text(number)))
         assert not check.faults, check.faults
         return row
+
+    def clips_here(self, number: int) -> str:
+        """What this process finds of a row's clips, as text: their sizes, or what is wrong; nothing is counted."""
+        check = RowCheck(copy.deepcopy(self._rules), int(self._lines[number]))
+        try:
+            row = check.row(DECODER.decode(self._text(number)))
+            sizes = [ref.path.stat().st_size for _, ref in row.audio_refs if ref.path] if row is not None else []
+        except (json.JSONDecodeError, RecursionError):
+            return "no row"  # for all alike; `check` says what is wrong
+        except OSError as error:
+            return f"{error.filename} cannot be read ({error.strerror or error})"
+        return "; ".join([*(f"{size:,} bytes" for size in sizes), *(fault.problem for fault in check.faults)])
 
     def seen(self) -> tuple:
         """What `check` has counted in this process over the rows given to it, for everybody's `set_seen`."""

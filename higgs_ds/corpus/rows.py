@@ -29,6 +29,7 @@ from .controls import DEFAULT_CONTROLS
 from .faults import SHOWN_OF_A_KIND, Fault, grouped, plural, write_faults
 from .manifest import Manifest
 from .row_set import Part, RowSet, as_array, put_together
+from .same_files import check_same_files
 from .transcripts import FACTS, VOICE, Spoken, facts_of, first_lines, voice_of, warnings_of
 
 if TYPE_CHECKING:
@@ -82,10 +83,7 @@ def load_rows(
     check_fits(cache.codec, num_codebooks, codebook_size)
     rules = {"audio_root": audio_root, "controls": controls, "prompt_style": prompt_style}
     read = [Manifest(manifest, **rules) for manifest in manifests]
-    for manifest, *others in zip(
-        manifests, *ranks.gather([(part.digest(), part.faults) for part in read]), strict=True
-    ):
-        _check_same(manifest, others)
+    check_same_files(read, ranks)
     limits = Limits(max_duration_sec, max_tokens if count_tokens else None, max_row_tokens)
     loader = _Loader(cache, ranks, limits, lengths, count_tokens, on_progress)
     total = sum(map(len, read))
@@ -133,21 +131,6 @@ def _tell(
         raise ConfigError([*lines, f"{bad_rows}; {outcome}"])
     if faults:
         warn("\n".join([f"--skip_bad_rows: training without {bad_rows}:", *lines]))
-
-
-def _check_same(manifest: str, of_ranks: list[tuple[bytes, list[Fault]]]) -> None:
-    """Rows are shared out by number: a rank with another file would pair one row's text with another's clip.
-
-    Raises:
-        ConfigError: naming the ranks, with what was wrong for each that could not read the file.
-    """
-    other = [rank for rank, (digest, _) in enumerate(of_ranks) if digest != of_ranks[0][0]]
-    if other:
-        named = f"rank{'s' * (len(other) > 1)} {', '.join(map(str, other))}"
-        reasons = [f"rank {rank}: {fault}" for rank, (_, faults) in enumerate(of_ranks) for fault in faults]
-        raise ConfigError(
-            [f"{manifest}: {named} found another file than rank 0; give all nodes the same one", *reasons]
-        )
 
 
 @contextlib.contextmanager

@@ -1,0 +1,142 @@
+"""What all ranks must have in common before anything is trained: their options, and the folders that they work in.
+
+Two hosts with different files and settings would train on, each on its own, and what they trained would be nobody's.
+Every check raises ConfigError on all ranks at once, naming the ranks and their hosts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import os
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from ..errors import ConfigError, first_of
+from ..files import write_text
+
+if TYPE_CHECKING:
+    from ..alone import Alone
+    from .engine import Ranks
+
+T = TypeVar("T")
+
+# A host may not yet see what another has written: NFS clients remember a folder's names for up to half a minute.
+PATIENCE_SEC = 30.0
+PAUSE_SEC = 0.5
+
+
+def check_same(values: Mapping[str, object], ranks: Ranks) -> None:
+    """Raises ConfigError where a rank has another value than rank 0 under one of these names.
+
+    Args:
+        values: plain values by the name that a user knows them by (`--lr`); compared as JSON, by its digest.
+    """
+    mine = {name: json.dumps(value, sort_keys=True, default=str) for name, value in values.items()}
+    digest = hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).hexdigest()
+    if len(set(ranks.gather(digest))) == 1:
+        return
+    of_ranks = ranks.gather(mine)
+    problems = []
+    for name in sorted(set().union(*of_ranks)):
+        groups: dict[str, list[int]] = {}
+        for rank, theirs in enumerate(of_ranks):
+            groups.setdefault(theirs.get(name, "not there"), []).append(rank)
+        if len(groups) > 1:
+            shown = ", ".join(f"{value} on {ranks.named(those)}" for value, those in groups.items())
+            problems.append(f"{name}: {shown}; give all ranks the same")
+    raise ConfigError(first_of(problems))
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that the ranks speak to each other with, for `check_same`."""
+    return {f"installed {name}": importlib.metadata.version(name) for name in ("torch", "deepspeed", "transformers")}
+
+
+def check_shared(folders: Mapping[str, Path], ranks: Ranks | Alone) -> None:
+    """Proves that every rank sees the same folders, by a file that rank 0 writes to each and all others read.
+
+    One that rank 0 may only read is compared by the names in it. Rank 0 makes those that are not there.
+
+    Args:
+        folders: by the flag that names them.
+
+    Raises:
+        ConfigError: on all ranks, naming those that do not see what rank 0 wrote within `PATIENCE_SEC`.
+    """
+    if ranks.world_size == 1:
+        return
+    with contextlib.ExitStack() as written:
+        mine = ranks.each(lambda: [_mark(flag, folders[flag], written) for flag in folders] if ranks.is_main else [])
+        marks = ranks.gather(mine)[0]
+
+        def unseen() -> list[int]:
+            return [
+                i for i, (flag, mark) in enumerate(zip(folders, marks, strict=True)) if not mark.seen(folders[flag])
+            ]
+
+        missing = patiently(unseen, lambda found: not found)
+        of_ranks = ranks.gather(missing)
+    problems = []
+    for i, (flag, folder) in enumerate(folders.items()):
+        blind = [rank for rank, theirs in enumerate(of_ranks) if i in theirs]
+        if blind:
+            problems.append(
+                f"{flag}: {ranks.named(blind)} cannot see what {ranks.named([0])} has written to {folder.absolute()}; "
+                "it must be one folder, which all hosts share (docs/many-machines.md)"
+            )
+    if problems:
+        raise ConfigError(problems)
+
+
+def patiently(look: Callable[[], T], enough: Callable[[T], bool]) -> T:
+    """What `look` finds, asked again until that is enough or `PATIENCE_SEC` are over."""
+    until = time.monotonic() + PATIENCE_SEC
+    while not enough(found := look()) and time.monotonic() < until:
+        time.sleep(PAUSE_SEC)
+    return found
+
+
+class Mark:
+    """What another rank must find in a folder to know it for rank 0's."""
+
+    def __init__(self, file: str | None, content: str):
+        self._file, self._content = file, content
+
+    def seen(self, folder: Path) -> bool:
+        """Whether this process finds it in the folder."""
+        with contextlib.suppress(OSError):
+            names = os.listdir(folder)  # opens the folder, which has NFS ask the server what is new
+            if self._file is None:
+                return _digest(names) == self._content
+            return (folder / self._file).read_text(encoding="utf-8") == self._content
+        return False
+
+
+def _mark(flag: str, folder: Path, written: contextlib.ExitStack) -> Mark:
+    """Rank 0's, which is removed when the stack closes. Raises ConfigError: the folder can neither be made nor read."""
+    token = secrets.token_hex(16)
+    file = folder / f".seen-by-all-{token}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        written.callback(_remove, file)
+        write_text(file, token)
+        return Mark(file.name, token)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            return Mark(None, _digest(os.listdir(folder)))
+        raise ConfigError([f"{flag}: {folder} cannot be used: {error.strerror or error}"]) from None
+
+
+def _remove(file: Path) -> None:
+    with contextlib.suppress(OSError):
+        file.unlink(missing_ok=True)
+
+
+def _digest(names: list[str]) -> str:
+    return hashlib.sha256("\0".join(sorted(names)).encode("utf-8", "surrogateescape")).hexdigest()

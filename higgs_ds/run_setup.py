@@ -88,9 +88,9 @@ def find_together(config: TrainConfig, ranks: Ranks) -> tuple[Checkpoint | None,
         # The folder's files may be newer than what this host remembers of it.
         read_here = patiently(lambda: _read_or_why(Path(folder)), lambda found: isinstance(found, Checkpoint))
         if isinstance(read_here, str):
-            raise ConfigError([f"--resume: {who}{read_here}; all hosts must share --output_dir"])
+            raise ConfigError([f"--resume: {who}{read_here}; all hosts must share that folder"])
         if read_here.seal != seal:
-            raise ConfigError([f"--resume: {who}it holds another checkpoint there; all hosts must share --output_dir"])
+            raise ConfigError([f"--resume: {who}it holds another checkpoint there; all hosts must share that folder"])
         return read_here
 
     return ranks.each(read), notes

@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# This node's ranks under torchrun, a rank a GPU: the same command on every node, with the flags of train_ds.py.
+#   one node:     bash launch/torchrun.sh --train_manifest … --output_dir …
+#   several:      NNODES=2 NODE_RANK=0 MASTER_ADDR=node01 bash launch/torchrun.sh …     and NODE_RANK=1 on the other
+#   under Slurm:  srun --ntasks-per-node=1 bash launch/torchrun.sh …                    Slurm says the rest
+# NPROC_PER_NODE: ranks on this node (default: its GPUs, or 1 with DS_ACCELERATOR=cpu). MASTER_PORT: default 29500, or
+# by the Slurm job. torchrun ends with 1 whatever its ranks ended with: see docs/many-machines.md.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/setup.sh
+
+of_job() { # NODELIST JOB: where the ranks of a Slurm job meet
+  "$PYTHON" -c 'import sys
+from higgs_ds.distributed.launch_env import first_host, port_of_job
+print(first_host(sys.argv[1]), port_of_job(sys.argv[2]))' "$1" "$2"
+}
+if [ -n "${SLURM_STEP_ID:-}" ] && [ "${SLURM_STEP_NUM_NODES:-1}" -gt 1 ] && [ -z "${NNODES:-}" ]; then
+  if [ "$SLURM_STEP_NUM_NODES" -ne "${SLURM_STEP_NUM_TASKS:-0}" ]; then
+    echo "torchrun.sh: srun started ${SLURM_STEP_NUM_TASKS:-?} tasks on $SLURM_STEP_NUM_NODES nodes; torchrun starts the" \
+      "ranks of a node itself: give srun --ntasks-per-node=1, or start train_ds.py without torchrun.sh" >&2
+    exit 2
+  fi
+  NNODES=$SLURM_STEP_NUM_NODES NODE_RANK=$SLURM_NODEID
+  read -r host port < <(of_job "$SLURM_STEP_NODELIST" "$SLURM_JOB_ID.$SLURM_STEP_ID")
+  MASTER_ADDR=${MASTER_ADDR:-$host} MASTER_PORT=${MASTER_PORT:-$port}
+fi
+[ "${DS_ACCELERATOR:-cuda}" = cpu ] && ranks=1 || ranks=gpu
+ranks=${NPROC_PER_NODE:-$ranks}
+unset RANK WORLD_SIZE LOCAL_RANK # of whatever started this script
+
+if [ "${NNODES:-1}" -le 1 ]; then
+  exec torchrun --standalone --nproc_per_node "$ranks" train_ds.py "$@"
+fi
+for name in NODE_RANK MASTER_ADDR; do
+  [ -n "${!name:-}" ] || { echo "torchrun.sh: NNODES is $NNODES, but $name is not set" >&2; exit 2; }
+done
+MASTER_PORT=${MASTER_PORT:-29500}
+if [ "$NODE_RANK" -eq 0 ]; then
+  "$PYTHON" launch/free_port.py "$MASTER_PORT" || exit 2
+fi
+exec torchrun --nnodes "$NNODES" --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" \
+  --nproc_per_node "$ranks" train_ds.py "$@"

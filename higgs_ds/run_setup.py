@@ -75,6 +75,8 @@ def find_together(config: TrainConfig, ranks: Ranks) -> tuple[Checkpoint | None,
         ConfigError: on all ranks, naming those that cannot read it, or read another one there.
     """
     resume, output_dir = config.run.resume, Path(config.run.output_dir)
+    if resume == "auto":
+        _wait_for_the_newest(output_dir / "checkpoints", ranks)
     resumed, notes = ranks.each(lambda: checkpoint.find_checkpoint(resume, output_dir) if ranks.is_main else (None, []))
     found, notes = ranks.gather(((str(resumed.folder), resumed.seal) if resumed else None, notes))[0]
     if found is None:
@@ -94,6 +96,30 @@ def find_together(config: TrainConfig, ranks: Ranks) -> tuple[Checkpoint | None,
         return read_here
 
     return ranks.each(read), notes
+
+
+def _wait_for_the_newest(folder: Path, ranks: Ranks) -> None:
+    """Until rank 0 sees the newest checkpoint that any rank sees: its host may remember an older list of them.
+
+    Raises:
+        ConfigError: on all ranks, naming those that see a newer one.
+    """
+
+    def newest() -> int:
+        return max(map(checkpoint.step_of, checkpoint.list_checkpoints(folder)), default=0)
+
+    of_ranks = ranks.gather(newest())
+    if max(of_ranks) > of_ranks[0]:
+        seen = patiently(newest, lambda step: step >= max(of_ranks)) if ranks.is_main else 0
+        of_ranks = ranks.gather(seen or newest())  # they again: what they saw may be gone
+    ahead = [rank for rank, step in enumerate(of_ranks) if step > of_ranks[0]]
+    if ahead:
+        raise ConfigError(
+            [
+                f"--resume auto: {ranks.named(ahead)} sees checkpoints up to step {max(of_ranks)} in {folder}, "
+                f"{ranks.named([0])} up to {of_ranks[0]}; all hosts must share that folder"
+            ]
+        )
 
 
 def _read_or_why(folder: Path) -> Checkpoint | str:

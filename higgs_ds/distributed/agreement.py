@@ -29,6 +29,7 @@ T = TypeVar("T")
 # A host may not yet see what another has written: NFS clients remember a folder's names for up to half a minute.
 PATIENCE_SEC = 30.0
 PAUSE_SEC = 0.5
+LEFTOVER_SEC = 3600.0
 
 
 def check_same(values: Mapping[str, object], ranks: Ranks) -> None:
@@ -81,13 +82,15 @@ def check_shared(folders: Mapping[str, Path], ranks: Ranks | Alone) -> None:
             ]
 
         missing = patiently(unseen, lambda found: not found)
-        of_ranks = ranks.gather(missing)
+        of_ranks = ranks.gather((missing, [str(folder.absolute()) for folder in folders.values()]))
     problems = []
-    for i, (flag, folder) in enumerate(folders.items()):
-        blind = [rank for rank, theirs in enumerate(of_ranks) if i in theirs]
+    for i, flag in enumerate(folders):
+        blind = [rank for rank, (theirs, _) in enumerate(of_ranks) if i in theirs]
         if blind:
+            here, there = of_ranks[0][1][i], of_ranks[blind[0]][1][i]
             problems.append(
-                f"{flag}: {ranks.named(blind)} cannot see what {ranks.named([0])} has written to {folder.absolute()}; "
+                f"{flag}: {ranks.named(blind)} cannot see what {ranks.named([0])} has written to {here}"
+                f"{f' ({there} there)' if there != here else ''}; "
                 "it must be one folder, which all hosts share (docs/many-machines.md)"
             )
     if problems:
@@ -124,6 +127,9 @@ def _mark(flag: str, folder: Path, written: contextlib.ExitStack) -> Mark:
     file = folder / f".seen-by-all-{token}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob(".seen-by-all-*"):  # by a run that was killed; another's, which is starting, is younger
+            if time.time() - left.stat().st_mtime > LEFTOVER_SEC:
+                left.unlink(missing_ok=True)
         written.callback(_remove, file)
         write_text(file, token)
         return Mark(file.name, token)

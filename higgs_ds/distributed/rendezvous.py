@@ -39,12 +39,11 @@ def meet(*, on_cpu: bool) -> tuple[dist.Store, int, int]:
     try:
         with _said_to_wait():
             store, rank, world_size = next(dist.rendezvous("env://", timeout=MEETING_TIMEOUT))
+        other_host = _check_reach(store, rank, world_size) if world_size > 1 else None
     except dist.DistError as error:
         raise _not_met(error) from None
-    if world_size > 1:
-        other_host = _check_reach(store, rank, world_size)
-        if on_cpu and other_host is not None:
-            _take_the_way_to(other_host)
+    if on_cpu and other_host is not None:
+        _take_the_way_to(other_host)
     return store, rank, world_size
 
 
@@ -148,7 +147,12 @@ def _check_reach(store: dist.Store, rank: int, world_size: int) -> str | None:
     else:
         store.set(f"reach/{rank}", json.dumps(_reach(rank, int(store.get("reach/port")))))
         failed, others = json.loads(store.get("reach/all"))
+        if failed:
+            store.set(f"reach/{rank}/told", "")
     if failed:
+        if rank == 0:  # whose end takes the store with it
+            with contextlib.suppress(dist.DistError):
+                store.wait([f"reach/{other}/told" for other in range(1, world_size)], timedelta(seconds=10))
         first, last = _ephemeral_ports()
         raise ConfigError(
             [*failed, f"hosts must reach each other on TCP ports {first}-{last} (net.ipv4.ip_local_port_range)"]

@@ -128,6 +128,9 @@ def test_a_checkpoint_that_the_other_host_does_not_see(hosts, on_hosts, forks, r
     assert_all(forks.run(flags_of(tmp_path / "other", max_steps=1, save_every=1, dtype="fp32", seed=7), 1))
     said = refused(flags, instead={tmp_path / "run/checkpoints": tmp_path / "other/checkpoints"})
     assert "holds another checkpoint there" in said, said
+    (tmp_path / "other/checkpoints/step-000001").rename(tmp_path / "other/checkpoints/step-000002")
+    said = refused(flags, instead={tmp_path / "run/checkpoints": tmp_path / "other/checkpoints"})
+    assert f"rank 1 on {hosts[1].name} sees checkpoints up to step 2" in said and "up to 1; all hosts" in said
 
 
 def test_other_options_on_the_other_host(hosts, refused, flags_of, tmp_path):

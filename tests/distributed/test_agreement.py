@@ -1,0 +1,76 @@
+"""What all ranks must have in common; ranks are threads here, whole processes on two hosts in test_many_hosts.py."""
+
+import shutil
+import threading
+import time
+
+import pytest
+
+from higgs_ds.distributed import agreement
+from higgs_ds.distributed.agreement import check_same, check_shared
+from higgs_ds.distributed.rendezvous import named
+from higgs_ds.errors import ConfigError
+from tests.corpus.test_rows import on_ranks
+
+HOSTS = ("node01", "node01", "node02", "node03")
+
+
+def test_ranks_are_named_with_their_hosts_where_there_are_several():
+    assert named([2], ()) == "rank 2" and named([1, 3], ("a",) * 4) == "ranks 1, 3"
+    assert named([0, 1, 3], HOSTS) == "ranks 0, 1 on node01 and rank 3 on node03"
+
+
+def test_values_are_compared_as_they_are_written():
+    same = {"--lr": 1e-4, "--lora_target_modules": ["a", "b"], "--seed": None}
+    assert on_ranks(3, lambda ranks: check_same(same, ranks)) == [None] * 3
+    errors = on_ranks(3, lambda ranks: check_same(same | ({"--lr": 1e-3, "more": 1} if ranks.rank else {}), ranks))
+    assert len({str(error) for error in errors}) == 1 and isinstance(errors[0], ConfigError)
+    assert errors[0].problems == [
+        "--lr: 0.0001 on rank 0, 0.001 on ranks 1, 2; give all ranks the same",
+        "more: not there on rank 0, 1 on ranks 1, 2; give all ranks the same",
+    ]
+
+
+@pytest.fixture
+def of_two_hosts(monkeypatch, tmp_path):
+    """Looks at one folder from two hosts; what of the one `late(host0, host1)` brings to the other, and when."""
+    monkeypatch.setattr(agreement, "PATIENCE_SEC", 3.0)
+    monkeypatch.setattr(agreement, "PAUSE_SEC", 0.05)
+    hosts = tmp_path / "host0", tmp_path / "host1"
+    hosts[1].mkdir()
+
+    def look(late) -> list:
+        helper = threading.Thread(target=late, args=hosts)
+        helper.start()
+        results = on_ranks(2, lambda ranks: check_shared({"--output_dir": hosts[ranks.rank]}, ranks))
+        helper.join()
+        return results
+
+    return look
+
+
+def test_a_stale_listing_is_waited_for_and_another_folder_is_refused(of_two_hosts, tmp_path):
+    def a_second_later(one, other) -> None:
+        time.sleep(1)
+        shutil.copytree(one, other, dirs_exist_ok=True)
+
+    assert of_two_hosts(a_second_later) == [None, None]
+    assert list((tmp_path / "host0").iterdir()) == []
+    errors = of_two_hosts(lambda one, other: None)
+    assert str(errors[0]) == str(errors[1])
+    paths = f"{tmp_path / 'host0'} ({tmp_path / 'host1'} there)"
+    assert f"--output_dir: rank 1 cannot see what rank 0 has written to {paths}" in str(errors[0])
+    assert "it must be one folder, which all hosts share" in str(errors[0])
+
+
+def test_a_folder_that_may_only_be_read_is_known_by_the_names_in_it(of_two_hosts, monkeypatch, tmp_path):
+    def refuse(*args) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(agreement, "write_text", refuse)
+    for host in ("host0", "host1"):
+        (tmp_path / host).mkdir(exist_ok=True)
+        (tmp_path / host / "a.index").touch()
+    assert of_two_hosts(lambda one, other: None) == [None, None]
+    (tmp_path / "host0/b.index").touch()
+    assert "cannot see what rank 0" in str(of_two_hosts(lambda one, other: None)[0])

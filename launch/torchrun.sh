@@ -14,15 +14,18 @@ of_job() { # NODELIST JOB: where the ranks of a Slurm job meet
 from higgs_ds.distributed.launch_env import first_host, port_of_job
 print(first_host(sys.argv[1]), port_of_job(sys.argv[2]))' "$1" "$2"
 }
-if [ -n "${SLURM_STEP_ID:-}" ] && [ "${SLURM_STEP_NUM_NODES:-1}" -gt 1 ] && [ -z "${NNODES:-}" ]; then
-  if [ "$SLURM_STEP_NUM_NODES" -ne "${SLURM_STEP_NUM_TASKS:-0}" ]; then
-    echo "torchrun.sh: srun started ${SLURM_STEP_NUM_TASKS:-?} tasks on $SLURM_STEP_NUM_NODES nodes; torchrun starts the" \
-      "ranks of a node itself: give srun --ntasks-per-node=1, or start train_ds.py without torchrun.sh" >&2
+if [ -n "${SLURM_STEP_ID:-}" ] && [ -z "${NNODES:-}" ]; then
+  nodes=${SLURM_STEP_NUM_NODES:-1} tasks=${SLURM_STEP_NUM_TASKS:-1}
+  if [ "$nodes" -ne "$tasks" ]; then
+    echo "torchrun.sh: srun started $tasks tasks on $nodes nodes, but torchrun starts the ranks of a node itself: give" \
+      "srun --ntasks-per-node=1, or start train_ds.py without torchrun.sh" >&2
     exit 2
   fi
-  NNODES=$SLURM_STEP_NUM_NODES NODE_RANK=$SLURM_NODEID
-  read -r host port < <(of_job "$SLURM_STEP_NODELIST" "$SLURM_JOB_ID.$SLURM_STEP_ID")
-  MASTER_ADDR=${MASTER_ADDR:-$host} MASTER_PORT=${MASTER_PORT:-$port}
+  if [ "$nodes" -gt 1 ]; then
+    NNODES=$nodes NODE_RANK=$SLURM_NODEID
+    read -r host port < <(of_job "$SLURM_STEP_NODELIST" "$SLURM_JOB_ID.$SLURM_STEP_ID")
+    MASTER_ADDR=${MASTER_ADDR:-$host} MASTER_PORT=${MASTER_PORT:-$port}
+  fi
 fi
 [ "${DS_ACCELERATOR:-cuda}" = cpu ] && ranks=1 || ranks=gpu
 ranks=${NPROC_PER_NODE:-$ranks}

@@ -54,8 +54,10 @@ def test_torchrun_is_started_on_every_node_with_the_same_words(programs):
     code, said = started("torchrun.sh", env=env | slurm)
     place = f"--nnodes 2 --node_rank 1 --master_addr n07 --master_port {port_of_job('4711.0')}"
     assert (code, said) == (0, f"torchrun {place} --nproc_per_node 1 train_ds.py, RANK unset\n")
-    code, said = started("torchrun.sh", env=env | slurm | {"SLURM_STEP_NUM_TASKS": "16"})
-    assert code == 2 and "srun started 16 tasks on 2 nodes" in said and "--ntasks-per-node=1" in said
+    for nodes in ("1", "2"):
+        tasks = {"SLURM_STEP_NUM_TASKS": "16", "SLURM_STEP_NUM_NODES": nodes}
+        code, said = started("torchrun.sh", env=env | slurm | tasks)
+        assert code == 2 and f"srun started 16 tasks on {nodes} nodes" in said and "--ntasks-per-node=1" in said
     with socket.create_server(("", 0)) as taken:
         port = taken.getsockname()[1]
         here = {"NNODES": "2", "NODE_RANK": "0", "MASTER_ADDR": "n1", "MASTER_PORT": str(port)}

@@ -72,6 +72,8 @@ def test_a_host_that_is_cut_off_ends_the_run_by_name_and_the_other_goes_on_with_
             assert text in results[rank].output, results[rank].output[-2000:]
             assert results[rank].ended_after_sec < SILENCE_TIMEOUT_SEC + 10
 
+    stopped = json.loads((folder / "stopped.json").read_text())
+    assert stopped["exit_code"] == 1 and hosts[1].name in stopped["reason"]
     saved = list_checkpoints(folder / "checkpoints")[-1]
     step = int(saved.name.removeprefix("step-"))
     settings["max_steps"] = step + 2

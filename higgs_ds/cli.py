@@ -40,7 +40,7 @@ def _check(argv: list[str]) -> int:
     from .distributed.ds_config import read_deepspeed_config
     from .parse import parse_args
 
-    config = parse_args(argv)
+    config = parse_args(argv, prog="python -m higgs_ds check")
     ds_raw = read_deepspeed_config(config.run.deepspeed_config)
     grow_segments()
     name_accelerator()

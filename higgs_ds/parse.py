@@ -115,10 +115,10 @@ class _Given(argparse.Action):
 
 
 @functools.cache
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(prog: str = "train_ds.py") -> argparse.ArgumentParser:
     """Flags as text: conversion and checks are done together afterwards, so that all errors show at once."""
     parser = _Parser(
-        prog="train_ds.py",
+        prog=prog,
         description="LoRA fine-tuning of Higgs Audio v2 on DeepSpeed.",
         allow_abbrev=False,
     )
@@ -149,13 +149,13 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def parse_args(argv: list[str], *, may_lack: tuple[str, ...] = ()) -> TrainConfig:
-    """Defaults ← YAML ← flags; required options named in `may_lack` may be left out.
+def parse_args(argv: list[str], *, may_lack: tuple[str, ...] = (), prog: str = "train_ds.py") -> TrainConfig:
+    """Defaults ← YAML ← flags; required options named in `may_lack` may be left out; help names the command `prog`.
 
     Raises:
         ConfigError: with every problem found, each naming its flag or `file: key`.
     """
-    parser = build_parser()
+    parser = build_parser(prog)
     words, unknown = parser.parse_known_args(argv, argparse.Namespace(given={}))
     problems: list[str] = []
     for before, word in zip(["", *unknown], unknown, strict=False):

@@ -28,7 +28,7 @@ def main(argv: list[str]) -> int:
     Returns 0. Raises ConfigError for wrong flags, for no usable GPU unless DS_ACCELERATOR=cpu, and, without
     --skip_bad_rows, for rows that cannot be used.
     """
-    config = parse_args(argv, may_lack=("output_dir",))
+    config = parse_args(argv, may_lack=("output_dir",), prog="python -m higgs_ds prepare")
     if config.data.codes_cache is None and config.run.output_dir is None:
         raise ConfigError(["--codes_cache: is required here, or --output_dir, whose codes_cache is taken"])
     from .distributed.device import name_accelerator

@@ -104,6 +104,13 @@ def test_every_command_has_a_verb_and_flags_that_exist(where, words):
     assert not [flag for flag in flags if flag.startswith("--") and flag not in known]
 
 
+@pytest.mark.parametrize("verb", ["check", "prepare", "describe"])
+def test_the_help_of_a_verb_names_it(verb, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([verb, "--help"])
+    assert capsys.readouterr().out.startswith(f"usage: python -m higgs_ds {verb} ")
+
+
 if __name__ == "__main__":
     file = ROOT / "docs/flags.md"
     head = (

@@ -6,6 +6,7 @@ import atexit
 import dataclasses
 import itertools
 import multiprocessing
+import os
 import signal
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
@@ -59,6 +60,8 @@ def load_steps(
     dataset: MicroBatches, plans: Iterable[StepPlan], *, num_workers: int, pin_memory: bool = False
 ) -> Iterator[tuple[StepPlan, list[Batch]]]:
     """Each step's plan with its batches, built ahead by `num_workers` processes; plans are drawn as they are needed."""
+    # A tokenizer that was used here would have every worker warn of its threads; without them nothing is slower.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     plans, ahead = itertools.tee(plans)
     loader = DataLoader(
         dataset,
@@ -75,8 +78,11 @@ def load_steps(
     end_workers = partial(_kill, [process for process in multiprocessing.active_children() if process not in others])
     # A rank that fails keeps the loader alive in its traceback, and would wait at exit for workers that mind no signal.
     atexit.register(end_workers)
-    for plan in plans:
-        yield plan, [next(batches) for _ in plan.micro_batches]
+    try:
+        for plan in plans:
+            yield plan, [next(batches) for _ in plan.micro_batches]
+    except GeneratorExit:  # whoever asked has enough; the loader ends its workers itself
+        pass
     atexit.unregister(end_workers)
 
 

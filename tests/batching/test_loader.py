@@ -54,3 +54,31 @@ def test_a_rank_that_fails_ends_although_its_workers_outlive_a_stop_signal(datas
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert result.returncode == 1 and "what went wrong" in result.stderr
+
+
+class Tokenized(Echo):
+    """Every item is tokenized by several threads, where they are not forbidden."""
+
+    def __init__(self):
+        from tokenizers import Tokenizer, models
+
+        self.tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+        self.tokenizer.encode_batch(["a b"] * 64)
+
+    def __getitem__(self, micro_batch):
+        return torch.tensor([len(self.tokenizer.encode_batch(["a b"] * 64))])
+
+
+def test_workers_say_nothing_while_they_run_nor_when_they_are_left_early():
+    code = (
+        "from higgs_ds.batching.loader import load_steps\n"
+        "from higgs_ds.batching.batch_plan import MicroBatch, StepPlan\n"
+        "import os; from tests.batching.test_loader import Tokenized\n"
+        "del os.environ['TOKENIZERS_PARALLELISM']\n"  # which the tests set
+        "plans = [StepPlan(i, 0.0, (MicroBatch((i,)),)) for i in range(4)]\n"
+        "for plan, _ in load_steps(Tokenized(), plans, num_workers=2):\n"
+        "    if plan.step == 2:\n"
+        "        break\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")

@@ -45,6 +45,8 @@ def train(config: TrainConfig, ds_raw: dict, stop: StopRequest) -> int:
 
     # 2. Join: this process among the other ranks, in a folder that is this run's alone.
     with run.joined(config, stop=stop) as (ranks, watch):
+        wandb = run.choose_wandb(config, ranks)
+
         # 3. Data: every row checked and every clip encoded once, before anything large is loaded.
         setup = run.open_setup(config, ds_raw, ranks, watch)
         data = run.load_data(setup, ranks, watch)
@@ -59,7 +61,7 @@ def train(config: TrainConfig, ds_raw: dict, stop: StopRequest) -> int:
         run.rehearse(setup, data, engine, guard, ranks, watch)
 
         # 5. Train, under the guard. The adapter first: nothing stands between the last step and the disk.
-        sinks = run.Sinks(setup, data, engine, ranks)
+        sinks = run.Sinks(setup, data, engine, ranks, wandb)
         watch.before_end.append(sinks.writer.finish)
         try:
             with sinks.open_tracker() as tracker:

@@ -225,10 +225,14 @@ class RunOptions:
     deterministic: bool = _option(
         False, "kernels that give the same numbers twice, which a GPU's fastest do not; slower"
     )
-    run_name: str | None = _option(None, "name of the run in W&B and on the plot")
-    wandb_project: str | None = _option(None, "W&B project (default: higgs-ds)")
+    run_name: str | None = _option(
+        None, "name of the run in W&B and on the plot (default: WANDB_NAME, or --output_dir's)"
+    )
+    wandb_project: str | None = _option(None, "W&B project (default: WANDB_PROJECT, or higgs-ds)")
     wandb_mode: str = _option(
-        "auto", "auto: online with a key, else offline", choices=("auto", "online", "offline", "disabled")
+        "auto",
+        "auto: WANDB_MODE, or online with a key and a network, else offline",
+        choices=("auto", "online", "offline", "disabled"),
     )
 
 

@@ -39,6 +39,7 @@ from .run_setup import open_setup as open_setup
 from .run_setup import settle as settle
 from .schedule import schedule
 from .sinks import Sinks as Sinks
+from .sinks import choose_wandb as choose_wandb
 from .trainer import Best, Trainer
 
 

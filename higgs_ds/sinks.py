@@ -11,14 +11,31 @@ from typing import TYPE_CHECKING
 from . import checkpoint, run_dir
 from .batching.batch_plan import StepPlan
 from .checkpoint import CheckpointWriter
+from .config import TrainConfig
 from .data import Data
 from .distributed.engine import Engine, Ranks
 from .process import loss_text
+from .report import wandb_run
 from .report.tracking import Tracker, open_tracker
+from .report.wandb_run import WandbChoice
 from .run_setup import Setup
 
 if TYPE_CHECKING:
     from .trainer import Trainer
+
+
+def choose_wandb(config: TrainConfig, ranks: Ranks) -> WandbChoice:
+    """How rank 0 will use W&B, settled within seconds and before anything takes long; the other ranks do not.
+
+    Raises:
+        ConfigError: on all ranks; see `wandb_run.choose_wandb`.
+    """
+    choice = ranks.each(
+        lambda: wandb_run.choose_wandb(config.run.wandb_mode) if ranks.is_main else WandbChoice("disabled")
+    )
+    if choice.note:
+        ranks.say(choice.note)
+    return choice
 
 
 @dataclass
@@ -29,6 +46,7 @@ class Sinks:
     data: Data
     engine: Engine
     ranks: Ranks
+    wandb: WandbChoice
 
     def __post_init__(self):
         self.writer = CheckpointWriter(
@@ -56,7 +74,7 @@ class Sinks:
             first_step=self.setup.first_step - 1,
             run_name=config.run.run_name,
             wandb_project=config.run.wandb_project,
-            wandb_mode=config.run.wandb_mode,
+            wandb=self.wandb,
         )
         run_dir.write_resolved(self.setup.output_dir, config.as_dict(), self.setup.ds_config)
         return tracker

@@ -38,13 +38,14 @@ class Forks:
     def __init__(self, folder: Path):
         self._folder = folder
         self._started = 0
+        env = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.workers.forks"],
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
+            env={**env, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
         )
 
     def _ask(self, order: dict):

@@ -1,153 +1,222 @@
 """The picture of a run: its losses over optimizer steps, drawn from metrics.jsonl or from memory."""
 
+from __future__ import annotations
+
 import math
 from pathlib import Path
 
 import numpy as np
 
 from ..files import replacing
+from .history import CODEBOOK_METRICS, NUM_CODEBOOKS, History
 from .jsonl import read_rows
 
-NUM_CODEBOOKS = 8
-# label, training metric, validation metric, colour
-LOSS_CURVES = (
-    ("total", "train/loss", "eval/loss", "#222222"),
-    ("text", "train/text_loss", "eval/text_loss", "#1f77b4"),
-    ("audio", "train/audio_loss", "eval/audio_loss", "#d95f02"),
-)
-CODEBOOK_METRICS = tuple(f"train/codebook_loss/{codebook}" for codebook in range(NUM_CODEBOOKS))
-PLOTTED_METRICS = {name for _, *names, _ in LOSS_CURVES for name in names} | set(CODEBOOK_METRICS)
-
-# metric name -> (global steps, values)
-History = dict[str, tuple[list[int], list[float]]]
+FIGURE_INCHES, DPI = (16, 10), 100  # 1600 x 1000 pixels
+LOG_DECADES = 1.5  # values that span more are shown on a log axis
+FEW_POINTS = 10  # a line through fewer is a speck: they are marked
+MANY_RESUMES = 4  # more of them are lines without words
+BLACK, BLUE, ORANGE, GREY = "#222222", "#1f77b4", "#c8550a", "#777777"
 
 
 def draw_curves(metrics_jsonl: Path, png: Path, title: str) -> None:
-    """Draw the loss curves of a metrics.jsonl, of a finished or a running training.
-
-    Left: total, text and audio loss in nats, raw (thin) and smoothed (thick), with validation as marked lines.
-    Right: the losses of the 8 codebooks. x is the global step; the y axis turns logarithmic above 1.5 decades.
+    """Draw the curves of a metrics.jsonl, of a finished or a running training; see `make_figure`.
 
     Raises:
         FileNotFoundError: no such metrics file.
-        ValueError: it holds none of the losses above, or a line that is not JSON.
+        ValueError: it holds no losses, or a line that is not JSON.
     """
-    history: History = {}
+    history = History()
     for row in read_rows(Path(metrics_jsonl)):
-        remember(history, row)
+        history.add(row)
     if not history:
         raise ValueError(f"{metrics_jsonl} has no losses to draw; expected names such as train/loss, eval/loss")
     draw_history(history, Path(png), title)
 
 
-def remember(history: History, row: dict) -> None:
-    """Add the losses of one row to what the plot is drawn from."""
-    for name in PLOTTED_METRICS & row.keys():
-        steps, values = history.setdefault(name, ([], []))
-        steps.append(row["global_step"])
-        values.append(float(row[name]))
-
-
-def _smooth(values: np.ndarray) -> np.ndarray:
-    """Mean over a centred window of about 1/25 of the run, at most 500 points; non-finite values are skipped."""
-    half = min(len(values) // 50, 250)
-    window = np.ones(2 * half + 1)
-    finite = np.isfinite(values)
-    # np.convolve adds directly: with a running sum, rounding would turn losses of exactly 0 into 1e-13 and the like.
-    total = np.convolve(np.where(finite, values, 0.0), window)[half : half + len(values)]
-    count = np.convolve(finite.astype(float), window)[half : half + len(values)]
-    return np.divide(total, count, out=np.full(len(values), np.nan), where=count > 0.5)
-
-
 def draw_history(history: History, png: Path, title: str) -> None:
-    """Draws what `remember` gathered; see `draw_curves` for what is where. The file appears whole or not at all."""
+    """Draws a run's history; see `make_figure`. The file appears whole or not at all."""
+    figure = make_figure(history, title)
+    with replacing(png) as beside:
+        figure.savefig(beside, format="png")
+
+
+def make_figure(history: History, title: str):
+    """A run's history as a matplotlib Figure of 1600 x 1000 pixels.
+
+    Above: audio loss with its validation, and the loss of each codebook. Below: text loss, total loss, gradient norm,
+    learning rate. Thin: the values as logged; thick: their smoothed course; circles: validation, a star its best.
+    Dotted verticals are where the run was resumed. x is the optimizer step. A y axis fits the course of its own curves,
+    so that spikes may leave it, and is logarithmic where they span more than 1.5 decades.
+    """
     # The object interface of matplotlib leaves pyplot's global state alone, and the import waits for the first plot.
     from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(16, 7), dpi=100)  # 1600 x 700 pixels
+    figure = Figure(figsize=FIGURE_INCHES, dpi=DPI)
     FigureCanvasAgg(figure)
-    figure.subplots_adjust(left=0.055, right=0.985, bottom=0.225, top=0.87, wspace=0.14)
-    figure.suptitle(title, fontsize=17, fontweight="bold", y=0.97, parse_math=False)
-    losses, codebooks = figure.subplots(1, 2)
+    figure.suptitle(title, fontsize=17, fontweight="bold", x=0.05, y=0.975, ha="left", parse_math=False)
+    figure.text(0.985, 0.962, f"step {history.last_step:,}", ha="right", fontsize=13, color=GREY)
+    above = figure.add_gridspec(1, 2, left=0.05, right=0.985, top=0.905, bottom=0.455, wspace=0.13)
+    below = figure.add_gridspec(1, 4, left=0.05, right=0.985, top=0.315, bottom=0.06, wspace=0.24)
 
-    for label, train, validation, colour in LOSS_CURVES:
-        # The total is wider: it stays visible under a text or audio loss that is all of it.
-        _draw_curve(losses, history, train, label, colour, width=3.8 if label == "total" else 2.2)
-        if validation in history:
-            steps, values = history[validation]
-            losses.plot(
-                steps,
-                values,
-                color=colour,
-                linestyle="--",
-                linewidth=1.4,
-                marker="o",
-                markersize=7,
-                markevery=math.ceil(len(steps) / 30),
-                markerfacecolor="white",
-                markeredgewidth=1.8,
-                zorder=4,
-                label=f"validation  {values[-1]:#.4g}",
-            )
+    audio = _Panel(figure.add_subplot(above[0]), history, "Audio loss")
+    audio.train("train/audio_loss", ORANGE, "train")
+    audio.validation("eval/audio_loss")
+    audio.finish(legend_columns=2, resumes_in_words=True)
+    books = _Panel(figure.add_subplot(above[1]), history, "Audio loss by codebook, train")
     for codebook, name in enumerate(CODEBOOK_METRICS):
-        colour = colormaps["viridis"](0.92 * codebook / (NUM_CODEBOOKS - 1))
-        _draw_curve(codebooks, history, name, f"{codebook}:", colour, width=2.2)
-
-    losses.set_title("Loss", fontsize=14)
-    codebooks.set_title("Audio loss by codebook (train)", fontsize=14)
-    _finish_axes(losses, legend_title=None, legend_columns=3)
-    _finish_axes(codebooks, legend_title="codebook", legend_columns=4)
-
-    with replacing(png) as beside:
-        figure.savefig(beside, format="png")
-
-
-def _draw_curve(axes, history: History, name: str, label: str, colour, width: float) -> None:
-    """One training metric: every value thin, their smoothed course thick."""
-    if name not in history:
-        return
-    steps, values = history[name]
-    smoothed = _smooth(np.array(values))
-    axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.3)
-    # A line through very few points is a speck: mark them.
-    marker = "o" if len(steps) < 10 else None
-    axes.plot(steps, smoothed, color=colour, linewidth=width, marker=marker, label=f"{label}  {smoothed[-1]:#.4g}")
+        books.train(name, colormaps["viridis"](0.92 * codebook / (NUM_CODEBOOKS - 1)), f"{codebook}:")
+    books.finish(legend_columns=4)
+    for place, loss, heading, colour in (
+        (0, "text_loss", "Text loss", BLUE),
+        (1, "loss", "Total loss", BLACK),
+    ):
+        panel = _Panel(figure.add_subplot(below[place]), history, heading, small=True)
+        panel.train(f"train/{loss}", colour, "")
+        panel.validation(f"eval/{loss}")
+        panel.finish()
+    norm = _Panel(figure.add_subplot(below[2]), history, "Gradient norm", small=True)
+    norm.train("train/grad_norm", GREY, "")
+    norm.finish()
+    rate = _Panel(figure.add_subplot(below[3]), history, "Learning rate", small=True)
+    rate.line("train/learning_rate", GREY)
+    rate.finish(may_be_log=False)
+    return figure
 
 
-def _finish_axes(axes, legend_title: str | None, legend_columns: int) -> None:
-    """Scale, labels and legend, the same for both panels."""
-    from matplotlib.ticker import LogLocator, NullFormatter
+class _Panel:
+    """One pair of axes, and the values that its y axis has to show."""
 
-    values = np.array([value for line in axes.get_lines() for value in line.get_ydata()], dtype=float)
-    positive = values[np.isfinite(values) & (values > 0)]
-    unit = "nats"
-    if positive.size and positive.max() > positive.min() * 10**1.5:
-        # A loss of exactly 0 has no place on a log axis: its points are left out.
-        axes.set_yscale("log", nonpositive="mask")
-        unit = "nats, log scale"
-        if positive.max() < positive.min() * 1e4:
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.yaxis.set_major_formatter("{x:g}")
-            axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel("optimizer step", fontsize=13)
-    axes.set_ylabel(f"cross-entropy ({unit})", fontsize=13)
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.tick_params(labelsize=12)
-    axes.grid(True, which="major", color="#dddddd")
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    if axes.get_lines():
-        # Below the axes no curve can run into it. Figures are the last of the thick line.
-        axes.legend(
-            fontsize=12,
-            loc="upper center",
-            bbox_to_anchor=(0.5, -0.12),
-            title=legend_title,
-            title_fontsize=12,
-            ncols=legend_columns,
-            frameon=False,
+    def __init__(self, axes, history: History, heading: str, *, small: bool = False):
+        self._axes = axes
+        self._history = history
+        self._small = small
+        self._shown: list[np.ndarray] = []
+        axes.set_title(heading, fontsize=12 if small else 14, loc="left")
+
+    def train(self, name: str, colour, label: str) -> None:
+        """Every value thin, their smoothed course thick; the figure in the legend is the last of the thick line."""
+        if name not in self._history.series:
+            return
+        steps, values = map(np.asarray, self._history.series[name].points())
+        smoothed = _smooth(values)
+        few = len(steps) < FEW_POINTS
+        if not few:
+            self._axes.plot(steps, values, color=colour, linewidth=0.7, alpha=0.28)
+        width = 1.6 if self._small else 2.4
+        figure = f"{label}  {smoothed[-1]:#.4g}"
+        self._axes.plot(steps, smoothed, color=colour, linewidth=width, marker="o" if few else None, label=figure)
+        finite = values[np.isfinite(values)]
+        # Where the raw values mostly are, and all of their course.
+        self._shown += [smoothed, np.quantile(finite, [0.02, 0.98])] if finite.size else []
+
+    def line(self, name: str, colour) -> None:
+        """The values as they are."""
+        if name in self._history.series:
+            steps, values = map(np.asarray, self._history.series[name].points())
+            self._axes.plot(steps, values, color=colour, linewidth=1.6, marker="o" if len(steps) < FEW_POINTS else None)
+            self._shown.append(values)
+
+    def validation(self, name: str) -> None:
+        """Circles on a dashed line, and a star where it was least."""
+        if name not in self._history.series:
+            return
+        steps, values = map(np.asarray, self._history.series[name].points())
+        style = {"markerfacecolor": "white", "markeredgewidth": 1.6, "zorder": 4, "clip_on": False}
+        self._axes.plot(
+            steps,
+            values,
+            color=BLACK,
+            linestyle=(0, (4, 2)),
+            linewidth=1.2,
+            marker="o",
+            markersize=4 if self._small else 6,
+            markevery=math.ceil(len(steps) / 30),
+            label=f"validation  {values[-1]:#.4g}",
+            **style,
         )
-    else:
-        axes.text(0.5, 0.5, "nothing logged", transform=axes.transAxes, ha="center", fontsize=13, color="#888888")
+        self._shown.append(values)
+        if not self._small and np.isfinite(values).any() and len(values) > 1:
+            best = int(np.nanargmin(np.where(np.isfinite(values), values, np.nan)))
+            label = f"best  {values[best]:#.4g} at step {steps[best]:,}"
+            star = {"marker": "*", "markersize": 15, "zorder": 5, "linestyle": "none", "clip_on": False}
+            self._axes.plot([steps[best]], [values[best]], color=BLACK, label=label, **star)
+
+    def finish(
+        self, legend_columns: int | None = None, *, resumes_in_words: bool = False, may_be_log: bool = True
+    ) -> None:
+        """Scale, labels and legend; without `legend_columns` the legend's figures stand beside the heading."""
+        axes = self._axes
+        self._scale(may_be_log)
+        self._mark_resumes(resumes_in_words)
+        if not self._small:
+            axes.set_xlabel("optimizer step", fontsize=12)
+            axes.set_ylabel(f"cross-entropy, nats{' (log)' if axes.get_yscale() == 'log' else ''}", fontsize=12)
+        axes.xaxis.get_major_locator().set_params(integer=True, nbins=5 if self._small else 9)
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.tick_params(labelsize=10 if self._small else 11)
+        axes.grid(True, which="major", color="#e2e2e2")
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        if not self._shown:
+            axes.text(0.5, 0.5, "nothing logged", transform=axes.transAxes, ha="center", fontsize=12, color="#888888")
+        elif legend_columns:
+            # Below the axes no curve can run into it.
+            place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.11)}
+            axes.legend(fontsize=11.5, ncols=legend_columns, frameon=False, **place)
+        else:
+            figures = "   ".join(line.get_label().strip() for line in axes.get_lines() if line.get_label()[0] != "_")
+            axes.set_title(figures.replace("validation", "val"), fontsize=11, loc="right", color=GREY)
+
+    def _scale(self, may_be_log: bool) -> None:
+        from matplotlib.ticker import LogLocator, NullFormatter
+
+        values = np.concatenate(self._shown) if self._shown else np.zeros(0)
+        values = values[np.isfinite(values)]
+        positive = values[values > 0]
+        if may_be_log and positive.size and positive.max() > positive.min() * 10**LOG_DECADES:
+            # A loss of exactly 0 has no place on a log axis: its points are left out.
+            self._axes.set_yscale("log", nonpositive="mask")
+            low, high = positive.min(), positive.max()
+            self._axes.set_ylim(low / (high / low) ** 0.05, high * (high / low) ** 0.05)
+            if high < low * 1e4:
+                self._axes.yaxis.set_major_locator(LogLocator(subs=(1,) if self._small else (1, 2, 5)))
+                self._axes.yaxis.set_major_formatter("{x:g}")
+                self._axes.yaxis.set_minor_formatter(NullFormatter())
+            return
+        if self._is_tiny():
+            self._axes.yaxis.set_major_formatter("{x:.1e}")
+        if values.size:
+            low, high = values.min(), values.max()
+            margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
+            self._axes.set_ylim(low - margin, high + margin)
+
+    def _is_tiny(self) -> bool:
+        return bool(self._shown) and max(np.nanmax(np.abs(values), initial=0.0) for values in self._shown) < 1e-2
+
+    def _mark_resumes(self, in_words: bool) -> None:
+        resumed = self._history.resumed_after
+        for step in resumed if self._shown else []:
+            self._axes.axvline(step, color=GREY, linewidth=1.1, linestyle=":", zorder=1)
+            if in_words and len(resumed) <= MANY_RESUMES:
+                where = {"xy": (step, 1), "xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
+                words = {"va": "top", "ha": "left", "fontsize": 10.5, "color": GREY}
+                self._axes.annotate(f"resumed after step {step:,}", xytext=(5, -2), **where, **words)
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """Mean over a centred window of about 1/25 of the points; what is not finite is skipped.
+
+    At the begin, where a loss falls fastest, the window of the i-th point is no wider than i.
+    """
+    half = len(values) // 50
+    window = np.ones(2 * half + 1)
+    finite = np.isfinite(values)
+    # np.convolve adds directly: with a running sum, rounding would turn losses of exactly 0 into 1e-13 and the like.
+    total = np.convolve(np.where(finite, values, 0.0), window)[half : half + len(values)]
+    count = np.convolve(finite.astype(float), window)[half : half + len(values)]
+    for i in range(min(2 * half, len(values))):
+        near = slice(i - i // 2, i + i // 2 + 1)
+        total[i], count[i] = values[near][finite[near]].sum(), finite[near].sum()
+    return np.divide(total, count, out=np.full(len(values), np.nan), where=count > 0.5)

@@ -1,15 +1,28 @@
 """Files of one JSON object a line that stay strict JSON and survive a killed writer."""
 
+from __future__ import annotations
+
 import json
 import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..files import write_text
+
+@dataclass
+class Kept:
+    """What `rows_until` found of a file."""
+
+    rows: int = 0  # that are kept
+    end: int = 0  # bytes of the file up to the last of them
 
 
 def strict(value: Any) -> Any:
-    """A value that JSON has: NaN and infinities become the strings that `float` reads back."""
+    """A value that JSON has: NaN and infinities become the strings that `float` reads back, in lists too."""
+    if isinstance(value, list):
+        return [strict(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value
@@ -30,43 +43,59 @@ def append_rows(path: Path, rows: list[dict]) -> None:
         raise OSError(error.errno, f"{error.strerror}: {path} cannot be written") from error
 
 
-def read_rows(path: Path) -> list[dict]:
-    """The rows of a JSONL file. A last line without its newline is a write cut short, and is left out."""
-    rows = []
-    with open(path, encoding="utf-8") as file:
+def read_rows(path: Path) -> Iterator[dict]:
+    """The rows of a JSONL file, one at a time. A last line without its newline is a write cut short, and is left out.
+
+    Raises:
+        ValueError: a line is no JSON object; what came before it has been given.
+    """
+    for row, _ in _rows_with_ends(path):
+        yield row
+
+
+def rows_until(path: Path, last_step: int, kept: Kept) -> Iterator[dict]:
+    """The rows up to the first one after `last_step`, one at a time; `kept` is told where they end.
+
+    The whole file is read, so that a damaged line after them is found too. None of a file that is not there, and none
+    up to 0.
+
+    Raises:
+        ValueError: a row that is no JSON object, or has no `global_step`.
+    """
+    if last_step == 0 or not path.exists():
+        return
+    within = True
+    for number, (row, end) in enumerate(_rows_with_ends(path), start=1):
+        step = row.get("global_step")
+        if type(step) is not int:
+            raise ValueError(f"{path}, line {number} has no global_step; mend or delete it")
+        within = within and step <= last_step
+        if within:
+            kept.rows += 1
+            kept.end = end
+            yield row
+
+
+def cut(path: Path, end: int) -> None:
+    """Ends a JSONL file after its first `end` bytes; with none of them it is deleted."""
+    if not end:
+        path.unlink(missing_ok=True)
+    elif path.stat().st_size > end:
+        os.truncate(path, end)
+
+
+def _rows_with_ends(path: Path) -> Iterator[tuple[dict, int]]:
+    """Each row, and the offset of the byte after its newline."""
+    end = 0
+    with open(path, "rb") as file:
         for line_number, line in enumerate(file, start=1):
-            if not line.endswith("\n"):
+            if not line.endswith(b"\n"):
                 break
+            end += len(line)
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise ValueError(f"{path}, line {line_number} is not JSON ({error}); mend or delete it") from error
             if not isinstance(row, dict):
                 raise ValueError(f"{path}, line {line_number} is no JSON object; mend or delete it")
-            rows.append(row)
-    return rows
-
-
-def rows_until(path: Path, last_step: int) -> list[dict]:
-    """The rows up to `last_step`; none of a file that is not there, and none up to 0.
-
-    Raises:
-        ValueError: a row that is no JSON object, or has no `global_step`.
-    """
-    if last_step == 0 or not path.exists():
-        return []
-    kept = []
-    for number, row in enumerate(read_rows(path), start=1):
-        if type(row.get("global_step")) is not int:
-            raise ValueError(f"{path}, line {number} has no global_step; mend or delete it")
-        if row["global_step"] <= last_step:
-            kept.append(row)
-    return kept
-
-
-def keep_only(path: Path, rows: list[dict]) -> None:
-    """Cuts a JSONL file back to these rows; without any it is deleted."""
-    if rows:
-        write_text(path, "".join(map(json_line, rows)))
-    else:
-        path.unlink(missing_ok=True)
+            yield row, end

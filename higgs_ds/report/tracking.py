@@ -1,38 +1,33 @@
-"""Where a run's numbers go: JSON lines, a plot, the console, and Weights & Biases. Used on rank 0 only.
+"""Where a run's numbers go: JSON lines, a plot, the console, and Weights & Biases. Used on rank 0 only."""
 
-This is the only file that imports wandb, and it does so only when a W&B run is opened.
-"""
+from __future__ import annotations
 
-import contextlib
-import json
 import math
 import os
-import re
-import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from ..errors import ConfigError
 from .console import Console
-from .curves import History, draw_history, remember
-from .jsonl import append_rows, keep_only, rows_until, strict
-
-WANDB_MODES = ("auto", "online", "offline", "disabled")
-DEFAULT_WANDB_PROJECT = "higgs-ds"
+from .curves import draw_history
+from .history import RESUMED, History
+from .jsonl import Kept, append_rows, cut, read_rows, rows_until
+from .wandb_run import WandbChoice, WandbRun
 
 METRICS_FILE = "metrics.jsonl"
 FAILURES_FILE = "guard_failures.jsonl"
 PLOT_FILE = "loss.png"
 
-# Both redraw or resend everything so far, so their cost grows with the run.
+FIRST_PLOT_SEC = 10.0
 PLOT_INTERVAL_SEC = 30.0
+PLOTS_SHARE = 1 / 200  # of the run's time at most, however long a plot takes
+# Each of these is sent with all that was before, so that it costs more as the run goes.
 TABLE_INTERVAL_SEC = 30.0
-
-SECRET_KEY = re.compile(r"api[_-]?key|access[_-]?key|private[_-]?key|secret|password|credential|token$", re.IGNORECASE)
-# Keys such as eos_token or audio_out_token name an entry of the vocabulary.
-VOCABULARY_KEY = re.compile(r"(^|_)(bos|eos|pad|unk|sep|cls|mask|text|audio|in|out)_token$", re.IGNORECASE)
+TABLE_ROWS = 1000  # the newest failures
+CATCH_UP_VALUES = 500_000  # that a resumed run gives to W&B again: some ten seconds
+FIRST_CHART_SEC, CHART_GROWTH = 60.0, 1.5
 
 
 def open_tracker(
@@ -42,51 +37,49 @@ def open_tracker(
     total_steps: int,
     run_name: str | None,
     wandb_project: str | None,
-    wandb_mode: str,
+    wandb: WandbChoice,
     first_step: int = 0,
-) -> "Tracker":
+) -> Tracker:
     """Open every sink of a run. Call it on rank 0 only.
 
     Args:
-        output_dir: receives metrics.jsonl, loss.png, guard_failures.jsonl and wandb/; made if absent.
+        output_dir: receives metrics.jsonl, loss.png, guard_failures.jsonl, wandb/ and wandb_run.json; made if absent.
         config: the resolved config, shown in W&B after `redact`.
         total_steps: optimizer steps of the whole run, those before `first_step` included.
-        run_name: shown in W&B and over the plot; None takes the name of `output_dir`.
-        wandb_project: None means "higgs-ds".
-        wandb_mode: "auto", "online", "offline" or "disabled". "auto" follows the environment variable WANDB_MODE;
-            without it, it is online where an API key is present and offline elsewhere.
-        first_step: optimizer steps already done. Above 0 the files of `output_dir` are continued and what they hold
-            of later steps is dropped; at 0 they are replaced.
+        run_name: shown in W&B and over the plot; None takes WANDB_NAME, or else the name of `output_dir`.
+        wandb_project: None means WANDB_PROJECT, or else "higgs-ds".
+        wandb: of `choose_wandb`.
+        first_step: optimizer steps already done. Above 0 the files of `output_dir` and the W&B run are continued, and
+            what the files hold of later steps is dropped; at 0 they are replaced.
 
     Raises:
-        ConfigError: unknown `wandb_mode`; "online" without an API key; wandb is not installed or does not start;
-            a metrics.jsonl to continue that is damaged or cannot be read.
+        ConfigError: wandb does not start, and may not fall back to offline; a metrics.jsonl to continue that is damaged
+            or cannot be read.
     """
-    requested_mode = wandb_mode
-    if wandb_mode == "auto":
-        wandb_mode = os.environ.get("WANDB_MODE", "auto")
-    if wandb_mode not in WANDB_MODES:
-        source = "--wandb_mode" if wandb_mode == requested_mode else "the environment variable WANDB_MODE"
-        raise ConfigError([f"{source} is {wandb_mode!r}; use one of {', '.join(WANDB_MODES)}"])
-
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    title = run_name or output_dir.resolve().name
+    title = run_name or os.environ.get("WANDB_NAME") or output_dir.resolve().name
+    history, failures = History(), deque(maxlen=TABLE_ROWS)
+    kept = {METRICS_FILE: Kept(), FAILURES_FILE: Kept()}
     try:
-        kept = {name: rows_until(output_dir / name, first_step) for name in (METRICS_FILE, FAILURES_FILE)}
-    except (OSError, ValueError) as error:
+        for row in rows_until(output_dir / METRICS_FILE, first_step, kept[METRICS_FILE]):
+            history.add(row)
+        failures.extend(rows_until(output_dir / FAILURES_FILE, first_step, kept[FAILURES_FILE]))
+    except (OSError, ValueError, TypeError) as error:
         raise ConfigError([f"--resume: {error}"]) from None
     # Files are cut last: if W&B does not start, those of an earlier run in output_dir are still whole.
     wandb_run = None
-    if wandb_mode != "disabled":
+    if wandb.mode != "disabled":
         try:
-            wandb_run = _WandbRun(output_dir, config, title, wandb_project or DEFAULT_WANDB_PROJECT, wandb_mode)
+            wandb_run = WandbRun(
+                output_dir, config, run_name=title, project=wandb_project, choice=wandb, resumed=first_step > 0
+            )
         except RuntimeError as error:
             raise ConfigError([str(error)]) from error
     console = Console(total_steps, first_step)
-    for name, rows in kept.items():
-        keep_only(output_dir / name, rows)
-    return Tracker(output_dir, title=title, console=console, wandb_run=wandb_run, first_step=first_step, kept=kept)
+    tracker = Tracker(output_dir, title=title, console=console, wandb_run=wandb_run, first_step=first_step)
+    tracker.go_on_from(history, failures, kept)
+    return tracker
 
 
 class Tracker:
@@ -104,27 +97,52 @@ class Tracker:
         *,
         title: str,
         console: Console,
-        wandb_run: "_WandbRun | None",
+        wandb_run: WandbRun | None,
         first_step: int,
-        kept: dict[str, list[dict]],
     ) -> None:
-        """`kept` has the rows of the files of an earlier part of the run, by file."""
         self.metrics_path = output_dir / METRICS_FILE
         self.failures_path = output_dir / FAILURES_FILE
         self.plot_path = output_dir / PLOT_FILE
         self._title = title
         self._console = console
         self._wandb_run = wandb_run
-        self._global_step = first_step
-        self._history: History = {}
-        for row in kept[METRICS_FILE]:
-            remember(self._history, row)
-        self._failure_rows = kept[FAILURES_FILE]
-        self._last_plot_time = -math.inf
+        self._first_step = self._global_step = first_step
+        self._mark_resume = first_step > 0
+        self._history = History()
+        self._failure_rows: deque[dict] = deque(maxlen=TABLE_ROWS)
+        now = time.monotonic()
+        self._drawn = False
+        self._next_plot_time = now + FIRST_PLOT_SEC
+        self._chart_after_sec = FIRST_CHART_SEC
+        self._next_chart_time = now + FIRST_CHART_SEC
         self._last_table_time = -math.inf
         self._table_is_stale = False
         self._closed = False
         self._failed: dict[str, str] = {}  # sinks that are left out, and why
+
+    def go_on_from(self, history: History, failures: deque[dict], kept: dict[str, Kept]) -> None:
+        """What the files hold of an earlier part of the run, to which they are cut; W&B gets what it lacks of it."""
+        for path in (self.metrics_path, self.failures_path):
+            self._sink(path.name, cut, path, kept[path.name].end)
+        self._history, self._failure_rows = history, failures
+        if self._wandb_run:
+            if self._wandb_run.note:
+                self.message(self._wandb_run.note)
+            if self._wandb_run.is_behind(self._first_step):
+                self._sink("W&B", self._catch_up, kept[METRICS_FILE].rows)
+
+    def _catch_up(self, rows: int) -> None:
+        """Gives W&B the steps that it lacks, or, of very many, every so manieth and all validations."""
+        stride = 1
+        for number, row in enumerate(read_rows(self.metrics_path)):
+            if number == 0:
+                values = sum(len(value) if isinstance(value, list) else 1 for value in row.values())
+                stride = math.ceil(rows * values / CATCH_UP_VALUES)
+            step = row.pop("global_step")
+            if number % stride == 0 or any(name.startswith("eval/") for name in row):
+                metrics = {name: value for name, value in row.items() if name not in (RESUMED, "time")}
+                self._wandb_run.log(metrics, step)
+        self._wandb_run.has_caught_up()
 
     def _sink(self, name: str, action: Callable[..., object], *args: object) -> None:
         """`action(*args)`, once more a sink that has not failed yet."""
@@ -136,27 +154,38 @@ class Tracker:
             self._failed[name] = f"{type(error).__name__}: {error}"
             self.message(f"WARNING: {name} failed and is left out from here on: {self._failed[name]}")
 
-    def log(self, metrics: dict[str, float], step: int) -> None:
-        """Send the metrics of optimizer step `step` to every sink.
+    def log(self, metrics: dict[str, float | list], step: int) -> None:
+        """Send the metrics of optimizer step `step`, or of those up to it since the last call, to every sink.
 
-        The JSONL line is {"global_step", *metrics, "time" in unix seconds}. NaN and infinities are logged as such.
+        The JSONL line is {"global_step", *metrics, "time" in unix seconds}; in the first one of a resumed run,
+        "resumed_after" is the step that it went on from. NaN and infinities are logged as such. A list has a value a
+        rank, None where a rank has none.
 
         Raises:
             TypeError: a value is not a Python number, for instance a tensor.
         """
-        assert not metrics.keys() & {"global_step", "time"}, "global_step and time are added by the tracker"
+        assert not metrics.keys() & {"global_step", "time", RESUMED}, "these are added by the tracker"
         for name, value in metrics.items():
-            if not isinstance(value, (int, float)):
-                raise TypeError(f"metric {name} is a {type(value).__name__}; log a Python number, e.g. tensor.item()")
+            for number in value if isinstance(value, list) else [value]:
+                if not (isinstance(number, (int, float)) or (number is None and isinstance(value, list))):
+                    found = type(number).__name__
+                    raise TypeError(f"metric {name} is a {found}; log a Python number, e.g. tensor.item()")
         self._global_step = step
-        row = {"global_step": step, **metrics, "time": round(time.time(), 3)}
+        row = {"global_step": step, **metrics}
+        if self._mark_resume:
+            row[RESUMED], self._mark_resume = self._first_step, False
+        row["time"] = round(time.time(), 3)
         self._sink(METRICS_FILE, append_rows, self.metrics_path, [row])
-        remember(self._history, row)
+        self._history.add(row)
         if self._wandb_run:
-            self._sink("W&B", self._wandb_run.log, {"global_step": step, **metrics})
-        has_validation = any(name.startswith("eval/") for name in metrics)
-        if has_validation and time.monotonic() - self._last_plot_time >= PLOT_INTERVAL_SEC:
+            # Of the step that the run was resumed after there is a validation that a stop had broken off.
+            owed = step == self._first_step
+            self._sink("W&B", lambda: self._wandb_run.log(metrics, step, owed=owed))
+        now = time.monotonic()
+        if now >= self._next_plot_time:
             self._draw()
+        if now >= self._next_chart_time:
+            self._send_rank_losses()
 
     def progress(self, step: int, **figures: float | str) -> None:
         """Show that optimizer step `step` is done, with figures such as loss=5.12, lr=1e-4, tok_per_sec=1234.
@@ -199,26 +228,39 @@ class Tracker:
         self._closed = True
         self._console.close()
         self._draw()
+        self._send_rank_losses()
         self._send_failures()
         if self._wandb_run:
             self._sink("W&B", self._wandb_run.finish, exit_code)
         self._say_where_to_look()
 
-    def __enter__(self) -> "Tracker":
+    def __enter__(self) -> Tracker:
         return self
 
     def __exit__(self, exception_type, exception, traceback) -> None:
         self.close(_exit_code(exception))
 
     def _draw(self) -> None:
+        began = time.monotonic()
         if self._history:
             self._sink(PLOT_FILE, draw_history, self._history, self.plot_path, self._title)
-        self._last_plot_time = time.monotonic()
+        now = time.monotonic()
+        took = now - began if self._drawn else 0.0  # the first one imports matplotlib as well
+        self._drawn = True
+        self._next_plot_time = now + max(PLOT_INTERVAL_SEC, took / PLOTS_SHARE)
+
+    def _send_rank_losses(self) -> None:
+        by_rank = self._history.rank_losses()
+        if self._wandb_run and len(by_rank) > 1 and self._wandb_run.takes_tables():
+            self._sink("W&B's chart of the ranks", self._wandb_run.log_rank_losses, by_rank, self._global_step)
+        self._chart_after_sec *= CHART_GROWTH
+        self._next_chart_time = time.monotonic() + self._chart_after_sec
 
     def _send_failures(self) -> None:
-        if self._wandb_run and self._table_is_stale:
-            self._sink("W&B", self._wandb_run.log_table, "guard/failures", self._failure_rows, self._global_step)
-        self._table_is_stale = False
+        if self._wandb_run and self._table_is_stale and self._wandb_run.takes_tables():
+            rows = list(self._failure_rows)
+            self._sink("W&B's table of failures", self._wandb_run.log_table, "guard/failures", rows, self._global_step)
+            self._table_is_stale = False
         self._last_table_time = time.monotonic()
 
     def _say_where_to_look(self) -> None:
@@ -234,23 +276,6 @@ class Tracker:
             self.message(f"WARNING: {name} failed during the run and is not complete: {reason}")
 
 
-def redact(config: dict) -> dict:
-    """Return a copy of `config` with "[redacted]" for every value whose key names a key, token, secret or password.
-
-    Counts and vocabulary entries (max_tokens_per_batch, text_tokens, eos_token) are kept, as are None and booleans.
-    """
-    return {key: _redact_value(str(key), value) for key, value in config.items()}
-
-
-def _redact_value(key: str, value: Any) -> Any:
-    if isinstance(value, dict):
-        return redact(value)
-    if isinstance(value, (list, tuple)):
-        return [_redact_value(key, item) for item in value]
-    is_secret = SECRET_KEY.search(key) and not VOCABULARY_KEY.search(key)
-    return "[redacted]" if is_secret and value is not None and not isinstance(value, bool) else value
-
-
 def _exit_code(exception: BaseException | None) -> int:
     """What W&B is told of how the run ended: 0, or 1 for an exception, or SystemExit's own code."""
     if exception is None:
@@ -258,88 +283,3 @@ def _exit_code(exception: BaseException | None) -> int:
     if isinstance(exception, SystemExit) and isinstance(exception.code, (int, type(None))):
         return exception.code or 0
     return 1
-
-
-class _WandbRun:
-    """One Weights & Biases run. The mode is "auto", "online" or "offline"."""
-
-    def __init__(self, output_dir: Path, config: dict, run_name: str, project: str, mode: str) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise RuntimeError(f"cannot import wandb ({error}); pip install wandb, or --wandb_mode disabled") from error
-        self._wandb = wandb
-        with _wandb_errors("start"):
-            # Its notices would break the progress bar; warnings and errors are still shown.
-            wandb.setup(settings=wandb.Settings(show_info=False))
-            has_key = bool(wandb.api.api_key or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"))
-        if mode == "auto":
-            mode = "online" if has_key else "offline"
-        if mode == "online" and not has_key:
-            # Without this check wandb would ask for a key on the terminal while the other ranks wait.
-            raise ConfigError(
-                [
-                    "--wandb_mode online found no W&B API key; run `wandb login`, set WANDB_API_KEY, "
-                    "or use --wandb_mode offline or disabled"
-                ]
-            )
-        self.mode = mode
-        settings = wandb.Settings(
-            console="off",
-            quiet=True,
-            # The checkout that the user happens to stand in, with its remote and author, is not W&B's business.
-            disable_git=True,
-            disable_code=True,
-            save_code=False,
-            # With W&B's own 20 retries a server that cannot be reached holds the process for many minutes at exit.
-            x_graphql_retry_max=4,
-        )
-        with _wandb_errors("start"):
-            self._run = wandb.init(
-                project=project, name=run_name, dir=output_dir, config=redact(config), mode=mode, settings=settings
-            )
-            self._run.define_metric("*", step_metric="global_step")
-
-    def log(self, row: dict) -> None:
-        with _wandb_errors("log metrics"):
-            self._run.log(row)
-
-    def log_table(self, name: str, rows: list[dict], step: int) -> None:
-        columns = list(dict.fromkeys(column for row in rows for column in row))
-        data = [[_table_cell(row.get(column)) for column in columns] for row in rows]
-        with _wandb_errors("log a table"):
-            # A W&B table cannot grow once logged, so a new one with all rows takes its place.
-            table = self._wandb.Table(columns=columns, data=data, allow_mixed_types=True)
-            self._run.log({"global_step": step, name: table})
-
-    def alert(self, title: str, text: str) -> None:
-        with _wandb_errors("send an alert"):
-            self._run.alert(title, text, level=self._wandb.AlertLevel.WARN)
-
-    def finish(self, exit_code: int) -> None:
-        with _wandb_errors("finish"):
-            self._run.finish(exit_code=exit_code)
-
-    def where_to_look(self) -> str:
-        if self.mode == "online":
-            return f"W&B: {self._run.url}"
-        run_dir = shlex.quote(str(Path(self._run.dir).parent))
-        return f"W&B, to upload:  wandb sync {run_dir}\nW&B, to look at in the terminal:  wandb beta leet {run_dir}"
-
-
-@contextlib.contextmanager
-def _wandb_errors(action: str) -> Iterator[None]:
-    """Say which sink failed and what to do. wandb raises its own errors as well as ConnectionError and others."""
-    try:
-        yield
-    except Exception as error:
-        raise RuntimeError(
-            f"W&B could not {action} ({type(error).__name__}: {error}); "
-            "use --wandb_mode offline to keep the run in output_dir/wandb, or --wandb_mode disabled"
-        ) from error
-
-
-def _table_cell(value: Any) -> Any:
-    """A value that a W&B table holds without conversion; lists and dicts as JSON text."""
-    value = strict(value)
-    return value if isinstance(value, (str, int, float, type(None))) else json.dumps(value)

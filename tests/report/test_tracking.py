@@ -1,32 +1,25 @@
 """Every sink of the tracker, W&B included: its offline file is read back with wandb's own reader."""
 
-import contextlib
 import io
+import itertools
 import json
 import math
-import os
 import subprocess
 import sys
-import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
 from higgs_ds.errors import ConfigError
 from higgs_ds.report import curves, tracking
-from higgs_ds.report.curves import draw_curves
-from higgs_ds.report.tracking import open_tracker, redact
+from higgs_ds.report.curves import draw_curves, draw_history
+from higgs_ds.report.history import CODEBOOK_METRICS, History, Series
+from higgs_ds.report.tracking import open_tracker
+from higgs_ds.report.wandb_run import choose_wandb
+from tests.report.wandb_files import wandb_exit_code, wandb_history, wandb_records
 
 ROOT = Path(__file__).resolve().parents[2]
-API_KEY = "0123456789" * 4
-
-
-@pytest.fixture(autouse=True)
-def no_wandb_account(monkeypatch, tmp_path):
-    """The W&B account of whoever runs the tests must not be found, nor used."""
-    for name in [name for name in os.environ if name.startswith("WANDB_")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("NETRC", str(tmp_path / "no_netrc"))
 
 
 def start(output_dir, **changes):
@@ -35,9 +28,9 @@ def start(output_dir, **changes):
         "total_steps": 150,
         "run_name": "test run",
         "wandb_project": None,
-        "wandb_mode": "disabled",
-    }
-    return open_tracker(output_dir, **options | changes)
+    } | changes
+    choice = choose_wandb(options.pop("wandb_mode", "disabled"))
+    return open_tracker(output_dir, wandb=choice, **options)
 
 
 def step_metrics(step: int, text_loss: float | None = None) -> dict[str, float]:
@@ -63,57 +56,11 @@ def strict_rows(path) -> list[dict]:
     return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
 
 
-def wandb_records(output_dir) -> list:
-    """All records of the one W&B run in `output_dir`, once its exit is among them.
-
-    W&B's own process writes the file; `finish` of an offline run does not wait for the last of it.
-    """
-    until = time.monotonic() + 30
-    while time.monotonic() < until:
-        records = _records_so_far(output_dir)
-        if any(record.WhichOneof("record_type") == "exit" for record in records):
-            return records
-        time.sleep(0.1)
-    raise AssertionError("the run's exit was never written")
-
-
-def _records_so_far(output_dir) -> list:
-    from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
-
-    (path,) = output_dir.glob("wandb/offline-run-*/*.wandb")
-    store = DataStore()
-    store.open_for_scan(str(path))
-    records = []
-    with contextlib.suppress(AssertionError):  # a record that is being written
-        while (data := store.scan_data()) is not None:
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(data)
-            records.append(record)
-    store.close()
-    return records
-
-
-def wandb_history(output_dir) -> list[dict]:
-    """What was logged to W&B, without the fields that wandb adds (they start with an underscore)."""
-    rows = []
-    for record in wandb_records(output_dir):
-        if record.WhichOneof("record_type") == "history":
-            items = {"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item}
-            rows.append({name: value for name, value in items.items() if not name.startswith("_")})
-    return rows
-
-
-def wandb_exit_code(output_dir) -> int:
-    (code,) = [r.exit.exit_code for r in wandb_records(output_dir) if r.WhichOneof("record_type") == "exit"]
-    return code
-
-
 def assert_png(path):
-    """A PNG of 1600 x 700 pixels: signature, then width and height in the header chunk."""
+    """A PNG of 1600 x 1000 pixels: signature, then width and height in the header chunk."""
     header = path.read_bytes()[:24]
     assert header[:8] == b"\x89PNG\r\n\x1a\n"
-    assert (int.from_bytes(header[16:20], "big"), int.from_bytes(header[20:24], "big")) == (1600, 700)
+    assert (int.from_bytes(header[16:20], "big"), int.from_bytes(header[20:24], "big")) == (1600, 1000)
 
 
 def test_jsonl_and_wandb_hold_the_same(tmp_path, capsys):
@@ -127,7 +74,8 @@ def test_jsonl_and_wandb_hold_the_same(tmp_path, capsys):
     assert list(lines[0]) == ["global_step", *step_metrics(1), "time"]
     assert abs(lines[0]["time"] - (tmp_path / "metrics.jsonl").stat().st_mtime) < 60
     history = wandb_history(tmp_path)
-    assert [{k: v for k, v in line.items() if k != "time"} for line in lines] == history
+    losses = [{k: v for k, v in line.items() if k != "time"} for line in lines]
+    assert history == [*losses[:2], losses[2] | losses[3]]  # W&B has a step once
 
     records = wandb_records(tmp_path)
     (run,) = [record.run for record in records if record.WhichOneof("record_type") == "run"]
@@ -139,60 +87,21 @@ def test_jsonl_and_wandb_hold_the_same(tmp_path, capsys):
     assert f"wandb sync {run_dir}" in said and f"wandb beta leet {run_dir}" in said
 
 
-def test_no_secret_reaches_a_file(tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_API_KEY", API_KEY)
-    monkeypatch.setenv("HF_TOKEN", "hf_do_not_write_me")
-    with start(tmp_path, wandb_mode="offline") as tracker:
-        tracker.log({"train/loss": 1.0}, 1)
-    files = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert any(path.suffix == ".wandb" for path in files)
-    for path in files:
-        assert API_KEY.encode() not in path.read_bytes(), path
-        assert b"hf_do_not_write_me" not in path.read_bytes(), path
-
-
-def test_redact():
-    secrets = {
-        "wandb_api_key": "k",
-        "apiKey": "k",
-        "hf_token": "t",
-        "TOKEN": "t",
-        "client_secret": "s",
-        "password": 123,
-        "aws_access_key_id": "a",
-        "nested": {"hub": [{"auth_token": "t"}]},
-    }
-    assert redact(secrets) == {
-        **dict.fromkeys(secrets, "[redacted]"),
-        "nested": {"hub": [{"auth_token": "[redacted]"}]},
-    }
-    harmless = {
-        "max_tokens_per_batch": 4096,
-        "text_tokens": 12,
-        "tokenizer": "path",
-        "eos_token": "<|eot_id|>",
-        "audio_out_bos_token": "<|audio_out_bos|>",
-        "use_auth_token": True,
-        "hf_token": None,
-        "lora_rank": 16,
-    }
-    assert redact(harmless) == harmless
-
-
 def test_values_that_are_not_finite_stay_strict_json(tmp_path):
     with start(tmp_path, wandb_mode="offline") as tracker:
         tracker.log({"train/loss": math.nan, "train/text_loss": math.inf, "train/audio_loss": -math.inf}, 1)
         tracker.failures([{"check": "finite", "step": 1, "found": math.nan}])
     (line,) = strict_rows(tmp_path / "metrics.jsonl")
     assert [line[f"train/{name}"] for name in ("loss", "text_loss", "audio_loss")] == ["NaN", "Infinity", "-Infinity"]
-    assert wandb_history(tmp_path)[0].keys() == line.keys() - {"time"}
+    assert wandb_history(tmp_path)[0].keys() >= line.keys() - {"time"}
     assert strict_rows(tmp_path / "guard_failures.jsonl")[0]["found"] == "NaN"
     assert_png(tmp_path / "loss.png")
 
 
 def test_a_value_that_is_no_number_is_refused(tmp_path):
-    with start(tmp_path) as tracker, pytest.raises(TypeError, match=r"train/loss is a str.*\.item\(\)"):
-        tracker.log({"train/loss": "5.0"}, 1)
+    for value in ("5.0", ["5.0"], None):
+        with start(tmp_path) as tracker, pytest.raises(TypeError, match=r"train/loss is a (str|NoneType).*\.item\(\)"):
+            tracker.log({"train/loss": value}, 1)
 
 
 def test_resume_drops_later_steps_and_a_line_cut_short(tmp_path):
@@ -206,7 +115,9 @@ def test_resume_drops_later_steps_and_a_line_cut_short(tmp_path):
 
     with start(tmp_path, first_step=4) as tracker:
         tracker.log({"train/loss": 0.5}, 5)
-    assert [row["global_step"] for row in strict_rows(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+    rows = strict_rows(tmp_path / "metrics.jsonl")
+    assert [row["global_step"] for row in rows] == [1, 2, 3, 4, 5]
+    assert [row.get("resumed_after") for row in rows] == [None] * 4 + [4]
     assert (tmp_path / "metrics.jsonl").read_text().splitlines()[:4] == kept
     assert [row["step"] for row in strict_rows(tmp_path / "guard_failures.jsonl")] == [2]
     assert not list(tmp_path.glob("*.tmp"))
@@ -260,24 +171,6 @@ def test_a_sink_that_fails_says_so_twice_and_never_ends_a_run(tmp_path, monkeypa
     assert said.count("metrics.jsonl failed and is left out") == said.count("metrics.jsonl failed during the run") == 1
 
 
-def test_wandb_killed_in_the_middle_costs_its_own_curves_alone(tmp_path):
-    """In a process of its own: W&B's service is one for all runs of a process."""
-    code = (
-        "import sys; from pathlib import Path; import psutil\n"
-        "from tests.report.test_tracking import start, step_metrics\n"
-        "with start(Path(sys.argv[1]), wandb_mode='offline') as tracker:\n"
-        "    tracker.log(step_metrics(1), 1)\n"
-        "    (service,) = (p for p in psutil.Process().children(recursive=True) if 'wandb-core' in p.name())\n"
-        "    service.kill(); service.wait(10)\n"
-        "    for step in range(2, 40): tracker.log(step_metrics(step), step)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    assert "W&B failed and is left out" in done.stderr and "W&B failed during the run" in done.stderr
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 39
-    assert_png(tmp_path / "loss.png")
-
-
 def test_failures_reach_the_file_at_once_and_the_table_by_close(tmp_path):
     rows = [
         {"check": "finite", "rank": 1, "step": 7, "rows": "a, b"},
@@ -314,16 +207,77 @@ def test_plot_of_few_points_zero_and_nan(tmp_path, text_losses):
     assert_png(tmp_path / "again.png")
 
 
-def test_plot_follows_validation_but_not_every_one(tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(tracking, "draw_history", lambda *args: drawn.append(args))
+def test_the_plot_is_drawn_as_the_run_goes_and_takes_a_two_hundredth_of_its_time(tmp_path, monkeypatch):
+    clock, drawn_at = [0.0], []
+
+    def draw(*args):
+        drawn_at.append(clock[0])
+        clock[0] += 1.5
+
+    monkeypatch.setattr(tracking.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(tracking, "draw_history", draw)
     with start(tmp_path) as tracker:
-        tracker.log(step_metrics(1), 1)
-        assert len(drawn) == 0
-        tracker.log({"eval/loss": 5.0}, 1)
-        tracker.log({"eval/loss": 4.9}, 2)
-        assert len(drawn) == 1
-    assert len(drawn) == 2
+        for step in range(1, 1001):
+            clock[0] += 1.0
+            tracker.log(step_metrics(step), step)
+    assert drawn_at[:2] == [10.0, 41.5] and len(drawn_at) == 6  # the first one imports matplotlib; the last is at close
+    assert all(later - earlier >= 300 for earlier, later in itertools.pairwise(drawn_at[1:-1]))
+
+
+def losses_from(first: float, last: float, steps: int, *, resumed_after: int | None = None) -> History:
+    """A loss that falls evenly on a log axis, with noise of 2 % and validation every 20th of the run."""
+    history, noise = History(), curves.np.random.default_rng(0)
+    for step in range(1, steps + 1):
+        loss = first * (last / first) ** (step / steps)
+        names = ("train/loss", "train/audio_loss", *CODEBOOK_METRICS)
+        row = {name: loss * (1 + 0.02 * noise.standard_normal()) for name in names}
+        if resumed_after is not None and step == resumed_after + 1:
+            row["resumed_after"] = resumed_after
+        history.add({"global_step": step, **row})
+        if step % (steps // 20) == 0:
+            history.add({"global_step": step, "eval/audio_loss": loss * (1.05 if step > steps / 2 else 1.0)})
+    return history
+
+
+def test_a_fine_tune_fills_a_linear_axis_and_a_quick_start_a_log_one(tmp_path):
+    history = losses_from(5.2, 4.6, 5000, resumed_after=2500)
+    axes = curves.make_figure(history, "run").axes
+    for panel in axes[:2]:
+        low, high = panel.get_ylim()
+        assert panel.get_yscale() == "linear" and 4.2 < low < 4.6 and 5.2 < high < 5.6
+        assert [line.get_xdata()[0] for line in panel.get_lines() if line.get_linestyle() == ":"] == [2500]
+    assert [text.get_text() for text in axes[0].texts] == ["resumed after step 2,500"]
+    assert "best" in axes[0].get_legend().get_texts()[2].get_text()
+    raw, smoothed = axes[0].get_lines()[:2]
+    assert (
+        raw.get_alpha() < 0.5 and curves.np.ptp(smoothed.get_ydata()[-500:]) < curves.np.ptp(raw.get_ydata()[-500:]) / 3
+    )
+    draw_history(history, tmp_path / "loss.png", "run")
+    assert_png(tmp_path / "loss.png")
+
+    assert [panel.get_yscale() for panel in curves.make_figure(losses_from(12, 0.05, 240), "run").axes[:2]] == [
+        "log"
+    ] * 2
+
+
+def test_a_long_run_is_remembered_and_gone_on_with_in_bounded_memory(tmp_path):
+    """200,000 steps are as many points as 4,000; the rows of metrics.jsonl are never there at once."""
+    series = Series()
+    for step in range(1, 200_001):
+        series.add(step, float(step))
+    steps, values = series.points()
+    assert len(steps) < 4096 and steps[-1] == 200_000 and values[0] == sum(range(1, 65)) / 64
+
+    line = json.dumps({**step_metrics(1), "rank/loss": [5.0] * 64})
+    with open(tmp_path / "metrics.jsonl", "w") as file:
+        file.writelines(f'{{"global_step": {step}, {line[1:]}\n' for step in range(1, 5001))
+    tracemalloc.start()
+    tracker = start(tmp_path, first_step=4990)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    tracker.close()
+    assert peak < 4e6 < (tmp_path / "metrics.jsonl").stat().st_size
+    assert strict_rows(tmp_path / "metrics.jsonl")[-1]["global_step"] == 4990
 
 
 def test_curves_need_losses(tmp_path):
@@ -382,8 +336,9 @@ def test_progress_bar_on_a_terminal(tmp_path, monkeypatch):
 def test_disabled_imports_neither_wandb_nor_matplotlib_nor_torch(tmp_path):
     code = (
         "import sys; from pathlib import Path; from higgs_ds.report.tracking import open_tracker\n"
+        "from higgs_ds.report.wandb_run import choose_wandb\n"
         "with open_tracker(Path(sys.argv[1]), config={}, total_steps=1, run_name=None, wandb_project=None,\n"
-        "                  wandb_mode='disabled') as tracker:\n"
+        "                  wandb=choose_wandb('disabled')) as tracker:\n"
         "    tracker.log({'train/lr': 1.0}, 1); tracker.failures([{'check': 'finite'}]); tracker.alert('a', 'b')\n"
         "print(*sorted({'wandb', 'matplotlib', 'torch', 'deepspeed'} & set(sys.modules)))"
     )
@@ -393,47 +348,3 @@ def test_disabled_imports_neither_wandb_nor_matplotlib_nor_torch(tmp_path):
     assert done.stdout.strip() == ""
     assert not (tmp_path / "run" / "wandb").exists()
     assert len(strict_rows(tmp_path / "run" / "metrics.jsonl")) == 1
-
-
-def test_modes(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match=r"--wandb_mode is 'ofline'; use one of auto, online, offline, disabled"):
-        start(tmp_path, wandb_mode="ofline")
-    with pytest.raises(ValueError, match=r"no W&B API key; run `wandb login`, set WANDB_API_KEY"):
-        start(tmp_path, wandb_mode="online")
-    monkeypatch.setenv("WANDB_MODE", "nope")
-    with pytest.raises(ValueError, match="environment variable WANDB_MODE is 'nope'"):
-        start(tmp_path, wandb_mode="auto")
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    start(tmp_path, wandb_mode="auto").close()
-    assert not (tmp_path / "wandb").exists()
-
-
-def test_auto_is_online_with_a_key(tmp_path, monkeypatch):
-    import wandb
-
-    asked = {}
-
-    def init(**options):
-        asked.update(options)
-        raise wandb.errors.CommError("no route to host")
-
-    (tmp_path / "metrics.jsonl").write_text('{"global_step": 1}\n')
-    monkeypatch.setenv("WANDB_API_KEY", API_KEY)
-    monkeypatch.setattr(wandb, "init", init)
-    with pytest.raises(ConfigError, match=r"W&B could not start \(CommError: no route to host\).*--wandb_mode offline"):
-        start(tmp_path, wandb_mode="auto")
-    assert (asked["mode"], asked["project"], asked["name"]) == ("online", "higgs-ds", "test run")
-    # The run did not start: what an earlier one left is untouched.
-    assert (tmp_path / "metrics.jsonl").read_text() == '{"global_step": 1}\n'
-
-
-def test_a_malformed_key_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_API_KEY", "short")
-    with pytest.raises(ConfigError, match=r"W&B could not start .*WANDB_API_KEY"):
-        start(tmp_path, wandb_mode="online")
-
-
-def test_wandb_that_is_not_installed_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ConfigError, match=r"cannot import wandb.*--wandb_mode disabled"):
-        start(tmp_path, wandb_mode="offline")

@@ -16,7 +16,7 @@ from .distributed.engine import Engine, Ranks
 from .guard import CHECKS, BadLossError, Failure, Guard, checklist
 from .loss import HEADLINES, LossWeights, loss_scales
 from .process import loss_text, say
-from .report.metrics import StepClock, guard_metrics, peak_memory_gib, reserved_memory_gib, step_metrics
+from .report.metrics import StepClock, Window, guard_metrics, peak_memory_gib, reserved_memory_gib
 from .step_stats import ForwardReport, LabelCounts, MicroBatchStats, RankStep, StepSums
 
 if TYPE_CHECKING:
@@ -84,6 +84,7 @@ class Trainer:
     last_losses: dict[str, float] = field(default_factory=dict)
     _clock: StepClock = field(default_factory=StepClock)
     _saved_at: float = field(default_factory=time.monotonic)
+    _window: Window = field(default_factory=Window)
     _save_stall_sec: float | None = None
     _last: StepPlan | None = None
     _said: set[str] = field(default_factory=set)
@@ -306,19 +307,13 @@ class Trainer:
     def _log(self, plan: StepPlan, result: StepResult, lr: float) -> None:
         if not self.tracker:
             return
-        if not (plan.step % self.log_every == 0 or plan.step == self.total_steps or result.failures):
+        if not result.failures:
+            self._window.add(result.ranks, result.grad_norm)
+        due = plan.step % self.log_every == 0 or plan.step == self.total_steps or result.stop
+        if not (due or result.failures):
             self.tracker.progress(plan.step)
             return
-        metrics: dict[str, float] = {}
-        if not result.failures:
-            metrics = step_metrics(
-                result.ranks,
-                self.weights,
-                learning_rate=lr,
-                grad_norm=result.grad_norm,
-                epoch=plan.epoch,
-                utilisation=self.utilisation,
-            )
+        metrics = self._window.take(self.weights, learning_rate=lr, epoch=plan.epoch, utilisation=self.utilisation)
         if self._save_stall_sec is not None:
             # Of the save after the step before: how long training stood still for it on rank 0.
             metrics["perf/save_stall_sec"], self._save_stall_sec = self._save_stall_sec, None

@@ -35,11 +35,11 @@ def test_what_is_packed_comes_back_by_name():
         codebook_sums=[5.0, 6.0, 7.0],
         codebook_counts=[8.0, 9.0, 10.0],
     )
-    step = RankStep(0.0, 1.0, 0.5, 0.1, 7.0, 8.0, 0.0, [0.0] * 11, sums)
+    step = RankStep(0.0, 1.0, 0.0, 0.5, 0.1, 7.0, 8.0, 0.0, [0.0] * 11, sums)
     for record, empty in (
         (counts, LabelCounts(0, 0, [0] * BOOKS)),
         (sums, StepSums.empty(BOOKS)),
-        (step, RankStep(0, 0, 0, 0, 0, 0, 0, [0] * 11, StepSums.empty(BOOKS))),
+        (step, RankStep(0, 0, 0, 0, 0, 0, 0, 0, [0] * 11, StepSums.empty(BOOKS))),
         (stats(), MicroBatchStats.empty(BOOKS)),
     ):
         assert empty.unpack(record.pack()) == record
@@ -112,3 +112,25 @@ def test_the_ranks_meet_twice_a_step(forks, flags_of, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert all(0 < row["perf/data_sec"] < row["perf/step_sec"] < 60 for row in rows)
     assert all(row["memory/reserved_gib"] >= row["memory/peak_gib"] > 0 for row in rows)
+
+
+def test_a_logged_point_covers_the_steps_since_the_last_one(forks, flags_of, tmp_path):
+    """Points of steps 1-2, 3-4 and 5 against every step's own: losses weighted by labels, counts added up."""
+    found = {}
+    for log_every in (1, 2):
+        folder = tmp_path / str(log_every)
+        flags = flags_of(folder, max_steps=5, grad_accum=2, eval_every=9, log_every=log_every)
+        assert_all(forks.run(flags, 2))
+        found[log_every] = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps, points = found[1], found[2]
+    assert [row["global_step"] for row in points] == [2, 4, 5]
+    for point, covered in zip(points, (steps[:2], steps[2:4], steps[4:]), strict=True):
+        for loss, labels in (("text_loss", "text_tokens"), ("codebook_loss/3", "audio_frames")):
+            count = sum(row[f"train/{labels}"] for row in covered)
+            mean = sum(row[f"train/{loss}"] * row[f"train/{labels}"] for row in covered) / count
+            assert point[f"train/{labels}"] == count and point[f"train/{loss}"] == pytest.approx(mean, rel=1e-6)
+        norm = sum(row["train/grad_norm"] for row in covered) / len(covered)
+        assert point["train/grad_norm"] == pytest.approx(norm, rel=1e-12)
+        assert [len(point[f"rank/{name}"]) for name in ("loss", "text_loss", "audio_loss")] == [2, 2, 2]
+    losses = [name for name in steps[4] if name.startswith(("train/", "rank/"))]
+    assert [points[2][name] for name in losses] == [steps[4][name] for name in losses]  # one step alone: to the bit

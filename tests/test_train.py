@@ -85,10 +85,11 @@ def test_what_a_run_leaves(quickstart):
     wanted = {"global_step", "train/loss", "train/text_loss", "train/audio_loss", "train/learning_rate"}
     wanted |= {"train/grad_norm", "train/epoch", "train/text_tokens", "train/audio_frames"}
     wanted |= {f"train/codebook_loss/{k}" for k in range(8)}
-    wanted |= {f"rank/{r}/{name}" for r in (0, 1) for name in ("loss", "text_loss", "audio_loss")}
+    wanted |= {f"rank/{name}" for name in ("loss", "text_loss", "audio_loss")}
     wanted |= {"eval/loss", "eval/text_loss", "eval/audio_loss", "perf/tokens_per_sec", "perf/step_sec"}
-    wanted |= {"perf/data_sec", "memory/peak_gib", "guard/audio_loss/rank_0", "guard/audio_loss/rank_1"}
+    wanted |= {"perf/data_sec", "memory/peak_gib", "guard/failed_checks", "guard/honest_zeros"}
     assert wanted <= names, wanted - names
+    assert not [name for name in names if name.startswith("guard/") and name not in wanted]  # no check ever failed
     train = [row for row in rows if "train/loss" in row]
     assert [row["global_step"] for row in train] == list(range(1, 241))
     assert all(math.isfinite(row["train/loss"]) and row["train/loss"] > 0 for row in train)
@@ -196,8 +197,8 @@ def test_skip_goes_on_and_counts(tiny_dir, codec_dir, tmp_path):
     assert_all(results)
     rows = metrics_of(tmp_path / "run")
     assert [row["train/dropped_steps"] for row in rows] == [1, 2, 3]
-    assert [row["guard/code_range/rank_0"] for row in rows] == [1, 2, 3]
-    assert all(row["guard/code_range/rank_1"] == 0 for row in rows)
+    assert [row["guard/code_range"] for row in rows] == [[1, 0], [2, 0], [3, 0]]
+    assert [row["guard/failed_checks"] for row in rows] == [1, 2, 3]
 
 
 def test_missing_expanded_labels_are_counted_in_the_metrics(tiny_dir, codec_dir, tmp_path):

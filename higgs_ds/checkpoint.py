@@ -27,7 +27,7 @@ from .config import TrainConfig
 from .distributed.engine import Engine, OptimizerState, Ranks
 from .errors import ConfigError
 from .files import sha256, sync, sync_folders
-from .model.adapter_file import same_base
+from .model.adapter_file import same_base, write_adapter
 from .model.adapter_names import peft_key
 from .process import say
 from .voice_record import VoiceRecord, write_record
@@ -37,7 +37,8 @@ TENSOR_FILES = ("adapter/adapter_model.safetensors", "optimizer.safetensors", "r
 NAME = re.compile(r"step-[0-9]+")
 LAST_WRITE_SEC = 25.0
 # A change of these would make another run of it; the adapter's shape cannot change at all.
-SHAPE_OPTIONS = ("lora_r", "lora_target_modules")
+SHAPE_OPTIONS = ("lora_r", "lora_target_modules", "train_audio_embeddings", "train_heads")
+OLDER = {"lora_rslora": False, "train_audio_embeddings": False, "train_heads": "none"}  # than these options
 TRAJECTORY_OPTIONS = (
     *("lora_alpha", "lora_rslora", "lora_dropout", "train_manifest", "codec", "base_ckpt", "base_revision", "seed"),
     *("dtype", "lr", "warmup_steps"),
@@ -179,11 +180,9 @@ class CheckpointWriter:
         shutil.rmtree(beside, ignore_errors=True)
         try:
             (beside / "adapter").mkdir(parents=True)
-            self.lora.save_pretrained(beside / "adapter")
+            write_adapter(beside / "adapter", self.lora, state.weights)
             if style := position.config.get("prompt_style"):
                 write_record(beside / "adapter", VoiceRecord(style))
-            weights = {peft_key(key): value.contiguous() for key, value in state.weights.items()}
-            save_file(weights, beside / "adapter" / "adapter_model.safetensors", metadata={"format": "pt"})
             moments = {f"{part}.{key}": value for part in ("exp_avg", "exp_avg_sq")
                        for key, value in getattr(state, part).items()}  # fmt: skip
             save_file(moments, beside / "optimizer.safetensors")
@@ -333,7 +332,7 @@ def keep_global_batch(resumed: Checkpoint, config: TrainConfig, world_size: int)
         ConfigError: none does; or LoRA's shape is another.
     """
     position = resumed.position
-    saved = position.config
+    saved = OLDER | position.config
     problems = [
         f"--resume: --{name} is {config.get(name)}, the checkpoint has {saved.get(name)}; it cannot change"
         for name in SHAPE_OPTIONS
@@ -367,7 +366,7 @@ def changed_settings(resumed: Checkpoint | None, config: dict, num_rows: int) ->
     """What differs from the checkpoint's settings and makes another trajectory, a line each."""
     if resumed is None:
         return []
-    saved = _spelt_out({"lora_rslora": False} | resumed.position.config)  # older checkpoints had no such option
+    saved = _spelt_out(OLDER | resumed.position.config)
     config = _spelt_out(config)
     changed = [
         f"--{name} is {config[name]}, the checkpoint has {saved.get(name)}"

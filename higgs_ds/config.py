@@ -30,6 +30,9 @@ LORA_TARGET_GROUPS = {
     "all": DEFAULT_LORA_TARGETS,
 }
 HEADS = ("text_lm_head", "audio_lm_head")
+# Modules of the model that can be trained whole beside LoRA, by the end of their path.
+EMBEDDINGS = "audio_codebook_embeddings"
+TRAINED_HEADS = {"none": (), "audio": ("audio_lm_head",), "text": ("text_lm_head",), "both": HEADS}
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 
 ALIASES = {
@@ -55,7 +58,10 @@ ALIASES = {
 
 
 def _option(default, text: str, **rules):
-    """A field with its help and the rules that a value must meet: choices, least, most, above, below, required."""
+    """A field with its help and the rules that a value must meet: choices, least, most, above, below, required.
+
+    `bare` is the value that the flag alone has.
+    """
     metadata = {"help": text, **rules}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
@@ -130,6 +136,16 @@ class LoraOptions:
     lora_alpha: float = _option(32.0, "LoRA alpha; updates are scaled by alpha / r", above=0, most=1e6)
     lora_rslora: bool = _option(False, "rank-stabilised LoRA: updates are scaled by alpha / sqrt(r) instead")
     lora_dora: bool = _option(False, "not supported: DoRA is refused, with the reason")
+    train_audio_embeddings: bool = _option(
+        False, "train the embeddings of the audio codes whole, beside LoRA, at the same --lr; for sounds that are new"
+    )
+    train_heads: str = _option(
+        "none",
+        "train a head whole, beside LoRA, at the same --lr. Alone it means audio, which says the codes. The text head "
+        "is large (394 M values), and a spoken row teaches it no more than to begin and to end a clip",
+        choices=tuple(TRAINED_HEADS),
+        bare="audio",
+    )
     lora_dropout: float = _option(0.05, "dropout before the LoRA branch", least=0, below=1)
     lora_target_modules: list[str] = _option(
         list(DEFAULT_LORA_TARGETS),
@@ -137,7 +153,9 @@ class LoraOptions:
         "or attention, text_mlp, audio_mlp, all",
     )
     init_adapter: str | None = _option(
-        None, "start from this adapter's weights, with its rank, alpha, rslora and targets: a new run, not a resume"
+        None,
+        "start from this adapter's weights, with its rank, alpha, rslora, targets and whole modules: a new run, not a "
+        "resume",
     )
     other_base: bool = _option(False, "--init_adapter was trained on another base than --base_ckpt")
 
@@ -146,6 +164,11 @@ class LoraOptions:
         """`lora_target_modules` with the names of `LORA_TARGET_GROUPS` written out, each once."""
         suffixes = [s for name in self.lora_target_modules for s in LORA_TARGET_GROUPS.get(name, (name,))]
         return list(dict.fromkeys(suffixes))
+
+    @property
+    def whole_modules(self) -> tuple[str, ...]:
+        """The modules that are trained whole, by the end of their path."""
+        return ((EMBEDDINGS,) if self.train_audio_embeddings else ()) + TRAINED_HEADS[self.train_heads]
 
 
 @dataclass
@@ -174,7 +197,7 @@ class OptimOptions:
         "steps that the learning rate's schedule spans (default: the run's); after them it stays where it is",
         least=1,
     )
-    weight_decay: float = _option(0.0, "AdamW weight decay of the LoRA weights", least=0, most=1000)
+    weight_decay: float = _option(0.0, "AdamW weight decay of what trains", least=0, most=1000)
     max_grad_norm: float = _option(1.0, "gradient clipping, 0 for none", least=0)
     seed: int = _option(42, "LoRA initialisation, order of the data, dropout", least=0, most=2**53 - 1)
 
@@ -345,15 +368,19 @@ def _forward_checks(config: TrainConfig) -> list[str]:
             )
         if recomputed != "none":
             problems.append("--activation_checkpointing: upstream's forward has none; use --forward_impl padding_free")
-    return problems + fused_head_problems(config)
+    return problems + head_problems(config)
 
 
-def fused_head_problems(config: TrainConfig) -> list[str]:
-    """LoRA on a head beside the fused loss, a line each."""
-    if config.loss.loss_impl != "fused":
-        return []
-    heads = [t for t in config.lora.target_suffixes if t.rsplit(".", 1)[-1] in HEADS]
-    return [
-        f"--lora_target_modules: LoRA on {head} would get no gradient from the fused loss; use --loss_impl reference"
-        for head in heads
-    ]
+def head_problems(config: TrainConfig) -> list[str]:
+    """LoRA on a head that is trained whole, or beside the fused loss, a line each."""
+    problems = []
+    for target in config.lora.target_suffixes:
+        head = target.rsplit(".", 1)[-1]
+        if head in config.lora.whole_modules:
+            problems.append(f"--train_heads: {head} has LoRA already (--lora_target_modules); one of them trains it")
+        elif head in HEADS and config.loss.loss_impl == "fused":
+            problems.append(
+                f"--lora_target_modules: LoRA on {target} would get no gradient from the fused loss; "
+                "use --loss_impl reference"
+            )
+    return problems

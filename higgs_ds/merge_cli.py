@@ -56,12 +56,10 @@ def run_merge(args: argparse.Namespace) -> int:
     from .cards import merged_card, pinned
     from .model.adapter_file import check_base, read_adapter, read_adapter_config
     from .model.base_checkpoint import locate_checkpoint
-    from .model.layout_config import read_checkpoint_config
-    from .model.layouts import layout_of
-    from .model.load_layout import linear_layers
-    from .model.merge import check_base_weights, merge
+    from .model.load_layout import adaptable_modules
+    from .model.merge import Base, merge
     from .model.processor_files import codec_reference
-    from .voice_record import read_record, write_record
+    from .voice_record import RECORD, read_record, record_text
 
     refuse_existing(args.output_dir)
     lora = read_adapter_config(args.adapter) if args.adapter else None
@@ -69,26 +67,25 @@ def run_merge(args: argparse.Namespace) -> int:
         check_base(lora, args.base_ckpt, args.base_revision)
     if args.layout == TRANSFORMERS:
         codec_reference(args.codec)
-    folder = locate_checkpoint(args.base_ckpt, args.base_revision)
-    config = read_checkpoint_config(folder)
-    adapter = read_adapter(args.adapter, linear_layers(config), lora) if lora else None
+    base = Base.open(locate_checkpoint(args.base_ckpt, args.base_revision))
+    adapter = read_adapter(args.adapter, adaptable_modules(base.config), lora) if lora else None
     record = read_record(args.adapter, "--adapter") if lora else None
-    base = check_base_weights(folder, layout_of(folder), config)
     name, revision = pinned(args.base_ckpt, args.base_revision)
     table = {"dtype": args.dtype or "as the base"}
     if lora:
         table |= {
             "adapter": f"`{args.adapter.resolve()}`",
-            "LoRA rank / alpha": f"{lora.rank} / {lora.alpha:g}" + (", scaled by the root" if lora.rslora else ""),
+            **lora.describe(),
             "layers merged": len(adapter.weights),
         }
     table |= record.table() if record else {}
     where = {"base": name, "revision": revision, "layout": args.layout, "codec": args.codec, "folder": args.output_dir}
-    card = merged_card(table, **where)
-    size = merge(base, adapter, args.output_dir, args.layout, dtype=args.dtype, codec=args.codec, card=card)
-    if record:
-        write_record(args.output_dir, record)
+    texts = {"README.md": merged_card(table, **where)} | ({RECORD: record_text(record)} if record else {})
+    for note in base.notes:
+        say(note)
+    size = merge(base, adapter, args.output_dir, args.layout, dtype=args.dtype, codec=args.codec, texts=texts)
     merged = f"{len(adapter.weights)} layers merged" if adapter else "nothing merged"
+    merged += f", {' and '.join(adapter.whole)} taken whole" if adapter and adapter.whole else ""
     say(
         f"{args.output_dir}: {len(base.stored)} weights, {size / 1e9:.2f} GB, {merged}; read back: every name, shape "
         "and type, and a sample of the values"
@@ -100,11 +97,12 @@ def run_export(args: argparse.Namespace) -> int:
     """Renames a checked adapter's weights and layers."""
     from safetensors.torch import save_file
 
-    from .model.adapter_file import CONFIG, PREFIX, WEIGHTS, check_base, read_adapter, read_adapter_config
+    from .model.adapter_file import CONFIG, WEIGHTS, check_base, read_adapter, read_adapter_config
+    from .model.adapter_names import PREFIX
     from .model.base_checkpoint import locate_checkpoint
     from .model.layout_config import read_checkpoint_config
     from .model.layouts import layout_of, transformers_name
-    from .model.load_layout import linear_layers
+    from .model.load_layout import adaptable_modules
 
     lora = read_adapter_config(args.adapter)
     base_name = args.base_ckpt or lora.base_name
@@ -113,7 +111,7 @@ def run_export(args: argparse.Namespace) -> int:
     if args.base_ckpt and not args.other_base:
         check_base(lora, args.base_ckpt, args.base_revision)
     folder = locate_checkpoint(base_name, args.base_revision or lora.base_revision)
-    adapter = read_adapter(args.adapter, linear_layers(read_checkpoint_config(folder)), lora)
+    adapter = read_adapter(args.adapter, adaptable_modules(read_checkpoint_config(folder)), lora)
     output_dir = args.output_dir or args.adapter.with_name(f"{args.adapter.resolve().name}-{TRANSFORMERS}")
     refuse_existing(output_dir)
     config = {
@@ -122,6 +120,7 @@ def run_export(args: argparse.Namespace) -> int:
         "inference_mode": True,
         "lora_alpha": lora.alpha,
         "lora_dropout": 0.0,
+        "modules_to_save": [transformers_name(name) for name in adapter.whole] or None,
         "peft_type": "LORA",
         "r": lora.rank,
         # Whole names: a suffix that boson_multimodal's names have may mean other layers there.

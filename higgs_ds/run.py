@@ -24,7 +24,7 @@ from .config import TrainConfig
 from .data import Data, codes_folder
 from .data import load_data as load_data
 from .distributed.agreement import check_same, check_shared, versions
-from .distributed.engine import Engine, Ranks, leave_ranks, loading, start_ranks
+from .distributed.engine import Engine, Ranks, leave_ranks, loading, start_ranks, whole
 from .distributed.rank_watch import Watch, check_stall_timeout
 from .distributed.stop import StopRequest
 from .errors import ConfigError, ExitCode
@@ -131,6 +131,8 @@ def adapt(
         rslora=config.lora.lora_rslora,
         dropout=config.lora.lora_dropout,
         target_modules=config.lora.target_suffixes,
+        whole_modules=config.lora.whole_modules,
+        whole=whole,
         seed=config.optim.seed,
         base_name=base_name,
         base_revision=base_revision,

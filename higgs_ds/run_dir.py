@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from peft import PeftModel
+from peft import LoraConfig
 from safetensors import SafetensorError
 
 from .cards import adapter_card, pinned
@@ -20,7 +20,7 @@ from .config import TrainConfig
 from .distributed.engine import Engine, Ranks
 from .errors import ConfigError
 from .files import replacing, write_text
-from .model.adapter_names import TRAINING_MODULE
+from .model.adapter_file import write_adapter
 from .process import say
 from .voice_record import VoiceRecord, write_record
 
@@ -148,21 +148,19 @@ def save_adapter(
     Raises:
         ValueError: a weight is empty or not finite, so that the file would not hold what was trained.
     """
-    weights, model = engine.gather_trainable(), engine.module.model
+    weights, lora = engine.gather_trainable(), engine.lora_config
     saved = None
     if ranks.is_main:
-        state = {name.removeprefix(TRAINING_MODULE): value.contiguous() for name, value in weights.items()}
-        for name, value in state.items():
+        for name, value in weights.items():
             if value.numel() == 0 or not bool(torch.isfinite(value).all()):
                 raise ValueError(f"{name} has shape {tuple(value.shape)} or holds NaN: refusing to write this adapter")
         for folder in places:
             try:
                 with replacing(folder) as beside:
-                    model.save_pretrained(
-                        beside, state_dict=state, safe_serialization=True, save_embedding_layers=False
-                    )
+                    beside.mkdir(parents=True)
+                    write_adapter(beside, lora, weights)
                     write_record(beside, VoiceRecord(prompt_style, facts))
-                    card = _model_card(model, facts, folder, layout, codec)
+                    card = _model_card(lora, facts, folder, layout, codec)
                     (beside / "README.md").write_text(card, encoding="utf-8")
                 saved = folder
                 break
@@ -172,14 +170,14 @@ def save_adapter(
     return ranks.gather(saved)[0]
 
 
-def _model_card(model: PeftModel, facts: dict[str, object], folder: Path, layout: str, codec: str) -> str:
-    lora = model.peft_config["default"]
+def _model_card(lora: LoraConfig, facts: dict[str, object], folder: Path, layout: str, codec: str) -> str:
     base, revision = pinned(lora.base_model_name_or_path, lora.revision)
     table = {
         "base": f"`{base}`" + (f" at revision `{revision}`" if revision else ""),
         "LoRA rank / alpha / dropout": f"{lora.r} / {lora.lora_alpha:g} / {lora.lora_dropout:g}"
         + (", scaled by the root" if lora.use_rslora else ""),
         "layers": ", ".join(sorted(lora.target_modules)),
+        **({"trained whole": ", ".join(lora.modules_to_save)} if lora.modules_to_save else {}),
         **facts,
     }
     return adapter_card(table, base=base, revision=revision, layout=layout, codec=codec, folder=folder)

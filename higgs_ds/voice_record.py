@@ -30,11 +30,15 @@ class VoiceRecord:
         return {"prompt style": self.prompt_style, **self.facts}
 
 
+def record_text(record: VoiceRecord) -> str:
+    """The file's content."""
+    facts = {name: str(record.facts[name]) for name in FACTS if name in record.facts}
+    return json.dumps({"prompt_style": record.prompt_style, **facts}, indent=2) + "\n"
+
+
 def write_record(folder: Path, record: VoiceRecord) -> None:
     """Writes it into a folder. Raises OSError."""
-    facts = {name: str(record.facts[name]) for name in FACTS if name in record.facts}
-    text = json.dumps({"prompt_style": record.prompt_style, **facts}, indent=2)
-    (folder / RECORD).write_text(text + "\n", encoding="utf-8")
+    (folder / RECORD).write_text(record_text(record), encoding="utf-8")
 
 
 def read_record(folder: Path, flag: str) -> VoiceRecord | None:

@@ -23,9 +23,13 @@ from higgs_ds.checkpoint import (
     list_checkpoints,
     read_checkpoint,
 )
+from higgs_ds.cli import main
 from higgs_ds.config import BASE_NAMES
 from higgs_ds.errors import ConfigError
 from higgs_ds.files import sha256
+from higgs_ds.model.adapter_names import PREFIX, WHOLE_MODULES
+from higgs_ds.model.init_adapter import OPTIONS
+from higgs_ds.model.layouts import transformers_name
 from tests.conftest import ROOT
 from tests.distributed.test_engine import distance
 from tests.ranks import assert_all, free_port, run_ranks
@@ -39,10 +43,10 @@ def losses(folder) -> list[dict]:
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_interrupted_and_resumed_is_never_interrupted_bit_for_bit(stage, forks, flags_of, tmp_path):
-    """bf16, dropout on: SIGTERM to one of two ranks in the middle, exit 75, `--resume auto`."""
+def test_interrupted_and_resumed_is_never_interrupted_bit_for_bit(stage, forks, flags_of, tmp_path, tiny_dir):
+    """bf16, dropout on, all trained that can be: SIGTERM to one of two ranks midway, exit 75, `--resume auto`."""
     common = {"deepspeed_config": f"ds_configs/zero{stage}.json", "dtype": "bf16", "max_steps": 12, "grad_accum": 2}
-    common["num_workers"] = 1
+    common |= {"num_workers": 1, "train_audio_embeddings": True, "train_heads": "both"}
     # On a CPU --deterministic changes no number.
     assert_all(forks.run(flags_of(tmp_path / "whole", deterministic=True, **common), 2))
 
@@ -60,10 +64,23 @@ def test_interrupted_and_resumed_is_never_interrupted_bit_for_bit(stage, forks, 
     ours, wanted = (load_file(tmp_path / run / "adapter/adapter_model.safetensors") for run in ("parts", "whole"))
     assert ours.keys() == wanted.keys() and all(torch.equal(ours[key], wanted[key]) for key in wanted)
 
+    adapter, base = tmp_path / "parts/adapter", HiggsAudioModel.from_pretrained(tiny_dir, torch_dtype=torch.bfloat16)
+    whole = {f"{name}.weight": ours[f"{PREFIX}{name}.weight"] for name in WHOLE_MODULES}
+    assert not any(torch.equal(value, base.state_dict()[name]) for name, value in whole.items())
+    assert "| trained whole | audio_codebook_embeddings, text_lm_head, " in (adapter / "README.md").read_text()
+    pefts = PeftModel.from_pretrained(base, adapter).merge_and_unload().state_dict()
+    flags = ["--base_ckpt", str(tiny_dir), "--adapter", str(adapter), "--layout", "transformers"]
+    assert main(["merge", *flags, "--output_dir", str(tmp_path / "merged")]) == 0
+    assert "| trained whole | audio_codebook_embeddings, " in (tmp_path / "merged/README.md").read_text()
+    merged = load_file(tmp_path / "merged/model.safetensors")
+    for name, value in whole.items():
+        assert torch.equal(merged[transformers_name(name)], value) and torch.equal(pefts[name], value)
+
 
 def test_other_stages_and_world_sizes_go_on_with_the_same_run(forks, flags_of, tmp_path):
     """2 ranks ZeRO-2 → 4 ranks ZeRO-3 → 1 rank ZeRO-0 → both offloads, against 1 rank that was never interrupted."""
     common = {"dtype": "fp32", "lora_dropout": 0, "lr_scheduler": "constant", "warmup_ratio": 0, "save_every": 2}
+    common |= {"train_audio_embeddings": True, "train_heads": "both"}
 
     def run(folder, ranks, stage, steps, **changes):
         flags = flags_of(folder, deepspeed_config=f"ds_configs/zero{stage}.json", max_steps=steps, **common, **changes)
@@ -298,33 +315,36 @@ def test_an_adapter_says_what_the_runs_lora_is_and_the_run_goes_on_with_it(forks
         return result
 
     targets = ["--lora_target_modules", "q_proj", "layers.1.mlp.up_proj"]
-    assert_all([run("first", "--lora_r", "4", "--lora_rslora", *targets, lora_alpha=300)])
+    whole = ["--train_heads", "--train_audio_embeddings"]
+    assert_all([run("first", "--lora_r", "4", "--lora_rslora", *whole, *targets, lora_alpha=300)])
     adapter = tmp_path / "first/adapter"
     written = json.loads((adapter / "adapter_config.json").read_text())
     assert (written["r"], written["lora_alpha"], written["use_rslora"]) == (4, 300, True)
+    assert written["modules_to_save"] == ["audio_codebook_embeddings", "audio_lm_head"]
     assert "4 / 300 / 0, scaled by the root" in (adapter / "README.md").read_text()
 
     assert_all([run("second", init_adapter=adapter, save_every=1, lr=1e-9)])
     resolved = yaml.safe_load((tmp_path / "second/config.yaml").read_text())
-    options = ("lora_r", "lora_alpha", "lora_rslora", "lora_target_modules")
-    assert [resolved[name] for name in options] == [4, 300.0, True, ["layers.1.mlp.up_proj", "q_proj"]]
+    assert [resolved[name] for name in OPTIONS] == [4, 300.0, True, ["layers.1.mlp.up_proj", "q_proj"], True, "audio"]
     again = json.loads((tmp_path / "second/adapter/adapter_config.json").read_text())
-    assert all(again[key] == written[key] for key in ("r", "lora_alpha", "use_rslora"))
+    assert all(again[key] == written[key] for key in ("r", "lora_alpha", "use_rslora", "modules_to_save"))
     ours, wanted = (load_file(tmp_path / one / "adapter/adapter_model.safetensors") for one in ("second", "first"))
     assert distance(ours, wanted) < 1e-4
 
     resumed = run("second", "--resume", "auto", init_adapter=adapter, max_steps=2, lr=1e-9)
     assert_all([resumed])
-    assert "resuming after step 1" in resumed.output and "--lora_" not in resumed.output
+    assert "resuming after step 1" in resumed.output
+    assert "--lora_" not in resumed.output and "--train_" not in resumed.output
     yaml_file = ["--config", str(tmp_path / "second/config.yaml")]
     assert_all([run("third", *yaml_file, lr=1e-9)])
 
     other = run("x", "--lora_r", "8", "--lora_rslora", "false", "--lora_target_modules", "all", *["--lora_alpha", "16"],
-                init_adapter=adapter)  # fmt: skip
+                "--train_heads", "both", init_adapter=adapter)  # fmt: skip
     assert other.returncode == 2 and not (tmp_path / "x/config.yaml").exists()
     for words in ("--lora_r is 8, the adapter has 4", "--lora_alpha is 16, the adapter has 300"):
         assert f"--init_adapter: {words}; leave the flag out" in other.output
     assert "--lora_rslora is False, the adapter has True" in other.output
+    assert "--train_heads is both, the adapter has audio" in other.output
     assert "--lora_target_modules is all, the adapter has layers.1.mlp.up_proj q_proj" in other.output
 
 

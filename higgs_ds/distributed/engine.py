@@ -10,7 +10,7 @@ import contextlib
 import copy
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -157,14 +157,18 @@ class DroppableAdamW(torch.optim.AdamW):
     clip_norm: float | None = None
     norm: float | None = None
 
+    @property
+    def parameters(self) -> list[torch.Tensor]:
+        """What it steps, in order; at stages 1 and 2 that is this rank's partition of everything, as one."""
+        return [parameter for group in self.param_groups for parameter in group["params"]]
+
     @torch.no_grad()
     def step(self, closure=None):
         if self.drop_next:
             return None
         if self.clip_norm is not None:
-            parameters = [parameter for group in self.param_groups for parameter in group["params"]]
             limit = self.clip_norm or float("inf")
-            self.norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+            self.norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
             if not math.isfinite(self.norm):
                 return None
         return super().step(closure)
@@ -214,8 +218,7 @@ class Engine:
         # With fp16 the loss is scaled up until gradients overflow now and then: such a step is dropped, and no failure.
         self.overflows_by_design: bool = ds_config["fp16"]["enabled"]
         self.stage: int = ds_config["zero_optimization"]["stage"]
-        trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        self._optimizer = DroppableAdamW(trainable, lr=0.0, weight_decay=weight_decay)
+        self._optimizer = DroppableAdamW(list(_trained(module).values()), lr=0.0, weight_decay=weight_decay)
         if self.stage == 0 and not ds_config["bf16"]["enabled"] and not ds_config["fp16"]["enabled"]:
             self._optimizer.clip_norm = max_grad_norm
             ds_config = {**ds_config, "gradient_clipping": 0.0}
@@ -295,7 +298,7 @@ class Engine:
         gathered = [self._gather(parts) for parts in self._local_state()]  # weights, exp_avg, exp_avg_sq
         if dist.get_rank() != 0:
             return None
-        shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in self._named_trainable()}
+        shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in _trained(self.module).items()}
         state = GatheredState(*gathered, self._adam_steps(), shapes, by_parameter=self.stage == 3)
         self._check_layout(state)
         return state
@@ -317,21 +320,20 @@ class Engine:
         if self.stage == 3:
             from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 
-            parameters = [p for _, p in self._named_trainable()]
+            parameters = _trained(self.module).values()
             yield [safe_get_local_fp32_param(p).flatten() for p in parameters]
             for key in ("exp_avg", "exp_avg_sq"):
                 yield [safe_get_local_optimizer_state(p, key).flatten() for p in parameters]
             return
-        masters = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
-        yield [master.detach().flatten() for master in masters]
+        yield [master.detach().flatten() for master in self._optimizer.parameters]
         for key in ("exp_avg", "exp_avg_sq"):
-            yield [self._optimizer.state[master][key].flatten() for master in masters]
+            yield [self._optimizer.state[master][key].flatten() for master in self._optimizer.parameters]
 
     def _check_layout(self, state: GatheredState) -> None:
         """The masters, rounded, are the module's weights: fails loudly where a DeepSpeed cuts them otherwise."""
         if self.stage < 3:
             name, weight = state.last_weight()
-            last = self._named_trainable()[-1][1].detach().cpu()
+            last = _trained(self.module)[name].detach().cpu()
             if not torch.equal(weight.to(last.dtype), last):
                 raise RuntimeError(f"{name}: gathered weights are not the model's; DeepSpeed's layout has changed")
 
@@ -349,7 +351,9 @@ class Engine:
         loss, _, _ = self.forward(first_inputs, 0.0, torch.zeros(books, device=device))
         self.backward(loss)
         self.step(0.0)
-        for (name, parameter), master in zip(self._named_trainable(), self._masters(), strict=True):
+        trained = _trained(self.module)
+        masters = self._optimizer.parameters if self.stage == 0 else [None] * len(trained)
+        for (name, parameter), master in zip(trained.items(), masters, strict=True):
             values = [part[name].to(device) for part in (state.weights, state.exp_avg, state.exp_avg_sq)]
             if self.stage == 0:
                 own = self._optimizer.state[master]
@@ -362,15 +366,6 @@ class Engine:
         for own in self._optimizer.state.values():
             own["step"].fill_(state.adam_steps)
 
-    def _named_trainable(self) -> list[tuple[str, nn.Parameter]]:
-        return [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
-
-    def _masters(self) -> list[torch.Tensor]:
-        """What the optimizer steps at stage 0, in the module's order; placeholders at the sharded stages."""
-        if self.stage == 0:
-            return [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
-        return [parameter for _, parameter in self._named_trainable()]
-
     def _adam_steps(self) -> int:
         steps = {int(own["step"]) for own in self._optimizer.state.values()}
         assert len(steps) == 1, steps
@@ -378,9 +373,27 @@ class Engine:
 
     def gather_trainable(self) -> dict[str, torch.Tensor]:
         """Trained weights, whole, on the CPU, by their names in the module. Every rank must call it."""
-        import deepspeed
+        trained = _trained(self.module)
+        with _gathered(trained.values()):
+            return {name: parameter.detach().cpu().clone() for name, parameter in trained.items()}
 
-        named = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
-        sharded = [parameter for parameter in named.values() if hasattr(parameter, "ds_id")]
-        with deepspeed.zero.GatheredParameters(sharded, enabled=bool(sharded)):
-            return {name: parameter.detach().cpu().clone() for name, parameter in named.items()}
+
+def _trained(module: nn.Module) -> dict[str, nn.Parameter]:
+    """What trains, by its name in the module and in its order, which every list of it keeps."""
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def whole(parameter: nn.Parameter) -> torch.Tensor:
+    """A weight's values, before the engine; ZeRO-3 has cut them while loading. Every rank must call it."""
+    with _gathered([parameter]):
+        return parameter.detach().clone()
+
+
+@contextlib.contextmanager
+def _gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Inside, those that ZeRO-3 has cut are whole on every rank."""
+    import deepspeed
+
+    sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+    with deepspeed.zero.GatheredParameters(sharded, enabled=bool(sharded)):
+        yield

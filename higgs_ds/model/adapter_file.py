@@ -13,18 +13,18 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
-from ..config import BASE_NAMES, DEFAULT_BASE
+from ..config import BASE_NAMES, DEFAULT_BASE, EMBEDDINGS
 from ..errors import ConfigError
-from .adapter_names import peft_key
+from .adapter_names import PREFIX, WHOLE_MODULES, layers_named, names_layer, naming_nothing, peft_key
 from .layouts import read_json
+from .weight_files import DTYPES_BY_NAME, Stored, refuse
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."  # before a module's name in PEFT's files
 MAX_RANK = 8192
 MAX_CONFIG_BYTES = 1 << 20
 MAX_TARGETS = 1000
-SHOWN_PROBLEMS = 20
 
 # Values with which each of PEFT's other fields changes nothing; any other value makes it more than plain LoRA.
 _NEUTRAL: dict[str, tuple] = {
@@ -45,7 +45,6 @@ _NEUTRAL: dict[str, tuple] = {
     "lora_bias": (False,),
     "megatron_config": (None,),
     "megatron_core": (None, "megatron.core"),  # what PEFT writes itself; it never gets it back
-    "modules_to_save": (None, []),
     "peft_type": ("LORA",),
     "rank_pattern": (None, {}),
     "target_parameters": (None, []),
@@ -62,12 +61,12 @@ _IGNORED = {
     "peft_version",
     "qalora_group_size",
 }
-_READ = {"r", "lora_alpha", "target_modules", "use_rslora", "base_model_name_or_path", "revision"}
+_READ = {"r", "lora_alpha", "target_modules", "modules_to_save", "use_rslora", "base_model_name_or_path", "revision"}
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What plain LoRA says of itself."""
+    """What plain LoRA says of itself, and the modules of the base that were trained whole beside it."""
 
     rank: int
     alpha: float
@@ -75,31 +74,38 @@ class AdapterConfig:
     target_modules: tuple[str, ...]
     base_name: str | None
     base_revision: str | None
+    whole: tuple[str, ...] = ()  # of WHOLE_MODULES
 
     @property
     def scale(self) -> float:
         """The factor of B·A."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
-    def targets(self, module: str) -> bool:
-        """Whether a module of the model, by its name, is adapted."""
-        return any(module == target or module.endswith("." + target) for target in self.target_modules)
+    def describe(self) -> dict[str, str]:
+        """Lines of a card."""
+        lines = {"LoRA rank / alpha": f"{self.rank} / {self.alpha:g}" + (", scaled by the root" if self.rslora else "")}
+        return lines | ({"trained whole": ", ".join(self.whole)} if self.whole else {})
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """A checked adapter: `weights` by module of boson_multimodal's model, (A [rank, in], B [out, rank]) in float32."""
+    """A checked adapter, by modules of boson_multimodal's model."""
 
     config: AdapterConfig
-    weights: dict[str, tuple[torch.Tensor, torch.Tensor]]
+    weights: dict[str, tuple[torch.Tensor, torch.Tensor]]  # (A [rank, in], B [out, rank]) in float32
+    whole: dict[str, Stored]  # weights that stand for the base's, in the file, which may be a large part of it
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """By the names of PEFT's files."""
+    def lora(self) -> dict[str, torch.Tensor]:
+        """LoRA's weights by the names of PEFT's files."""
         return {
             f"{PREFIX}{name}.lora_{part}.weight": value
             for name, pair in self.weights.items()
             for part, value in zip("AB", pair, strict=True)
         }
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """All weights by the names of PEFT's files; those that are whole are mapped from the file."""
+        return self.lora() | {f"{PREFIX}{name}.weight": stored.read() for name, stored in self.whole.items()}
 
     def delta_rows(self, module: str, start: int, stop: int) -> torch.Tensor:
         """Rows of scale · B·A, float32 [stop - start, in]."""
@@ -132,8 +138,7 @@ def read_adapter_config(folder: Path, flag: str = "--adapter") -> AdapterConfig:
     if "peft_type" not in raw:
         problems.append("peft_type is missing")
     problems += _wrong_fields(raw)
-    if problems:
-        raise ConfigError([f"{flag}: {file}: {problem}" for problem in problems[:SHOWN_PROBLEMS]])
+    refuse(problems, f"{flag}: {file}")
     return AdapterConfig(
         rank=raw["r"],
         alpha=float(raw["lora_alpha"]),
@@ -141,6 +146,7 @@ def read_adapter_config(folder: Path, flag: str = "--adapter") -> AdapterConfig:
         target_modules=tuple(raw["target_modules"]),
         base_name=raw.get("base_model_name_or_path"),
         base_revision=raw.get("revision"),
+        whole=tuple(layers_named(raw.get("modules_to_save") or (), WHOLE_MODULES)),
     )
 
 
@@ -156,11 +162,18 @@ def _wrong_fields(raw: dict) -> list[str]:
     is_list = isinstance(targets, list) and 0 < len(targets) <= MAX_TARGETS
     if not is_list or not all(isinstance(name, str) and 0 < len(name) <= 200 for name in targets):
         problems.append(f"target_modules is {_short(targets)}, expected a list of names of layers")
+    saved = raw.get("modules_to_save")
+    if saved is not None:
+        if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
+            problems.append(f"modules_to_save is {_short(saved)}, expected a list of names of modules")
+        elif strange := naming_nothing(saved, WHOLE_MODULES):
+            known = ", ".join(name.rsplit(".", 1)[-1] for name in WHOLE_MODULES)
+            problems.append(f"modules_to_save: {_short(strange[0])} is not one that is trained whole here: {known}")
     if type(raw.get("use_rslora", False)) is not bool:
         problems.append(f"use_rslora is {_short(raw['use_rslora'])}, expected true or false")
     for key in ("base_model_name_or_path", "revision"):
         value = raw.get(key)
-        if value is not None and (not isinstance(value, str) or len(value) > 4096 or "\0" in value):
+        if value is not None and (not isinstance(value, str) or len(value) > 4096 or not value.isprintable()):
             problems.append(f"{key} is {_short(value)}, expected text")
     return problems
 
@@ -208,13 +221,13 @@ def same_base(one: str, other: str) -> bool:
 
 
 def read_adapter(
-    folder: Path, linears: dict[str, tuple[int, int]], config: AdapterConfig, flag: str = "--adapter"
+    folder: Path, modules: dict[str, tuple[int, int]], config: AdapterConfig, flag: str = "--adapter"
 ) -> Adapter:
     """The weights of a checked adapter, each one that its config promises and no other.
 
     Args:
         folder: holds adapter_model.safetensors, by PEFT's names.
-        linears: the model's linear layers, name to (out, in).
+        modules: shapes of the weights that an adapter may change, from `load_layout.adaptable_modules`.
         config: from `read_adapter_config`.
         flag: begins each message.
 
@@ -222,28 +235,25 @@ def read_adapter(
         ConfigError: missing, extra, misshapen or not finite weights, targets that name no layer, a file that cannot be
             read; a line each.
     """
-    modules = [name for name in linears if config.targets(name)]
+    linears = [name for name in modules if not names_layer(EMBEDDINGS, name)]
+    adapted = layers_named(config.target_modules, linears)
     problems = [
         f"target_modules: {_short(target)} names no linear layer of the base"
-        for target in config.target_modules
-        if not any(name == target or name.endswith("." + target) for name in linears)
+        for target in naming_nothing(config.target_modules, linears)
     ]
+    problems += [f"{name} has LoRA and stands in modules_to_save too" for name in config.whole if name in adapted]
     wanted: dict[str, tuple[int, int]] = {}
-    for name in modules:
-        out, width = linears[name]
+    for name in adapted:
+        out, width = modules[name]
         wanted[f"{PREFIX}{name}.lora_A.weight"] = (config.rank, width)
         wanted[f"{PREFIX}{name}.lora_B.weight"] = (out, config.rank)
     file = folder / WEIGHTS
-    if problems:
-        raise ConfigError([f"{flag}: {folder / CONFIG}: {problem}" for problem in problems[:SHOWN_PROBLEMS]])
-    tensors, problems = _read_weights(file, wanted)
-    if problems:
-        more = [f"… and {len(problems) - SHOWN_PROBLEMS} more"] if len(problems) > SHOWN_PROBLEMS else []
-        raise ConfigError([f"{flag}: {file}: {problem}" for problem in problems[:SHOWN_PROBLEMS] + more])
-    pair = {
-        name: (tensors[f"{PREFIX}{name}.lora_A.weight"], tensors[f"{PREFIX}{name}.lora_B.weight"]) for name in modules
-    }
-    return Adapter(config, pair)
+    shapes = {f"{PREFIX}{name}.weight": modules[name] for name in config.whole}
+    refuse(problems, f"{flag}: {folder / CONFIG}")
+    tensors, whole, problems = _read_weights(file, wanted, shapes)
+    refuse(problems, f"{flag}: {file}")
+    pairs = {name: tuple(tensors[f"{PREFIX}{name}.lora_{part}.weight"] for part in "AB") for name in adapted}
+    return Adapter(config, pairs, {name: whole[f"{PREFIX}{name}.weight"] for name in config.whole})
 
 
 def attach(model, adapter: Adapter):
@@ -262,30 +272,42 @@ def attach(model, adapter: Adapter):
         target_modules=list(adapter.weights),
         task_type="CAUSAL_LM",
     )
+    for name, stored in adapter.whole.items():
+        model.get_submodule(name).weight.data.copy_(stored.read())
     peft_model = get_peft_model(model, lora, autocast_adapter_dtype=False)
-    weights = adapter.state_dict()
+    weights = adapter.lora()
     for name, parameter in peft_model.named_parameters():
         if parameter.requires_grad:
             parameter.data.copy_(weights[peft_key(name)])
     return peft_model
 
 
-def _read_weights(file: Path, wanted: dict[str, tuple[int, int]]) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """The wanted tensors in float32, and what is wrong with the file; names and shapes before any value."""
+def _read_weights(
+    file: Path, wanted: dict[str, tuple[int, int]], whole: dict[str, tuple[int, int]]
+) -> tuple[dict[str, torch.Tensor], dict[str, Stored], list[str]]:
+    """The wanted tensors in float32, places of the whole ones, both by key; and what is wrong with the file.
+
+    Names and shapes come before any value.
+    """
     if not file.is_file():
         others = [name for name in ("adapter_model.bin", "adapter_model.pt") if (file.parent / name).exists()]
         pickled = f"; {others[0]} is a pickle and is not loaded" if others else ""
-        return {}, [f"is not there{pickled}"]
+        return {}, {}, [f"is not there{pickled}"]
     tensors: dict[str, torch.Tensor] = {}
+    found: dict[str, Stored] = {}
     try:
         with safe_open(file, framework="pt") as stored:
-            found = {key: tuple(stored.get_slice(key).get_shape()) for key in stored.keys()}  # noqa: SIM118
-            problems = [f"missing weight {key}" for key in wanted if key not in found]
-            problems += [f"extra weight {_short(key)[1:-1]} {list(found[key])}" for key in found if key not in wanted]
+            for key in stored.keys():  # noqa: SIM118 - safe_open is not a mapping
+                part = stored.get_slice(key)
+                found[key] = Stored(file, key, tuple(part.get_shape()), part.get_dtype())
+            shapes = wanted | whole
+            problems = [f"missing weight {key}" for key in shapes if key not in found]
+            extra = [one for key, one in found.items() if key not in shapes]
+            problems += [f"extra weight {_short(one.key)[1:-1]} {list(one.shape)}" for one in extra]
             problems += [
-                f"{key} has shape {list(found[key])}, the base and r need {list(shape)}"
-                for key, shape in wanted.items()
-                if key in found and found[key] != shape
+                f"{key} has shape {list(found[key].shape)}, the base and r need {list(shape)}"
+                for key, shape in shapes.items()
+                if key in found and found[key].shape != shape
             ]
             for key in () if problems else wanted:
                 value = stored.get_tensor(key)
@@ -295,6 +317,24 @@ def _read_weights(file: Path, wanted: dict[str, tuple[int, int]]) -> tuple[dict[
                 tensors[key] = value.to(torch.float32, copy=True)
                 if not bool(torch.isfinite(tensors[key]).all()):
                     problems.append(f"{key} holds NaN or infinity")
+        for key in () if problems else whole:
+            if found[key].dtype not in DTYPES_BY_NAME:
+                problems.append(f"{key} is {found[key].dtype}, expected one of {', '.join(sorted(DTYPES_BY_NAME))}")
+            elif not all(bool(torch.isfinite(rows).all()) for rows in found[key].rows()):
+                problems.append(f"{key} holds NaN or infinity")
     except Exception as error:  # the safetensors reader raises its own SafetensorError, OSError or ValueError
         problems = [f"cannot be read: {error}"]
-    return tensors, problems
+    return tensors, {key: found[key] for key in whole if key in found}, problems
+
+
+def write_adapter(folder: Path, config, weights: dict[str, torch.Tensor]) -> None:
+    """An adapter in PEFT's format.
+
+    Args:
+        folder: is there.
+        config: PEFT's `LoraConfig`.
+        weights: by their names in the training module or in PEFT's file.
+    """
+    config.save_pretrained(folder)
+    values = {peft_key(name): value.contiguous() for name, value in weights.items()}
+    save_file(values, folder / WEIGHTS, metadata={"format": "pt"})

@@ -7,7 +7,7 @@ loaded: the same verdict on every rank and under every ZeRO stage, where loading
 from __future__ import annotations
 
 import hashlib
-import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,14 +18,14 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from ..config import BASE_NAMES, DEFAULT_BASE_REVISION, LORA_TARGET_GROUPS
-from ..errors import ConfigError, nearest
-from .adapter_names import peft_key
+from ..errors import ConfigError, first_of, nearest
+from .adapter_names import WHOLE_MODULES, layers_named, naming_nothing, peft_key
 from .facts import ModelFacts
 from .higgs import HiggsAudioForTraining
 from .layout_config import read_checkpoint_config
-from .layouts import BOSON, TRANSFORMERS, layout_of, read_json
-from .load_layout import check_renamed_weights, load_checkpoint, wanted_weights
-from .weight_files import differences, refuse, weight_headers
+from .layouts import layout_of
+from .load_layout import check_weights, load_checkpoint
+from .weight_files import refuse
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -57,7 +57,7 @@ def open_base(name_or_path: str, revision: str | None = None) -> BaseCheckpoint:
     """
     folder = locate_checkpoint(name_or_path, revision)
     config = read_model_config(folder)
-    notes = check_weights(folder, config)
+    _, notes = check_weights(folder, config)
     tokenizer = load_tokenizer(folder)
     check_tokenizer(folder, tokenizer, config)
     facts = ModelFacts.from_config(config)
@@ -98,9 +98,6 @@ def read_model_config(folder: Path) -> HiggsAudioConfig:
         ConfigError: not a Higgs Audio checkpoint in either layout, with an audio tower, or with values that no such
             model has.
     """
-    if layout_of(folder) == BOSON:
-        file = folder / "config.json"
-        refuse(_config_problems(read_json(file, "--base_ckpt")), f"--base_ckpt: {file}")
     config = read_checkpoint_config(folder)
     if config.encode_whisper_embed or not config.skip_audio_tower:
         raise ConfigError(
@@ -110,101 +107,6 @@ def read_model_config(folder: Path) -> HiggsAudioConfig:
             ]
         )
     return config
-
-
-# Fields that sizes and indices are computed from, and the largest value that any model of this kind could have.
-_CONFIG_LIMITS = {
-    "audio_num_codebooks": 64,
-    "audio_codebook_size": 1 << 20,
-    "audio_stream_bos_id": 1 << 20,
-    "audio_stream_eos_id": 1 << 20,
-    "pad_token_id": 1 << 24,
-    "audio_in_token_idx": 1 << 24,
-    "audio_out_token_idx": 1 << 24,
-    "text_config.vocab_size": 1 << 24,
-    "text_config.hidden_size": 1 << 16,
-    "text_config.intermediate_size": 1 << 18,
-    "text_config.num_hidden_layers": 1 << 10,
-    "text_config.num_attention_heads": 1 << 10,
-    "text_config.num_key_value_heads": 1 << 10,
-    "text_config.head_dim": 1 << 12,
-}
-
-
-def _config_problems(raw: dict) -> list[str]:
-    """What stands in a `config.json` that would end in a traceback, or in a wrong index, later on."""
-    text = raw.get("text_config")
-    if not isinstance(text, dict):
-        return [f"text_config is {type(text).__name__}, expected an object"]
-    problems = []
-    values = {**raw, **{f"text_config.{name}": value for name, value in text.items()}}
-    for name, most in _CONFIG_LIMITS.items():
-        value = values.get(name)
-        least = 1 if "num_" in name or "size" in name or "dim" in name else 0
-        if name in values and (type(value) is not int or not least <= value <= most):
-            problems.append(f"{name} is {value!r}, expected a whole number from {least} to {most}")
-    if problems:
-        return problems
-    codes = values.get("audio_codebook_size", 0)
-    for name in ("audio_stream_bos_id", "audio_stream_eos_id"):
-        if codes and not codes <= values.get(name, codes) < codes + 2:
-            problems.append(
-                f"{name} is {values[name]}, expected {codes} or {codes + 1}: one of the two behind the codes"
-            )
-    vocabulary = values.get("text_config.vocab_size", 1 << 24)
-    for name in ("pad_token_id", "audio_in_token_idx", "audio_out_token_idx"):
-        if values.get(name, 0) >= vocabulary:
-            problems.append(f"{name} is {values[name]}, beyond text_config.vocab_size {vocabulary}")
-    return problems
-
-
-# Weights that checkpoints of this family carry along though no module of theirs has them.
-_CARRIED_ALONG = re.compile(r"(^|\.)(audio_codebook_weights|rotary_emb\.(original_)?inv_freq)$")
-# Halves of one weight, as a training of Boson's with frozen and trained rows leaves them.
-_SPLIT_HALF = re.compile(r"_(frozen|trainable)(\.weight)?$")
-
-
-def check_weights(folder: Path, config: HiggsAudioConfig) -> list[str]:
-    """Compares names, shapes and dtypes in the safetensors headers with those that the model has, in either layout.
-
-    Returns what is to be mentioned: weights that this family is known to carry along, which are left out.
-
-    Raises:
-        ConfigError: missing, extra, misshapen or split weights, each named; an index that does not fit its files.
-    """
-    where = f"--base_ckpt: {folder}"
-    try:
-        wanted = wanted_weights(config)
-    except (
-        AssertionError,
-        AttributeError,
-        KeyError,
-        NotImplementedError,
-        TypeError,
-        ValueError,
-        RuntimeError,
-    ) as error:
-        raise ConfigError([f"--base_ckpt: {folder / 'config.json'} describes no model: {error}"]) from error
-    if layout_of(folder) == TRANSFORMERS:
-        check_renamed_weights(folder, config)
-        return []
-    found = weight_headers(folder)
-    left_out = [name for name in found.stored if name not in wanted and _CARRIED_ALONG.search(name)]
-    halves = [name for name in found.stored if name not in wanted and _SPLIT_HALF.search(name)]
-    for name in (*left_out, *halves):
-        del found.stored[name]
-    if halves:
-        joined = {_SPLIT_HALF.sub("", name).rsplit(".", 1)[0] for name in halves}
-        wanted = {name: shape for name, shape in wanted.items() if not any(name.startswith(half) for half in joined)}
-        found.problems.append(
-            f"holds weights in two halves ({', '.join(halves[:4])}): rows that a training of Boson's kept frozen and "
-            "rows that it trained, to be joined before any program can load them; export the checkpoint joined"
-        )
-    refuse(differences(found, wanted), where)
-    if not left_out:
-        return []
-    more = f" and {len(left_out) - 4} more" if len(left_out) > 4 else ""
-    return [f"{folder}: left out what no module of this model has: {', '.join(left_out[:4])}{more}"]
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
@@ -267,20 +169,25 @@ def attach_lora(
     base_name: str,
     base_revision: str | None = None,
     rslora: bool = False,
+    whole_modules: Sequence[str] = (),
+    whole: Callable[[nn.Parameter], torch.Tensor] = lambda parameter: parameter.detach(),
 ) -> PeftModel:
     """LoRA on every linear layer whose name ends in one of `target_modules`, A drawn from our own generator, B zero.
 
     The draw depends on the seed and the weight's name alone: the same start under every ZeRO stage and world size.
 
+    Args:
+        whole_modules: ends of names from `WHOLE_MODULES`; the weights of these train themselves, from the base's on.
+        whole: gives a base weight's values, which ZeRO-3 has cut.
+
     Raises:
         ConfigError: a target that names no linear layer.
     """
-    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     suffixes = {name.rsplit(".", 1)[-1] for name in linears}
     problems = [
         f"--lora_target_modules: {target!r} names no linear layer{nearest(target, [*suffixes, *LORA_TARGET_GROUPS])}"
-        for target in target_modules
-        if not any(name == target or name.endswith("." + target) for name in linears)
+        for target in naming_nothing(target_modules, linears)
     ]
     if problems:
         raise ConfigError(problems)
@@ -300,11 +207,16 @@ def attach_lora(
     for name, parameter in peft_model.named_parameters():
         if parameter.requires_grad:
             parameter.data.copy_(initial_lora(name, tuple(parameter.shape), seed))
+    # Not by PEFT, whose wrapper would keep the frozen weight beside a copy: its file and config say the same without.
+    for name in layers_named(whole_modules, WHOLE_MODULES):
+        module = model.get_submodule(name)
+        module.weight = nn.Parameter(whole(module.weight).clone())
+    peft_model.peft_config["default"].modules_to_save = list(whole_modules) or None
     return peft_model
 
 
 def set_lora(model: PeftModel, weights: dict[str, torch.Tensor], source: str) -> None:
-    """Takes over LoRA weights, keyed as in PEFT's files; before the engine, which makes its masters of them.
+    """Takes over what trains, keyed as in PEFT's files; before the engine, which makes its masters of it.
 
     Raises:
         ConfigError: weights that are missing, extra or of another shape, each named.
@@ -318,7 +230,7 @@ def set_lora(model: PeftModel, weights: dict[str, torch.Tensor], source: str) ->
         if key in weights and weights[key].shape != p.shape
     ]
     if problems:
-        raise ConfigError(problems[:20])
+        raise ConfigError(first_of(problems))
     for key, parameter in own.items():
         parameter.data.copy_(weights[key])
 

@@ -76,3 +76,22 @@ class ModelFacts:
         """Parameters of a decoder layer's projections: attention, and a feed-forward network for text and for audio."""
         attention = 2 * self.hidden_size * self.head_dim * (self.num_heads + self.num_key_value_heads)
         return attention + 2 * 3 * self.hidden_size * self.ffn_size
+
+
+def peculiarities(config) -> list[str]:
+    """What a `HiggsAudioConfig` has that Boson's generation checkpoints have not, in words."""
+    layers = config.text_config.num_hidden_layers
+    # "dual_ffn_fast_forward", as Boson's own says, differs from "dual_ffn" in the layers that are none: here, nowhere.
+    dual = config.audio_adapter_type in ("dual_ffn", "dual_ffn_fast_forward")
+    has = {
+        f"audio_adapter_type {config.audio_adapter_type!r}": not dual,
+        f"a dual FFN in only some of its {layers} layers": (
+            dual and set(config.audio_dual_ffn_layers or ()) != set(range(layers))
+        ),
+        "an audio tower": not config.skip_audio_tower or config.encode_whisper_embed,
+        "its own attention for audio (use_audio_out_self_attention)": config.use_audio_out_self_attention,
+        "a projector of audio embeddings (use_audio_out_embed_projector)": config.use_audio_out_embed_projector,
+        "decoder layers before its heads (audio_decoder_proj_num_layers)": config.audio_decoder_proj_num_layers,
+        "an RQ transformer (use_rq_transformer)": config.use_rq_transformer,
+    }
+    return [what for what, is_so in has.items() if is_so]

@@ -13,6 +13,7 @@ from ..batching.layout import Layout
 from ..config import HEADS
 from ..errors import ConfigError
 from ..step_stats import ForwardReport, MicroBatchStats
+from .fused_head import FusedHead
 from .fused_mlp import FusedRmsNorm, adopt
 from .padding_free import DecoderLayer, Objective, PaddingFreeOutput, check_supported
 from .reference import ReferenceForward
@@ -108,23 +109,23 @@ def training_forward(
     """What the engine runs, for a model with this `HiggsAudioConfig`; see the options of the same names.
 
     Raises:
-        ConfigError: a head is trained where the loss would give it no gradient.
+        ConfigError: LoRA on a head, to which the fused loss would give no gradient.
     """
     if forward_impl == "upstream":
         return ReferenceForward.from_config(model, config)
     check_supported(config)
     if loss_impl == "fused":
         heads = {name: m for name, m in model.named_modules() if name.endswith(HEADS)}
-        trained = [
-            name for name, head in heads.items() if any(parameter.requires_grad for parameter in head.parameters())
-        ]
-        if trained:
+        adapted = [name for name, head in heads.items() if not isinstance(head, FusedHead)]
+        if adapted:
             raise ConfigError(
                 [
-                    f"--loss_impl fused: {name} is trained and would get no gradient; use --loss_impl reference"
-                    for name in trained
+                    f"--loss_impl fused: {name} has LoRA, which would get no gradient; use --loss_impl reference"
+                    for name in adapted
                 ]
             )
+        for head in heads.values():
+            head.trained = head.weight.requires_grad
     adopt(model, FusedRmsNorm)
     adopt(model, DecoderLayer)
     return TrainingForward(

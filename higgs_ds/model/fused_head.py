@@ -1,12 +1,12 @@
-"""A frozen head and its cross-entropy in one: labelled rows in, loss out, logits never in memory as a whole.
+"""A head and its cross-entropy in one: labelled rows in, loss out, logits never in memory as a whole.
 
-With the head frozen, all that backward needs is the gradient of the hidden rows. It is made in the forward, chunk by
-chunk of rows, while the chunk's logits are at hand; backward scales it, and needs neither logits nor weight.
+All that backward needs of a frozen head is the gradient of the hidden rows, of a trained one that of its weight too.
+Both are made in the forward, chunk by chunk of rows, while the chunk's logits are at hand; backward scales them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -50,63 +50,105 @@ def head_sums_of(text: HeadLoss, audio: HeadLoss) -> HeadSums:
 
 
 class FusedHead(nn.Linear):
-    """A linear head that also takes `LabelledRows` and then gives their loss; with a tensor it is `nn.Linear`.
+    """A linear head that also gives the loss of `LabelledRows`, see `loss_of`; on a tensor alone it is `nn.Linear`."""
 
-    Both come and go inside containers that DeepSpeed does not look into: under ZeRO-3 the weight is gathered for the
-    forward by the module's own hook, and not again for a backward that does not need it.
-    """
+    trained = False  # whether its weight is, as `training_forward` found it
 
     @staticmethod
     def adopt(head: nn.Linear) -> None:
         """Turns a linear layer into this, in place: weight and name stay."""
         head.__class__ = FusedHead
 
-    def forward(self, rows: torch.Tensor | LabelledRows) -> torch.Tensor | tuple[HeadLoss]:
-        if isinstance(rows, torch.Tensor):
-            return super().forward(rows)
-        if self.weight.requires_grad:
-            raise RuntimeError("the fused loss gives a trained head no gradient; use --loss_impl reference")
+    def loss_of(self, rows: LabelledRows) -> HeadLoss:
+        """What the head answers.
+
+        A frozen head's rows and loss come and go inside containers that DeepSpeed does not look into: under ZeRO-3 the
+        weight is gathered for the forward by the module's own hook, and not again for a backward that does not need
+        it. A trained one's do not: there it has to be whole when its gradient arrives.
+        """
+        if not self.trained:
+            (answer,) = self(rows)
+            return answer
+        loss, answer = self(rows.hidden, rows)
+        return replace(answer, loss=loss)
+
+    def forward(self, hidden: torch.Tensor | LabelledRows, rows: LabelledRows | None = None):
+        """[R, hidden] -> logits, or with rows `(HeadLoss,)`, or with both `(loss, HeadLoss)`: see `loss_of`."""
+        if rows is None and isinstance(hidden, torch.Tensor):
+            return super().forward(hidden)
+        seen = rows is not None
+        rows, hidden = (rows, hidden) if seen else (hidden, hidden.hidden)
+        if self.weight.requires_grad and not seen:
+            raise RuntimeError("a trained head that is taken for a frozen one would get no gradient")
         if self.bias is not None:
             raise RuntimeError("the fused loss covers heads without a bias; use --loss_impl reference")
-        wants_gradient = torch.is_grad_enabled() and rows.hidden.requires_grad
+        wanted = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden, self.weight)]
         loss, sums, counts, saturation = _FusedCrossEntropy.apply(
-            rows.hidden, self.weight, rows.targets, rows.scales, wants_gradient
+            hidden, self.weight, rows.targets, rows.scales, *wanted
         )
         groups = rows.targets.shape[1]
-        shape = (rows.hidden.shape[0], groups, self.weight.shape[0] // groups)
-        return (HeadLoss(loss, sums, counts, saturation, shape),)
+        shape = (hidden.shape[0], groups, self.weight.shape[0] // groups)
+        answer = HeadLoss(loss, sums, counts, saturation, shape)
+        return (loss, answer) if seen else (answer,)
 
 
 class _FusedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, targets, scales, wants_gradient):
+    def forward(ctx, hidden, weight, targets, scales, wants_gradient, wants_weight):
         rows, groups = targets.shape
         sums = scales.new_zeros(groups)
         saturation = scales.new_zeros(())
-        # The stored gradient is relative to the largest scale, so that fp16 can hold it whatever the counts are.
+        # The stored gradients are relative to the largest scale, so that fp16 can hold it whatever the counts are.
         largest = scales.max().clamp(min=torch.finfo(torch.float32).tiny)
         shares = scales / largest
         gradient = torch.empty_like(hidden) if wants_gradient else None
+        of_weight = None
+        wanted = shares if wants_gradient or wants_weight else None
         row_bytes = 4 * weight.shape[0]
-        for start, stop in _chunks(rows, CHUNK_BYTES // row_bytes):
+        chunks = _chunks(rows, CHUNK_BYTES // row_bytes)
+        for start, stop in chunks:
             raw = F.linear(hidden[start:stop], weight).view(stop - start, groups, -1)  # [r, G, classes]
             # A GPU takes the chunk at once; a CPU in blocks that its cache keeps from one pass to the next.
             for first, last in _chunks(stop - start, (CHUNK_BYTES if raw.is_cuda else BLOCK_BYTES) // row_bytes):
                 block, target = raw[first:last], targets[start + first : start + last]
-                losses, resolution = _cross_entropy_and_gradient(block, target, shares if wants_gradient else None)
+                losses, resolution = _cross_entropy_and_gradient(block, target, wanted)
                 sums += losses.sum(0)
                 saturation = torch.maximum(saturation, (losses / resolution).max())
+            raw = raw.view(stop - start, -1)
             if wants_gradient:
-                torch.mm(raw.view(stop - start, -1), weight, out=gradient[start:stop])
+                torch.mm(raw, weight, out=gradient[start:stop])
+            if wants_weight:
+                of_weight = _add_product(of_weight, raw, hidden[start:stop], more=len(chunks) > 1)
+        if wants_weight and of_weight is None:
+            of_weight = torch.zeros_like(weight)  # no row, and a rank's part in every collective all the same
         counts = (targets != IGNORE).sum(0)
-        ctx.save_for_backward(gradient, largest)
+        ctx.save_for_backward(gradient, of_weight, largest)
+        ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(sums, counts, saturation)
         return (scales * sums).sum(), sums, counts, saturation
 
     @staticmethod
     def backward(ctx, loss_gradient, *_):
-        gradient, largest = ctx.saved_tensors
-        return (gradient.float() * (loss_gradient * largest)).to(gradient.dtype), None, None, None, None
+        gradient, of_weight, largest = ctx.saved_tensors
+        factor = loss_gradient * largest
+        if gradient is not None:
+            gradient = (gradient.float() * factor).to(gradient.dtype)
+        if of_weight is not None:
+            of_weight = of_weight.mul_(factor).to(ctx.weight_dtype)  # in place: it may be as large as the text head
+        return gradient, of_weight, None, None, None, None
+
+
+def _add_product(total: torch.Tensor | None, raw: torch.Tensor, hidden: torch.Tensor, *, more: bool) -> torch.Tensor:
+    """total + rawᵀ · hidden, [classes, hidden]: the chunks' products (`more` of them than one) add up in float32.
+
+    So does fp16's one product: relative to the largest scale, a sum over rows may be more than fp16 holds.
+    """
+    if hidden.dtype == torch.float16:
+        raw, hidden = raw.float(), hidden.float()
+    product = torch.mm(raw.t(), hidden)
+    if total is None:
+        return product.float() if more else product
+    return total.add_(product)
 
 
 def _cross_entropy_and_gradient(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 
+import torch
 from boson_multimodal.model.higgs_audio import HiggsAudioModel
 
 from ..batching.layout import Layout
 from .fused_head import FusedHead
+from .layouts import CARRIED_ALONG
 from .padding_free import Objective, padding_free_forward
 
 FORWARD_KEYS = frozenset(inspect.signature(HiggsAudioModel.forward).parameters) - {"self"}
@@ -22,13 +24,13 @@ class HiggsAudioForTraining(HiggsAudioModel):
     With a `layout` the batch goes through the padding-free forward, which gives a loss instead of logits.
     """
 
-    # Checkpoints of this family may carry these along; `model.check_weights` has said so once.
-    _keys_to_ignore_on_load_unexpected = (r"audio_codebook_weights", r"rotary_emb\.(original_)?inv_freq")
+    _keys_to_ignore_on_load_unexpected = (CARRIED_ALONG,)  # `check_weights` has said so once
 
     def __init__(self, config):
         super().__init__(config)
         FusedHead.adopt(self.audio_decoder_proj.text_lm_head)
         FusedHead.adopt(self.audio_decoder_proj.audio_lm_head)
+        self._embedded: list[torch.Tensor] = []  # by upstream's forward, while it runs
 
     def forward(
         self,
@@ -44,6 +46,7 @@ class HiggsAudioForTraining(HiggsAudioModel):
         if unknown:
             raise TypeError(f"unknown keys in the batch: {', '.join(unknown)}; the model takes {sorted(FORWARD_KEYS)}")
         if layout is None:
+            self._embedded = []
             return super().forward(*args, **kwargs)
         return padding_free_forward(
             self,
@@ -55,3 +58,19 @@ class HiggsAudioForTraining(HiggsAudioModel):
             checkpoint_every=checkpoint_every,
             input_gradient=input_gradient,
         )
+
+    def _embed_audio_ids(self, audio_ids):
+        embedded = super()._embed_audio_ids(audio_ids)
+        self._embedded.append(embedded)
+        return embedded
+
+    def _forward_core(self, hidden_states, **kwargs):
+        """Upstream's layers. Where the codes' embeddings are trained, their gradient always goes through all of them.
+
+        Upstream leaves the embeddings out where a batch has no audio. Under ZeRO that rank would then not come to meet
+        the others for their gradient, nor for the weights that a backward through the first layer needs.
+        """
+        embedded, self._embedded = self._embedded, []
+        if any(part.requires_grad for part in embedded):
+            hidden_states = hidden_states + sum(part[:0].sum() for part in embedded)
+        return super()._forward_core(hidden_states=hidden_states, **kwargs)

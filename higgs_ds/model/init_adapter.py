@@ -8,19 +8,20 @@ from pathlib import Path
 import torch
 from boson_multimodal.model.higgs_audio import HiggsAudioConfig
 
-from ..config import DEFAULT_LORA_TARGETS, TrainConfig, fused_head_problems
+from ..config import DEFAULT_LORA_TARGETS, EMBEDDINGS, TRAINED_HEADS, TrainConfig, head_problems
 from ..errors import ConfigError
 from .adapter_file import AdapterConfig, check_base, read_adapter, read_adapter_config
-from .load_layout import linear_layers
+from .adapter_names import layers_named
+from .load_layout import adaptable_modules
 
-OPTIONS = ("lora_r", "lora_alpha", "lora_rslora", "lora_target_modules")
+OPTIONS = ("lora_r", "lora_alpha", "lora_rslora", "lora_target_modules", "train_audio_embeddings", "train_heads")
 FLAG = "--init_adapter"
 
 
 def settle_lora(
     config: TrainConfig, base: HiggsAudioConfig, resumed: dict | None = None
 ) -> dict[str, torch.Tensor] | None:
-    """Fills the rank, alpha, rslora and targets that were not given from the adapter; changes `config`.
+    """Fills `OPTIONS` that were not given from the adapter; changes `config`.
 
     Args:
         config: the run's; nothing happens where it has no `--init_adapter`.
@@ -39,7 +40,7 @@ def settle_lora(
     if resumed is not None:
         _fill(config, {name: resumed[name] for name in OPTIONS if name in resumed})
         return None
-    folder, linears = Path(config.lora.init_adapter), linear_layers(base)
+    folder, linears = Path(config.lora.init_adapter), adaptable_modules(base)
     adapter = read_adapter_config(folder, FLAG)
     if not config.lora.other_base:
         check_base(adapter, config.model.base_ckpt, config.model.base_revision, FLAG)
@@ -47,7 +48,7 @@ def settle_lora(
         raise ConfigError([f"{FLAG}: {problem}" for problem in problems])
     weights = read_adapter(folder, linears, adapter, FLAG).state_dict()
     _fill(config, _options_of(adapter))
-    if problems := fused_head_problems(config):
+    if problems := head_problems(config):
         raise ConfigError([f"{FLAG}: {problem}" for problem in problems])
     return weights
 
@@ -57,7 +58,9 @@ def _options_of(adapter: AdapterConfig) -> dict:
     targets = sorted(adapter.target_modules)  # PEFT writes a set, in any order
     if targets == sorted(DEFAULT_LORA_TARGETS):
         targets = list(DEFAULT_LORA_TARGETS)
-    values = (adapter.rank, adapter.alpha, adapter.rslora, targets)
+    whole = {name.rsplit(".", 1)[-1] for name in adapter.whole}
+    heads = next(name for name, modules in TRAINED_HEADS.items() if set(modules) == whole - {EMBEDDINGS})
+    values = (adapter.rank, adapter.alpha, adapter.rslora, targets, EMBEDDINGS in whole, heads)
     return dict(zip(OPTIONS, values, strict=True))
 
 
@@ -69,17 +72,13 @@ def _fill(config: TrainConfig, values: dict) -> None:
 
 def _contradictions(config: TrainConfig, adapter: AdapterConfig, linears: Iterable[str]) -> list[str]:
     """Options that were given and say something else than the adapter, a line each."""
-
-    def adapted(targets: Iterable[str]) -> set[str]:
-        # Two lists of targets mean the same where they name the same layers.
-        return {name for name in linears if any(name == one or name.endswith("." + one) for one in targets)}
-
     problems = []
     for name, value in _options_of(adapter).items():
         given = config.get(name)
         same = given == value
         if name == "lora_target_modules":
-            same = adapted(config.lora.target_suffixes) == adapted(value)
+            # Two lists of targets mean the same where they name the same layers.
+            same = layers_named(config.lora.target_suffixes, linears) == layers_named(value, linears)
         if name in config.given and not same:
             problems.append(f"--{name} is {_shown(given)}, the adapter has {_shown(value)}; leave the flag out")
     return problems

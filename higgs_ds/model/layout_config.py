@@ -7,12 +7,15 @@ stand in the checkpoint's tokenizer.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from boson_multimodal.model.higgs_audio import HiggsAudioConfig
 
 from ..errors import ConfigError
-from .layouts import BOSON, layout_of, read_json
+from .facts import peculiarities
+from .layouts import TRANSFORMERS, layout_of, read_json
+from .weight_files import refuse
 
 # Boson's names of the tokens; transformers calls <|reserved_special_token_6|> the audio delay token.
 TOKENS = {
@@ -83,7 +86,35 @@ _LLAMA_KEYS = (
     "attention_dropout",
     "mlp_bias",
 )
-_SIZES = tuple(key for key, value in DEFAULTS.items() if type(value) is int and not key.endswith("_id"))
+# Fields of Boson's config that sizes and indices are computed from, and the largest value that any model of this kind
+# could have.
+_LIMITS = {
+    "audio_num_codebooks": 64,
+    "audio_codebook_size": 1 << 20,
+    "audio_stream_bos_id": 1 << 20,
+    "audio_stream_eos_id": 1 << 20,
+    "pad_token_id": 1 << 24,
+    "audio_in_token_idx": 1 << 24,
+    "audio_out_token_idx": 1 << 24,
+    "audio_out_bos_token_id": 1 << 24,
+    "audio_eos_token_id": 1 << 24,
+    "text_config.vocab_size": 1 << 24,
+    "text_config.hidden_size": 1 << 16,
+    "text_config.intermediate_size": 1 << 18,
+    "text_config.num_hidden_layers": 1 << 10,
+    "text_config.num_attention_heads": 1 << 10,
+    "text_config.num_key_value_heads": 1 << 10,
+    "text_config.head_dim": 1 << 12,
+    "text_config.max_position_embeddings": 1 << 30,
+}
+# transformers' names of them, where they are others.
+_RENAMED_LIMITS = {
+    "num_codebooks": "audio_num_codebooks",
+    "codebook_size": "audio_codebook_size",
+    "audio_token_id": "audio_out_token_idx",
+    "audio_bos_token_id": "audio_out_bos_token_id",
+    "audio_delay_token_id": "audio_out_token_idx",
+}
 
 
 def read_checkpoint_config(folder: Path, flag: str = "--base_ckpt") -> HiggsAudioConfig:
@@ -92,13 +123,70 @@ def read_checkpoint_config(folder: Path, flag: str = "--base_ckpt") -> HiggsAudi
     Raises:
         ConfigError: neither layout, or values that the other layout's model does not have; each named.
     """
-    if layout_of(folder, flag) == BOSON:
-        try:
-            return HiggsAudioConfig.from_pretrained(folder)
-        except (OSError, ValueError, TypeError, KeyError, AssertionError) as error:
-            raise ConfigError([f"{flag}: {folder / 'config.json'} is no config of Higgs Audio: {error}"]) from None
-    raw = read_json(folder / "config.json", flag)
-    return config_from_transformers(raw, token_ids(folder, flag), where=f"{flag}: {folder / 'config.json'}")
+    file = folder / "config.json"
+    where, raw = f"{flag}: {file}", read_json(file, flag)
+    if layout_of(folder, flag) == TRANSFORMERS:
+        return config_from_transformers(raw, token_ids(folder, flag), where)
+    refuse(_boson_problems(raw), where)
+    return _made(lambda: HiggsAudioConfig.from_dict(raw), where)
+
+
+def _made(make: Callable[[], HiggsAudioConfig], where: str) -> HiggsAudioConfig:
+    """What upstream's class makes of a config.json; whatever it cannot take is one line."""
+    try:
+        return make()
+    except Exception as error:  # a value that nobody has thought of, in upstream's code, transformers' or torch's
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError([f"{where} is no config of Higgs Audio: {reason or type(error).__name__}"]) from None
+
+
+def _limit_problem(name: str, limit: str, value: object) -> str | None:
+    """What is wrong with the value of `name`, whose bound is that of Boson's `limit`."""
+    least = 1 if any(word in limit for word in ("num_", "size", "dim", "max_")) else 0
+    if type(value) is int and least <= value <= _LIMITS[limit]:
+        return None
+    return f"{name} is {repr(value)[:80]}, expected a whole number from {least} to {_LIMITS[limit]}"
+
+
+def _boson_problems(raw: dict) -> list[str]:
+    """What stands in a `config.json` of Boson's that would end in a traceback, or in a wrong index, later on."""
+    text = raw.get("text_config")
+    if not isinstance(text, dict):
+        return [f"text_config is {type(text).__name__}, expected an object"]
+    values = {**raw, **{f"text_config.{name}": value for name, value in text.items()}}
+    found = [_limit_problem(name, name, values[name]) for name in _LIMITS if name in values]
+    problems = [problem for problem in found if problem]
+    problems += [
+        f"{name} is {repr(values[name])[:80]}, expected a token's text"
+        for name in ("audio_in_token", "audio_out_token", "audio_out_bos_token", "audio_eos_token")
+        if not isinstance(values.get(name, ""), str)
+    ]
+    problems += [f"{name} is no field of a config" for name in raw if callable(getattr(HiggsAudioConfig, name, None))]
+    problems += _dtype_problems({key: values.get(key) for key in ("torch_dtype", "text_config.torch_dtype")})
+    if not isinstance(text.get("rope_scaling"), dict | None):
+        problems.append(f"text_config.rope_scaling is {repr(text['rope_scaling'])[:80]}, expected an object or null")
+    if problems:
+        return problems
+    codes = values.get("audio_codebook_size", 0)
+    for name in ("audio_stream_bos_id", "audio_stream_eos_id"):
+        if codes and not codes <= values.get(name, codes) < codes + 2:
+            problems.append(
+                f"{name} is {values[name]}, expected {codes} or {codes + 1}: one of the two behind the codes"
+            )
+    vocabulary = values.get("text_config.vocab_size", 1 << 24)
+    for name in ("pad_token_id", "audio_in_token_idx", "audio_out_token_idx"):
+        if values.get(name, 0) >= vocabulary:
+            problems.append(f"{name} is {values[name]}, beyond text_config.vocab_size {vocabulary}")
+    return problems
+
+
+def without_private(fields: dict) -> dict:
+    """A config's fields but for those that transformers keeps for itself (`_name_or_path`, …), at every depth."""
+    return {
+        key: without_private(value) if isinstance(value, dict) else value
+        for key, value in fields.items()
+        if not str(key).startswith("_")
+    }
 
 
 def token_ids(folder: Path, flag: str = "--base_ckpt") -> dict[str, int]:
@@ -110,9 +198,12 @@ def token_ids(folder: Path, flag: str = "--base_ckpt") -> dict[str, int]:
     file = folder / "tokenizer.json"
     added = read_json(file, flag).get("added_tokens")
     try:
-        return {str(token["content"]): int(token["id"]) for token in added}
-    except (TypeError, KeyError, ValueError):
-        raise ConfigError([f"{flag}: {file}: added_tokens is no list of tokens with content and id"]) from None
+        ids = {str(token["content"]): token["id"] for token in added}
+    except (TypeError, KeyError):
+        ids = {"": None}
+    if not all(type(one) is int and 0 <= one < 1 << 24 for one in ids.values()):
+        raise ConfigError([f"{flag}: {file}: added_tokens is no list of tokens with content and id"])
+    return ids
 
 
 def config_from_transformers(raw: dict, tokens: dict[str, int], where: str) -> HiggsAudioConfig:
@@ -129,13 +220,13 @@ def config_from_transformers(raw: dict, tokens: dict[str, int], where: str) -> H
     values = {key: raw.get(key, default) for key, default in DEFAULTS.items()}
     problems = _wrong_values(values)
     rope = _rope(raw, problems)
+    problems += _dtype_problems({key: raw.get(key) for key in ("dtype", "torch_dtype")})
     ids = {name: tokens.get(text) for name, text in TOKENS.items()}
     problems += [f"the tokenizer has no {TOKENS[name]}" for name, found in ids.items() if found is None]
     for key, name in (("audio_token_id", "audio_out"), ("audio_bos_token_id", "audio_out_bos")):
         if ids[name] is not None and values[key] != ids[name]:
             problems.append(f"{key} is {values[key]}, the tokenizer's {TOKENS[name]} is {ids[name]}")
-    if problems:
-        raise ConfigError([f"{where}: {problem}" for problem in problems])
+    refuse(problems, where)
     text = {key: values[key] for key in _LLAMA_KEYS}
     text |= {
         "architectures": ["LlamaForCausalLM"],
@@ -145,7 +236,7 @@ def config_from_transformers(raw: dict, tokens: dict[str, int], where: str) -> H
         "rope_scaling": None if rope["rope_type"] == "default" else rope,
         "torch_dtype": raw.get("dtype") or raw.get("torch_dtype"),
     }
-    return HiggsAudioConfig(
+    fields = dict(
         architectures=["HiggsAudioModel"],
         text_config=text,
         audio_adapter_type="dual_ffn_fast_forward",
@@ -169,6 +260,16 @@ def config_from_transformers(raw: dict, tokens: dict[str, int], where: str) -> H
         pad_token_id=values["pad_token_id"],
         torch_dtype=text["torch_dtype"],
     )
+    return _made(lambda: HiggsAudioConfig(**fields), where)
+
+
+def _dtype_problems(values: dict[str, object]) -> list[str]:
+    known = ("bfloat16", "float16", "float32")
+    return [
+        f"{key} is {repr(value)[:80]}, expected one of {', '.join(known)}"
+        for key, value in values.items()
+        if value is not None and value not in known
+    ]
 
 
 def _wrong_values(values: dict) -> list[str]:
@@ -180,7 +281,9 @@ def _wrong_values(values: dict) -> list[str]:
             problems.append(f"{key} is {values[key]!r}, expected {type(default).__name__}")
     if problems:
         return problems
-    problems += [f"{key} is {values[key]}, expected 1 or more" for key in _SIZES if values[key] < 1]
+    limits = {key: _RENAMED_LIMITS.get(key, key if key in _LIMITS else f"text_config.{key}") for key in values}
+    found = [_limit_problem(key, limit, values[key]) for key, limit in limits.items() if limit in _LIMITS]
+    problems += [problem for problem in found if problem]
     if values["tie_word_embeddings"]:
         problems.append("tie_word_embeddings is true: this model's heads and embeddings are weights of their own")
     size, begin, end = values["codebook_size"], values["audio_stream_bos_id"], values["audio_stream_eos_id"]
@@ -194,12 +297,14 @@ def _wrong_values(values: dict) -> list[str]:
 
 def _rope(raw: dict, problems: list[str]) -> dict:
     """Rotary parameters as `rope_theta`, `rope_type` and that type's own; adds to `problems` what is not known."""
-    found = raw.get("rope_parameters")
-    if found is None and ("rope_theta" in raw or raw.get("rope_scaling") is not None):
-        found = {"rope_theta": raw.get("rope_theta", 10000.0), **(raw.get("rope_scaling") or {"rope_type": "default"})}
+    found, scaling = raw.get("rope_parameters"), raw.get("rope_scaling")
+    if found is None and isinstance(scaling, dict | None) and ("rope_theta" in raw or scaling):
+        found = {"rope_theta": raw.get("rope_theta", 10000.0), **(scaling or {"rope_type": "default"})}
+    elif found is None and scaling is not None:
+        found = {"rope_type": scaling}  # which is none
     rope = dict(DEFAULT_ROPE) if found is None else dict(found) if isinstance(found, dict) else {}
     kind = rope.get("rope_type")
-    if kind not in ROPE_KEYS:
+    if not isinstance(kind, str) or kind not in ROPE_KEYS:
         problems.append(f"rope_parameters: rope_type is {kind!r}, expected one of {', '.join(ROPE_KEYS)}")
     elif set(rope) != ROPE_KEYS[kind] | {"rope_type", "rope_theta"}:
         problems.append(f"rope_parameters of type {kind!r} are {sorted(rope)}")
@@ -221,19 +326,12 @@ def transformers_config(config: HiggsAudioConfig, tokens: dict[str, int], dtype:
         ConfigError: what transformers' model does not have, a line each.
     """
     text = config.text_config
-    layers = set(range(text.num_hidden_layers))
     cannot = {
-        f"audio_adapter_type {config.audio_adapter_type!r}": not config.audio_adapter_type.startswith("dual_ffn"),
-        "a dual FFN in only some of its layers": set(config.audio_dual_ffn_layers or ()) != layers,
-        "an audio tower": config.encode_whisper_embed or not config.skip_audio_tower,
         "codes without the delay pattern": not config.use_delay_pattern,
         "averaged audio embeddings (audio_embed_avg)": config.audio_embed_avg,
-        "its own attention for audio (use_audio_out_self_attention)": config.use_audio_out_self_attention,
-        "a projector of audio embeddings (use_audio_out_embed_projector)": config.use_audio_out_embed_projector,
-        "decoder layers before its heads (audio_decoder_proj_num_layers)": config.audio_decoder_proj_num_layers,
-        "an RQ transformer (use_rq_transformer)": config.use_rq_transformer,
     }
-    problems = [f"the model has {what}, transformers' has not" for what, is_so in cannot.items() if is_so]
+    found = [*peculiarities(config), *(what for what, is_so in cannot.items() if is_so)]
+    problems = [f"the model has {what}, transformers' has not" for what in found]
     size = config.audio_codebook_size
     if (config.audio_stream_bos_id, config.audio_stream_eos_id) != (size, size + 1):
         problems.append(f"audio_codebook_size is {size}, its stream ids are not the two after it")
@@ -243,8 +341,7 @@ def transformers_config(config: HiggsAudioConfig, tokens: dict[str, int], dtype:
     scaling = dict(text.rope_scaling or {"rope_type": "default"})
     scaling.setdefault("rope_type", scaling.pop("type", None))
     rope = _rope({"rope_parameters": {**scaling, "rope_theta": text.rope_theta}}, problems)
-    if problems:
-        raise ConfigError([f"{where}: {problem}" for problem in problems])
+    refuse(problems, where)
     values = {key: getattr(text, key) for key in _LLAMA_KEYS}
     return {
         "architectures": ["HiggsAudioV2ForConditionalGeneration"],

@@ -12,6 +12,8 @@ from ..errors import ConfigError
 
 BOSON, TRANSFORMERS = "boson", "transformers"
 LAYOUTS = (BOSON, TRANSFORMERS)
+# Weights that checkpoints of this family carry along though no module of theirs has them.
+CARRIED_ALONG = r"(^|\.)(audio_codebook_weights|rotary_emb\.(original_)?inv_freq)$"
 MODEL_TYPES = {BOSON: "higgs_audio", TRANSFORMERS: "higgs_audio_v2"}
 
 # boson_multimodal's beginning of a weight's name -> transformers'.
@@ -59,7 +61,9 @@ def read_json(file: Path, flag: str) -> dict:
         ConfigError: the file cannot be read, or holds something else.
     """
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
+        raw = json.loads(text := file.read_text(encoding="utf-8"))
+        if "\\ud" in text.lower():
+            json.dumps(raw, ensure_ascii=False).encode()  # half a pair of escapes is a ValueError here, and not later
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError([f"{flag}: {file} cannot be read: {error}"]) from None
     if not isinstance(raw, dict):

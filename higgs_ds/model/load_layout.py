@@ -8,6 +8,7 @@ ZeRO-3 transformers' own loader gathers, fills and shards one module after the o
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,38 +18,85 @@ from boson_multimodal.model.higgs_audio import HiggsAudioConfig, HiggsAudioModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils.logging import disable_progress_bar
 
-from .layouts import TRANSFORMERS, layout_of, name_in
-from .weight_files import differences, refuse, weight_headers
+from ..errors import ConfigError
+from .adapter_names import WHOLE_MODULES
+from .layouts import CARRIED_ALONG, TRANSFORMERS, layout_of, name_in
+from .weight_files import Stored, differences, refuse, weight_headers
 
+TEXT_HEAD = "audio_decoder_proj.text_lm_head.weight"
 Model = TypeVar("Model", bound=HiggsAudioModel)
 
 
 def wanted_weights(config: HiggsAudioConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the weights that boson_multimodal's model has."""
-    with torch.device("meta"):
-        model = HiggsAudioModel(copy.deepcopy(config))  # which writes into its config
-    return {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    return {name: tuple(value.shape) for name, value in _without_memory(config).state_dict().items()}
 
 
-def linear_layers(config: HiggsAudioConfig) -> dict[str, tuple[int, int]]:
-    """The model's linear layers, which are what LoRA adapts: name to (out, in)."""
-    with torch.device("meta"):
-        modules = HiggsAudioModel(config).named_modules()
-    return {name: (m.out_features, m.in_features) for name, m in modules if isinstance(m, torch.nn.Linear)}
+def adaptable_modules(config: HiggsAudioConfig) -> dict[str, tuple[int, int]]:
+    """What an adapter may change: the linear layers, and all that can be trained whole; name to its weight's shape."""
+    return {
+        name: tuple(module.weight.shape)
+        for name, module in _without_memory(config).named_modules()
+        if isinstance(module, torch.nn.Linear) or name in WHOLE_MODULES
+    }
 
 
-def check_renamed_weights(folder: Path, config: HiggsAudioConfig, flag: str = "--base_ckpt") -> None:
-    """Compares a folder in transformers' layout, by its headers, with what the model needs.
+def _without_memory(config: HiggsAudioConfig) -> HiggsAudioModel:
+    """boson_multimodal's model, of tensors that have no values.
 
     Raises:
-        ConfigError: missing, extra or misshapen weights, each under its name there.
+        ConfigError: its classes make no model of this config; one line.
     """
-    found = weight_headers(folder, TRANSFORMERS)
-    problems = differences(found, wanted_weights(config), lambda name: name_in(TRANSFORMERS, name))
-    head = "audio_decoder_proj.text_lm_head.weight"
-    if not found.problems and head not in found.stored:
+    try:
+        with torch.device("meta"):
+            return HiggsAudioModel(copy.deepcopy(config))  # which writes into its config
+    except Exception as error:  # whatever a value does that nobody has thought of, in upstream's code or torch's
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError([f"--base_ckpt: config.json describes no model: {type(error).__name__}: {reason}"]) from error
+
+
+# Halves of one weight, as a training of Boson's with frozen and trained rows leaves them.
+_SPLIT_HALF = re.compile(r"_(frozen|trainable)(\.weight)?$")
+
+
+def check_weights(
+    folder: Path, config: HiggsAudioConfig, flag: str = "--base_ckpt"
+) -> tuple[dict[str, Stored], list[str]]:
+    """Compares what a checkpoint in either layout holds, by its headers, with what the model has.
+
+    Returns:
+        the weights by boson_multimodal's names, in the model's order; and what is to be mentioned: weights that this
+        family is known to carry along, which are left out.
+
+    Raises:
+        ConfigError: missing, extra, misshapen, quantized or split weights, each under its name there; an index that
+            does not fit its files.
+    """
+    layout, wanted = layout_of(folder, flag), wanted_weights(config)
+    found = weight_headers(folder, layout)
+    strange = [name for name in found.stored if name not in wanted]
+    left_out = [name for name in strange if re.search(CARRIED_ALONG, name)]
+    left_out += [one.key for one in found.foreign if re.search(CARRIED_ALONG, one.key)]
+    found.foreign = [one for one in found.foreign if one.key not in left_out]
+    halves = [name for name in strange if _SPLIT_HALF.search(name)]
+    for name in (*left_out, *halves):
+        found.stored.pop(name, None)
+    if halves:
+        joined = {_SPLIT_HALF.sub("", name).rsplit(".", 1)[0] for name in halves}
+        wanted = {name: shape for name, shape in wanted.items() if not any(name.startswith(half) for half in joined)}
+        found.problems.append(
+            f"holds weights in two halves ({', '.join(halves[:4])}): rows that a training of Boson's kept frozen and "
+            "rows that it trained, to be joined before any program can load them; export the checkpoint joined"
+        )
+    problems = differences(found, wanted, lambda name: name_in(layout, name))
+    if layout == TRANSFORMERS and not found.problems and TEXT_HEAD not in found.stored:
         problems.append("without text_lm_head.weight it speaks in transformers alone, and cannot be trained")
     refuse(problems, f"{flag}: {folder}")
+    notes = []
+    if left_out:
+        more = f" and {len(left_out) - 4} more" if len(left_out) > 4 else ""
+        notes = [f"{folder}: left out what no module of this model has: {', '.join(left_out[:4])}{more}"]
+    return {name: found.stored[name] for name in wanted}, notes
 
 
 def load_checkpoint(cls: type[Model], folder: Path, config: HiggsAudioConfig, dtype: torch.dtype) -> Model:
@@ -75,7 +123,8 @@ def load_checkpoint(cls: type[Model], folder: Path, config: HiggsAudioConfig, dt
 
 def load_renamed(cls: type[Model], folder: Path, config: HiggsAudioConfig, dtype: torch.dtype) -> Model:
     """`load_checkpoint` of a folder in transformers' layout."""
-    mapped = {name: stored.read() for name, stored in weight_headers(folder, TRANSFORMERS).stored.items()}
+    stored = weight_headers(folder, TRANSFORMERS).stored
+    mapped = {name: one.read() for name, one in stored.items() if not re.search(CARRIED_ALONG, name)}
     if is_deepspeed_zero3_enabled():
         return cls.from_pretrained(None, config=config, state_dict=mapped, torch_dtype=dtype)
     with init_empty_weights(include_buffers=False):  # rotary tables are computed, they stand in no file

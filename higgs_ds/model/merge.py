@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,12 +17,13 @@ from boson_multimodal.model.higgs_audio import HiggsAudioConfig
 
 from ..errors import ConfigError
 from .adapter_file import Adapter
-from .layout_config import token_ids, transformers_config
-from .layouts import BOSON, TRANSFORMERS, name_in, read_json
-from .load_layout import wanted_weights
+from .layout_config import read_checkpoint_config, token_ids, transformers_config, without_private
+from .layouts import BOSON, TRANSFORMERS, layout_of, name_in, read_json
+from .load_layout import check_weights
 from .processor_files import TOKENIZER_FILES, generation_config, write_processor
 from .weight_files import (
     DTYPES_BY_NAME,
+    INDEX,
     Planned,
     Stored,
     differences,
@@ -41,22 +42,30 @@ class Base:
     folder: Path
     layout: str
     config: HiggsAudioConfig
-    stored: dict[str, Stored]  # by boson_multimodal's names
+    stored: dict[str, Stored]  # by boson_multimodal's names, in the model's order
+    notes: list[str]  # what is to be mentioned
 
+    @classmethod
+    def open(cls, folder: Path) -> Base:
+        """A folder in either layout.
 
-def check_base_weights(folder: Path, layout: str, config: HiggsAudioConfig, flag: str = "--base_ckpt") -> Base:
-    """Compares the headers with what the model needs.
-
-    Raises:
-        ConfigError: missing, extra or misshapen weights, each named.
-    """
-    found = weight_headers(folder, layout)
-    refuse(differences(found, wanted_weights(config), lambda name: name_in(layout, name)), f"{flag}: {folder}")
-    return Base(folder, layout, config, found.stored)
+        Raises:
+            ConfigError: a config or weights that no such model has, each named.
+        """
+        config = read_checkpoint_config(folder)
+        stored, notes = check_weights(folder, config)
+        return cls(folder, layout_of(folder), config, stored, notes)
 
 
 def merge(
-    base: Base, adapter: Adapter | None, output_dir: Path, layout: str, *, dtype: str | None, codec: str, card: str = ""
+    base: Base,
+    adapter: Adapter | None,
+    output_dir: Path,
+    layout: str,
+    *,
+    dtype: str | None,
+    codec: str,
+    texts: Mapping[str, str] | None = None,
 ) -> int:
     """Writes the merged checkpoint, whole or not at all, and reads it back.
 
@@ -67,7 +76,7 @@ def merge(
         layout: of what is written.
         dtype: of its weights ("bf16", "fp16", "fp32"); None leaves each as the base has it.
         codec: hub id or folder of the audio tokenizer that transformers' processor loads.
-        card: content of its README.md.
+        texts: further files, by name: its README.md, the record of the voice.
 
     Returns:
         Bytes of weights written.
@@ -86,7 +95,8 @@ def merge(
             if free < total:
                 raise ConfigError([f"--output_dir: {output_dir} needs {total:,} bytes, {free:,} are free there"])
             _write_files(base, beside, layout, dtype, codec)
-            (beside / "README.md").write_text(card, encoding="utf-8")
+            for name, text in (texts or {}).items():
+                (beside / name).write_text(text, encoding="utf-8")
             by_name = {tensor.name: name for name, tensor in planned.items()}
             write_checkpoint_weights(
                 beside,
@@ -108,18 +118,16 @@ def _plan(base: Base, layout: str, dtype: str | None) -> dict[str, Planned]:
     from .base_checkpoint import DTYPES
 
     return {
-        name: Planned(
-            name_in(layout, name),
-            base.stored[name].shape,
-            DTYPES[dtype] if dtype else DTYPES_BY_NAME[base.stored[name].dtype],
-        )
-        for name in wanted_weights(base.config)
+        name: Planned(name_in(layout, name), one.shape, DTYPES[dtype] if dtype else DTYPES_BY_NAME[one.dtype])
+        for name, one in base.stored.items()
     }
 
 
 def _merged_rows(stored: Stored, name: str, adapter: Adapter | None, planned: Planned) -> Iterator[torch.Tensor]:
     """The tensor to write, a few rows at a time: float32 sums, rounded once."""
     module = name.removesuffix(".weight")
+    if adapter is not None and module in adapter.whole:
+        stored = adapter.whole[module]
     changed = adapter is not None and module in adapter.weights
     start = 0
     for rows in stored.rows():
@@ -147,7 +155,7 @@ def _write_files(base: Base, folder: Path, layout: str, dtype: str | None, codec
     else:
         tokens = token_ids(base.folder)
         config = transformers_config(base.config, tokens, torch_dtype, f"--layout transformers: {base.folder}")
-    _write_json(folder / "config.json", config)
+    _write_json(folder / "config.json", without_private(config))
     kept = base.folder / "generation_config.json"
     if same and kept.is_file():
         shutil.copyfile(kept, folder / kept.name)
@@ -158,7 +166,7 @@ def _write_files(base: Base, folder: Path, layout: str, dtype: str | None, codec
 
 
 def _write_json(file: Path, values: dict) -> None:
-    file.write_text(json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+    file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def prove(
@@ -176,19 +184,21 @@ def prove(
     found = weight_headers(folder, layout)
     wanted = {name: tensor.shape for name, tensor in planned.items()}
     problems = differences(found, wanted, lambda name: name_in(layout, name))
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if not problems and index.is_file():
         listed = read_json(index, "--output_dir")["weight_map"]
         if listed != {one.key: one.file.name for one in found.stored.values()}:
             problems.append(f"{index.name} lists other weights than the files hold")
     refuse(problems, where)
-    merged = [name for name in planned if adapter and name.removesuffix(".weight") in adapter.weights]
-    others = [name for name in planned if name not in set(merged)]
-    for name in _spread(merged) + _spread(others):
+    touched = adapter.weights.keys() | adapter.whole.keys() if adapter else set()
+    merged = {name for name in planned if name.removesuffix(".weight") in touched}
+    changed, others = ([name for name in planned if (name in merged) is is_so] for is_so in (True, False))
+    for name in _spread(changed) + _spread(others):
         module, tensor = name.removesuffix(".weight"), planned[name]
+        source = adapter.whole[module] if adapter and module in adapter.whole else base.stored[name]
         start = 0
-        for written, was in zip(found.stored[name].rows(), base.stored[name].rows(), strict=True):
-            if name in merged:
+        for written, was in zip(found.stored[name].rows(), source.rows(), strict=True):
+            if adapter and module in adapter.weights:
                 a, b = adapter.weights[module]
                 update = torch.matmul(b[start : start + len(was)], a) * adapter.config.scale
                 was = was.to(torch.float32) + update
@@ -197,7 +207,7 @@ def prove(
                 problems.append(f"{tensor.name} is not what base and adapter make")
                 break
     refuse(problems, where)
-    return len(_spread(merged)), len(_spread(others))
+    return len(_spread(changed)), len(_spread(others))
 
 
 def _spread(names: list[str]) -> list[str]:

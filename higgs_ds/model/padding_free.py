@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from ..batching.layout import Layout
 from ..errors import ConfigError
 from ..loss import HeadSums, head_sums, scaled_loss
+from .facts import peculiarities
 from .fused_head import LabelledRows, head_sums_of
 from .fused_lora import project
 from .fused_mlp import add_mlps
@@ -31,24 +32,9 @@ def check_supported(config) -> None:
     Raises:
         ConfigError: naming what the checkpoint has, and `--forward_impl upstream`.
     """
-    layers = config.text_config.num_hidden_layers
-    # "dual_ffn_fast_forward", as Boson's own says, differs from "dual_ffn" in the layers that are none: here, nowhere.
-    dual = config.audio_adapter_type in ("dual_ffn", "dual_ffn_fast_forward")
-    found = {
-        f"audio_adapter_type {config.audio_adapter_type!r}": not dual,
-        f"a dual FFN in only some of its {layers} layers": (
-            dual and set(config.audio_dual_ffn_layers) != set(range(layers))
-        ),
-        "an audio tower": not config.skip_audio_tower or config.encode_whisper_embed,
-        "its own attention for audio (use_audio_out_self_attention)": config.use_audio_out_self_attention,
-        "a projector of audio embeddings (use_audio_out_embed_projector)": config.use_audio_out_embed_projector,
-        "decoder layers before its heads (audio_decoder_proj_num_layers)": config.audio_decoder_proj_num_layers > 0,
-        "an RQ transformer (use_rq_transformer)": config.use_rq_transformer,
-    }
     problems = [
         f"--forward_impl padding_free: the checkpoint has {what}; use --forward_impl upstream --loss_impl reference"
-        for what, is_so in found.items()
-        if is_so
+        for what in peculiarities(config)
     ]
     if problems:
         raise ConfigError(problems)
@@ -291,7 +277,7 @@ def _heads(
         loss = scaled_loss(sums, objective.text_scale, scales)
         return loss, sums, tuple(text_logits.shape), tuple(audio_logits.shape)
     text_scale = torch.full((1,), objective.text_scale, dtype=scales.dtype, device=scales.device)
-    (of_text,) = heads.text_lm_head(LabelledRows(text, layout.text_targets[:, None], text_scale))
-    (of_audio,) = heads.audio_lm_head(LabelledRows(audio, layout.audio_targets, scales))
+    of_text = heads.text_lm_head.loss_of(LabelledRows(text, layout.text_targets[:, None], text_scale))
+    of_audio = heads.audio_lm_head.loss_of(LabelledRows(audio, layout.audio_targets, scales))
     sums = head_sums_of(of_text, of_audio)
     return of_text.loss + of_audio.loss, sums, (of_text.shape[0], of_text.shape[2]), of_audio.shape

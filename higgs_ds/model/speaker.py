@@ -17,7 +17,7 @@ from ..corpus.manifest import Turn
 from ..distributed.device import pick_device, take_device
 from .adapter_file import attach, check_base, read_adapter, read_adapter_config
 from .base_checkpoint import DTYPES, BaseCheckpoint
-from .load_layout import linear_layers, load_checkpoint
+from .load_layout import adaptable_modules, load_checkpoint
 from .stop_rules import BOSON, stopping
 
 ASSISTANT_HEADER = "<|start_header_id|>assistant<|end_header_id|>\n\n"
@@ -103,7 +103,7 @@ class Speaker:
         lora = None if adapter is None else read_adapter_config(Path(adapter))
         if lora and not other_base:
             check_base(lora, base.name, base.revision)
-        weights = lora and read_adapter(Path(adapter), linear_layers(base.config), lora)
+        weights = lora and read_adapter(Path(adapter), adaptable_modules(base.config), lora)
         check_fits(codec, self.facts.num_codebooks, self.facts.codebook_size)
         codec.build()  # what is wrong with it is said before the base is loaded
         self.codec = codec

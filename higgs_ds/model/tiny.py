@@ -10,18 +10,21 @@ cannot grow, and the loss stays near 5.98 whatever is trained.
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from boson_multimodal.model.higgs_audio import HiggsAudioConfig, HiggsAudioModel
+from boson_multimodal.model.higgs_audio import HiggsAudioConfig
 from boson_multimodal.model.higgs_audio.configuration_higgs_audio import HiggsAudioEncoderConfig
-from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
+
+from . import weight_files
+from .layout_config import without_private
+from .load_layout import wanted_weights
+from .weight_files import Planned, write_safetensors, write_shards
 
 # Llama 3 has 256 special tokens behind its vocabulary; these are their places among them. Boson gave new names to
 # reserved ones. What is not named here is `<|reserved_special_token_N|>`.
@@ -239,56 +242,28 @@ def _write_checkpoint(
     if (output_dir / "config.json").exists():
         raise FileExistsError(f"{output_dir} holds a checkpoint already; remove it or name another --output_dir")
     config = base_config(sizes)
-    with torch.device("meta"):
-        model = HiggsAudioModel(copy.deepcopy(config))  # which writes into it
-    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    planned = [Planned(name, shape, torch.bfloat16) for name, shape in wanted_weights(config).items()]
     output_dir.mkdir(parents=True, exist_ok=True)
     byte_tokenizer(sizes.vocab_size).save_pretrained(output_dir)
     GenerationConfig.from_model_config(config).save_pretrained(output_dir)
-    weight_map = {}
-    for number, names in enumerate(_shards(shapes), 1):
-        file = output_dir / f"model-{number:05d}-of-{NUM_SHARDS:05d}.safetensors"
-        weight_map |= dict.fromkeys(names, file.name)
-        if draw is None:
-            _write_sparse(file, {name: shapes[name] for name in names})
-        else:
-            tensors = {name: draw(name, shapes[name]).to(torch.bfloat16) for name in names}
-            save_file(tensors, file, metadata={"format": "pt"})
-    count = sum(_numel(shape) for shape in shapes.values())
-    index = {"metadata": {"total_size": 2 * count}, "weight_map": dict(sorted(weight_map.items()))}
-    (output_dir / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    fields = config.to_diff_dict()
-    fields["text_config"].pop("_name_or_path", None)
+
+    def drawn(file: Path, tensors: list[Planned]) -> None:
+        write_safetensors(file, tensors, lambda one: iter([draw(one.name, one.shape).to(one.dtype)]))
+
+    write_shards(output_dir, _shards(planned), weight_files.write_zeros if draw is None else drawn)
     # Last: a folder with a config is whole.
+    fields = without_private(config.to_diff_dict())
     (output_dir / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    return count
+    return sum(tensor.num_bytes for tensor in planned) // torch.bfloat16.itemsize
 
 
-def _shards(shapes: dict[str, tuple[int, ...]]) -> list[list[str]]:
-    """The names in `NUM_SHARDS` runs of about equal size."""
-    total = sum(map(_numel, shapes.values()))
-    shards: list[list[str]] = [[] for _ in range(NUM_SHARDS)]
-    before = 0
-    for name, shape in shapes.items():
-        middle = before + _numel(shape) / 2
-        shards[int(middle * NUM_SHARDS / total)].append(name)
-        before += _numel(shape)
-    assert all(shards), [len(names) for names in shards]
+def _shards(planned: list[Planned]) -> list[list[Planned]]:
+    """In `NUM_SHARDS` runs of about equal size."""
+    total, before = sum(tensor.num_bytes for tensor in planned), 0
+    shards: list[list[Planned]] = [[] for _ in range(NUM_SHARDS)]
+    for tensor in planned:
+        middle = before + tensor.num_bytes / 2
+        shards[int(middle * NUM_SHARDS / total)].append(tensor)
+        before += tensor.num_bytes
+    assert all(shards), [len(tensors) for tensors in shards]
     return shards
-
-
-def _write_sparse(file: Path, shapes: dict[str, tuple[int, ...]]) -> None:
-    """A safetensors file of bf16 zeros: its header, and a hole for the values."""
-    header, end = {"__metadata__": {"format": "pt"}}, 0
-    for name, shape in shapes.items():
-        first, end = end, end + 2 * _numel(shape)
-        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [first, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with file.open("wb") as out:
-        out.write(len(text).to_bytes(8, "little") + text)
-        out.truncate(8 + len(text) + end)
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    return torch.Size(shape).numel()

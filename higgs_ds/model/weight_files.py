@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,14 +16,15 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from ..errors import ConfigError
+from ..errors import ConfigError, first_of
 from .layouts import BOSON, boson_name
 
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 DTYPES_BY_NAME = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+FILE_NAME = re.compile(r"[^/\\\0]{1,200}\.safetensors")
 SHARD_BYTES = 5_000_000_000  # what the hub's files hold at most
 ROWS_AT_ONCE_BYTES = 64 << 20
-SHOWN_PROBLEMS = 20
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def weight_headers(folder: Path, layout: str = BOSON) -> WeightFiles:
 
 def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str], list[str]]:
     """The files that transformers would load, by the index where there is one, and what is wrong with the index."""
-    single, index_file = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    single, index_file = folder / SINGLE, folder / INDEX
     if single.exists():
         return [single], {}, []
     if not index_file.exists():
@@ -104,7 +106,7 @@ def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str], list[str]]:
     try:
         weight_map = json.loads(index_file.read_text(encoding="utf-8"))["weight_map"]
         names = sorted(set(weight_map.values()))
-        if not names or any("/" in name or "\\" in name or not name.endswith(".safetensors") for name in names):
+        if not names or not all(FILE_NAME.fullmatch(name) for name in names):
             raise ValueError("its weight_map must name .safetensors files of the same folder")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return [], {}, [f"{index_file.name} cannot be used: {error}"]
@@ -137,8 +139,7 @@ def differences(found: WeightFiles, wanted: dict[str, tuple[int, ...]], name_of=
 def refuse(problems: list[str], where: str) -> None:
     """Raises ConfigError with the first lines of `problems`, if there are any."""
     if problems:
-        more = [f"… and {len(problems) - SHOWN_PROBLEMS} more"] if len(problems) > SHOWN_PROBLEMS else []
-        raise ConfigError([f"{where}: {problem}" for problem in problems[:SHOWN_PROBLEMS] + more])
+        raise ConfigError([f"{where}: {problem}" for problem in first_of(problems)])
 
 
 @dataclass(frozen=True)
@@ -177,19 +178,8 @@ def write_safetensors(file: Path, planned: list[Planned], pieces_of) -> None:
     Raises:
         ValueError: the pieces of a tensor are not as many bytes as its shape says.
     """
-    header: dict = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for tensor in planned:
-        begin, end = end, end + tensor.num_bytes
-        header[tensor.name] = {
-            "dtype": DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [begin, end],
-        }
-    head = json.dumps(header, separators=(",", ":")).encode()
-    head += b" " * (-len(head) % 8)  # the data begins at a multiple of 8
     with file.open("wb") as out:
-        out.write(len(head).to_bytes(8, "little") + head)
+        out.write(_head(planned))
         for tensor in planned:
             written = 0
             for piece in pieces_of(tensor):
@@ -202,17 +192,46 @@ def write_safetensors(file: Path, planned: list[Planned], pieces_of) -> None:
         os.fsync(out.fileno())
 
 
+def write_zeros(file: Path, planned: list[Planned]) -> None:
+    """One file of zeros in the safetensors format: its header, and a hole for the values, which takes no disk."""
+    head = _head(planned)
+    with file.open("wb") as out:
+        out.write(head)
+        out.truncate(len(head) + sum(tensor.num_bytes for tensor in planned))
+
+
+def _head(planned: list[Planned]) -> bytes:
+    """What stands in a safetensors file before the values: the header and its length."""
+    header: dict = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in planned:
+        begin, end = end, end + tensor.num_bytes
+        header[tensor.name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    head = json.dumps(header, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)  # the data begins at a multiple of 8
+    return len(head).to_bytes(8, "little") + head
+
+
 def write_checkpoint_weights(folder: Path, planned: list[Planned], pieces_of, *, limit: int = SHARD_BYTES) -> None:
     """`model.safetensors`, or numbered shards and `model.safetensors.index.json`, as the hub has them."""
     files = shards(planned, limit)
     if len(files) == 1:
-        write_safetensors(folder / "model.safetensors", files[0], pieces_of)
-        return
+        write_safetensors(folder / SINGLE, files[0], pieces_of)
+    else:
+        write_shards(folder, files, lambda file, tensors: write_safetensors(file, tensors, pieces_of))
+
+
+def write_shards(folder: Path, files: list[list[Planned]], write) -> None:
+    """Numbered files, each by `write(file, tensors)`, and `model.safetensors.index.json`."""
     weight_map: dict[str, str] = {}
     for number, tensors in enumerate(files, 1):
         name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        write_safetensors(folder / name, tensors, pieces_of)
+        write(folder / name, tensors)
         weight_map |= {tensor.name: name for tensor in tensors}
-    total = sum(tensor.num_bytes for tensor in planned)
+    total = sum(tensor.num_bytes for tensors in files for tensor in tensors)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -12,21 +12,22 @@ from safetensors.torch import load_file, save_file
 
 from higgs_ds.errors import ConfigError
 from higgs_ds.model.adapter_file import CONFIG, WEIGHTS, check_base, read_adapter, read_adapter_config, same_base
-from higgs_ds.model.load_layout import linear_layers
+from higgs_ds.model.load_layout import adaptable_modules
 
 
-def write_adapter(folder, config, *, rank=4, targets=("q_proj", "audio_lm_head"), **fields):
+def write_adapter(folder, config, *, rank=4, targets=("q_proj", "audio_lm_head"), whole=(), **fields):
     """An adapter as PEFT writes it, with random weights; returns its path."""
-    LoraConfig(
-        r=rank, lora_alpha=8, target_modules=list(targets), task_type="CAUSAL_LM", base_model_name_or_path="b/ase"
-    ).save_pretrained(folder)
+    settings = {"task_type": "CAUSAL_LM", "base_model_name_or_path": "b/ase", "modules_to_save": list(whole) or None}
+    LoraConfig(r=rank, lora_alpha=8, target_modules=list(targets), **settings).save_pretrained(folder)
     edit(folder, **fields)
     draw = torch.Generator().manual_seed(1)
     weights = {}
-    for name, (out, width) in linear_layers(config).items():
+    for name, (out, width) in adaptable_modules(config).items():
         if name.split(".")[-1] in targets:
             weights[f"base_model.model.{name}.lora_A.weight"] = torch.randn(rank, width, generator=draw)
             weights[f"base_model.model.{name}.lora_B.weight"] = torch.randn(out, rank, generator=draw) * 0.1
+        if name.split(".")[-1] in whole:
+            weights[f"base_model.model.{name}.weight"] = torch.randn(out, width, generator=draw).bfloat16()
     save_file(weights, folder / WEIGHTS)
     return folder
 
@@ -48,7 +49,7 @@ def adapter(whole, tmp_path):
 
 def refused(adapter, tiny_config) -> list[str]:
     with pytest.raises(ConfigError) as caught:
-        read_adapter(adapter, linear_layers(tiny_config), read_adapter_config(adapter))
+        read_adapter(adapter, adaptable_modules(tiny_config), read_adapter_config(adapter))
     for line in caught.value.problems:
         assert line.startswith("--adapter: ") and "\n" not in line and len(line) < 700, line
     return caught.value.problems
@@ -57,7 +58,7 @@ def refused(adapter, tiny_config) -> list[str]:
 def test_what_peft_writes_is_read_whole(whole, tiny_config):
     config = read_adapter_config(whole)
     assert (config.rank, config.alpha, config.scale, config.base_name) == (4, 8.0, 2.0, "b/ase")
-    adapter = read_adapter(whole, linear_layers(tiny_config), config)
+    adapter = read_adapter(whole, adaptable_modules(tiny_config), config)
     assert set(adapter.weights) == {f"layers.{n}.self_attn.q_proj" for n in (0, 1)} | {
         "audio_decoder_proj.audio_lm_head"
     }
@@ -78,7 +79,17 @@ def test_rslora_scales_by_the_root_of_the_rank(adapter):
         ({"megatron_config": {"a": 1}, "megatron_core": "os"}, "megatron_core is 'os': not plain LoRA"),
         ({"auto_mapping": {"base_model_class": "X", "parent_library": "os"}}, "auto_mapping is {'base_model_class'"),
         ({"use_dora": True}, "use_dora is True: not plain LoRA"),
-        ({"modules_to_save": ["embed_tokens"]}, "modules_to_save is ['embed_tokens']: not plain LoRA"),
+        (
+            {"modules_to_save": ["norm"]},
+            "modules_to_save: 'norm' is not one that is trained whole here: audio_codebook",
+        ),
+        ({"modules_to_save": "audio_lm_head"}, "modules_to_save is 'audio_lm_head', expected a list of names"),
+        ({"modules_to_save": [["x"]]}, "modules_to_save is [['x']], expected a list of names"),
+        ({"modules_to_save": ["audio_lm_head"]}, "audio_lm_head has LoRA and stands in modules_to_save too"),
+        (
+            {"modules_to_save": ["text_lm_head"]},
+            "missing weight base_model.model.audio_decoder_proj.text_lm_head.weight",
+        ),
         ({"rank_pattern": {"(a+)+$": 3}}, "rank_pattern is {'(a+)+$': 3}: not plain LoRA"),
         ({"layer_replication": [[0, 9999]]}, "layer_replication is"),
         ({"bias": "all"}, "bias is 'all'"),
@@ -101,6 +112,8 @@ def test_rslora_scales_by_the_root_of_the_rank(adapter):
         ({"use_rslora": "yes"}, "use_rslora is 'yes', expected true or false"),
         ({"base_model_name_or_path": 5}, "base_model_name_or_path is 5, expected text"),
         ({"base_model_name_or_path": "x" * 9999}, "base_model_name_or_path is 'xxx"),
+        ({"base_model_name_or_path": "\ud800"}, "base_model_name_or_path is '\\ud800', expected text"),
+        ({"revision": "a\nb"}, "revision is 'a\\nb', expected text"),
         ({"r": 8}, "lora_A.weight has shape [4, 64], the base and r need [8, 64]"),
         (
             {"target_modules": ["q_proj"]},
@@ -116,6 +129,26 @@ def test_rslora_scales_by_the_root_of_the_rank(adapter):
 def test_a_config_that_is_not_plain_lora_is_refused_by_name(fields, words, adapter, tiny_config):
     edit(adapter, **fields)
     assert any(words in line for line in refused(adapter, tiny_config))
+
+
+def test_modules_that_were_trained_whole_are_read_and_checked_like_the_others(tmp_path, tiny_config):
+    folder = write_adapter(
+        tmp_path, tiny_config, targets=["q_proj"], whole=["audio_codebook_embeddings", "audio_lm_head"]
+    )
+    config = read_adapter_config(folder)
+    assert config.whole == ("audio_codebook_embeddings", "audio_decoder_proj.audio_lm_head")
+    assert config.describe()["trained whole"] == "audio_codebook_embeddings, audio_decoder_proj.audio_lm_head"
+    adapter = read_adapter(folder, adaptable_modules(tiny_config), config)
+    stored, ours = load_file(folder / WEIGHTS), adapter.state_dict()
+    assert stored.keys() == ours.keys() and all(torch.equal(value, ours[key]) for key, value in stored.items())
+    key = "base_model.model.audio_codebook_embeddings.weight"
+    for value, words in (
+        (stored[key][1:].clone(), f"{key} has shape [8207, 64], the base and r need [8208, 64]"),
+        (stored[key].float().index_fill(0, torch.tensor([8000]), torch.inf), f"{key} holds NaN or infinity"),
+        (stored[key].to(torch.int8), f"{key} is I8, expected one of BF16, F16, F32"),
+    ):
+        save_file(stored | {key: value}, folder / WEIGHTS)
+        assert words in refused(folder, tiny_config)[0]
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "5", '{"r": 4}', "\xff\xfe", "[" * 100_000], ids=lambda t: t[:8])

@@ -11,8 +11,10 @@ from torch._dynamo.backends.debugging import aot_eager
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from higgs_ds.batching.collate import Collator
-from higgs_ds.config import DEFAULT_LORA_TARGETS
+from higgs_ds.config import DEFAULT_LORA_TARGETS, EMBEDDINGS, HEADS
 from higgs_ds.errors import ConfigError
+from higgs_ds.model import fused_head
+from higgs_ds.model.adapter_names import PREFIX, WHOLE_MODULES
 from higgs_ds.model.base_checkpoint import attach_lora, load_base, read_model_config
 from higgs_ds.model.facts import ModelFacts
 from higgs_ds.model.forward import training_forward
@@ -53,7 +55,7 @@ def config(base_dir):
     return read_model_config(base_dir)
 
 
-def lora_on(base_dir, config, targets=DEFAULT_LORA_TARGETS, *, dtype="fp32", dropout=0.0, rslora=False):
+def lora_on(base_dir, config, targets=DEFAULT_LORA_TARGETS, *, dtype="fp32", dropout=0.0, rslora=False, whole=()):
     model = attach_lora(
         load_base(base_dir, config, dtype),
         rank=4,
@@ -63,6 +65,7 @@ def lora_on(base_dir, config, targets=DEFAULT_LORA_TARGETS, *, dtype="fp32", dro
         seed=1,
         base_name="tiny",
         rslora=rslora,
+        whole_modules=whole,
     )
     return with_lora_b(model)
 
@@ -166,10 +169,35 @@ def test_rslora_agrees_too_and_is_not_plain_lora(model, base_dir, config, tokeni
     assert distance(joined(ours[3]), joined(plain[3])) > 0.1
 
 
+@pytest.fixture(scope="module")
+def with_whole(base_dir, config):
+    """LoRA, and the codes' embeddings and both heads trained whole."""
+    model = lora_on(base_dir, config, whole=[EMBEDDINGS, *HEADS])
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad and "lora_" not in name}
+    assert trained == {f"{PREFIX}{name}.weight" for name in WHOLE_MODULES}
+    return model
+
+
+@pytest.mark.parametrize("loss_impl", ["fused", "fused, chunk by chunk", "reference"])
 @pytest.mark.parametrize("name", ALL_BATCHES)
-def test_is_the_same_mathematics_in_float64(name, model, config, tokenizer, monkeypatch):
+def test_embeddings_and_heads_that_are_trained_whole_get_upstreams_gradient(
+    name, loss_impl, with_whole, config, tokenizer, monkeypatch
+):
+    if "chunk" in loss_impl:
+        monkeypatch.setattr(fused_head, "CHUNK_BYTES", 5 * 4 * 8 * 1026)
+    batch = batch_called(name, tokenizer, config)
+    ours = computed(ours_on(with_whole, config, loss_impl=loss_impl.split(",")[0]), batch)
+    wanted = computed(upstreams_on(with_whole, config), batch, layout=False)
+    assert_agree(ours, wanted)
+    assert len(ours[3]) == 2 * 20 + 3
+    if name in ("mixed lengths", "several clips a row"):
+        assert all(gradient.any() for gradient in ours[3].values())
+
+
+@pytest.mark.parametrize("name", ALL_BATCHES)
+def test_is_the_same_mathematics_in_float64(name, with_whole, config, tokenizer, monkeypatch):
     """Hidden states and gradients in float64, the loss in float32 in both, as their code has it."""
-    exact = copy.deepcopy(model).double()
+    exact = copy.deepcopy(with_whole).double()
     batch = batch_called(name, tokenizer, config)
     ours = computed(ours_on(exact, config, loss_impl="reference"), batch)
     # Upstream's norm rounds to float32 whatever it is given; ours, which does not, has tests of its own.
@@ -258,20 +286,15 @@ def test_evaluation_computes_no_gradient(model, config, tokenizer):
 
 
 @pytest.mark.parametrize("head", ["text_lm_head", "audio_lm_head"])
-def test_a_trained_head_needs_the_reference_loss(head, base_dir, config, tokenizer):
+def test_lora_on_a_head_needs_the_reference_loss(head, base_dir, config, tokenizer):
     model = lora_on(base_dir, config, [head, "q_proj"])
-    with pytest.raises(ConfigError, match=f"{head} is trained .* --loss_impl reference"):
+    with pytest.raises(ConfigError, match=f"{head} has LoRA.* --loss_impl reference"):
         training_forward(model, config)
     batch = batch_of(["dialog", "speech"], tokenizer, config)
     ours = computed(ours_on(model, config, loss_impl="reference"), batch)
     wanted = computed(upstreams_on(model, config), batch, layout=False)
     assert_agree(ours, wanted)
     assert all(gradient.any() for gradient in ours[3].values())
-
-    base = load_base(base_dir, config, "fp32")
-    getattr(base.audio_decoder_proj, head).weight.requires_grad_(True)
-    with pytest.raises(ConfigError, match="--loss_impl reference"):
-        training_forward(base, config)
 
 
 @pytest.mark.parametrize(
@@ -323,6 +346,7 @@ def test_what_did_not_reach_the_model_is_a_problem(model, config, tokenizer):
 
 
 VARIANTS = ["fused", "reference", "checkpointed", "every second layer checkpointed"]
+WHOLE = ["fused, whole modules", "reference, whole modules"]
 
 
 @pytest.fixture(scope="module")
@@ -333,11 +357,13 @@ def sharded(base_dir, codec_dir, tmp_path_factory):
     return {tuple(file.stem.split("-")): load_file(file) for file in out.glob("*.safetensors")}
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", [*VARIANTS, *WHOLE])
 @pytest.mark.parametrize("stage", ["2", "3"])
 def test_gradients_are_upstreams_under_zero_with_two_ranks(stage, variant, sharded):
-    ours, wanted = sharded[stage, variant], sharded[stage, "upstream"]
+    upstream = "upstream, whole modules" if variant in WHOLE else "upstream"
+    ours, wanted = sharded[stage, variant], sharded[stage, upstream]
+    assert len(ours) == 40 + 3 * (variant in WHOLE)
     assert ours.keys() == wanted.keys() and all(value.any() for value in wanted.values())
     assert distance(joined(ours), joined(wanted)) <= TOLERANCE
     assert max(distance(ours[name], wanted[name]) for name in ours) <= EACH_FLOAT32
-    assert distance(joined(ours), joined(sharded["2", "upstream"])) <= TOLERANCE
+    assert distance(joined(ours), joined(sharded["2", upstream])) <= TOLERANCE

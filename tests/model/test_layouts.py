@@ -11,7 +11,7 @@ from boson_multimodal.model.higgs_audio import HiggsAudioConfig
 from higgs_ds.errors import ConfigError
 from higgs_ds.model.layout_config import config_from_transformers, read_checkpoint_config, transformers_config
 from higgs_ds.model.layouts import boson_name, layout_of, transformers_name
-from higgs_ds.model.load_layout import linear_layers, wanted_weights
+from higgs_ds.model.load_layout import adaptable_modules, wanted_weights
 
 # Boson's real sizes and token ids.
 TOKENS = {
@@ -34,7 +34,7 @@ def translated(**changes) -> HiggsAudioConfig:
 
 def refused(**changes) -> str:
     with pytest.raises(ConfigError) as caught:
-        translated(**changes)
+        wanted_weights(translated(**changes))
     return str(caught.value)
 
 
@@ -126,7 +126,15 @@ def test_a_config_goes_there_and_back():
         ({"tie_word_embeddings": True}, "tie_word_embeddings is true"),
         ({"audio_token_id": 5}, "audio_token_id is 5, the tokenizer's <|AUDIO_OUT|> is 128016"),
         ({"hidden_size": "3072"}, "hidden_size is '3072', expected int"),
-        ({"num_hidden_layers": 0}, "num_hidden_layers is 0, expected 1 or more"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0, expected a whole number from 1 to 1024"),
+        ({"hidden_size": -3072}, "hidden_size is -3072, expected a whole number from 1"),
+        ({"vocab_size": 10**30}, "expected a whole number from 1 to 16777216"),
+        ({"pad_token_id": -1}, "pad_token_id is -1, expected a whole number from 0"),
+        ({"dtype": "nonsense"}, "dtype is 'nonsense', expected one of bfloat16, float16, float32"),
+        ({"dtype": ["bfloat16"]}, "dtype is ['bfloat16'], expected one of"),
+        ({"rope_parameters": {"rope_type": []}}, "rope_type is [], expected one of default, llama3"),
+        ({"rope_scaling": "abc"}, "rope_type is 'abc', expected one of default, llama3"),
+        ({"hidden_act": "none"}, "describes no model: KeyError"),
         ({"num_codebooks": True}, "num_codebooks is True"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type is 'yarn', expected one of default, llama3"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 32.0}}, "rope_parameters of type 'llama3' are"),
@@ -178,13 +186,14 @@ def test_the_layout_is_told_by_the_config(tmp_path, tiny_dir):
             read_checkpoint_config(tmp_path)
         assert words in str(caught.value) and "\n" not in str(caught.value)
     file.write_text(json.dumps(HUB))
-    (tmp_path / "tokenizer.json").write_text('{"added_tokens": [5]}')
-    with pytest.raises(ConfigError, match="no list of tokens with content and id"):
-        read_checkpoint_config(tmp_path)
+    for added in ("[5]", '[{"content": "x", "id": Infinity}]', '[{"content": "x", "id": NaN}]', "5", "null"):
+        (tmp_path / "tokenizer.json").write_text(f'{{"added_tokens": {added}}}')
+        with pytest.raises(ConfigError, match="no list of tokens with content and id"):
+            read_checkpoint_config(tmp_path)
 
 
-def test_the_linear_layers_are_those_that_lora_adapts():
-    linears = linear_layers(translated())
-    assert len(linears) == 28 * 10 + 2
+def test_the_adaptable_modules_are_those_that_lora_adapts():
+    linears = adaptable_modules(translated())
+    assert len(linears) == 28 * 10 + 2 + 1 and linears["audio_codebook_embeddings"] == (8208, 3072)
     assert linears["layers.3.self_attn.k_proj"] == (1024, 3072)
     assert linears["audio_decoder_proj.audio_lm_head"] == (8208, 3072)

@@ -16,20 +16,25 @@ from higgs_ds.cli import main
 from higgs_ds.config import DEFAULT_LORA_TARGETS
 from higgs_ds.errors import ConfigError
 from higgs_ds.model.adapter_file import WEIGHTS, read_adapter, read_adapter_config
+from higgs_ds.model.adapter_names import WHOLE_MODULES
 from higgs_ds.model.layout_config import read_checkpoint_config
 from higgs_ds.model.layouts import transformers_name
-from higgs_ds.model.load_layout import check_renamed_weights, linear_layers, load_checkpoint, wanted_weights
-from higgs_ds.model.merge import check_base_weights, merge, prove
+from higgs_ds.model.load_layout import adaptable_modules, load_checkpoint, wanted_weights
+from higgs_ds.model.merge import Base, merge, prove
 from higgs_ds.model.weight_files import Planned, shards, weight_headers, write_checkpoint_weights
 from tests.model.test_adapter_file import edit, write_adapter
 from tests.model.test_layouts import translated
+
+PROJECTIONS = [f"self_attn.{one}_proj" for one in "qkvo"]
+PROJECTIONS += [f"{mlp}.{one}_proj" for mlp in ("mlp", "audio_mlp") for one in ("gate", "up", "down")]
 
 
 @pytest.fixture(scope="module")
 def adapter_dir(tmp_path_factory, tiny_config, tiny_dir):
     folder = tmp_path_factory.mktemp("adapter")
     targets = (*DEFAULT_LORA_TARGETS, "audio_lm_head")
-    return write_adapter(folder, tiny_config, targets=targets, base_model_name_or_path=str(tiny_dir))
+    whole = ("audio_codebook_embeddings", "text_lm_head")
+    return write_adapter(folder, tiny_config, targets=targets, whole=whole, base_model_name_or_path=str(tiny_dir))
 
 
 def run(capsys, *argv) -> tuple[int, list[str]]:
@@ -52,20 +57,20 @@ def test_boson_loads_it_with_nothing_missing_and_the_weights_are_pefts(merged, t
     model, report = HiggsAudioModel.from_pretrained(merged / "boson", output_loading_info=True)
     assert not any(report.values()), report
     pefts = PeftModel.from_pretrained(HiggsAudioModel.from_pretrained(tiny_dir), adapter_dir).merge_and_unload()
-    wanted, changed = pefts.state_dict(), 0
+    wanted, changed = pefts.state_dict(), set()
     base = {name: value.float() for file in tiny_dir.glob("*.safetensors") for name, value in load_file(file).items()}
     for name, value in model.state_dict().items():
         assert torch.allclose(value, wanted[name], atol=1e-6, rtol=0), name
-        changed += not torch.equal(value, base[name])
-    assert changed == 2 * 10 + 1
-    assert not torch.equal(wanted["norm.weight"], torch.zeros(())) and len(wanted) == len(base)
+        changed |= {name} if not torch.equal(value, base[name]) else set()
+    layers = {f"layers.{n}.{part}.weight" for n in (0, 1) for part in PROJECTIONS}
+    assert changed == layers | {f"{name}.weight" for name in WHOLE_MODULES} and wanted.keys() == base.keys()
 
 
 def test_both_layouts_hold_the_same_values(merged, tiny_config):
     one, two = load_file(merged / "boson/model.safetensors"), load_file(merged / "transformers/model.safetensors")
     assert {transformers_name(name) for name in one} == set(two)
     assert all(torch.equal(value, two[transformers_name(name)]) for name, value in one.items())
-    check_renamed_weights(merged / "transformers", read_checkpoint_config(merged / "transformers"))
+    assert len(Base.open(merged / "transformers").stored) == len(one)
     names = {path.name for path in (merged / "transformers").iterdir()}
     assert names >= {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
     assert names >= {"processor_config.json", "preprocessor_config.json", "chat_template.jinja", "model.safetensors"}
@@ -125,12 +130,11 @@ def test_shards_and_index_are_the_hubs(tmp_path):
 
 
 def test_what_was_written_wrongly_is_found(merged, tiny_dir, adapter_dir, tmp_path):
-    """Every tensor of this small model is compared: merged, other, missing, misnamed."""
-    config = read_checkpoint_config(tiny_dir)
-    base = check_base_weights(tiny_dir, "boson", config)
-    adapter = read_adapter(adapter_dir, linear_layers(config), read_adapter_config(adapter_dir))
+    """A value that was changed or left, a name that is missing, a shape and a dtype: in what a sample looks at."""
+    base = Base.open(tiny_dir)
+    adapter = read_adapter(adapter_dir, adaptable_modules(base.config), read_adapter_config(adapter_dir))
     plan = {name: Planned(name, one.shape, torch.float32) for name, one in base.stored.items()}
-    assert prove(base, adapter, merged / "boson", "boson", plan) == (12, 12)
+    assert prove(base, adapter, merged / "boson", "boson", plan) == (12, 10)
     copy = shutil.copytree(merged / "boson", tmp_path / "copy")
     was = {name: value.clone() for name, value in load_file(copy / "model.safetensors").items()}
 
@@ -142,8 +146,9 @@ def test_what_was_written_wrongly_is_found(merged, tiny_dir, adapter_dir, tmp_pa
             prove(base, adapter, copy, "boson", plan)
         return str(caught.value)
 
-    head = "audio_decoder_proj.audio_lm_head.weight"
-    assert f"{head} is not what base and adapter make" in broken(**{head: was[head] * 1.001})
+    layer, head = "layers.0.self_attn.q_proj.weight", "audio_decoder_proj.text_lm_head.weight"
+    assert f"{layer} is not what base and adapter make" in broken(**{layer: was[layer] * 1.001})
+    assert f"{head} is not what base and adapter make" in broken(**{head: base.stored[head].read().float()})
     assert "embed_tokens.weight is not what" in broken(**{"embed_tokens.weight": was["embed_tokens.weight"] + 1e-3})
     assert "missing weight norm.weight" in broken(**{"norm.weight": None})
     assert "has shape [65]" in broken(**{"norm.weight": torch.ones(65)})
@@ -161,9 +166,8 @@ def test_nothing_is_overwritten_and_nothing_half_written_stays(merged, tiny_dir,
     code, said = run(capsys, *flags, tmp_path / "file" / "out")
     assert code == 2 and len(said) == 1 and "cannot be written" in said[0]
 
-    config = read_checkpoint_config(tiny_dir)
-    base = check_base_weights(tiny_dir, "boson", config)
-    lora = read_adapter(adapter_dir, linear_layers(config), read_adapter_config(adapter_dir))
+    base = Base.open(tiny_dir)
+    lora = read_adapter(adapter_dir, adaptable_modules(base.config), read_adapter_config(adapter_dir))
     lora.weights["layers.0.mlp.up_proj"] = lora.weights["layers.0.self_attn.k_proj"]
     with pytest.raises(RuntimeError):
         merge(base, lora, tmp_path / "half", "boson", dtype=None, codec="a/b")
@@ -180,12 +184,11 @@ def test_wrong_bases_are_listed_by_their_own_names(merged, tmp_path, capsys):
     plan = [Planned(name, tuple(value.shape), value.dtype) for name, value in weights.items()]
     write_checkpoint_weights(copy, plan, lambda tensor: iter([weights[tensor.name]]))
     code, said = run(capsys, "merge", "--base_ckpt", copy, "--output_dir", tmp_path / "x", "--layout", "boson")
-    assert code == 2 and len(said) == 3
+    assert code == 2 and len(said) == 4
     assert "missing weight text_lm_head.weight [512, 64]" in said[0]
     assert "extra weight embed_tokens.weight [2]" in said[1]
     assert "weight model.norm.weight has shape [3], the model needs [64]" in said[2]
-    with pytest.raises(ConfigError, match="speaks in transformers alone, and cannot be trained"):
-        check_renamed_weights(copy, read_checkpoint_config(copy))
+    assert "without text_lm_head.weight it speaks in transformers alone, and cannot be trained" in said[3]
 
 
 def test_wrong_arguments_are_one_line_before_the_base_is_looked_for(adapter_dir, tiny_dir, tmp_path, capsys):
@@ -224,7 +227,12 @@ def test_export_renames_and_loses_nothing(adapter_dir, tiny_dir, tmp_path, capsy
     assert code == 0 and "under transformers' names" in said[-1]
     out = tmp_path / "mine-transformers"
     was, now = load_file(copy / WEIGHTS), load_file(out / WEIGHTS)
-    assert len(was) == len(now) == 2 * 21
+    assert len(was) == len(now) == 2 * 21 + 2
+    saved = ["model.embed_audio_tokens.embed_audio_tokens", "text_lm_head"]
+    assert json.loads((out / "adapter_config.json").read_text())["modules_to_save"] == saved
+    assert torch.equal(
+        was["base_model.model.audio_codebook_embeddings.weight"], now[f"base_model.model.{saved[0]}.weight"]
+    )
     old = "base_model.model.audio_decoder_proj.audio_lm_head.lora_A.weight"
     assert torch.equal(was[old], now["base_model.model.audio_lm_head.lora_A.weight"])
     old = "base_model.model.layers.1.audio_mlp.up_proj.lora_B.weight"
@@ -238,7 +246,7 @@ def test_export_renames_and_loses_nothing(adapter_dir, tiny_dir, tmp_path, capsy
         capsys, "export", "--adapter", copy, "--layout", "transformers", "--output_dir", tmp_path / "x",
         "--base_ckpt", tiny_dir, "--other_base",
     )  # fmt: skip
-    assert code == 0 and len(load_file(tmp_path / "x" / WEIGHTS)) == 42
+    assert code == 0 and len(load_file(tmp_path / "x" / WEIGHTS)) == 44
 
 
 def long_name(adapter):

@@ -13,6 +13,7 @@ from higgs_ds.process import end_process
 from tests.batching.test_collate import samples_of
 from tests.workers.common import build, with_lora_b, without_text_labels
 
+STAGES = (2, 3)
 VARIANTS = {
     "upstream": {"forward_impl": "upstream", "loss_impl": "reference"},
     "fused": {},
@@ -20,12 +21,14 @@ VARIANTS = {
     "checkpointed": {"activation_checkpointing": "full"},
     "every second layer checkpointed": {"activation_checkpointing": 2},
 }
+WHOLE = {"train_audio_embeddings": True, "train_heads": "both"}
+VARIANTS |= {f"{name}, whole modules": VARIANTS[name] | WHOLE for name in ("upstream", "fused", "reference")}
 
 
 def main() -> None:
     base_dir, codec_dir, out = map(Path, sys.argv[1:4])
     ranks = start_ranks()
-    for stage in (2, 3):
+    for stage in STAGES:
         for name, settings in VARIANTS.items():
             run = build(ranks, base_dir, codec_dir, out, 1, stage=stage, wrap_model=with_lora_b, **settings)
             result = run.trainer.train_step(1, batches_of(ranks.rank, run.dataset), 1e-3)

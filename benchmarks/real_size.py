@@ -47,16 +47,16 @@ def main() -> None:
         prepare(work)
         rows = [rehearse(work, stage) for stage in args.stages]
     worst = max(row["peak memory, GB"] for row in rows)
-    exact = all(row["losses as expected"] for row in rows)
+    holds = all(row["losses as expected"] for row in rows) and worst < MEMORY_BAR_GB
     report(
         "one optimizer step of train_ds.py on 5.771 B parameters of zeros, bf16, one rank",
         rows,
         figure={"peak memory, GB": worst, "largest distance of a loss": max(row["off by"] for row in rows)},
         bar={"peak memory, GB": MEMORY_BAR_GB, "largest distance of a loss": 1e-3},
-        holds=exact and worst < MEMORY_BAR_GB,
+        holds=holds,
         json_file=args.json,
     )
-    sys.exit(not (exact and worst < MEMORY_BAR_GB))
+    sys.exit(not holds)
 
 
 def prepare(work: Path) -> None:

@@ -27,13 +27,13 @@ from .config import TrainConfig
 from .distributed.engine import Engine, OptimizerState, Ranks
 from .errors import ConfigError
 from .files import sha256, sync, sync_folders
-from .model.adapter_file import same_base, write_adapter
+from .model.adapter_file import WEIGHTS, same_base, write_adapter
 from .model.adapter_names import peft_key
 from .process import say
 from .voice_record import VoiceRecord, write_record
 
 CHECKSUMS = "checksums.json"
-TENSOR_FILES = ("adapter/adapter_model.safetensors", "optimizer.safetensors", "rng.safetensors")
+TENSOR_FILES = (f"adapter/{WEIGHTS}", "optimizer.safetensors", "rng.safetensors")
 NAME = re.compile(r"step-[0-9]+")
 LAST_WRITE_SEC = 25.0
 # A change of these would make another run of it; the adapter's shape cannot change at all.

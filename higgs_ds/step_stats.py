@@ -108,7 +108,6 @@ class ForwardReport:
 
     expanded_labels_shape: tuple[int, ...] | None = None
     audio_logits_shape: tuple[int, ...] | None = None
-    text_logits_shape: tuple[int, ...] | None = None
     path: str = "expanded_labels"  # or "re-expanded", or "collator" with the padding-free forward
     problems: list[tuple[str, str]] = field(default_factory=list)  # (check, what was found)
 

@@ -79,6 +79,8 @@ def old_config(raw: dict) -> dict:
     ratios = acoustic.get("downsampling_ratios")
     if ratios != acoustic.get("upsampling_ratios"):
         raise ValueError("acoustic_model_config: downsampling_ratios and upsampling_ratios differ")
+    if not isinstance(ratios, list) or not 1 <= len(ratios) <= 64 or not all(type(one) is int for one in ratios):
+        raise ValueError(f"acoustic_model_config: ratios are {repr(ratios)[:80]}, expected a list of whole numbers")
     values = {key: raw.get(key, default) for key, default in _DEFAULTS.items()}
     return {
         "D": acoustic.get("hidden_size"),

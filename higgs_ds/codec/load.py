@@ -10,7 +10,7 @@ from ..config import DEFAULT_CODEC, DEFAULT_CODEC_REVISION
 from ..errors import ConfigError
 from .base import Codec, to_stderr
 from .boson import BosonCodec
-from .codec_layout import is_renamed
+from .codec_layout import WEIGHTS, is_renamed
 from .sample import SampleCodec
 
 CODEC_FILES = ("config.json", "model.pth", "sample_codec.json", "codebooks.safetensors")
@@ -64,7 +64,7 @@ def _download(repo: str, revision: str | None) -> Path:
         folder = Path(snapshot_download(repo, revision=revision, allow_patterns=list(CODEC_FILES)))
         # Only where it is the codec: a repository may hold a file of that name that is something else, and large.
         if _is_renamed(folder):
-            snapshot_download(repo, revision=revision, allow_patterns=["model.safetensors"])
+            snapshot_download(repo, revision=revision, allow_patterns=[WEIGHTS])
         return folder
     except HFValidationError as error:
         raise ValueError(f"codec {repo!r} is neither a folder here nor the name of a repository on the hub") from error
@@ -84,7 +84,7 @@ def _load_folder(folder: Path, device: str, warn: Callable[[str], None]) -> Code
     if "sample_codec.json" in files:
         return SampleCodec.load(folder)
     if "config.json" in files:
-        weights = "model.safetensors" if _is_renamed(folder) else "model.pth"
+        weights = WEIGHTS if _is_renamed(folder) else "model.pth"
         if weights in files:
             return BosonCodec(folder, device, warn, weights)
         raise ValueError(

@@ -160,7 +160,7 @@ class SampleCodec:
             raise ValueError(f"{folder} is no sample codec: it has no {Path(error.filename).name}") from error
         except (SafetensorError, KeyError) as error:  # KeyError: a dtype that numpy does not have
             raise ValueError(f"{tensors_path} cannot be read as safetensors ({error}); fit the codec again") from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{settings_path} is not JSON ({error}); fit the codec again") from error
 
         found = saved.get("settings") if isinstance(saved, dict) else None

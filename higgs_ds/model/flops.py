@@ -47,7 +47,6 @@ def touched_parameters(facts: ModelFacts) -> int:
 
     A token goes through one of a layer's two FFNs. Embedding, norms and heads are left out: the heads see labelled
     positions alone.
-
     """
     return facts.num_layers * sum(a * b for _, a, b in _projections(facts))
 
@@ -74,12 +73,11 @@ def flop_per_token(
     recomputed = -(-layers // checkpoint_every) / layers if checkpoint_every else 0.0
     forward = 2 * (1 + recomputed)
     names = {target.rsplit(".", 1)[-1] for target in lora_targets}
-    frozen = sum(a * b for _, a, b in _projections(facts))
     lora = sum(lora_rank * (a + b) for name, a, b in _projections(facts) if name in names)
     # Scores and values: 2 FLOP each for a head's every dimension and every one of the row_tokens / 2 positions before.
     attention = 2 * facts.num_heads * facts.head_dim * row_tokens
-    layer = (forward + 2) * frozen + (forward + 4) * lora + (3 + recomputed) * attention
-    return layers * layer
+    trained = layers * ((forward + 4) * lora + (3 + recomputed) * attention)
+    return (forward + 2) * touched_parameters(facts) + trained
 
 
 def _projections(facts) -> list[tuple[str, int, int]]:

@@ -71,8 +71,7 @@ class TrainingForward(nn.Module):
         )
         report = ForwardReport(
             expanded_labels_shape=(layout.num_sequences, layout.longest),
-            audio_logits_shape=outputs.audio_shape,
-            text_logits_shape=outputs.text_shape,
+            audio_logits_shape=outputs.audio_logits_shape,
             path="collator",
         )
         if layout.num_labels != outputs.num_rows:
@@ -83,12 +82,12 @@ class TrainingForward(nn.Module):
                 )
             )
         expected = (layout.audio_targets.shape[0], self.num_codebooks, self.classes)
-        if outputs.audio_shape != expected or outputs.num_frames != layout.num_frames:
+        if outputs.audio_logits_shape != expected or outputs.num_frames != layout.num_frames:
             report.problems.append(
                 (
                     "audio_logits",
-                    f"audio logits have shape {outputs.audio_shape}, expected {expected}; {outputs.num_frames} audio "
-                    f"frames reached the model, expected {layout.num_frames}",
+                    f"audio logits have shape {outputs.audio_logits_shape}, expected {expected}; {outputs.num_frames} "
+                    f"audio frames reached the model, expected {layout.num_frames}",
                 )
             )
         if report.problems:

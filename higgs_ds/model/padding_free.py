@@ -56,8 +56,7 @@ class PaddingFreeOutput(NamedTuple):
     sums: HeadSums
     num_rows: int  # of the hidden states
     num_frames: int  # audio frames that reached the model
-    text_shape: tuple[int, ...]  # rows × vocabulary that the text head computed
-    audio_shape: tuple[int, ...]  # rows × codebooks × classes that the audio head computed
+    audio_logits_shape: tuple[int, ...]  # rows × codebooks × classes that the audio head computed
 
 
 def padding_free_forward(
@@ -102,10 +101,10 @@ def padding_free_forward(
             recompute=bool(checkpoint_every) and number % checkpoint_every == 0 and torch.is_grad_enabled(),
         )
     rows = model.norm(hidden.index_select(0, layout.head_rows)).split(layout.num_head_rows)
-    loss, sums, text_shape, audio_shape = _heads(model.audio_decoder_proj, *rows, layout, objective)
+    loss, sums, shape = _heads(model.audio_decoder_proj, *rows, layout, objective)
     if not arrived:
-        audio_shape = (0, *audio_shape[1:])  # nothing was computed from the frames that were meant
-    return PaddingFreeOutput(loss, sums, num_rows, num_frames, text_shape, audio_shape)
+        shape = (0, *shape[1:])  # nothing was computed from the frames that were meant
+    return PaddingFreeOutput(loss, sums, num_rows, num_frames, shape)
 
 
 def _codes(model, audio_out_ids, audio_in_ids, like: torch.Tensor) -> torch.Tensor:
@@ -267,17 +266,17 @@ class _Ungroup(torch.autograd.Function):
 
 def _heads(
     heads: nn.Module, text: torch.Tensor, audio: torch.Tensor, layout: Layout, objective: Objective
-) -> tuple[torch.Tensor, HeadSums, tuple[int, ...], tuple[int, ...]]:
-    """Loss, sums and the shapes of what both heads computed, from labelled rows after the last norm."""
+) -> tuple[torch.Tensor, HeadSums, tuple[int, ...]]:
+    """Loss, sums and the shape of what the audio head computed, from labelled rows after the last norm."""
     scales = objective.codebook_scales
     if objective.impl == "reference":
         text_logits = heads.text_lm_head(text)
         audio_logits = heads.audio_lm_head(audio).unflatten(1, (scales.shape[0], -1))
         sums = head_sums(text_logits[None], audio_logits, layout.text_targets[None], layout.audio_targets)
         loss = scaled_loss(sums, objective.text_scale, scales)
-        return loss, sums, tuple(text_logits.shape), tuple(audio_logits.shape)
+        return loss, sums, tuple(audio_logits.shape)
     text_scale = torch.full((1,), objective.text_scale, dtype=scales.dtype, device=scales.device)
     of_text = heads.text_lm_head.loss_of(LabelledRows(text, layout.text_targets[:, None], text_scale))
     of_audio = heads.audio_lm_head.loss_of(LabelledRows(audio, layout.audio_targets, scales))
     sums = head_sums_of(of_text, of_audio)
-    return of_text.loss + of_audio.loss, sums, (of_text.shape[0], of_text.shape[2]), of_audio.shape
+    return of_text.loss + of_audio.loss, sums, of_audio.shape

@@ -10,6 +10,7 @@ import json
 import os
 from pathlib import Path
 
+from ..codec.codec_layout import MODEL_TYPE, is_renamed
 from ..errors import ConfigError
 from .layout_config import DELAY_TOKEN, TOKENS
 from .layouts import BOSON, read_json
@@ -22,7 +23,6 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
-CODEC_MODEL_TYPE = "higgs_audio_v2_tokenizer"
 SAMPLE_RATE = 24000
 RAS_WINDOW, RAS_MAX_REPEATS = 7, 2  # Boson's repetition-aware resampling
 
@@ -133,12 +133,12 @@ def codec_reference(codec: str) -> str:
         if folder.is_absolute() or codec.startswith(".") or codec.count("/") != 1:
             raise ConfigError([f"--codec: {codec} is neither a folder nor a hub id (owner/name)"])
         return codec
-    found = read_json(folder / "config.json", "--codec").get("model_type") if folder.is_dir() else None
-    if found != CODEC_MODEL_TYPE:
+    raw = read_json(folder / "config.json", "--codec") if folder.is_dir() else {}
+    if not is_renamed(raw):
         raise ConfigError(
             [
-                f"--codec: {codec} is no codec in transformers' layout (model_type {found!r}, expected "
-                f"{CODEC_MODEL_TYPE!r}), and its processor loads no other; give the hub id"
+                f"--codec: {codec} is no codec in transformers' layout (model_type {raw.get('model_type')!r}, "
+                f"expected {MODEL_TYPE!r}), and its processor loads no other; give the hub id"
             ]
         )
     return str(folder.resolve())

@@ -118,7 +118,6 @@ class ReferenceForward(nn.Module):
         report = ForwardReport()
         outputs = self.model(**inputs)
         audio_logits = outputs.audio_logits
-        report.text_logits_shape = tuple(outputs.logits.shape)
         report.audio_logits_shape = None if audio_logits is None else tuple(audio_logits.shape)
         labels = self._expanded_labels(inputs, outputs, report)
         frames = self._frames(inputs)

@@ -150,8 +150,10 @@ def test_another_seed_gives_another_codec(clips):
 
 
 def test_more_frames_than_needed_are_thinned_out(clips, monkeypatch):
+    whole = SampleCodec.fit(clips[:2], codebook_entries=256)
     monkeypatch.setattr(sample_codec, "MAX_FIT_FRAMES", 40)
-    first, second = (SampleCodec.fit(clips[:2], codebook_entries=8) for _ in range(2))
+    first, second = (SampleCodec.fit(clips[:2], codebook_entries=256) for _ in range(2))
+    assert first.codebook_size == 40 < whole.codebook_size  # no more entries than frames were kept
     assert first.fingerprint == second.fingerprint
 
 
@@ -199,6 +201,7 @@ def test_load_refuses_damaged_settings(folder):
     saved = json.loads(path.read_text())
     for text, complaint in (
         ("{", "sample_codec.json is not JSON"),
+        ("[" * 100_000, "sample_codec.json is not JSON"),
         ("[]", "settings are None, this version has"),
         (json.dumps({**saved, "settings": {**saved["settings"], "mels": 64}}), "'mels': 64.*fit the codec again"),
         (json.dumps({**saved, "sha256": "0" * 64}), "is not what sample_codec.json was written for"),

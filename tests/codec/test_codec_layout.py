@@ -108,6 +108,13 @@ def test_the_config_says_the_same():
         ({"acoustic_model_config": {"encoder_hidden_size": 32}}, "acoustic_model_config.encoder_hidden_size is 32"),
         ({"acoustic_model_config": {"upsampling_ratios": [8, 5]}}, "downsampling_ratios and upsampling_ratios differ"),
         ({"semantic_model_config": {"num_hidden_layers": 24}}, "semantic_model_config.num_hidden_layers is 24"),
+        *[
+            (
+                {"acoustic_model_config": dict.fromkeys(("downsampling_ratios", "upsampling_ratios"), ratios)},
+                "ratios are",
+            )
+            for ratios in (None, "8", [], [[1] * 9, 10**9], [8.5], [float("inf")], {"a": 1}, [8] * 65)
+        ],
         ({"target_bandwidths": []}, "do not make a codec"),
         ({"codebook_size": "1024"}, "do not make a codec"),
         ({"codebook_dim": -1}, "codebook_dim must be a whole number"),

@@ -22,7 +22,7 @@ VARIANTS = {
     "every second layer checkpointed": {"activation_checkpointing": 2},
 }
 WHOLE = {"train_audio_embeddings": True, "train_heads": "both"}
-VARIANTS |= {f"{name}, whole modules": VARIANTS[name] | WHOLE for name in ("upstream", "fused", "reference")}
+VARIANTS |= {f"{name}, whole modules": VARIANTS[name] | WHOLE for name in ("upstream", "fused")}
 
 
 def main() -> None:

@@ -109,6 +109,20 @@ def test_activation_checkpointing_as_a_number(given, every):
     assert parse_args([*NEEDED, "--activation_checkpointing", given]).model.checkpoint_every == every
 
 
+def test_what_is_trained_whole(tmp_path):
+    audio, both = ("audio_lm_head",), ("text_lm_head", "audio_lm_head")
+    for words, whole in {
+        "": (),
+        "--train_heads": audio,
+        "--train_heads both": both,
+        "--train_heads text --train_audio_embeddings": ("audio_codebook_embeddings", "text_lm_head"),
+    }.items():
+        assert parse_args([*NEEDED, *words.split()]).lora.whole_modules == whole
+    for value, whole in (("true", audio), ("false", ()), ("both", both)):
+        (tmp_path / "run.yaml").write_text(f"train_heads: {value}\n")
+        assert parse_args([*NEEDED, "--config", str(tmp_path / "run.yaml")]).lora.whole_modules == whole
+
+
 def test_lora_targets_by_group_are_written_out_once():
     config = parse_args([*NEEDED, "--lora_target_modules", "attention", "audio_mlp", "self_attn.q_proj"])
     assert config.lora.target_suffixes == [
@@ -147,6 +161,11 @@ def test_the_resolved_config_can_be_given_back(tmp_path):
             ["--activation_checkpointing: upstream's forward has none"],
         ),
         (["--lora_target_modules", "q_proj,audio_lm_head"], ["LoRA on audio_lm_head", "--loss_impl reference"]),
+        (["--train_heads", "some"], ["--train_heads: 'some' is not one of none, audio, text, both"]),
+        (
+            ["--train_heads", "--loss_impl", "reference", "--lora_target_modules", "q_proj", "audio_lm_head"],
+            ["--train_heads: audio_lm_head has LoRA already (--lora_target_modules)"],
+        ),
         (["--lora_dora"], ["--lora_dora: not supported: DoRA scales each row", "--lora_rslora"]),
         (["--lr", "fast"], ["--lr: expected a number, got 'fast'"]),
         (["--lr", "nan"], ["--lr: expected a finite number"]),

@@ -72,8 +72,13 @@ def locate_checkpoint(name_or_path: str, revision: str | None = None) -> Path:
     """
     folder = Path(name_or_path)
     try:
+        name_or_path.encode()  # it is to stand in configs and cards
         if folder.is_dir():
             return folder
+    except UnicodeEncodeError:
+        raise ConfigError(
+            [f"--base_ckpt: {ascii(name_or_path)[:200]} is no UTF-8; give the folder another name"]
+        ) from None
     except OSError as error:  # a name too long, a folder that may not be looked into
         raise ConfigError([f"--base_ckpt: {name_or_path[:200]} cannot be read: {error.strerror}"]) from None
     if folder.is_absolute() or name_or_path.startswith(".") or name_or_path.count("/") != 1:

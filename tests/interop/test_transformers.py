@@ -17,8 +17,10 @@ from safetensors.torch import load_file, save_file
 from higgs_ds.batching.collate import Collator, Sample, tokenize
 from higgs_ds.cli import main
 from higgs_ds.codec.load import load_codec
+from higgs_ds.config import DEFAULT_LORA_TARGETS
 from higgs_ds.corpus.audio import read_audio
 from higgs_ds.corpus.manifest import AudioRef, Turn, read_manifest, speech_messages
+from higgs_ds.model.adapter_names import WHOLE_MODULES
 from higgs_ds.model.base_checkpoint import load_tokenizer
 from higgs_ds.model.facts import ModelFacts
 from higgs_ds.model.layout_config import DEFAULT_ROPE, DEFAULTS, read_checkpoint_config
@@ -26,6 +28,7 @@ from higgs_ds.model.layouts import transformers_name
 from higgs_ds.model.load_layout import wanted_weights
 from higgs_ds.recite import share_given_back
 from tests.conftest import SPEECH
+from tests.model.test_adapter_file import write_adapter
 from tests.model.test_layouts import translated
 
 SYSTEM, SCENE = "Generate audio following instruction.", "Two people in a small kitchen.\nA clock ticks."
@@ -128,12 +131,17 @@ def test_a_conversation_that_the_model_never_saw_is_refused(merged, transformers
 @pytest.fixture(scope="module")
 def whole_rows(trained, merged):
     """A plain and a cloned row with real codes, as each stack takes them, and boson_multimodal's logits of them."""
-    tokenizer, codec = load_tokenizer(trained / "base"), load_codec(str(trained / "codec"))
-    config = read_checkpoint_config(merged / "boson")
-    model, report = HiggsAudioModel.from_pretrained(merged / "boson", output_loading_info=True)
-    assert not any(report.values())
+    codec = load_codec(str(trained / "codec"))
     rows, _ = read_manifest(SPEECH)
     codes = [torch.from_numpy(codec.encode(*read_audio(row.audio_refs[0][1])).astype("int64")) for row in rows[:2]]
+    return bosons_logits(merged / "boson", codes)
+
+
+def bosons_logits(folder, codes):
+    """Inputs for `logits` of the other side, by row and name; and boson_multimodal's own logits of them."""
+    config, tokenizer = read_checkpoint_config(folder), load_tokenizer(folder)
+    model, report = HiggsAudioModel.from_pretrained(folder, output_loading_info=True)
+    assert not any(report.values())
     delay_token = tokenizer.convert_tokens_to_ids("<|reserved_special_token_6|>")
     inputs, wanted = {}, {}
     for number, (name, clips) in enumerate({"cloned": codes[:1], "two turns": codes}.items()):
@@ -163,11 +171,34 @@ def whole_rows(trained, merged):
 
 @pytest.mark.parametrize("way", ["merged", "exported"])
 def test_logits_are_equal(way, whole_rows, merged, transformers_side, tmp_path):
-    inputs, wanted = whole_rows
-    save_file(inputs, tmp_path / "inputs.safetensors")
     folder, adapter = (merged / "transformers", None) if way == "merged" else (merged / "base", merged / "exported")
-    request = {"folder": folder, "inputs": tmp_path / "inputs.safetensors", "output": tmp_path / "logits.safetensors"}
-    assert transformers_side("logits", **request, adapter=adapter) == {}
+    assert_logits_are_equal(whole_rows, transformers_side, tmp_path, folder=folder, adapter=adapter)
+
+
+def test_modules_that_were_trained_whole_are_exported_and_taken_by_peft(
+    tiny_dir, tiny_config, transformers_side, tmp_path
+):
+    """Random ones in place of all that can be trained whole: plain peft there, merged in Boson's layout here."""
+    (tmp_path / "adapter").mkdir()
+    whole = [name.rsplit(".", 1)[-1] for name in WHOLE_MODULES]
+    settings = {"targets": DEFAULT_LORA_TARGETS, "whole": whole, "base_model_name_or_path": str(tiny_dir)}
+    adapter = write_adapter(tmp_path / "adapter", tiny_config, **settings)
+    flags = [*("--codec", "a/b", "--base_ckpt", str(tiny_dir), "--dtype", "fp32"), "--output_dir"]
+    for name, more in {"boson": ["--adapter", str(adapter)], "transformers": []}.items():
+        assert main(["merge", *flags, str(tmp_path / name), "--layout", name, *more]) == 0
+    export = ["export", "--adapter", str(adapter), "--layout", "transformers"]
+    assert main([*export, "--output_dir", str(tmp_path / "exported")]) == 0
+    draw = torch.Generator().manual_seed(0)
+    rows = bosons_logits(tmp_path / "boson", [torch.randint(0, 1024, (8, n), generator=draw) for n in (20, 30)])
+    folders = {"folder": tmp_path / "transformers", "adapter": tmp_path / "exported"}
+    assert_logits_are_equal(rows, transformers_side, tmp_path, **folders)
+
+
+def assert_logits_are_equal(rows, transformers_side, tmp_path, **folders):
+    inputs, wanted = rows
+    save_file(inputs, tmp_path / "inputs.safetensors")
+    request = {"inputs": tmp_path / "inputs.safetensors", "output": tmp_path / "logits.safetensors"}
+    assert transformers_side("logits", **folders, **request) == {}
     found = load_file(tmp_path / "logits.safetensors")
     for number, (text, audio, mask) in wanted.items():
         scale = audio.abs().max()

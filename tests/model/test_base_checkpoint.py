@@ -21,6 +21,7 @@ from higgs_ds.model.base_checkpoint import (
 )
 from higgs_ds.model.facts import ModelFacts
 from higgs_ds.model.higgs import HiggsAudioForTraining
+from higgs_ds.model.merge import Base
 from higgs_ds.model.tiny import SPECIAL_TOKENS, byte_tokenizer, write_tiny
 
 
@@ -187,6 +188,8 @@ def test_weights_that_this_family_carries_along_are_left_out_and_mentioned_once(
     assert all(name in note for name in strays)
     model, info = HiggsAudioForTraining.from_pretrained(copy, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
+    merging = Base.open(copy)
+    assert merging.notes == [note] and merging.stored.keys() == model.state_dict().keys()
 
 
 def test_split_halves_are_recognised(copy):
@@ -248,6 +251,13 @@ def test_a_tokenizer_of_another_model_is_refused(copy):
         ({"text_config": {"num_hidden_layers": 10**9}}, "text_config.num_hidden_layers is 1000000000"),
         ({"audio_adapter_type": "other"}, "is no config of Higgs Audio: Invalid audio adapter type: other"),
         ({"audio_dual_ffn_layers": None}, "is no config of Higgs Audio"),
+        ({"torch_dtype": "nonsense"}, "torch_dtype is 'nonsense', expected one of bfloat16, float16, float32"),
+        ({"audio_eos_token": []}, "audio_eos_token is [], expected a token's text"),
+        ({"to_diff_dict": 1}, "to_diff_dict is no field of a config"),
+        ({"text_config": {"rope_scaling": "abc"}}, "text_config.rope_scaling is 'abc', expected an object or null"),
+        ({"text_config": {"hidden_size": -64}}, "text_config.hidden_size is -64, expected a whole number from 1"),
+        ({"text_config": {"hidden_act": "none"}}, "config.json describes no model: KeyError"),
+        ({"pad_token_id": "\udcff"}, "surrogates not allowed"),
     ],
 )
 def test_a_config_that_describes_no_model_is_one_line(changes, words, copy):
@@ -273,6 +283,11 @@ def test_other_checkpoints_are_refused(changes, words, copy):
     with pytest.raises(ConfigError) as caught:
         read_model_config(copy)
     assert all(word in str(caught.value) for word in words)
+
+
+def test_a_name_that_is_no_utf_8_is_one_line():
+    with pytest.raises(ConfigError, match=r"^--base_ckpt: 'a/\\udcff' is no UTF-8; give the folder another name$"):
+        locate_checkpoint("a/\udcff")
 
 
 @pytest.mark.parametrize("name", ["nowhere", "./nowhere", "/nowhere/at/all", "a/b/c"])

@@ -107,7 +107,34 @@ def test_infinite_logits_are_not_hidden():
     assert not torch.isfinite(found.loss) and not torch.isfinite(found.saturation)
 
 
-def test_a_trained_head_is_refused():
-    head, (states, targets, scales) = head_of(32, 97).requires_grad_(True), rows_of(5, 1, 97)
-    with pytest.raises(RuntimeError, match="--loss_impl reference"):
-        head(LabelledRows(states, targets, scales))
+def trained(head: FusedHead) -> FusedHead:
+    head.requires_grad_(True)
+    head.trained = True
+    return head
+
+
+@pytest.mark.parametrize("chunk_rows", [7, 1000])
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float32, 1e-6), (torch.bfloat16, 0.01), (torch.float16, 0.002)])
+def test_a_trained_head_gets_its_gradient_whatever_the_chunks(chunk_rows, dtype, near, monkeypatch):
+    monkeypatch.setattr(fused_head, "CHUNK_BYTES", chunk_rows * 8 * 97 * 4)
+    head, (states, targets, _) = trained(head_of(32, 8 * 97, dtype)), rows_of(50, 8, 97, dtype=dtype)
+    scales = torch.rand(8, generator=torch.Generator().manual_seed(4)) * 1e-7  # as over a million labels
+    found = head.loss_of(LabelledRows(states, targets, scales))
+    found.loss.backward(torch.tensor(65536.0))
+    assert head.weight.grad.dtype == dtype
+    exact, rows = head_of(32, 8 * 97).requires_grad_(True), states.detach().float().requires_grad_()
+    exact.weight.data.copy_(head.weight.detach())
+    plain(exact, rows, targets, scales)[0].backward(torch.tensor(65536.0))
+    for ours, wanted in ((head.weight.grad, exact.weight.grad), (states.grad, rows.grad)):
+        assert float((ours.float() - wanted).norm() / wanted.norm()) < near
+
+
+def test_a_trained_head_without_rows_or_without_gradient():
+    head, (states, targets, scales) = trained(head_of(32, 97)), rows_of(0, 1, 97)
+    head.loss_of(LabelledRows(states, targets, scales)).loss.backward()
+    assert head.weight.grad.shape == (97, 32) and not head.weight.grad.any()
+    with torch.no_grad():
+        assert not head.loss_of(LabelledRows(states, targets, scales)).loss.requires_grad
+    head.trained = False
+    with pytest.raises(RuntimeError, match="taken for a frozen one would get no gradient"):
+        head.loss_of(LabelledRows(states, targets, scales))

@@ -96,6 +96,8 @@ def test_the_other_way_round(merged, tmp_path, capsys):
     assert code == 0 and "nothing merged" in said[-1]
     model, report = HiggsAudioModel.from_pretrained(tmp_path / "out", torch_dtype="auto", output_loading_info=True)
     assert not any(report.values()) and model.dtype == torch.bfloat16
+    fields = json.loads((tmp_path / "out/config.json").read_text())
+    assert not [key for part in (fields, fields["text_config"]) for key in part if key.startswith("_")]
     was = load_file(merged / "boson/model.safetensors")
     assert all(torch.equal(value, was[name].bfloat16()) for name, value in model.state_dict().items())
 

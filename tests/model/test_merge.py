@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from higgs_ds.cli import main
 from higgs_ds.config import DEFAULT_LORA_TARGETS
 from higgs_ds.errors import ConfigError
-from higgs_ds.model.adapter_file import WEIGHTS, read_adapter, read_adapter_config
+from higgs_ds.model.adapter_file import WEIGHTS, attach, read_adapter, read_adapter_config
 from higgs_ds.model.adapter_names import WHOLE_MODULES
 from higgs_ds.model.layout_config import read_checkpoint_config
 from higgs_ds.model.layouts import transformers_name
@@ -58,9 +58,12 @@ def test_boson_loads_it_with_nothing_missing_and_the_weights_are_pefts(merged, t
     assert not any(report.values()), report
     pefts = PeftModel.from_pretrained(HiggsAudioModel.from_pretrained(tiny_dir), adapter_dir).merge_and_unload()
     wanted, changed = pefts.state_dict(), set()
+    ours = read_adapter(adapter_dir, adaptable_modules(model.config), read_adapter_config(adapter_dir))
+    spoken = attach(HiggsAudioModel.from_pretrained(tiny_dir), ours).merge_and_unload().state_dict()  # in `generate`
     base = {name: value.float() for file in tiny_dir.glob("*.safetensors") for name, value in load_file(file).items()}
     for name, value in model.state_dict().items():
         assert torch.allclose(value, wanted[name], atol=1e-6, rtol=0), name
+        assert torch.equal(spoken[name], wanted[name]), name
         changed |= {name} if not torch.equal(value, base[name]) else set()
     layers = {f"layers.{n}.{part}.weight" for n in (0, 1) for part in PROJECTIONS}
     assert changed == layers | {f"{name}.weight" for name in WHOLE_MODULES} and wanted.keys() == base.keys()

@@ -384,7 +384,7 @@ def _trained(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def whole(parameter: nn.Parameter) -> torch.Tensor:
-    """A weight's values, before the engine; ZeRO-3 has cut them while loading. Every rank must call it."""
+    """A copy of a weight, before the engine; ZeRO-3 has cut it while loading. Every rank must call this."""
     with _gathered([parameter]):
         return parameter.detach().clone()
 

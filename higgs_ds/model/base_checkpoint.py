@@ -175,7 +175,7 @@ def attach_lora(
     base_revision: str | None = None,
     rslora: bool = False,
     whole_modules: Sequence[str] = (),
-    whole: Callable[[nn.Parameter], torch.Tensor] = lambda parameter: parameter.detach(),
+    whole: Callable[[nn.Parameter], torch.Tensor] = lambda parameter: parameter.detach().clone(),
 ) -> PeftModel:
     """LoRA on every linear layer whose name ends in one of `target_modules`, A drawn from our own generator, B zero.
 
@@ -183,7 +183,7 @@ def attach_lora(
 
     Args:
         whole_modules: ends of names from `WHOLE_MODULES`; the weights of these train themselves, from the base's on.
-        whole: gives a base weight's values, which ZeRO-3 has cut.
+        whole: gives a copy of a base weight, which ZeRO-3 has cut.
 
     Raises:
         ConfigError: a target that names no linear layer.
@@ -215,7 +215,7 @@ def attach_lora(
     # Not by PEFT, whose wrapper would keep the frozen weight beside a copy: its file and config say the same without.
     for name in layers_named(whole_modules, WHOLE_MODULES):
         module = model.get_submodule(name)
-        module.weight = nn.Parameter(whole(module.weight).clone())
+        module.weight = nn.Parameter(whole(module.weight))
     peft_model.peft_config["default"].modules_to_save = list(whole_modules) or None
     return peft_model
 

@@ -106,6 +106,8 @@ _LIMITS = {
     "text_config.num_key_value_heads": 1 << 10,
     "text_config.head_dim": 1 << 12,
     "text_config.max_position_embeddings": 1 << 30,
+    # transformers makes a list of so many names.
+    **dict.fromkeys(("num_labels", "text_config.num_labels", "audio_encoder_config.num_labels"), 1 << 10),
 }
 # transformers' names of them, where they are others.
 _RENAMED_LIMITS = {
@@ -153,7 +155,12 @@ def _boson_problems(raw: dict) -> list[str]:
     text = raw.get("text_config")
     if not isinstance(text, dict):
         return [f"text_config is {type(text).__name__}, expected an object"]
-    values = {**raw, **{f"text_config.{name}": value for name, value in text.items()}}
+    parts = {"": raw, "text_config.": text, "audio_encoder_config.": raw.get("audio_encoder_config")}
+    values = {
+        part + name: value
+        for part, fields in parts.items()
+        for name, value in (fields if isinstance(fields, dict) else {}).items()
+    }
     found = [_limit_problem(name, name, values[name]) for name in _LIMITS if name in values]
     problems = [problem for problem in found if problem]
     problems += [
@@ -161,7 +168,11 @@ def _boson_problems(raw: dict) -> list[str]:
         for name in ("audio_in_token", "audio_out_token", "audio_out_bos_token", "audio_eos_token")
         if not isinstance(values.get(name, ""), str)
     ]
-    problems += [f"{name} is no field of a config" for name in raw if callable(getattr(HiggsAudioConfig, name, None))]
+    problems += [
+        f"{name} is no field of a config"
+        for name in raw
+        if name.startswith("__") or callable(getattr(HiggsAudioConfig, name, None))
+    ]
     problems += _dtype_problems({key: values.get(key) for key in ("torch_dtype", "text_config.torch_dtype")})
     if not isinstance(text.get("rope_scaling"), dict | None):
         problems.append(f"text_config.rope_scaling is {repr(text['rope_scaling'])[:80]}, expected an object or null")

@@ -254,6 +254,8 @@ def test_a_tokenizer_of_another_model_is_refused(copy):
         ({"torch_dtype": "nonsense"}, "torch_dtype is 'nonsense', expected one of bfloat16, float16, float32"),
         ({"audio_eos_token": []}, "audio_eos_token is [], expected a token's text"),
         ({"to_diff_dict": 1}, "to_diff_dict is no field of a config"),
+        ({"__dict__": {}}, "__dict__ is no field of a config"),
+        ({"num_labels": 10**30}, "expected a whole number from 1 to 1024"),
         ({"text_config": {"rope_scaling": "abc"}}, "text_config.rope_scaling is 'abc', expected an object or null"),
         ({"text_config": {"hidden_size": -64}}, "text_config.hidden_size is -64, expected a whole number from 1"),
         ({"text_config": {"hidden_act": "none"}}, "config.json describes no model: KeyError"),

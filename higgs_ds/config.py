@@ -58,10 +58,7 @@ ALIASES = {
 
 
 def _option(default, text: str, **rules):
-    """A field with its help and the rules that a value must meet: choices, least, most, above, below, required.
-
-    `bare` is the value that the flag alone has.
-    """
+    """A field with its help and the rules that a value must meet: choices, least, most, above, below, required."""
     metadata = {"help": text, **rules}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
@@ -144,7 +141,6 @@ class LoraOptions:
         "train a head whole, beside LoRA, at the same --lr. Alone it means audio, which says the codes. The text head "
         "is large (394 M values), and a spoken row teaches it no more than to begin and to end a clip",
         choices=tuple(TRAINED_HEADS),
-        bare="audio",
     )
     lora_dropout: float = _option(0.05, "dropout before the LoRA branch", least=0, below=1)
     lora_target_modules: list[str] = _option(

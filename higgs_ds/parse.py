@@ -35,8 +35,6 @@ def _convert(name: str, value):
         return None
     if value is None:
         raise ValueError("needs a value")
-    if isinstance(value, bool) and "bare" in (rules := OPTIONS[name].field.metadata):
-        value = rules["bare"] if value else OPTIONS[name].field.default  # in YAML, as the flag alone
     if typing.get_origin(kind) is list:
         (item_kind,) = typing.get_args(kind)
         items = re.split(r"[\s,]+", value.strip()) if isinstance(value, str) else value
@@ -134,8 +132,6 @@ def build_parser(prog: str = "train_ds.py") -> argparse.ArgumentParser:
         options: dict = {"dest": name, "default": argparse.SUPPRESS, "action": _Given}
         if hint is bool:
             options |= {"nargs": "?", "const": "true"}
-        elif "bare" in f.metadata:
-            options |= {"nargs": "?", "const": f.metadata["bare"]}
         elif typing.get_origin(_kind(hint)) is list:
             options |= {"nargs": "+"}
         elif name in FOREIGN:

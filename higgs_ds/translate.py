@@ -45,6 +45,14 @@ def _resumed(value: object) -> object:
         return value
 
 
+def _heads(value: object) -> object:
+    """A word for yes or no, or which head."""
+    try:
+        return "audio" if yes_or_no(value) else "none"
+    except ValueError:
+        return value
+
+
 def _reported(value: object) -> str:
     names = re.split(r"[\s,]+", value.strip().lower()) if isinstance(value, str) else value
     if names in (["wandb"], ["none"]):
@@ -56,6 +64,7 @@ def _reported(value: object) -> str:
 
 FOREIGN = {
     "resume": Foreign("resume", _resumed, "without a value: auto", bare="auto"),
+    "train_heads": Foreign("train_heads", _heads, "without a value: audio", bare="audio"),
     "resume_from_checkpoint": Foreign("resume", _resumed, "true: auto, false: none"),
     "gradient_checkpointing": Foreign("activation_checkpointing", _recomputed, "true: full, false: none"),
     "report_to": Foreign("wandb_mode", _reported, "wandb: auto, none: disabled", bare=None),

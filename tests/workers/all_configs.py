@@ -89,7 +89,7 @@ def save_and_set(run, folder: Path, step, *, offloaded: bool) -> None:
     residence = Residence()
     if offloaded:
         residence.put_on_host(live)
-    writer = CheckpointWriter(folder, keep_last=1, lora=engine.module.model.peft_config["default"])
+    writer = CheckpointWriter(folder, keep_last=1, keep_best=False, lora=engine.lora_config)
     with residence.watching():
         put_together = engine.gather_state()
         writer.save(Position(3, 0.0, 0, 8, 8, ranks.world_size, {}), engine, ranks)

@@ -19,6 +19,7 @@ from boson_multimodal.model.higgs_audio import HiggsAudioModel
 from peft import PeftModel
 from PIL import Image
 
+from higgs_ds.checkpoint import read_checkpoint
 from higgs_ds.recite import Recital
 from tests.conftest import ROOT, SPEECH
 from tests.ranks import assert_all, run_ranks
@@ -199,6 +200,12 @@ def test_skip_goes_on_and_counts(tiny_dir, codec_dir, tmp_path):
     assert [row["train/dropped_steps"] for row in rows] == [1, 2, 3]
     assert [row["guard/code_range"] for row in rows] == [[1, 0], [2, 0], [3, 0]]
     assert [row["guard/failed_checks"] for row in rows] == [1, 2, 3]
+    kept = read_checkpoint(tmp_path / "run/checkpoints/step-000003")
+    assert kept.position.dropped_steps == 3 and kept.state.adam_steps == 0
+    assert not any(moment.any() for moment in kept.state.exp_avg.values())
+    # Zeros are what Adam begins with: a run goes on from there.
+    assert_all(run_ranks(["train_ds.py", *flags, "--resume", "auto", "--max_steps", "4"], 2, timeout=120))
+    assert metrics_of(tmp_path / "run")[-1]["global_step"] == 4
 
 
 def test_missing_expanded_labels_are_counted_in_the_metrics(tiny_dir, codec_dir, tmp_path):

@@ -321,13 +321,17 @@ class Engine:
             from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
 
             parameters = _trained(self.module).values()
-            yield [safe_get_local_fp32_param(p).flatten() for p in parameters]
-            for key in ("exp_avg", "exp_avg_sq"):
-                yield [safe_get_local_optimizer_state(p, key).flatten() for p in parameters]
-            return
-        yield [master.detach().flatten() for master in self._optimizer.parameters]
+            masters = [safe_get_local_fp32_param(p).flatten() for p in parameters]
+        else:
+            masters = [master.detach().flatten() for master in self._optimizer.parameters]
+        yield masters
         for key in ("exp_avg", "exp_avg_sq"):
-            yield [self._optimizer.state[master][key].flatten() for master in self._optimizer.parameters]
+            if not self._adam_steps():  # before its first update Adam has no moments, which is to say zeros
+                yield [torch.zeros_like(master) for master in masters]
+            elif self.stage == 3:
+                yield [safe_get_local_optimizer_state(p, key).flatten() for p in parameters]
+            else:
+                yield [self._optimizer.state[master][key].flatten() for master in self._optimizer.parameters]
 
     def _check_layout(self, state: GatheredState) -> None:
         """The masters, rounded, are the module's weights: fails loudly where a DeepSpeed cuts them otherwise."""
@@ -367,7 +371,7 @@ class Engine:
             own["step"].fill_(state.adam_steps)
 
     def _adam_steps(self) -> int:
-        steps = {int(own["step"]) for own in self._optimizer.state.values()}
+        steps = {int(own["step"]) for own in self._optimizer.state.values() if "step" in own} or {0}
         assert len(steps) == 1, steps
         return steps.pop()
 

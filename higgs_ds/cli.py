@@ -68,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     _import_flags(verbs.add_parser("import", help="make a manifest of what other tools write"))
 
     describe = verbs.add_parser("describe", help="what a manifest holds, and what training on it will take")
-    describe.add_argument("--train_manifest", required=True)
+    describe.add_argument("--train_manifest", required=True, nargs="+", help="with weights, as train_ds.py takes them")
     describe.add_argument("--val_manifest")
     describe.add_argument("--output_dir", type=Path, help="where describe.html, describe.png and faults.jsonl go")
     describe.add_argument("--audio_root", help="folder that paths are relative to which are not beside the manifest")
@@ -141,6 +141,7 @@ def _import(args) -> int:
 
 def _describe(args) -> int:
     from .corpus.describe import run_describe
+    from .corpus.portions import portions_of
 
     tokenizer = None
     if args.base_ckpt is not None:
@@ -150,7 +151,8 @@ def _describe(args) -> int:
     if args.max_tokens_per_batch < 1 or not 0 < args.epochs < float("inf"):
         raise ConfigError(["--max_tokens_per_batch, --epochs: must be above 0"])
     lines = run_describe(
-        [manifest for manifest in (args.train_manifest, args.val_manifest) if manifest],
+        portions_of(args.train_manifest),
+        args.val_manifest,
         args.output_dir,
         audio_root=args.audio_root,
         tokenizer=tokenizer,

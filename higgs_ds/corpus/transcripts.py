@@ -212,11 +212,12 @@ def first_lines(spoken: Spoken) -> list[str]:
     ]
 
 
-def warnings_of(sides: Sequence[Spoken]) -> list[Fault]:
-    """All warnings about the rows of the training manifest and, where there is one, of the validation manifest."""
+def warnings_of(sides: Sequence[Spoken], trained: int = 1) -> list[Fault]:
+    """All warnings about the rows of so many training manifests and, where there is one, of the validation manifest."""
     found = [
         fault for side in sides for check in (wrong_lengths, outliers, clips_of_two_texts) for fault in check(side)
     ]
-    if len(sides) > 1:
-        found += texts_on_both_sides(sides[0], sides[1])
+    for val in sides[trained:]:
+        for train in sides[:trained]:
+            found += texts_on_both_sides(train, val)
     return found

@@ -19,7 +19,7 @@ from tests.workers.common import speech_rows
 def dataset(codec_dir, tiny_config, tokenizer, tmp_path_factory):
     rows = speech_rows(12)
     cache = CodeCache(tmp_path_factory.mktemp("codes"), load_codec(str(codec_dir)))
-    assert not any(cache.ensure([ref for row in rows for _, ref in row.audio_refs], shard=0, num_shards=1))
+    assert not any(cache.ensure([ref for row in rows for _, ref in row.audio_refs]))
     return MicroBatches(rows, tokenizer, cache, Collator(ModelFacts.from_config(tiny_config), with_layout=True))
 
 

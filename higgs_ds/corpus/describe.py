@@ -23,7 +23,6 @@ from .manifest import Manifest
 from .portions import Portion, names_of
 from .transcripts import FACTS, Spoken, facts_of, first_lines, warnings_of
 
-ODDEST = 10
 # Boson's codec and the model's stream around each clip: BOS, EOS and the delay of 8 codebooks.
 FRAMES_PER_SEC, FRAMES_AROUND = 25, 9
 BYTES_PER_TOKEN = 3.5  # of text under Boson's tokenizer, roughly, where no tokenizer is given
@@ -82,8 +81,13 @@ def _number(ref: AudioRef) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little")
 
 
+def frames_of(seconds: float) -> int:
+    """Positions that a clip takes of the model, by its length."""
+    return math.ceil(seconds * FRAMES_PER_SEC) + FRAMES_AROUND
+
+
 def _tokens(row: Row, seconds: list[float], tokenizer) -> int:
-    frames = sum(math.ceil(sec * FRAMES_PER_SEC) + FRAMES_AROUND for sec in seconds)
+    frames = sum(map(frames_of, seconds))
     if tokenizer is not None:
         from ..batching.collate import tokenize
 

@@ -13,6 +13,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from ..errors import ConfigError
+
+# Rows of an epoch that repeats some, at most: it is held as numbers, by every rank.
+MOST_ROWS = 30_000_000
 # Rows of similar length change places before each draw: by so many of the distances between drawn rows at most.
 JITTER = 2
 
@@ -38,6 +42,9 @@ class Mixture:
             weights: how many times an epoch takes each manifest's rows, above 0; once where left out.
             tokens: [rows of all], for batches that are cut by them.
             names: of the manifests, for what is said of them.
+
+        Raises:
+            ConfigError: weights by which an epoch becomes longer than can be held.
         """
         self.counts = list(counts)
         self.weights = [1.0] * len(self.counts) if weights is None else list(weights)
@@ -46,9 +53,16 @@ class Mixture:
         self._ends = np.array(firsts[1:])
         self._parts = [
             _Part(number, first, count, rows_taken(count, weight), seed, tokens)
-            for number, (first, count, weight) in enumerate(zip(firsts, self.counts, self.weights, strict=False))
+            for number, (first, count, weight) in enumerate(zip(firsts[:-1], self.counts, self.weights, strict=True))
         ]
         self.taken = [part.taken for part in self._parts]  # rows of each manifest an epoch
+        if sum(self.taken) > max(MOST_ROWS, sum(self.counts)):
+            raise ConfigError(
+                [
+                    f"--train_manifest: an epoch of {sum(self.taken):,} rows by these weights, over {MOST_ROWS:,}; "
+                    "divide all weights by the same number and give more --epochs"
+                ]
+            )
         # [slots]: the row than which none that ever takes this place has more tokens.
         self.longest = np.concatenate([part.longest() for part in self._parts])
 

@@ -5,6 +5,7 @@ import pytest
 
 from higgs_ds.batching.batch_plan import make_plan
 from higgs_ds.batching.mixture import Mixture
+from higgs_ds.errors import ConfigError
 from tests.batching.test_batch_plan import global_batches
 from tests.batching.test_length_buckets import speech_tokens
 
@@ -81,6 +82,11 @@ def test_global_batches_and_shares_are_the_same_at_every_world_size_and_after_a_
         assert all(len(rows) * TOKENS[list(rows)].max() <= 2048 for rows in micro)
         dearest = TOKENS[list(one.dearest(TOKENS, 1, steps))].sum()
         assert dearest * 1.02 >= max(TOKENS[list(rows)].sum() for rows in micro)
+
+
+def test_weights_that_make_an_epoch_too_long_are_refused():
+    with pytest.raises(ConfigError, match="an epoch of 100,000,010 rows by these weights, over 30,000,000; divide"):
+        Mixture([100_000, 10], [1000, 1])
 
 
 def test_manifests_that_are_taken_whole_are_the_rows_in_their_order():

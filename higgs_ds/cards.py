@@ -11,6 +11,7 @@ from pathlib import Path
 from .config import BASE_NAMES, DEFAULT_BASE_REVISION, DEFAULT_CODEC, DEFAULT_CODEC_REVISION
 from .corpus.chatml import BOSON_EXAMPLE, SYSTEM_PROMPT, AudioRef, Row
 from .model.layouts import BOSON, TRANSFORMERS
+from .voice_record import FACTS
 
 COUNTED_ROWS = 1000
 SAMPLING = {"do_sample": True, "temperature": 1.0, "top_k": 50, "top_p": 0.95}  # as vllm-omni serves
@@ -35,11 +36,8 @@ def prompt_facts(rows: Sequence[Row]) -> dict[str, object]:
     scenes = sum(row.has_scene for row in counted)
     systems = sum(row.messages[0].role == "system" for row in counted)
     of = f"of {len(counted)} rows" if len(counted) == len(rows) else f"of the first {len(counted)} rows"
-    return {
-        "rows with a reference clip": f"{sum(n > 1 for n in clips)} {of}",
-        "rows with a scene": f"{scenes} {of}",
-        "rows with a system turn": f"{systems} {of}",
-    }
+    counts = (sum(n > 1 for n in clips), scenes, systems)
+    return {fact: f"{count} {of}" for fact, count in zip(FACTS, counts, strict=True)}
 
 
 def adapter_card(

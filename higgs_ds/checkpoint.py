@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -65,6 +65,7 @@ class Position:
     best_loss: float | None = None
     validations_since_best: int = 0
     owes_validation: bool = False  # a stop came before this step's validation
+    manifest_rows: list[int] = field(default_factory=list)  # usable ones of each training manifest
 
 
 @dataclass
@@ -362,7 +363,9 @@ def keep_global_batch(resumed: Checkpoint, config: TrainConfig, world_size: int)
     return position.rows_per_step // (config.optim.batch_size * world_size)
 
 
-def changed_settings(resumed: Checkpoint | None, config: dict, num_rows: int) -> list[str]:
+def changed_settings(
+    resumed: Checkpoint | None, config: dict, num_rows: int, manifest_rows: list[int] | None = None
+) -> list[str]:
     """What differs from the checkpoint's settings and makes another trajectory, a line each."""
     if resumed is None:
         return []
@@ -376,11 +379,16 @@ def changed_settings(resumed: Checkpoint | None, config: dict, num_rows: int) ->
     ]
     if num_rows != resumed.position.num_rows:
         changed.append(f"the manifest has {num_rows} usable rows, the checkpoint's had {resumed.position.num_rows}")
+    elif manifest_rows and (before := resumed.position.manifest_rows) and manifest_rows != before:
+        changed.append(f"the manifests have {manifest_rows} usable rows, the checkpoint's had {before}")
     return [f"WARNING: --resume with another setting: {line}" for line in changed]
 
 
 def _spelt_out(settings: dict) -> dict:
-    """An epoch is what is run where neither epochs nor steps are given; older checkpoints wrote that as a number."""
+    """Settings as older checkpoints wrote them in today's spelling: an epoch, where neither epochs nor steps are given,
+    as a number, and a manifest by itself."""
+    if isinstance(settings.get("train_manifest"), str):
+        settings = settings | {"train_manifest": [settings["train_manifest"]]}
     whole = settings.get("epochs") is None and settings.get("max_steps") is None
     return settings | {"epochs": 1.0} if whole else settings
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from .corpus.audio import AudioError
 from .distributed.launch_env import enter_launch
 from .errors import ConfigError, ExitCode
+from .files import check_writable
 from .merge_cli import add_export, add_merge
 from .process import say
 from .speak_cli import add_generate, add_recite
@@ -68,7 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     _import_flags(verbs.add_parser("import", help="make a manifest of what other tools write"))
 
     describe = verbs.add_parser("describe", help="what a manifest holds, and what training on it will take")
-    describe.add_argument("--train_manifest", required=True)
+    describe.add_argument("--train_manifest", required=True, nargs="+", help="with weights, as train_ds.py takes them")
     describe.add_argument("--val_manifest")
     describe.add_argument("--output_dir", type=Path, help="where describe.html, describe.png and faults.jsonl go")
     describe.add_argument("--audio_root", help="folder that paths are relative to which are not beside the manifest")
@@ -105,10 +108,25 @@ def _import_flags(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(verb=_import)
 
 
+@contextlib.contextmanager
+def _writing_to(output_dir: Path) -> Iterator[None]:
+    """Makes the folder, tries whether it can be written to, and has a ConfigError in one line where it cannot."""
+    from safetensors import SafetensorError
+
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        check_writable(output_dir)
+        yield
+    except (OSError, SafetensorError) as error:  # a full disk is the one or the other
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError([f"--output_dir: {output_dir} cannot be written to: {reason}"]) from error
+
+
 def _tiny(args) -> int:
     from .model.tiny import write_tiny
 
-    count = write_tiny(args.output_dir, seed=args.seed)
+    with _writing_to(args.output_dir):
+        count = write_tiny(args.output_dir, seed=args.seed)
     say(f"{args.output_dir}: a random base checkpoint of {count:,} parameters")
     return ExitCode.OK
 
@@ -141,6 +159,7 @@ def _import(args) -> int:
 
 def _describe(args) -> int:
     from .corpus.describe import run_describe
+    from .corpus.portions import portions_of
 
     tokenizer = None
     if args.base_ckpt is not None:
@@ -150,7 +169,8 @@ def _describe(args) -> int:
     if args.max_tokens_per_batch < 1 or not 0 < args.epochs < float("inf"):
         raise ConfigError(["--max_tokens_per_batch, --epochs: must be above 0"])
     lines = run_describe(
-        [manifest for manifest in (args.train_manifest, args.val_manifest) if manifest],
+        portions_of(args.train_manifest),
+        args.val_manifest,
         args.output_dir,
         audio_root=args.audio_root,
         tokenizer=tokenizer,
@@ -172,12 +192,12 @@ def _sample_codec(args) -> int:
     for row in rows:
         for where, ref in row.audio_refs:
             try:
-                clips.setdefault(ref, read_audio(ref))
+                clips[ref] = clips[ref] if ref in clips else read_audio(ref)
             except AudioError as error:
                 faults.append(Fault(row.file, row.line, where, str(error)))
     if faults or not clips:
         raise ConfigError([*grouped(faults), f"{args.train_manifest}: no codec fitted"])
-    codec = SampleCodec.fit(clips.values(), seed=args.seed)
-    codec.save(args.output_dir)
+    with _writing_to(args.output_dir):
+        SampleCodec.fit(clips.values(), seed=args.seed).save(args.output_dir)
     say(f"{args.output_dir}: the sample codec, fitted on {len(clips)} clips")
     return ExitCode.OK

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from .errors import shown
+from .corpus.portions import Portion, portions_of
+from .errors import ConfigError, shown
 
 DEFAULT_BASE = "bosonai/higgs-tts-2-3b-base"
 # One repository, with the same revisions, which the hub knows by its name of today and by the one that it had before.
@@ -58,7 +59,10 @@ ALIASES = {
 
 
 def _option(default, text: str, **rules):
-    """A field with its help and the rules that a value must meet: choices, least, most, above, below, required."""
+    """A field with its help and the rules that a value must meet: choices, least, most, above, below, required.
+
+    `whole`: the words of a list are taken as they are, with whatever blanks and commas are in them.
+    """
     metadata = {"help": text, **rules}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
@@ -69,7 +73,13 @@ def _option(default, text: str, **rules):
 class DataOptions:
     """What is trained on, and where its codes are kept."""
 
-    train_manifest: str | None = _option(None, "JSON or JSONL manifest of training rows", required=True)
+    train_manifest: list[str] | None = _option(
+        None,
+        "JSON or JSONL manifests of training rows; one of another weight than 1 as PATH=WEIGHT: an epoch takes so "
+        "many times its rows, drawn anew where that is no whole number",
+        required=True,
+        whole=True,
+    )
     val_manifest: str | None = _option(None, "manifest of validation rows")
     codec: str = _option(DEFAULT_CODEC, "Higgs audio tokenizer (hub id or folder), or a folder of the sample codec")
     codec_revision: str | None = _option(None, f"revision of a hub codec (Boson's: {DEFAULT_CODEC_REVISION[:12]}…)")
@@ -98,6 +108,11 @@ class DataOptions:
     )
     skip_bad_rows: bool = _option(False, "train without the rows that fail their check, and say which")
     num_workers: int = _option(2, "processes a rank that prepare batches (0: the training process)", least=0, most=256)
+
+    @property
+    def portions(self) -> list[Portion]:
+        """`train_manifest` read: paths and weights."""
+        return portions_of(self.train_manifest)
 
 
 @dataclass
@@ -310,8 +325,14 @@ def _whole(text: str) -> int:
 
 
 def cross_checks(config: TrainConfig) -> list[str]:
-    """What is wrong between options, a line each; fills the revisions of Boson's own repositories."""
+    """What is wrong between options, a line each; fills the revisions of Boson's own repositories, and gives manifests'
+    weights one spelling."""
     problems = []
+    try:
+        if config.data.train_manifest is not None:
+            config.data.train_manifest = list(map(str, config.data.portions))
+    except ConfigError as error:
+        problems += error.problems
     if config.loss.text_loss_weight == 0 and config.loss.audio_loss_weight == 0:
         problems.append("--text_loss_weight, --audio_loss_weight: both are 0, so there is no loss to train on")
     if config.loss.codebook_weights is not None:

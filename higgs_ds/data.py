@@ -14,6 +14,7 @@ from .alone import Alone, Unwatched
 from .batching.batch_plan import MicroBatch, Plan, StepPlan, evaluation_plans, make_plan, total_steps
 from .batching.collate import Batch, Collator, tokenize
 from .batching.loader import MicroBatches, load_steps
+from .batching.mixture import Mixture, rows_taken
 from .batching.references import References, in_epochs
 from .batching.shared_memory import check_shared_memory
 from .batching.token_counts import LengthIndex
@@ -24,6 +25,7 @@ from .config import TrainConfig
 from .corpus.chatml import Row
 from .corpus.code_cache import CodeCache
 from .corpus.controls import control_tokens
+from .corpus.portions import names_of, portions_of
 from .corpus.rows import RowSet, load_rows
 from .distributed.engine import Ranks
 from .distributed.rank_watch import Watch
@@ -71,8 +73,10 @@ def load_corpus(
     codec = ranks.each(lambda: load_codec(data.codec, data.codec_revision, device=device, warn=ranks.say))
     cache = ranks.each(lambda: CodeCache(codes_folder(config), codec))
     watch.at(0, "reading manifests, encoding clips")
+    train = [portion.path for portion in data.portions]
     train_rows, val_rows = load_rows(
-        [manifest for manifest in (data.train_manifest, data.val_manifest) if manifest],
+        [*train, *([data.val_manifest] if data.val_manifest else [])],
+        trained=len(train),
         cache=cache,
         num_codebooks=base.facts.num_codebooks,
         codebook_size=base.facts.codebook_size,
@@ -122,7 +126,11 @@ class Data:
     def validation(self) -> Iterator[tuple[StepPlan, list[Batch]]]:
         """This rank's share of all validation rows, as many batches on every rank."""
         rows, optim = self.corpus.val_rows, self.setup.config.optim
-        budget = {"tokens": rows.tokens, "max_tokens": optim.max_tokens_per_batch}
+        budget = {
+            "tokens": rows.tokens,
+            "max_tokens": optim.max_tokens_per_batch,
+            "round_to": _round_to(self.setup, self.collator),
+        }
         plans = evaluation_plans(len(rows), optim.batch_size, self.ranks.rank, self.ranks.world_size, **budget)
         return self._load(rows, plans)
 
@@ -132,7 +140,9 @@ class Data:
         style = {"prompt style": self.setup.config.data.prompt_style}
         rate = self.setup.config.data.reference_rate
         drawn = {} if rate is None else {"reference rate": f"{rate:g}"}
-        return {"rows": len(rows), "optimizer steps": self.total_steps, **style, **prompt_facts(rows), **drawn}
+        manifests = {f"manifest {name}".replace("|", "/"): text for name, text in self.plan.mixture.lines().items()}
+        counts = {"rows": len(rows), **manifests, "optimizer steps": self.total_steps}
+        return {**counts, **style, **prompt_facts(rows), **drawn}
 
     def any_inputs(self) -> dict:
         """Some micro-batch's model inputs, on this rank's device."""
@@ -170,15 +180,24 @@ def load_data(setup: Setup, ranks: Ranks, watch: Watch | Unwatched, *, only_one_
     if only_one_step:
         ranks.say("\n".join([*rows.summary, *corpus.val_rows.summary]))
         ranks.say(shown_prompt(rows[0], setup.base.tokenizer))
+    portions = config.data.portions
+    mixture = Mixture(
+        rows.counts,
+        [portion.weight for portion in portions],
+        seed=config.optim.seed,
+        tokens=rows.tokens if config.optim.max_tokens_per_batch else None,
+        names=names_of(portions),
+    )
     plan = make_plan(
         len(rows),
         rows.tokens,
+        mixture=mixture,
         batch_size=config.optim.batch_size,
         max_tokens=config.optim.max_tokens_per_batch,
         grad_accum=config.optim.grad_accum,
         world_size=ranks.world_size,
         seed=config.optim.seed,
-        round_to=1 if setup.padding_free else collator.round_to,
+        round_to=_round_to(setup, collator),
     )
     total_steps = setup.first_step if only_one_step else plan.total_steps(config.optim.epochs, config.optim.max_steps)
     data = Data(corpus, plan, total_steps, setup, collator, ranks, references)
@@ -195,6 +214,11 @@ def load_data(setup: Setup, ranks: Ranks, watch: Watch | Unwatched, *, only_one_
     )
     ranks.each(check_memory)
     return data
+
+
+def _round_to(setup: Setup, collator: Collator) -> int:
+    """What the forward rounds the longest row of a micro-batch up to."""
+    return 1 if setup.padding_free else collator.round_to
 
 
 def shown_prompt(row: Row, tokenizer) -> str:
@@ -223,12 +247,14 @@ def _references(setup: Setup, rows: RowSet) -> References | None:
 
 
 def _say_how_it_begins(setup: Setup, data: Data, ranks: Ranks) -> None:
-    changed = checkpoint.changed_settings(setup.resumed, setup.config.as_dict(), len(data.corpus.train_rows))
+    rows = data.corpus.train_rows
+    changed = checkpoint.changed_settings(setup.resumed, setup.config.as_dict(), len(rows), rows.counts)
+    mixed = [f"manifest {name}: {text}" for name, text in data.plan.mixture.lines().items()]
     begins = f"resuming after step {setup.first_step - 1}" if setup.resumed else "a fresh start"
     if setup.resumed:
         changed += _another_rate(setup, data.plan)
     drawn = [data.references.describe()] if data.references is not None else []
-    ranks.say("\n".join([*setup.notes, *drawn, *changed, begins]))
+    ranks.say("\n".join([*setup.notes, *mixed, *drawn, *changed, begins]))
 
 
 def _another_rate(setup: Setup, plan: Plan) -> list[str]:
@@ -237,6 +263,10 @@ def _another_rate(setup: Setup, plan: Plan) -> list[str]:
     saved = now | {"warmup_steps": None, "lr_schedule_steps": None} | position.config
     per_epoch = plan.steps_per_epoch
     if position.rows_per_step:
-        per_epoch = math.ceil(position.num_rows / position.rows_per_step)
+        num_rows = position.num_rows
+        if position.manifest_rows:
+            weights = [portion.weight for portion in portions_of(saved["train_manifest"])]
+            num_rows = sum(map(rows_taken, position.manifest_rows, weights))
+        per_epoch = math.ceil(num_rows / position.rows_per_step)
     saved_steps = total_steps(per_epoch, saved["epochs"], saved["max_steps"])
     return schedule.jump(saved, saved_steps, now, plan.total_steps(optim.epochs, optim.max_steps), position.step)

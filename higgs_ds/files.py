@@ -15,18 +15,19 @@ from .process import say
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, *, synced: bool = True) -> Iterator[Path]:
     """A name beside `path` to write a file or a folder to, which takes the place of `path` once the block is through.
 
     A block that raises leaves `path` as it was, and nothing beside it. The file's content is on the disk before it is
-    renamed: a crash of the machine leaves the one or the other, never an empty file.
+    renamed: a crash of the machine leaves the one or the other, never an empty file. Not `synced`, for files by the
+    thousand that can be made again, only a crash of the process does.
     """
     path = Path(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     _remove(beside)
     try:
         yield beside
-        for file in (p for p in (beside, *sorted(beside.rglob("*"))) if p.is_file()):
+        for file in (p for p in (beside, *sorted(beside.rglob("*"))) if synced and p.is_file()):
             sync(file)
         if beside.is_dir() and path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)  # a folder cannot be replaced in one call; by a file it is not replaced at all
@@ -53,6 +54,13 @@ def read_settings(path: Path, most: int = 1_000_000) -> str:
     if len(content) > most:
         raise ValueError(f"it is larger than {most:,} bytes, no file of settings")
     return content.decode("utf-8")
+
+
+def check_writable(folder: Path) -> None:
+    """Writes a file into a folder that is there, and removes it. Raises OSError, or ValueError for a NUL byte."""
+    probe = folder / f".writable-{os.getpid()}"
+    probe.touch()
+    probe.unlink()
 
 
 def sync(path: Path) -> None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import shutil
 from pathlib import Path
 
 from .config import DEFAULT_BASE, DEFAULT_CODEC
 from .errors import ConfigError
+from .files import replacing
 from .model.layouts import BOSON, LAYOUTS, TRANSFORMERS
 from .process import say
 
@@ -95,6 +94,7 @@ def run_merge(args: argparse.Namespace) -> int:
 
 def run_export(args: argparse.Namespace) -> int:
     """Renames a checked adapter's weights and layers."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     from .model.adapter_file import CONFIG, WEIGHTS, check_base, read_adapter, read_adapter_config
@@ -131,14 +131,13 @@ def run_export(args: argparse.Namespace) -> int:
     weights = {
         PREFIX + transformers_name(key.removeprefix(PREFIX)): value for key, value in adapter.state_dict().items()
     }
-    beside = output_dir.with_name(f".{output_dir.name}.{os.getpid()}.tmp")
     try:
-        beside.mkdir(parents=True)
-        (beside / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        save_file(weights, beside / WEIGHTS, metadata={"format": "pt"})
-        os.replace(beside, output_dir)
-    except OSError as error:
-        shutil.rmtree(beside, ignore_errors=True)
-        raise ConfigError([f"--output_dir: {output_dir} cannot be written: {error.strerror or error}"]) from error
+        with replacing(output_dir) as beside:
+            beside.mkdir(parents=True)
+            (beside / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            save_file(weights, beside / WEIGHTS, metadata={"format": "pt"})
+    except (OSError, SafetensorError) as error:  # a full disk is the one or the other, by which file it hits
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError([f"--output_dir: {output_dir} cannot be written: {reason}"]) from error
     say(f"{output_dir}: the adapter of {len(adapter.weights)} layers under transformers' names")
     return 0

@@ -37,8 +37,11 @@ def _convert(name: str, value):
         raise ValueError("needs a value")
     if typing.get_origin(kind) is list:
         (item_kind,) = typing.get_args(kind)
-        items = re.split(r"[\s,]+", value.strip()) if isinstance(value, str) else value
-        if not isinstance(items, list) or not items or items == [""]:
+        whole = OPTIONS[name].field.metadata.get("whole", False)
+        items = value
+        if isinstance(value, str):
+            items = [value] if whole else re.split(r"[\s,]+", value.strip())
+        if not isinstance(items, list) or not items or (items == [""] and not whole):
             raise ValueError(f"expected a list, got {shown(value)}")
         return [_scalar(item_kind, item) for item in items]
     return _scalar(kind, value)
@@ -107,10 +110,11 @@ class _Parser(argparse.ArgumentParser):
 
 
 class _Given(argparse.Action):
-    """Keeps a flag's text by the name that was written, in `given`."""
+    """Keeps a flag's text by the name that was written, in `given`; of words that are taken whole, a list."""
 
     def __call__(self, parser, namespace, values, option_string=None):
-        text = " ".join(values) if isinstance(values, list) else values
+        whole = self.dest in OPTIONS and OPTIONS[self.dest].field.metadata.get("whole")
+        text = " ".join(values) if isinstance(values, list) and not whole else values
         namespace.given[option_string.removeprefix("--")] = text
 
 

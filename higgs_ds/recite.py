@@ -12,6 +12,7 @@ import numpy as np
 
 from .corpus.audio import read_audio, write_wav
 from .corpus.chatml import AudioRef, Row, Turn, speech_messages
+from .files import write_text
 from .model.speaker import Answer, Sampling, Speaker
 
 
@@ -50,7 +51,7 @@ def recite(
 ) -> list[Recital]:
     """Lets the model speak the last assistant clip of each row, and compares it with the training codes.
 
-    Writes `<n>-<clip>.spoken.wav` beside `<n>-<clip>.original.wav`, and `recital.json`.
+    Writes `<n>-<clip>.spoken.wav` beside `<n>-<clip>.original.wav`, and `recital.json`. Raises OSError where it cannot.
 
     Args:
         rules: stop rules, of `stop_rules.STOP_RULES`; the first one's clip is written.
@@ -61,15 +62,15 @@ def recite(
     output_dir.mkdir(parents=True, exist_ok=True)
     recitals = []
     for number, row in enumerate(rows[:limit], 1):
-        last = max(i for i, turn in enumerate(row.messages) if turn.role == "assistant")
-        target = next((piece for piece in row.messages[last].content if isinstance(piece, AudioRef)), None)
+        target = target_of(row)
         if target is None:
             continue
-        turns = row.messages[:last]
+        turns = row.messages[: _answer_of(row)]
         text = " ".join(piece for turn in turns[-1:] for piece in turn.content if isinstance(piece, str))
         if prompt is not None:
             turns, _ = speech_messages(text, None, **prompt)
-        wanted = speaker.codec.encode(*read_audio(target))[: speaker.facts.num_codebooks]
+        original, rate = read_audio(target)
+        wanted = speaker.codec.encode(original, rate)[: speaker.facts.num_codebooks]
         longest = max_new_tokens or 2 * wanted.shape[1] + 64
         answers = _answers(
             speaker, turns, dataclasses.replace(sampling or Sampling(), max_new_tokens=longest), rules=rules
@@ -79,7 +80,6 @@ def recite(
             for rule, a in answers.items()
         }
         stem = f"{number:02d}-{target.path.stem if target.path else 'clip'}"
-        original, rate = read_audio(target)
         write_wav(output_dir / f"{stem}.original.wav", original, rate)
         spoken, first = answers[rules[0]].codes, endings[rules[0]]
         if first.frames:
@@ -88,8 +88,17 @@ def recite(
             Recital(row.origin, text, first.share, wanted.shape[1], first.frames, f"{stem}.spoken.wav", endings)
         )
     facts = [dataclasses.asdict(recital) for recital in recitals]
-    (output_dir / "recital.json").write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_text(output_dir / "recital.json", json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
     return recitals
+
+
+def target_of(row: Row) -> AudioRef | None:
+    """The clip of a row's last assistant turn, where it has one."""
+    return next((piece for piece in row.messages[_answer_of(row)].content if isinstance(piece, AudioRef)), None)
+
+
+def _answer_of(row: Row) -> int:
+    return max(i for i, turn in enumerate(row.messages) if turn.role == "assistant")
 
 
 def _answers(speaker: Speaker, turns: Sequence[Turn], sampling: Sampling, *, rules: Sequence[str]) -> dict[str, Answer]:

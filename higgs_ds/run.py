@@ -231,7 +231,7 @@ def make_trainer(
         utilisation=flops.utilisation(
             config,
             setup.base.facts,
-            tokens=data.corpus.train_rows.tokens,
+            tokens=data.plan.first_epoch(data.corpus.train_rows.tokens),
             device=ranks.device,
             world_size=ranks.world_size,
         ),

@@ -19,7 +19,7 @@ from .checkpoint import list_checkpoints, step_of
 from .config import TrainConfig
 from .distributed.engine import Engine, Ranks
 from .errors import ConfigError
-from .files import replacing, write_text
+from .files import check_writable, replacing, write_text
 from .model.adapter_file import write_adapter
 from .process import say
 from .voice_record import VoiceRecord, write_record
@@ -59,9 +59,7 @@ def prepare_run_dir(output_dir: Path) -> None:
     """Makes the run's folder. Raises ConfigError for one that cannot be written to."""
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        probe = output_dir / f".writable-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        check_writable(output_dir)
     except OSError as error:
         raise ConfigError([f"--output_dir: {output_dir} cannot be written to: {error.strerror or error}"]) from None
 

@@ -92,6 +92,7 @@ class Sinks:
             rows_per_step=self.data.plan.rows_per_step,
             micro_batches_per_step=self.data.plan.micro_batches_per_step,
             num_rows=len(self.data.corpus.train_rows),
+            manifest_rows=self.data.corpus.train_rows.counts,
             world_size=self.ranks.world_size,
             config=self.setup.config.as_dict(),
         )

@@ -314,6 +314,8 @@ class Trainer:
             self.tracker.progress(plan.step)
             return
         metrics = self._window.take(self.weights, learning_rate=lr, epoch=plan.epoch, utilisation=self.utilisation)
+        if not result.failures:
+            metrics |= {f"data/share/{name}": share for name, share in plan.shares.items()}
         if self._save_stall_sec is not None:
             # Of the save after the step before: how long training stood still for it on rank 0.
             metrics["perf/save_stall_sec"], self._save_stall_sec = self._save_stall_sec, None

@@ -9,10 +9,11 @@ from pathlib import Path
 
 from .corpus.chatml import PROMPT_STYLES, SERVED
 from .errors import ConfigError
+from .files import write_text
 from .model.layouts import read_json
 
 RECORD = "higgs_ds.json"
-# What the record may say besides, for the card of the merged folder.
+# What `cards.prompt_facts` says of the training rows, in its order; kept for the card of the merged folder.
 FACTS = ("rows with a reference clip", "rows with a scene", "rows with a system turn")
 
 _PLAIN = re.compile(r"[A-Za-z0-9 ]{1,80}")
@@ -38,7 +39,7 @@ def record_text(record: VoiceRecord) -> str:
 
 def write_record(folder: Path, record: VoiceRecord) -> None:
     """Writes it into a folder. Raises OSError."""
-    (folder / RECORD).write_text(record_text(record), encoding="utf-8")
+    write_text(folder / RECORD, record_text(record))
 
 
 def read_record(folder: Path, flag: str) -> VoiceRecord | None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from higgs_ds import speak_cli
+from higgs_ds import speak_cli, speak_flags
 from higgs_ds.cli import main
 from higgs_ds.codec.load import load_codec
 from higgs_ds.corpus.chatml import speech_messages
@@ -17,6 +17,8 @@ from higgs_ds.model import stop_rules
 from higgs_ds.model.base_checkpoint import open_base
 from higgs_ds.model.speaker import Sampling, Speaker
 from tests.conftest import SPEECH
+
+CLIP = SPEECH.parent / json.loads(SPEECH.read_text().splitlines()[0])["audio"]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +49,7 @@ def nothing_loads(monkeypatch):
 
 
 def test_the_names_that_the_parser_knows_are_those_that_there_are():
-    assert tuple(speaking.SAMPLERS) == speak_cli.SAMPLERS and speak_cli.STOP_RULES == stop_rules.STOP_RULES
+    assert tuple(speaking.SAMPLERS) == speak_flags.SAMPLERS and speak_cli.STOP_RULES == stop_rules.STOP_RULES
 
 
 @pytest.mark.parametrize(
@@ -59,6 +61,7 @@ def test_the_names_that_the_parser_knows_are_those_that_there_are():
         (["--text", "a \udcff"], "--text: holds half a surrogate pair"),
         (["--scene", "<|scene_desc_end|>"], "--scene: holds <|scene_desc_end|>"),
         (["--max_row_tokens", "5"], "--text: the prompt takes"),
+        (["--max_row_tokens", "120", "--ref_audio", str(CLIP), "--ref_text", "x"], "--text: the prompt takes 1"),
         (["--temperature", "nan"], "--temperature: nan must be 0 to 100"),
         (["--temperature", "-1"], "--temperature: -1.0 must be 0 to 100"),
         (["--top_p", "0"], "--top_p: 0.0 must be above 0"),
@@ -232,3 +235,20 @@ def test_recite_has_a_line_for_each_stop_rule(voice, said, tmp_path):
     assert code == 2 and lines[0].startswith("--stop: ")
     code, lines = said("recite", *flags[:-2], "--stop", "vllm", "--at_least", 2)
     assert code == 2 and lines == ["--at_least: 2.0 is not a share (0 to 1)"]
+
+
+def test_recite_says_which_texts_no_row_speaks_before_anything_is_loaded(voice, said, tmp_path, nothing_loads):
+    (tmp_path / "t.txt").write_text("Nobody says so.\n\nNor so.\n")
+    flags = [*voice, "--train_manifest", SPEECH, "--output_dir", tmp_path / "out", "--texts", tmp_path / "t.txt"]
+    code, lines = said("recite", *flags)
+    assert code == 2 and lines == [f"--texts: {tmp_path}/t.txt:{n}: no row of {SPEECH} speaks it" for n in (1, 3)]
+    (tmp_path / "m.jsonl").write_text('{"messages": [{"role": "assistant", "content": "Hm."}]}\n')
+    code, lines = said("recite", *voice, "--train_manifest", tmp_path / "m.jsonl", "--output_dir", tmp_path / "out")
+    assert code == 2 and lines == [f"{tmp_path}/m.jsonl: no row ends in a clip to speak"]
+
+
+def test_a_folder_that_cannot_be_written_to_is_one_line(said, tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    for verb in (["tiny"], ["sample-codec", "--train_manifest", SPEECH]):
+        code, lines = said(*verb, "--output_dir", tmp_path / "file" / "x")
+        assert code == 2 and lines == [f"--output_dir: {tmp_path}/file/x cannot be written to: Not a directory"]

@@ -6,11 +6,12 @@ import hashlib
 import math
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from .length_buckets import Epoch, micro_batch_costs, pack
+from .mixture import Mixture
 
 # Rows of which `Plan.dearest` draws the order: some seconds.
 ROWS_LOOKED_AT = 10_000_000
@@ -32,6 +33,8 @@ class StepPlan:
     step: int  # 1-based global step
     epoch: float  # epochs completed once this step is done
     micro_batches: tuple[MicroBatch, ...]
+    # Of several manifests: the share of the step's rows, those of all ranks, that is of each.
+    shares: dict[str, float] = field(default_factory=dict)
 
 
 def total_steps(steps_per_epoch: int, epochs: float | None, max_steps: int | None) -> int:
@@ -48,21 +51,33 @@ def total_steps(steps_per_epoch: int, epochs: float | None, max_steps: int | Non
 class Plan:
     """The order of the data: shuffled by epoch, every row once an epoch, the last global batch of an epoch smaller.
 
+    With a `mixture` an epoch has its rows instead, of several manifests or some of them repeated.
+
     A global batch is `batch_size × grad_accum × world_size` rows, cut into micro-batches in the same order at every
     world size: micro-batch i of the step goes to rank i mod world_size.
     """
 
-    def __init__(self, num_rows: int, *, batch_size: int, grad_accum: int, world_size: int, seed: int):
+    def __init__(
+        self,
+        num_rows: int,
+        *,
+        batch_size: int,
+        grad_accum: int,
+        world_size: int,
+        seed: int,
+        mixture: Mixture | None = None,
+    ):
         if num_rows < 1:
             raise ValueError("there are no rows to train on")
-        self.num_rows = num_rows
+        self.mixture = mixture or Mixture([num_rows])
+        self.num_rows = len(self.mixture)  # of an epoch
         self.batch_size = batch_size
         self.grad_accum = grad_accum
         self.world_size = world_size
         self.seed = seed
         self.micro_batches_per_step = grad_accum * world_size
         self.rows_per_step = batch_size * self.micro_batches_per_step  # 0 where it is not fixed
-        self.steps_per_epoch = math.ceil(num_rows / self.rows_per_step)
+        self.steps_per_epoch = math.ceil(self.num_rows / self.rows_per_step)
 
     def total_steps(self, epochs: float | None, max_steps: int | None) -> int:
         """Optimizer steps of the whole run; see `total_steps`."""
@@ -78,7 +93,12 @@ class Plan:
 
     def mean_tokens(self, tokens: np.ndarray | None) -> float | None:
         """Tokens of a micro-batch on average, from those of the rows; None where these were not counted."""
-        return None if tokens is None else float(tokens.sum()) / math.ceil(self.num_rows / self.batch_size)
+        of_epoch = self.first_epoch(tokens)
+        return None if of_epoch is None else float(of_epoch.sum()) / math.ceil(self.num_rows / self.batch_size)
+
+    def first_epoch(self, values: np.ndarray | None) -> np.ndarray | None:
+        """What is known of each row, [rows], for the rows of the first epoch; None where it is not known."""
+        return None if values is None else values[self.mixture.rows(0)]
 
     def dearest(self, tokens: np.ndarray, first_step: int, last_step: int, *, padded: bool = False) -> tuple[int, ...]:
         """Row numbers of the micro-batch that costs most, of steps `first_step`…`last_step`; see `packing`.
@@ -107,7 +127,7 @@ class Plan:
 
     def order(self, epoch: int) -> list[int]:
         """Row numbers of an epoch (0-based) in the order in which they are trained on."""
-        rows = list(range(self.num_rows))
+        rows = self.mixture.rows(epoch).tolist()
         random.Random(_epoch_seed(self.seed, epoch)).shuffle(rows)
         return rows
 
@@ -121,7 +141,8 @@ class Plan:
             first = place * self.rows_per_step
             rows = order[first : first + self.rows_per_step]
             done = epoch + min(1.0, (first + len(rows)) / self.num_rows)
-            yield StepPlan(step, done, split(rows, self.batch_size, rank, self.world_size))
+            micro_batches = split(rows, self.batch_size, rank, self.world_size)
+            yield StepPlan(step, done, micro_batches, self.mixture.shares(rows))
 
 
 class TokenPlan(Plan):
@@ -132,13 +153,22 @@ class TokenPlan(Plan):
     """
 
     def __init__(
-        self, tokens: np.ndarray, *, max_tokens: int, grad_accum: int, world_size: int, seed: int, round_to: int = 1
+        self,
+        tokens: np.ndarray,
+        *,
+        max_tokens: int,
+        grad_accum: int,
+        world_size: int,
+        seed: int,
+        round_to: int = 1,
+        mixture: Mixture | None = None,
     ):
         """`tokens` [rows], 1 to `max_tokens` each; `round_to`: 8 for a forward that pads rows to a multiple of 8.
 
-        Raises ValueError for other tokens, and for no rows.
+        A `mixture` must have been given the same tokens. Raises ValueError for other tokens, and for no rows.
         """
-        self.num_rows = len(tokens)
+        self.mixture = mixture or Mixture([len(tokens)])
+        self.num_rows = len(self.mixture)
         self.max_tokens = max_tokens
         self.grad_accum = grad_accum
         self.world_size = world_size
@@ -146,7 +176,10 @@ class TokenPlan(Plan):
         self.micro_batches_per_step = grad_accum * world_size
         self.rows_per_step = 0
         self._packing = pack(
-            tokens, max_tokens=max_tokens, micro_batches_per_step=self.micro_batches_per_step, round_to=round_to
+            np.asarray(tokens)[self.mixture.longest],
+            max_tokens=max_tokens,
+            micro_batches_per_step=self.micro_batches_per_step,
+            round_to=round_to,
         )
         self.steps_per_epoch = self._packing.steps
 
@@ -156,7 +189,7 @@ class TokenPlan(Plan):
 
     def dearest(self, tokens: np.ndarray, first_step: int, last_step: int, *, padded: bool = False) -> tuple[int, ...]:
         """Row numbers of a micro-batch than which none of the plan costs more; see `Packing.dearest`."""
-        return self._packing.dearest(padded=padded)
+        return tuple(self.mixture.longest[list(self._packing.dearest(padded=padded))].tolist())
 
     def _global_batch(self) -> str:
         return (
@@ -165,14 +198,15 @@ class TokenPlan(Plan):
         )
 
     def epoch(self, epoch: int) -> Epoch:
-        """The micro-batches of an epoch (0-based)."""
+        """The micro-batches of an epoch (0-based), by slots of the mixture."""
         # Not numpy's newer generators: what RandomState draws is the same in every version, and so after a resume.
         return self._packing.epoch(np.random.RandomState(_epoch_seed(self.seed, epoch) & 0xFFFFFFFF))
 
     def order(self, epoch: int) -> list[int]:
         """Row numbers of an epoch (0-based) in the order in which they are trained on."""
-        drawn = self.epoch(epoch)
-        return [row for place in range(self.steps_per_epoch) for rows in drawn.step(place) for row in rows]
+        drawn, rows = self.epoch(epoch), self.mixture.rows(epoch)
+        slots = [slot for place in range(self.steps_per_epoch) for slots in drawn.step(place) for slot in slots]
+        return rows[slots].tolist()
 
     def steps(self, rank: int, first_step: int, last_step: int) -> Iterator[StepPlan]:
         """This rank's share of the steps `first_step`…`last_step`, both included."""
@@ -180,11 +214,13 @@ class TokenPlan(Plan):
         for step in range(first_step, last_step + 1):
             epoch, place = divmod(step - 1, self.steps_per_epoch)
             if epoch != epoch_drawn:
-                epoch_drawn, drawn = epoch, self.epoch(epoch)
+                epoch_drawn, drawn, rows = epoch, self.epoch(epoch), self.mixture.rows(epoch)
                 rows_done = drawn.rows_done()
-            filler = (int(self._packing.order[-1]),)  # the shortest row there is
-            mine = spread(drawn.step(place), filler, rank, self.world_size)
-            yield StepPlan(step, epoch + rows_done[place].item() / self.num_rows, mine)
+            filler = (int(rows[self._packing.order[-1]]),)  # the shortest row there is
+            micro_batches = [tuple(rows[list(slots)].tolist()) for slots in drawn.step(place)]
+            mine = spread(micro_batches, filler, rank, self.world_size)
+            shares = self.mixture.shares([row for batch in micro_batches for row in batch])
+            yield StepPlan(step, epoch + rows_done[place].item() / self.num_rows, mine, shares)
 
 
 def make_plan(
@@ -197,9 +233,10 @@ def make_plan(
     world_size: int,
     seed: int,
     round_to: int = 1,
+    mixture: Mixture | None = None,
 ) -> Plan:
     """By token budget where there is one, else of `batch_size` rows a micro-batch."""
-    shared = {"grad_accum": grad_accum, "world_size": world_size, "seed": seed}
+    shared = {"grad_accum": grad_accum, "world_size": world_size, "seed": seed, "mixture": mixture}
     if max_tokens is None:
         return Plan(num_rows, batch_size=batch_size, **shared)
     return TokenPlan(tokens, max_tokens=max_tokens, round_to=round_to, **shared)
@@ -232,10 +269,12 @@ def evaluation_plans(
     *,
     tokens: np.ndarray | None = None,
     max_tokens: int | None = None,
+    round_to: int = 1,
 ) -> Iterator[StepPlan]:
     """All rows once, one micro-batch a step; as many steps on every rank. With `tokens` [rows], by token budget."""
     if tokens is not None and max_tokens is not None:
-        plan = TokenPlan(tokens, max_tokens=max_tokens, grad_accum=1, world_size=world_size, seed=0)
+        by_tokens = {"max_tokens": max_tokens, "round_to": round_to}
+        plan = TokenPlan(tokens, **by_tokens, grad_accum=1, world_size=world_size, seed=0)
         yield from plan.steps(rank, 1, plan.steps_per_epoch)
         return
     for i, micro_batch in enumerate(split(list(range(num_rows)), batch_size, rank, world_size)):

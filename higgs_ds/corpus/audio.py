@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
+from ..files import replacing
 from .chatml import AudioRef
 from .containers import ContainerError, ContainerFile, mended_wav
 
@@ -109,8 +110,8 @@ def write_wav(path: str | Path, waveform: np.ndarray, sample_rate: int) -> None:
 def write_sound(path: str | Path, waveform: np.ndarray, sample_rate: int) -> None:
     """Write a mono waveform [samples] in the format of the file's ending, one of `SOUND_FORMATS`.
 
-    Samples beyond -1..1 are clipped. The file appears whole.
-    Raises ValueError for a waveform that is not one-dimensional or not finite, KeyError for another ending.
+    Samples beyond -1..1 are clipped. The file appears whole. Raises OSError where it cannot be written,
+    ValueError for a waveform that is not one-dimensional or not finite, KeyError for another ending.
     """
     _write(path, waveform, sample_rate, *SOUND_FORMATS[Path(path).suffix.lower()])
 
@@ -119,16 +120,18 @@ def _write(path: str | Path, waveform: np.ndarray, sample_rate: int, kind: str, 
     waveform = np.asarray(waveform)
     if waveform.ndim != 1 or not np.isfinite(waveform).all():
         raise ValueError(f"{path}: a waveform must be mono [samples] and finite, found shape {list(waveform.shape)}")
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with soundfile.SoundFile(temporary, "w", sample_rate, 1, subtype=subtype, format=kind) as file:
+        with (
+            replacing(Path(path), synced=False) as beside,
+            soundfile.SoundFile(beside, "w", sample_rate, 1, subtype=subtype, format=kind) as file,
+        ):
             # Not all at once: libsndfile's Vorbis encoder takes the stack for what it is given.
             for start in range(0, len(waveform), sample_rate):
                 file.write(np.clip(waveform[start : start + sample_rate], -1, 1))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    except soundfile.SoundFileError as error:
+        raise OSError(_reason(error)) from error
+    except AssertionError as error:  # soundfile's own, where fewer samples were written than given
+        raise OSError("not all of it was written; the disk may be full") from error
 
 
 @contextmanager
@@ -150,7 +153,7 @@ def _opened(ref: AudioRef) -> Iterator[soundfile.SoundFile | ContainerFile]:
             if file.frames >= UNKNOWN_LENGTH:
                 raise AudioError("does not say in its header how long it is; write it anew as a plain WAV or FLAC")
             yield file
-    except soundfile.LibsndfileError as error:
+    except soundfile.SoundFileError as error:
         raise AudioError(f"cannot be decoded: {_reason(error)}") from error
     except ContainerError as error:
         raise AudioError(f"cannot be decoded: {error}") from error
@@ -171,8 +174,8 @@ def _sound(source: Path | io.BytesIO) -> soundfile.SoundFile | ContainerFile:
             raise error from None
 
 
-def _reason(error: soundfile.LibsndfileError) -> str:
-    return error.error_string.removeprefix("Error : ").rstrip(".")
+def _reason(error: soundfile.SoundFileError) -> str:
+    return getattr(error, "error_string", str(error)).removeprefix("Error : ").rstrip(".")
 
 
 def _slice(file: soundfile.SoundFile | ContainerFile, ref: AudioRef) -> tuple[int, int]:
@@ -193,8 +196,8 @@ def _slice(file: soundfile.SoundFile | ContainerFile, ref: AudioRef) -> tuple[in
 
 
 def _existing(path: Path) -> Path:
-    if not path.is_file():  # a pipe would block whoever opens it
-        raise AudioError("is missing" if not path.exists() else "is not a file")
+    if not os.path.isfile(path):  # a pipe would block whoever opens it
+        raise AudioError("is missing" if not os.path.exists(path) else "is not a file")
     if path.suffix.lower() == ".raw":
         raise AudioError("cannot be decoded: .raw has no header; write it anew as WAV or FLAC")
     return path

@@ -29,10 +29,11 @@ class ClipPaths:
         path = self._join(self.folders[0], value)
         problem = file_problem(path)
         if problem is not None and problem.startswith(MISSING):
-            other = self.path(value, elsewhere=True)
-            if str(other) != path:
-                self.elsewhere[str(other)[: -len(value)].rstrip(os.sep) or os.sep] += 1
-                return other, file_problem(other), True
+            for folder in self.folders[1:]:
+                other = self._join(folder, value)
+                if other != path and os.path.exists(other):
+                    self.elsewhere[folder] += 1
+                    return Path(other), file_problem(other), True
         return Path(path), problem, False
 
     def path(self, value: str, *, elsewhere: bool = False) -> Path:

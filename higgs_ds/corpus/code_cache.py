@@ -12,7 +12,7 @@ import mmap
 import os
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,34 +75,22 @@ class CodeCache:
             self._keys[ref] = self._hashes.hash_and_duration(ref)[0]
         return self._keys[ref]
 
-    def ensure(
-        self,
-        refs: Sequence[AudioRef],
-        *,
-        shard: int = 0,
-        num_shards: int = 1,
-        max_duration_sec: float | None = None,
-        progress: Callable[[int, int], None] | None = None,
-    ) -> dict[AudioRef, str]:
-        """Encode the clips of a shard that are not cached yet; what is wrong with the bad ones, by clip.
+    def ensure(self, refs: Sequence[AudioRef], *, max_duration_sec: float | None = None) -> dict[AudioRef, str]:
+        """Encode the clips that are not cached yet; what is wrong with the bad ones, by clip.
 
-        The shard is every `num_shards`-th of the different clips. `progress` is told how many of the shard's clips
-        are done, and how many there are. Damaged codes are made anew.
+        Damaged codes are made anew.
 
         Raises:
             OSError: the cache cannot be written to.
             ConfigError: the codec's network cannot be built.
         """
         self.read_index()
-        unique = list(dict.fromkeys(refs))[shard::num_shards]
         problems = {}
-        for done, (ref, key, problem) in enumerate(self.ensure_each(unique, max_duration_sec), start=1):
+        for ref, key, problem in self.ensure_each(list(dict.fromkeys(refs)), max_duration_sec):
             if problem is not None:
                 problems[ref] = problem
             else:
                 self._keys[ref] = key
-            if progress is not None:
-                progress(done, len(unique))
         return problems
 
     def ensure_each(
@@ -185,9 +173,15 @@ class CodeStore:
         return self._locations(key)[0].frames
 
     def frames_each(self, keys: np.ndarray) -> np.ndarray:
-        """int64 [clips]: frames of keys uint8 [clips, 32], as the disk has them now. Raises MissingCodesError."""
-        self.read_index()
-        found = self._index.find_each(np.ascontiguousarray(keys).view("<u8"))
+        """int64 [clips]: frames of keys uint8 [clips, 32]; reads the index again if it lacks one of them.
+
+        Raises MissingCodesError.
+        """
+        words = np.ascontiguousarray(keys).view("<u8")
+        found = np.full(len(words), -1) if self._index is None else self._index.find_each(words)
+        if (found < 0).any():
+            self.read_index()
+            found = self._index.find_each(words)
         if (found < 0).any():
             raise MissingCodesError(f"{int((found < 0).sum())} clips have no codes in {self._folder}")
         return self._index.rows["frames"][found].astype(np.int64)

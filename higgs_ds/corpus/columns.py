@@ -103,10 +103,10 @@ def _misspelt(name: str, columns: tuple[str, ...]) -> str | None:
 class Columns:
     """Columns that are not read, with the number of rows that have them."""
 
-    def __init__(self, counts: dict[str, int] | None = None):
-        self.counts: Counter[str] = Counter(counts or {})
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
 
-    def count(self, field_name: str, key: str, known: tuple[str, ...] = ()) -> None:
+    def count(self, field_name: str, key: str) -> None:
         """One more row, turn or clip with this key that nothing reads."""
         name = _INDEX.sub("[]", member(field_name, key))
         if name in self.counts or len(self.counts) < MOST_COLUMNS:

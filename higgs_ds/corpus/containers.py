@@ -149,9 +149,9 @@ class ContainerFile:
         """All samples; raises ContainerError for more than `most`."""
         import av
 
-        resampler = av.AudioResampler(format="fltp", layout=self._stream.layout, rate=self.samplerate)
         parts, count = [np.zeros((self.channels, 0), np.float32)], 0
         try:
+            resampler = av.AudioResampler(format="fltp", layout=self._stream.layout, rate=self.samplerate)
             for frame in self._container.decode(self._stream):
                 for part in resampler.resample(frame):
                     parts.append(part.to_ndarray())
@@ -159,9 +159,9 @@ class ContainerFile:
                 if count > most:
                     raise ContainerError(f"it goes on after the {most / self.samplerate:.2f} s that its header says")
             parts += [part.to_ndarray() for part in resampler.resample(None)]
-        except self._error as error:
+            self._samples = np.concatenate(parts, axis=1).T
+        except (self._error, ValueError) as error:  # ValueError: frames of another rate or layout than the first
             raise ContainerError(_reason(error)) from error
-        self._samples = np.concatenate(parts, axis=1).T
 
 
 def _reason(error: Exception) -> str:

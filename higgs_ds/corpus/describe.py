@@ -13,15 +13,16 @@ from pathlib import Path
 import numpy as np
 
 from ..batching.batch_plan import make_plan
+from ..batching.mixture import Mixture
 from ..errors import ConfigError
 from .audio import AudioError, duration_sec
 from .chatml import AudioRef, Row
 from .described import Described
 from .faults import Fault, grouped, plural, write_faults
 from .manifest import Manifest
+from .portions import Portion, names_of
 from .transcripts import FACTS, Spoken, facts_of, first_lines, warnings_of
 
-ODDEST = 10
 # Boson's codec and the model's stream around each clip: BOS, EOS and the delay of 8 codebooks.
 FRAMES_PER_SEC, FRAMES_AROUND = 25, 9
 BYTES_PER_TOKEN = 3.5  # of text under Boson's tokenizer, roughly, where no tokenizer is given
@@ -42,12 +43,14 @@ def describe(path: str, *, audio_root: str | None = None, tokenizer=None) -> Des
     faults = list(manifest.faults)
     for number in range(len(manifest)):
         row, found = manifest.check(number)
-        try:
-            seconds = [] if row is None else [_seconds(ref, lengths) for _, ref in row.audio_refs]
-        except AudioError as error:
-            row, found = None, [Fault(row.file, row.line, "audio", str(error))]
+        seconds: list[float] = []
+        for where, ref in row.audio_refs if row is not None else ():
+            try:
+                seconds.append(_seconds(ref, lengths))
+            except AudioError as error:
+                found.append(Fault(row.file, row.line, where, str(error)))
         faults += found
-        if row is not None:
+        if row is not None and not found:
             rows.append(row)
             of_rows.append(seconds)
     facts = np.array([facts_of(row) for row in rows], FACTS)
@@ -78,8 +81,13 @@ def _number(ref: AudioRef) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little")
 
 
+def frames_of(seconds: float) -> int:
+    """Positions that a clip takes of the model, by its length."""
+    return math.ceil(seconds * FRAMES_PER_SEC) + FRAMES_AROUND
+
+
 def _tokens(row: Row, seconds: list[float], tokenizer) -> int:
-    frames = sum(math.ceil(sec * FRAMES_PER_SEC) + FRAMES_AROUND for sec in seconds)
+    frames = sum(map(frames_of, seconds))
     if tokenizer is not None:
         from ..batching.collate import tokenize
 
@@ -90,8 +98,8 @@ def _tokens(row: Row, seconds: list[float], tokenizer) -> int:
     return frames + around + math.ceil(sum(len(text.encode("utf-8")) for text in texts) / BYTES_PER_TOKEN)
 
 
-def lines_of(found: Described, *, max_tokens: int, epochs: float | None) -> list[str]:
-    """All that the console shows of a manifest, but for its faults and warnings; no training time without epochs."""
+def lines_of(found: Described) -> list[str]:
+    """What stands in a manifest: its first lines, and who speaks how long."""
     lines = first_lines(found.spoken)
     hours: dict[str, float] = defaultdict(float)
     for row, seconds in zip(found.rows, found.spoken.seconds.tolist(), strict=True):
@@ -99,16 +107,30 @@ def lines_of(found: Described, *, max_tokens: int, epochs: float | None) -> list
     most = sorted(hours.items(), key=lambda item: -item[1])
     shown = ", ".join(f"{name[:40]!r} {share:.3g} h" for name, share in most[:8])
     named = len(hours) - ("(none named)" in hours)
-    lines.append(f"speakers: {named}: {shown}" + (f" and {len(most) - 8} more" if len(most) > 8 else ""))
-    total = int(found.tokens.sum())
-    fits = found.tokens <= max_tokens
+    return [*lines, f"speakers: {named}: {shown}" + (f" and {len(most) - 8} more" if len(most) > 8 else "")]
+
+
+def epoch_lines(
+    described: list[Described], portions: list[Portion], *, max_tokens: int, epochs: float | None
+) -> list[str]:
+    """What an epoch of these manifests takes, each by its weight; no training time without `epochs`."""
+    fits = [found.tokens <= max_tokens for found in described]
+    tokens = np.concatenate([found.tokens[fit] for found, fit in zip(described, fits, strict=True)])
+    counts = [int(fit.sum()) for fit in fits]
+    too_long = sum(len(fit) for fit in fits) - sum(counts)
+    if not sum(counts):
+        return [f"an epoch: none, all {plural(too_long, 'row')} are longer than {max_tokens:,} tokens"]
+    weights = [portion.weight for portion in portions]
+    mixture = Mixture(counts, weights, tokens=tokens, names=names_of(portions))
     plan = make_plan(
-        int(fits.sum()), found.tokens[fits], batch_size=1, max_tokens=max_tokens, grad_accum=1, world_size=1, seed=0
+        *(len(tokens), tokens), batch_size=1, max_tokens=max_tokens, grad_accum=1, world_size=1, seed=0, mixture=mixture
     )
+    total = int(plan.first_epoch(tokens).sum())
     es = "es" * (plan.steps_per_epoch != 1)
+    lines = [f"manifest {name}: {text}" for name, text in mixture.lines().items()]
     lines.append(
         f"an epoch: about {total:,} tokens, {plan.steps_per_epoch:,} micro-batch{es} of up to {max_tokens:,} tokens"
-        + (f", {plural(int((~fits).sum()), 'row')} longer than that" if not fits.all() else "")
+        + (f", {plural(too_long, 'row')} longer than that" if too_long else "")
     )
     if epochs is None:
         return lines
@@ -124,7 +146,8 @@ def _time(seconds: float) -> str:
 
 
 def run_describe(
-    manifests: list[str],
+    portions: list[Portion],
+    val_manifest: str | None,
     output_dir: Path | None,
     *,
     audio_root: str | None = None,
@@ -134,17 +157,24 @@ def run_describe(
 ) -> list[str]:
     """The lines to print; with `output_dir`, describe.html, describe.png and faults.jsonl are left there.
 
+    The page plays clips of the first manifest.
+
     Raises:
         ConfigError: a manifest without a usable row, or a folder that cannot be written to.
     """
-    described = [describe(path, audio_root=audio_root, tokenizer=tokenizer) for path in manifests]
+    trained = len(portions)
+    sides = [*portions, *([Portion(val_manifest)] if val_manifest else [])]
+    described = [describe(side.path, audio_root=audio_root, tokenizer=tokenizer) for side in sides]
     said: list[str] = []
-    for path, found in zip(manifests, described, strict=True):
+    for number, found in enumerate(described):
         if not found.rows:
-            raise ConfigError([*grouped(found.faults), f"{path}: no usable row"])
-        trained = found is described[0]
-        said += [*lines_of(found, max_tokens=max_tokens, epochs=epochs if trained else None), *found.notes]
-    warnings = warnings_of([found.spoken for found in described])
+            raise ConfigError([*grouped(found.faults), f"{sides[number].path}: no usable row"])
+        said += [*lines_of(found), *found.notes]
+        if number == trained - 1:
+            said += epoch_lines(described[:trained], portions, max_tokens=max_tokens, epochs=epochs)
+        elif number >= trained:
+            said += epoch_lines([found], sides[trained:], max_tokens=max_tokens, epochs=None)
+    warnings = warnings_of([found.spoken for found in described], trained)
     faults = [fault for found in described for fault in found.faults]
     for count, what, some in ((len(faults), "fault", faults), (len(warnings), "warning", warnings)):
         if some:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import base64
 import html
 import io
-import os
 from pathlib import Path
 
 import numpy as np
 import soundfile
 
+from ..files import replacing
 from .audio import AudioError, read_audio
 from .described import Described, oddest
 
@@ -24,7 +24,8 @@ STYLE = (
 def write_page(folder: Path, found: Described, said: list[str]) -> Path:
     """describe.png and describe.html in a folder; the page's path. Raises OSError where they cannot be written."""
     png = draw_histograms(found)
-    _replace(folder / "describe.png", png)
+    with replacing(folder / "describe.png") as beside:
+        beside.write_bytes(png)
     image = base64.b64encode(png).decode()
     title = html.escape(found.spoken.file)
     rows = "\n".join(_played(found, i) for i in oddest(found))
@@ -36,7 +37,8 @@ def write_page(folder: Path, found: Described, said: list[str]) -> Path:
         f"<table>\n{rows}\n</table>\n"
     )
     path = folder / "describe.html"
-    _replace(path, page.encode("utf-8", "replace"))
+    with replacing(path) as beside:
+        beside.write_text(page, encoding="utf-8", errors="replace")
     return path
 
 
@@ -85,9 +87,3 @@ def _played(found: Described, i: int) -> str:
         sound = html.escape(str(error))
     cells = (html.escape(f"{row.file}:{row.line}"), numbers, html.escape(text), sound)
     return "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)

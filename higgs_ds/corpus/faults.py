@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+
+from ..files import replacing
 
 FAULTS_FILE = "faults.jsonl"
 SHOWN_OF_A_KIND = 20
@@ -29,6 +30,7 @@ class Fault:
     field: str
     problem: str
     warning: bool = False
+    missing: str | None = dataclasses.field(default=None, compare=False)  # the path, as given, that is not there
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}: {self.field}: {self.problem}"
@@ -71,24 +73,22 @@ def write_faults(folder: Path, faults: Iterable[Fault]) -> Path | None:
     Returns its path, or None where there is none, be it because the folder cannot be written to.
     """
     path = folder / FAULTS_FILE
-    temporary = folder / f".{FAULTS_FILE}.{os.getpid()}.tmp"
     faults = sorted(faults)
     try:
         if not faults:
             path.unlink(missing_ok=True)
             return None
         folder.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8") as file:
+        with replacing(path) as beside, beside.open("w", encoding="utf-8") as file:
             file.writelines(map(_line, faults))
-        os.replace(temporary, path)
     except OSError:
         return None
     return path
 
 
 def _line(fault: Fault) -> str:
-    values = dataclasses.asdict(fault)
-    values |= {"kind": fault.kind, "level": "warning" if values.pop("warning") else "fault"}
+    values = {name: getattr(fault, name) for name in ("file", "line", "field", "problem", "kind")}
+    values["level"] = "warning" if fault.warning else "fault"
     return json.dumps(values, ensure_ascii=True) + "\n"
 
 

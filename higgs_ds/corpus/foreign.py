@@ -52,7 +52,7 @@ def guess_content(head: bytes, whole=None) -> str | None:
     text = head.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "replace")
     start = text.lstrip()
     if start.startswith("{"):
-        row = _json(start.splitlines()[0])
+        row = _json(lines_in(start)[0])
         if isinstance(row, dict):
             return _guess_row(row)
         row = _json(whole().decode("utf-8-sig", "replace")) if whole is not None else None
@@ -63,7 +63,12 @@ def guess_content(head: bytes, whole=None) -> str | None:
         except (ValueError, RecursionError):
             return None
         return _guess_row(first) if isinstance(first, dict) else None
-    return _guess_table(text.splitlines()[:HEAD_LINES])
+    return _guess_table(lines_in(text)[:HEAD_LINES])
+
+
+def lines_in(text: str) -> list[str]:
+    """As an editor counts them; `splitlines` also splits at U+2028, form feeds and the like, within a transcript."""
+    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
 
 
 def no_manifest(path: str, content: bytes) -> str | None:
@@ -120,7 +125,10 @@ def _guess_table(lines: list[str]) -> str | None:
     if not filled:
         return None
     for delimiter in (",", "\t", ";"):
-        header = {name.strip().lower() for name in next(csv.reader(filled[:1], delimiter=delimiter))}
+        try:
+            header = {name.strip().lower() for name in next(csv.reader(filled[:1], delimiter=delimiter), ())}
+        except csv.Error:  # a NUL byte
+            return None
         if header & set(FILE_COLUMNS) and header & set(TEXT_COLUMNS):
             return "audiofolder"
     return "ljspeech" if all("|" in line for line in filled) else None

@@ -13,6 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ..errors import ConfigError
+from ..files import write_text
 from .audio import AudioError, read_audio, write_wav
 from .chatml import AudioRef
 from .faults import plural
@@ -21,6 +22,7 @@ from .ingest_formats import Found, read_foreign
 TRIM_DB = 40.0  # below the loudest, where silence begins
 TRIM_MARGIN_SEC = 0.1  # of it that is kept at both ends
 PEAK = 0.99
+LONGEST_STEM = 200  # bytes of a new clip's name, to which a number and an ending come
 LEAST_BLOCK_SEC, BLOCK_SEC = 0.05, 0.4  # of loudness by ITU-R BS.1770
 
 
@@ -90,16 +92,21 @@ def run_import(
         FileExistsError: the folder holds a manifest already.
     """
     for name in ("train.jsonl", "val.jsonl"):
-        if (output_dir / name).exists():
+        if os.path.exists(output_dir / name):
             raise FileExistsError(f"{output_dir} holds {name} already; remove it or name another --output")
     kind, found = read_foreign(path, kind)
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        if sound:
-            _write_clips(found, output_dir / "clips", sound)
+
+    def shared_out() -> tuple[list[dict], list[dict], list[str]]:
         if not found.rows:
             raise ConfigError([*found.lines(), f"{path}: no row is left, read as {kind}"])
-        train, val, notes = split(found.rows, val_share=val_share, val_speakers=val_speakers, seed=seed)
+        return split(found.rows, val_share=val_share, val_speakers=val_speakers, seed=seed)
+
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        train, val, notes = shared_out()
+        if sound:  # only now: what cannot be split is said before hours of clips are written
+            _write_clips(found, output_dir / "clips", sound)
+            train, val, notes = shared_out()
         for name, rows in (("train.jsonl", train), ("val.jsonl", val)):
             if rows:
                 _write_rows(output_dir / name, rows)
@@ -175,7 +182,7 @@ def _write_clips(found: Found, folder: Path, sound: Sound) -> None:
     """New clips in the place of all that the rows name; rows whose clip cannot be used are left out."""
     folder.mkdir(parents=True, exist_ok=True)
     done: dict[str, str | None] = {}
-    taken: set[str] = set()
+    taken: dict[str, int] = {}
     kept = []
     for row in tqdm(found.rows, desc="clips", unit="clip", mininterval=1.0):
         for name, holder in _clips_of(row):
@@ -196,27 +203,34 @@ def _clips_of(row: dict) -> Iterable[tuple[str, dict]]:
             yield from (("audio_url", piece) for piece in message["content"] if piece["type"] == "audio")
 
 
-def _write_clip(source: str, folder: Path, taken: set[str], sound: Sound, found: Found) -> str | None:
+def _free_name(source: str, taken: dict[str, int]) -> str:
+    """A clip's name without its ending, with a number behind it where others have it.
+
+    `taken` holds the names, each with the last number that was put behind it.
+    """
+    stem = Path(source).stem.encode("utf-8", "replace")[:LONGEST_STEM].decode("utf-8", "ignore")
+    name, number = stem, taken.get(stem, 1)
+    while name in taken:
+        number += 1
+        name = f"{stem}-{number}"
+    taken |= {name: 1, stem: number}
+    return name
+
+
+def _write_clip(source: str, folder: Path, taken: dict[str, int], sound: Sound, found: Found) -> str | None:
     """The new clip's path relative to the manifest; None for a clip that cannot be used."""
-    stem = number = Path(source).stem
-    for i in range(len(taken)):
-        if stem not in taken:
-            break
-        stem = f"{number}-{i + 2}"
     try:
         waveform, sample_rate = sound.apply(*read_audio(AudioRef(Path(source))))
     except AudioError as error:
         found.leave_out("clips that cannot be used", f"{source}: {error}")
         return None
-    taken.add(stem)
+    stem = _free_name(source, taken)
     write_wav(folder / f"{stem}.wav", waveform, sample_rate)
     return f"{folder.name}/{stem}.wav"
 
 
 def _write_rows(path: Path, rows: list[dict]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def _summary(path: Path, rows: list[dict]) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from .columns import SYNONYMS
-from .foreign import AUDIO_SUFFIXES, FILE_COLUMNS, FORMATS, TEXT_COLUMNS, guess
+from .foreign import AUDIO_SUFFIXES, FILE_COLUMNS, FORMATS, TEXT_COLUMNS, guess, lines_in
 
 AUDIO_TAG = "<audio>"
 TEXT_SUFFIXES = (".normalized.txt", ".txt", ".lab")
@@ -31,7 +31,7 @@ class Found:
 
     def add(self, origin: str, audio: Path | None, text: Any, **more: Any) -> None:
         """One speech row; left out where its clip or its text is not there."""
-        if audio is None or not audio.is_file():
+        if audio is None or not os.path.isfile(audio):
             self.leave_out("clips that do not exist", f"{origin}: {audio}")
         elif not isinstance(text, str) or not text.strip():
             self.leave_out("rows without a text", origin)
@@ -57,8 +57,8 @@ def read_foreign(path: Path, kind: str | None) -> tuple[str, Found]:
     Raises:
         ConfigError: what is not there, cannot be read, or is no format that is known.
     """
-    if not path.exists():
-        raise ConfigError([f"{path}: does not exist; name a file or a folder of {', '.join(FORMATS)}"])
+    if not os.path.exists(path):
+        raise ConfigError([f"{str(path)[:200]}: does not exist; name a file or a folder of {', '.join(FORMATS)}"])
     kind = kind or guess(path)
     if kind is None:
         raise ConfigError([f"{path}: holds none of the formats that are known; say --from {'|'.join(FORMATS)}"])
@@ -68,7 +68,7 @@ def read_foreign(path: Path, kind: str | None) -> tuple[str, Found]:
         raise ConfigError([f"{path}: is not UTF-8 ({error.reason}); save it as UTF-8"]) from error
     except OSError as error:
         raise ConfigError([f"{path}: cannot be read: {error.strerror or error}"]) from error
-    except (ValueError, RecursionError) as error:
+    except (csv.Error, ValueError, RecursionError) as error:
         raise ConfigError([f"{path}: is not {FORMATS[kind]}: {error}"]) from error
 
 
@@ -77,7 +77,7 @@ def read_ljspeech(path: Path) -> Found:
     table = _one_of(path, ("metadata.csv", "metadata.txt", "metadata.list", "filelist.txt"))
     rows = [
         (number, [part.strip() for part in line.split("|")])
-        for number, line in enumerate(table.read_text(encoding="utf-8-sig").splitlines(), start=1)
+        for number, line in enumerate(lines_in(table.read_text(encoding="utf-8-sig")), start=1)
         if line.strip()
     ]
     with_speaker = _second_is_speaker([parts for _, parts in rows])
@@ -105,7 +105,7 @@ def _clip_of(folder: Path, name: str) -> Path | None:
     for parent in (folder, folder / "wavs", folder / "wav", folder / "audio", folder / "clips"):
         for suffix in suffixes:
             candidate = parent / f"{name}{suffix}"
-            if (suffix or candidate.suffix) and candidate.is_file():
+            if (suffix or candidate.suffix) and os.path.isfile(candidate):
                 return candidate
     return folder / "wavs" / f"{name}.wav"
 
@@ -123,9 +123,13 @@ def read_train_higgs_audio(path: Path) -> Found:
             found.leave_out("samples that are no objects", origin)
             continue
         ref_audio = _first(sample, "ref_audio_file", "reference_audio_file", "ref_audio", "reference_audio")
-        ref_text = _text_of(file.parent, sample, ("ref_", "reference_"))
+        try:
+            ref_text, text = (_text_of(file.parent, sample, of) for of in (("ref_", "reference_"), ("",)))
+        except UnicodeDecodeError:
+            found.leave_out("rows whose text file is not UTF-8", origin)
+            continue
         more: dict[str, Any] = {}
-        if ref_audio and ref_text and (ref_path := _beside(file.parent, ref_audio)).is_file():
+        if ref_audio and ref_text and os.path.isfile(ref_path := _beside(file.parent, ref_audio)):
             more = {"ref_audio": os.path.abspath(ref_path), "ref_text": _clean(ref_text)}
         elif ref_audio:
             found.leave_out("references whose clip or text is not there (their rows are kept)", origin)
@@ -134,7 +138,7 @@ def read_train_higgs_audio(path: Path) -> Found:
         found.add(
             origin,
             _beside(file.parent, audio) if audio else None,
-            _text_of(file.parent, sample, ("",)),
+            text,
             speaker=_first(sample, "speaker_id", "speaker_name", "speaker"),
             scene=scene.replace("_", " ").strip() if isinstance(scene, str) else None,
             **more,
@@ -148,7 +152,7 @@ def _text_of(folder: Path, sample: dict, prefixes: tuple[str, ...]) -> str | Non
         if text := _first(sample, f"{prefix}transcript", f"{prefix}text"):
             return text
         name = _first(sample, f"{prefix}transcript_file", f"{prefix}text_file")
-        if name and (path := _beside(folder, name)).is_file():
+        if name and os.path.isfile(path := _beside(folder, name)):
             return path.read_text(encoding="utf-8-sig")
     return None
 
@@ -190,7 +194,7 @@ def _add_talk(found: Found, origin: str, messages: list[dict], tags: list[int], 
         found.add(origin, clips[0], texts[turns[0]])
     elif not speaks:
         found.leave_out("conversations in which the assistant has no clip", origin)
-    elif missing := [clip for clip in clips if not clip.is_file()]:
+    elif missing := [clip for clip in clips if not os.path.isfile(clip)]:
         found.leave_out("clips that do not exist", f"{origin}: {missing[0]}")
     else:
         left = iter(clips)
@@ -251,7 +255,10 @@ def read_folder(path: Path) -> Found:
             found.leave_out("clips without a text file of the same name", str(clip))
             continue
         speaker = parts[0] if len(parts) > 1 and len(speakers) > 1 else None
-        found.add(str(clip), clip, text.read_text(encoding="utf-8-sig"), speaker=speaker)
+        try:
+            found.add(str(clip), clip, text.read_text(encoding="utf-8-sig"), speaker=speaker)
+        except UnicodeDecodeError:
+            found.leave_out("rows whose text file is not UTF-8", str(text))
     return found
 
 
@@ -300,7 +307,7 @@ def _one_of(path: Path, names: tuple[str, ...]) -> Path:
 def _beside(folder: Path, name: str) -> Path:
     """A path as another tool wrote it: beside its table, else below the working folder."""
     beside = folder / os.path.expanduser(name)
-    return beside if beside.exists() or not Path(name).exists() else Path(name)
+    return beside if os.path.exists(beside) or not os.path.exists(name) else Path(name)
 
 
 def _first(values: dict, *names: str) -> str | None:

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from .chatml import SERVED, SYSTEM_PROMPT, AudioRef, Row, Turn, speech_messages
-from .clip_paths import MISSING, ClipPaths
+from .clip_paths import ClipPaths
 from .controls import AUDIO_PLACEHOLDERS, DEFAULT_CONTROLS
 from .faults import Fault
 from .foreign import FORMATS, guess, import_command, no_manifest
@@ -169,15 +169,14 @@ class Manifest:
 
     def summed_up(self, faults: list[Fault]) -> list[Fault]:
         """The faults of all rows; one sentence where not a single clip is where its row says."""
-        missing = [fault for fault in faults if MISSING in fault.problem]
+        missing = [fault for fault in faults if fault.missing is not None]
         if len(self) < 2 or len({fault.line for fault in missing}) < len(self):
             return faults
-        values = [fault.problem.split(f" {MISSING}")[0].strip("'\"") for fault in missing[:20]]
-        where = self._rules.paths.where_they_would_be(values)
+        where = self._rules.paths.where_they_would_be(fault.missing for fault in missing[:20])
         first = Fault(
             self.file, missing[0].line, missing[0].field, f"none of the {len(self):,} rows' clips exists; {where}"
         )
-        return [first, *(fault for fault in faults if MISSING not in fault.problem)]
+        return [first, *(fault for fault in faults if fault.missing is None)]
 
     def _text(self, number: int) -> str:
         first, behind = self._spans[number]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+import os
 import re
 from collections import Counter
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .chatml import ROLES, SERVED, AudioRef, Row, Turn, speech_messages
-from .clip_paths import URL, ClipPaths
+from .clip_paths import MISSING, URL, ClipPaths
 from .columns import AUDIO_FIELDS, TEXT_FIELDS, TURN_FIELDS, Columns, Reading, member, reading, weighty_misspelling
 from .controls import DEFAULT_CONTROLS, find_control
 from .faults import Fault
@@ -63,8 +64,8 @@ class RowCheck:
         self.found_elsewhere = elsewhere
         self.faults: list[Fault] = []
 
-    def fault(self, field_name: str, problem: str) -> None:
-        self.faults.append(Fault(self.rules.file, self.line, field_name, problem))
+    def fault(self, field_name: str, problem: str, missing: str | None = None) -> None:
+        self.faults.append(Fault(self.rules.file, self.line, field_name, problem, missing=missing))
 
     def row(self, value: Any) -> Row | None:
         """The row, usable only if `faults` stays empty."""
@@ -187,7 +188,7 @@ class RowCheck:
         """Whether an audio_url names a clip, so that the bytes beside it are not needed; a URL is not fetched."""
         if not isinstance(url, str) or url in NOT_THERE or URL.match(url) or "\0" in url:
             return False
-        return self.rules.paths.path(url, elsewhere=True).exists()
+        return os.path.exists(self.rules.paths.path(url, elsewhere=True))
 
     def speech(self, row: dict, read: Reading) -> Row | None:
         of = read.column
@@ -321,7 +322,7 @@ class RowCheck:
             path, problem, elsewhere = self.rules.paths.find(value)
             self.found_elsewhere |= elsewhere
             if problem:
-                self.fault(where, f"{_shown(value)} {problem}")
+                self.fault(where, f"{_shown(value)} {problem}", value if problem.startswith(MISSING) else None)
             return path
         return None
 

@@ -15,10 +15,14 @@ from .transcripts import FACTS, VOICE
 
 @dataclass
 class RowSet(Sequence):
-    """The usable rows of a manifest, in its order; each is parsed when it is asked for, and its clips carry keys."""
+    """The usable rows of a manifest, in its order; each is parsed when it is asked for, and its clips carry keys.
 
-    manifest: Manifest | None = None
-    numbers: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # [rows], in the manifest
+    `joined` are those of several manifests, one after the other.
+    """
+
+    manifests: tuple[Manifest, ...] = ()
+    ends: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # [manifests], in the rows
+    numbers: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # [rows], in their manifest
     keys: np.ndarray = field(default_factory=lambda: np.zeros((0, 32), np.uint8))  # [clips of all rows, 32]
     clip_ends: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # [rows], in `keys`
     tokens: np.ndarray | None = None  # int32 [rows], where they were asked for
@@ -31,14 +35,22 @@ class RowSet(Sequence):
     def __getitem__(self, i: int) -> Row:
         behind = int(self.clip_ends[i])
         first = int(self.clip_ends[i - 1]) if i else 0
-        return self.manifest.row(int(self.numbers[i])).with_keys(self.keys[first:behind])
+        manifest = self.manifests[int(np.searchsorted(self.ends, i, side="right"))]
+        return manifest.row(int(self.numbers[i])).with_keys(self.keys[first:behind])
+
+    @property
+    def counts(self) -> list[int]:
+        """How many rows are of each manifest."""
+        return np.diff(np.r_[0, self.ends]).tolist()
 
     def only(self, kept: np.ndarray) -> RowSet:
         """Those rows alone; `kept` bool [rows]."""
         clips = np.diff(np.r_[0, self.clip_ends])
         tokens = None if self.tokens is None else self.tokens[kept]
         keys = self.keys[np.repeat(kept, clips)]
-        return RowSet(self.manifest, self.numbers[kept], keys, np.cumsum(clips[kept]), tokens, self.voices[kept])
+        ends = np.r_[0, np.cumsum(kept)][self.ends]
+        clip_ends = np.cumsum(clips[kept])
+        return RowSet(self.manifests, ends, self.numbers[kept], keys, clip_ends, tokens, self.voices[kept])
 
 
 @dataclass
@@ -62,7 +74,7 @@ def as_array(keys: Iterable[bytes]) -> np.ndarray:
 def put_together(manifest: Manifest, parts: list[Part]) -> tuple[RowSet, np.ndarray]:
     """All ranks' rows in the manifest's order, and their FACTS."""
     if not parts:
-        return RowSet(manifest), np.zeros(0, FACTS)
+        return RowSet((manifest,), np.zeros(1, np.int64)), np.zeros(0, FACTS)
     names = ("numbers", "clips", "keys", "facts", "voices")
     numbers, clips, keys, facts, voices = (np.concatenate([getattr(p, name) for p in parts]) for name in names)
     order = np.argsort(numbers)
@@ -71,4 +83,30 @@ def put_together(manifest: Manifest, parts: list[Part]) -> tuple[RowSet, np.ndar
     ends = np.cumsum(clips)
     places = np.repeat(first - (ends - clips), clips) + np.arange(len(keys))
     tokens = None if parts[0].tokens is None else np.concatenate([part.tokens for part in parts])[order]
-    return RowSet(manifest, numbers[order], keys[places], ends, tokens, voices[order]), facts[order]
+    rows = RowSet((manifest,), np.array([len(order)]), numbers[order], keys[places], ends, tokens, voices[order])
+    return rows, facts[order]
+
+
+def joined(sets: list[RowSet]) -> RowSet:
+    """The rows of several manifests, at least one, as one set.
+
+    A speaker's name means another voice in each: rows of one manifest are no references for those of another.
+    """
+    if len(sets) == 1:
+        return sets[0]
+    voices = [rows.voices.copy() for rows in sets]
+    for number, of_set in enumerate(voices):
+        named = of_set["speaker"] != 0
+        of_set["speaker"][named] += np.uint64(number * 0x9E3779B97F4A7C15 % 2**64)
+    counts = [len(rows) for rows in sets]
+    clips_before = np.cumsum([0, *(len(rows.keys) for rows in sets[:-1])])
+    return RowSet(
+        tuple(manifest for rows in sets for manifest in rows.manifests),
+        np.cumsum(counts),
+        np.concatenate([rows.numbers for rows in sets]),
+        np.concatenate([rows.keys for rows in sets]),
+        np.concatenate([rows.clip_ends + before for rows, before in zip(sets, clips_before, strict=True)]),
+        None if sets[0].tokens is None else np.concatenate([rows.tokens for rows in sets]),
+        np.concatenate(voices),
+        tuple(line for rows in sets for line in rows.summary),
+    )

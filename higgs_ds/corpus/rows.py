@@ -28,7 +28,7 @@ from .code_cache import CodeCache
 from .controls import DEFAULT_CONTROLS
 from .faults import SHOWN_OF_A_KIND, Fault, grouped, plural, write_faults
 from .manifest import Manifest
-from .row_set import Part, RowSet, as_array, put_together
+from .row_set import Part, RowSet, as_array, joined, put_together
 from .same_files import check_same_files
 from .transcripts import FACTS, VOICE, Spoken, facts_of, first_lines, voice_of, warnings_of
 
@@ -44,6 +44,7 @@ EXCHANGE_SEC = 16.0
 def load_rows(
     manifests: list[str],
     *,
+    trained: int = 1,
     cache: CodeCache,
     num_codebooks: int,
     codebook_size: int,
@@ -62,11 +63,12 @@ def load_rows(
     faults_dir: Path | None = None,
     outcome: str = "nothing was trained (--skip_bad_rows trains without them)",
 ) -> tuple[RowSet, RowSet]:
-    """The usable rows of the training manifest, and of the validation manifest where there is one.
+    """The usable rows of the training manifests, joined, and of the validation manifest where there is one.
 
     Reads, checks and encodes every clip once; the ranks divide rows and clips among them.
 
     Args:
+        trained: how many of `manifests`, from the first on, are trained on.
         lengths: counts tokens, where they are wanted: of every row with `count_tokens`, else only where a row may have
             more than `max_row_tokens`.
         on_progress: called for each clip and row that is done, by this rank.
@@ -91,17 +93,18 @@ def load_rows(
     with bar, _few_objects_to_collect():
         sets = [loader.load(manifest, bar) for manifest in read]
     loader.read_what_others_encoded()  # here, for data workers to share instead of each reading it for itself
-    _tell(read, loader, ranks, skip_bad_rows, warn, faults_dir, outcome)
+    _tell(read, trained, loader, ranks, skip_bad_rows, warn, faults_dir, outcome)
     for manifest, rows, faults in zip(read, sets, loader.faults, strict=True):
         if not rows:
             raise ConfigError([*grouped(manifest.summed_up(faults)), f"{manifest.file}: no usable row is left"])
     for rows, spoken in zip(sets, loader.spoken, strict=True):
         rows.summary = tuple(first_lines(spoken)) if ranks.is_main else ()
-    return sets[0], sets[1] if len(sets) > 1 else RowSet()
+    return joined(sets[:trained]), sets[trained] if len(sets) > trained else RowSet()
 
 
 def _tell(
     read: list[Manifest],
+    trained: int,
     loader: _Loader,
     ranks: Ranks,
     skip_bad_rows: bool,
@@ -116,7 +119,7 @@ def _tell(
     """
     bad_rows = plural(len({(f.file, f.line) for found in loader.faults for f in found}), "bad row")
     faults = [f for manifest, found in zip(read, loader.faults, strict=True) for f in manifest.summed_up(found)]
-    warnings = warnings_of(loader.spoken) if ranks.is_main else []
+    warnings = warnings_of(loader.spoken, trained) if ranks.is_main else []
     path = write_faults(faults_dir, [*faults, *warnings]) if ranks.is_main and faults_dir is not None else None
     notes = [note for manifest in read for note in manifest.notes()]
     if warnings:

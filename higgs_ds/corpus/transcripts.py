@@ -21,7 +21,7 @@ from .faults import Fault, plural
 # Of each row: a hash of its text (0: none), characters spoken, script, stated seconds (0: none), bytes of all texts,
 # and which of the row's clips speaks the text (-1: none).
 FACTS = np.dtype(
-    [("text", "<u8"), ("chars", "<i4"), ("script", "u1"), ("stated", "<f4"), ("bytes", "<i4"), ("clip", "<i2")]
+    [("text", "<u8"), ("chars", "<i4"), ("script", "u1"), ("stated", "<f4"), ("bytes", "<i8"), ("clip", "<i4")]
 )
 # Of each row: a hash of a speech row's speaker (0: none), and whether it has a reference of its own.
 VOICE = np.dtype([("speaker", "<u8"), ("referenced", "u1")])
@@ -49,6 +49,7 @@ USUAL_RATES = (8000, 16000, 22050, 24000, 44100, 48000)
 RATE_TOLERANCE, FRAME_SEC = 0.01, 0.04  # a clip's length is known to a frame of the codec
 # A length that differs by less is rounded, or counts silence that was cut.
 LENGTH_SHARE, LENGTH_SEC = 0.2, 0.5
+LONGEST_SEC = 1e9  # that a row may state; more is compared as so much
 TURN_BYTES = 64  # more than the tokens of a turn's header and end, and of a clip's
 
 
@@ -69,7 +70,8 @@ def facts_of(row: Row) -> tuple:
     said = _TAG.sub("", text) if "<" in text or "[" in text else text
     words = " ".join(said.casefold().split())
     digest = hashlib.blake2b(words.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "little") or 1, len(words), script_of(said), row.stated_sec or 0.0, size, clip
+    stated_sec = min(row.stated_sec or 0.0, LONGEST_SEC)
+    return int.from_bytes(digest, "little") or 1, len(words), script_of(said), stated_sec, size, clip
 
 
 def voice_of(row: Row) -> tuple[int, bool]:
@@ -212,11 +214,12 @@ def first_lines(spoken: Spoken) -> list[str]:
     ]
 
 
-def warnings_of(sides: Sequence[Spoken]) -> list[Fault]:
-    """All warnings about the rows of the training manifest and, where there is one, of the validation manifest."""
+def warnings_of(sides: Sequence[Spoken], trained: int = 1) -> list[Fault]:
+    """All warnings about the rows of so many training manifests and, where there is one, of the validation manifest."""
     found = [
         fault for side in sides for check in (wrong_lengths, outliers, clips_of_two_texts) for fault in check(side)
     ]
-    if len(sides) > 1:
-        found += texts_on_both_sides(sides[0], sides[1])
+    for val in sides[trained:]:
+        for train in sides[:trained]:
+            found += texts_on_both_sides(train, val)
     return found

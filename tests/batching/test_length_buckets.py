@@ -58,6 +58,16 @@ def test_global_batches_do_not_depend_on_the_world_size(rows):
         assert global_batches(plan(tokens, world_size, grad_accum), steps) == wanted
 
 
+def test_validation_is_cut_for_the_forward_that_rounds_rows_up():
+    tokens = speech_tokens(90)
+    for round_to in (1, 8):
+        micro = [m.rows for p in evaluation_plans(90, 1, 0, 1, tokens=tokens, max_tokens=700, round_to=round_to)
+                 for m in p.micro_batches]  # fmt: skip
+        assert sorted(row for rows in micro for row in rows) == list(range(90))
+        padded = [len(rows) * (-(-tokens[list(rows)].max() // round_to) * round_to) for rows in micro]
+        assert max(padded) <= 700
+
+
 def test_a_resume_at_any_step_goes_on_with_the_same_windows():
     tokens = speech_tokens(300)
     whole = list(plan(tokens).steps(1, 1, 3 * plan(tokens).steps_per_epoch))

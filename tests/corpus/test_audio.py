@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from higgs_ds.corpus.audio import AudioError, content_hash, duration_sec, read_audio, write_wav
+from higgs_ds.corpus.audio import AudioError, content_hash, duration_sec, read_audio, write_sound, write_wav
 from higgs_ds.corpus.manifest import AudioRef, read_manifest
 
 SPEECH = Path(__file__).parents[2] / "examples/speech/manifest.jsonl"
@@ -163,6 +163,27 @@ def test_write_wav_refuses_and_leaves_nothing(tmp_path, waveform):
     with pytest.raises(ValueError, match="must be mono"):
         write_wav(tmp_path / "out.wav", waveform, 24000)
     assert os.listdir(tmp_path) == []
+
+
+def test_what_cannot_be_written_is_an_os_error_whatever_the_library_says(tmp_path, monkeypatch):
+    tone = np.sin(np.arange(2400) / 9)
+    with pytest.raises(OSError):
+        write_sound(tmp_path / "gone" / "a.flac", tone, 24000)
+    (tmp_path / "a.flac").write_bytes(b"kept")
+    for error in (soundfile.LibsndfileError(2), AssertionError()):
+
+        def fail(*_, error=error):
+            raise error
+
+        monkeypatch.setattr(soundfile.SoundFile, "write", fail)
+        with pytest.raises(OSError):
+            write_sound(tmp_path / "a.flac", tone, 24000)
+        assert os.listdir(tmp_path) == ["a.flac"] and (tmp_path / "a.flac").read_bytes() == b"kept"
+
+
+def test_a_name_that_no_file_has_is_missing():
+    with pytest.raises(AudioError, match="is missing"):
+        read_audio(AudioRef(path=Path("n" * 300)))
 
 
 def patched(path: Path, place: int, value: int) -> AudioRef:

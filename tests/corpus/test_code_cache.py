@@ -47,10 +47,8 @@ def cache_files(folder: Path) -> list[Path]:
 
 def test_every_clip_is_encoded_once(tmp_path, codec):
     cache = CodeCache(tmp_path, codec)
-    told = []
-    assert cache.ensure(REFS + REFS, progress=lambda done, total: told.append((done, total))) == {}
+    assert cache.ensure(REFS + REFS) == {}
     assert codec.encoded == 6
-    assert told == [(done, 6) for done in range(1, 7)]
     for ref in REFS:
         assert np.array_equal(cache.get(ref), SampleCodec.encode(codec, *read_audio(ref)))
         assert cache.get(ref).dtype == np.int16
@@ -69,17 +67,6 @@ def test_the_same_content_under_another_name_is_not_encoded_again(tmp_path, code
     cache.ensure([AudioRef(path=copy, duration_sec=0.5)])  # a slice is another clip
     assert codec.encoded == 2
     assert cache.get(AudioRef(path=copy, duration_sec=0.5)).shape == (8, 13)
-
-
-def test_shards_divide_the_clips(tmp_path, codec):
-    caches = [CodeCache(tmp_path, codec) for _ in range(4)]
-    counts = []
-    for shard, cache in enumerate(caches):
-        before = codec.encoded
-        assert cache.ensure(REFS + REFS, shard=shard, num_shards=4) == {}
-        counts.append(codec.encoded - before)
-    assert counts == [2, 2, 1, 1]
-    assert all(cache.get(ref).shape[0] == 8 for cache in caches for ref in REFS)
 
 
 def test_codes_of_another_codec_are_not_taken(tmp_path, codec):
@@ -279,6 +266,16 @@ def test_a_million_clips_take_little_memory_and_time(tmp_path):
     assert len(read) == count and read.find(table["key"][777].tobytes()) == [777]
     assert (read.find_each(table["key"][::1000]) == np.arange(0, count, 1000)).all()
     assert now < 100e6 and peak < 500e6 and took < 10
+
+
+def test_frames_of_clips_that_are_known_read_no_index_again(tmp_path, codec, monkeypatch):
+    cache = CodeCache(tmp_path, codec)
+    cache.ensure(REFS)
+    keys = np.frombuffer(b"".join(map(cache.key, REFS)), np.uint8).reshape(-1, 32)
+    frames = cache.frames_each(keys)  # added since the index was read
+    assert frames.tolist() == [cache.frames(ref) for ref in REFS]
+    monkeypatch.delattr(CodeStore, "read_index")
+    assert cache.frames_each(keys).tolist() == frames.tolist()
 
 
 def test_problems_are_told_by_clip_and_the_others_are_encoded(tmp_path, codec):

@@ -37,6 +37,22 @@ def test_the_shipped_speech_in_numbers(capsys, tmp_path):
     assert "60 epochs on one H100: about 1 minute at 32,000 tokens a second (benchmarks/roofline.py" in said
 
 
+def test_manifests_are_described_each_and_together_by_their_weights(capsys, tmp_path):
+    rows = [json.loads(line) | {"audio": f"{SPEECH.parent}/{json.loads(line)['audio']}"} for line in open(SPEECH)]
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:10]))
+    flags = ["--train_manifest", SPEECH, f"{tmp_path / 'b.jsonl'}=0.5", "--val_manifest", tmp_path / "b.jsonl"]
+    said = described(capsys, *flags)
+    assert f"{SPEECH}: 32 rows, " in said and said.count("b.jsonl: 10 rows, ") == 2
+    assert "manifest manifest: all 32 rows an epoch, 86.5 % of it\n" in said
+    assert "manifest b: 5 of 10 rows an epoch, 13.5 % of it\nan epoch: about " in said
+    assert said.count("an epoch: about ") == 2 and said.count("on one H100") == 1
+    assert said.count("is trained on too, in ") == 20  # by either manifest
+    said = described(capsys, "--train_manifest", SPEECH, "--max_tokens_per_batch", "9")
+    assert "an epoch: none, all 32 rows are longer than 9 tokens\n" in said
+    assert main(["describe", "--train_manifest", f"{SPEECH}=0"]) == 2
+    assert "the weight '0' is not a number above 0" in capsys.readouterr().err
+
+
 def test_tokens_are_those_that_training_counts(codec_dir, tokenizer, tiny_config, tmp_path):
     from higgs_ds.batching.collate import Collator
     from higgs_ds.codec.load import load_codec
@@ -75,10 +91,12 @@ def test_faults_are_told_and_the_rest_is_described(capsys, tmp_path):
     (tmp_path / "noise.wav").write_bytes(b"no audio")
     talk = [{"role": "user", "content": "So?"}, {"role": "assistant", "content": "So."}]
     rows = [{"audio": "a.wav", "text": "語"}, {"audio": "noise.wav", "text": "x"}, {"messages": talk}, {"audio": 1}]
+    rows.append({"messages": [{"role": "user", "content": {"type": "audio", "audio_url": "gone.wav"}}, talk[1]]})
     (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     said = described(capsys, "--train_manifest", tmp_path / "m.jsonl")
     assert "m.jsonl: 2 rows, 0.0002778 hours spoken" in said and "script: Han and kana 100 %" in said
-    assert "3 faults:" in said and "m.jsonl:2: audio: cannot be decoded: Format not recognised" in said
+    assert "4 faults:" in said and "m.jsonl:5: messages[0].content.audio_url: " in said
+    assert "m.jsonl:2: audio: cannot be decoded: Format not recognised" in said
     (tmp_path / "bad.jsonl").write_text(json.dumps(rows[3]))
     assert main(["describe", "--train_manifest", str(tmp_path / "bad.jsonl")]) == 2
     assert "bad.jsonl: no usable row" in capsys.readouterr().err

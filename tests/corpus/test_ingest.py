@@ -11,6 +11,7 @@ import soundfile
 
 from higgs_ds.cli import main
 from higgs_ds.corpus.chatml import AudioRef, Turn
+from higgs_ds.corpus.ingest import _free_name
 from higgs_ds.corpus.manifest import read_manifest
 
 TEXTS = ["One.", "Two, three.", "Four five six.", "Seven.", "Eight, nine.", "Ten."]
@@ -210,7 +211,47 @@ def test_a_clip_that_cannot_be_read_is_left_out_and_said(corpus, tmp_path, capsy
     assert len(train) == 5 and "1 × clips that cannot be used, e.g. " in said and "a1.wav: cannot be decoded" in said
 
 
+def test_only_what_an_editor_calls_a_line_is_one(corpus, tmp_path, capsys):
+    texts = ["One\u2028or two.", "Two\x0bor three.", "A\x1cb.", "C\x85d.", "Five.", "Six."]
+    lines = [f"{name}|{text}" for name, text in zip(names(corpus), texts, strict=True)]
+    (corpus / "metadata.csv").write_text("\r\n".join(lines), encoding="utf-8", newline="")
+    train, _, said = imported(capsys, corpus, tmp_path / "out", "--val_share", "0")
+    assert texts_of(train) == [" ".join(text.split()) for text in texts] and "left out" not in said
+
+
+def test_texts_and_names_that_cannot_be_read_are_left_out_each(corpus, tmp_path, capsys):
+    for name, text in zip(names(corpus), TEXTS, strict=True):
+        (corpus / "wavs" / f"{name}.txt").write_text(text)
+    (corpus / "wavs" / "a1.txt").write_bytes("Über".encode("latin-1"))
+    train, _, said = imported(capsys, corpus / "wavs", tmp_path / "1", "--val_share", "0")
+    assert len(train) == 5 and "1 × rows whose text file is not UTF-8, e.g. " in said and "a1.txt" in said
+    samples = [{"audio_file": f"wavs/{n}.wav", "transcript_file": f"wavs/{n}.txt"} for n in sorted({*names(corpus)})]
+    samples += [{"audio_file": "n" * 300, "transcript": "Long."}]
+    (corpus / "metadata.json").write_text(json.dumps({"samples": samples}))
+    train, _, said = imported(capsys, corpus, tmp_path / "2", "--val_share", "0")
+    assert len(train) == 5 and "not UTF-8" in said and "1 × clips that do not exist" in said
+
+
+def test_clips_of_one_name_get_numbers_and_nothing_is_written_for_speakers_that_are_not_there(tmp_path, capsys):
+    for speaker in ("a", "b", "c"):
+        (tmp_path / "in" / speaker).mkdir(parents=True)
+        for name in ("x", "x-2"):
+            write_clip(tmp_path / "in" / speaker / f"{name}.wav", len(name))
+            (tmp_path / "in" / speaker / f"{name}.txt").write_text(f"{speaker} {name}")
+    flags = ["import", str(tmp_path / "in"), "--output", str(tmp_path / "out"), "--resample", "24000"]
+    assert main([*flags, "--val_speakers", "nobody"]) == 2 and not (tmp_path / "out" / "clips").exists()
+    capsys.readouterr()
+    assert main([*flags, "--val_share", "0"]) == 0
+    clips = sorted(path.name for path in (tmp_path / "out" / "clips").iterdir())
+    assert clips == ["x-2-2.wav", "x-2-3.wav", "x-2.wav", "x-3.wav", "x-4.wav", "x.wav"]
+    taken = {}
+    assert len({_free_name("x" * 300, taken) for _ in range(20_000)}) == 20_000  # at once
+    assert max(map(len, taken)) < 210
+
+
 def test_what_cannot_be_imported_is_one_message(corpus, tmp_path, capsys):
+    ljspeech(2)(corpus)
+    (tmp_path / "nul.csv").write_bytes(b"file_name,text\n" + b"a" * 200_000 + b",\x00\n")
     (tmp_path / "x.json").write_text(json.dumps({"a": [1, 2]}, indent=1))
     (tmp_path / "half.csv").write_text("gone|a\ngone2|b\n")
     (tmp_path / "out").mkdir()
@@ -220,6 +261,9 @@ def test_what_cannot_be_imported_is_one_message(corpus, tmp_path, capsys):
         (tmp_path / "x.json", "o", [], "holds none of the formats that are known"),
         (tmp_path / "x.json", "o", ["--from", "train-higgs-audio"], "is not train-higgs-audio's metadata.json"),
         (tmp_path / "half.csv", "o", [], "no row is left, read as ljspeech"),
+        (tmp_path / ("n" * 300), "o", [], "nnn: does not exist"),
+        (tmp_path / "nul.csv", "o", [], "nul.csv: is not a table of an audiofolder"),
+        (corpus, "n" * 300, [], "cannot be written to: File name too long"),
         (corpus, "o", ["--val_share", "1"], "--val_share: 1.0 must be 0 or more and below 1"),
         (corpus, "out", [], "holds train.jsonl already"),
     ):

@@ -294,3 +294,19 @@ def test_generate_asks_of_its_text_what_a_manifest_is_asked(tiny_dir, tmp_path, 
     ):
         assert main([*words, *more]) == 2
         assert problem in capsys.readouterr().err
+
+
+def test_a_name_longer_than_a_file_may_have_is_a_fault_and_bytes_beside_it_are_read(write):
+    talk = [{"role": "assistant", "content": {"type": "audio", "audio_url": "n" * 300, "raw_audio": "UklGRg=="}}]
+    [row], faults, _ = checked(write([{"messages": talk}]))
+    assert faults == [] and row.audio_refs[0][1].raw_audio == "UklGRg=="
+    _, [fault], _ = checked(write([{"audio": "n" * 300, "text": "Hi."}]))
+    assert "audio: 'nnn" in fault and "cannot be read (File name too long)" in fault
+
+
+def test_the_sentence_about_paths_that_all_miss_has_them_as_they_are(write, tmp_path):
+    name = f'it\'s "does not exist" {"x" * 200}.wav'
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / name).write_bytes(b"RIFF")
+    _, [fault], _ = checked(write([{"audio": name, "text": "Hi."}] * 2))
+    assert f"exists in {tmp_path / 'corpus'}: give --audio_root" in fault

@@ -159,6 +159,20 @@ def test_all_ranks_have_the_rows_that_one_would_have(
                 assert np.array_equal(getattr(rows, name), getattr(before, name))
 
 
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_rows_of_several_manifests_stand_one_after_the_other(load, manifests, world_size):
+    alone, _, _ = load(1)[0]
+    for (rows, val), _, cache in load(world_size, trained=2):
+        assert len(val) == 0 and rows.counts == [25, 3] and list(rows) == [*alone[0], *alone[1]]
+        assert rows.tokens.tolist() == [*alone[0].tokens, *alone[1].tokens]
+        for row in rows:
+            assert all(cache.get(ref).shape[0] == 8 for _, ref in row.audio_refs)
+        speakers = rows.voices["speaker"]
+        assert speakers[0] != 0 and not set(speakers[:25]) & set(speakers[25:]) - {0}
+        kept = np.arange(28) % 2 == 0
+        assert rows.only(kept).counts == [13, 1] and list(rows.only(kept)) == list(rows)[::2]
+
+
 def test_codes_of_other_ranks_are_found_without_reading_the_index_again(load, monkeypatch):
     """Every data worker would read it for itself."""
     results = load(3)

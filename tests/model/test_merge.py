@@ -9,7 +9,7 @@ import pytest
 import torch
 from boson_multimodal.model.higgs_audio import HiggsAudioModel
 from peft import PeftModel
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from higgs_ds.cli import main
@@ -224,6 +224,24 @@ def test_rslora_is_merged_as_peft_merges_it_and_exported(adapter_dir, tiny_dir, 
         run(capsys, "export", "--adapter", rooted, "--layout", "transformers", "--output_dir", tmp_path / "x")[0] == 0
     )
     assert json.loads((tmp_path / "x/adapter_config.json").read_text())["use_rslora"] is True
+
+
+def test_an_export_that_is_broken_off_leaves_nothing(adapter_dir, tmp_path, capsys, monkeypatch):
+    copy = shutil.copytree(adapter_dir, tmp_path / "mine")
+    flags = ["export", "--adapter", copy, "--layout", "transformers"]
+    for error in (SafetensorError("No space left on device"), KeyboardInterrupt()):
+
+        def fail(*_, error=error, **__):
+            raise error
+
+        monkeypatch.setattr("safetensors.torch.save_file", fail)
+        if isinstance(error, KeyboardInterrupt):
+            with pytest.raises(KeyboardInterrupt):
+                run(capsys, *flags)
+        else:
+            code, [line] = run(capsys, *flags)
+            assert code == 2 and "mine-transformers cannot be written: No space left on device" in line
+        assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
 def test_export_renames_and_loses_nothing(adapter_dir, tiny_dir, tmp_path, capsys):

@@ -1,0 +1,146 @@
+"""Which rows of several manifests make up an epoch: drawn from (seed, epoch), as many and as long in each of them.
+
+A manifest of weight 1 gives every row once. Of one with another weight an epoch takes `weight × rows` rows: whole
+copies, and for the rest of it rows that are drawn. For batches by token budget the draw goes through the rows from
+long to short at even distances, so that every epoch's rows are of nearly the same lengths and one cut fits them all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..errors import ConfigError
+
+# Rows of an epoch that repeats some, at most: it is held as numbers, by every rank.
+MOST_ROWS = 30_000_000
+# Rows of similar length change places before each draw: by so many of the distances between drawn rows at most.
+JITTER = 2
+
+
+class Mixture:
+    """The rows of one epoch after the other, of manifests whose rows are numbered one after the other.
+
+    An epoch has `slots`: the n-th takes a row of the same manifest and of nearly the same length in every epoch.
+    """
+
+    def __init__(
+        self,
+        counts: Sequence[int],
+        weights: Sequence[float] | None = None,
+        *,
+        seed: int = 0,
+        tokens: np.ndarray | None = None,
+        names: Sequence[str] = (),
+    ):
+        """Manifests of `counts` rows.
+
+        Args:
+            weights: how many times an epoch takes each manifest's rows, above 0; once where left out.
+            tokens: [rows of all], for batches that are cut by them.
+            names: of the manifests, for what is said of them.
+
+        Raises:
+            ConfigError: weights by which an epoch becomes longer than can be held.
+        """
+        self.counts = list(counts)
+        self.weights = [1.0] * len(self.counts) if weights is None else list(weights)
+        self.names = list(names)
+        firsts = np.r_[0, np.cumsum(self.counts)].tolist()
+        self._ends = np.array(firsts[1:])
+        self._parts = [
+            _Part(number, first, count, rows_taken(count, weight), seed, tokens)
+            for number, (first, count, weight) in enumerate(zip(firsts[:-1], self.counts, self.weights, strict=True))
+        ]
+        self.taken = [part.taken for part in self._parts]  # rows of each manifest an epoch
+        if sum(self.taken) > max(MOST_ROWS, sum(self.counts)):
+            raise ConfigError(
+                [
+                    f"--train_manifest: an epoch of {sum(self.taken):,} rows by these weights, over {MOST_ROWS:,}; "
+                    "divide all weights by the same number and give more --epochs"
+                ]
+            )
+        # [slots]: the row than which none that ever takes this place has more tokens.
+        self.longest = np.concatenate([part.longest() for part in self._parts])
+
+    def __len__(self) -> int:
+        """Rows an epoch."""
+        return sum(self.taken)
+
+    def rows(self, epoch: int) -> np.ndarray:
+        """int64 [slots]: the row numbers of an epoch (0-based), manifest by manifest."""
+        return np.concatenate([part.rows(epoch) for part in self._parts])
+
+    def shares(self, rows: Sequence[int]) -> dict[str, float]:
+        """By manifest its share, 0 to 1, of these rows; nothing where there is but one manifest."""
+        if len(self.counts) < 2 or not len(rows):
+            return {}
+        counts = np.bincount(np.searchsorted(self._ends, rows, side="right"), minlength=len(self.counts))
+        return {name: float(count / len(rows)) for name, count in zip(self.names, counts, strict=True)}
+
+    def lines(self) -> dict[str, str]:
+        """By manifest what an epoch takes of it, as text; nothing for a single manifest that is taken as it is."""
+        if self.taken == self.counts and len(self.counts) < 2:
+            return {}
+        said = {}
+        for name, part in zip(self.names, self._parts, strict=True):
+            of = f"all {part.count:,} rows" if part.taken == part.count else f"{part.taken:,} of {part.count:,} rows"
+            if part.taken > part.count:
+                of = f"{part.taken:,} rows, each of {part.count:,} about {part.taken / part.count:.3g} times"
+            said[name] = f"{of} an epoch, {100 * part.taken / len(self):.3g} % of it"
+        return said
+
+
+def rows_taken(count: int, weight: float) -> int:
+    """Rows that an epoch takes of a manifest of so many."""
+    return max(1, round(weight * count)) if count else 0
+
+
+class _Part:
+    """One manifest's rows in an epoch."""
+
+    def __init__(self, number: int, first: int, count: int, taken: int, seed: int, tokens: np.ndarray | None):
+        self.count, self.taken = count, taken
+        self._name = f"mixture:{seed}:{number}"
+        self._all = np.arange(first, first + count)
+        self._copies, self._drawn = divmod(taken, count) if count else (0, 0)
+        self._by_length = None
+        if tokens is not None and self._drawn:
+            self._by_length = self._all[np.argsort(-np.asarray(tokens[first : first + count]), kind="stable")]
+
+    def rows(self, epoch: int) -> np.ndarray:
+        """int64 [taken]: those of an epoch."""
+        return np.concatenate([*[self._all] * self._copies, self._draw(epoch)])
+
+    def longest(self) -> np.ndarray:
+        """int64 [taken]: see `Mixture.longest`."""
+        drawn = self._all[: self._drawn]
+        if self._by_length is not None:
+            places = np.arange(self._drawn) * self.count // self._drawn - self._reach()
+            drawn = self._by_length[np.maximum(places, 0)]
+        return np.concatenate([*[self._all] * self._copies, drawn])
+
+    def _draw(self, epoch: int) -> np.ndarray:
+        """Some epochs that follow each other share no drawn row; then the order is drawn anew."""
+        if not self._drawn:
+            return self._all[:0]
+        block, turn = divmod(epoch, self.count // self._drawn)
+        # Not numpy's newer generators: what RandomState draws is the same in every version, and so after a resume.
+        digest = hashlib.sha256(f"{self._name}:{block}".encode()).digest()
+        random = np.random.RandomState(int.from_bytes(digest[:4], "little"))
+        start = int(random.randint(self.count)) + turn * self._drawn
+        if self._by_length is None:
+            order = self._all[random.permutation(self.count)]
+        else:
+            moved = np.arange(self.count) + self._reach() * random.random_sample(self.count)
+            order = self._by_length[np.argsort(moved, kind="stable")]
+        # At even distances: a row is taken where its place × drawn, modulo the rows, falls into a window of `drawn`,
+        # and the next epoch's window begins where this one ends.
+        return order[(np.arange(self._drawn) * self.count + start % self.count) // self._drawn]
+
+    def _reach(self) -> int:
+        """Places by which a row may move before a draw."""
+        return math.ceil(JITTER * self.count / self._drawn)

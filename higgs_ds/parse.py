@@ -13,9 +13,10 @@ from pathlib import Path
 
 import yaml
 
-from .config import ALIASES, OPTIONS, TrainConfig, cross_checks
+from .config import ALIASES, OPTIONS, TrainConfig
 from .errors import ConfigError, shown
 from .files import read_settings
+from .option_checks import cross_checks
 from .translate import FOREIGN, in_our_words, suggestion, yes_or_no
 
 LARGEST = 2**53 - 1  # of whole numbers: beyond it a float, or a reader of JSON, holds another one

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from torch import nn
 
 from ..errors import ConfigError
 from ..process import say
+from .adamw import DroppableAdamW
 from .device import describe_devices, name_accelerator, take_device
 from .optimizer_state import GatheredState, OptimizerState
 from .rendezvous import host_names, meet, named
@@ -144,34 +144,6 @@ def leave_ranks(exit_code: int, *, wait: bool = True) -> int:
             dist.barrier()
         dist.destroy_process_group()
     return exit_code
-
-
-class DroppableAdamW(torch.optim.AdamW):
-    """AdamW whose next step can be dropped: moments and weights stay, the engine clears the gradients as always.
-
-    The same at every ZeRO stage, without reaching into how each of them keeps gradients. With `clip_norm` it clips
-    and reports the norm itself, for stage 0 in float32, where DeepSpeed does not report one.
-    """
-
-    drop_next = False
-    clip_norm: float | None = None
-    norm: float | None = None
-
-    @property
-    def parameters(self) -> list[torch.Tensor]:
-        """What it steps, in order; at stages 1 and 2 that is this rank's partition of everything, as one."""
-        return [parameter for group in self.param_groups for parameter in group["params"]]
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        if self.drop_next:
-            return None
-        if self.clip_norm is not None:
-            limit = self.clip_norm or float("inf")
-            self.norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
-            if not math.isfinite(self.norm):
-                return None
-        return super().step(closure)
 
 
 def check_config(ds_config: dict, name: str) -> None:

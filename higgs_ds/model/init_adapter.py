@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from boson_multimodal.model.higgs_audio import HiggsAudioConfig
 
-from ..config import DEFAULT_LORA_TARGETS, EMBEDDINGS, TRAINED_HEADS, TrainConfig, head_problems
+from ..config import DEFAULT_LORA_TARGETS, EMBEDDINGS, TRAINED_HEADS, TrainConfig
 from ..errors import ConfigError
+from ..option_checks import head_problems
 from .adapter_file import AdapterConfig, check_base, read_adapter, read_adapter_config
 from .adapter_names import layers_named
 from .load_layout import adaptable_modules

@@ -62,7 +62,7 @@ def train(config: TrainConfig, ds_raw: dict, stop: StopRequest) -> int:
 
         # 5. Train, under the guard. The adapter first: nothing stands between the last step and the disk.
         sinks = run.Sinks(setup, data, engine, ranks, wandb)
-        watch.before_end.append(sinks.writer.finish)
+        watch.before_end.insert(0, sinks.writer.finish)  # before stopped.json says what is saved
         try:
             with sinks.open_tracker() as tracker:
                 trainer = run.make_trainer(

@@ -76,7 +76,7 @@ def build_parser() -> argparse.ArgumentParser:
     describe.add_argument("--output_dir", type=Path, help="where describe.html, describe.png and faults.jsonl go")
     describe.add_argument("--audio_root", help="folder that paths are relative to which are not beside the manifest")
     describe.add_argument("--base_ckpt", help="folder of a checkpoint, whose tokenizer counts instead of an estimate")
-    describe.add_argument("--max_tokens_per_batch", type=int, default=8192)
+    describe.add_argument("--max_tokens_per_batch", type=int, default=16384, help="as of the run (default: 16384)")
     describe.add_argument("--epochs", type=float, default=1.0)
     describe.set_defaults(verb=_describe)
 

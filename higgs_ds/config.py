@@ -220,7 +220,7 @@ class LossOptions:
     codebook_weights: list[float] | None = _option(None, "one weight a codebook, scaled to sum 1 (default: equal)")
     loss_impl: str = _option(
         "fused",
-        "fused: labelled rows in chunks, for frozen heads; reference: plain cross-entropy on their logits",
+        "fused: labelled rows in chunks, for heads without LoRA; reference: plain cross-entropy on their logits",
         choices=("fused", "reference"),
     )
     on_bad_loss: str = _option(

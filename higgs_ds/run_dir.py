@@ -109,7 +109,9 @@ def write_stopped(output_dir: Path, reason: str, exit_code: int, command: str) -
 def write_resolved(output_dir: Path, config: dict, ds_config: dict) -> None:
     """`config.yaml` and `ds_config.json`, as the run uses them; both can be given back as flags' files."""
     text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
-    write_text(output_dir / "config.yaml", f"# python train_ds.py --config {output_dir / 'config.yaml'}\n{text}")
+    write_text(
+        output_dir / "config.yaml", f"# python train_ds.py --config {output_dir / 'config.yaml'} --output_dir …\n{text}"
+    )
     write_text(output_dir / "ds_config.json", json.dumps(ds_config, indent=2) + "\n")
 
 

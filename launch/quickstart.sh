@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Set-up, then the main job on CPU: a small model learns to speak real recordings under DeepSpeed, and speaks them.
-#   bash launch/quickstart.sh [--ranks N] [--stage 2|3] [--output_dir DIR]
+#   bash launch/quickstart.sh [--ranks N] [--stage 0|1|2|3] [--output_dir DIR]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 ranks=2 stage=2 output_dir=runs/quickstart
-usage() { echo "usage: bash launch/quickstart.sh [--ranks N] [--stage 2|3] [--output_dir DIR]" >&2; exit 2; }
+usage() { echo "usage: bash launch/quickstart.sh [--ranks N] [--stage 0|1|2|3] [--output_dir DIR]" >&2; exit 2; }
 while [ $# -gt 0 ]; do
   [ $# -ge 2 ] || usage
   case "$1" in
@@ -15,7 +15,7 @@ while [ $# -gt 0 ]; do
   esac
   shift 2
 done
-[[ "$stage" =~ ^[0-3]$ ]] || { echo "--stage: $stage is not a ZeRO stage (2 or 3)" >&2; exit 2; }
+[[ "$stage" =~ ^[0-3]$ ]] || { echo "--stage: $stage is not a ZeRO stage (0 to 3)" >&2; exit 2; }
 [[ "$ranks" =~ ^[1-8]$ ]] || { echo "--ranks: $ranks is not 1 to 8" >&2; exit 2; }
 source launch/setup.sh
 

@@ -152,7 +152,7 @@ def run_describe(
     *,
     audio_root: str | None = None,
     tokenizer=None,
-    max_tokens: int = 8192,
+    max_tokens: int = 16_384,
     epochs: float = 1.0,
 ) -> list[str]:
     """The lines to print; with `output_dir`, describe.html, describe.png and faults.jsonl are left there.

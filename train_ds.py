@@ -75,6 +75,10 @@ def train(config: TrainConfig, ds_raw: dict, stop: StopRequest) -> int:
                     facts = {"stopped": "by the loss guard, before the failed step was trained"}
                     saved = sinks.save_adapter("adapter_before_failure", facts)
                     watch.untimed("closing")
+                    try:
+                        sinks.writer.wait()
+                    except OSError as failed:  # hides no finding: the exit code stays the guard's
+                        say(str(failed), error=True)
                     raise
                 if finished:
                     saved = sinks.save_last(trainer)

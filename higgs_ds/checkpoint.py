@@ -126,10 +126,8 @@ class CheckpointWriter:
         """Removes what a killed run was writing, and puts checkpoints beyond `steps_done` aside as `left-step-…`.
 
         Those are of a run that this one does not go on with: damaged, or newer than what `--resume` named. They would
-        be taken by the next `--resume auto`, and push out what this run saves. Rank 0 calls it before the first save.
-
-        Returns:
-            where they are now.
+        be taken by the next `--resume auto`, and push out what this run saves. Rank 0 calls it before the first save,
+        and is given where they are now.
 
         Raises:
             ConfigError: one cannot be renamed.
@@ -165,14 +163,16 @@ class CheckpointWriter:
         Raises:
             CheckpointWriteError: it could not be written; earlier checkpoints are as they were.
         """
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            pending.result()
+        if (pending := self._pending) is not None:
+            try:
+                pending.result()
+            finally:
+                self._pending = None  # only now: `finish`, in the watch's thread, must find it
 
     def finish(self, *_) -> None:
         """`wait`, but not longer than a queue would: for a run that is ending anyway, whatever ends it."""
-        if self._pending is not None:
-            self._pending.result(timeout=LAST_WRITE_SEC)
+        if (pending := self._pending) is not None:
+            pending.result(timeout=LAST_WRITE_SEC)
 
     def _write(self, position: Position, state: OptimizerState, rng: list[dict[str, torch.Tensor]]) -> None:
         position.adam_steps = state.adam_steps

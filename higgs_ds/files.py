@@ -7,11 +7,17 @@ import errno
 import functools
 import hashlib
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from .process import say
+
+
+def name_beside(path: Path) -> Path:
+    """What `replacing` writes to meanwhile: of this process alone, as the ids of two hosts' processes may be equal."""
+    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
 @contextlib.contextmanager
@@ -23,7 +29,7 @@ def replacing(path: Path, *, synced: bool = True) -> Iterator[Path]:
     thousand that can be made again, only a crash of the process does.
     """
     path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    beside = name_beside(path)
     _remove(beside)
     try:
         yield beside
@@ -58,9 +64,9 @@ def read_settings(path: Path, most: int = 1_000_000) -> str:
 
 def check_writable(folder: Path) -> None:
     """Writes a file into a folder that is there, and removes it. Raises OSError, or ValueError for a NUL byte."""
-    probe = folder / f".writable-{os.getpid()}"
+    probe = folder / f".writable-{os.getpid()}-{secrets.token_hex(4)}"  # process ids of two hosts may be equal
     probe.touch()
-    probe.unlink()
+    probe.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:

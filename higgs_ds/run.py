@@ -18,7 +18,7 @@ from torch import nn
 from . import checkpoint, rehearsal, run_dir
 from .alone import Unwatched
 from .batching import micro_batches
-from .batching.batch_plan import MicroBatch
+from .batching.batch_plan import MicroBatch, StepPlan
 from .cards import pinned
 from .config import TrainConfig
 from .data import Data, codes_folder
@@ -238,8 +238,11 @@ def make_trainer(
     )
     if setup.resumed:
         at = setup.resumed.position
-        trainer.dropped_steps, trainer.owes_validation = at.dropped_steps, at.owes_validation
-        trainer.best = Best(at.best_step, at.best_loss, at.validations_since_best)
+        trainer.dropped_steps = at.dropped_steps
+        if sinks is not None:  # `check` takes its one step, whatever validations have said
+            trainer.owes_validation = at.owes_validation and trainer.validation is not None
+            trainer.resumed_from = StepPlan(at.step, at.epoch, ())
+            trainer.best = Best(at.best_step, at.best_loss, at.validations_since_best)
     if sinks is not None:
         trainer.save = partial(sinks.save, trainer=trainer)
         trainer.raise_if_save_failed = sinks.writer.raise_if_failed
@@ -257,7 +260,8 @@ def is_complete(setup: Setup, data: Data, ranks: Ranks) -> bool:
     at, patience = setup.resumed.position, setup.config.run.early_stop
     over = patience is not None and at.validations_since_best >= patience
     left = ranks.gather((setup.output_dir / "adapter").is_dir())[0]
-    return left and not at.owes_validation and (over or setup.first_step > data.total_steps)
+    owes = at.owes_validation and len(data.corpus.val_rows) > 0
+    return left and not owes and (over or setup.first_step > data.total_steps)
 
 
 def say_stopped(setup: Setup, ranks: Ranks, watch: Watch, reason: str | None, exit_code: ExitCode) -> None:

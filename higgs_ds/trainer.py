@@ -76,6 +76,7 @@ class Trainer:
     early_stop: int | None = None  # validations without gain that end the run
     best: Best = field(default_factory=Best)
     owes_validation: bool = False  # of the step before the first: a stop came first
+    resumed_from: StepPlan | None = None  # that step
     raise_if_save_failed: Callable[[], None] = lambda: None
     stop_requested: Callable[[], bool] = lambda: False
     at: Callable[[int, str], None] = lambda step, doing: None  # told of every move: a rank that stands still is found
@@ -87,6 +88,7 @@ class Trainer:
     _window: Window = field(default_factory=Window)
     _save_stall_sec: float | None = None
     _last: StepPlan | None = None
+    _unlogged: tuple[StepPlan, StepResult, float] | None = None  # the last step, if no point covers it
     _said: set[str] = field(default_factory=set)
     _checklist_due: bool = True
 
@@ -99,11 +101,13 @@ class Trainer:
             BadLossError: on every rank, when a check failed on some rank and `on_bad_loss` is "raise".
         """
         self.engine.train()
-        self._clock.begin()
-        if self.owes_validation and not self._validate(self.first_step - 1):
-            return False
+        if self.owes_validation:
+            if not self._validate(self.first_step - 1):
+                return False
+            self._last = self.resumed_from  # should no step follow, its checkpoint is to say that it was validated
         if self.is_over():
             return True
+        self._clock.begin()
         self.at(self.first_step, "reading its batches")
         for plan, batches in steps:
             self._clock.batches_read()
@@ -118,10 +122,10 @@ class Trainer:
             self._last = plan
             last = plan.step == self.total_steps
             if self.validation and (last or plan.step % self.eval_every == 0):
-                if not self._validate(plan.step, stopped=result.stop):
-                    return False
-                if self.is_over():
-                    return True
+                validated = self._validate(plan.step, stopped=result.stop)
+                if not validated or self.is_over():
+                    self._log_rest()
+                    return validated
             if result.stop or last:
                 return last
             by_count = self.save_every and plan.step % self.save_every == 0
@@ -298,6 +302,8 @@ class Trainer:
 
     def _report(self, failures: list[Failure]) -> None:
         """Tells the sinks; raises BadLossError where a failed check ends the run."""
+        if self.on_bad_loss == "raise":
+            self._log_rest()
         if self.tracker:
             self.tracker.failures([failure.as_row() for failure in failures])
             self.tracker.alert(f"loss check failed at step {failures[0].step}", "\n".join(map(str, failures)))
@@ -310,9 +316,19 @@ class Trainer:
         if not result.failures:
             self._window.add(result.ranks, result.grad_norm)
         due = plan.step % self.log_every == 0 or plan.step == self.total_steps or result.stop
-        if not (due or result.failures):
+        if due or result.failures:
+            self._log_point(plan, result, lr)
+        else:
+            self._unlogged = plan, result, lr
             self.tracker.progress(plan.step)
-            return
+
+    def _log_rest(self) -> None:
+        """A point for the steps that none covers yet, of a run that ends between two."""
+        if self._unlogged is not None:
+            self._log_point(*self._unlogged)
+
+    def _log_point(self, plan: StepPlan, result: StepResult, lr: float) -> None:
+        self._unlogged = None
         metrics = self._window.take(self.weights, learning_rate=lr, epoch=plan.epoch, utilisation=self.utilisation)
         if not result.failures:
             metrics |= {f"data/share/{name}": share for name, share in plan.shares.items()}

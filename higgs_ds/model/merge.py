@@ -16,6 +16,7 @@ import torch
 from boson_multimodal.model.higgs_audio import HiggsAudioConfig
 
 from ..errors import ConfigError
+from ..files import name_beside
 from .adapter_file import Adapter
 from .layout_config import read_checkpoint_config, token_ids, transformers_config, without_private
 from .layouts import BOSON, TRANSFORMERS, layout_of, name_in, read_json
@@ -87,7 +88,7 @@ def merge(
     """
     planned = _plan(base, layout, dtype)
     total = sum(tensor.num_bytes for tensor in planned.values())
-    beside = output_dir.with_name(f".{output_dir.name}.{os.getpid()}.tmp")
+    beside = name_beside(output_dir)
     try:
         beside.mkdir(parents=True)
         try:

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 
 from .config import TrainConfig
 from .distributed.engine import Engine, OptimizerState, Ranks
-from .errors import ConfigError
+from .errors import ConfigError, reason_of
 from .files import sha256, sync, sync_folders
 from .model.adapter_file import WEIGHTS, same_base, write_adapter
 from .model.adapter_names import peft_key
@@ -141,7 +141,7 @@ class CheckpointWriter:
             try:
                 later.rename(aside[-1])
             except OSError as error:
-                raise ConfigError([f"--resume: {later} cannot be put aside: {error.strerror or error}"]) from None
+                raise ConfigError([f"--resume: {later} cannot be put aside: {reason_of(error)}"]) from None
         return aside
 
     def save(self, position: Position, engine: Engine, ranks: Ranks) -> None:
@@ -202,7 +202,7 @@ class CheckpointWriter:
             sync_folders(self.folder)
         except (OSError, SafetensorError) as error:  # a full disk is the one or the other, by which file it hits
             shutil.rmtree(beside, ignore_errors=True)
-            reason = getattr(error, "strerror", None) or str(error)
+            reason = reason_of(error)
             raise CheckpointWriteError(
                 f"checkpoint {name} could not be written to {self.folder}: {reason}; the checkpoints before it are "
                 "whole, --resume auto goes on from the last of them once this is mended"
@@ -239,7 +239,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     try:
         content = (folder / CHECKSUMS).read_bytes()
     except OSError as error:
-        raise CheckpointError(f"{folder / CHECKSUMS} cannot be read: {error.strerror}") from error
+        raise CheckpointError(f"{folder / CHECKSUMS} cannot be read: {reason_of(error)}") from error
     try:
         read = json.loads(content)
         sums, seal = read["files"], read["seal"]
@@ -259,7 +259,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             if sha256(path) != wanted:
                 raise CheckpointError(f"{path} is damaged: its checksum is not the one that was written")
         except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+            raise CheckpointError(f"{path} cannot be read: {reason_of(error)}") from error
     try:
         position = Position(**json.loads((folder / "state.json").read_text(encoding="utf-8")))
         weights, moments, rng = (load_file(folder / name) for name in TENSOR_FILES)

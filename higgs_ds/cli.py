@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .corpus.audio import AudioError
 from .distributed.launch_env import enter_launch
-from .errors import ConfigError, ExitCode
+from .errors import ConfigError, ExitCode, reason_of
 from .files import check_writable
 from .merge_cli import add_export, add_merge
 from .process import say
@@ -118,7 +118,7 @@ def _writing_to(output_dir: Path) -> Iterator[None]:
         check_writable(output_dir)
         yield
     except (OSError, SafetensorError) as error:  # a full disk is the one or the other
-        reason = getattr(error, "strerror", None) or error
+        reason = reason_of(error)
         raise ConfigError([f"--output_dir: {output_dir} cannot be written to: {reason}"]) from error
 
 

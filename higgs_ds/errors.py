@@ -37,6 +37,11 @@ def shown(value: object) -> str:
     return _SHORT.repr(value)
 
 
+def reason_of(error: Exception) -> str:
+    """What the system says of a file that it refuses, without number and path; any other error's own words."""
+    return getattr(error, "strerror", None) or str(error)
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """` (did you mean 'x'?)` for the valid name that `name` misspells, or an empty string.
 

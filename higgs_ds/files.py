@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from .errors import reason_of
 from .process import say
 
 
@@ -89,7 +90,7 @@ def sync_folders(*folders: Path) -> None:
         except OSError as error:
             if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
                 raise
-            _say_unsynced(folder, error.strerror or str(error))
+            _say_unsynced(folder, reason_of(error))
 
 
 @functools.cache

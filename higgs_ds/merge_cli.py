@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from .config import DEFAULT_BASE, DEFAULT_CODEC
-from .errors import ConfigError
+from .errors import ConfigError, reason_of
 from .files import replacing
 from .model.layouts import BOSON, LAYOUTS, TRANSFORMERS
 from .process import say
@@ -47,7 +47,7 @@ def refuse_existing(output_dir: Path) -> None:
         if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
             raise ConfigError([f"--output_dir: {output_dir} exists; it is not overwritten"])
     except OSError as error:
-        raise ConfigError([f"--output_dir: {str(output_dir)[:200]} cannot be written: {error.strerror}"]) from None
+        raise ConfigError([f"--output_dir: {str(output_dir)[:200]} cannot be written: {reason_of(error)}"]) from None
 
 
 def run_merge(args: argparse.Namespace) -> int:
@@ -137,7 +137,7 @@ def run_export(args: argparse.Namespace) -> int:
             (beside / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             save_file(weights, beside / WEIGHTS, metadata={"format": "pt"})
     except (OSError, SafetensorError) as error:  # a full disk is the one or the other, by which file it hits
-        reason = getattr(error, "strerror", None) or error
+        reason = reason_of(error)
         raise ConfigError([f"--output_dir: {output_dir} cannot be written: {reason}"]) from error
     say(f"{output_dir}: the adapter of {len(adapter.weights)} layers under transformers' names")
     return 0

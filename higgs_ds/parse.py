@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 
 from .config import ALIASES, OPTIONS, TrainConfig
-from .errors import ConfigError, shown
+from .errors import ConfigError, reason_of, shown
 from .files import read_settings
 from .option_checks import cross_checks
 from .translate import FOREIGN, in_our_words, suggestion, yes_or_no
@@ -219,7 +219,7 @@ def _read_yaml(path: str, problems: list[str]) -> dict:
     try:
         data = yaml.load(read_settings(Path(path)), _PlainLoader)
     except OSError as error:
-        problems.append(f"--config: {path} cannot be read: {error.strerror or error}")
+        problems.append(f"--config: {path} cannot be read: {reason_of(error)}")
         return {}
     except RecursionError:
         problems.append(f"--config: {path} is nested too deeply for a file of options")

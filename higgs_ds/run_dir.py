@@ -18,7 +18,7 @@ from .cards import adapter_card, pinned
 from .checkpoint import list_checkpoints, step_of
 from .config import TrainConfig
 from .distributed.engine import Engine, Ranks
-from .errors import ConfigError
+from .errors import ConfigError, reason_of
 from .files import check_writable, replacing, write_text
 from .model.adapter_file import write_adapter
 from .process import say
@@ -61,7 +61,7 @@ def prepare_run_dir(output_dir: Path) -> None:
         output_dir.mkdir(parents=True, exist_ok=True)
         check_writable(output_dir)
     except OSError as error:
-        raise ConfigError([f"--output_dir: {output_dir} cannot be written to: {error.strerror or error}"]) from None
+        raise ConfigError([f"--output_dir: {output_dir} cannot be written to: {reason_of(error)}"]) from None
 
 
 def lock_run_dir(output_dir: Path, *, wait_sec: float = 60.0) -> contextlib.AbstractContextManager:
@@ -76,7 +76,7 @@ def lock_run_dir(output_dir: Path, *, wait_sec: float = 60.0) -> contextlib.Abst
     try:
         file = (output_dir / ".lock").open("w")
     except OSError as error:
-        raise ConfigError([f"--output_dir: {output_dir}/.lock cannot be opened: {error.strerror or error}"]) from None
+        raise ConfigError([f"--output_dir: {output_dir}/.lock cannot be opened: {reason_of(error)}"]) from None
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -165,7 +165,7 @@ def save_adapter(
                 saved = folder
                 break
             except (OSError, SafetensorError) as error:  # a full disk is the one or the other, by which file it hits
-                reason = getattr(error, "strerror", None) or str(error)
+                reason = reason_of(error)
                 say(f"WARNING: the adapter could not be written to {folder}: {reason}", error=True)
     return ranks.gather(saved)[0]
 

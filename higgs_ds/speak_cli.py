@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from .errors import ConfigError, ExitCode, first_of
+from .errors import ConfigError, ExitCode, first_of, reason_of
 from .files import name_beside
 from .process import say
 from .speak_flags import (
@@ -98,7 +98,7 @@ def run_generate(args: argparse.Namespace) -> int:
         try:
             write_sound(output, speaker.decode(answer.codes), speaker.codec.sample_rate)
         except OSError as error:  # the disk filled up meanwhile
-            raise ConfigError([f"{output} cannot be written: {error.strerror or error}"]) from None
+            raise ConfigError([f"{output} cannot be written: {reason_of(error)}"]) from None
         frames = answer.codes.shape[1]
         cut = "" if answer.ended else f"; cut off at --max_new_tokens {sampling.max_new_tokens}, not ended by itself"
         say(f"{at}{output}: {frames / speaker.codec.frame_rate:.2f} s, {frames} frames{cut}")
@@ -137,7 +137,7 @@ def run_recite(args: argparse.Namespace) -> int:
     try:
         recitals = recite(speaker, rows, args.output_dir, **options)
     except OSError as error:  # the disk filled up meanwhile
-        problem = f"--output_dir: {args.output_dir} cannot be written to: {error.strerror or error}"
+        problem = f"--output_dir: {args.output_dir} cannot be written to: {reason_of(error)}"
         raise ConfigError([problem]) from None
     say("\n".join(table(recitals, rules)))
     say(f"listen: {args.output_dir}/*.spoken.wav beside *.original.wav")
@@ -193,9 +193,7 @@ def _outputs(args: argparse.Namespace, texts: list[tuple[str, str]], problems: l
         for path in outputs[:1]:
             name_beside(path).exists()  # a name too long is found here
     except (OSError, ValueError) as error:
-        problems.append(
-            f"{flag}: {str(outputs[0])[:200]} cannot be written: {getattr(error, 'strerror', None) or error}"
-        )
+        problems.append(f"{flag}: {str(outputs[0])[:200]} cannot be written: {reason_of(error)}")
     return outputs
 
 

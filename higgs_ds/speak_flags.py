@@ -10,7 +10,7 @@ from pathlib import Path
 
 from .config import DEFAULT_BASE, DEFAULT_CODEC
 from .corpus.chatml import PROMPT_STYLES
-from .errors import ConfigError
+from .errors import ConfigError, reason_of
 from .files import check_writable
 from .process import say
 
@@ -116,7 +116,7 @@ def texts_of(args: argparse.Namespace, problems: list[str]) -> list[tuple[str, s
         problems.append(f"--texts: {args.texts} is not UTF-8; save it as UTF-8")
         return []
     except (OSError, ValueError) as error:
-        problems.append(f"--texts: {str(args.texts)[:200]} cannot be read: {getattr(error, 'strerror', None) or error}")
+        problems.append(f"--texts: {str(args.texts)[:200]} cannot be read: {reason_of(error)}")
         return []
     while lines and not lines[-1].strip():
         lines.pop()
@@ -136,9 +136,7 @@ def ask_writable(folder: Path, flag: str, problems: list[str], *, make: bool = T
             return
         check_writable(folder)
     except (OSError, ValueError) as error:
-        problems.append(
-            f"{flag}: {str(folder)[:200]} cannot be written to: {getattr(error, 'strerror', None) or error}"
-        )
+        problems.append(f"{flag}: {str(folder)[:200]} cannot be written to: {reason_of(error)}")
 
 
 def reference_clip(args: argparse.Namespace, problems: list[str]):

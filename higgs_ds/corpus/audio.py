@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
+from ..errors import reason_of
 from ..files import replacing
 from .chatml import AudioRef
 from .containers import ContainerError, ContainerFile, mended_wav
@@ -97,7 +98,7 @@ def content_hash(ref: AudioRef) -> str:
                 while chunk := file.read(HASH_BYTES):
                     content.update(chunk)
         except OSError as error:
-            raise AudioError(f"cannot be read: {error.strerror}") from error
+            raise AudioError(f"cannot be read: {reason_of(error)}") from error
     span = f"{ref.offset_sec or 0.0} {ref.duration_sec}"
     return hashlib.sha256(content.digest() + span.encode()).hexdigest()
 
@@ -141,7 +142,7 @@ def _opened(ref: AudioRef) -> Iterator[soundfile.SoundFile | ContainerFile]:
     try:
         mended, problem = mended_wav(source)
     except OSError as error:
-        raise AudioError(f"cannot be read: {error.strerror}") from error
+        raise AudioError(f"cannot be read: {reason_of(error)}") from error
     if problem is not None:
         raise AudioError(problem)
     try:

@@ -10,6 +10,8 @@ from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
+from ..errors import reason_of
+
 URL = re.compile(r"[a-z][a-z0-9+.-]*://|data:", re.IGNORECASE)
 MISSING = "does not exist"
 _AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a")
@@ -106,7 +108,7 @@ def file_problem(path: str | Path) -> str | None:
     except FileNotFoundError:
         return f"{MISSING}; paths are relative to the manifest's folder"
     except (OSError, ValueError) as error:  # ValueError: a character that no file name has here
-        return f"cannot be read ({getattr(error, 'strerror', None) or error})"
+        return f"cannot be read ({reason_of(error)})"
     if stat.S_ISDIR(status.st_mode):
         return "is a directory; give the path of an audio file"
     if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait forever

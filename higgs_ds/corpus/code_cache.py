@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from ..codec.base import Codec, check_codes
-from ..errors import ConfigError
+from ..errors import ConfigError, reason_of
 from .audio import content_hash, duration_sec, read_audio
 from .manifest import AudioRef
 from .records import Records, RecordWriter, key_words, record_type, write_all
@@ -264,7 +264,7 @@ class CodeStore:
                 with file.open("rb") as opened:
                     self._maps[file] = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
-            raise ValueError(f"it cannot be read: {error.strerror}") from error
+            raise ValueError(f"it cannot be read: {reason_of(error)}") from error
         content = self._maps[file][location.offset : end]
         if zlib.crc32(content) != location.crc:
             raise ValueError("its checksum is not the one that was written")

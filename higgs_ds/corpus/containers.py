@@ -9,6 +9,8 @@ from typing import BinaryIO
 
 import numpy as np
 
+from ..errors import reason_of
+
 # Where a writer could not go back to fill in the size: 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF and values near them.
 STREAMED_BYTES = 0x7FFF0000
 # Sizes off by a header's length are common and lose nothing that is heard.
@@ -97,7 +99,7 @@ class ContainerFile:
         try:
             self._container = av.open(opened, options={"format_whitelist": DEMUXERS, "protocol_whitelist": "file"})
         except (self._error, ValueError) as error:
-            raise ContainerError(_reason(error)) from error
+            raise ContainerError(reason_of(error)) from error
         streams = self._container.streams.audio
         if not streams or not streams[0].rate:
             self._container.close()
@@ -161,8 +163,4 @@ class ContainerFile:
             parts += [part.to_ndarray() for part in resampler.resample(None)]
             self._samples = np.concatenate(parts, axis=1).T
         except (self._error, ValueError) as error:  # ValueError: frames of another rate or layout than the first
-            raise ContainerError(_reason(error)) from error
-
-
-def _reason(error: Exception) -> str:
-    return str(getattr(error, "strerror", None) or error)
+            raise ContainerError(reason_of(error)) from error

@@ -14,7 +14,7 @@ import numpy as np
 
 from ..batching.batch_plan import make_plan
 from ..batching.mixture import Mixture
-from ..errors import ConfigError
+from ..errors import ConfigError, reason_of
 from .audio import AudioError, duration_sec
 from .chatml import AudioRef, Row
 from .described import Described
@@ -186,7 +186,7 @@ def run_describe(
             output_dir.mkdir(parents=True, exist_ok=True)
             page = write_page(output_dir, described[0], said)
         except OSError as error:
-            problem = f"--output_dir: {output_dir} cannot be written to: {error.strerror or error}"
+            problem = f"--output_dir: {output_dir} cannot be written to: {reason_of(error)}"
             raise ConfigError([problem]) from error
         write_faults(output_dir, [*faults, *warnings])
         said.append(f"look and listen: {page}")

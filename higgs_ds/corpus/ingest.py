@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from ..errors import ConfigError
+from ..errors import ConfigError, reason_of
 from ..files import write_text
 from .audio import AudioError, read_audio, write_wav
 from .chatml import AudioRef
@@ -111,7 +111,7 @@ def run_import(
             if rows:
                 _write_rows(output_dir / name, rows)
     except OSError as error:
-        raise ConfigError([f"--output: {output_dir} cannot be written to: {error.strerror or error}"]) from error
+        raise ConfigError([f"--output: {output_dir} cannot be written to: {reason_of(error)}"]) from error
     said = [f"{path}: read as {kind}", *found.lines(), *notes]
     said += [_summary(output_dir / n, rows) for n, rows in (("train.jsonl", train), ("val.jsonl", val)) if rows]
     flags = f"--train_manifest {output_dir / 'train.jsonl'}" + (

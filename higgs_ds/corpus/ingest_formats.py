@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, reason_of
 from .columns import SYNONYMS
 from .foreign import AUDIO_SUFFIXES, FILE_COLUMNS, FORMATS, TEXT_COLUMNS, guess, lines_in
 
@@ -67,7 +67,7 @@ def read_foreign(path: Path, kind: str | None) -> tuple[str, Found]:
     except UnicodeDecodeError as error:
         raise ConfigError([f"{path}: is not UTF-8 ({error.reason}); save it as UTF-8"]) from error
     except OSError as error:
-        raise ConfigError([f"{path}: cannot be read: {error.strerror or error}"]) from error
+        raise ConfigError([f"{path}: cannot be read: {reason_of(error)}"]) from error
     except (csv.Error, ValueError, RecursionError) as error:
         raise ConfigError([f"{path}: is not {FORMATS[kind]}: {error}"]) from error
 

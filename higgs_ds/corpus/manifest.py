@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..errors import reason_of
 from .chatml import SERVED, SYSTEM_PROMPT, AudioRef, Row, Turn, speech_messages
 from .clip_paths import ClipPaths
 from .controls import AUDIO_PLACEHOLDERS, DEFAULT_CONTROLS
@@ -80,7 +81,7 @@ class Manifest:
             self._fault(line, "manifest", problem)
             return
         except (OSError, ValueError) as error:  # ValueError: a NUL byte in the path
-            reason = getattr(error, "strerror", None) or error
+            reason = reason_of(error)
             self._fault(1, "manifest", f"cannot be read ({reason}); {_instead(path, error)}")
             return
         if problem := no_manifest(self.file, content):
@@ -141,7 +142,7 @@ class Manifest:
         except (json.JSONDecodeError, RecursionError):
             return "no row"  # for all alike; `check` says what is wrong
         except OSError as error:
-            return f"{error.filename} cannot be read ({error.strerror or error})"
+            return f"{error.filename} cannot be read ({reason_of(error)})"
         return "; ".join([*(f"{size:,} bytes" for size in sizes), *(fault.problem for fault in check.faults)])
 
     def seen(self) -> tuple:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from ..batching.token_counts import LengthIndex
 from ..codec.base import check_fits
-from ..errors import ConfigError
+from ..errors import ConfigError, reason_of
 from .chatml import SERVED, AudioRef, Row
 from .code_cache import CodeCache
 from .controls import DEFAULT_CONTROLS
@@ -340,7 +340,7 @@ class _Loader:
                     return True
         except OSError as error:
             folder = self._cache.folder
-            raise ConfigError([f"--codes_cache: {folder} cannot be written to: {error.strerror}"]) from error
+            raise ConfigError([f"--codes_cache: {folder} cannot be written to: {reason_of(error)}"]) from error
         return False
 
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from ..errors import ConfigError, first_of
+from ..errors import ConfigError, first_of, reason_of
 from ..files import write_text
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def _mark(flag: str, folder: Path, written: contextlib.ExitStack) -> Mark:
     except OSError as error:
         with contextlib.suppress(OSError):
             return Mark(None, _digest(os.listdir(folder)))
-        raise ConfigError([f"{flag}: {folder} cannot be used: {error.strerror or error}"]) from None
+        raise ConfigError([f"{flag}: {folder} cannot be used: {reason_of(error)}"]) from None
 
 
 def _remove(file: Path) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..config import PROJECT_ROOT, TrainConfig
-from ..errors import ConfigError, shown
+from ..errors import ConfigError, reason_of, shown
 from ..files import read_settings
 from .ds_fields import as_whole, field_faults
 
@@ -123,7 +123,7 @@ def read_deepspeed_config(path: str) -> dict:
             file = next((place for place in places if place.exists()), file)
         raw = json.loads(read_settings(file), object_pairs_hook=unique)
     except OSError as error:
-        raise ConfigError([f"--deepspeed_config: {path} cannot be read: {error.strerror or error}"]) from None
+        raise ConfigError([f"--deepspeed_config: {path} cannot be read: {reason_of(error)}"]) from None
     except RecursionError:
         raise ConfigError([f"--deepspeed_config: {path} is nested too deeply for a file of settings"]) from None
     except ValueError as error:

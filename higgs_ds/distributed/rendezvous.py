@@ -14,7 +14,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from ..errors import ConfigError
+from ..errors import ConfigError, reason_of
 from ..process import say
 
 # To find each other, the ranks have torch's half an hour. After that one may encode for hours while the others wait for
@@ -76,7 +76,7 @@ def _check_address() -> None:
     try:
         socket.getaddrinfo(address, int(port), type=socket.SOCK_STREAM)
     except (OSError, ValueError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
+        reason = reason_of(error)
         raise _refused(f"MASTER_ADDR: {address}:{port} has no address on {socket.gethostname()}: {reason}") from None
 
 

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ..config import BASE_NAMES, DEFAULT_BASE, EMBEDDINGS
-from ..errors import ConfigError
+from ..errors import ConfigError, reason_of
 from .adapter_names import PREFIX, WHOLE_MODULES, layers_named, names_layer, naming_nothing, peft_key
 from .layouts import read_json
 from .weight_files import DTYPES_BY_NAME, Stored, refuse
@@ -125,7 +125,7 @@ def read_adapter_config(folder: Path, flag: str = "--adapter") -> AdapterConfig:
             raise ConfigError([f"{flag}: {folder} holds no {CONFIG}"])
         size = file.stat().st_size
     except OSError as error:
-        raise ConfigError([f"{flag}: {_short(str(folder))} cannot be read: {error.strerror}"]) from None
+        raise ConfigError([f"{flag}: {_short(str(folder))} cannot be read: {reason_of(error)}"]) from None
     if size > MAX_CONFIG_BYTES:
         raise ConfigError([f"{flag}: {file} has {size} bytes, a config has a few thousand"])
     raw = read_json(file, flag)

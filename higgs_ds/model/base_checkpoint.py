@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from ..config import BASE_NAMES, DEFAULT_BASE_REVISION, LORA_TARGET_GROUPS
-from ..errors import ConfigError, first_of, nearest
+from ..errors import ConfigError, first_of, nearest, reason_of
 from .adapter_names import WHOLE_MODULES, layers_named, naming_nothing, peft_key
 from .facts import ModelFacts
 from .higgs import HiggsAudioForTraining
@@ -80,7 +80,7 @@ def locate_checkpoint(name_or_path: str, revision: str | None = None) -> Path:
             [f"--base_ckpt: {ascii(name_or_path)[:200]} is no UTF-8; give the folder another name"]
         ) from None
     except OSError as error:  # a name too long, a folder that may not be looked into
-        raise ConfigError([f"--base_ckpt: {name_or_path[:200]} cannot be read: {error.strerror}"]) from None
+        raise ConfigError([f"--base_ckpt: {name_or_path[:200]} cannot be read: {reason_of(error)}"]) from None
     if folder.is_absolute() or name_or_path.startswith(".") or name_or_path.count("/") != 1:
         raise ConfigError([f"--base_ckpt: {name_or_path} is neither a folder nor a hub id (owner/name)"])
     from huggingface_hub import snapshot_download

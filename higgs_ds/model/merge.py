@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from boson_multimodal.model.higgs_audio import HiggsAudioConfig
 
-from ..errors import ConfigError
+from ..errors import ConfigError, reason_of
 from ..files import name_beside
 from .adapter_file import Adapter
 from .layout_config import read_checkpoint_config, token_ids, transformers_config, without_private
@@ -110,7 +110,7 @@ def merge(
             shutil.rmtree(beside, ignore_errors=True)
             raise
     except OSError as error:
-        raise ConfigError([f"--output_dir: {output_dir} cannot be written: {error.strerror or error}"]) from error
+        raise ConfigError([f"--output_dir: {output_dir} cannot be written: {reason_of(error)}"]) from error
     return total
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from .config import BASE_NAMES, DEFAULT_BASE_REVISION, DEFAULT_CODEC, DEFAULT_CODEC_REVISION
 from .corpus.chatml import BOSON_EXAMPLE, SYSTEM_PROMPT, AudioRef, Row
 from .model.layouts import BOSON, TRANSFORMERS
+from .process import loss_text
 from .voice_record import FACTS
 
 COUNTED_ROWS = 1000
@@ -196,5 +197,5 @@ def _flags(**values: str | None) -> str:
 
 
 def _table(rows: dict[str, object]) -> str:
-    lines = [f"| {key} | {f'{value:.4f}' if isinstance(value, float) else value} |" for key, value in rows.items()]
+    lines = [f"| {key} | {loss_text(value) if isinstance(value, float) else value} |" for key, value in rows.items()]
     return "\n".join(["| | |", "|---|---|", *lines])

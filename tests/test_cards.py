@@ -11,7 +11,7 @@ import pytest
 import soundfile
 import torch
 
-from higgs_ds.cards import merged_card, pinned, prompt_facts
+from higgs_ds.cards import adapter_card, merged_card, pinned, prompt_facts
 from higgs_ds.cli import main
 from higgs_ds.codec.load import load_codec
 from higgs_ds.config import BASE_NAMES, DEFAULT_BASE_REVISION, DEFAULT_CODEC, DEFAULT_CODEC_REVISION
@@ -112,6 +112,13 @@ def test_a_base_is_named_so_that_it_is_found_again(tmp_path, monkeypatch):
     assert "`a/b` at revision `c`" in card and "| share | 0.5000 |" in card
     compile(*blocks(card, "python"), "card", "exec")
     assert "Prompts: as boson_multimodal's" in merged_card({"prompt style": "boson"}, **names)
+
+
+def test_a_small_loss_is_not_printed_as_one_that_is_not_there(tmp_path):
+    losses = {"training text_loss": 4.114e-07, "training audio_loss": 0.03998, "validation loss": 0.0}
+    card = adapter_card(losses, base="b", revision=None, layout="boson", codec="c", folder=tmp_path)
+    assert "| training text_loss | 4.11e-07 |" in card and "| training audio_loss | 0.0400 |" in card
+    assert "| validation loss | 0.0000 |" in card  # which is exactly 0
 
 
 def test_prompts_are_counted():

@@ -15,7 +15,6 @@ import argparse
 import datetime
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -173,8 +172,10 @@ class Launch:
         """Whether it ended well on every rank; where it fails on one, the others are ended."""
         if self.world_size == 1:
             return subprocess.run(command, cwd=ROOT).returncode == 0
+        from higgs_ds.distributed.rendezvous import free_port
+
         # The cases' ranks meet at a store of their own: in torchrun's there are the keys of the case before.
-        port = self._gather(_free_port() if self.is_main else None)[0]
+        port = self._gather(free_port() if self.is_main else None)[0]
         env = {**os.environ, "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "False"}
         process = subprocess.Popen(command, cwd=ROOT, env=env)
         while True:
@@ -191,12 +192,6 @@ class Launch:
         values = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
-
-
-def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("", 0))
-        return sock.getsockname()[1]
 
 
 def config_of(on_gpu: bool):

@@ -34,7 +34,7 @@ def meet(*, on_cpu: bool) -> tuple[dist.Store, int, int]:
     """
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-        os.environ["MASTER_PORT"] = str(_free_port(0))
+        os.environ["MASTER_PORT"] = str(free_port(0))
     _check_address()
     try:
         with _said_to_wait():
@@ -99,7 +99,7 @@ def _not_met(error: dist.DistError) -> ConfigError:
     """Torch's error in one line."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     if os.environ["RANK"] == "0" and "EADDRINUSE" in str(error):
-        free = _free_port(port + 1)
+        free = free_port(port + 1)
         return _refused(
             f"MASTER_PORT: {port} is taken on {socket.gethostname()}, by another run perhaps; {free} is free: "
             f"{_port_option(free)}"
@@ -115,7 +115,7 @@ def _port_option(port: int) -> str:
     return f"deepspeed --master_port {port}" if "CROSS_RANK" in os.environ else f"MASTER_PORT={port}"
 
 
-def _free_port(first: int) -> int:
+def free_port(first: int = 0) -> int:
     """The first free port from `first` on, of a hundred; any free one where those are taken, or `first` is 0."""
     for port in (*(range(first, min(first + 100, 65536)) if first else ()), 0):
         with contextlib.suppress(OSError), socket.socket() as free:

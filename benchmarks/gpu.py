@@ -253,11 +253,12 @@ def run_one(args: argparse.Namespace) -> None:
     import torch
 
     from benchmarks.step import Peak, learned_tokens, wait_for
-    from higgs_ds.config import DEFAULT_LORA_TARGETS, LossOptions
+    from higgs_ds.config import LossOptions
     from higgs_ds.distributed.engine import leave_ranks, start_ranks
     from higgs_ds.loss import LossWeights, loss_scales
     from higgs_ds.model.facts import ModelFacts
     from higgs_ds.model.flops import flop_per_token, mean_row_tokens, touched_parameters
+    from higgs_ds.model.modules import DEFAULT_LORA_TARGETS
     from higgs_ds.model.padding_free import DecoderLayer
     from higgs_ds.process import end_process
 

@@ -29,11 +29,11 @@ from benchmarks.report import report  # noqa: E402
 from benchmarks.step import make_samples  # noqa: E402
 from higgs_ds.batching.batch_plan import TokenPlan  # noqa: E402
 from higgs_ds.batching.collate import Batch, Collator  # noqa: E402
-from higgs_ds.config import DEFAULT_LORA_TARGETS  # noqa: E402
 from higgs_ds.model import base_checkpoint as model  # noqa: E402
 from higgs_ds.model.facts import ModelFacts  # noqa: E402
 from higgs_ds.model.forward import training_forward  # noqa: E402
 from higgs_ds.model.higgs import HiggsAudioForTraining  # noqa: E402
+from higgs_ds.model.modules import DEFAULT_LORA_TARGETS  # noqa: E402
 
 CASES = {"no checkpointing": 0, "every 4th layer": 4, "every 2nd layer": 2, "every layer": 1}
 BOOKS = 8

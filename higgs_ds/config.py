@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .corpus.portions import Portion, portions_of
+from .model.modules import DEFAULT_LORA_TARGETS, EMBEDDINGS, LORA_TARGET_GROUPS, TRAINED_HEADS
 
 DEFAULT_BASE = "bosonai/higgs-tts-2-3b-base"
 # One repository, with the same revisions, which the hub knows by its name of today and by the one that it had before.
@@ -20,18 +21,6 @@ DEFAULT_BASE_REVISION = "10840182ca4ad5d9d9113b60b9bb3c1ef1ba3f84"
 # The last revisions that boson_multimodal can read: the hub's `main` is in the layout of newer transformers.
 DEFAULT_CODEC = "bosonai/higgs-audio-v2-tokenizer"
 DEFAULT_CODEC_REVISION = "9d4988fbd4ad07b4cac3a5fa462741a41810dbec"
-DEFAULT_LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-# Names for several layers of the decoder at once; everything else is a layer's name or the end of its path.
-LORA_TARGET_GROUPS = {
-    "attention": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
-    "text_mlp": ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
-    "audio_mlp": ("audio_mlp.gate_proj", "audio_mlp.up_proj", "audio_mlp.down_proj"),
-    "all": DEFAULT_LORA_TARGETS,
-}
-HEADS = ("text_lm_head", "audio_lm_head")
-# Modules of the model that can be trained whole beside LoRA, by the end of their path.
-EMBEDDINGS = "audio_codebook_embeddings"
-TRAINED_HEADS = {"none": (), "audio": ("audio_lm_head",), "text": ("text_lm_head",), "both": HEADS}
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 
 ALIASES = {
@@ -184,7 +173,7 @@ class LoraOptions:
 class OptimOptions:
     """Batches, steps and AdamW."""
 
-    # None: not given. Which of the two holds then is settled once the device is known: see `micro_batches`.
+    # None: not given. Which of the two holds then is settled once the device is known: see `batching/micro_batches.py`.
     batch_size: int | None = _option(None, "rows a rank and micro-batch (default on a CPU: 1)", least=1)
     max_tokens_per_batch: int | None = _option(
         None,

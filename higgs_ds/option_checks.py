@@ -9,10 +9,10 @@ from .config import (
     DEFAULT_BASE_REVISION,
     DEFAULT_CODEC,
     DEFAULT_CODEC_REVISION,
-    HEADS,
     TrainConfig,
 )
 from .errors import ConfigError, shown
+from .model.modules import HEADS
 
 
 def cross_checks(config: TrainConfig) -> list[str]:

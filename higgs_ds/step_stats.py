@@ -1,9 +1,9 @@
 """The numbers of a micro-batch and of an optimizer step, by name, and how they travel as one flat list.
 
 A new number from the model: a field of `loss.HeadSums` with its values in `head_sums` there and in
-`model/fused_head.py`, a field of `HeadTotals` here, its name in `report/metrics.py`. It has to be one that adds up: a
-sum or a count, never a mean. Records are dataclasses of floats, lists of floats and records; flat, the fields follow
-each other in their order.
+`model/fused_head.py`, a field of the same name in `HeadTotals` here, its name in `report/metrics.py`. It has to be one
+that adds up: a sum or a count, never a mean. Records are dataclasses of floats, lists of floats and records; flat, the
+fields follow each other in their order.
 """
 
 from __future__ import annotations
@@ -92,8 +92,7 @@ class MicroBatchStats(HeadTotals):
     @staticmethod
     def on_device(sums: HeadSums, loss: torch.Tensor) -> torch.Tensor:
         """The record's flat values where they were computed, without waiting for them: float32, detached."""
-        own = {"loss": loss}
-        values = [own.get(f.name, getattr(sums, f.name, None)) for f in fields(MicroBatchStats)]
+        values = [loss if f.name == "loss" else getattr(sums, f.name) for f in fields(MicroBatchStats)]
         return torch.cat([value.detach().float().reshape(-1) for value in values])
 
     @staticmethod

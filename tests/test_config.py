@@ -6,9 +6,10 @@ from datetime import datetime
 import pytest
 import yaml
 
-from higgs_ds.config import ALIASES, DEFAULT_BASE_REVISION, DEFAULT_CODEC_REVISION, DEFAULT_LORA_TARGETS, OPTIONS
+from higgs_ds.config import ALIASES, DEFAULT_BASE_REVISION, DEFAULT_CODEC_REVISION, OPTIONS
 from higgs_ds.distributed.launchers import resume_command
 from higgs_ds.errors import ConfigError, nearest
+from higgs_ds.model.modules import DEFAULT_LORA_TARGETS
 from higgs_ds.parse import parse_args
 from higgs_ds.translate import FOREIGN
 

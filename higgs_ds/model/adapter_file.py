@@ -15,10 +15,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ..config import BASE_NAMES, DEFAULT_BASE, EMBEDDINGS
+from ..config import BASE_NAMES, DEFAULT_BASE
 from ..errors import ConfigError, reason_of
 from .adapter_names import PREFIX, WHOLE_MODULES, layers_named, names_layer, naming_nothing, peft_key
 from .layouts import read_json
+from .modules import EMBEDDINGS
 from .weight_files import DTYPES_BY_NAME, Stored, refuse
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -17,7 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from ..config import BASE_NAMES, DEFAULT_BASE_REVISION, LORA_TARGET_GROUPS
+from ..config import BASE_NAMES, DEFAULT_BASE_REVISION
 from ..errors import ConfigError, first_of, nearest, reason_of
 from .adapter_names import WHOLE_MODULES, layers_named, naming_nothing, peft_key
 from .facts import ModelFacts
@@ -25,6 +25,7 @@ from .higgs import HiggsAudioForTraining
 from .layout_config import read_checkpoint_config
 from .layouts import layout_of
 from .load_layout import check_weights, load_checkpoint
+from .modules import LORA_TARGET_GROUPS
 from .weight_files import refuse
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

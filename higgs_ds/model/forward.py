@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from ..batching.layout import Layout
-from ..config import HEADS
 from ..errors import ConfigError
 from ..step_stats import ForwardReport, MicroBatchStats
 from .fused_head import FusedHead
 from .fused_mlp import FusedRmsNorm, adopt
+from .modules import HEADS
 from .padding_free import DecoderLayer, Objective, PaddingFreeOutput, check_supported
 from .reference import ReferenceForward
 

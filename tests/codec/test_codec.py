@@ -1,3 +1,5 @@
+"""What a codec promises: the same codes everywhere, from either layout of its files, without a hub."""
+
 import hashlib
 import inspect
 import json

@@ -1,3 +1,5 @@
+"""Reading what people have as audio: containers, channels, parts of files, headers that lie, and what is refused."""
+
 import base64
 import os
 from pathlib import Path

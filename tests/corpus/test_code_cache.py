@@ -1,3 +1,5 @@
+"""Codes on disk: found again, never wrong, whoever writes at the same time and whenever a writer is killed."""
+
 import os
 import subprocess
 import sys

@@ -1,3 +1,5 @@
+"""Which rows a manifest may hold, and what each faulty one is answered with."""
+
 import base64
 import json
 import os

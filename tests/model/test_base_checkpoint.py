@@ -9,7 +9,7 @@ from boson_multimodal.model.higgs_audio import HiggsAudioModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from higgs_ds.config import DEFAULT_LORA_TARGETS, LoraOptions
+from higgs_ds.config import LoraOptions
 from higgs_ds.errors import ConfigError
 from higgs_ds.model.base_checkpoint import (
     attach_lora,
@@ -22,6 +22,7 @@ from higgs_ds.model.base_checkpoint import (
 from higgs_ds.model.facts import ModelFacts
 from higgs_ds.model.higgs import HiggsAudioForTraining
 from higgs_ds.model.merge import Base
+from higgs_ds.model.modules import DEFAULT_LORA_TARGETS
 from higgs_ds.model.tiny import SPECIAL_TOKENS, byte_tokenizer, write_tiny
 
 

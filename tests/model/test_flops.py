@@ -8,7 +8,6 @@ import torch
 
 from benchmarks.gpu import CASES, config_of, needs
 from benchmarks.memory import batch_of, operations
-from higgs_ds.config import DEFAULT_LORA_TARGETS
 from higgs_ds.model.facts import ModelFacts
 from higgs_ds.model.flops import (
     PEAK_FLOPS,
@@ -19,6 +18,7 @@ from higgs_ds.model.flops import (
     touched_parameters,
     utilisation,
 )
+from higgs_ds.model.modules import DEFAULT_LORA_TARGETS
 from higgs_ds.parse import parse_args
 
 

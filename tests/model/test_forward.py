@@ -11,7 +11,6 @@ from torch._dynamo.backends.debugging import aot_eager
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from higgs_ds.batching.collate import Collator
-from higgs_ds.config import DEFAULT_LORA_TARGETS, EMBEDDINGS, HEADS
 from higgs_ds.errors import ConfigError
 from higgs_ds.model import fused_head
 from higgs_ds.model.adapter_names import PREFIX, WHOLE_MODULES
@@ -19,6 +18,7 @@ from higgs_ds.model.base_checkpoint import attach_lora, load_base, read_model_co
 from higgs_ds.model.facts import ModelFacts
 from higgs_ds.model.forward import training_forward
 from higgs_ds.model.fused_mlp import FusedRmsNorm
+from higgs_ds.model.modules import DEFAULT_LORA_TARGETS, EMBEDDINGS, HEADS
 from higgs_ds.model.padding_free import DecoderLayer, check_supported
 from higgs_ds.model.tiny import write_tiny
 from higgs_ds.step_stats import MicroBatchStats

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from higgs_ds.config import DEFAULT_LORA_TARGETS
 from higgs_ds.errors import ConfigError
 from higgs_ds.model.init_adapter import settle_lora
+from higgs_ds.model.modules import DEFAULT_LORA_TARGETS
 from higgs_ds.parse import parse_args
 from tests.model.test_adapter_file import write_adapter
 

@@ -13,7 +13,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from higgs_ds.cli import main
-from higgs_ds.config import DEFAULT_LORA_TARGETS
 from higgs_ds.errors import ConfigError
 from higgs_ds.model.adapter_file import WEIGHTS, attach, read_adapter, read_adapter_config
 from higgs_ds.model.adapter_names import WHOLE_MODULES
@@ -21,6 +20,7 @@ from higgs_ds.model.layout_config import read_checkpoint_config
 from higgs_ds.model.layouts import transformers_name
 from higgs_ds.model.load_layout import adaptable_modules, load_checkpoint, wanted_weights
 from higgs_ds.model.merge import Base, merge, prove
+from higgs_ds.model.modules import DEFAULT_LORA_TARGETS
 from higgs_ds.model.weight_files import Planned, shards, weight_headers, write_checkpoint_weights
 from tests.model.test_adapter_file import edit, write_adapter
 from tests.model.test_layouts import translated

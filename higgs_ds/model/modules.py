@@ -1,0 +1,16 @@
+"""The modules of Boson's model that options name: which layers take LoRA, what is trained whole beside it. No torch."""
+
+from __future__ import annotations
+
+DEFAULT_LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# Names for several layers of the decoder at once; everything else is a layer's name or the end of its path.
+LORA_TARGET_GROUPS = {
+    "attention": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
+    "text_mlp": ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+    "audio_mlp": ("audio_mlp.gate_proj", "audio_mlp.up_proj", "audio_mlp.down_proj"),
+    "all": DEFAULT_LORA_TARGETS,
+}
+HEADS = ("text_lm_head", "audio_lm_head")
+# Modules of the model that can be trained whole beside LoRA, by the end of their path.
+EMBEDDINGS = "audio_codebook_embeddings"
+TRAINED_HEADS = {"none": (), "audio": ("audio_lm_head",), "text": ("text_lm_head",), "both": HEADS}

@@ -74,7 +74,12 @@ def load_steps(
         generator=torch.Generator(),  # its own: a loader draws from it, and dropout's must be the same after a resume
     )
     others = multiprocessing.active_children()
-    batches = iter(loader)
+    # A worker begins with them blocked, so that none ends it before it can ignore them.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        batches = iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
     end_workers = partial(_kill, [process for process in multiprocessing.active_children() if process not in others])
     # A rank that fails keeps the loader alive in its traceback, and would wait at exit for workers that mind no signal.
     atexit.register(end_workers)
@@ -95,6 +100,7 @@ def _outlive_stop_signals(worker: int) -> None:
     """A queue's SIGTERM reaches every process; the rank still needs its workers to finish the step and save."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
 
 
 def describe_bad_batch(batch: Batch) -> dict[str, torch.Tensor]:

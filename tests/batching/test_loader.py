@@ -1,15 +1,19 @@
 """The loader: batches are built ahead, and only a little ahead."""
 
 import itertools
+import os
+import signal
 import subprocess
 import sys
 
 import pytest
 import torch
 from torch.utils.data import Dataset
+from torch.utils.data._utils import signal_handling
 
 from higgs_ds.batching.batch_plan import MicroBatch, StepPlan
 from higgs_ds.batching.loader import load_steps
+from higgs_ds.distributed.stop import STOP_SIGNALS
 from tests.conftest import ROOT
 
 
@@ -82,3 +86,20 @@ def test_workers_say_nothing_while_they_run_nor_when_they_are_left_early():
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda number: number.name)
+def test_a_stop_signal_that_comes_as_a_worker_begins_does_not_end_it(number, monkeypatch):
+    """torchrun passes its own on to every process of a rank, at whatever moment that is of theirs."""
+    set_handlers = signal_handling._set_worker_signal_handlers
+
+    def begin():
+        os.kill(os.getpid(), number)
+        set_handlers()
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(signal_handling, "_set_worker_signal_handlers", begin)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    plans = [StepPlan(i, 0.0, (MicroBatch((i,)),)) for i in range(3)]
+    assert [batch.tolist() for _, (batch,) in load_steps(Echo(), plans, num_workers=2)] == [[0], [1], [2]]
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before

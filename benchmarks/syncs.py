@@ -52,6 +52,7 @@ NAMES = {
 }
 INDEXING = ("aten::index.Tensor", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")
 COLUMNS = ("nonzero", "item", "_local_scalar_dense", "host copies", "synchronisations")
+MEASURED = "what is counted"
 LAYERS = 4
 STEPS_BEFORE = 3  # DeepSpeed's throughput timer begins to wait after two
 MICRO_BATCHES = 4  # of the step that is counted
@@ -87,15 +88,21 @@ def dispatched(run) -> Counter[str]:
     return counting.found
 
 
-def profiled(run) -> Counter[str]:
-    """Counts of one run by the GPU's profiler."""
-    from torch.profiler import ProfilerActivity, profile
+def profiled(run, activities: tuple[str, ...] = ("CPU", "CUDA")) -> Counter[str]:
+    """Counts of one run by the profiler, without its own wait for the GPU at the end."""
+    from torch.profiler import ProfilerActivity, profile, record_function
 
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    watched = [getattr(ProfilerActivity, name) for name in activities]
+    with profile(activities=watched) as seen, record_function(MEASURED):
         run()
+    events = list(seen.events())
+    (last,) = {event.time_range.end for event in events if event.name == MEASURED and event.device_type.name == "CPU"}
     found: Counter[str] = Counter()
-    for event in seen.events():
+    for event in events:
+        if event.device_type.name == "CPU" and event.time_range.start > last:
+            continue
         if event.name in NAMES and event.name != "aten::lift_fresh":
             found[NAMES[event.name]] += 1
         elif event.name.startswith(("Memcpy HtoD", "Memcpy DtoH")):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
-from .config import BASE_NAMES, DEFAULT_BASE_REVISION, DEFAULT_CODEC, DEFAULT_CODEC_REVISION
+from .config import revision_of
 from .corpus.chatml import BOSON_EXAMPLE, SYSTEM_PROMPT, AudioRef, Row
 from .model.layouts import BOSON, TRANSFORMERS
 from .process import loss_text
@@ -27,7 +27,7 @@ def pinned(name: str, revision: str | None) -> tuple[str, str | None]:
     """A base as a snippet names it from any folder: a local one by its whole path, Boson's at its revision."""
     if os.path.isdir(name):
         return os.path.abspath(name), None
-    return name, revision or (DEFAULT_BASE_REVISION if name in BASE_NAMES else None)
+    return name, revision_of(name, revision)
 
 
 def prompt_facts(rows: Sequence[Row]) -> dict[str, object]:
@@ -152,7 +152,7 @@ vllm serve {shlex.quote(place)} --omni
 
 def _in_boson(place: str, codec: str) -> str:
     here = os.path.isdir(codec)
-    revision = DEFAULT_CODEC_REVISION if codec == DEFAULT_CODEC else None
+    revision = revision_of(codec, None)
     fetch = f"snapshot_download({codec!r}{f', revision={revision!r}' if revision else ''})"
     return f"""boson_multimodal:
 

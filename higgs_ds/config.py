@@ -21,6 +21,7 @@ DEFAULT_BASE_REVISION = "10840182ca4ad5d9d9113b60b9bb3c1ef1ba3f84"
 # The last revisions that boson_multimodal can read: the hub's `main` is in the layout of newer transformers.
 DEFAULT_CODEC = "bosonai/higgs-audio-v2-tokenizer"
 DEFAULT_CODEC_REVISION = "9d4988fbd4ad07b4cac3a5fa462741a41810dbec"
+PINNED_REVISIONS = {**dict.fromkeys(BASE_NAMES, DEFAULT_BASE_REVISION), DEFAULT_CODEC: DEFAULT_CODEC_REVISION}
 PROJECT_ROOT = Path(__file__).resolve().parents[1]
 
 ALIASES = {
@@ -43,6 +44,11 @@ ALIASES = {
     "lora_rank": "lora_r",
     "dataloader_num_workers": "num_workers",
 }
+
+
+def revision_of(name: str, given: str | None) -> str | None:
+    """Which revision of a repository on the hub: the one given, else Boson's pinned one; None is the newest."""
+    return given or PINNED_REVISIONS.get(name)
 
 
 def _option(default, text: str, **rules):

@@ -42,6 +42,11 @@ def reason_of(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
+def first_line(error: BaseException) -> str:
+    """Of what it says; its type's name where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
     """` (did you mean 'x'?)` for the valid name that `name` misspells, or an empty string.
 

@@ -4,13 +4,7 @@ from __future__ import annotations
 
 import math
 
-from .config import (
-    BASE_NAMES,
-    DEFAULT_BASE_REVISION,
-    DEFAULT_CODEC,
-    DEFAULT_CODEC_REVISION,
-    TrainConfig,
-)
+from .config import TrainConfig, revision_of
 from .errors import ConfigError, shown
 from .model.modules import HEADS
 
@@ -44,10 +38,8 @@ def cross_checks(config: TrainConfig) -> list[str]:
     if config.optim.max_tokens_per_batch is not None and config.optim.batch_size not in (None, 1):
         problems.append("--batch_size, --max_tokens_per_batch: one counts rows, the other tokens; leave one out")
     problems += _warmup_checks(config)
-    if config.model.base_revision is None and config.model.base_ckpt in BASE_NAMES:
-        config.model.base_revision = DEFAULT_BASE_REVISION
-    if config.data.codec_revision is None and config.data.codec == DEFAULT_CODEC:
-        config.data.codec_revision = DEFAULT_CODEC_REVISION
+    config.model.base_revision = revision_of(config.model.base_ckpt, config.model.base_revision)
+    config.data.codec_revision = revision_of(config.data.codec, config.data.codec_revision)
     return problems
 
 

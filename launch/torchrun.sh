@@ -27,8 +27,13 @@ if [ -n "${SLURM_STEP_ID:-}" ] && [ -z "${NNODES:-}" ]; then
     MASTER_ADDR=${MASTER_ADDR:-$host} MASTER_PORT=${MASTER_PORT:-$port}
   fi
 fi
-[ "${DS_ACCELERATOR:-cuda}" = cpu ] && ranks=1 || ranks=gpu
-ranks=${NPROC_PER_NODE:-$ranks}
+ranks=${NPROC_PER_NODE:-}
+if [ -z "$ranks" ]; then
+  ranks=1 # without a GPU that can be used too: train_ds.py says then what is wrong with it
+  if [ "${DS_ACCELERATOR:-cuda}" != cpu ] && "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+    ranks=gpu
+  fi
+fi
 unset RANK WORLD_SIZE LOCAL_RANK # of whatever started this script
 
 if [ "${NNODES:-1}" -le 1 ]; then

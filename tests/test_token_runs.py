@@ -10,12 +10,12 @@ from higgs_ds.errors import ConfigError
 from higgs_ds.parse import parse_args
 from tests.conftest import SPEECH
 from tests.distributed.test_engine import distance
-from tests.ranks import assert_all, run_ranks
+from tests.ranks import assert_all
 
 BUDGET = 700
 
 
-def test_stopped_on_two_ranks_and_gone_on_with_on_one(tiny_dir, codec_dir, tmp_path):
+def test_stopped_on_two_ranks_and_gone_on_with_on_one(forks, tiny_dir, codec_dir, tmp_path):
     def run(folder, ranks, **changes):
         settings = {
             "train_manifest": SPEECH,
@@ -38,7 +38,7 @@ def test_stopped_on_two_ranks_and_gone_on_with_on_one(tiny_dir, codec_dir, tmp_p
             "eval_every": 5,
         }
         flags = [str(w) for name, value in (settings | changes).items() for w in (f"--{name}", value)]
-        results = run_ranks(["train_ds.py", *flags], ranks, timeout=180)
+        results = forks.run(flags, ranks)
         assert_all(results)
         return results[0].output
 

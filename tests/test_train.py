@@ -19,10 +19,11 @@ from boson_multimodal.model.higgs_audio import HiggsAudioModel
 from peft import PeftModel
 from PIL import Image
 
+from higgs_ds import cli
 from higgs_ds.checkpoint import read_checkpoint
 from higgs_ds.recite import Recital
 from tests.conftest import ROOT, SPEECH
-from tests.ranks import assert_all, run_ranks
+from tests.ranks import assert_all
 
 PYTHON_DIR = os.path.dirname(sys.executable)
 ENV = {**os.environ, "PATH": f"{PYTHON_DIR}:{os.environ['PATH']}", "WANDB_MODE": "offline"}
@@ -52,7 +53,7 @@ def quickstart(request, quickstart_of):
 
 
 def test_it_speaks(quickstart):
-    folder, output, seconds = quickstart
+    folder, output = quickstart
     recitals = [Recital(**row) for row in json.loads((folder / "speech/recital.json").read_text())]
     assert len(recitals) == 32
     for rule in ("boson", "transformers", "vllm"):
@@ -66,11 +67,11 @@ def test_it_speaks(quickstart):
         original, original_rate = soundfile.read(folder / "speech" / recital.file.replace("spoken", "original"))
         assert rate == 24000 and abs(len(waveform) / rate - len(original) / original_rate) < 0.05
         assert np.abs(waveform).max() > 0.01
-    print(f"main job: {seconds:.0f} s")
+    print(output.splitlines()[-1])
 
 
 def test_what_a_run_leaves(quickstart):
-    folder, output, _ = quickstart
+    folder, output = quickstart
     assert yaml.safe_load((folder / "config.yaml").read_text())["lora_r"] == 64
     assert json.loads((folder / "ds_config.json").read_text())["train_batch_size"] == 8
     with Image.open(folder / "loss.png") as image:
@@ -147,38 +148,48 @@ def training_flags(folder, tiny_dir, codec_dir, **changes):
     return [str(word) for name, value in (flags | changes).items() for word in (f"--{name}", value)]
 
 
-def test_the_same_run_with_unshifted_labels_does_not_speak(quickstart, tmp_path):
-    """Otherwise the test above would pass whatever is trained."""
-    folder, *_ = quickstart
-    if folder.name != "stage2":
+def test_with_unshifted_labels_the_loss_falls_and_nothing_is_spoken(quickstart, forks, tmp_path):
+    """Otherwise the test above would pass whatever is trained. Eight clips, with and without the shift."""
+    base, codec = quickstart[0] / "base", quickstart[0] / "codec"
+    if quickstart[0].name != "stage2":
         pytest.skip("once is enough")
-    flags = ["--config", "examples/quickstart.yaml", "--epochs", "30", "--eval_every", "1000"]
-    flags += training_flags(tmp_path / "run", folder / "base", folder / "codec", batch_size=4, max_steps=120)
-    assert_all(run_ranks(["tests/workers/train_with.py", "unshifted_audio", "-1", *flags], 2, timeout=400))
-    train = metrics_of(tmp_path / "run")
-    assert train[-1]["train/loss"] < 0.1  # the loss falls all the same …
-    result = run(
-        *("python", "-m", "higgs_ds", "recite", "--base_ckpt", folder / "base", "--codec", folder / "codec"),
-        *("--adapter", tmp_path / "run/adapter", "--train_manifest", SPEECH, "--output_dir", tmp_path / "speech"),
-        *("--at_least", "0.99"),
-    )
-    assert result.returncode == 1, result.stdout  # … and no clip comes back
-    recitals = [Recital(**row) for row in json.loads((tmp_path / "speech/recital.json").read_text())]
-    assert max(r.share for r in recitals) < 0.5
+    rows = [json.loads(line) for line in SPEECH.read_text().splitlines()[:8]]
+    manifest = tmp_path / "eight.jsonl"
+    manifest.write_text("".join(json.dumps(row | {"audio": str(SPEECH.parent / row["audio"])}) + "\n" for row in rows))
+    changes = {"batch_size": 8, "max_steps": 80, "eval_every": 1000, "train_manifest": manifest}
+
+    def start(folder, patch):
+        flags = ["--config", "examples/quickstart.yaml", *training_flags(folder, base, codec, **changes)]
+        return forks.start(flags, 1, patches={0: patch})
+
+    folders = {"shifted": None, "unshifted": ["unshifted_audio"]}
+    ranks = [start(tmp_path / name, patch)[0] for name, patch in folders.items()]
+    assert_all(forks.wait(ranks, 400))
+    shares = {}
+    for name in folders:
+        folder = tmp_path / name
+        assert metrics_of(folder)[-1]["train/loss"] < 0.1  # the loss falls all the same …
+        flags = ["--base_ckpt", base, "--codec", codec, "--adapter", folder / "adapter", "--train_manifest", manifest]
+        flags += ["--output_dir", folder / "speech", "--at_least", "0.99"]
+        exit_code = cli.main(["recite", *map(str, flags)])
+        recitals = [Recital(**row) for row in json.loads((folder / "speech/recital.json").read_text())]
+        shares[name] = [exit_code, min(r.share for r in recitals), max(r.share for r in recitals)]
+    assert shares["shifted"] == [0, 1, 1]
+    assert shares["unshifted"][0] == 1 and shares["unshifted"][2] < 0.5  # … and no clip comes back
 
 
-def test_a_batch_that_fails_before_the_forward_ends_every_rank_with_code_3(tiny_dir, codec_dir, tmp_path):
+def test_a_batch_that_fails_before_the_forward_ends_every_rank_with_code_3(forks, tiny_dir, codec_dir, tmp_path):
     flags = training_flags(tmp_path / "run", tiny_dir, codec_dir, deepspeed_config="ds_configs/zero3.json")
-    results = run_ranks(["tests/workers/train_with.py", "code_out_of_range", "1", *flags], 2, timeout=120)
+    results = forks.run(flags, 2, patches={1: ["code_out_of_range"]})
     assert_all(results, returncode=3)
     assert max(r.ended_after_sec for r in results) - min(r.ended_after_sec for r in results) < 30
     assert "loss check failed: code_range (rank 1, optimizer step 1" in results[0].output
     assert "FAIL [rank 1] code_range: codes from" in results[1].output
 
 
-def test_a_loss_that_is_not_real_ends_every_rank_with_code_3(tiny_dir, codec_dir, tmp_path):
+def test_a_loss_that_is_not_real_ends_every_rank_with_code_3(forks, tiny_dir, codec_dir, tmp_path):
     flags = training_flags(tmp_path / "run", tiny_dir, codec_dir)
-    results = run_ranks(["tests/workers/train_with.py", "lost_audio", "1", *flags], 2, timeout=120)
+    results = forks.run(flags, 2, patches={1: ["lost_audio"]})
     assert_all(results, returncode=3)
     assert max(r.ended_after_sec for r in results) - min(r.ended_after_sec for r in results) < 30
     text = results[0].output
@@ -192,9 +203,9 @@ def test_a_loss_that_is_not_real_ends_every_rank_with_code_3(tiny_dir, codec_dir
     assert failure["check"] == "audio_logits" and failure["rank"] == 1
 
 
-def test_skip_goes_on_and_counts(tiny_dir, codec_dir, tmp_path):
+def test_skip_goes_on_and_counts(forks, tiny_dir, codec_dir, tmp_path):
     flags = training_flags(tmp_path / "run", tiny_dir, codec_dir, on_bad_loss="skip", wandb_mode="offline")
-    results = run_ranks(["tests/workers/train_with.py", "code_out_of_range", "0", *flags], 2, timeout=120)
+    results = forks.run(flags, 2, patches={0: ["code_out_of_range"]})
     assert_all(results)
     rows = metrics_of(tmp_path / "run")
     assert [row["train/dropped_steps"] for row in rows] == [1, 2, 3]
@@ -204,20 +215,20 @@ def test_skip_goes_on_and_counts(tiny_dir, codec_dir, tmp_path):
     assert kept.position.dropped_steps == 3 and kept.state.adam_steps == 0
     assert not any(moment.any() for moment in kept.state.exp_avg.values())
     # Zeros are what Adam begins with: a run goes on from there.
-    assert_all(run_ranks(["train_ds.py", *flags, "--resume", "auto", "--max_steps", "4"], 2, timeout=120))
+    assert_all(forks.run([*flags, "--resume", "auto", "--max_steps", "4"], 2))
     assert metrics_of(tmp_path / "run")[-1]["global_step"] == 4
 
 
-def test_missing_expanded_labels_are_counted_in_the_metrics(tiny_dir, codec_dir, tmp_path):
+def test_missing_expanded_labels_are_counted_in_the_metrics(forks, tiny_dir, codec_dir, tmp_path):
     flags = training_flags(tmp_path / "run", tiny_dir, codec_dir, max_steps=2, grad_accum=2)
     flags += ["--forward_impl", "upstream", "--loss_impl", "reference"]
-    (result,) = run_ranks(["tests/workers/train_with.py", "no_expanded_labels", "0", *flags], 1, timeout=120)
+    (result,) = forks.run(flags, 1, patches={0: ["no_expanded_labels"]})
     assert_all([result])
     assert [row["train/re_expanded_labels"] for row in metrics_of(tmp_path / "run")] == [2, 2]
     assert result.output.count("re-expanding them from the batch") == 1 and "path: re-expanded" in result.output
 
 
-def test_check_prints_the_checklist_and_leaves_no_run(tiny_dir, codec_dir, tmp_path):
+def test_check_prints_the_checklist_and_leaves_no_run(forks, tiny_dir, codec_dir, tmp_path):
     flags = training_flags(tmp_path / "run", tiny_dir, codec_dir)
     result = run("python", "-m", "higgs_ds", "check", *flags)
     assert result.returncode == 0, result.stdout
@@ -230,12 +241,12 @@ def test_check_prints_the_checklist_and_leaves_no_run(tiny_dir, codec_dir, tmp_p
     spoken = "<|start_header_id|>assistant<|end_header_id|>\n\n<|audio_out_bos|><|AUDIO_OUT|><|audio_eos|><|eot_id|>"
     assert f"manifest.jsonl:1):\n<|begin_of_text|>{system}{user}{spoken}\n" in result.stdout
 
-    (broken,) = run_ranks(["tests/workers/train_with.py", "lost_audio", "0", *flags, "--check"], 1, timeout=120)
+    (broken,) = forks.run(["check", *flags], 1, patches={0: ["lost_audio"]})
     assert broken.returncode == 1
     assert "FAIL [rank 0] audio logits: (0, 8, 1026)" in broken.output
 
 
-def test_bad_rows_are_listed_together_and_nothing_is_trained(tiny_dir, codec_dir, tmp_path):
+def test_bad_rows_are_listed_together_and_nothing_is_trained(forks, tiny_dir, codec_dir, tmp_path):
     tone = np.sin(np.arange(16000) / 20) * 0.1
     soundfile.write(tmp_path / "good.wav", tone, 16000)
     soundfile.write(tmp_path / "empty.wav", tone[:0], 16000)
@@ -256,7 +267,7 @@ def test_bad_rows_are_listed_together_and_nothing_is_trained(tiny_dir, codec_dir
     manifest = tmp_path / "train.jsonl"
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows) + "{broken\n")
     flags = training_flags(tmp_path / "run", tiny_dir, codec_dir, train_manifest=manifest, max_duration_sec=3)
-    results = run_ranks(["train_ds.py", *flags], 2, timeout=120)
+    results = forks.run(flags, 2)
     assert_all(results, returncode=2)
     lines = [line for line in results[0].output.splitlines() if line.startswith(str(manifest))]
     expected = [
@@ -277,13 +288,13 @@ def test_bad_rows_are_listed_together_and_nothing_is_trained(tiny_dir, codec_dir
     assert "9 bad rows; nothing was trained" in results[0].output
     assert not (tmp_path / "run/metrics.jsonl").exists()
 
-    results = run_ranks(["train_ds.py", *flags, "--skip_bad_rows"], 2, timeout=120)
+    results = forks.run([*flags, "--skip_bad_rows"], 2)
     assert_all(results)
     assert "training without 9 bad rows" in results[0].output
     assert (tmp_path / "run/adapter/adapter_model.safetensors").exists()
 
     # The same folder again: an earlier run is never overwritten.
-    (again,) = run_ranks(["train_ds.py", *flags, "--skip_bad_rows"], 1, timeout=120)
+    (again,) = forks.run([*flags, "--skip_bad_rows"], 1)
     assert again.returncode == 2 and "holds a run already" in again.output
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..errors import first_line
 from . import codec_layout
 
 if TYPE_CHECKING:
@@ -159,7 +160,7 @@ def build_tokenizer(
     try:
         model = _empty_tokenizer(config, device)
     except (ArithmeticError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"config.json beside {weights_path} cannot be built: {_first_line(error)}") from error
+        raise ValueError(f"config.json beside {weights_path} cannot be built: {first_line(error)}") from error
     if weights_path.name == codec_layout.WEIGHTS:
         codec_layout.drop_weight_norm(model)
         weights = codec_layout.renamed(weights, model.state_dict())
@@ -261,7 +262,3 @@ def _is_plain(value) -> bool:
     import torch
 
     return isinstance(value, torch.Tensor) and value.layout == torch.strided and value.device.type == "cpu"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from ..config import DEFAULT_CODEC, DEFAULT_CODEC_REVISION
+from ..config import DEFAULT_CODEC, DEFAULT_CODEC_REVISION, revision_of
 from ..errors import ConfigError
 from .base import Codec, to_stderr
 from .boson import BosonCodec
@@ -58,8 +58,7 @@ def _download(repo: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils import HFValidationError
 
-    if revision is None and repo == DEFAULT_CODEC:
-        revision = DEFAULT_CODEC_REVISION
+    revision = revision_of(repo, revision)
     try:
         folder = Path(snapshot_download(repo, revision=revision, allow_patterns=list(CODEC_FILES)))
         # Only where it is the codec: a repository may hold a file of that name that is something else, and large.

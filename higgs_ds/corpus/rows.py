@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
-from ..batching.token_counts import LengthIndex
 from ..codec.base import check_fits
 from ..errors import ConfigError, reason_of
 from .chatml import SERVED, AudioRef, Row
@@ -33,6 +32,7 @@ from .same_files import check_same_files
 from .transcripts import FACTS, VOICE, Spoken, facts_of, first_lines, voice_of, warnings_of
 
 if TYPE_CHECKING:
+    from ..batching.token_counts import LengthIndex
     from ..distributed.engine import Ranks
 
 CHUNK_ROWS = 16384  # rows of a rank that are objects at a time

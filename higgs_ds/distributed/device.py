@@ -11,7 +11,7 @@ import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import ConfigError
+from ..errors import ConfigError, first_line
 from ..process import say
 
 if TYPE_CHECKING:
@@ -35,6 +35,9 @@ def pick_device() -> torch.device:
         return torch.device("cpu")
     if wanted not in ("", "cuda"):
         raise _refused(f"DS_ACCELERATOR is {wanted!r}; this program runs on cuda (or leave it out) and on cpu")
+    # DeepSpeed's launcher sets it for its ranks, and with it torch counts the cards that are plugged in, and not those
+    # that this driver can serve.
+    os.environ.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)
     if not torch.cuda.is_available():
         raise _refused(_no_gpu(torch.version.cuda))
     local_rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
@@ -62,6 +65,9 @@ def take_device(device: torch.device, *, deterministic: bool = False) -> None:
     Args:
         deterministic: kernels that give the same numbers twice, for this whole process; an operation that has none
             raises RuntimeError.
+
+    Raises:
+        ConfigError: the GPU cannot be started: it is another process's alone, or broken.
     """
     import torch
 
@@ -74,7 +80,12 @@ def take_device(device: torch.device, *, deterministic: bool = False) -> None:
         # What is read before it is written would be a fault of its own; filling all of it with NaN costs a pass each.
         torch.utils.deterministic.fill_uninitialized_memory = False
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        try:
+            torch.cuda.set_device(device)
+        except RuntimeError as error:
+            versions = f"NVIDIA driver {driver_version()}, torch is built for CUDA {torch.version.cuda}"
+            text = f"{device} cannot be used: {first_line(error)}; {versions}; nvidia-smi shows its state"
+            raise _refused(text, first_to_know=device.index or 0) from None
         # On an H100 torch 2.11 would take cuDNN's attention first, which draws up a plan for every new shape (public
         # figures: a second, forward and backward). With token budgets nearly every step has one. FlashAttention-2,
         # which is next, has no plans.

@@ -31,6 +31,8 @@ IGNORED_KEYS = {
     *("zero_optimization.gather_16bit_weights_on_model_save", "zero_optimization.save_muon_momentum_buffer_in_memory"),
     *("zero_optimization.ignore_unused_parameters", "zero_optimization.log_trace_cache_warnings"),
     *("zero_optimization.override_module_apply", "zero_optimization.pipeline_loading_checkpoint"),
+    # It deals the weights out in another order than the module's, to no use where LoRA's gradients fill one bucket.
+    "zero_optimization.round_robin_gradients",
     *("zero_optimization.cpu_offload_use_pin_memory", "zero_optimization.legacy_stage1"),
 }
 # Blocks and switches that do nothing as long as they say so.
@@ -234,6 +236,8 @@ def _settle_dtype(file: _File, config: TrainConfig, stage: int, on_cpu: bool) ->
         file.settle(file.section("bf16"), "check_grad_overflow", True, "this trainer", "bf16.")
     if dtype == "fp16" and on_cpu:
         file.problems.append("--dtype: fp16 needs a GPU; on CPU use bf16 or fp32")
+    if dtype == "fp16" and stage == 0:  # DeepSpeed would unscale gradients there whose loss nobody had scaled
+        file.problems.append("--dtype: fp16 needs ZeRO stage 1, 2 or 3; at stage 0 use bf16 or fp32")
     if stage > 0:
         file.settle(file.section("data_types"), "grad_accum_dtype", "fp32", "this trainer", "data_types.")
         file.settle(file.content, "communication_data_type", "fp32", "this trainer")

@@ -168,7 +168,6 @@ ZERO = {
     "stage3_module_granularity_threshold": Same(0, _LEAVES),
     "stage3_use_all_reduce_for_fetch_params": Flag(),
     "stage3_allgather_sequential": Flag(),
-    "round_robin_gradients": Flag(),
     "parameter_alignment": Flag(False, "the trained weights are gathered from buffers without gaps; remove the key"),
     "zero_hpz_partition_size": Whole(1),
     "zero_quantized_weights": Flag(),

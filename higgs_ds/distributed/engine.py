@@ -208,6 +208,7 @@ class Engine:
         dist.barrier()
         self._engine, *_ = deepspeed.initialize(model=module, optimizer=self._optimizer, config=ds_config)
         self._optimizer.drop_next = False
+        self._layout_is_known = False  # until the first state was gathered and held against the module
 
     @property
     def module(self) -> nn.Module:
@@ -272,7 +273,8 @@ class Engine:
             return None
         shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in _trained(self.module).items()}
         state = GatheredState(*gathered, self._adam_steps(), shapes, by_parameter=self.stage == 3)
-        self._check_layout(state)
+        if not self._layout_is_known:
+            self._check_layout(state)
         return state
 
     def _gather(self, parts: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -306,12 +308,17 @@ class Engine:
                 yield [self._optimizer.state[master][key].flatten() for master in self._optimizer.parameters]
 
     def _check_layout(self, state: GatheredState) -> None:
-        """The masters, rounded, are the module's weights: fails loudly where a DeepSpeed cuts them otherwise."""
+        """The masters, rounded, are the module's weights: fails loudly where a DeepSpeed cuts them otherwise.
+
+        At stage 3 no rank has them whole, and DeepSpeed itself says which part of which is whose.
+        """
         if self.stage < 3:
-            name, weight = state.last_weight()
-            last = _trained(self.module)[name].detach().cpu()
-            if not torch.equal(weight.to(last.dtype), last):
-                raise RuntimeError(f"{name}: gathered weights are not the model's; DeepSpeed's layout has changed")
+            trained = _trained(self.module)
+            for name, weight in state.whole_weights().items():
+                own = trained[name].detach().cpu()
+                if not torch.equal(weight.to(own.dtype), own):
+                    raise RuntimeError(f"{name}: gathered weights are not the model's; DeepSpeed's layout has changed")
+        self._layout_is_known = True
 
     def load_state(self, state: OptimizerState, first_inputs: dict) -> None:
         """Sets what `gather_state` gave; the module's own weights must hold the same, in the engine's dtype, already.

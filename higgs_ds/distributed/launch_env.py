@@ -22,8 +22,11 @@ DEFAULT_PORT = 29500  # DeepSpeed's and torchrun's
 HOW = "start it with deepspeed, torchrun, srun or mpirun (docs/many-machines.md)"
 # Slurm's numbers for what is no step of srun's: the batch script, the shell of salloc, …
 FIRST_SPECIAL_STEP = 0xFFFFFFF0
-# Variables of which one above 1 says that there are others.
-SIGNS_OF_OTHERS = ("WORLD_SIZE", "CROSS_SIZE", "LOCAL_WORLD_SIZE", "PET_NNODES", "PET_NPROC_PER_NODE")
+# Variables that say that there are others, where they are above this.
+SIGNS_OF_OTHERS = {
+    **dict.fromkeys(("WORLD_SIZE", "CROSS_SIZE", "LOCAL_WORLD_SIZE", "PET_NNODES", "PET_NPROC_PER_NODE"), 1),
+    "LOCAL_RANK": 0,
+}
 
 
 @dataclass(frozen=True)
@@ -75,18 +78,29 @@ MPI = (
 def enter_launch(environment: MutableMapping[str, str] = os.environ) -> None:
     """Puts what srun or MPI say into the variables that torch reads; those of deepspeed and torchrun win.
 
-    A process of its own is left as it is.
+    A process of its own takes the first GPU that it sees.
 
     Raises:
         ConfigError: this process is one of several and cannot know which, or where they meet.
     """
     if environment.get("RANK"):
         _complete(environment)
-        return
+    else:
+        _take_place(environment)
+    # DeepSpeed holds Open MPI's against LOCAL_RANK. It is another one where mpirun has started torchrun, or Slurm shows
+    # each task one GPU.
+    if environment.get("OMPI_COMM_WORLD_LOCAL_RANK"):
+        environment["OMPI_COMM_WORLD_LOCAL_RANK"] = environment.get("LOCAL_RANK", "0")
+
+
+def _take_place(environment: MutableMapping[str, str]) -> None:
+    """Without RANK: what srun or MPI say."""
+    environment.pop("RANK", None)  # empty
     place = _mpi_place(environment) or _slurm_place(environment)
     if place is None or place.world_size == 1:
         _refuse_one_of_several(environment)
         _warn_of_unused_tasks(environment)
+        environment.pop("LOCAL_RANK", None)
         return
     if not place.rank < place.world_size:
         raise ConfigError([f"{place.launcher}: rank {place.rank} of {place.world_size} ranks cannot be; {HOW}"])
@@ -126,7 +140,8 @@ def _complete(environment: MutableMapping[str, str]) -> None:
     if missing and world_size > 1:
         raise ConfigError([f"RANK is {rank} of {world_size}, but {' and '.join(missing)} is not set; {HOW}"])
     if missing:
-        del environment["RANK"]  # alone: it meets nobody
+        for name in ("RANK", "LOCAL_RANK"):  # alone: it meets nobody
+            environment.pop(name, None)
         return
     environment.setdefault("LOCAL_RANK", "0")
     _number(environment, "LOCAL_RANK")
@@ -229,9 +244,9 @@ def port_of_job(job: str | None) -> int:
 
 
 def _refuse_one_of_several(environment: Mapping[str, str]) -> None:
-    for name in SIGNS_OF_OTHERS:
+    for name, most in SIGNS_OF_OTHERS.items():
         value = environment.get(name, "")
-        if value.isascii() and value.isdigit() and int(value) > 1:
+        if value.isascii() and value.isdigit() and int(value) > most:
             raise ConfigError(
                 [
                     f"{name} is {value}, but RANK is not set: this process is one of several and cannot know which; "

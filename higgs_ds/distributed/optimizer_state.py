@@ -36,11 +36,9 @@ class GatheredState:
         kinds = (self.weights, self.exp_avg, self.exp_avg_sq)
         return OptimizerState(*(self._whole(shares) for shares in kinds), self.adam_steps)
 
-    def last_weight(self) -> tuple[str, torch.Tensor]:
-        """Name and value of the last parameter, which is where it is only if all before it are."""
-        *before, (name, shape) = self.shapes.items()
-        start = sum(other.numel() for _, other in before)
-        return name, _span(self.weights, start, shape.numel()).view(shape)
+    def whole_weights(self) -> dict[str, torch.Tensor]:
+        """The weights alone."""
+        return self._whole(self.weights)
 
     def _whole(self, shares: list[torch.Tensor]) -> dict[str, torch.Tensor]:
         whole, at = {}, 0

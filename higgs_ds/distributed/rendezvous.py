@@ -32,7 +32,7 @@ def meet(*, on_cpu: bool) -> tuple[dist.Store, int, int]:
         ConfigError: the meeting place has no address or its port is taken; ranks did not come; or, on all ranks, a
             firewall stands between two hosts.
     """
-    if "RANK" not in os.environ:
+    if not os.environ.get("RANK"):
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
         os.environ["MASTER_PORT"] = str(free_port(0))
     _check_address()

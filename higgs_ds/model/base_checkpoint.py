@@ -17,7 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from ..config import BASE_NAMES, DEFAULT_BASE_REVISION
+from ..config import revision_of
 from ..errors import ConfigError, first_of, nearest, reason_of
 from .adapter_names import WHOLE_MODULES, layers_named, naming_nothing, peft_key
 from .facts import ModelFacts
@@ -86,8 +86,7 @@ def locate_checkpoint(name_or_path: str, revision: str | None = None) -> Path:
         raise ConfigError([f"--base_ckpt: {name_or_path} is neither a folder nor a hub id (owner/name)"])
     from huggingface_hub import snapshot_download
 
-    if revision is None and name_or_path in BASE_NAMES:
-        revision = DEFAULT_BASE_REVISION
+    revision = revision_of(name_or_path, revision)
     patterns = ["*.json", "*.safetensors", "tokenizer*", "*.txt"]
     try:
         return Path(snapshot_download(name_or_path, revision=revision, allow_patterns=patterns))

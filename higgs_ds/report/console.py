@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 import time
 
 from tqdm import tqdm
 
-from ..process import loss_text
+from ..process import loss_text, say
 
 PLAIN_LINE_INTERVAL_SEC = 5.0
 
@@ -60,9 +61,10 @@ class Console:
 
     def message(self, text: str) -> None:
         if self._bar is not None:
-            tqdm.write(text, file=sys.stderr)
+            with contextlib.suppress(OSError, ValueError):  # the terminal is gone
+                tqdm.write(text, file=sys.stderr)
         else:
-            print(text, file=sys.stderr, flush=True)
+            say(text, error=True)
 
     def close(self) -> None:
         if self._bar is not None:

@@ -64,6 +64,30 @@ def test_no_usable_gpu_ends_every_verb_with_2_before_anything_is_made(verb, monk
 
 
 @needs_no_gpu
+def test_deepspeeds_launcher_does_not_hide_a_driver_that_is_too_old(monkeypatch):
+    """It has torch count the cards by NVML, which an old driver answers too."""
+    monkeypatch.delenv("DS_ACCELERATOR")
+    monkeypatch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    monkeypatch.setattr(torch.cuda, "_device_count_nvml", lambda: 8)
+    assert torch.cuda.is_available()
+    assert "no usable GPU" in refusal()
+
+
+def test_a_gpu_that_does_not_start_is_one_line(gpus, monkeypatch):
+    def busy(device):
+        raise RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable\nCUDA kernel errors might …")
+
+    gpus(1)
+    monkeypatch.setattr(torch.cuda, "set_device", busy)
+    with pytest.raises(ConfigError) as caught:
+        take_device(pick_device())
+    (said,) = caught.value.problems
+    assert said.startswith(
+        "cuda:0 cannot be used: CUDA error: CUDA-capable device(s) is/are busy or unavailable; NVIDIA"
+    )
+
+
+@needs_no_gpu
 def test_several_ranks_say_it_once(tmp_path):
     command = ["train_ds.py", "--train_manifest", str(SPEECH), "--output_dir", str(tmp_path / "run")]
     results = run_ranks(command, 3, timeout=120, env={"DS_ACCELERATOR": ""})

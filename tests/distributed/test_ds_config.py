@@ -97,9 +97,11 @@ def test_contradictions_and_unknown_keys_are_refused_with_both_values(raw, words
     assert all(word in text for word in words), text
 
 
-def test_fp16_is_refused_on_cpu():
-    assert "fp16 needs a GPU" in refused({}, argv=["--dtype", "fp16"])
-    assert resolved({}, argv=["--dtype", "fp16"], on_cpu=False)["fp16"]["enabled"]
+def test_fp16_needs_a_gpu_and_a_stage_that_scales_its_loss():
+    zero2 = {"zero_optimization": {"stage": 2}}
+    assert "fp16 needs a GPU" in refused(zero2, argv=["--dtype", "fp16"])
+    assert resolved(zero2, argv=["--dtype", "fp16"], on_cpu=False)["fp16"]["enabled"]
+    assert "fp16 needs ZeRO stage 1, 2 or 3" in refused({}, argv=["--dtype", "fp16"], on_cpu=False)
 
 
 def test_an_optimizer_block_that_agrees_is_taken():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from benchmarks import syncs
 from tests.ranks import assert_all, run_ranks
 
 STAGES = (0, 1, 2, 3)
@@ -99,3 +100,11 @@ def test_a_micro_batch_of_the_engine_never_waits_for_the_device(tmp_path):
     assert waits["padding_free"] == waits["engine, ZeRO-2"] == 0
     assert waits["engine, ZeRO-2, throughput timer"] >= 1 and waits["engine, ZeRO-2, overlap_comm"] >= 1
     assert waits["upstream"] > 50
+
+
+def test_what_the_profiler_does_after_a_micro_batch_is_not_counted():
+    """On a GPU it waits for the device itself, before it stops to record."""
+    value = torch.ones(3)
+    found = syncs.profiled(lambda: [value.sum().item(), value.nonzero()], activities=("CPU",))
+    assert found["item"] == 1 and found["nonzero"] == 1
+    assert found["synchronisations"] == 0

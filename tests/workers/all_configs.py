@@ -95,6 +95,7 @@ def save_and_set(run, folder: Path, step, *, offloaded: bool) -> None:
         writer.save(Position(3, 0.0, 0, 8, 8, ranks.world_size, {}), engine, ranks)
     writer.wait()
     assert residence.collectives > 0
+    module = engine.gather_trainable()  # another way to them: what the model computes with
     saved = ranks.gather(put_together is not None and folder / "step-000003")[0]
     saved = read_checkpoint(saved).state
     with residence.watching():
@@ -104,6 +105,8 @@ def save_and_set(run, folder: Path, step, *, offloaded: bool) -> None:
     plan, batches = step
     run.trainer.train_step(plan.step, batches, 1e-2)
     if put_together is not None:
+        rounded = {name: value.to(module[name].dtype) for name, value in saved.weights.items()}
+        assert module.keys() == rounded.keys() and all(torch.equal(module[name], rounded[name]) for name in module)
         check_host_only(put_together, residence, [*live, *engine.module.parameters()])
         assert_same(put_together(), saved, "something else was saved, or training changed what was gathered")
         assert_same(again(), saved, "something else was set")

@@ -1,4 +1,4 @@
-"""Imports everything once, then forks ranks that run `train_ds.py` on request: a start costs 1 s instead of 10.
+"""Imports everything once, then forks ranks of `train_ds.py`, or of `check`, on request: a start costs 1 s, not 10.
 
 Reads one JSON object a line: {"start": [FLAG…], "env": {…}, "output": FILE, "patch": [NAME, ARGUMENT…] or null} answers
 the process id, {"poll": PID} its return code (negative for a signal) or null. `patch` names a function of
@@ -13,7 +13,7 @@ import torch
 import transformers.integrations  # noqa: F401
 
 import train_ds
-from higgs_ds import run  # noqa: F401
+from higgs_ds import cli, run  # noqa: F401
 from higgs_ds.codec import sample  # noqa: F401
 from higgs_ds.process import end_process
 from higgs_ds.report import tracking  # noqa: F401
@@ -33,7 +33,8 @@ def rank(order: dict) -> int:
     if order["patch"]:
         name, *arguments = order["patch"]
         getattr(patches, name)(*arguments)
-    return train_ds.main(order["start"])
+    flags = order["start"]
+    return cli.main(flags) if flags[0] == "check" else train_ds.main(flags)
 
 
 def main() -> int:

@@ -13,10 +13,11 @@ import weakref
 import torch
 
 from higgs_ds import checkpoint, rehearsal, run, trainer
+from higgs_ds.batching import collate, layout
 from higgs_ds.batching import loader as dataset
 from higgs_ds.codec import boson_tokenizer
 from higgs_ds.distributed import agreement, engine, rendezvous
-from higgs_ds.model import flops
+from higgs_ds.model import flops, higgs, reference
 
 
 def _at_step(step: int, action) -> None:
@@ -165,6 +166,49 @@ def on_host(name: str, instead: dict[str, str], then: list | None) -> None:
     agreement.PATIENCE_SEC, rendezvous.REACH_TIMEOUT_SEC = 2.0, 3.0
     if then:
         globals()[then[0]](*then[1:])
+
+
+def code_out_of_range() -> None:
+    """Every batch holds a code that no codebook has."""
+    original = collate.Collator.__call__
+
+    def call(self, samples, filler=False):
+        batch = original(self, samples, filler)
+        batch.audio_out_ids[0, 1] = 5000
+        return batch
+
+    collate.Collator.__call__ = call
+
+
+def lost_audio() -> None:
+    """The trainer that started this project: audio_out_ids filtered away on the way to the model."""
+    original = higgs.HiggsAudioForTraining.forward
+
+    def call(self, *args, **kwargs):
+        if "layout" in kwargs:
+            return original(self, *args, **{**kwargs, "audio_out_ids": None})
+        outputs = original(self, *args, **kwargs)
+        outputs.audio_logits = outputs.audio_logits[:0] + outputs.audio_logits.sum() * 0
+        return outputs
+
+    higgs.HiggsAudioForTraining.forward = call
+
+
+def unshifted_audio() -> None:
+    """Position t is asked for its own code: the loss falls, and the model is silent."""
+    reference.audio_targets = layout.audio_targets = lambda label_audio_ids: label_audio_ids.t()
+
+
+def no_expanded_labels() -> None:
+    """Upstream's forward does not say where its labels went."""
+    original = higgs.HiggsAudioForTraining.forward
+
+    def call(self, *args, **kwargs):
+        outputs = original(self, *args, **kwargs)
+        outputs.expanded_labels = None
+        return outputs
+
+    higgs.HiggsAudioForTraining.forward = call
 
 
 PHASES = {

@@ -106,6 +106,12 @@ def write_stopped(output_dir: Path, reason: str, exit_code: int, command: str) -
         write_text(output_dir / STOPPED, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
 
 
+def forget_stopped(output_dir: Path) -> None:
+    """`stopped.json` is of an earlier part of the run."""
+    with contextlib.suppress(OSError):
+        (output_dir / STOPPED).unlink(missing_ok=True)
+
+
 def write_resolved(output_dir: Path, config: dict, ds_config: dict) -> None:
     """`config.yaml` and `ds_config.json`, as the run uses them; both can be given back as flags' files."""
     text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)

@@ -31,7 +31,11 @@ def choose_wandb(config: TrainConfig, ranks: Ranks) -> WandbChoice:
         ConfigError: on all ranks; see `wandb_run.choose_wandb`.
     """
     choice = ranks.each(
-        lambda: wandb_run.choose_wandb(config.run.wandb_mode) if ranks.is_main else WandbChoice("disabled")
+        lambda: (
+            wandb_run.choose_wandb(config.run.wandb_mode, config.run.wandb_project)
+            if ranks.is_main
+            else WandbChoice("disabled")
+        )
     )
     if choice.note:
         ranks.say(choice.note)
@@ -76,7 +80,11 @@ class Sinks:
             wandb_project=config.run.wandb_project,
             wandb=self.wandb,
         )
-        run_dir.write_resolved(self.setup.output_dir, config.as_dict(), self.setup.ds_config)
+        run_dir.forget_stopped(self.setup.output_dir)
+        try:
+            run_dir.write_resolved(self.setup.output_dir, config.as_dict(), self.setup.ds_config)
+        except OSError as error:
+            tracker.message(f"WARNING: the resolved options are not in the run's folder: {error}")
         return tracker
 
     def save(self, step: StepPlan, trainer: Trainer) -> None:

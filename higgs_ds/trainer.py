@@ -70,6 +70,7 @@ class Trainer:
     validation: Callable[[], Iterable[tuple[StepPlan, list[Batch]]]] | None = None
     tracker: Tracker | None = None
     save: Callable[[StepPlan], None] | None = None
+    save_result: Callable[[], object] = lambda: None  # the adapter of the last step
     save_every: int | None = None
     save_minutes: float = 0.0  # 0: not by the clock
     save_best: Callable[[int], None] | None = None  # of the step just validated
@@ -78,6 +79,7 @@ class Trainer:
     owes_validation: bool = False  # of the step before the first: a stop came first
     resumed_from: StepPlan | None = None  # that step
     raise_if_save_failed: Callable[[], None] = lambda: None
+    wait_for_save: Callable[[], None] = lambda: None
     stop_requested: Callable[[], bool] = lambda: False
     at: Callable[[int, str], None] = lambda step, doing: None  # told of every move: a rank that stands still is found
     dropped_steps: int = 0
@@ -95,7 +97,8 @@ class Trainer:
     def train(self, steps: Iterable[tuple[StepPlan, list[Batch]]]) -> bool:
         """The optimizer steps, saved on the way; False if a rank was asked to stop before the last of them.
 
-        What the last step reached is not saved: `save_end` does that, once the adapter is on the disk.
+        What the last step reached is saved before it is validated. `save_end` saves it with what that found, and where
+        nothing is validated, once the adapter is on the disk.
 
         Raises:
             BadLossError: on every rank, when a check failed on some rank and `on_bad_loss` is "raise".
@@ -122,6 +125,8 @@ class Trainer:
             self._last = plan
             last = plan.step == self.total_steps
             if self.validation and (last or plan.step % self.eval_every == 0):
+                if last and not result.stop:
+                    self._save_before_validation(plan)
                 validated = self._validate(plan.step, stopped=result.stop)
                 if not validated or self.is_over():
                     self._log_rest()
@@ -131,6 +136,7 @@ class Trainer:
             by_count = self.save_every and plan.step % self.save_every == 0
             if self.save and (by_count or self.best_is(plan.step) or any(rank.save_due for rank in result.ranks)):
                 self.at(plan.step, "saving")
+                self._log_rest()  # a run that goes on from here has no other word of these steps
                 began = time.perf_counter()
                 self.save(plan)
                 self._saved_at = time.monotonic()
@@ -143,6 +149,15 @@ class Trainer:
     def steps_done(self) -> int:
         """Optimizer steps, of the whole run."""
         return self._last.step if self._last else self.first_step - 1
+
+    def _save_before_validation(self, plan: StepPlan) -> None:
+        """What the last step reached: nothing stands between it and the disk, though its validation has yet to come."""
+        if self.save:
+            self.at(plan.step, "saving")
+            self.save_result()
+            self.owes_validation = True
+            self.save(plan)
+            self.wait_for_save()
 
     def save_end(self) -> None:
         """A checkpoint of the last step that was done, if one was; every rank must call it."""

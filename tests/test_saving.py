@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,46 @@ def test_saved_by_the_clock_alone_and_nothing_written_over(run, tmp_path):
         assert (folder / "adapter/adapter_model.safetensors").read_bytes() == held
         assert rows_of(folder, "train/loss") == [1, 2, 3, 4]
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # for "auto"
+
+
+def test_nothing_stands_between_the_last_step_and_the_disk(forks, flags_of, tmp_path):
+    """Killed as its last validation begins, of which a result's card and the best are to tell."""
+    folder, whole = tmp_path / "run", tmp_path / "whole"
+    changes = {"dtype": "fp32", "val_manifest": SPEECH, "max_steps": 4, "eval_every": 4, "resume": "auto"}
+    (killed,) = forks.run(flags_of(folder, **changes), 1, patches={0: ["killed_in", "validate", 1]})
+    assert killed.returncode == -signal.SIGKILL and rows_of(folder, "eval/loss") == []
+    assert weights_of(folder / "adapter") and steps_of(folder) == [4]
+    for run_folder in (folder, whole):
+        (result,) = forks.run(flags_of(run_folder, **changes), 1)
+        assert result.returncode == 0, result.output[-2000:]
+        assert rows_of(run_folder, "train/loss") == [1, 2, 3, 4] and rows_of(run_folder, "eval/loss") == [4]
+    for name in ("adapter", "adapter-best"):
+        ours, wanted = weights_of(folder / name), weights_of(whole / name)
+        assert ours.keys() == wanted.keys() and all(torch.equal(ours[key], wanted[key]) for key in wanted)
+        assert "| validation loss |" in (folder / name / "README.md").read_text()
+    assert not read_checkpoint(folder / "checkpoints/step-000004").position.owes_validation
+
+
+def test_a_console_that_is_gone_costs_nothing(forks, flags_of, tmp_path):
+    flags = flags_of(tmp_path / "run", dtype="fp32", max_steps=2, val_manifest=SPEECH)
+    (result,) = forks.run(flags, 1, patches={0: ["dead_console"]})
+    assert result.returncode == 0 and result.output == ""
+    assert weights_of(tmp_path / "run/adapter") and steps_of(tmp_path / "run") == [2]
+
+
+def test_folders_in_place_of_what_a_run_only_tells(forks, flags_of, tmp_path):
+    """And a file in place of W&B's folder: each is said, and the run is whole."""
+    folder = tmp_path / "run"
+    for name in ("stopped.json", "ds_config.json", "loss.png", "guard_failures.jsonl"):
+        (folder / name).mkdir(parents=True)
+    (folder / "wandb").write_text("mine")
+    (result,) = forks.run(flags_of(folder, dtype="fp32", max_steps=2, wandb_mode="offline"), 1)
+    assert result.returncode == 0, result.output[-2000:]
+    assert weights_of(folder / "adapter") and steps_of(folder) == [2]
+    said = result.output
+    assert said.count("WARNING: W&B failed and is left out") == said.count("W&B failed during the run") == 1
+    assert "WARNING: the resolved options are not in the run's folder: " in said and "loss.png failed during" in said
+    assert (folder / "wandb").read_text() == "mine" and (folder / "stopped.json").is_dir()
 
 
 def test_a_second_run_that_waited_for_the_first_does_not_write_over_it(forks, flags_of, tmp_path):

@@ -17,7 +17,8 @@ from ..files import write_text
 from .audio import AudioError, read_audio, write_wav
 from .chatml import AudioRef
 from .faults import plural
-from .ingest_formats import Found, read_foreign
+from .ingest_formats import read_foreign
+from .ingest_found import Found
 
 TRIM_DB = 40.0  # below the loudest, where silence begins
 TRIM_MARGIN_SEC = 0.1  # of it that is kept at both ends
@@ -98,7 +99,7 @@ def run_import(
 
     def shared_out() -> tuple[list[dict], list[dict], list[str]]:
         if not found.rows:
-            raise ConfigError([*found.lines(), f"{path}: no row is left, read as {kind}"])
+            raise ConfigError([*found.lines(path), f"{path}: no row is left, read as {kind}"])
         return split(found.rows, val_share=val_share, val_speakers=val_speakers, seed=seed)
 
     try:
@@ -112,7 +113,7 @@ def run_import(
                 _write_rows(output_dir / name, rows)
     except OSError as error:
         raise ConfigError([f"--output: {output_dir} cannot be written to: {reason_of(error)}"]) from error
-    said = [f"{path}: read as {kind}", *found.lines(), *notes]
+    said = [f"{path}: read as {kind}", *found.lines(path), *notes]
     said += [_summary(output_dir / n, rows) for n, rows in (("train.jsonl", train), ("val.jsonl", val)) if rows]
     flags = f"--train_manifest {output_dir / 'train.jsonl'}" + (
         f" --val_manifest {output_dir / 'val.jsonl'}" if val else ""

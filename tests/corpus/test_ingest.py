@@ -59,7 +59,8 @@ def ljspeech(columns):
         for name, text in zip(names(folder), TEXTS, strict=True):
             parts = {2: [name, text], 3: [name, f"{text} etc.", text], "speaker": [name, name[0], text]}[columns]
             lines.append("|".join(parts))
-        (folder / "metadata.csv").write_text("\n".join([*lines, "gone|Not|there."]), encoding="utf-8-sig")
+        lines.append("gone|Not there." if columns == 2 else "gone|Not|there.")
+        (folder / "metadata.csv").write_text("\n".join(lines), encoding="utf-8-sig")
 
     return write
 
@@ -262,7 +263,7 @@ def test_what_cannot_be_imported_is_one_message(corpus, tmp_path, capsys):
         (tmp_path / "x.json", "o", ["--from", "train-higgs-audio"], "is not train-higgs-audio's metadata.json"),
         (tmp_path / "half.csv", "o", [], "no row is left, read as ljspeech"),
         (tmp_path / ("n" * 300), "o", [], "nnn: does not exist"),
-        (tmp_path / "nul.csv", "o", [], "nul.csv: is not a table of an audiofolder"),
+        (tmp_path / "nul.csv", "o", [], "1 × rows whose quotes do not close, or close in another row, e.g. "),
         (corpus, "n" * 300, [], "cannot be written to: File name too long"),
         (corpus, "o", ["--val_share", "1"], "--val_share: 1.0 must be 0 or more and below 1"),
         (corpus, "out", [], "holds train.jsonl already"),

@@ -82,6 +82,19 @@ def _first_elements(text: str, count: int) -> list[Any]:
     return values
 
 
+def swift_audios(row: dict, file: str) -> str | None:
+    """What to say about a ChatML row whose clips stand in `audios`, as ms-swift has them: nothing would read them."""
+    if not row.get("audios") or not isinstance(row["messages"], list):
+        return None
+    contents = [message.get("content") for message in row["messages"] if isinstance(message, dict)]
+    pieces = [piece for content in contents for piece in (content if isinstance(content, list) else [content])]
+    texts = [piece.get("text") if isinstance(piece, dict) else piece for piece in pieces]
+    is_tagged = any(isinstance(text, str) and AUDIO_TAG in text for text in texts)
+    if not is_tagged and any(isinstance(piece, dict) and piece.get("type") == "audio" for piece in pieces):
+        return None
+    return f"is ms-swift's and not read here; this makes a manifest of it: {import_command('ms-swift', file)}"
+
+
 def lines_in(text: str) -> list[str]:
     """As an editor counts them; `splitlines` also splits at U+2028, form feeds and the like, within a transcript."""
     return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")

@@ -124,6 +124,24 @@ def test_a_key_that_is_there_twice_is_not_guessed(tmp_path):
     assert len(found.rows) == 1 and found.left_out == {"rows that have a column twice": 2}
 
 
+def test_a_row_among_a_manifests_is_a_fault_that_names_the_command(tmp_path):
+    (tmp_path / "a.wav").write_bytes(b"RIFF")
+    plain = talk(ASK, ("assistant", [{"type": "audio", "audio_url": "a.wav"}]), audios=[])
+    good = talk(ASK, ("assistant", [{"type": "audio", "audio_url": "a.wav"}]))
+    untagged = talk(ASK, ("assistant", "So."))
+    path = tmp_path / "m.jsonl"
+    path.write_text("\n".join(map(json.dumps, [{"messages": plain["messages"]}, talk(ASK, ANSWER), untagged, good])))
+    rows, faults = read_manifest(path)
+    assert [row.line for row in rows] == [1, 4]
+    command = f"python -m higgs_ds import --from ms-swift {path} --output DIR"
+    assert [str(fault) for fault in faults] == [
+        f"{path}:{line}: audios: is ms-swift's and not read here; this makes a manifest of it: {command}"
+        for line in (2, 3)
+    ]
+    kind, found = read_foreign(path, None)  # though its first row is plain
+    assert kind == "ms-swift" and len(found.rows) == 4
+
+
 @pytest.mark.parametrize("whole", [True, False])
 def test_the_first_rows_of_an_array_are_looked_at(tmp_path, whole):
     (tmp_path / "a.wav").write_bytes(b"RIFF")

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import functools
 import hashlib
+import itertools
 import os
 import secrets
 import shutil
@@ -41,6 +42,12 @@ def replacing(path: Path, *, synced: bool = True) -> Iterator[Path]:
         os.replace(beside, path)
     finally:
         _remove(beside)
+
+
+def first_free(path: Path) -> Path:
+    """`path` where nothing has that name, not even a link to nowhere; else the first of `path-1`, `path-2`, … ."""
+    names = (path.name + (f"-{n}" if n else "") for n in itertools.count())
+    return next(place for name in names if not os.path.lexists(place := path.with_name(name)))
 
 
 def write_text(path: Path, text: str) -> None:

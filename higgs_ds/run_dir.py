@@ -56,12 +56,15 @@ def refuse_a_result(output_dir: Path) -> None:
 
 
 def prepare_run_dir(output_dir: Path) -> None:
-    """Makes the run's folder. Raises ConfigError for one that cannot be written to."""
+    """Makes the run's folder. Raises ConfigError for one that cannot be written to, or that no checkpoint fits in."""
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         check_writable(output_dir)
     except OSError as error:
         raise ConfigError([f"--output_dir: {output_dir} cannot be written to: {reason_of(error)}"]) from None
+    checkpoints = output_dir / "checkpoints"
+    if os.path.lexists(checkpoints) and not checkpoints.is_dir():
+        raise ConfigError([f"--output_dir: {checkpoints} is no folder, and a run's checkpoints go there; move it away"])
 
 
 def lock_run_dir(output_dir: Path, *, wait_sec: float = 60.0) -> contextlib.AbstractContextManager:

@@ -8,6 +8,7 @@ import functools
 import hashlib
 import itertools
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -42,6 +43,14 @@ def replacing(path: Path, *, synced: bool = True) -> Iterator[Path]:
         os.replace(beside, path)
     finally:
         _remove(beside)
+
+
+def remove_leftovers(path: Path) -> None:
+    """What `replacing` was writing of `path` in a process that was killed; for whoever alone writes there."""
+    made = re.compile(rf"\.{re.escape(path.name)}\.[0-9]+-[0-9a-f]{{8}}\.tmp")
+    with contextlib.suppress(OSError):
+        for left in [left for left in path.parent.iterdir() if made.fullmatch(left.name)]:
+            _remove(left)
 
 
 def first_free(path: Path) -> Path:

@@ -9,6 +9,7 @@ import math
 import re
 import types
 import typing
+from pathlib import Path
 
 from .config import ALIASES, OPTIONS, TrainConfig
 from .errors import ConfigError, shown
@@ -79,6 +80,19 @@ def _text(value) -> str:
     if max(len(part.encode()) for part in value.split("/")) > LONGEST_NAME:
         raise ValueError(f"is longer than a file's name may be: {shown(value)}")
     return str(value)
+
+
+def text_flag(text: str) -> str:
+    """A text or a path as `argparse` takes it from a verb's flag: not blank, printable, no longer than names may be."""
+    try:
+        return _text(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def path_flag(text: str) -> Path:
+    """`text_flag`, as a path."""
+    return Path(text_flag(text))
 
 
 def _range_problem(name: str, value) -> str | None:

@@ -7,7 +7,6 @@ import pytest
 import yaml
 
 from higgs_ds.config import ALIASES, DEFAULT_BASE_REVISION, DEFAULT_CODEC_REVISION, OPTIONS
-from higgs_ds.distributed.launchers import resume_command
 from higgs_ds.errors import ConfigError, nearest
 from higgs_ds.model.modules import DEFAULT_LORA_TARGETS
 from higgs_ds.parse import parse_args
@@ -376,14 +375,3 @@ def taken_or_refused(argv):
         return parse_args(argv), []
     except ConfigError as error:
         return None, error.problems
-
-
-@pytest.mark.parametrize(
-    "given",
-    ["", "--resume", "--resume none", "--resume=out/x", "--resume_from_checkpoint", "--resume_from_checkpoint a/b"],
-)
-def test_the_command_that_goes_on_says_so_once(given, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["train_ds.py", *given.split(), *NEEDED])
-    command = resume_command([])
-    assert command == f"python train_ds.py {' '.join(NEEDED)} --resume auto"
-    assert parse_args(command.split()[2:]).run.resume == "auto"

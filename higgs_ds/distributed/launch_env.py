@@ -179,10 +179,16 @@ def _mpi_place(environment: Mapping[str, str]) -> Place | None:
     return None
 
 
+def is_step(environment: Mapping[str, str]) -> bool:
+    """Whether this is inside of a step of srun's, and not in the batch script or salloc's shell."""
+    step = _count(environment.get("SLURM_STEP_ID", ""))
+    return step is not None and step < FIRST_SPECIAL_STEP
+
+
 def _slurm_place(environment: Mapping[str, str]) -> Place | None:
     """As a task of srun; None in the batch script, in salloc's shell, and without Slurm."""
-    step = _number(environment, "SLURM_STEP_ID") if environment.get("SLURM_STEP_ID") else None
-    if step is None or step >= FIRST_SPECIAL_STEP:
+    step = _number(environment, "SLURM_STEP_ID")
+    if step is None or not is_step(environment):
         return None
     size = _first_number(environment, ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"))
     rank, local_rank = _number(environment, "SLURM_PROCID"), _number(environment, "SLURM_LOCALID")

@@ -92,7 +92,11 @@ def enter_launch(environment: MutableMapping[str, str] = os.environ) -> None:
         ConfigError: this process is one of several and cannot know which, or where they meet.
     """
     if environment.get("RANK"):
-        _complete(environment)
+        try:
+            _complete(environment)
+        except ConfigError:
+            environment.pop("RANK")  # as which it would keep silent: rank 0 speaks for all, of what all know
+            raise
     else:
         _take_place(environment)
     # DeepSpeed holds Open MPI's against LOCAL_RANK. It is another one where mpirun has started torchrun, or Slurm shows

@@ -6,7 +6,9 @@ import contextlib
 import errno
 import functools
 import hashlib
+import itertools
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -41,6 +43,20 @@ def replacing(path: Path, *, synced: bool = True) -> Iterator[Path]:
         os.replace(beside, path)
     finally:
         _remove(beside)
+
+
+def remove_leftovers(path: Path) -> None:
+    """What `replacing` was writing of `path` in a process that was killed; for whoever alone writes there."""
+    made = re.compile(rf"\.{re.escape(path.name)}\.[0-9]+-[0-9a-f]{{8}}\.tmp")
+    with contextlib.suppress(OSError):
+        for left in [left for left in path.parent.iterdir() if made.fullmatch(left.name)]:
+            _remove(left)
+
+
+def first_free(path: Path) -> Path:
+    """`path` where nothing has that name, not even a link to nowhere; else the first of `path-1`, `path-2`, … ."""
+    names = (path.name + (f"-{n}" if n else "") for n in itertools.count())
+    return next(place for name in names if not os.path.lexists(place := path.with_name(name)))
 
 
 def write_text(path: Path, text: str) -> None:

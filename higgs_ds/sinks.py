@@ -14,6 +14,7 @@ from .checkpoint import CheckpointWriter
 from .config import TrainConfig
 from .data import Data
 from .distributed.engine import Engine, Ranks
+from .files import first_free
 from .process import loss_text
 from .report import wandb_run
 from .report.tracking import Tracker, open_tracker
@@ -122,7 +123,8 @@ class Sinks:
         origin = {"layout": self.setup.base.layout, "codec": data.codec, "prompt_style": data.prompt_style}
         places = [output_dir / name]
         if elsewhere:
-            places += [Path(folder) / f"{output_dir.resolve().name}-{name}" for folder in (".", tempfile.gettempdir())]
+            rescued = f"{output_dir.resolve().name}-{name}"
+            places += [first_free(Path(folder) / rescued) for folder in (".", tempfile.gettempdir())]
         saved = run_dir.save_adapter(self.engine, places, self.ranks, facts, **origin)
         if saved is None and elsewhere:
             raise OSError(f"the adapter could be written nowhere: neither to {', nor to '.join(map(str, places))}")

@@ -143,6 +143,16 @@ def test_a_second_run_that_waited_for_the_first_does_not_write_over_it(forks, fl
     assert (tmp_path / "metrics.jsonl").read_text() == '{"global_step": 150}\n'
 
 
+def test_what_a_killed_run_was_writing_goes_once_the_folder_is_this_runs_alone(tmp_path):
+    left = [files.name_beside(tmp_path / name) for name in ("adapter", "config.yaml", "loss.png")]
+    for path in left:
+        path.mkdir()
+    mine = files.name_beside(tmp_path / "notes")
+    mine.mkdir()
+    with lock_run_dir(tmp_path):
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted([".lock", mine.name])
+
+
 def _waits_for(lock: Path, pid: int) -> bool:
     """Whether a process has the file open, as one has that asks for its lock."""
     with contextlib.suppress(OSError):
@@ -153,7 +163,10 @@ def _waits_for(lock: Path, pid: int) -> bool:
 def test_a_full_disk_at_the_end_leaves_the_adapter_where_there_is_room(run, tmp_path):
     with small_disk(tmp_path / "disk", "1m") as disk:
         folder = disk / "full"
-        rescued = ROOT / "full-adapter"  # of the working folder
+        folder_of_a_user = ROOT / "full-adapter"  # of the working folder
+        folder_of_a_user.mkdir(exist_ok=True)
+        (folder_of_a_user / "notes").write_text("work")
+        rescued = ROOT / "full-adapter-1"
         free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
         (disk / "ballast").write_bytes(bytes(free - 80_000))
         try:
@@ -161,9 +174,11 @@ def test_a_full_disk_at_the_end_leaves_the_adapter_where_there_is_room(run, tmp_
             assert result.returncode == 1, result.output[-3000:]
             assert f"WARNING: the adapter could not be written to {folder / 'adapter'}: " in result.output
             assert "Traceback" not in result.output and weights_of(rescued)
+            assert [path.name for path in folder_of_a_user.iterdir()] == ["notes"]
             assert f"checkpoint step-000002 could not be written to {folder / 'checkpoints'}" in result.output
         finally:
             shutil.rmtree(rescued, ignore_errors=True)
+            shutil.rmtree(folder_of_a_user)
 
 
 def test_a_file_system_that_cannot_sync_folders_is_a_warning_and_a_broken_one_an_error(monkeypatch, tmp_path, capsys):

@@ -244,9 +244,8 @@ def make_trainer(
             trainer.best = Best(at.best_step, at.best_loss, at.validations_since_best)
     if sinks is not None:
         trainer.save = partial(sinks.save, trainer=trainer)
-        trainer.save_result = partial(sinks.save_last, trainer)
+        trainer.save_before_validation = partial(sinks.save_before_validation, trainer=trainer)
         trainer.raise_if_save_failed = sinks.writer.raise_if_failed
-        trainer.wait_for_save = sinks.writer.wait
         if config.run.keep_best and trainer.validation:
             trainer.save_best = partial(sinks.save_best, trainer=trainer)
     if stop is not None:

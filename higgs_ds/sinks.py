@@ -107,6 +107,12 @@ class Sinks:
         )
         self.writer.save(position, self.engine, self.ranks)
 
+    def save_before_validation(self, step: StepPlan, trainer: Trainer) -> None:
+        """The run's last step, on the disk when this returns: nothing stands between them; every rank must call it."""
+        self.save_last(trainer)
+        self.save(step, trainer)
+        self.writer.wait()
+
     def save_adapter(self, name: str, facts: dict[str, object], *, elsewhere: bool = True) -> Path | None:
         """The adapter under this name in the run's folder; every rank must call it.
 

@@ -70,7 +70,7 @@ class Trainer:
     validation: Callable[[], Iterable[tuple[StepPlan, list[Batch]]]] | None = None
     tracker: Tracker | None = None
     save: Callable[[StepPlan], None] | None = None
-    save_result: Callable[[], object] = lambda: None  # the adapter of the last step
+    save_before_validation: Callable[[StepPlan], None] | None = None  # what the last step reached
     save_every: int | None = None
     save_minutes: float = 0.0  # 0: not by the clock
     save_best: Callable[[int], None] | None = None  # of the step just validated
@@ -79,7 +79,6 @@ class Trainer:
     owes_validation: bool = False  # of the step before the first: a stop came first
     resumed_from: StepPlan | None = None  # that step
     raise_if_save_failed: Callable[[], None] = lambda: None
-    wait_for_save: Callable[[], None] = lambda: None
     stop_requested: Callable[[], bool] = lambda: False
     at: Callable[[int, str], None] = lambda step, doing: None  # told of every move: a rank that stands still is found
     dropped_steps: int = 0
@@ -125,8 +124,10 @@ class Trainer:
             self._last = plan
             last = plan.step == self.total_steps
             if self.validation and (last or plan.step % self.eval_every == 0):
-                if last and not result.stop:
-                    self._save_before_validation(plan)
+                if last and not result.stop and self.save_before_validation:
+                    self.at(plan.step, "saving")
+                    self.owes_validation = True
+                    self.save_before_validation(plan)
                 validated = self._validate(plan.step, stopped=result.stop)
                 if not validated or self.is_over():
                     self._log_rest()
@@ -149,15 +150,6 @@ class Trainer:
     def steps_done(self) -> int:
         """Optimizer steps, of the whole run."""
         return self._last.step if self._last else self.first_step - 1
-
-    def _save_before_validation(self, plan: StepPlan) -> None:
-        """What the last step reached: nothing stands between it and the disk, though its validation has yet to come."""
-        if self.save:
-            self.at(plan.step, "saving")
-            self.save_result()
-            self.owes_validation = True
-            self.save(plan)
-            self.wait_for_save()
 
     def save_end(self) -> None:
         """A checkpoint of the last step that was done, if one was; every rank must call it."""

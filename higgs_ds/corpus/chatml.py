@@ -47,7 +47,7 @@ class Row:
     speaker: str | None
     file: str  # the manifest as the user named it
     line: int  # 1-based, where the row starts
-    stated_sec: float | None = None  # what a speech row says its clip lasts; compared with the clip, not used
+    stated_sec: float | None = None  # what the row says its spoken clip lasts; compared with the clip, not used
     is_speech: bool = False  # given as text and clip, not as messages
     scene: str | None = None  # of a speech row
     prompt_style: str = "served"  # of a speech row, see `speech_messages`
@@ -95,19 +95,25 @@ class Row:
         )
         return dataclasses.replace(self, messages=turns, start_index=start_index)
 
+    def spoken_clip(self) -> int | None:
+        """The number in `audio_refs` of the clip that the row's last turn speaks; None for none, or several."""
+        last = self.messages[-1]
+        if last.role != "assistant" or sum(isinstance(piece, AudioRef) for piece in last.content) != 1:
+            return None
+        return sum(isinstance(piece, AudioRef) for turn in self.messages for piece in turn.content) - 1
+
     def spoken(self) -> tuple[str, int] | None:
         """The text that the row's last clip speaks, and that clip's number in `audio_refs`.
 
         It is the text of the nearest turn before the clip's, or of the clip's own turn where that has some. None where
         the row's last turn speaks no clip, or several.
         """
-        last = self.messages[-1]
-        clips = [piece for piece in last.content if isinstance(piece, AudioRef)]
-        if last.role != "assistant" or len(clips) != 1:
+        clip = self.spoken_clip()
+        if clip is None:
             return None
         for turn in reversed(self.messages[-2:]):
             if text := " ".join(piece for piece in turn.content if isinstance(piece, str)):
-                return text, len(self.audio_refs) - 1
+                return text, clip
         return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 import math
 import os
@@ -64,6 +65,7 @@ class RowCheck:
         self.again = again
         self.found_elsewhere = elsewhere
         self.faults: list[Fault] = []
+        self.stated_sec: dict[str, float] = {}  # of the clips of a ChatML row, by field
 
     def fault(self, field_name: str, problem: str, missing: str | None = None) -> None:
         self.faults.append(Fault(self.rules.file, self.line, field_name, problem, missing=missing))
@@ -100,7 +102,10 @@ class RowCheck:
             self.fault("messages", f"must be a list of at least one message, found {found}")
             messages = []
         turns = tuple(self.turn(message, f"messages[{index}]") for index, message in enumerate(messages))
-        return Row(turns, self.start_index(row, messages), speaker, self.rules.file, self.line)
+        checked = Row(turns, self.start_index(row, messages), speaker, self.rules.file, self.line)
+        if not self.stated_sec or self.faults or (clip := checked.spoken_clip()) is None:
+            return checked
+        return dataclasses.replace(checked, stated_sec=self.stated_sec.get(checked.audio_refs[clip][0]))
 
     def start_index(self, row: dict, messages: list) -> int | None:
         """The row's start_index; a fault also where it, or the roles, leave nothing to train on."""
@@ -183,9 +188,19 @@ class RowCheck:
             else:
                 url = self.clip_path(url, f"{where}.audio_url")
             ref = AudioRef(url)
-        offset_sec = self.seconds(value.get("offset"), f"{where}.offset", zero=True)
-        duration_sec = self.seconds(value.get("duration"), f"{where}.duration")
+        offset_sec, duration_sec, stated_sec = self.span(value, f"{where}.")
+        if stated_sec is not None:
+            self.stated_sec[where] = stated_sec
         return AudioRef(ref.path, ref.raw_audio, offset_sec, duration_sec, where)
+
+    def span(self, value: dict, where: str) -> tuple[float | None, float | None, float | None]:
+        """(offset, duration, stated duration) of a clip. A duration without an offset cuts nothing: it only states.
+
+        So upstream's training files have it; its own engine reads neither of the two.
+        """
+        offset_sec = self.seconds(value.get("offset"), f"{where}offset", zero=True)
+        stated_sec = self.seconds(value.get("duration"), f"{where}duration")
+        return offset_sec, None if value.get("offset") is None else stated_sec, stated_sec
 
     def is_file(self, url: Any) -> bool:
         """Whether an audio_url names a clip, so that the bytes beside it are not needed; a URL is not fetched."""
@@ -195,14 +210,13 @@ class RowCheck:
 
     def speech(self, row: dict, read: Reading) -> Row | None:
         of = read.column
-        stated_sec = self.seconds(row.get("duration"), "duration")
+        offset_sec, duration_sec, stated_sec = self.span(row, "")
         speaker = self.speaker(row.get(of["speaker"]), of["speaker"])
         scene = self.text(row.get("scene"), "scene", optional=True)
         text = self.text(row.get(of["text"]), of["text"], missing=read.missing["text"])
         audio = self.clip(row.get(of["audio"]), of["audio"], missing=read.missing["audio"])
-        if row.get("offset") is not None:
-            offset_sec = self.seconds(row["offset"], "offset", zero=True)
-            audio = AudioRef(audio.path, audio.raw_audio, offset_sec, stated_sec, audio.field)
+        if offset_sec is not None:
+            audio = AudioRef(audio.path, audio.raw_audio, offset_sec, duration_sec, audio.field)
 
         ref_text, ref_audio = row.get(of["ref_text"]), row.get(of["ref_audio"])
         if ref_text in (None, "") and ref_audio in (None, ""):

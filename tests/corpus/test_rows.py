@@ -68,12 +68,13 @@ def manifests(tmp_path):
         shutil.copy(SPEECH.parent / row["audio"], target)
     (tmp_path / "noise.wav").write_bytes(b"RIFF, and no more")
     inline = base64.b64encode((tmp_path / speech[0]["audio"]).read_bytes()).decode()
+    second = {"offset": 0, "duration": 1.0}
     talk = [
         {
             "role": "user",
             "content": [{"type": "text", "text": "Sag „ü“ "}, {"type": "audio", "audio_url": "noise.wav"}],
         },
-        {"role": "assistant", "content": {"type": "audio", "audio_url": "_", "raw_audio": inline, "duration": 1.0}},
+        {"role": "assistant", "content": {"type": "audio", "audio_url": "_", "raw_audio": inline} | second},
     ]
     good_talk = [{"role": "user", "content": "語"}, talk[1], {"role": "assistant", "content": "ok"}]
     reference = {"ref_audio": speech[1]["audio"], "ref_text": speech[1]["text"]}

@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 
+# `id`, the last of both, is known and not read.
 CHATML_FIELDS = ("messages", "start_index", "speaker", "misc", "id")
 SPEECH_FIELDS = ("audio", "text", "speaker", "ref_audio", "ref_text", "scene", "offset", "duration", "id")
 TURN_FIELDS = ("role", "content", "recipient")
@@ -38,6 +39,7 @@ class Reading:
 
     kind: str | None  # chatml, speech, or None where it is neither
     column: dict[str, str] = field(default_factory=dict)  # of each field of a speech row that has synonyms
+    read: tuple[str, ...] = ()  # columns
     unread: tuple[str, ...] = ()
     faults: tuple[tuple[str, str], ...] = ()  # (field, problem)
     missing: dict[str, str] = field(default_factory=dict)  # field: what to say where it is not there
@@ -48,7 +50,7 @@ def reading(columns: tuple[str, ...]) -> Reading:
     """From the names of a row's columns alone."""
     if "messages" in columns:
         faults, unread = _others(columns, CHATML_FIELDS)
-        return Reading("chatml", {}, unread, faults)
+        return Reading("chatml", {}, CHATML_FIELDS[:-1], unread, faults)
     held: dict[str, list[str]] = {}
     for column in columns:
         if column not in SPEECH_FIELDS and (canonical := _CANONICAL.get(plain(column))):
@@ -65,12 +67,13 @@ def reading(columns: tuple[str, ...]) -> Reading:
         missing = "has neither `messages` (a ChatML row) nor `audio` and `text` (a speech row)"
         hints = [hint for name in ("messages", "audio", "text") if (hint := _misspelt(name, columns))]
         more, unread = _others(columns, tuple(dict.fromkeys(CHATML_FIELDS + SPEECH_FIELDS)))
-        return Reading(None, {}, unread, (("row", missing + "".join(f"; {hint}" for hint in hints[:1])), *more))
+        return Reading(None, {}, (), unread, (("row", missing + "".join(f"; {hint}" for hint in hints[:1])), *more))
     known = (*SPEECH_FIELDS, *names.values())
     more, unread = _others(tuple(c for c in columns if c not in known), SPEECH_FIELDS)
     missing = {name: _missing(name, columns) for name in ("audio", "text")}
     column = {name: names.get(name, name) for name in SYNONYMS}
-    return Reading("speech", column, unread, (*faults, *more), missing)
+    read = (*column.values(), "scene", "offset", "duration")
+    return Reading("speech", column, read, unread, (*faults, *more), missing)
 
 
 @functools.lru_cache(1024)

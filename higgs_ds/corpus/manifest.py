@@ -26,7 +26,7 @@ from .clip_paths import ClipPaths
 from .controls import AUDIO_PLACEHOLDERS, DEFAULT_CONTROLS
 from .faults import Fault
 from .foreign import FORMATS, guess, import_command, no_manifest
-from .row_check import DECODER, MAX_DEPTH, RowCheck, Rules, parse_int
+from .row_check import DECODER, TOO_DEEP, RowCheck, Rules, parse_int
 
 __all__ = [
     "AUDIO_PLACEHOLDERS",
@@ -117,7 +117,7 @@ class Manifest:
             problem = f"not JSON ({error.msg}, column {error.colno}); write one whole object on each line"
             return None, [Fault(self.file, line, "row", problem)]
         except RecursionError:
-            return None, [Fault(self.file, line, "row", f"nested deeper than {MAX_DEPTH} levels")]
+            return None, [Fault(self.file, line, "row", TOO_DEEP)]
         check = RowCheck(self._rules, line)
         row = check.row(value)
         self._elsewhere[number] = check.found_elsewhere
@@ -225,7 +225,7 @@ class Manifest:
         except json.JSONDecodeError as error:
             self._fault(error.lineno, "row", f"not JSON ({error.msg}, column {error.colno}); nothing after it was read")
         except RecursionError:
-            self._fault(line, "row", f"nested deeper than {MAX_DEPTH} levels; nothing after it was read")
+            self._fault(line, "row", f"{TOO_DEEP}; nothing after it was read")
         self._spans = _in_bytes(text, np.array(spans, np.int64).reshape(-1, 2))
         self._lines = np.array(lines, np.int64)
 

@@ -20,8 +20,7 @@ from .columns import AUDIO_FIELDS, TEXT_FIELDS, TURN_FIELDS, Columns, Reading, m
 from .controls import DEFAULT_CONTROLS, find_control
 from .faults import Fault
 
-# A row needs 5 levels; `misc` may hold anything, but not so deep that reading it overflows the stack.
-MAX_DEPTH = 32
+TOO_DEEP = "nested too deeply to be read"
 NOT_THERE = ("", "placeholder")  # what upstream's dataclasses hold where there is no clip
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -77,7 +76,7 @@ class RowCheck:
             return None
         read = reading(tuple(value))
         if not self.again:
-            self.plain_json(value, "")
+            self.given_once(value, "", read.read)
             for column, problem in read.faults:
                 self.fault(column, problem)
             for column in read.unread:
@@ -91,8 +90,10 @@ class RowCheck:
         if not isinstance(misc, dict | None):
             self.fault("misc", f"must be an object, found {_shown(misc)}")
         speaker = self.speaker(row.get("speaker"), "speaker")
-        if speaker is None and isinstance(misc, dict) and isinstance(misc.get("speaker"), str):
-            speaker = misc["speaker"] or None
+        if isinstance(misc, dict):
+            self.given_once(misc, "misc", ("speaker",))
+            if speaker is None and isinstance(misc.get("speaker"), str):
+                speaker = self.speaker(misc["speaker"], "misc.speaker")
 
         messages = row["messages"]
         if not self.again and (problem := foreign.swift_audios(row, self.rules.file)):
@@ -173,9 +174,6 @@ class RowCheck:
 
     def audio(self, value: dict, where: str) -> AudioRef:
         """A clip as upstream's `AudioContent`: an `audio_url` that is there wins over `raw_audio`, as in its engine."""
-        row_id = value.get("row_id")
-        if row_id is not None and type(row_id) is not int:
-            self.fault(f"{where}.row_id", f"must be a whole number, found {_shown(row_id)}")
         url, raw_audio = value.get("audio_url"), value.get("raw_audio")
         if isinstance(url, dict):
             ref = self.clip(url, f"{where}.audio_url")
@@ -244,6 +242,7 @@ class RowCheck:
         """A path, or Hugging Face's `{"path", "bytes"}`, of which the bytes win as they do there."""
         if not isinstance(value, dict):
             return AudioRef(self.clip_path(value, where, missing), field=where)
+        self.given_once(value, where, ("bytes", "path"))
         if value.get("bytes"):
             return AudioRef(raw_audio=self.base64(value["bytes"], f"{where}.bytes"), field=where)
         if isinstance(value.get("path"), str) and value["path"]:
@@ -251,25 +250,22 @@ class RowCheck:
         self.fault(where, "must be the path of an audio file, found an object without `path` or `bytes`")
         return AudioRef(field=where)
 
-    def plain_json(self, value: Any, where: str, depth: int = 1) -> None:
-        """What Python's parser lets through anywhere in a row and JSON, or whoever reads the row, does not."""
-        if depth > MAX_DEPTH:
-            self.fault(where, f"nested deeper than {MAX_DEPTH} levels")
-        elif isinstance(value, _Object):
-            for key in value.repeated:
+    def given_once(self, owner: dict, where: str, names: tuple[str, ...]) -> None:
+        """A fault for each of these fields that is there twice: Python's parser takes the last without a word."""
+        for key in getattr(owner, "repeated", ()):
+            if key in names:
                 self.fault(member(where, key), "is given more than once in the same object; keep one")
-            for key, item in value.items():
-                self.plain_json(item, member(where, key), depth + 1)
-        elif isinstance(value, list):
-            for index, item in enumerate(value):
-                self.plain_json(item, f"{where}[{index}]", depth + 1)
-        elif isinstance(value, float) and not math.isfinite(value):
-            self.fault(where, f"must be a finite number, found {_shown(value)}")
-        elif isinstance(value, str) and (surrogate := _SURROGATE.search(value)):
-            self.fault(where, f"holds half a surrogate pair ({_shown(surrogate[0])}), which is not a character")
+
+    def characters(self, value: str, where: str) -> bool:
+        """Whether a text is one; a fault where JSON's escapes have left half a character in it."""
+        if value.isascii() or (surrogate := _SURROGATE.search(value)) is None:
+            return True
+        self.fault(where, f"holds half a surrogate pair ({_shown(surrogate[0])}), which is not a character")
+        return False
 
     def known_fields(self, owner: dict, where: str, names: tuple[str, ...]) -> None:
         """Within a message: others are counted; one that looks like a field which changes the training is a fault."""
+        self.given_once(owner, where, names)
         for key in owner:
             if key in names:
                 continue
@@ -294,7 +290,9 @@ class RowCheck:
         elif not value.strip():
             self.fault(where, "is empty" + ("; leave it out" if optional else ""))
         else:
-            if not self.again and (problem := find_control(value, self.rules.controls, markup=markup)):
+            if self.again or not self.characters(value, where):
+                return value
+            if problem := find_control(value, self.rules.controls, markup=markup):
                 self.fault(where, problem)
             return value
         return None
@@ -304,6 +302,9 @@ class RowCheck:
             return None
         if isinstance(value, bool) or not isinstance(value, int | float):
             self.fault(where, f"must be a number of seconds, found {_shown(value)}")
+            return None
+        if not math.isfinite(value):
+            self.fault(where, f"must be a finite number, found {_shown(value)}")
             return None
         if value < 0 or (value == 0 and not zero):
             self.fault(where, f"must be {'0 or more' if zero else 'above 0'} seconds, found {_shown(value)}")
@@ -333,7 +334,7 @@ class RowCheck:
             self.fault(where, f"nothing is fetched from a manifest: give a path instead of {_shown(value)}")
         elif "\0" in value:
             self.fault(where, f"holds a NUL byte: {_shown(value)}")
-        else:
+        elif self.characters(value, where):
             if self.again:
                 return self.rules.paths.path(value, elsewhere=self.found_elsewhere)
             path, problem, elsewhere = self.rules.paths.find(value)

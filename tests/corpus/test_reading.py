@@ -99,6 +99,21 @@ def test_columns_that_nobody_reads_are_named_once_with_their_count(write):
     ]
 
 
+UNREAD = ["NaN", "-Infinity", "1" * 400, r'"\ud83d"', '{"a": 1, "a": [NaN]}', "[" * 40 + "]" * 40]
+
+
+@pytest.mark.parametrize("value", UNREAD)
+def test_what_stands_in_a_column_that_nobody_reads_is_never_a_fault(write, value):
+    """pandas writes NaN for a value that is missing."""
+    path = write([])
+    talk = json.dumps(dumped()).replace('"misc": {', f'"emotion": {value}, "emotion": 1, "misc": {{"x": {value}, ')
+    talk = talk.replace('"recipient"', f'"note": {value}, "recipient"').replace('"row_id": null', f'"row_id": {value}')
+    path.write_text(f'{{"audio": "a.wav", "text": "Hi.", "id": {value}, "emotion": {value}}}\n{talk}\n')
+    rows, faults, notes = checked(path)
+    assert len(rows) == 2 and faults == []
+    assert f"{path}: emotion: not read, in 2 rows" in notes
+
+
 @pytest.mark.parametrize(
     "columns",
     [

@@ -14,6 +14,7 @@ SPEECH_FIELDS = ("audio", "text", "speaker", "ref_audio", "ref_text", "scene", "
 TURN_FIELDS = ("role", "content", "recipient")
 TEXT_FIELDS = ("type", "text")
 AUDIO_FIELDS = ("type", "audio_url", "raw_audio", "offset", "duration", "row_id")
+ITEM_FIELDS = frozenset(TEXT_FIELDS + AUDIO_FIELDS)
 # What other tools call the fields of a speech row; `file_name` is not here: it marks an audiofolder, which is imported.
 SYNONYMS = {
     "audio": "audio_path audio_file audio_filepath audio_filename audio_file_path path file filename filepath "

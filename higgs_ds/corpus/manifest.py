@@ -26,7 +26,8 @@ from .clip_paths import ClipPaths
 from .controls import AUDIO_PLACEHOLDERS, DEFAULT_CONTROLS
 from .faults import Fault
 from .foreign import FORMATS, guess, import_command, no_manifest
-from .row_check import DECODER, TOO_DEEP, RowCheck, Rules, parse_int
+from .json_values import DECODER, TOO_DEEP, parse_int
+from .row_check import RowCheck, Rules
 
 __all__ = [
     "AUDIO_PLACEHOLDERS",

@@ -28,6 +28,16 @@ class AudioRef:
     # Key of its codes once they are made, which then need no look at the file; see `codes`.
     key: bytes | None = dataclasses.field(default=None, compare=False)
 
+    def holds(self, other: AudioRef) -> bool:
+        """Whether it is the same file from no later on, to no earlier an end."""
+        if (self.path, self.raw_audio) != (other.path, other.raw_audio):
+            return False
+        start, other_start = self.offset_sec or 0.0, other.offset_sec or 0.0
+        ends = [
+            None if ref.duration_sec is None else (ref.offset_sec or 0.0) + ref.duration_sec for ref in (self, other)
+        ]
+        return start <= other_start and (ends[0] is None or (ends[1] is not None and ends[0] >= ends[1]))
+
 
 @dataclass(frozen=True)
 class Turn:

@@ -30,6 +30,7 @@ from .faults import Fault
 from .json_values import given, number, shown, without_blanks
 
 NOT_THERE = ("", "placeholder")  # what upstream's dataclasses hold where there is no clip
+OWN_REFERENCE = "the clip that is to be spoken; give another clip of the voice, or none"
 LARGEST_WHOLE = 2**53  # up to which a float is one whole number and no other
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -95,7 +96,10 @@ class RowCheck:
             messages = []
         turns = tuple(self.turn(message, f"messages[{index}]") for index, message in enumerate(messages))
         checked = Row(turns, self.start_index(row, messages), speaker, self.rules.file, self.line)
-        if not self.stated_sec or self.faults or (clip := checked.spoken_clip()) is None:
+        if self.faults or (clip := checked.spoken_clip()) is None:
+            return checked
+        self.reference(checked)
+        if not self.stated_sec:
             return checked
         return dataclasses.replace(checked, stated_sec=self.stated_sec.get(checked.audio_refs[clip][0]))
 
@@ -222,8 +226,6 @@ class RowCheck:
         if ref_text is not None or ref_audio is not None:
             ref_text = self.text(ref_text, of["ref_text"], missing="is missing; it is the transcript of ref_audio")
             ref_audio = self.clip(ref_audio, of["ref_audio"], missing="is missing; ref_text is its transcript")
-            if ref_audio == audio and not self.faults:
-                self.fault(of["ref_audio"], "is the clip that is to be spoken; give another clip of the voice, or none")
         if self.faults:
             return None
         turns, start_index = speech_messages(
@@ -236,7 +238,17 @@ class RowCheck:
         )
         of_row = {"stated_sec": stated_sec, "is_speech": True, "scene": scene and scene.strip()}
         of_row["prompt_style"] = self.rules.prompt_style
-        return Row(turns, start_index, speaker, self.rules.file, self.line, **of_row)
+        checked = Row(turns, start_index, speaker, self.rules.file, self.line, **of_row)
+        if ref_audio is not None:
+            self.reference(checked)
+        return checked
+
+    def reference(self, row: Row) -> None:
+        """Faults of earlier clips that hold the one to be spoken; that a copy does is known once contents are."""
+        *earlier, (_, spoken) = row.audio_refs
+        for where, ref in earlier:
+            if ref.holds(spoken):
+                self.fault(where, f"{'is' if ref == spoken else 'holds'} {OWN_REFERENCE}")
 
     def clip(self, value: Any, where: str, missing: str = "is missing") -> AudioRef:
         """A path, or Hugging Face's `{"path", "bytes"}`, of which the bytes win as they do there."""

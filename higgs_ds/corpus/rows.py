@@ -27,6 +27,7 @@ from .code_cache import CodeCache
 from .controls import DEFAULT_CONTROLS
 from .faults import SHOWN_OF_A_KIND, Fault, grouped, plural, write_faults
 from .manifest import Manifest
+from .row_check import OWN_REFERENCE
 from .row_set import Part, RowSet, as_array, joined, put_together
 from .same_files import check_same_files
 from .transcripts import FACTS, VOICE, Spoken, facts_of, first_lines, voice_of, warnings_of
@@ -262,6 +263,10 @@ class _Loader:
             where = refs[i][clip - int(ends[i] - clips[i])][0]
             faults.append(Fault(rows[i].file, rows[i].line, where, problem))
             usable[i] = False
+        for i, where in _own_references(rows, keys, clips):
+            if usable[i]:
+                faults.append(Fault(rows[i].file, rows[i].line, where, f"has the content of {OWN_REFERENCE}"))
+                usable[i] = False
         tokens = None
         if self._count_tokens:
             counted = np.flatnonzero(usable)
@@ -342,6 +347,24 @@ class _Loader:
             folder = self._cache.folder
             raise ConfigError([f"--codes_cache: {folder} cannot be written to: {reason_of(error)}"]) from error
         return False
+
+
+def _own_references(rows: list[Row], keys: np.ndarray, clips: np.ndarray) -> Iterator[tuple[int, str]]:
+    """(row, field) where an earlier clip has the content of the one to be spoken, under whatever name.
+
+    `keys` uint8 [clips of all rows, 32], `clips` int64 [rows] how many are each row's; a row speaks its last.
+    """
+    if not len(keys):
+        return
+    last = np.cumsum(clips) - 1
+    words = np.ascontiguousarray(keys).view("<u8").reshape(-1, 4)
+    same = (words == np.repeat(words[last], clips, axis=0)).all(axis=1)
+    same[last] = False
+    row_of = np.repeat(np.arange(len(rows)), clips)
+    for clip in np.flatnonzero(same).tolist():
+        i = int(row_of[clip])
+        if rows[i].spoken_clip() is not None:
+            yield i, rows[i].audio_refs[clip - int(last[i] + 1 - clips[i])][0]
 
 
 def _share(chunk: range, rank: int, world_size: int) -> list[int]:

@@ -109,6 +109,9 @@ BAD_ROWS = [
     ({**SPEECH, "ref_audio": "a.wav"}, "ref_text", "is missing; it is the transcript of ref_audio"),
     ({**SPEECH, "ref_text": "Hi."}, "ref_audio", "is missing; ref_text is its transcript"),
     ({**SPEECH, "ref_audio": "a.wav", "ref_text": "Hi."}, "ref_audio", "is the clip that is to be spoken"),
+    ({**SPEECH, "ref_audio": "./a.wav", "ref_text": "Hi.", "offset": 0}, "ref_audio", "is the clip that is to be"),
+    ({**SPEECH, "ref_audio": "a.wav", "ref_text": "Hi.", "offset": 1, "duration": 2}, "ref_audio", "holds the clip"),
+    ({"messages": [turn("user", [CLIP]), *chatml(CLIP)["messages"]]}, "messages[0].content[0]", "is the clip that"),
     # Clips.
     ({**SPEECH, "audio": "b.wav"}, "audio", "'b.wav' does not exist; paths are relative to the manifest's folder"),
     ({**SPEECH, "audio": "folder"}, "audio", "'folder' is a directory"),
@@ -184,66 +187,6 @@ def test_a_fault_names_line_and_field_and_other_rows_survive(manifest, row, fiel
     assert words in faults[0]
     assert faults[0].isprintable() and len(faults[0]) < 300
     assert [row.origin for row in rows] == ["m.jsonl:1", "m.jsonl:4"]
-
-
-@pytest.mark.parametrize(
-    ("content", "line", "words"),
-    [
-        ("", 1, "holds no rows"),
-        (" \r\n\n", 1, "holds no rows"),
-        ("[ ]", 1, "holds no rows"),
-        (b'{"audio": "a.wav", "text": "Hi."}\n\n{"text": "caf\xe9"}', 3, "is not UTF-8 (byte 0xe9"),
-        (json.dumps(SPEECH).encode("utf-16"), 1, "is not UTF-8 (byte 0xff"),
-    ],
-)
-def test_a_file_without_rows(manifest, content, line, words):
-    rows, faults = manifest(content)
-    assert rows == [] and len(faults) == 1
-    assert faults[0].startswith(f"m.jsonl:{line}: manifest: {words}")
-
-
-@pytest.mark.parametrize(
-    ("path", "words"),
-    [
-        ("none.jsonl", "cannot be read (No such file or directory)"),
-        ("folder", "cannot be read (Is a directory)"),
-        ("a\0b", "cannot be read (embedded null byte)"),
-    ],
-)
-def test_a_manifest_that_cannot_be_read(manifest, path, words):
-    rows, [fault] = read_manifest(path)
-    assert rows == []
-    assert str(fault).startswith(f"{path}:1: manifest: {words}")
-
-
-def test_line_numbers_in_a_pretty_printed_array(manifest):
-    rows, faults = manifest("\n" + json.dumps([SPEECH, {**SPEECH, "text": ""}, chatml("Hi."), 5], indent=2))
-    assert [row.line for row in rows] == [3, 11]
-    assert faults == ["m.jsonl:7: text: is empty", "m.jsonl:23: row: must be a JSON object, found 5"]
-
-
-@pytest.mark.parametrize(
-    ("tail", "line", "words"),
-    [
-        (",\n {'a': 1}]", 3, "Expecting property name enclosed in double quotes, column 3"),
-        (",\n]", 3, "column 1"),
-        ("\n {}]", 3, "Expecting ',' or ']', column 2"),
-        ("", 2, "Expecting ',' or ']', column 38"),
-        ("]\n\n[]", 4, "Extra data after the array, column 1"),
-    ],
-)
-def test_a_broken_array_keeps_what_stands_before(manifest, tail, line, words):
-    rows, faults = manifest("[\n " + json.dumps(SPEECH) + tail)
-    assert [row.line for row in rows] == [2]
-    [fault] = faults
-    assert fault.startswith(f"m.jsonl:{line}: row: not JSON (") and words in fault
-    assert fault.endswith("nothing after it was read")
-
-
-def test_an_array_nested_too_deeply_to_parse(manifest):
-    rows, faults = manifest("[" + json.dumps(SPEECH) + ",\n" + "[" * 200_000)
-    assert len(rows) == 1
-    assert faults == ["m.jsonl:2: row: nested too deeply to be read; nothing after it was read"]
 
 
 def test_all_faults_are_listed_together_and_sorted(manifest):

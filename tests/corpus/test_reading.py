@@ -257,8 +257,10 @@ def test_a_duration_cuts_a_chatml_clip_only_beside_an_offset(write, tmp_path):
 def test_the_length_that_a_context_clip_states_is_not_the_spoken_ones(write):
     talk = dumped()
     clip = talk["messages"][2]["content"][1]
-    talk["messages"].insert(2, {"role": "user", "content": {**clip, "duration": 5.0}})
-    [row], faults, _ = checked(write([talk]))
+    talk["messages"].insert(2, {"role": "user", "content": {**clip, "audio_url": "b.wav", "duration": 5.0}})
+    path = write([talk])
+    (path.parent / "b.wav").write_bytes(b"RIFF")
+    [row], faults, _ = checked(path)
     assert faults == [] and row.stated_sec is None and row.audio_refs[0][1].duration_sec is None
 
 

@@ -183,6 +183,31 @@ def test_codes_of_other_ranks_are_found_without_reading_the_index_again(load, mo
         assert all(cache.get(ref).shape[0] == 8 for row in train for _, ref in row.audio_refs)
 
 
+def test_a_copy_of_the_clip_that_is_to_be_spoken_is_no_reference(load, manifests, tmp_path):
+    speech = [json.loads(line) for line in SPEECH.read_text().splitlines()][:3]
+    own, other = speech[0]["audio"], speech[1]["audio"]
+    shutil.copy(tmp_path / own, tmp_path / "copy.flac")
+    (tmp_path / "link.flac").symlink_to(tmp_path / own)
+    names = ["copy.flac", "link.flac", f"audio/../{own}", other]
+    rows = [speech[0] | {"ref_audio": name, "ref_text": "Hi."} for name in names]
+    clips = [[{"type": "audio", "audio_url": name}] for name in ("copy.flac", own, "link.flac", other)]
+    say = {"role": "user", "content": "Say."}
+    talks = [
+        [*({"role": "user", "content": clip} for clip in clips[i:]), say, {"role": "assistant", "content": clips[1]}]
+        for i in (2, 3)
+    ]
+    several = [say, {"role": "assistant", "content": [*clips[0], *clips[2]]}]  # none of them is the one that is spoken
+    rows += [{"messages": talk} for talk in (*talks, several)]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for (train, _), warned, _ in load(2):
+        assert [row.line for row in train] == [4, 6, 7]
+        found = [line.split(": ", 1)[1] for line in warned.splitlines() if "has the content of the clip that" in line]
+        of_speech = (
+            "ref_audio: has the content of the clip that is to be spoken; give another clip of the voice, or none"
+        )
+        assert found == [of_speech] * 3 + [of_speech.replace("ref_audio", "messages[0].content[0]")]
+
+
 def test_faults_are_refused_on_every_rank_alike(load):
     errors = load(2, skip_bad_rows=False)
     assert all(isinstance(error, ConfigError) for error in errors)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from .faults import Fault, origin
+
 ROLES = ("system", "user", "assistant")
 SYSTEM_PROMPT = "Generate audio following instruction."
 SCENE_START, SCENE_END = "<|scene_desc_start|>", "<|scene_desc_end|>"
@@ -61,10 +63,14 @@ class Row:
     is_speech: bool = False  # given as text and clip, not as messages
     scene: str | None = None  # of a speech row
     prompt_style: str = "served"  # of a speech row, see `speech_messages`
+    element: int = -1  # which of a JSON array, where several stand on that line; see `faults.origin`
 
     @property
     def origin(self) -> str:
-        return f"{self.file}:{self.line}"
+        return origin(self.file, self.line, self.element)
+
+    def fault(self, field: str, problem: str) -> Fault:
+        return Fault(self.file, self.line, field, problem, element=self.element)
 
     @property
     def audio_refs(self) -> tuple[tuple[str, AudioRef], ...]:

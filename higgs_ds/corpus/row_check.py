@@ -50,16 +50,17 @@ class Rules:
 class RowCheck:
     """Turns one JSON value into a Row. Problems go to `faults` and the checking goes on; such a row is not usable."""
 
-    def __init__(self, rules: Rules, line: int, *, again: bool = False, elsewhere: bool = False):
+    def __init__(self, rules: Rules, line: int, element: int = -1, *, again: bool = False, elsewhere: bool = False):
         """`again`: a row without faults; nothing is counted, and clips are only looked for if they are `elsewhere`."""
-        self.rules, self.line = rules, line
+        self.rules, self.line, self.element = rules, line, element
         self.again = again
         self.found_elsewhere = elsewhere
         self.faults: list[Fault] = []
         self.stated_sec: dict[str, float] = {}  # of the clips of a ChatML row, by field
 
     def fault(self, field_name: str, problem: str, missing: str | None = None) -> None:
-        self.faults.append(Fault(self.rules.file, self.line, field_name, problem, missing=missing))
+        fault = Fault(self.rules.file, self.line, field_name, problem, missing=missing, element=self.element)
+        self.faults.append(fault)
 
     def row(self, value: Any) -> Row | None:
         """The row, usable only if `faults` stays empty."""
@@ -95,7 +96,8 @@ class RowCheck:
             self.fault("messages", f"must be a list of at least one message, found {found}")
             messages = []
         turns = tuple(self.turn(message, f"messages[{index}]") for index, message in enumerate(messages))
-        checked = Row(turns, self.start_index(row, messages), speaker, self.rules.file, self.line)
+        start_index = self.start_index(row, messages)
+        checked = Row(turns, start_index, speaker, self.rules.file, self.line, element=self.element)
         if self.faults or (clip := checked.spoken_clip()) is None:
             return checked
         self.reference(checked)
@@ -237,7 +239,7 @@ class RowCheck:
             prompt_style=self.rules.prompt_style,
         )
         of_row = {"stated_sec": stated_sec, "is_speech": True, "scene": scene and scene.strip()}
-        of_row["prompt_style"] = self.rules.prompt_style
+        of_row |= {"prompt_style": self.rules.prompt_style, "element": self.element}
         checked = Row(turns, start_index, speaker, self.rules.file, self.line, **of_row)
         if ref_audio is not None:
             self.reference(checked)

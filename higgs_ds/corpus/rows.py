@@ -118,13 +118,13 @@ def _tell(
     Raises:
         ConfigError: there are faults, and no `skip_bad_rows`.
     """
-    bad_rows = plural(len({(f.file, f.line) for found in loader.faults for f in found}), "bad row")
+    bad_rows = plural(len({f.row for found in loader.faults for f in found}), "bad row")
     faults = [f for manifest, found in zip(read, loader.faults, strict=True) for f in manifest.summed_up(found)]
     warnings = warnings_of(loader.spoken, trained) if ranks.is_main else []
     path = write_faults(faults_dir, [*faults, *warnings]) if ranks.is_main and faults_dir is not None else None
     notes = [note for manifest in read for note in manifest.notes()]
     if warnings:
-        rows = plural(len({(f.file, f.line) for f in warnings}), "row")
+        rows = plural(len({f.row for f in warnings}), "row")
         notes += [f"{rows} to look at, trained on as they are:", *grouped(warnings)]
     lines = grouped(faults)
     if path is not None and len(faults) + len(warnings) > SHOWN_OF_A_KIND:
@@ -210,15 +210,15 @@ class _Loader:
         clips, seconds = np.zeros(len(rows), np.uint64), np.zeros(len(rows))
         clips[speaks] = rows.keys.view("<u8").reshape(-1, 4)[place, 0]  # of 256 bits, 64 tell a million apart
         seconds[speaks] = clip_frames[place] / self._cache.codec.frame_rate
-        lines = manifest.lines_of(rows.numbers)
+        lines, elements = manifest.lines_of(rows.numbers), manifest.elements_of(rows.numbers)
         problems = dict(self._too_long(rows, facts, clip_frames, first_clip))
-        faults = [Fault(manifest.file, int(lines[i]), "row", problem) for i, problem in problems.items()]
-        spoken = Spoken(manifest.file, lines, facts, clips, seconds)
+        spoken = Spoken(manifest.file, lines, elements, facts, clips, seconds)
+        faults = [spoken.fault(i, "row", problem) for i, problem in problems.items()]
         if problems:
             kept = np.ones(len(rows), bool)
             kept[list(problems)] = False
             rows = rows.only(kept)
-            spoken = Spoken(manifest.file, lines[kept], facts[kept], clips[kept], seconds[kept])
+            spoken = spoken.only(kept)
         self.spoken.append(spoken)
         return rows, faults
 
@@ -261,11 +261,11 @@ class _Loader:
         for clip, problem in problems.items():
             i = int(np.searchsorted(ends, clip, side="right"))
             where = refs[i][clip - int(ends[i] - clips[i])][0]
-            faults.append(Fault(rows[i].file, rows[i].line, where, problem))
+            faults.append(rows[i].fault(where, problem))
             usable[i] = False
         for i, where in _own_references(rows, keys, clips):
             if usable[i]:
-                faults.append(Fault(rows[i].file, rows[i].line, where, f"has the content of {OWN_REFERENCE}"))
+                faults.append(rows[i].fault(where, f"has the content of {OWN_REFERENCE}"))
                 usable[i] = False
         tokens = None
         if self._count_tokens:
@@ -275,7 +275,7 @@ class _Loader:
             too_long = tokens > (self._limits.batch_tokens or np.inf)
             for i, count in zip(counted[too_long].tolist(), tokens[too_long].tolist(), strict=True):
                 problem = f"takes {count} tokens, over --max_tokens_per_batch {self._limits.batch_tokens}"
-                faults.append(Fault(rows[i].file, rows[i].line, "row", problem))
+                faults.append(rows[i].fault("row", problem))
             usable[counted[too_long]] = False
             tokens = tokens[~too_long]
         kept = np.repeat(usable, clips)

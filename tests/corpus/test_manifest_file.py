@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from higgs_ds.corpus.manifest import read_manifest
+from higgs_ds.corpus.manifest import Manifest, read_manifest
 
 SPEECH = {"audio": "a.wav", "text": "Hello."}
 TALK = {"messages": [{"role": "user", "content": "Say it."}, {"role": "assistant", "content": "Hi."}]}
@@ -60,6 +60,24 @@ def test_line_numbers_in_a_pretty_printed_array(manifest):
     rows, faults = manifest("\n" + json.dumps([SPEECH, {**SPEECH, "text": ""}, TALK, 5], indent=2))
     assert [row.line for row in rows] == [3, 11]
     assert faults == ["m.jsonl:7: text: is empty", "m.jsonl:23: row: must be a JSON object, found 5"]
+
+
+def test_rows_that_share_a_line_are_told_apart_by_their_number(manifest):
+    """json.dump writes an array on one line."""
+    broken = {**TALK, "start_index": 9}
+    rows, faults = manifest(json.dumps([SPEECH, {**SPEECH, "text": ""}, TALK, 5, broken]))
+    assert [row.origin for row in rows] == ["m.jsonl:1[0]", "m.jsonl:1[2]"]
+    assert faults == [
+        "m.jsonl:1[1]: text: is empty",
+        "m.jsonl:1[3]: row: must be a JSON object, found 5",
+        "m.jsonl:1[4]: start_index: must be 0 to 1 (the index of a message), found 9",
+    ]
+    assert Manifest("m.jsonl").row(2) == rows[1]
+
+
+def test_an_array_on_one_line_whose_clips_all_miss_is_one_sentence(manifest):
+    rows, faults = manifest(json.dumps([{**SPEECH, "audio": f"{i}.wav"} for i in range(30)]))
+    assert rows == [] and len(faults) == 1 and "none of the 30 rows' clips exists" in faults[0]
 
 
 @pytest.mark.parametrize(

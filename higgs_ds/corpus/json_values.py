@@ -45,6 +45,9 @@ def number(value: Any) -> Any:
 
 def without_blanks(pieces: list[Any]) -> tuple[Any, ...]:
     """A turn's content without the blanks at its two ends, as servers trim texts; those within it stay."""
+    if len(pieces) == 1 and isinstance(pieces[0], str):
+        text = pieces[0].strip()
+        return (text,) if text else ()
     for end, trimmed in ((0, str.lstrip), (-1, str.rstrip)):
         while pieces and isinstance(pieces[end], str):
             pieces[end] = trimmed(pieces[end])

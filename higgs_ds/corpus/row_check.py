@@ -98,12 +98,11 @@ class RowCheck:
         turns = tuple(self.turn(message, f"messages[{index}]") for index, message in enumerate(messages))
         start_index = self.start_index(row, messages)
         checked = Row(turns, start_index, speaker, self.rules.file, self.line, element=self.element)
-        if self.faults or (clip := checked.spoken_clip()) is None:
+        if self.faults or (self.again and not self.stated_sec) or (clip := checked.spoken_clip()) is None:
             return checked
         self.reference(checked)
-        if not self.stated_sec:
-            return checked
-        return dataclasses.replace(checked, stated_sec=self.stated_sec.get(checked.audio_refs[clip][0]))
+        stated_sec = self.stated_sec.get(checked.audio_refs[clip][0])
+        return checked if stated_sec is None else dataclasses.replace(checked, stated_sec=stated_sec)
 
     def start_index(self, row: dict, messages: list) -> int | None:
         """The row's start_index; a fault also where it, or the roles, leave nothing to train on."""
@@ -199,7 +198,10 @@ class RowCheck:
         So upstream's training files have it; its own engine reads neither of the two. Zeros for both are how tables
         without nulls write neither.
         """
-        offset, duration = number(value.get("offset")), number(value.get("duration"))
+        offset, duration = value.get("offset"), value.get("duration")
+        if offset is None and duration is None:
+            return None, None, None
+        offset, duration = number(offset), number(duration)
         offset_sec = self.seconds(offset, f"{where}offset", zero=True)
         if offset in (None, 0) and type(duration) in (int, float) and duration <= 0:
             duration = None
@@ -247,6 +249,8 @@ class RowCheck:
 
     def reference(self, row: Row) -> None:
         """Faults of earlier clips that hold the one to be spoken; that a copy does is known once contents are."""
+        if self.again:
+            return
         *earlier, (_, spoken) = row.audio_refs
         for where, ref in earlier:
             if ref.holds(spoken):

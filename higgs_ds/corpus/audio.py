@@ -15,7 +15,8 @@ import soundfile
 from ..errors import reason_of
 from ..files import replacing
 from .chatml import AudioRef
-from .containers import ContainerError, ContainerFile, mended_wav
+from .containers import ContainerError, ContainerFile
+from .sound_headers import CUT_OFF_SEC, promise_of
 
 # A header may claim any rate; resampling from 1 Hz would turn a small file into more than memory holds.
 MIN_SAMPLE_RATE, MAX_SAMPLE_RATE = 4000, 768_000
@@ -140,19 +141,23 @@ def _opened(ref: AudioRef) -> Iterator[soundfile.SoundFile | ContainerFile]:
     """The clip's file; what is said against it, also while it is read, becomes an AudioError."""
     source = io.BytesIO(_decoded_base64(ref.raw_audio)) if ref.raw_audio is not None else _existing(ref.path)
     try:
-        mended, problem = mended_wav(source)
+        promise = promise_of(source)
     except OSError as error:
         raise AudioError(f"cannot be read: {reason_of(error)}") from error
-    if problem is not None:
-        raise AudioError(problem)
+    if promise.problem is not None:
+        raise AudioError(promise.problem)
     try:
-        with _sound(mended or source) as file:
+        with _sound(promise.mended or source) as file:
             if not MIN_SAMPLE_RATE <= file.samplerate <= MAX_SAMPLE_RATE:
                 raise AudioError(
                     f"has a sample rate of {file.samplerate} Hz, must be {MIN_SAMPLE_RATE} to {MAX_SAMPLE_RATE}"
                 )
             if file.frames >= UNKNOWN_LENGTH:
                 raise AudioError("does not say in its header how long it is; write it anew as a plain WAV or FLAC")
+            there = file.frames / file.samplerate
+            whole = there / (promise.share or 1.0)
+            if isinstance(file, soundfile.SoundFile) and whole - there > CUT_OFF_SEC:
+                raise AudioError(f"cannot be decoded: it ends after {there:.2f} s of {whole:.2f} s")
             yield file
     except soundfile.SoundFileError as error:
         raise AudioError(f"cannot be decoded: {_reason(error)}") from error

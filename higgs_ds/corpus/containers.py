@@ -1,9 +1,7 @@
-"""Clips that libsndfile does not read, or not whole: WAVs whose header counts wrong, and what PyAV decodes."""
+"""Clips that libsndfile does not read and PyAV does."""
 
 from __future__ import annotations
 
-import io
-import struct
 from pathlib import Path
 from typing import BinaryIO
 
@@ -11,11 +9,6 @@ import numpy as np
 
 from ..errors import reason_of
 
-# Where a writer could not go back to fill in the size: 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF and values near them.
-STREAMED_BYTES = 0x7FFF0000
-# Sizes off by a header's length are common and lose nothing that is heard.
-CUT_OFF_SEC = 0.05
-MOST_MENDED_BYTES = 1 << 30
 # Of a container without a length in its header, what is decoded at most to find it.
 MOST_SAMPLES = 1 << 28
 # A length in the header is rounded, and counts what a decoder drops or adds at the ends.
@@ -26,65 +19,6 @@ DEMUXERS = "mov,matroska,avi,asf,flv,mpegts,mpeg,aac,ac3,eac3,amr,amrnb,amrwb,mp
 
 class ContainerError(Exception):
     """What PyAV cannot open or decode, as a short text."""
-
-
-def mended_wav(source: Path | BinaryIO) -> tuple[BinaryIO | None, str | None]:
-    """For a WAV: (a copy that counts right, what is wrong), either or both None; both None for any other file.
-
-    ffmpeg reads a data chunk of size 0 to the file's end, and so do we; likewise one that ends where no chunk begins.
-    """
-    with source.open("rb") if isinstance(source, Path) else io.BytesIO(source.getbuffer()) as file:
-        size = file.seek(0, io.SEEK_END)
-        found = _data_chunk(file, size)
-        if found is None:
-            return None, None
-        place, promised, bytes_per_sec = found
-        there = size - place - 8
-        if promised > there:
-            missing = (promised - there) / bytes_per_sec
-            if promised >= STREAMED_BYTES or missing <= CUT_OFF_SEC:
-                return None, None  # libsndfile reads what is there
-            whole = promised / bytes_per_sec
-            return None, f"cannot be decoded: it ends after {whole - missing:.2f} s of {whole:.2f} s"
-        if promised == there or _begins_chunk(file, place + 8 + promised + promised % 2, size):
-            return None, None
-        if size > MOST_MENDED_BYTES:
-            return None, f"counts {promised} bytes of sound in its header and holds {there}; write it anew"
-        file.seek(0)
-        content = bytearray(file.read())
-        struct.pack_into("<I", content, place + 4, there)
-        struct.pack_into("<I", content, 4, size - 8)
-        return io.BytesIO(content), None
-
-
-def _data_chunk(file: BinaryIO, size: int) -> tuple[int, int, int] | None:
-    """(where the data chunk begins, bytes that it promises, bytes a second) of a RIFF WAVE; None for others."""
-    file.seek(0)
-    head = file.read(12)
-    if head[:4] != b"RIFF" or head[8:] != b"WAVE":
-        return None
-    place, bytes_per_sec = 12, 0
-    for _ in range(1000):
-        file.seek(place)
-        chunk = file.read(8)
-        if len(chunk) < 8:
-            return None
-        name, length = chunk[:4], struct.unpack("<I", chunk[4:])[0]
-        if name == b"data":
-            return (place, length, bytes_per_sec) if bytes_per_sec else None
-        if name == b"fmt ":
-            bytes_per_sec = struct.unpack("<I", file.read(16)[8:12].ljust(4, b"\0"))[0]
-        place += 8 + length + length % 2
-    return None
-
-
-def _begins_chunk(file: BinaryIO, place: int, size: int) -> bool:
-    """Whether something that can be a chunk begins here, or at most the padding of one is left."""
-    if size - place < 8:
-        return True
-    file.seek(place)
-    chunk = file.read(8)
-    return all(32 <= byte < 127 for byte in chunk[:4]) and struct.unpack("<I", chunk[4:])[0] <= size - place - 8
 
 
 class ContainerFile:

@@ -223,6 +223,54 @@ def test_chunks_behind_the_sound_are_not_sound(tmp_path):
     assert len(read_audio(AudioRef(path=path))[0]) == 16000
 
 
+BEHIND = [
+    b"TAG" + b"x" * 125,
+    b"ID3\x04\x00\x00\x00\x00\x02\x01" + b"x" * 200,
+    b"LIST\xf4\x01\x00\x00INFOISFT" + b"x" * 200,  # cut off
+    b"bext" + b"\xff" * 40,
+    b"odd \x08\x00\x00\x0012345678",
+    bytes(4096),
+    b"\0",
+]
+
+
+@pytest.mark.parametrize("behind", BEHIND)
+@pytest.mark.parametrize("bits", ["PCM_16", "PCM_U8"])
+def test_what_stands_behind_a_right_data_chunk_is_no_sound(tmp_path, behind, bits):
+    samples = 16000 if bits == "PCM_16" else 15999  # an odd number of bytes, without the one that fills up
+    path = write(tmp_path / "clip.wav", np.random.default_rng(0).normal(0, 0.1, samples), subtype=bits).path
+    whole, _ = read_audio(AudioRef(path=path))
+    path.write_bytes(path.read_bytes()[: 44 + samples * (2 if bits == "PCM_16" else 1)] + behind)
+    for ref in (AudioRef(path=path), in_base64(path)):
+        assert np.array_equal(read_audio(ref)[0], whole) and duration_sec(ref) == len(whole) / 16000
+
+
+def test_sound_that_looks_like_a_chunk_is_sound_where_the_size_was_left_open(tmp_path):
+    path = write(tmp_path / "clip.wav", tone(16000)).path
+    content = bytearray(path.read_bytes())
+    content[40:52] = bytes(4) + b"abcd\x05\x00\x00\x00"
+    path.write_bytes(content)
+    assert duration_sec(AudioRef(path=path)) == 1.0
+    path.write_bytes(content[:44] + b"LIST\x04\x00\x00\x00INFO")
+    assert problem(AudioRef(path=path)) == "is empty"
+
+
+@pytest.mark.parametrize("kind", ["RF64", "W64", "AIFF", "AU", "WAV"])
+@pytest.mark.parametrize("action", [read_audio, duration_sec])
+def test_a_file_that_ends_before_its_header_says_is_not_a_shorter_clip(tmp_path, kind, action):
+    for endian in ("LITTLE", "BIG") if kind == "AU" else ("FILE",):
+        ref = write(tmp_path / "clip", tone(48000), format=kind, subtype="PCM_16", endian=endian)
+        assert len(read_audio(ref)[0]) == 48000 and duration_sec(ref) == 3.0
+        content = ref.path.read_bytes()
+        ref.path.write_bytes(content[: -48000 - 48])
+        assert problem(ref, action) == "cannot be decoded: it ends after 1.50 s of 3.00 s"
+        ref.path.write_bytes(content[:-320])  # 10 ms: nothing that is heard
+        assert duration_sec(ref) == pytest.approx(2.99)
+        for length in (12, 40, 60):  # within the header
+            ref.path.write_bytes(content[:length])
+            problem(ref, action)
+
+
 def test_silence_is_refused_also_after_mixing_down(tmp_path):
     assert problem(write(tmp_path / "a.wav", tone(16000) * 1e-3)).startswith("is silent (its loudest sample is 0.0001")
     opposite = tone(16000, channels=2) * [1, -0.5]

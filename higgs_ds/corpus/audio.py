@@ -62,19 +62,21 @@ def read_audio(ref: AudioRef) -> tuple[np.ndarray, int]:
                 at, whole = (stop - left) / file.samplerate, file.frames / file.samplerate
                 raise AudioError(f"cannot be decoded: it ends after {at:.2f} s of {whole:.2f} s")
             mono.append(samples.mean(axis=1))
-            if file.channels > 1:
-                channel_peak = max(channel_peak, float(np.abs(samples).max()))
+            channel_peak = max(channel_peak, float(np.abs(samples).max()))
             left -= len(samples)
         waveform, sample_rate = np.concatenate(mono), file.samplerate
     if not np.isfinite(waveform).all():
         raise AudioError("holds NaN or infinite samples")
-    peak = float(np.abs(waveform).max())
-    if peak > LARGEST_PEAK:
-        raise AudioError(f"peaks at {peak:.4g}, samples must be within -1 to 1; write it anew, scaled")
+    if channel_peak > LARGEST_PEAK:
+        raise AudioError(f"peaks at {channel_peak:.4g}, samples must be within -1 to 1; write it anew, scaled")
+    level = float(waveform.mean(dtype=np.float64))
+    peak = float(np.abs(waveform - np.float32(level)).max())  # without the level that a bad sound card adds
+    if peak < SILENT_PEAK and abs(level) >= SILENT_PEAK:
+        raise AudioError(f"is silent (all its samples are {level:.2g})")
     if peak < SILENT_PEAK <= channel_peak:
         raise AudioError(f"is silent once its {file.channels} channels are averaged; write one of them alone")
     if peak < SILENT_PEAK:
-        raise AudioError(f"is silent (its loudest sample is {peak:.2g} of full scale)")
+        raise AudioError(f"is silent (its loudest sample is {channel_peak:.2g} of full scale)")
     return waveform, sample_rate
 
 

@@ -276,11 +276,15 @@ def test_silence_is_refused_also_after_mixing_down(tmp_path):
     opposite = tone(16000, channels=2) * [1, -0.5]
     assert problem(write(tmp_path / "b.wav", opposite)).startswith("is silent once its 2 channels are averaged")
     read_audio(write(tmp_path / "c.wav", tone(16000) * 0.02))  # quiet: it peaks at -54 dB
+    assert problem(write(tmp_path / "d.wav", tone(16000) * 0 + 0.3)) == "is silent (all its samples are 0.3)"
+    read_audio(write(tmp_path / "e.wav", tone(16000) + 0.3))
 
 
 def test_integers_written_as_floats_are_refused(tmp_path):
     loud = write(tmp_path / "a.wav", tone(16000) * 32767, subtype="FLOAT")
     assert problem(loud).startswith("peaks at 3277, samples must be within -1 to 1")
+    opposite = tone(16000, channels=2) * [450, -224]
+    assert problem(write(tmp_path / "c.wav", opposite, subtype="FLOAT")).startswith("peaks at 45, samples must be")
     read_audio(write(tmp_path / "b.wav", tone(16000) * 12, subtype="FLOAT"))  # overshoots by 20 %, as a decoder may
 
 

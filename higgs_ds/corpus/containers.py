@@ -14,7 +14,9 @@ MOST_SAMPLES = 1 << 28
 # A length in the header is rounded, and counts what a decoder drops or adds at the ends.
 LENGTH_TOLERANCE_SEC = 0.25
 # Containers of one file. Playlists are left out: they would open other files, or fetch them.
-DEMUXERS = "mov,matroska,avi,asf,flv,mpegts,mpeg,aac,ac3,eac3,amr,amrnb,amrwb,mp3,ape,tta,wv,dsf,iff,caf"
+DEMUXERS = (
+    "mov,matroska,avi,asf,flv,mpegts,mpeg,aac,ac3,eac3,amr,amrnb,amrwb,mp3,ape,tta,wv,dsf,iff,caf,wav,w64,ogg,aiff,au"
+)
 
 
 class ContainerError(Exception):
@@ -54,7 +56,7 @@ class ContainerFile:
     def __exit__(self, *_: object) -> None:
         self._container.close()
 
-    def seek(self, frame: int) -> None:
+    def decode(self) -> None:
         """Decodes the file, which then has exactly the frames that are in it.
 
         Raises ContainerError for a file that cannot be decoded, or holds less or more than its header says.
@@ -66,6 +68,11 @@ class ContainerFile:
             if there == 0 or len(self._samples) < header - tolerance:
                 raise ContainerError(f"it ends after {there:.2f} s of {header / self.samplerate:.2f} s")
             self.frames = len(self._samples)
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, frame: int) -> None:
         self._at = frame
 
     def read(self, frames: int, dtype: str = "float32", always_2d: bool = True) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""How much sound a file's header promises: WAVs that count wrong are mended, files that end before that are told."""
+"""How much sound a file's header promises: WAVs that count wrong are mended, files that end before that are found."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ OPEN = 0xFFFFFFFF  # a size of 32 bits that says nothing, or that another of 64 
 CUT_OFF_SEC = 0.05
 MOST_MENDED_BYTES = 1 << 30
 MOST_CHUNKS = 1000
+MOST_PAGE_BYTES = 27 + 255 + 255 * 255  # of Ogg
 # What may stand behind the sound, be it cut off: chunks of a WAV by name, and tags that were put at a file's end.
 CHUNKS = frozenset(
     name.encode().ljust(4)
@@ -43,7 +44,7 @@ class Promise:
 
 
 def promise_of(source: Path | BinaryIO) -> Promise:
-    """Of a WAV, RF64, W64, AIFF or AU; an empty one of any other file. Raises OSError.
+    """Of a WAV, RF64, W64, AIFF, AU, CAF or Ogg; an empty one of any other file. Raises OSError.
 
     ffmpeg reads a WAV's data chunk of size 0 to the file's end, and so do we; likewise one behind which nothing begins.
     """
@@ -53,10 +54,13 @@ def promise_of(source: Path | BinaryIO) -> Promise:
         head = file.read(12)
         if head[:4] == b"RIFF" and head[8:] == b"WAVE":
             return _of_wav(file, size)
+        if head[:4] == b"OggS":
+            return _of_ogg(file, size)
         found = _data_of_others(file, head, size)
-    if found is None:
-        return Promise()
-    start, promised = found
+    return Promise() if found is None else _share(*found, size)
+
+
+def _share(start: int, promised: int, size: int) -> Promise:
     return Promise(share=min(1.0, max(0.0, (size - start) / promised))) if promised > 0 else Promise()
 
 
@@ -69,12 +73,14 @@ def _of_wav(file: BinaryIO, size: int) -> Promise:
             bytes_per_sec = struct.unpack("<I", file.read(16)[8:12].ljust(4, b"\0"))[0]
     else:
         return Promise()
-    if not bytes_per_sec:
-        return Promise()
     there = size - place
     if promised > there:
+        if promised >= STREAMED_BYTES:
+            return Promise()
+        if not bytes_per_sec:
+            return _share(place, promised, size)
         missing = (promised - there) / bytes_per_sec
-        if promised >= STREAMED_BYTES or missing <= CUT_OFF_SEC:
+        if missing <= CUT_OFF_SEC:
             return Promise()  # libsndfile reads what is there
         whole = promised / bytes_per_sec
         return Promise(problem=f"cannot be decoded: it ends after {whole - missing:.2f} s of {whole:.2f} s")
@@ -106,27 +112,43 @@ def _ends(file: BinaryIO, place: int, size: int, *, empty: bool) -> bool:
     return not head
 
 
-def _chunks(file: BinaryIO, place: int, size: int, number: str) -> Iterator[tuple[bytes, int, int]]:
+def _chunks(file: BinaryIO, place: int, size: int, number: str, even: bool = True) -> Iterator[tuple[bytes, int, int]]:
     """(name, where its content begins, its bytes) of each chunk; the file stands at its content."""
+    head_bytes = 4 + struct.calcsize(number)
     for _ in range(MOST_CHUNKS):
         file.seek(place)
-        head = file.read(8)
-        if len(head) < 8:
+        head = file.read(head_bytes)
+        if len(head) < head_bytes:
             return
         length = struct.unpack(number, head[4:])[0]
-        yield head[:4], place + 8, length
-        place += 8 + length + length % 2
-        if place > size:
+        yield head[:4], place + head_bytes, length
+        place += head_bytes + length + (length % 2 if even else 0)
+        if length < 0 or place > size:
             return
+
+
+def _of_ogg(file: BinaryIO, size: int) -> Promise:
+    """Ogg has no size in a header, but pages: one that is not whole was cut off."""
+    file.seek(max(0, size - MOST_PAGE_BYTES))
+    tail = file.read()
+    place = tail.rfind(b"OggS\0")
+    page = tail[place:]
+    segments = page[27 : 27 + page[26]] if place >= 0 and len(page) > 26 else b""
+    if place >= 0 and (len(page) <= 26 or 27 + page[26] + sum(segments) > len(page)):
+        return Promise(problem="cannot be decoded: it is cut off within a page")
+    return Promise()
 
 
 def _data_of_others(file: BinaryIO, head: bytes, size: int) -> tuple[int, int] | None:
-    """(where the sound begins, bytes that are promised) of RF64, W64, AIFF and AU; None where nothing is."""
+    """(where the sound begins, bytes that are promised) of RF64, W64, AIFF, AU and CAF; None where nothing is."""
     if head[:4] == b"RF64" and head[8:] == b"WAVE":
         return _data_of_rf64(file, size)
     if head[:4] == b"FORM" and head[8:] in (b"AIFF", b"AIFC"):
         found = (chunk for chunk in _chunks(file, 12, size, ">I") if chunk[0] == b"SSND")
         return next(((place, length) for _, place, length in found if length < STREAMED_BYTES), None)
+    if head[:4] == b"caff":
+        found = (chunk for chunk in _chunks(file, 8, size, ">q", even=False) if chunk[0] == b"data")
+        return next(((place, length) for _, place, length in found), None)  # -1 where it is left open
     if head[:4] in (b".snd", b"dns."):
         start, length = struct.unpack(">II" if head[:4] == b".snd" else "<II", head[4:])
         return (start, length) if length < STREAMED_BYTES else None

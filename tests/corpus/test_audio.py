@@ -2,6 +2,7 @@
 
 import base64
 import os
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -103,8 +104,10 @@ def test_what_is_no_audio(tmp_path, action):
 
 
 @pytest.mark.parametrize("suffix", ["flac", "mp3", "ogg"])
-def test_a_clip_cut_off_is_not_taken_for_a_shorter_one(tmp_path, suffix):
-    path = write(tmp_path / f"clip.{suffix}", tone(48000)).path
+@pytest.mark.parametrize("seconds", [3, 20])  # of Ogg in one page of sound, and in several
+def test_a_clip_cut_off_is_not_taken_for_a_shorter_one(tmp_path, suffix, seconds):
+    noise = np.random.default_rng(0).normal(0, 0.1, seconds * 16000)
+    path = write(tmp_path / f"clip.{suffix}", noise).path
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     assert problem(AudioRef(path=path)).startswith("cannot be decoded: ")
 
@@ -255,17 +258,18 @@ def test_sound_that_looks_like_a_chunk_is_sound_where_the_size_was_left_open(tmp
     assert problem(AudioRef(path=path)) == "is empty"
 
 
-@pytest.mark.parametrize("kind", ["RF64", "W64", "AIFF", "AU", "WAV"])
+@pytest.mark.parametrize("kind", ["RF64", "W64", "AIFF", "AU", "CAF", "WAV"])
 @pytest.mark.parametrize("action", [read_audio, duration_sec])
 def test_a_file_that_ends_before_its_header_says_is_not_a_shorter_clip(tmp_path, kind, action):
     for endian in ("LITTLE", "BIG") if kind == "AU" else ("FILE",):
         ref = write(tmp_path / "clip", tone(48000), format=kind, subtype="PCM_16", endian=endian)
         assert len(read_audio(ref)[0]) == 48000 and duration_sec(ref) == 3.0
         content = ref.path.read_bytes()
-        ref.path.write_bytes(content[: -48000 - 48])
-        assert problem(ref, action) == "cannot be decoded: it ends after 1.50 s of 3.00 s"
+        ref.path.write_bytes(content[:-48000])
+        how_much = "1.50 s of 3.00 s" if kind == "WAV" else "50 % of its sound"
+        assert problem(ref, action) == f"cannot be decoded: it ends after {how_much}"
         ref.path.write_bytes(content[:-320])  # 10 ms: nothing that is heard
-        assert duration_sec(ref) == pytest.approx(2.99)
+        assert duration_sec(ref) == pytest.approx(2.99, abs=0.001)
         for length in (12, 40, 60):  # within the header
             ref.path.write_bytes(content[:length])
             problem(ref, action)
@@ -300,9 +304,10 @@ def encode(path: Path, codec: str, seconds: float = 2.0, sample_rate: int = 4800
             container.mux(picture.encode(None))
         frame = av.AudioFrame.from_ndarray(wave[None], format="fltp", layout="mono")
         frame.rate, frame.pts = sample_rate, 0
-        fifo = av.AudioFifo()
-        fifo.write(frame)
-        for part in fifo.read_many(sound.frame_size or 1024, partial=True):
+        frame.time_base = Fraction(1, sample_rate)
+        form, size = sound.codec_context.format.name, sound.codec_context.frame_size or 1024
+        parts = av.AudioResampler(format=form, layout="mono", rate=sample_rate, frame_size=size)
+        for part in [*parts.resample(frame), *parts.resample(None)]:
             container.mux(sound.encode(part))
         container.mux(sound.encode(None))
 
@@ -323,6 +328,32 @@ def test_containers_that_libsndfile_does_not_know_are_decoded(tmp_path, suffix, 
         assert spectrum.argmax() == 440 and waveform[9600:76800].std() == pytest.approx(0.3 * 2**-0.5, rel=0.02)
     part = AudioRef(path=path, offset_sec=0.5, duration_sec=1.0)
     assert np.array_equal(read_audio(part)[0], waveform[24000:72000]) and duration_sec(part) == 1.0
+
+
+@pytest.mark.parametrize("kind", ["GSM610", "G721_32", "IMA_ADPCM", "MS_ADPCM", "ULAW"])
+def test_a_wav_of_any_encoding_is_read_whole_and_from_an_offset(tmp_path, kind):
+    path = write(tmp_path / "clip.wav", tone(16000)[:, 0], 8000, subtype=kind).path
+    for ref in (AudioRef(path=path), in_base64(path)):
+        waveform, _ = read_audio(ref)
+        assert len(waveform) / 8000 == duration_sec(ref) == pytest.approx(2.0, abs=0.1)
+        part = AudioRef(ref.path, ref.raw_audio, offset_sec=0.5, duration_sec=1.0)
+        assert np.array_equal(read_audio(part)[0], waveform[4000:12000])
+
+
+IN_KNOWN = [("wav", "ac3"), ("wav", "g726"), ("wav", "libmp3lame"), ("caf", "alac"), ("ogg", "flac")]
+
+
+@pytest.mark.parametrize(("suffix", "codec"), IN_KNOWN)
+def test_what_libsndfile_knows_only_the_container_of_is_decoded(tmp_path, suffix, codec):
+    path = tmp_path / f"clip.{suffix}"
+    sample_rate = 8000 if codec == "g726" else 48000
+    encode(path, codec, sample_rate=sample_rate)
+    for ref in (AudioRef(path=path), in_base64(path)):
+        waveform, _ = read_audio(ref)
+        assert len(waveform) / sample_rate == pytest.approx(2.0, abs=0.06)
+        assert duration_sec(ref) == pytest.approx(2.0, abs=0.06)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 6 // 10])
+    assert problem(AudioRef(path=path)).startswith("cannot be decoded: ")
 
 
 @pytest.mark.parametrize("suffix", ["m4a", "webm"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import re
 from pathlib import Path
 from typing import BinaryIO
 
@@ -18,6 +20,8 @@ DEMUXERS = (
     "mov,matroska,avi,asf,flv,mpegts,mpeg,aac,ac3,eac3,amr,amrnb,amrwb,mp3,ape,tta,wv,dsf,iff,caf,wav,w64,ogg,aiff,au"
 )
 
+_CLOCK = re.compile(r"(\d+):(\d{2}):(\d{2}(?:\.\d*)?)")
+
 
 class ContainerError(Exception):
     """What PyAV cannot open or decode, as a short text."""
@@ -31,9 +35,9 @@ class ContainerFile:
         import av
 
         self._error = av.error.FFmpegError
-        opened = str(source) if isinstance(source, Path) else source
+        self._source = source
         try:
-            self._container = av.open(opened, options={"format_whitelist": DEMUXERS, "protocol_whitelist": "file"})
+            self._container = _opened(source)
         except (self._error, ValueError) as error:
             raise ContainerError(reason_of(error)) from error
         streams = self._container.streams.audio
@@ -45,7 +49,10 @@ class ContainerFile:
         self.channels = max(1, int(self._stream.channels or 1))
         self._samples: np.ndarray | None = None  # [samples, channels]
         self._at = 0
-        seconds = self._header_sec()
+        try:
+            seconds = self._header_sec()
+        except (self._error, ValueError) as error:
+            raise ContainerError(reason_of(error)) from error
         if seconds is None:
             self._decode(MOST_SAMPLES // self.channels)
         self.frames = len(self._samples) if seconds is None else round(seconds * self.samplerate)
@@ -83,10 +90,28 @@ class ContainerFile:
         return samples
 
     def _header_sec(self) -> float | None:
+        """From the first sample to the last. Matroska says of a track only when it ends, its start beside it."""
         stream = self._stream
         if stream.duration and stream.time_base:
             return float(stream.duration * stream.time_base)
-        return self._container.duration / 1e6 if self._container.duration else None  # in microseconds
+        start = float((stream.start_time or 0) * stream.time_base) if stream.time_base else 0.0
+        end = _stated_end(stream.metadata)
+        if end is None and len(self._container.streams) == 1 and self._container.duration:
+            end = self._container.duration / 1e6  # in microseconds
+        if end is not None and start <= LENGTH_TOLERANCE_SEC:
+            return max(0.0, end - start) or None
+        there = self._packets_sec()
+        # Some writers state a track's own length: of the two the one that is there, and neither where it was cut off.
+        return there if end is None or abs(there - end) <= LENGTH_TOLERANCE_SEC else max(0.0, end - start) or None
+
+    def _packets_sec(self) -> float | None:
+        """From the start of the sound's first packet to the end of its last, without decoding any."""
+        with _opened(self._source, anew=True) as container:
+            stream = container.streams.audio[0]
+            spans = [(p.pts, p.pts + (p.duration or 0)) for p in container.demux(stream) if p.pts is not None]
+        if not spans or not stream.time_base:
+            return None
+        return float((max(end for _, end in spans) - min(start for start, _ in spans)) * stream.time_base) or None
 
     def _decode(self, most: int) -> None:
         """All samples; raises ContainerError for more than `most`."""
@@ -105,3 +130,23 @@ class ContainerFile:
             self._samples = np.concatenate(parts, axis=1).T
         except (self._error, ValueError) as error:  # ValueError: frames of another rate or layout than the first
             raise ContainerError(reason_of(error)) from error
+
+
+def _opened(source: Path | BinaryIO, anew: bool = False):
+    """PyAV's container of a file, or of bytes; `anew` leaves another that reads the same bytes where it is."""
+    import av
+
+    if isinstance(source, Path):
+        source = str(source)
+    elif anew:
+        source = io.BytesIO(source.getbuffer())
+    return av.open(source, options={"format_whitelist": DEMUXERS, "protocol_whitelist": "file"})
+
+
+def _stated_end(tags: dict[str, str]) -> float | None:
+    """Seconds of Matroska's tag DURATION, `00:01:02.345000000`, under which writers add a language."""
+    for name, value in tags.items():
+        if name.upper().startswith("DURATION") and (found := _CLOCK.fullmatch(value.strip())):
+            hours, minutes, seconds = map(float, found.groups())
+            return 3600 * hours + 60 * minutes + seconds
+    return None

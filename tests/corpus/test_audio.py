@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from higgs_ds.corpus import containers
 from higgs_ds.corpus.audio import AudioError, content_hash, duration_sec, read_audio, write_sound, write_wav
 from higgs_ds.corpus.manifest import AudioRef, read_manifest
 
@@ -292,18 +293,19 @@ def test_integers_written_as_floats_are_refused(tmp_path):
     read_audio(write(tmp_path / "b.wav", tone(16000) * 12, subtype="FLOAT"))  # overshoots by 20 %, as a decoder may
 
 
-def encode(path: Path, codec: str, seconds: float = 2.0, sample_rate: int = 48000, with_video: bool = False) -> None:
-    """A tone in a container, by PyAV itself."""
+def encode(path: Path, codec: str, sample_rate: int = 48000, picture_sec: int = 0, start: float = 0.0) -> None:
+    """A tone of 2 s in a container, by PyAV itself."""
+    seconds = 2.0
     wave = (0.3 * np.sin(np.arange(round(seconds * sample_rate)) * 2 * np.pi * 440 / sample_rate)).astype(np.float32)
     with av.open(str(path), "w") as container:
         sound = container.add_stream(codec, rate=sample_rate, layout="mono")
-        if with_video:
+        if picture_sec:
             picture = container.add_stream("mpeg4", rate=25, width=64, height=64, pix_fmt="yuv420p")
             image = av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24")
-            container.mux([packet for frame in [image] * 25 for packet in picture.encode(frame)])
+            container.mux([packet for frame in [image] * 25 * picture_sec for packet in picture.encode(frame)])
             container.mux(picture.encode(None))
         frame = av.AudioFrame.from_ndarray(wave[None], format="fltp", layout="mono")
-        frame.rate, frame.pts = sample_rate, 0
+        frame.rate, frame.pts = sample_rate, round(start * sample_rate)
         frame.time_base = Fraction(1, sample_rate)
         form, size = sound.codec_context.format.name, sound.codec_context.frame_size or 1024
         parts = av.AudioResampler(format=form, layout="mono", rate=sample_rate, frame_size=size)
@@ -312,13 +314,26 @@ def encode(path: Path, codec: str, seconds: float = 2.0, sample_rate: int = 4800
         container.mux(sound.encode(None))
 
 
-CONTAINERS = [("m4a", "aac", False), ("webm", "libopus", False), ("mp4", "aac", True), ("mkv", "pcm_s16le", False)]
+CONTAINERS = [
+    ("m4a", "aac", 0, 0.0),
+    ("webm", "libopus", 0, 0.0),
+    ("mp4", "aac", 1, 0.0),
+    ("mkv", "pcm_s16le", 0, 0.0),
+    ("mkv", "aac", 4, 0.0),  # the picture goes on after the sound
+    ("mkv", "libopus", 4, 1.0),  # the sound begins later
+    ("mka", "libopus", 0, 5.0),
+]
 
 
-@pytest.mark.parametrize(("suffix", "codec", "with_video"), CONTAINERS)
-def test_containers_that_libsndfile_does_not_know_are_decoded(tmp_path, suffix, codec, with_video):
+@pytest.mark.parametrize(("suffix", "codec", "picture_sec", "start"), CONTAINERS)
+@pytest.mark.parametrize("tagged", [True, False])  # whether the track says how long it is
+def test_containers_that_libsndfile_does_not_know_are_decoded(
+    tmp_path, monkeypatch, suffix, codec, picture_sec, start, tagged
+):
+    if not tagged:
+        monkeypatch.setattr(containers, "_stated_end", lambda tags: None)
     path = tmp_path / f"clip.{suffix}"
-    encode(path, codec, with_video=with_video)
+    encode(path, codec, picture_sec=picture_sec, start=start)
     for ref in (AudioRef(path=path), in_base64(path)):
         waveform, sample_rate = read_audio(ref)
         assert sample_rate == 48000 and waveform.dtype == np.float32
@@ -356,10 +371,18 @@ def test_what_libsndfile_knows_only_the_container_of_is_decoded(tmp_path, suffix
     assert problem(AudioRef(path=path)).startswith("cannot be decoded: ")
 
 
-@pytest.mark.parametrize("suffix", ["m4a", "webm"])
-def test_a_container_cut_off_is_not_taken_for_a_shorter_one(tmp_path, suffix):
+def test_a_track_that_states_its_own_length_and_starts_late(tmp_path, monkeypatch):
+    """As mkvmerge writes it."""
+    encode(tmp_path / "clip.mka", "libopus", start=5.0)
+    monkeypatch.setattr(containers, "_stated_end", lambda tags: 2.0)
+    assert duration_sec(AudioRef(tmp_path / "clip.mka")) == pytest.approx(2.0, abs=0.05)
+    assert len(read_audio(AudioRef(tmp_path / "clip.mka"))[0]) == pytest.approx(96000, abs=2000)
+
+
+@pytest.mark.parametrize(("suffix", "codec", "start"), [("m4a", "aac", 0), ("webm", "libopus", 0), ("mkv", "aac", 5.0)])
+def test_a_container_cut_off_is_not_taken_for_a_shorter_one(tmp_path, suffix, codec, start):
     path = tmp_path / f"clip.{suffix}"
-    encode(path, "aac" if suffix == "m4a" else "libopus")
+    encode(path, codec, start=start)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     assert problem(AudioRef(path=path)).startswith("cannot be decoded: ")
 

@@ -25,6 +25,7 @@ from .chatml import SERVED, SYSTEM_PROMPT, AudioRef, Row, Turn, speech_messages
 from .clip_paths import ClipPaths
 from .controls import AUDIO_PLACEHOLDERS, DEFAULT_CONTROLS
 from .faults import Fault
+from .file_kinds import no_text
 from .foreign import FORMATS, guess, import_command, no_manifest
 from .json_values import DECODER, TOO_DEEP, parse_int
 from .row_check import RowCheck, Rules
@@ -76,6 +77,9 @@ class Manifest:
         self._elsewhere = np.zeros(0, bool)  # [rows], whether a clip was found outside of the manifest's folder
         try:
             content = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8)
+            if problem := no_text(content):
+                self._fault(1, "manifest", problem)
+                return
             text = content.decode("utf-8")
         except UnicodeDecodeError as error:
             line = error.object.count(b"\n", 0, error.start) + 1

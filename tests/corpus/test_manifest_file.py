@@ -1,5 +1,6 @@
 """A manifest as a file: where its rows stand in it, and what is no manifest at all."""
 
+import gzip
 import json
 from pathlib import Path
 
@@ -33,7 +34,13 @@ def manifest(tmp_path, monkeypatch):
         (" \r\n\n", 1, "holds no rows"),
         ("[ ]", 1, "holds no rows"),
         (b'{"audio": "a.wav", "text": "Hi."}\n\n{"text": "caf\xe9"}', 3, "is not UTF-8 (byte 0xe9"),
-        (json.dumps(SPEECH).encode("utf-16"), 1, "is not UTF-8 (byte 0xff"),
+        (json.dumps(SPEECH).encode("utf-16"), 1, "is UTF-16, not a manifest; save it as UTF-8"),
+        (b"RIFF\x24\0\0\0WAVEfmt ", 1, "is a WAV file, not a manifest; name the manifest that lists the clips"),
+        (gzip.compress(json.dumps(SPEECH).encode()), 1, "is packed by gzip, not a manifest; unpack it"),
+        (b"PAR1\x15\x04\x15", 1, "is a Parquet file, not a manifest; export it as JSONL"),
+        (b"ARROW1\0\0\xff\xff\xff\xff", 1, "is an Arrow file, not a manifest; export it as JSONL"),
+        (b"a.wav" + bytes(252) + b"ustar\x0000", 1, "is a TAR file, not a manifest; unpack it"),
+        (b"\x80\x81", 1, "is not UTF-8 (byte 0x80"),
     ],
 )
 def test_a_file_without_rows(manifest, content, line, words):
@@ -54,6 +61,13 @@ def test_a_manifest_that_cannot_be_read(manifest, path, words):
     rows, [fault] = read_manifest(path)
     assert rows == []
     assert str(fault).startswith(f"{path}:1: manifest: {words}")
+
+
+def test_what_stands_further_on_in_a_manifest_is_no_sign_of_another_file(manifest):
+    rows, faults = manifest('{"wav":"WAVE.wav", "text": "' + "x" * 229 + 'ustar"}')
+    assert rows == [] and faults == [
+        "m.jsonl:1: wav: 'WAVE.wav' does not exist; paths are relative to the manifest's folder"
+    ]
 
 
 def test_line_numbers_in_a_pretty_printed_array(manifest):

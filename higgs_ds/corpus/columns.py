@@ -105,14 +105,13 @@ def _misspelt(name: str, columns: tuple[str, ...]) -> str | None:
 
 
 class Columns:
-    """Columns that are not read, with the number of rows that have them."""
+    """Columns that are not read, and fields of turns and clips, with the number of rows that have them."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
 
-    def count(self, field_name: str, key: str) -> None:
-        """One more row, turn or clip with this key that nothing reads."""
-        name = _INDEX.sub("[]", member(field_name, key))
+    def count(self, name: str) -> None:
+        """One more row with this one, by its name as `unread_name` gives it."""
         if name in self.counts or len(self.counts) < MOST_COLUMNS:
             self.counts[name] += 1
         else:
@@ -132,6 +131,11 @@ class Columns:
             shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
             lines.append(f"{file}: {shown}: not read, in {count:,} row{'s' * (count != 1)}")
         return lines
+
+
+def unread_name(field_name: str, key: str) -> str:
+    """The same for all turns and clips of a row that have the key."""
+    return _INDEX.sub("[]", member(field_name, key))
 
 
 def member(field_name: str, key: str) -> str:

@@ -23,6 +23,7 @@ from .columns import (
     Reading,
     member,
     reading,
+    unread_name,
     weighty_misspelling,
 )
 from .controls import DEFAULT_CONTROLS, find_control
@@ -56,6 +57,7 @@ class RowCheck:
         self.again = again
         self.found_elsewhere = elsewhere
         self.faults: list[Fault] = []
+        self.unread: dict[str, None] = {}  # what the row has that nobody reads
         self.stated_sec: dict[str, float] = {}  # of the clips of a ChatML row, by field
 
     def fault(self, field_name: str, problem: str, missing: str | None = None) -> None:
@@ -68,12 +70,18 @@ class RowCheck:
             self.fault("row", f"must be a JSON object, found {shown(value)}")
             return None
         read = reading(tuple(value))
+        row = self.read(value, read)
+        for name in self.unread:
+            self.rules.columns.count(name)
+        return row
+
+    def read(self, value: dict, read: Reading) -> Row | None:
         if not self.again:
             self.given_once(value, "", read.read)
             for column, problem in read.faults:
                 self.fault(column, problem)
             for column in read.unread:
-                self.rules.columns.count("", column)
+                self.unread[unread_name("", column)] = None
         if read.kind == "chatml":
             return self.chatml(value)
         return self.speech(value, read) if read.kind == "speech" else None
@@ -290,7 +298,7 @@ class RowCheck:
             if problem := weighty_misspelling(key, names):
                 self.fault(member(where, key), problem)
             elif not (self.again or (key in ITEM_FIELDS and not owner[key])):  # in a table each item has all of them
-                self.rules.columns.count(where, key)
+                self.unread[unread_name(where, key)] = None
 
     def speaker(self, value: Any, where: str) -> str | None:
         """What tells voices apart; no model reads it. A number may have become a float beside rows without one."""

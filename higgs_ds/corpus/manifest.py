@@ -112,7 +112,7 @@ class Manifest:
 
     def elements_of(self, numbers: np.ndarray) -> np.ndarray:
         """int64 [rows]: their numbers in a JSON array, from 0 on, where rows share lines, else -1."""
-        return np.asarray(numbers, np.int64) if self._shared else np.full(len(numbers), -1)
+        return np.asarray(numbers, np.int64) if self._shared else np.broadcast_to(np.int64(-1), len(numbers))
 
     def digest(self) -> bytes:
         """SHA-256 of what the file held."""

@@ -40,7 +40,7 @@ class Reading:
 
     kind: str | None  # chatml, speech, or None where it is neither
     column: dict[str, str] = field(default_factory=dict)  # of each field of a speech row that has synonyms
-    read: tuple[str, ...] = ()  # columns
+    used: tuple[str, ...] = ()  # the columns that are read
     unread: tuple[str, ...] = ()
     faults: tuple[tuple[str, str], ...] = ()  # (field, problem)
     missing: dict[str, str] = field(default_factory=dict)  # field: what to say where it is not there
@@ -73,8 +73,8 @@ def reading(columns: tuple[str, ...]) -> Reading:
     more, unread = _others(tuple(c for c in columns if c not in known), SPEECH_FIELDS)
     missing = {name: _missing(name, columns) for name in ("audio", "text")}
     column = {name: names.get(name, name) for name in SYNONYMS}
-    read = (*column.values(), "scene", "offset", "duration")
-    return Reading("speech", column, read, unread, (*faults, *more), missing)
+    used = (*column.values(), "scene", "offset", "duration")
+    return Reading("speech", column, used, unread, (*faults, *more), missing)
 
 
 @functools.lru_cache(1024)

@@ -70,14 +70,14 @@ class RowCheck:
             self.fault("row", f"must be a JSON object, found {shown(value)}")
             return None
         read = reading(tuple(value))
-        row = self.read(value, read)
+        row = self.of_kind(value, read)
         for name in self.unread:
             self.rules.columns.count(name)
         return row
 
-    def read(self, value: dict, read: Reading) -> Row | None:
+    def of_kind(self, value: dict, read: Reading) -> Row | None:
         if not self.again:
-            self.given_once(value, "", read.read)
+            self.given_once(value, "", read.used)
             for column, problem in read.faults:
                 self.fault(column, problem)
             for column in read.unread:

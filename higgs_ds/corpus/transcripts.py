@@ -20,9 +20,17 @@ from .chatml import Row
 from .faults import Fault, origin, plural
 
 # Of each row: a hash of its text (0: none), characters spoken, script, stated seconds (0: none), bytes of all texts,
-# and which of the row's clips speaks the text (-1: none).
+# which of the row's clips speaks the text (-1: none), and whether that is a slice of so many seconds.
 FACTS = np.dtype(
-    [("text", "<u8"), ("chars", "<i4"), ("script", "u1"), ("stated", "<f4"), ("bytes", "<i8"), ("clip", "<i4")]
+    [
+        ("text", "<u8"),
+        ("chars", "<i4"),
+        ("script", "u1"),
+        ("stated", "<f4"),
+        ("bytes", "<i8"),
+        ("clip", "<i4"),
+        ("slice", "u1"),
+    ]
 )
 # Of each row: a hash of a speech row's speaker (0: none), and whether it has a reference of its own.
 VOICE = np.dtype([("speaker", "<u8"), ("referenced", "u1")])
@@ -50,6 +58,7 @@ USUAL_RATES = (8000, 16000, 22050, 24000, 44100, 48000)
 RATE_TOLERANCE, FRAME_SEC = 0.01, 0.04  # a clip's length is known to a frame of the codec
 # A length that differs by less is rounded, or counts silence that was cut.
 LENGTH_SHARE, LENGTH_SEC = 0.2, 0.5
+SLICE_SEC = 0.1
 LONGEST_SEC = 1e9  # that a row may state; more is compared as so much
 TURN_BYTES = 64  # more than the tokens of a turn's header and end, and of a clip's
 
@@ -66,13 +75,14 @@ def facts_of(row: Row) -> tuple:
                 size += TURN_BYTES
     spoken = row.spoken()
     if spoken is None:
-        return 0, 0, 0, 0.0, size, -1
+        return 0, 0, 0, 0.0, size, -1, False
     text, clip = spoken
     said = _without_tags(text)
     words = " ".join(said.casefold().split())
     digest = hashlib.blake2b(text_key(text).encode("utf-8", "surrogatepass"), digest_size=8).digest()
     stated_sec = min(row.stated_sec or 0.0, LONGEST_SEC)
-    return int.from_bytes(digest, "little") or 1, len(words), script_of(said), stated_sec, size, clip
+    sliced = stated_sec > 0 and row.audio_refs[clip][1].duration_sec is not None
+    return int.from_bytes(digest, "little") or 1, len(words), script_of(said), stated_sec, size, clip, sliced
 
 
 def text_key(text: str) -> str:
@@ -148,14 +158,20 @@ class Spoken:
 def wrong_lengths(spoken: Spoken) -> Iterator[Fault]:
     """Warnings where a clip's length is far from what its row says, with a hint where a wrong sample rate explains it.
 
-    Not faults: the number is not trained on, and often counts silence that was cut later.
+    Not faults: the number is not trained on, and often counts silence that was cut later. A slice that ends early
+    because its file does is told from a tenth of a second on: its text goes on.
     """
     stated, seconds = spoken.facts["stated"].astype(np.float64), spoken.seconds
-    off = abs(seconds - stated) > np.maximum(LENGTH_SEC, LENGTH_SHARE * stated)
+    sliced = spoken.facts["slice"] != 0
+    far = abs(seconds - stated) > np.maximum(LENGTH_SEC, LENGTH_SHARE * stated)
+    off = np.where(sliced, stated - seconds > SLICE_SEC, far)
     for i in np.flatnonzero((stated > 0) & (seconds > 0) & off).tolist():
-        ratio = seconds[i] / stated[i]
-        hint = ", as at another sample rate than it was recorded at" if _is_ratio_of_rates(ratio, seconds[i]) else ""
-        problem = f"says {stated[i]:.2f} s, the clip lasts {seconds[i]:.2f} s{hint}"
+        if sliced[i]:
+            problem = f"is {stated[i]:.2f} s, and only {seconds[i]:.2f} s are there from the offset on"
+        else:
+            other_rate = _is_ratio_of_rates(seconds[i] / stated[i], seconds[i])
+            hint = ", as at another sample rate than it was recorded at" if other_rate else ""
+            problem = f"says {stated[i]:.2f} s, the clip lasts {seconds[i]:.2f} s{hint}"
         yield spoken.fault(i, "duration", problem, warning=True)
 
 

@@ -155,14 +155,19 @@ def test_a_length_that_is_not_the_clips(load, corpus, tmp_path):
     for i, span in ((20, {"duration": 30.0}), (21, {"offset": 0.5, "duration": 30.0}), (22, {"duration": 0.3})):
         content = [corpus[i]["text"], {"type": "audio", "audio_url": corpus[i]["audio"], **span}]
         corpus[i] = {"messages": [{"role": "user", "content": "Say."}, {"role": "assistant", "content": content}]}
+    seconds = soundfile.info(tmp_path / "23.wav").duration
+    corpus[23] |= {"offset": 0.2, "duration": seconds}  # a fifth of a second past the end
+    corpus[24] |= {"offset": 0.2, "duration": soundfile.info(tmp_path / "24.wav").duration - 0.2}
     (train, _), said = load(corpus)
     lines = [line for line in said.splitlines() if ": duration: " in line]
-    assert len(lines) == 5
     assert "train.jsonl:2: duration: says 10.73 s, the clip lasts 1.4" in lines[0] and "sample rate" not in lines[0]
     assert "train.jsonl:10: duration: says 1.33 s" in lines[1]
     assert lines[1].endswith("as at another sample rate than it was recorded at")
-    for line, stated in zip(lines[2:], ("30.00", "30.00", "0.30"), strict=True):
-        assert f" duration: says {stated} s, the clip lasts " in line
+    for line, words in zip(
+        lines[2:5], ("says 30.00 s, the", "is 30.00 s, and only 2.32 s", "says 0.30 s, the"), strict=True
+    ):
+        assert f" duration: {words}" in line
+    assert lines[5].endswith("from the offset on") and len(lines) == 6
     assert [train[i].audio_refs[0][1].duration_sec for i in (20, 21, 22)] == [None, 30.0, None]
 
 

@@ -187,7 +187,7 @@ def _describe(args) -> int:
 def _sample_codec(args) -> int:
     from .codec.sample import SampleCodec
     from .corpus.audio import read_audio
-    from .corpus.faults import Fault, grouped
+    from .corpus.faults import grouped
     from .corpus.manifest import read_manifest
 
     rows, faults = read_manifest(args.train_manifest)
@@ -197,7 +197,7 @@ def _sample_codec(args) -> int:
             try:
                 clips[ref] = clips[ref] if ref in clips else read_audio(ref)
             except AudioError as error:
-                faults.append(Fault(row.file, row.line, where, str(error)))
+                faults.append(row.fault(where, str(error)))
     if faults or not clips:
         raise ConfigError([*grouped(faults), f"{args.train_manifest}: no codec fitted"])
     with _writing_to(args.output_dir):

@@ -15,7 +15,8 @@ import soundfile
 from ..errors import reason_of
 from ..files import replacing
 from .chatml import AudioRef
-from .containers import ContainerError, ContainerFile, mended_wav
+from .containers import LENGTH_TOLERANCE_SEC, ContainerError, ContainerFile
+from .sound_headers import CUT_OFF_SEC, promise_of
 
 # A header may claim any rate; resampling from 1 Hz would turn a small file into more than memory holds.
 MIN_SAMPLE_RATE, MAX_SAMPLE_RATE = 4000, 768_000
@@ -32,7 +33,8 @@ SOUND_FORMATS = {
     ".ogg": ("OGG", "VORBIS"),
     ".mp3": ("MP3", "MPEG_LAYER_III"),
 }
-UNRECOGNISED = 1  # libsndfile's SF_ERR_UNRECOGNISED_FORMAT
+# A WAV of another encoding than these counts its samples by the block, more than its decoder gives.
+WHOLE_SAMPLES = ("PCM_", "FLOAT", "DOUBLE", "ULAW", "ALAW")
 HASH_BYTES = 1 << 20
 
 
@@ -49,31 +51,36 @@ def read_audio(ref: AudioRef) -> tuple[np.ndarray, int]:
     """
     with _opened(ref) as file:
         start, stop = _slice(file, ref)
-        file.seek(start)
         if isinstance(file, ContainerFile):
+            file.decode()
             start, stop = _slice(file, ref)  # its length is known by now
+        _go_to(file, start)
         # In blocks, so that memory follows what is there and not what the header claims.
         block = max(1, READ_SAMPLES // file.channels)
         mono, left, channel_peak = [], stop - start, 0.0
         while left > 0:
             samples = file.read(min(left, block), dtype="float32", always_2d=True)  # [samples, channels]
+            if len(samples) == 0 and mono and left / file.samplerate <= _rounded_sec(file):
+                break
             if len(samples) == 0:
                 at, whole = (stop - left) / file.samplerate, file.frames / file.samplerate
                 raise AudioError(f"cannot be decoded: it ends after {at:.2f} s of {whole:.2f} s")
             mono.append(samples.mean(axis=1))
-            if file.channels > 1:
-                channel_peak = max(channel_peak, float(np.abs(samples).max()))
+            channel_peak = max(channel_peak, float(np.abs(samples).max()))
             left -= len(samples)
         waveform, sample_rate = np.concatenate(mono), file.samplerate
     if not np.isfinite(waveform).all():
         raise AudioError("holds NaN or infinite samples")
-    peak = float(np.abs(waveform).max())
-    if peak > LARGEST_PEAK:
-        raise AudioError(f"peaks at {peak:.4g}, samples must be within -1 to 1; write it anew, scaled")
+    if channel_peak > LARGEST_PEAK:
+        raise AudioError(f"peaks at {channel_peak:.4g}, samples must be within -1 to 1; write it anew, scaled")
+    level = float(waveform.mean(dtype=np.float64))
+    peak = float(np.abs(waveform - np.float32(level)).max())  # without the level that a bad sound card adds
+    if peak < SILENT_PEAK and abs(level) >= SILENT_PEAK:
+        raise AudioError(f"is silent (all its samples are {level:.2g})")
     if peak < SILENT_PEAK <= channel_peak:
         raise AudioError(f"is silent once its {file.channels} channels are averaged; write one of them alone")
     if peak < SILENT_PEAK:
-        raise AudioError(f"is silent (its loudest sample is {peak:.2g} of full scale)")
+        raise AudioError(f"is silent (its loudest sample is {channel_peak:.2g} of full scale)")
     return waveform, sample_rate
 
 
@@ -140,19 +147,21 @@ def _opened(ref: AudioRef) -> Iterator[soundfile.SoundFile | ContainerFile]:
     """The clip's file; what is said against it, also while it is read, becomes an AudioError."""
     source = io.BytesIO(_decoded_base64(ref.raw_audio)) if ref.raw_audio is not None else _existing(ref.path)
     try:
-        mended, problem = mended_wav(source)
+        promise = promise_of(source)
     except OSError as error:
         raise AudioError(f"cannot be read: {reason_of(error)}") from error
-    if problem is not None:
-        raise AudioError(problem)
+    if promise.problem is not None:
+        raise AudioError(promise.problem)
     try:
-        with _sound(mended or source) as file:
+        with _sound(promise.mended or source) as file:
             if not MIN_SAMPLE_RATE <= file.samplerate <= MAX_SAMPLE_RATE:
                 raise AudioError(
                     f"has a sample rate of {file.samplerate} Hz, must be {MIN_SAMPLE_RATE} to {MAX_SAMPLE_RATE}"
                 )
             if file.frames >= UNKNOWN_LENGTH:
                 raise AudioError("does not say in its header how long it is; write it anew as a plain WAV or FLAC")
+            if file.frames / file.samplerate * (1 - promise.share) > CUT_OFF_SEC * promise.share:
+                raise AudioError(f"cannot be decoded: it ends after {100 * promise.share:.3g} % of its sound")
             yield file
     except soundfile.SoundFileError as error:
         raise AudioError(f"cannot be decoded: {_reason(error)}") from error
@@ -161,18 +170,37 @@ def _opened(ref: AudioRef) -> Iterator[soundfile.SoundFile | ContainerFile]:
 
 
 def _sound(source: Path | io.BytesIO) -> soundfile.SoundFile | ContainerFile:
-    """By libsndfile, or by PyAV what libsndfile knows nothing of; whatever neither reads is libsndfile's error."""
+    """By libsndfile, or by PyAV where libsndfile knows not the container, or not what is in it.
+
+    Whatever neither reads is libsndfile's error.
+    """
     try:
         return soundfile.SoundFile(source)
     except soundfile.LibsndfileError as error:
-        if error.code != UNRECOGNISED:
-            raise
         if not isinstance(source, Path):
             source.seek(0)
         try:
             return ContainerFile(source)
         except ContainerError:
             raise error from None
+
+
+def _go_to(file: soundfile.SoundFile | ContainerFile, frame: int) -> None:
+    """From the file's start to a sample; some encodings cannot be sought in."""
+    if file.seekable():
+        file.seek(frame)
+        return
+    while frame > 0:
+        skipped = len(file.read(min(frame, READ_SAMPLES), dtype="float32", always_2d=True))
+        if skipped == 0:
+            raise AudioError("cannot be decoded: it ends before its offset")
+        frame -= skipped
+
+
+def _rounded_sec(file: soundfile.SoundFile | ContainerFile) -> float:
+    """By how much a whole file may end before its header says."""
+    of_blocks = isinstance(file, soundfile.SoundFile) and file.format in ("WAV", "WAVEX", "W64", "RF64")
+    return LENGTH_TOLERANCE_SEC if of_blocks and not file.subtype.startswith(WHOLE_SAMPLES) else 0.0
 
 
 def _reason(error: soundfile.SoundFileError) -> str:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from .faults import Fault, origin
+
 ROLES = ("system", "user", "assistant")
 SYSTEM_PROMPT = "Generate audio following instruction."
 SCENE_START, SCENE_END = "<|scene_desc_start|>", "<|scene_desc_end|>"
@@ -28,6 +30,16 @@ class AudioRef:
     # Key of its codes once they are made, which then need no look at the file; see `codes`.
     key: bytes | None = dataclasses.field(default=None, compare=False)
 
+    def holds(self, other: AudioRef) -> bool:
+        """Whether it is the same file from no later on, to no earlier an end."""
+        if (self.path, self.raw_audio) != (other.path, other.raw_audio):
+            return False
+        start, other_start = self.offset_sec or 0.0, other.offset_sec or 0.0
+        ends = [
+            None if ref.duration_sec is None else (ref.offset_sec or 0.0) + ref.duration_sec for ref in (self, other)
+        ]
+        return start <= other_start and (ends[0] is None or (ends[1] is not None and ends[0] >= ends[1]))
+
 
 @dataclass(frozen=True)
 class Turn:
@@ -47,14 +59,18 @@ class Row:
     speaker: str | None
     file: str  # the manifest as the user named it
     line: int  # 1-based, where the row starts
-    stated_sec: float | None = None  # what a speech row says its clip lasts; compared with the clip, not used
+    stated_sec: float | None = None  # what the row says its spoken clip lasts; compared with the clip, not used
     is_speech: bool = False  # given as text and clip, not as messages
     scene: str | None = None  # of a speech row
     prompt_style: str = "served"  # of a speech row, see `speech_messages`
+    element: int = -1  # which of a JSON array, where several stand on that line; see `faults.origin`
 
     @property
     def origin(self) -> str:
-        return f"{self.file}:{self.line}"
+        return origin(self.file, self.line, self.element)
+
+    def fault(self, field: str, problem: str) -> Fault:
+        return Fault(self.file, self.line, field, problem, element=self.element)
 
     @property
     def audio_refs(self) -> tuple[tuple[str, AudioRef], ...]:
@@ -95,19 +111,25 @@ class Row:
         )
         return dataclasses.replace(self, messages=turns, start_index=start_index)
 
+    def spoken_clip(self) -> int | None:
+        """The number in `audio_refs` of the clip that the row's last turn speaks; None for none, or several."""
+        last = self.messages[-1]
+        if last.role != "assistant" or sum(isinstance(piece, AudioRef) for piece in last.content) != 1:
+            return None
+        return sum(isinstance(piece, AudioRef) for turn in self.messages for piece in turn.content) - 1
+
     def spoken(self) -> tuple[str, int] | None:
         """The text that the row's last clip speaks, and that clip's number in `audio_refs`.
 
         It is the text of the nearest turn before the clip's, or of the clip's own turn where that has some. None where
         the row's last turn speaks no clip, or several.
         """
-        last = self.messages[-1]
-        clips = [piece for piece in last.content if isinstance(piece, AudioRef)]
-        if last.role != "assistant" or len(clips) != 1:
+        clip = self.spoken_clip()
+        if clip is None:
             return None
         for turn in reversed(self.messages[-2:]):
             if text := " ".join(piece for piece in turn.content if isinstance(piece, str)):
-                return text, len(self.audio_refs) - 1
+                return text, clip
         return None
 
 

@@ -8,11 +8,13 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 
+# `id`, the last of both, is known and not read.
 CHATML_FIELDS = ("messages", "start_index", "speaker", "misc", "id")
 SPEECH_FIELDS = ("audio", "text", "speaker", "ref_audio", "ref_text", "scene", "offset", "duration", "id")
 TURN_FIELDS = ("role", "content", "recipient")
 TEXT_FIELDS = ("type", "text")
 AUDIO_FIELDS = ("type", "audio_url", "raw_audio", "offset", "duration", "row_id")
+ITEM_FIELDS = frozenset(TEXT_FIELDS + AUDIO_FIELDS)
 # What other tools call the fields of a speech row; `file_name` is not here: it marks an audiofolder, which is imported.
 SYNONYMS = {
     "audio": "audio_path audio_file audio_filepath audio_filename audio_file_path path file filename filepath "
@@ -38,6 +40,7 @@ class Reading:
 
     kind: str | None  # chatml, speech, or None where it is neither
     column: dict[str, str] = field(default_factory=dict)  # of each field of a speech row that has synonyms
+    used: tuple[str, ...] = ()  # the columns that are read
     unread: tuple[str, ...] = ()
     faults: tuple[tuple[str, str], ...] = ()  # (field, problem)
     missing: dict[str, str] = field(default_factory=dict)  # field: what to say where it is not there
@@ -48,7 +51,7 @@ def reading(columns: tuple[str, ...]) -> Reading:
     """From the names of a row's columns alone."""
     if "messages" in columns:
         faults, unread = _others(columns, CHATML_FIELDS)
-        return Reading("chatml", {}, unread, faults)
+        return Reading("chatml", {}, CHATML_FIELDS[:-1], unread, faults)
     held: dict[str, list[str]] = {}
     for column in columns:
         if column not in SPEECH_FIELDS and (canonical := _CANONICAL.get(plain(column))):
@@ -65,12 +68,13 @@ def reading(columns: tuple[str, ...]) -> Reading:
         missing = "has neither `messages` (a ChatML row) nor `audio` and `text` (a speech row)"
         hints = [hint for name in ("messages", "audio", "text") if (hint := _misspelt(name, columns))]
         more, unread = _others(columns, tuple(dict.fromkeys(CHATML_FIELDS + SPEECH_FIELDS)))
-        return Reading(None, {}, unread, (("row", missing + "".join(f"; {hint}" for hint in hints[:1])), *more))
+        return Reading(None, {}, (), unread, (("row", missing + "".join(f"; {hint}" for hint in hints[:1])), *more))
     known = (*SPEECH_FIELDS, *names.values())
     more, unread = _others(tuple(c for c in columns if c not in known), SPEECH_FIELDS)
     missing = {name: _missing(name, columns) for name in ("audio", "text")}
     column = {name: names.get(name, name) for name in SYNONYMS}
-    return Reading("speech", column, unread, (*faults, *more), missing)
+    used = (*column.values(), "scene", "offset", "duration")
+    return Reading("speech", column, used, unread, (*faults, *more), missing)
 
 
 @functools.lru_cache(1024)
@@ -101,14 +105,13 @@ def _misspelt(name: str, columns: tuple[str, ...]) -> str | None:
 
 
 class Columns:
-    """Columns that are not read, with the number of rows that have them."""
+    """Columns that are not read, and fields of turns and clips, with the number of rows that have them."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
 
-    def count(self, field_name: str, key: str) -> None:
-        """One more row, turn or clip with this key that nothing reads."""
-        name = _INDEX.sub("[]", member(field_name, key))
+    def count(self, name: str) -> None:
+        """One more row with this one, by its name as `unread_name` gives it."""
         if name in self.counts or len(self.counts) < MOST_COLUMNS:
             self.counts[name] += 1
         else:
@@ -128,6 +131,11 @@ class Columns:
             shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
             lines.append(f"{file}: {shown}: not read, in {count:,} row{'s' * (count != 1)}")
         return lines
+
+
+def unread_name(field_name: str, key: str) -> str:
+    """The same for all turns and clips of a row that have the key."""
+    return _INDEX.sub("[]", member(field_name, key))
 
 
 def member(field_name: str, key: str) -> str:

@@ -1,9 +1,9 @@
-"""Clips that libsndfile does not read, or not whole: WAVs whose header counts wrong, and what PyAV decodes."""
+"""Clips that libsndfile does not read and PyAV does."""
 
 from __future__ import annotations
 
 import io
-import struct
+import re
 from pathlib import Path
 from typing import BinaryIO
 
@@ -11,80 +11,20 @@ import numpy as np
 
 from ..errors import reason_of
 
-# Where a writer could not go back to fill in the size: 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF and values near them.
-STREAMED_BYTES = 0x7FFF0000
-# Sizes off by a header's length are common and lose nothing that is heard.
-CUT_OFF_SEC = 0.05
-MOST_MENDED_BYTES = 1 << 30
 # Of a container without a length in its header, what is decoded at most to find it.
 MOST_SAMPLES = 1 << 28
 # A length in the header is rounded, and counts what a decoder drops or adds at the ends.
 LENGTH_TOLERANCE_SEC = 0.25
 # Containers of one file. Playlists are left out: they would open other files, or fetch them.
-DEMUXERS = "mov,matroska,avi,asf,flv,mpegts,mpeg,aac,ac3,eac3,amr,amrnb,amrwb,mp3,ape,tta,wv,dsf,iff,caf"
+DEMUXERS = (
+    "mov,matroska,avi,asf,flv,mpegts,mpeg,aac,ac3,eac3,amr,amrnb,amrwb,mp3,ape,tta,wv,dsf,iff,caf,wav,w64,ogg,aiff,au"
+)
+
+_CLOCK = re.compile(r"(\d+):(\d{2}):(\d{2}(?:\.\d*)?)")
 
 
 class ContainerError(Exception):
     """What PyAV cannot open or decode, as a short text."""
-
-
-def mended_wav(source: Path | BinaryIO) -> tuple[BinaryIO | None, str | None]:
-    """For a WAV: (a copy that counts right, what is wrong), either or both None; both None for any other file.
-
-    ffmpeg reads a data chunk of size 0 to the file's end, and so do we; likewise one that ends where no chunk begins.
-    """
-    with source.open("rb") if isinstance(source, Path) else io.BytesIO(source.getbuffer()) as file:
-        size = file.seek(0, io.SEEK_END)
-        found = _data_chunk(file, size)
-        if found is None:
-            return None, None
-        place, promised, bytes_per_sec = found
-        there = size - place - 8
-        if promised > there:
-            missing = (promised - there) / bytes_per_sec
-            if promised >= STREAMED_BYTES or missing <= CUT_OFF_SEC:
-                return None, None  # libsndfile reads what is there
-            whole = promised / bytes_per_sec
-            return None, f"cannot be decoded: it ends after {whole - missing:.2f} s of {whole:.2f} s"
-        if promised == there or _begins_chunk(file, place + 8 + promised + promised % 2, size):
-            return None, None
-        if size > MOST_MENDED_BYTES:
-            return None, f"counts {promised} bytes of sound in its header and holds {there}; write it anew"
-        file.seek(0)
-        content = bytearray(file.read())
-        struct.pack_into("<I", content, place + 4, there)
-        struct.pack_into("<I", content, 4, size - 8)
-        return io.BytesIO(content), None
-
-
-def _data_chunk(file: BinaryIO, size: int) -> tuple[int, int, int] | None:
-    """(where the data chunk begins, bytes that it promises, bytes a second) of a RIFF WAVE; None for others."""
-    file.seek(0)
-    head = file.read(12)
-    if head[:4] != b"RIFF" or head[8:] != b"WAVE":
-        return None
-    place, bytes_per_sec = 12, 0
-    for _ in range(1000):
-        file.seek(place)
-        chunk = file.read(8)
-        if len(chunk) < 8:
-            return None
-        name, length = chunk[:4], struct.unpack("<I", chunk[4:])[0]
-        if name == b"data":
-            return (place, length, bytes_per_sec) if bytes_per_sec else None
-        if name == b"fmt ":
-            bytes_per_sec = struct.unpack("<I", file.read(16)[8:12].ljust(4, b"\0"))[0]
-        place += 8 + length + length % 2
-    return None
-
-
-def _begins_chunk(file: BinaryIO, place: int, size: int) -> bool:
-    """Whether something that can be a chunk begins here, or at most the padding of one is left."""
-    if size - place < 8:
-        return True
-    file.seek(place)
-    chunk = file.read(8)
-    return all(32 <= byte < 127 for byte in chunk[:4]) and struct.unpack("<I", chunk[4:])[0] <= size - place - 8
 
 
 class ContainerFile:
@@ -95,9 +35,9 @@ class ContainerFile:
         import av
 
         self._error = av.error.FFmpegError
-        opened = str(source) if isinstance(source, Path) else source
+        self._source = source
         try:
-            self._container = av.open(opened, options={"format_whitelist": DEMUXERS, "protocol_whitelist": "file"})
+            self._container = _opened(source)
         except (self._error, ValueError) as error:
             raise ContainerError(reason_of(error)) from error
         streams = self._container.streams.audio
@@ -109,7 +49,10 @@ class ContainerFile:
         self.channels = max(1, int(self._stream.channels or 1))
         self._samples: np.ndarray | None = None  # [samples, channels]
         self._at = 0
-        seconds = self._header_sec()
+        try:
+            seconds = self._header_sec()
+        except (self._error, ValueError) as error:
+            raise ContainerError(reason_of(error)) from error
         if seconds is None:
             self._decode(MOST_SAMPLES // self.channels)
         self.frames = len(self._samples) if seconds is None else round(seconds * self.samplerate)
@@ -120,7 +63,7 @@ class ContainerFile:
     def __exit__(self, *_: object) -> None:
         self._container.close()
 
-    def seek(self, frame: int) -> None:
+    def decode(self) -> None:
         """Decodes the file, which then has exactly the frames that are in it.
 
         Raises ContainerError for a file that cannot be decoded, or holds less or more than its header says.
@@ -132,6 +75,11 @@ class ContainerFile:
             if there == 0 or len(self._samples) < header - tolerance:
                 raise ContainerError(f"it ends after {there:.2f} s of {header / self.samplerate:.2f} s")
             self.frames = len(self._samples)
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, frame: int) -> None:
         self._at = frame
 
     def read(self, frames: int, dtype: str = "float32", always_2d: bool = True) -> np.ndarray:
@@ -142,10 +90,28 @@ class ContainerFile:
         return samples
 
     def _header_sec(self) -> float | None:
+        """From the first sample to the last. Matroska says of a track only when it ends, its start beside it."""
         stream = self._stream
         if stream.duration and stream.time_base:
             return float(stream.duration * stream.time_base)
-        return self._container.duration / 1e6 if self._container.duration else None  # in microseconds
+        start = float((stream.start_time or 0) * stream.time_base) if stream.time_base else 0.0
+        end = _stated_end(stream.metadata)
+        if end is None and len(self._container.streams) == 1 and self._container.duration:
+            end = self._container.duration / 1e6  # in microseconds
+        if end is not None and start <= LENGTH_TOLERANCE_SEC:
+            return max(0.0, end - start) or None
+        there = self._packets_sec()
+        # Some writers state a track's own length: of the two the one that is there, and neither where it was cut off.
+        return there if end is None or abs(there - end) <= LENGTH_TOLERANCE_SEC else max(0.0, end - start) or None
+
+    def _packets_sec(self) -> float | None:
+        """From the start of the sound's first packet to the end of its last, without decoding any."""
+        with _opened(self._source, anew=True) as container:
+            stream = container.streams.audio[0]
+            spans = [(p.pts, p.pts + (p.duration or 0)) for p in container.demux(stream) if p.pts is not None]
+        if not spans or not stream.time_base:
+            return None
+        return float((max(end for _, end in spans) - min(start for start, _ in spans)) * stream.time_base) or None
 
     def _decode(self, most: int) -> None:
         """All samples; raises ContainerError for more than `most`."""
@@ -164,3 +130,23 @@ class ContainerFile:
             self._samples = np.concatenate(parts, axis=1).T
         except (self._error, ValueError) as error:  # ValueError: frames of another rate or layout than the first
             raise ContainerError(reason_of(error)) from error
+
+
+def _opened(source: Path | BinaryIO, anew: bool = False):
+    """PyAV's container of a file, or of bytes; `anew` leaves another that reads the same bytes where it is."""
+    import av
+
+    if isinstance(source, Path):
+        source = str(source)
+    elif anew:
+        source = io.BytesIO(source.getbuffer())
+    return av.open(source, options={"format_whitelist": DEMUXERS, "protocol_whitelist": "file"})
+
+
+def _stated_end(tags: dict[str, str]) -> float | None:
+    """Seconds of Matroska's tag DURATION, `00:01:02.345000000`, under which writers add a language."""
+    for name, value in tags.items():
+        if name.upper().startswith("DURATION") and (found := _CLOCK.fullmatch(value.strip())):
+            hours, minutes, seconds = map(float, found.groups())
+            return 3600 * hours + 60 * minutes + seconds
+    return None

@@ -18,7 +18,7 @@ from ..errors import ConfigError, reason_of
 from .audio import AudioError, duration_sec
 from .chatml import AudioRef, Row
 from .described import Described
-from .faults import Fault, grouped, plural, write_faults
+from .faults import grouped, plural, write_faults
 from .manifest import Manifest
 from .portions import Portion, names_of
 from .transcripts import FACTS, Spoken, facts_of, first_lines, warnings_of
@@ -48,7 +48,7 @@ def describe(path: str, *, audio_root: str | None = None, tokenizer=None) -> Des
             try:
                 seconds.append(_seconds(ref, lengths))
             except AudioError as error:
-                found.append(Fault(row.file, row.line, where, str(error)))
+                found.append(row.fault(where, str(error)))
         faults += found
         if row is not None and not found:
             rows.append(row)
@@ -59,9 +59,9 @@ def describe(path: str, *, audio_root: str | None = None, tokenizer=None) -> Des
     for i, (row, clip) in enumerate(zip(rows, facts["clip"].tolist(), strict=True)):
         if clip >= 0:
             clips[i] = _number(row.audio_refs[clip][1])
-    lines = np.array([row.line for row in rows], np.int64)
+    lines, elements = (np.array([getattr(row, name) for row in rows], np.int64) for name in ("line", "element"))
     return Described(
-        Spoken(path, lines, facts, clips, np.array(spoken_sec, np.float64)),
+        Spoken(path, lines, elements, facts, clips, np.array(spoken_sec, np.float64)),
         rows,
         np.array([sum(seconds) for seconds in of_rows], np.float64),
         np.array([_tokens(row, sec, tokenizer) for row, sec in zip(rows, of_rows, strict=True)], np.int64),

@@ -85,5 +85,5 @@ def _played(found: Described, i: int) -> str:
         sound = f'<audio controls src="data:audio/wav;base64,{base64.b64encode(out.getvalue()).decode()}"></audio>'
     except AudioError as error:
         sound = html.escape(str(error))
-    cells = (html.escape(f"{row.file}:{row.line}"), numbers, html.escape(text), sound)
+    cells = (html.escape(row.origin), numbers, html.escape(text), sound)
     return "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"

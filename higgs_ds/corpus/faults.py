@@ -27,13 +27,20 @@ class Fault:
 
     file: str
     line: int
+    # Which element of a JSON array, from 0 on, where several stand on that line; -1 where the line says it.
+    element: int = dataclasses.field(default=-1, kw_only=True)
     field: str
     problem: str
     warning: bool = False
     missing: str | None = dataclasses.field(default=None, compare=False)  # the path, as given, that is not there
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.line}: {self.field}: {self.problem}"
+        return f"{origin(self.file, self.line, self.element)}: {self.field}: {self.problem}"
+
+    @property
+    def row(self) -> tuple[str, int, int]:
+        """The same for faults of the same row."""
+        return self.file, self.line, self.element
 
     @functools.cached_property
     def kind(self) -> str:
@@ -41,6 +48,11 @@ class Fault:
         problem = _NUMBER.sub("N", _QUOTED.sub("…", self.problem))
         field = _INDEX.sub("[]", _QUOTED.sub("…", self.field))
         return f"{field}: {problem}"
+
+
+def origin(file: str, line: int, element: int = -1) -> str:
+    """Where a row stands: `file:line`, or `file:line[element]` where several elements of an array share the line."""
+    return f"{file}:{line}" + (f"[{element}]" if element >= 0 else "")
 
 
 def grouped(faults: Iterable[Fault]) -> list[str]:
@@ -69,7 +81,8 @@ def grouped(faults: Iterable[Fault]) -> list[str]:
 def write_faults(folder: Path, faults: Iterable[Fault]) -> Path | None:
     """All faults and warnings in `folder/faults.jsonl`, sorted, one a line; the file of an earlier run is replaced.
 
-    Each line holds file, line, field, problem, `kind`, and `level`: fault or warning. Without any, no file is left.
+    Each line holds file, line, field, problem, `kind`, and `level`: fault or warning; `element` too, from 0 on, where
+    several elements of a JSON array share the line. Without any, no file is left.
     Returns its path, or None where there is none, be it because the folder cannot be written to.
     """
     path = folder / FAULTS_FILE
@@ -88,6 +101,8 @@ def write_faults(folder: Path, faults: Iterable[Fault]) -> Path | None:
 
 def _line(fault: Fault) -> str:
     values = {name: getattr(fault, name) for name in ("file", "line", "field", "problem", "kind")}
+    if fault.element >= 0:
+        values["element"] = fault.element
     values["level"] = "warning" if fault.warning else "fault"
     return json.dumps(values, ensure_ascii=True) + "\n"
 

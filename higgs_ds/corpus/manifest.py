@@ -25,8 +25,10 @@ from .chatml import SERVED, SYSTEM_PROMPT, AudioRef, Row, Turn, speech_messages
 from .clip_paths import ClipPaths
 from .controls import AUDIO_PLACEHOLDERS, DEFAULT_CONTROLS
 from .faults import Fault
+from .file_kinds import no_text
 from .foreign import FORMATS, guess, import_command, no_manifest
-from .row_check import DECODER, MAX_DEPTH, RowCheck, Rules, parse_int
+from .json_values import DECODER, TOO_DEEP, parse_int
+from .row_check import RowCheck, Rules
 
 __all__ = [
     "AUDIO_PLACEHOLDERS",
@@ -71,9 +73,13 @@ class Manifest:
         self._content = b""
         self._spans = np.zeros((0, 2), np.int64)  # bytes of `_content`, first and behind the last
         self._lines = np.zeros(0, np.int64)  # 1-based
+        self._shared = False  # whether rows share lines, as elements of an array
         self._elsewhere = np.zeros(0, bool)  # [rows], whether a clip was found outside of the manifest's folder
         try:
             content = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8)
+            if problem := no_text(content):
+                self._fault(1, "manifest", problem)
+                return
             text = content.decode("utf-8")
         except UnicodeDecodeError as error:
             line = error.object.count(b"\n", 0, error.start) + 1
@@ -104,21 +110,25 @@ class Manifest:
         """int64 [rows]: the lines that these rows start in, 1-based."""
         return self._lines[numbers]
 
+    def elements_of(self, numbers: np.ndarray) -> np.ndarray:
+        """int64 [rows]: their numbers in a JSON array, from 0 on, where rows share lines, else -1."""
+        return np.asarray(numbers, np.int64) if self._shared else np.broadcast_to(np.int64(-1), len(numbers))
+
     def digest(self) -> bytes:
         """SHA-256 of what the file held."""
         return hashlib.sha256(self._content).digest()
 
     def check(self, number: int) -> tuple[Row | None, list[Fault]]:
         """A row, or all that is wrong with it. Its clips are looked for (a file with bytes in it), not decoded."""
-        line = int(self._lines[number])
+        line, element = self._place(number)
         try:
             value = DECODER.decode(self._text(number))
         except json.JSONDecodeError as error:
             problem = f"not JSON ({error.msg}, column {error.colno}); write one whole object on each line"
-            return None, [Fault(self.file, line, "row", problem)]
+            return None, [Fault(self.file, line, "row", problem, element=element)]
         except RecursionError:
-            return None, [Fault(self.file, line, "row", f"nested deeper than {MAX_DEPTH} levels")]
-        check = RowCheck(self._rules, line)
+            return None, [Fault(self.file, line, "row", TOO_DEEP, element=element)]
+        check = RowCheck(self._rules, line, element)
         row = check.row(value)
         self._elsewhere[number] = check.found_elsewhere
         if check.faults:
@@ -128,14 +138,14 @@ class Manifest:
 
     def row(self, number: int) -> Row:
         """A row that `check` found no fault in; its clips are not looked for again."""
-        check = RowCheck(self._rules, int(self._lines[number]), again=True, elsewhere=bool(self._elsewhere[number]))
+        check = RowCheck(self._rules, *self._place(number), again=True, elsewhere=bool(self._elsewhere[number]))
         row = check.row(DECODER.decode(self._text(number)))
         assert not check.faults, check.faults
         return row
 
     def clips_here(self, number: int) -> str:
         """What this process finds of a row's clips, as text: their sizes, or what is wrong; nothing is counted."""
-        check = RowCheck(copy.deepcopy(self._rules), int(self._lines[number]))
+        check = RowCheck(copy.deepcopy(self._rules), *self._place(number))
         try:
             row = check.row(DECODER.decode(self._text(number)))
             sizes = [ref.path.stat().st_size for _, ref in row.audio_refs if ref.path] if row is not None else []
@@ -171,13 +181,17 @@ class Manifest:
     def summed_up(self, faults: list[Fault]) -> list[Fault]:
         """The faults of all rows; one sentence where not a single clip is where its row says."""
         missing = [fault for fault in faults if fault.missing is not None]
-        if len(self) < 2 or len({fault.line for fault in missing}) < len(self):
+        if len(self) < 2 or len({fault.row for fault in missing}) < len(self):
             return faults
         where = self._rules.paths.where_they_would_be(fault.missing for fault in missing[:20])
         first = Fault(
             self.file, missing[0].line, missing[0].field, f"none of the {len(self):,} rows' clips exists; {where}"
         )
         return [first, *(fault for fault in faults if fault.missing is None)]
+
+    def _place(self, number: int) -> tuple[int, int]:
+        """(line, element) of a row."""
+        return int(self._lines[number]), number if self._shared else -1
 
     def _text(self, number: int) -> str:
         first, behind = self._spans[number]
@@ -225,9 +239,10 @@ class Manifest:
         except json.JSONDecodeError as error:
             self._fault(error.lineno, "row", f"not JSON ({error.msg}, column {error.colno}); nothing after it was read")
         except RecursionError:
-            self._fault(line, "row", f"nested deeper than {MAX_DEPTH} levels; nothing after it was read")
+            self._fault(line, "row", f"{TOO_DEEP}; nothing after it was read")
         self._spans = _in_bytes(text, np.array(spans, np.int64).reshape(-1, 2))
         self._lines = np.array(lines, np.int64)
+        self._shared = len(set(lines)) < len(lines)
 
 
 def _in_bytes(text: str, spans: np.ndarray) -> np.ndarray:

@@ -27,6 +27,7 @@ from .code_cache import CodeCache
 from .controls import DEFAULT_CONTROLS
 from .faults import SHOWN_OF_A_KIND, Fault, grouped, plural, write_faults
 from .manifest import Manifest
+from .row_check import OWN_REFERENCE
 from .row_set import Part, RowSet, as_array, joined, put_together
 from .same_files import check_same_files
 from .transcripts import FACTS, VOICE, Spoken, facts_of, first_lines, voice_of, warnings_of
@@ -117,13 +118,13 @@ def _tell(
     Raises:
         ConfigError: there are faults, and no `skip_bad_rows`.
     """
-    bad_rows = plural(len({(f.file, f.line) for found in loader.faults for f in found}), "bad row")
+    bad_rows = plural(len({f.row for found in loader.faults for f in found}), "bad row")
     faults = [f for manifest, found in zip(read, loader.faults, strict=True) for f in manifest.summed_up(found)]
     warnings = warnings_of(loader.spoken, trained) if ranks.is_main else []
     path = write_faults(faults_dir, [*faults, *warnings]) if ranks.is_main and faults_dir is not None else None
     notes = [note for manifest in read for note in manifest.notes()]
     if warnings:
-        rows = plural(len({(f.file, f.line) for f in warnings}), "row")
+        rows = plural(len({f.row for f in warnings}), "row")
         notes += [f"{rows} to look at, trained on as they are:", *grouped(warnings)]
     lines = grouped(faults)
     if path is not None and len(faults) + len(warnings) > SHOWN_OF_A_KIND:
@@ -209,15 +210,15 @@ class _Loader:
         clips, seconds = np.zeros(len(rows), np.uint64), np.zeros(len(rows))
         clips[speaks] = rows.keys.view("<u8").reshape(-1, 4)[place, 0]  # of 256 bits, 64 tell a million apart
         seconds[speaks] = clip_frames[place] / self._cache.codec.frame_rate
-        lines = manifest.lines_of(rows.numbers)
+        lines, elements = manifest.lines_of(rows.numbers), manifest.elements_of(rows.numbers)
         problems = dict(self._too_long(rows, facts, clip_frames, first_clip))
-        faults = [Fault(manifest.file, int(lines[i]), "row", problem) for i, problem in problems.items()]
-        spoken = Spoken(manifest.file, lines, facts, clips, seconds)
+        spoken = Spoken(manifest.file, lines, elements, facts, clips, seconds)
+        faults = [spoken.fault(i, "row", problem) for i, problem in problems.items()]
         if problems:
             kept = np.ones(len(rows), bool)
             kept[list(problems)] = False
             rows = rows.only(kept)
-            spoken = Spoken(manifest.file, lines[kept], facts[kept], clips[kept], seconds[kept])
+            spoken = spoken.only(kept)
         self.spoken.append(spoken)
         return rows, faults
 
@@ -260,8 +261,12 @@ class _Loader:
         for clip, problem in problems.items():
             i = int(np.searchsorted(ends, clip, side="right"))
             where = refs[i][clip - int(ends[i] - clips[i])][0]
-            faults.append(Fault(rows[i].file, rows[i].line, where, problem))
+            faults.append(rows[i].fault(where, problem))
             usable[i] = False
+        for i, where in _own_references(rows, keys, clips):
+            if usable[i]:
+                faults.append(rows[i].fault(where, f"has the content of {OWN_REFERENCE}"))
+                usable[i] = False
         tokens = None
         if self._count_tokens:
             counted = np.flatnonzero(usable)
@@ -270,7 +275,7 @@ class _Loader:
             too_long = tokens > (self._limits.batch_tokens or np.inf)
             for i, count in zip(counted[too_long].tolist(), tokens[too_long].tolist(), strict=True):
                 problem = f"takes {count} tokens, over --max_tokens_per_batch {self._limits.batch_tokens}"
-                faults.append(Fault(rows[i].file, rows[i].line, "row", problem))
+                faults.append(rows[i].fault("row", problem))
             usable[counted[too_long]] = False
             tokens = tokens[~too_long]
         kept = np.repeat(usable, clips)
@@ -342,6 +347,24 @@ class _Loader:
             folder = self._cache.folder
             raise ConfigError([f"--codes_cache: {folder} cannot be written to: {reason_of(error)}"]) from error
         return False
+
+
+def _own_references(rows: list[Row], keys: np.ndarray, clips: np.ndarray) -> Iterator[tuple[int, str]]:
+    """(row, field) where an earlier clip has the content of the one to be spoken, under whatever name.
+
+    `keys` uint8 [clips of all rows, 32], `clips` int64 [rows] how many are each row's; a row speaks its last.
+    """
+    if not len(keys):
+        return
+    last = np.cumsum(clips) - 1
+    words = np.ascontiguousarray(keys).view("<u8").reshape(-1, 4)
+    same = (words == np.repeat(words[last], clips, axis=0)).all(axis=1)
+    same[last] = False
+    row_of = np.repeat(np.arange(len(rows)), clips)
+    for clip in np.flatnonzero(same).tolist():
+        i = int(row_of[clip])
+        if rows[i].spoken_clip() is not None:
+            yield i, rows[i].audio_refs[clip - int(last[i] + 1 - clips[i])][0]
 
 
 def _share(chunk: range, rank: int, world_size: int) -> list[int]:

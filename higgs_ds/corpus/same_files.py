@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import ConfigError, first_of
+from .faults import origin
 from .manifest import Manifest
 
 if TYPE_CHECKING:
@@ -45,11 +46,13 @@ def _clips_seen_otherwise(manifest: Manifest, ranks: Ranks) -> list[str]:
     numbers = np.unique(np.linspace(0, max(0, len(manifest) - 1), min(len(manifest), ROWS_LOOKED_AT)).astype(int))
     of_ranks = ranks.gather([manifest.clips_here(number) for number in numbers.tolist()])
     problems = []
+    elements = manifest.elements_of(numbers).tolist()
     for i, line in enumerate(manifest.lines_of(numbers).tolist()):
         other = [rank for rank, found in enumerate(of_ranks) if found[i] != of_ranks[0][i]]
         if other:
+            place = origin(manifest.file, line, elements[i])
             problems.append(
-                f"{manifest.file}:{line}: {ranks.named([0])}: {of_ranks[0][i]}; {ranks.named(other)}: "
+                f"{place}: {ranks.named([0])}: {of_ranks[0][i]}; {ranks.named(other)}: "
                 f"{of_ranks[other[0]][i]}; all hosts must see the same clips (docs/many-machines.md)"
             )
     return problems

@@ -17,12 +17,20 @@ from dataclasses import dataclass
 import numpy as np
 
 from .chatml import Row
-from .faults import Fault, plural
+from .faults import Fault, origin, plural
 
 # Of each row: a hash of its text (0: none), characters spoken, script, stated seconds (0: none), bytes of all texts,
-# and which of the row's clips speaks the text (-1: none).
+# which of the row's clips speaks the text (-1: none), and whether that is a slice of so many seconds.
 FACTS = np.dtype(
-    [("text", "<u8"), ("chars", "<i4"), ("script", "u1"), ("stated", "<f4"), ("bytes", "<i8"), ("clip", "<i4")]
+    [
+        ("text", "<u8"),
+        ("chars", "<i4"),
+        ("script", "u1"),
+        ("stated", "<f4"),
+        ("bytes", "<i8"),
+        ("clip", "<i4"),
+        ("slice", "u1"),
+    ]
 )
 # Of each row: a hash of a speech row's speaker (0: none), and whether it has a reference of its own.
 VOICE = np.dtype([("speaker", "<u8"), ("referenced", "u1")])
@@ -50,6 +58,7 @@ USUAL_RATES = (8000, 16000, 22050, 24000, 44100, 48000)
 RATE_TOLERANCE, FRAME_SEC = 0.01, 0.04  # a clip's length is known to a frame of the codec
 # A length that differs by less is rounded, or counts silence that was cut.
 LENGTH_SHARE, LENGTH_SEC = 0.2, 0.5
+SLICE_SEC = 0.1
 LONGEST_SEC = 1e9  # that a row may state; more is compared as so much
 TURN_BYTES = 64  # more than the tokens of a turn's header and end, and of a clip's
 
@@ -66,13 +75,14 @@ def facts_of(row: Row) -> tuple:
                 size += TURN_BYTES
     spoken = row.spoken()
     if spoken is None:
-        return 0, 0, 0, 0.0, size, -1
+        return 0, 0, 0, 0.0, size, -1, False
     text, clip = spoken
     said = _without_tags(text)
     words = " ".join(said.casefold().split())
     digest = hashlib.blake2b(text_key(text).encode("utf-8", "surrogatepass"), digest_size=8).digest()
     stated_sec = min(row.stated_sec or 0.0, LONGEST_SEC)
-    return int.from_bytes(digest, "little") or 1, len(words), script_of(said), stated_sec, size, clip
+    sliced = stated_sec > 0 and row.audio_refs[clip][1].duration_sec is not None
+    return int.from_bytes(digest, "little") or 1, len(words), script_of(said), stated_sec, size, clip, sliced
 
 
 def text_key(text: str) -> str:
@@ -127,27 +137,42 @@ class Spoken:
 
     file: str
     lines: np.ndarray  # int64 [rows]
+    elements: np.ndarray  # int64 [rows], of a JSON array, -1 where the line says it; see `faults.origin`
     facts: np.ndarray  # FACTS [rows]
     clips: np.ndarray  # uint64 [rows], the same for the same clip; 0 where none speaks
     seconds: np.ndarray  # float64 [rows], 0 where no clip speaks
 
     def at(self, i: int) -> str:
-        """`file:line` of a row."""
-        return f"{self.file}:{self.lines[i]}"
+        """Where a row stands."""
+        return origin(self.file, int(self.lines[i]), int(self.elements[i]))
+
+    def fault(self, i: int, field: str, problem: str, warning: bool = False) -> Fault:
+        return Fault(self.file, int(self.lines[i]), field, problem, warning, element=int(self.elements[i]))
+
+    def only(self, kept: np.ndarray) -> Spoken:
+        """Those rows alone; `kept` bool [rows]."""
+        arrays = (self.lines, self.elements, self.facts, self.clips, self.seconds)
+        return Spoken(self.file, *(array[kept] for array in arrays))
 
 
 def wrong_lengths(spoken: Spoken) -> Iterator[Fault]:
     """Warnings where a clip's length is far from what its row says, with a hint where a wrong sample rate explains it.
 
-    Not faults: the number is not trained on, and often counts silence that was cut later.
+    Not faults: the number is not trained on, and often counts silence that was cut later. A slice that ends early
+    because its file does is told from a tenth of a second on: its text goes on.
     """
     stated, seconds = spoken.facts["stated"].astype(np.float64), spoken.seconds
-    off = abs(seconds - stated) > np.maximum(LENGTH_SEC, LENGTH_SHARE * stated)
+    sliced = spoken.facts["slice"] != 0
+    far = abs(seconds - stated) > np.maximum(LENGTH_SEC, LENGTH_SHARE * stated)
+    off = np.where(sliced, stated - seconds > SLICE_SEC, far)
     for i in np.flatnonzero((stated > 0) & (seconds > 0) & off).tolist():
-        ratio = seconds[i] / stated[i]
-        hint = ", as at another sample rate than it was recorded at" if _is_ratio_of_rates(ratio, seconds[i]) else ""
-        problem = f"says {stated[i]:.2f} s, the clip lasts {seconds[i]:.2f} s{hint}"
-        yield Fault(spoken.file, int(spoken.lines[i]), "duration", problem, warning=True)
+        if sliced[i]:
+            problem = f"is {stated[i]:.2f} s, and only {seconds[i]:.2f} s are there from the offset on"
+        else:
+            other_rate = _is_ratio_of_rates(seconds[i] / stated[i], seconds[i])
+            hint = ", as at another sample rate than it was recorded at" if other_rate else ""
+            problem = f"says {stated[i]:.2f} s, the clip lasts {seconds[i]:.2f} s{hint}"
+        yield spoken.fault(i, "duration", problem, warning=True)
 
 
 def _is_ratio_of_rates(ratio: float, seconds: float) -> bool:
@@ -164,7 +189,7 @@ def outliers(spoken: Spoken) -> Iterator[Fault]:
                 f"{chars} characters in {seconds:.2f} s are {chars / seconds:.1f} a second, "
                 f"where {SCRIPTS[script]} text here has {usual:.1f}: is it the text of this clip?"
             )
-            yield Fault(spoken.file, int(spoken.lines[i]), "text", problem, warning=True)
+            yield spoken.fault(i, "text", problem, warning=True)
 
 
 def oddness(spoken: Spoken) -> np.ndarray:
@@ -197,14 +222,22 @@ def _pace(spoken: Spoken, rows: np.ndarray) -> tuple[np.ndarray, float, float]:
     return pace, median, max(1.4826 * float(np.median(abs(pace - median))), 0.05)
 
 
-def clips_of_two_texts(spoken: Spoken) -> Iterator[Fault]:
-    """Warnings for rows whose clip stands under another text in an earlier row."""
-    rows = np.flatnonzero(spoken.facts["text"] != 0)
-    first, group = _first_of_each(spoken.clips[rows])
-    texts = spoken.facts["text"][rows]
+def clips_of_two_texts(sides: Sequence[Spoken]) -> Iterator[Fault]:
+    """Warnings for rows whose clip stands under another text in an earlier row, of the same manifest or another."""
+    starts = np.cumsum([0, *(len(side.lines) for side in sides)])
+
+    def found(row: int) -> tuple[Spoken, int]:
+        side = int(np.searchsorted(starts, row, side="right")) - 1
+        return sides[side], row - int(starts[side])
+
+    texts = np.concatenate([side.facts["text"] for side in sides])
+    rows = np.flatnonzero(texts != 0)
+    texts = texts[rows]
+    first, group = _first_of_each(np.concatenate([side.clips for side in sides])[rows])
     for i in np.flatnonzero(texts != texts[first[group]]).tolist():
-        problem = f"the same clip has another text in line {spoken.lines[rows[first[group[i]]]]}; one of them is wrong"
-        yield Fault(spoken.file, int(spoken.lines[rows[i]]), "audio", problem, warning=True)
+        (side, row), (other, earlier) = found(int(rows[i])), found(int(rows[first[group[i]]]))
+        problem = f"the same clip has another text in {other.at(earlier)}; one of them is wrong"
+        yield side.fault(row, "audio", problem, warning=True)
 
 
 def texts_on_both_sides(train: Spoken, val: Spoken) -> Iterator[Fault]:
@@ -215,7 +248,7 @@ def texts_on_both_sides(train: Spoken, val: Spoken) -> Iterator[Fault]:
     both = (texts != 0) & (known[found] == texts) if len(known) else np.zeros(len(texts), bool)
     for i in np.flatnonzero(both).tolist():
         problem = f"is trained on too, in {train.at(int(first[found[i]]))}: validation is no test of it"
-        yield Fault(val.file, int(val.lines[i]), "text", problem, warning=True)
+        yield val.fault(i, "text", problem, warning=True)
 
 
 def _first_of_each(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -241,9 +274,8 @@ def first_lines(spoken: Spoken) -> list[str]:
 
 def warnings_of(sides: Sequence[Spoken], trained: int = 1) -> list[Fault]:
     """All warnings about the rows of so many training manifests and, where there is one, of the validation manifest."""
-    found = [
-        fault for side in sides for check in (wrong_lengths, outliers, clips_of_two_texts) for fault in check(side)
-    ]
+    found = [fault for side in sides for check in (wrong_lengths, outliers) for fault in check(side)]
+    found += clips_of_two_texts(sides)
     for val in sides[trained:]:
         for train in sides[:trained]:
             found += texts_on_both_sides(train, val)

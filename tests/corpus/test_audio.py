@@ -2,6 +2,7 @@
 
 import base64
 import os
+from fractions import Fraction
 from pathlib import Path
 
 import av
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from higgs_ds.corpus import containers
 from higgs_ds.corpus.audio import AudioError, content_hash, duration_sec, read_audio, write_sound, write_wav
 from higgs_ds.corpus.manifest import AudioRef, read_manifest
 
@@ -103,8 +105,10 @@ def test_what_is_no_audio(tmp_path, action):
 
 
 @pytest.mark.parametrize("suffix", ["flac", "mp3", "ogg"])
-def test_a_clip_cut_off_is_not_taken_for_a_shorter_one(tmp_path, suffix):
-    path = write(tmp_path / f"clip.{suffix}", tone(48000)).path
+@pytest.mark.parametrize("seconds", [3, 20])  # of Ogg in one page of sound, and in several
+def test_a_clip_cut_off_is_not_taken_for_a_shorter_one(tmp_path, suffix, seconds):
+    noise = np.random.default_rng(0).normal(0, 0.1, seconds * 16000)
+    path = write(tmp_path / f"clip.{suffix}", noise).path
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     assert problem(AudioRef(path=path)).startswith("cannot be decoded: ")
 
@@ -223,45 +227,113 @@ def test_chunks_behind_the_sound_are_not_sound(tmp_path):
     assert len(read_audio(AudioRef(path=path))[0]) == 16000
 
 
+BEHIND = [
+    b"TAG" + b"x" * 125,
+    b"ID3\x04\x00\x00\x00\x00\x02\x01" + b"x" * 200,
+    b"LIST\xf4\x01\x00\x00INFOISFT" + b"x" * 200,  # cut off
+    b"bext" + b"\xff" * 40,
+    b"odd \x08\x00\x00\x0012345678",
+    bytes(4096),
+    b"\0",
+]
+
+
+@pytest.mark.parametrize("behind", BEHIND)
+@pytest.mark.parametrize("bits", ["PCM_16", "PCM_U8"])
+def test_what_stands_behind_a_right_data_chunk_is_no_sound(tmp_path, behind, bits):
+    samples = 16000 if bits == "PCM_16" else 15999  # an odd number of bytes, without the one that fills up
+    path = write(tmp_path / "clip.wav", np.random.default_rng(0).normal(0, 0.1, samples), subtype=bits).path
+    whole, _ = read_audio(AudioRef(path=path))
+    path.write_bytes(path.read_bytes()[: 44 + samples * (2 if bits == "PCM_16" else 1)] + behind)
+    for ref in (AudioRef(path=path), in_base64(path)):
+        assert np.array_equal(read_audio(ref)[0], whole) and duration_sec(ref) == len(whole) / 16000
+
+
+def test_sound_that_looks_like_a_chunk_is_sound_where_the_size_was_left_open(tmp_path):
+    path = write(tmp_path / "clip.wav", tone(16000)).path
+    content = bytearray(path.read_bytes())
+    content[40:52] = bytes(4) + b"abcd\x05\x00\x00\x00"
+    path.write_bytes(content)
+    assert duration_sec(AudioRef(path=path)) == 1.0
+    path.write_bytes(content[:44] + b"LIST\x04\x00\x00\x00INFO")
+    assert problem(AudioRef(path=path)) == "is empty"
+
+
+@pytest.mark.parametrize("kind", ["RF64", "W64", "AIFF", "AU", "CAF", "WAV"])
+@pytest.mark.parametrize("action", [read_audio, duration_sec])
+def test_a_file_that_ends_before_its_header_says_is_not_a_shorter_clip(tmp_path, kind, action):
+    for endian in ("LITTLE", "BIG") if kind == "AU" else ("FILE",):
+        ref = write(tmp_path / "clip", tone(48000), format=kind, subtype="PCM_16", endian=endian)
+        assert len(read_audio(ref)[0]) == 48000 and duration_sec(ref) == 3.0
+        content = ref.path.read_bytes()
+        ref.path.write_bytes(content[:-48000])
+        how_much = "1.50 s of 3.00 s" if kind == "WAV" else "50 % of its sound"
+        assert problem(ref, action) == f"cannot be decoded: it ends after {how_much}"
+        ref.path.write_bytes(content[:-320])  # 10 ms: nothing that is heard
+        assert duration_sec(ref) == pytest.approx(2.99, abs=0.001)
+        for length in (12, 40, 60):  # within the header
+            ref.path.write_bytes(content[:length])
+            problem(ref, action)
+
+
 def test_silence_is_refused_also_after_mixing_down(tmp_path):
     assert problem(write(tmp_path / "a.wav", tone(16000) * 1e-3)).startswith("is silent (its loudest sample is 0.0001")
     opposite = tone(16000, channels=2) * [1, -0.5]
     assert problem(write(tmp_path / "b.wav", opposite)).startswith("is silent once its 2 channels are averaged")
     read_audio(write(tmp_path / "c.wav", tone(16000) * 0.02))  # quiet: it peaks at -54 dB
+    assert problem(write(tmp_path / "d.wav", tone(16000) * 0 + 0.3)) == "is silent (all its samples are 0.3)"
+    read_audio(write(tmp_path / "e.wav", tone(16000) + 0.3))
 
 
 def test_integers_written_as_floats_are_refused(tmp_path):
     loud = write(tmp_path / "a.wav", tone(16000) * 32767, subtype="FLOAT")
     assert problem(loud).startswith("peaks at 3277, samples must be within -1 to 1")
+    opposite = tone(16000, channels=2) * [450, -224]
+    assert problem(write(tmp_path / "c.wav", opposite, subtype="FLOAT")).startswith("peaks at 45, samples must be")
     read_audio(write(tmp_path / "b.wav", tone(16000) * 12, subtype="FLOAT"))  # overshoots by 20 %, as a decoder may
 
 
-def encode(path: Path, codec: str, seconds: float = 2.0, sample_rate: int = 48000, with_video: bool = False) -> None:
-    """A tone in a container, by PyAV itself."""
+def encode(path: Path, codec: str, sample_rate: int = 48000, picture_sec: int = 0, start: float = 0.0) -> None:
+    """A tone of 2 s in a container, by PyAV itself."""
+    seconds = 2.0
     wave = (0.3 * np.sin(np.arange(round(seconds * sample_rate)) * 2 * np.pi * 440 / sample_rate)).astype(np.float32)
     with av.open(str(path), "w") as container:
         sound = container.add_stream(codec, rate=sample_rate, layout="mono")
-        if with_video:
+        if picture_sec:
             picture = container.add_stream("mpeg4", rate=25, width=64, height=64, pix_fmt="yuv420p")
             image = av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24")
-            container.mux([packet for frame in [image] * 25 for packet in picture.encode(frame)])
+            container.mux([packet for frame in [image] * 25 * picture_sec for packet in picture.encode(frame)])
             container.mux(picture.encode(None))
         frame = av.AudioFrame.from_ndarray(wave[None], format="fltp", layout="mono")
-        frame.rate, frame.pts = sample_rate, 0
-        fifo = av.AudioFifo()
-        fifo.write(frame)
-        for part in fifo.read_many(sound.frame_size or 1024, partial=True):
+        frame.rate, frame.pts = sample_rate, round(start * sample_rate)
+        frame.time_base = Fraction(1, sample_rate)
+        form, size = sound.codec_context.format.name, sound.codec_context.frame_size or 1024
+        parts = av.AudioResampler(format=form, layout="mono", rate=sample_rate, frame_size=size)
+        for part in [*parts.resample(frame), *parts.resample(None)]:
             container.mux(sound.encode(part))
         container.mux(sound.encode(None))
 
 
-CONTAINERS = [("m4a", "aac", False), ("webm", "libopus", False), ("mp4", "aac", True), ("mkv", "pcm_s16le", False)]
+CONTAINERS = [
+    ("m4a", "aac", 0, 0.0),
+    ("webm", "libopus", 0, 0.0),
+    ("mp4", "aac", 1, 0.0),
+    ("mkv", "pcm_s16le", 0, 0.0),
+    ("mkv", "aac", 4, 0.0),  # the picture goes on after the sound
+    ("mkv", "libopus", 4, 1.0),  # the sound begins later
+    ("mka", "libopus", 0, 5.0),
+]
 
 
-@pytest.mark.parametrize(("suffix", "codec", "with_video"), CONTAINERS)
-def test_containers_that_libsndfile_does_not_know_are_decoded(tmp_path, suffix, codec, with_video):
+@pytest.mark.parametrize(("suffix", "codec", "picture_sec", "start"), CONTAINERS)
+@pytest.mark.parametrize("tagged", [True, False])  # whether the track says how long it is
+def test_containers_that_libsndfile_does_not_know_are_decoded(
+    tmp_path, monkeypatch, suffix, codec, picture_sec, start, tagged
+):
+    if not tagged:
+        monkeypatch.setattr(containers, "_stated_end", lambda tags: None)
     path = tmp_path / f"clip.{suffix}"
-    encode(path, codec, with_video=with_video)
+    encode(path, codec, picture_sec=picture_sec, start=start)
     for ref in (AudioRef(path=path), in_base64(path)):
         waveform, sample_rate = read_audio(ref)
         assert sample_rate == 48000 and waveform.dtype == np.float32
@@ -273,10 +345,44 @@ def test_containers_that_libsndfile_does_not_know_are_decoded(tmp_path, suffix, 
     assert np.array_equal(read_audio(part)[0], waveform[24000:72000]) and duration_sec(part) == 1.0
 
 
-@pytest.mark.parametrize("suffix", ["m4a", "webm"])
-def test_a_container_cut_off_is_not_taken_for_a_shorter_one(tmp_path, suffix):
+@pytest.mark.parametrize("kind", ["GSM610", "G721_32", "IMA_ADPCM", "MS_ADPCM", "ULAW"])
+def test_a_wav_of_any_encoding_is_read_whole_and_from_an_offset(tmp_path, kind):
+    path = write(tmp_path / "clip.wav", tone(16000)[:, 0], 8000, subtype=kind).path
+    for ref in (AudioRef(path=path), in_base64(path)):
+        waveform, _ = read_audio(ref)
+        assert len(waveform) / 8000 == duration_sec(ref) == pytest.approx(2.0, abs=0.1)
+        part = AudioRef(ref.path, ref.raw_audio, offset_sec=0.5, duration_sec=1.0)
+        assert np.array_equal(read_audio(part)[0], waveform[4000:12000])
+
+
+IN_KNOWN = [("wav", "ac3"), ("wav", "g726"), ("wav", "libmp3lame"), ("caf", "alac"), ("ogg", "flac")]
+
+
+@pytest.mark.parametrize(("suffix", "codec"), IN_KNOWN)
+def test_what_libsndfile_knows_only_the_container_of_is_decoded(tmp_path, suffix, codec):
     path = tmp_path / f"clip.{suffix}"
-    encode(path, "aac" if suffix == "m4a" else "libopus")
+    sample_rate = 8000 if codec == "g726" else 48000
+    encode(path, codec, sample_rate=sample_rate)
+    for ref in (AudioRef(path=path), in_base64(path)):
+        waveform, _ = read_audio(ref)
+        assert len(waveform) / sample_rate == pytest.approx(2.0, abs=0.06)
+        assert duration_sec(ref) == pytest.approx(2.0, abs=0.06)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 6 // 10])
+    assert problem(AudioRef(path=path)).startswith("cannot be decoded: ")
+
+
+def test_a_track_that_states_its_own_length_and_starts_late(tmp_path, monkeypatch):
+    """As mkvmerge writes it."""
+    encode(tmp_path / "clip.mka", "libopus", start=5.0)
+    monkeypatch.setattr(containers, "_stated_end", lambda tags: 2.0)
+    assert duration_sec(AudioRef(tmp_path / "clip.mka")) == pytest.approx(2.0, abs=0.05)
+    assert len(read_audio(AudioRef(tmp_path / "clip.mka"))[0]) == pytest.approx(96000, abs=2000)
+
+
+@pytest.mark.parametrize(("suffix", "codec", "start"), [("m4a", "aac", 0), ("webm", "libopus", 0), ("mkv", "aac", 5.0)])
+def test_a_container_cut_off_is_not_taken_for_a_shorter_one(tmp_path, suffix, codec, start):
+    path = tmp_path / f"clip.{suffix}"
+    encode(path, codec, start=start)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     assert problem(AudioRef(path=path)).startswith("cannot be decoded: ")
 

@@ -90,7 +90,8 @@ def test_columns_that_nobody_reads_are_named_once_with_their_count(write):
     rows = [{"audio": "a.wav", "text": f"{i}", "language": "en", "emotion": 1, "a\nb": i} for i in range(100)]
     rows[3]["speeker"] = "x"
     talk = dumped()
-    talk["messages"][1]["name"] = "x"
+    for turn in talk["messages"]:
+        turn["name"] = "x"
     usable, faults, notes = checked(write([*rows, talk]))
     assert len(usable) == 101 and faults == []
     assert [note.split(": ", 1)[1] for note in notes] == [
@@ -150,6 +151,25 @@ def test_a_segment_of_a_recording(write, tmp_path):
     [row], faults, _ = checked(write([{"audio_filepath": "a.wav", "text": "Hi.", "offset": 1.5, "duration": 2}]))
     clip = AudioRef(tmp_path / "data" / "a.wav", None, 1.5, 2.0)
     assert faults == [] and row.audio_refs[0][1] == clip and row.stated_sec == 2.0
+
+
+def test_a_duration_cuts_a_chatml_clip_only_beside_an_offset(write, tmp_path):
+    """Upstream's training files state how long the whole clip is; its engine cuts nothing."""
+    rows, faults, _ = checked(write([dumped(duration=6.3146), dumped(duration=2.0, offset=1.5), dumped()]))
+    assert faults == []
+    path = tmp_path / "data" / "a.wav"
+    assert [row.audio_refs[0][1] for row in rows] == [AudioRef(path), AudioRef(path, None, 1.5, 2.0), AudioRef(path)]
+    assert [row.stated_sec for row in rows] == [6.3146, 2.0, None]
+
+
+def test_the_length_that_a_context_clip_states_is_not_the_spoken_ones(write):
+    talk = dumped()
+    clip = talk["messages"][2]["content"][1]
+    talk["messages"].insert(2, {"role": "user", "content": {**clip, "audio_url": "b.wav", "duration": 5.0}})
+    path = write([talk])
+    (path.parent / "b.wav").write_bytes(b"RIFF")
+    [row], faults, _ = checked(path)
+    assert faults == [] and row.stated_sec is None and row.audio_refs[0][1].duration_sec is None
 
 
 def test_paths_are_found_beside_the_manifest_then_elsewhere_and_that_is_said_once(write, tmp_path, monkeypatch):

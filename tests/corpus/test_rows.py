@@ -68,12 +68,13 @@ def manifests(tmp_path):
         shutil.copy(SPEECH.parent / row["audio"], target)
     (tmp_path / "noise.wav").write_bytes(b"RIFF, and no more")
     inline = base64.b64encode((tmp_path / speech[0]["audio"]).read_bytes()).decode()
+    second = {"offset": 0, "duration": 1.0}
     talk = [
         {
             "role": "user",
             "content": [{"type": "text", "text": "Sag „ü“ "}, {"type": "audio", "audio_url": "noise.wav"}],
         },
-        {"role": "assistant", "content": {"type": "audio", "audio_url": "_", "raw_audio": inline, "duration": 1.0}},
+        {"role": "assistant", "content": {"type": "audio", "audio_url": "_", "raw_audio": inline} | second},
     ]
     good_talk = [{"role": "user", "content": "語"}, talk[1], {"role": "assistant", "content": "ok"}]
     reference = {"ref_audio": speech[1]["audio"], "ref_text": speech[1]["text"]}
@@ -180,6 +181,31 @@ def test_codes_of_other_ranks_are_found_without_reading_the_index_again(load, mo
     monkeypatch.delattr(CodeStore, "read_index")
     for (train, _), _, cache in results:
         assert all(cache.get(ref).shape[0] == 8 for row in train for _, ref in row.audio_refs)
+
+
+def test_a_copy_of_the_clip_that_is_to_be_spoken_is_no_reference(load, manifests, tmp_path):
+    speech = [json.loads(line) for line in SPEECH.read_text().splitlines()][:3]
+    own, other = speech[0]["audio"], speech[1]["audio"]
+    shutil.copy(tmp_path / own, tmp_path / "copy.flac")
+    (tmp_path / "link.flac").symlink_to(tmp_path / own)
+    names = ["copy.flac", "link.flac", f"audio/../{own}", other]
+    rows = [speech[0] | {"ref_audio": name, "ref_text": "Hi."} for name in names]
+    clips = [[{"type": "audio", "audio_url": name}] for name in ("copy.flac", own, "link.flac", other)]
+    say = {"role": "user", "content": "Say."}
+    talks = [
+        [*({"role": "user", "content": clip} for clip in clips[i:]), say, {"role": "assistant", "content": clips[1]}]
+        for i in (2, 3)
+    ]
+    several = [say, {"role": "assistant", "content": [*clips[0], *clips[2]]}]  # none of them is the one that is spoken
+    rows += [{"messages": talk} for talk in (*talks, several)]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for (train, _), warned, _ in load(2):
+        assert [row.line for row in train] == [4, 6, 7]
+        found = [line.split(": ", 1)[1] for line in warned.splitlines() if "has the content of the clip that" in line]
+        of_speech = (
+            "ref_audio: has the content of the clip that is to be spoken; give another clip of the voice, or none"
+        )
+        assert found == [of_speech] * 3 + [of_speech.replace("ref_audio", "messages[0].content[0]")]
 
 
 def test_faults_are_refused_on_every_rank_alike(load):

@@ -44,11 +44,12 @@ def corpus(tmp_path):
 
 @pytest.fixture
 def load(tmp_path, codec_dir, tokenizer, tiny_config):
-    def load(rows, val=None, **options):
+    def load(rows, val=None, array=False, **options):
         paths = []
         for name, part in (("train.jsonl", rows), ("val.jsonl", val)):
             if part is not None:
-                (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in part))
+                lines = "".join(json.dumps(row) + "\n" for row in part)
+                (tmp_path / name).write_text(json.dumps(part) if array else lines)
                 paths.append(str(tmp_path / name))
         cache = CodeCache(tmp_path / "codes", load_codec(str(codec_dir)))
         said: list[str] = []
@@ -115,9 +116,26 @@ def test_a_clip_under_two_texts_and_a_text_on_both_sides(load, corpus, tmp_path)
     copy = {"audio": noise(tmp_path / "v.wav", 1.0, 99), "text": f"  {corpus[2]['text'].upper()} "}
     (train, val), said = load(corpus, val=[copy])
     assert len(train) == 30 and len(val) == 1
-    assert "train.jsonl:8: audio: the same clip has another text in line 4; one of them is wrong" in said
+    assert said.count(": audio: ") == 1
+    assert f"train.jsonl:8: audio: the same clip has another text in {tmp_path}/train.jsonl:4; one of them is" in said
     assert "val.jsonl:1: text: is trained on too, in " in said and "train.jsonl:3" in said
     assert len(left(tmp_path)) == 2
+    other = [{"audio": corpus[3]["audio"], "text": "Of another manifest."}]
+    for trained in (1, 2):  # also on the validation's side
+        said = load(corpus, val=other, trained=trained)[1]
+        assert f"val.jsonl:1: audio: the same clip has another text in {tmp_path}/train.jsonl:4; one of" in said
+
+
+def test_rows_of_an_array_on_one_line_are_counted_and_named(load, corpus, tmp_path):
+    corpus[4]["text"], corpus[7]["audio"] = "Oh.", corpus[3]["audio"]
+    for row in corpus[10:17]:
+        row["text"] = ""
+    said = load(corpus, array=True, skip_bad_rows=True)[1]
+    assert "training without 7 bad rows:" in said and "train.jsonl:1[16]: text: is empty" in said
+    assert "2 rows to look at" in said
+    assert "train.jsonl:1[7]: audio: the same clip has another text in " in said and "train.jsonl:1[3]; one of" in said
+    found = [(row["line"], row["element"], row["field"]) for row in left(tmp_path) if row["level"] == "warning"]
+    assert found == [(1, 4, "text"), (1, 7, "audio"), (1, 7, "duration")]
 
 
 def test_texts_are_the_same_whatever_their_punctuation_and_their_accents_bytes(load, corpus, tmp_path):
@@ -134,12 +152,23 @@ def test_a_length_that_is_not_the_clips(load, corpus, tmp_path):
     clip, _ = soundfile.read(tmp_path / "9.wav")
     soundfile.write(tmp_path / "wrong.wav", clip, 8000)
     corpus[9]["audio"] = "wrong.wav"
-    said = load(corpus)[1]
+    for i, span in ((20, {"duration": 30.0}), (21, {"offset": 0.5, "duration": 30.0}), (22, {"duration": 0.3})):
+        content = [corpus[i]["text"], {"type": "audio", "audio_url": corpus[i]["audio"], **span}]
+        corpus[i] = {"messages": [{"role": "user", "content": "Say."}, {"role": "assistant", "content": content}]}
+    seconds = soundfile.info(tmp_path / "23.wav").duration
+    corpus[23] |= {"offset": 0.2, "duration": seconds}  # a fifth of a second past the end
+    corpus[24] |= {"offset": 0.2, "duration": soundfile.info(tmp_path / "24.wav").duration - 0.2}
+    (train, _), said = load(corpus)
     lines = [line for line in said.splitlines() if ": duration: " in line]
-    assert len(lines) == 2
     assert "train.jsonl:2: duration: says 10.73 s, the clip lasts 1.4" in lines[0] and "sample rate" not in lines[0]
     assert "train.jsonl:10: duration: says 1.33 s" in lines[1]
     assert lines[1].endswith("as at another sample rate than it was recorded at")
+    for line, words in zip(
+        lines[2:5], ("says 30.00 s, the", "is 30.00 s, and only 2.32 s", "says 0.30 s, the"), strict=True
+    ):
+        assert f" duration: {words}" in line
+    assert lines[5].endswith("from the offset on") and len(lines) == 6
+    assert [train[i].audio_refs[0][1].duration_sec for i in (20, 21, 22)] == [None, 30.0, None]
 
 
 @pytest.mark.parametrize("counted", [False, True])

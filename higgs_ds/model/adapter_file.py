@@ -36,7 +36,6 @@ _NEUTRAL: dict[str, tuple] = {
     "bias": ("none",),
     "corda_config": (None,),
     "ensure_weight_tying": (False,),
-    "eva_config": (None,),
     "exclude_modules": (None, []),
     "fan_in_fan_out": (False,),
     "layer_replication": (None, []),
@@ -54,15 +53,18 @@ _NEUTRAL: dict[str, tuple] = {
     "use_dora": (False,),
     "use_qalora": (False,),
 }
+# Ways of beginning that leave the base as it is. PiSSA, OLoRA, CorDA and LoftQ take from it what A and B began with.
+_BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal")
 # Of no effect on the weights of a trained adapter.
 _IGNORED = {
+    "eva_config",  # how EVA's first A was found
     "inference_mode",
-    "init_lora_weights",
     "lora_dropout",
     "peft_version",
     "qalora_group_size",
 }
 _READ = {"r", "lora_alpha", "target_modules", "modules_to_save", "use_rslora", "base_model_name_or_path", "revision"}
+_READ |= {"init_lora_weights"}
 
 
 @dataclass(frozen=True)
@@ -172,6 +174,12 @@ def _wrong_fields(raw: dict) -> list[str]:
             problems.append(f"modules_to_save: {_short(strange[0])} is not one that is trained whole here: {known}")
     if type(raw.get("use_rslora", False)) is not bool:
         problems.append(f"use_rslora is {_short(raw['use_rslora'])}, expected true or false")
+    began = raw.get("init_lora_weights")
+    if not any(type(began) is type(one) and began == one for one in _BEGINNINGS):
+        problems.append(
+            f"init_lora_weights is {_short(began)}, expected true, false, null, gaussian, eva or orthogonal: others "
+            "change the base; save the adapter as plain LoRA (PEFT: path_initial_model_for_weight_conversion)"
+        )
     for key in ("base_model_name_or_path", "revision"):
         value = raw.get(key)
         if value is not None and (not isinstance(value, str) or len(value) > 4096 or not value.isprintable()):

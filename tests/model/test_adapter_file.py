@@ -110,6 +110,10 @@ def test_rslora_scales_by_the_root_of_the_rank(adapter):
         ({"target_modules": ["q_proj", "q_prj"]}, "'q_prj' names no linear layer of the base"),
         ({"target_modules": ["embed_tokens"]}, "'embed_tokens' names no linear layer of the base"),
         ({"use_rslora": "yes"}, "use_rslora is 'yes', expected true or false"),
+        *(
+            ({"init_lora_weights": value}, f"init_lora_weights is {value!r}, expected true, false, null")
+            for value in ("pissa", "pissa_niter_4", "olora", "OLoRA", "corda", "loftq", "x", 1, 0.0, ["gaussian"], {})
+        ),
         ({"base_model_name_or_path": 5}, "base_model_name_or_path is 5, expected text"),
         ({"base_model_name_or_path": "x" * 9999}, "base_model_name_or_path is 'xxx"),
         ({"base_model_name_or_path": "\ud800"}, "'utf-8' codec can't encode character '\\ud800'"),
@@ -129,6 +133,12 @@ def test_rslora_scales_by_the_root_of_the_rank(adapter):
 def test_a_config_that_is_not_plain_lora_is_refused_by_name(fields, words, adapter, tiny_config):
     edit(adapter, **fields)
     assert any(words in line for line in refused(adapter, tiny_config))
+
+
+@pytest.mark.parametrize("began", [True, False, None, "gaussian", "eva", "orthogonal"])
+def test_how_a_began_does_not_matter_where_the_base_was_left_alone(began, whole, adapter):
+    edit(adapter, init_lora_weights=began, eva_config={"rho": 2.0} if began == "eva" else None)
+    assert read_adapter_config(adapter) == read_adapter_config(whole)
 
 
 def test_modules_that_were_trained_whole_are_read_and_checked_like_the_others(tmp_path, tiny_config):

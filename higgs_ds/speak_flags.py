@@ -69,6 +69,11 @@ def voice_problems(args: argparse.Namespace) -> list[str]:
     return []
 
 
+def base_of(args: argparse.Namespace) -> tuple[str, str]:
+    """The checkpoint that speaks, and the flag that names it."""
+    return (args.base_ckpt, "--base_ckpt") if args.merged is None else (args.merged, "--merged")
+
+
 def sampling_of(args: argparse.Namespace):
     """The sampler's settings, with what the flags say instead."""
     from .model.speaker import SAMPLERS as SETTINGS
@@ -186,8 +191,12 @@ def check_prompts(args: argparse.Namespace, texts: list[tuple[str, str]], prompt
     from .corpus.controls import control_tokens, find_control
     from .corpus.describe import frames_of
     from .model.base_checkpoint import load_tokenizer, locate_checkpoint
+    from .model.layouts import layout_of
 
-    tokenizer = load_tokenizer(locate_checkpoint(args.merged or args.base_ckpt, args.base_revision))
+    name, flag = base_of(args)
+    folder = locate_checkpoint(name, args.base_revision, flag)
+    layout_of(folder, flag)  # a folder without a config.json has no tokenizer either, which says less
+    tokenizer = load_tokenizer(folder, flag)
     controls = control_tokens(tokenizer)
     asked = [*texts, *((f"--{name}", text) for name in ("scene", "ref_text") if (text := getattr(args, name)))]
     problems = []
@@ -219,12 +228,8 @@ def open_speaker(args: argparse.Namespace):
     from .model.base_checkpoint import open_base
     from .model.speaker import Speaker
 
-    try:
-        base = open_base(args.merged or args.base_ckpt, args.base_revision)
-    except ConfigError as error:
-        if not args.merged:
-            raise
-        raise ConfigError([line.replace("--base_ckpt", "--merged") for line in error.problems]) from None
+    name, flag = base_of(args)
+    base = open_base(name, args.base_revision, flag)
     if base.notes:
         say("\n".join(base.notes))
     if args.max_new_tokens and args.max_new_tokens > base.facts.max_positions:

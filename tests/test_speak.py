@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -141,6 +142,25 @@ def test_every_text_becomes_a_file_of_its_format(ending, voice, said, tmp_path):
     before = soundfile.read(files[1])[0]
     assert said("generate", *flags, "--overwrite")[0] == 0
     assert np.array_equal(before, soundfile.read(files[1])[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), "config.json cannot be read"),
+        (lambda folder: [file.unlink() for file in folder.iterdir()], "config.json cannot be read"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "the tokenizer cannot be loaded"),
+        (lambda folder: [file.unlink() for file in folder.glob("*.safetensors")], "model-00001-of-0000"),
+    ],
+)
+def test_what_a_merged_folder_lacks_is_said_of_the_flag_that_named_it(
+    change, words, voice, said, tiny_dir, tmp_path, nothing_loads
+):
+    change(shutil.copytree(tiny_dir, tmp_path / "m"))
+    flags = ["--merged", tmp_path / "m", *voice[2:], "--text", "Hello.", "--output_file", tmp_path / "a.wav"]
+    code, lines = said("generate", *flags)
+    assert code == 2 and lines[0].startswith(f"--merged: {tmp_path / 'm'}") and words in lines[0], lines
+    assert not any("--base_ckpt" in line for line in lines)
 
 
 @pytest.mark.parametrize("layout", ["boson", "transformers"])

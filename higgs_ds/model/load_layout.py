@@ -27,9 +27,9 @@ TEXT_HEAD = "audio_decoder_proj.text_lm_head.weight"
 Model = TypeVar("Model", bound=HiggsAudioModel)
 
 
-def wanted_weights(config: HiggsAudioConfig) -> dict[str, tuple[int, ...]]:
+def wanted_weights(config: HiggsAudioConfig, flag: str = "--base_ckpt") -> dict[str, tuple[int, ...]]:
     """Names and shapes of the weights that boson_multimodal's model has."""
-    return {name: tuple(value.shape) for name, value in _without_memory(config).state_dict().items()}
+    return {name: tuple(value.shape) for name, value in _without_memory(config, flag).state_dict().items()}
 
 
 def adaptable_modules(config: HiggsAudioConfig) -> dict[str, tuple[int, int]]:
@@ -41,7 +41,7 @@ def adaptable_modules(config: HiggsAudioConfig) -> dict[str, tuple[int, int]]:
     }
 
 
-def _without_memory(config: HiggsAudioConfig) -> HiggsAudioModel:
+def _without_memory(config: HiggsAudioConfig, flag: str = "--base_ckpt") -> HiggsAudioModel:
     """boson_multimodal's model, of tensors that have no values.
 
     Raises:
@@ -52,7 +52,7 @@ def _without_memory(config: HiggsAudioConfig) -> HiggsAudioModel:
             return HiggsAudioModel(copy.deepcopy(config))  # which writes into its config
     except Exception as error:  # whatever a value does that nobody has thought of, in upstream's code or torch's
         reason = " ".join(str(error).split())[:300]
-        raise ConfigError([f"--base_ckpt: config.json describes no model: {type(error).__name__}: {reason}"]) from error
+        raise ConfigError([f"{flag}: config.json describes no model: {type(error).__name__}: {reason}"]) from error
 
 
 # Halves of one weight, as a training of Boson's with frozen and trained rows leaves them.
@@ -72,7 +72,7 @@ def check_weights(
         ConfigError: missing, extra, misshapen, quantized or split weights, each under its name there; an index that
             does not fit its files.
     """
-    layout, wanted = layout_of(folder, flag), wanted_weights(config)
+    layout, wanted = layout_of(folder, flag), wanted_weights(config, flag)
     found = weight_headers(folder, layout)
     strange = [name for name in found.stored if name not in wanted]
     left_out = [name for name in strange if re.search(CARRIED_ALONG, name)]

@@ -27,6 +27,7 @@ from .weight_files import (
     INDEX,
     Planned,
     Stored,
+    all_finite,
     differences,
     refuse,
     weight_headers,
@@ -83,8 +84,8 @@ def merge(
         Bytes of weights written.
 
     Raises:
-        ConfigError: `output_dir` holds something or cannot be written, the model is not one that `layout` has, or what
-            was read back is not what was meant.
+        ConfigError: `output_dir` holds something or cannot be written, the model is not one that `layout` has, a
+            weight that would be NaN or infinite, or what was read back is not what was meant.
     """
     planned = _plan(base, layout, dtype)
     total = sum(tensor.num_bytes for tensor in planned.values())
@@ -125,17 +126,35 @@ def _plan(base: Base, layout: str, dtype: str | None) -> dict[str, Planned]:
 
 
 def _merged_rows(stored: Stored, name: str, adapter: Adapter | None, planned: Planned) -> Iterator[torch.Tensor]:
-    """The tensor to write, a few rows at a time: float32 sums, rounded once."""
+    """The tensor to write, a few rows at a time: float32 sums, rounded once.
+
+    Raises:
+        ConfigError: NaN or an infinity, in the base or made by the sum or by the dtype.
+    """
     module = name.removesuffix(".weight")
     if adapter is not None and module in adapter.whole:
         stored = adapter.whole[module]
     changed = adapter is not None and module in adapter.weights
     start = 0
     for rows in stored.rows():
+        merged = rows
         if changed:
-            rows = rows.float() + adapter.delta_rows(module, start, start + rows.shape[0])
+            merged = rows.float() + adapter.delta_rows(module, start, start + rows.shape[0])
         start += rows.shape[0]
-        yield rows.to(planned.dtype)
+        written = merged.to(planned.dtype)
+        if not all_finite(written):
+            raise ConfigError([_not_finite(rows, merged, stored, planned)])
+        yield written
+
+
+def _not_finite(rows: torch.Tensor, merged: torch.Tensor, stored: Stored, planned: Planned) -> str:
+    """Whose fault an infinity is: the file's, the adapter's or the dtype's."""
+    dtype = str(planned.dtype).removeprefix("torch.")
+    if not all_finite(rows):
+        return f"{stored.file}: {stored.key} holds NaN or infinity; such a model speaks noise"
+    if not all_finite(merged):
+        return f"--adapter: base + scale · B·A of {planned.name} holds NaN or infinity; no training made that"
+    return f"--dtype: {planned.name} holds values beyond {dtype}; fp32 holds them"
 
 
 def _write_files(base: Base, folder: Path, layout: str, dtype: str | None, codec: str) -> None:

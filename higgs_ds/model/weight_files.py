@@ -54,6 +54,11 @@ class Stored:
             return tensors.get_tensor(self.key)
 
 
+def all_finite(values: torch.Tensor) -> bool:
+    """Whether no value is NaN or infinite; NaN is the least and the largest of all, and one pass finds both."""
+    return values.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(values))).all())
+
+
 @dataclass
 class WeightFiles:
     """The weights of a checkpoint's folder."""

@@ -211,6 +211,38 @@ def test_wrong_arguments_are_one_line_before_the_base_is_looked_for(adapter_dir,
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "dtype", "words"),
+    [
+        ("norm.weight", float("nan"), "fp32", ["norm.weight holds NaN or infinity", "norm.weight holds NaN"]),
+        (
+            "layers.1.mlp.up_proj.weight",
+            1e6,
+            "fp16",
+            ["beyond float16; fp32 holds them", "infinity in fp16; --dtype bf16"],
+        ),
+        ("norm.weight", 3e38, "fp32", [None, "the model computes NaN or infinity in fp32; the weights are broken"]),
+    ],
+)
+def test_weights_that_are_not_finite_are_neither_written_nor_spoken_with(
+    name, value, dtype, words, tiny_dir, codec_dir, tmp_path, capsys
+):
+    base = shutil.copytree(tiny_dir, tmp_path / "base")
+    file = weight_headers(base).stored[name].file
+    weights = {key: tensor.clone().float() for key, tensor in load_file(file).items()}
+    weights[name].view(-1)[0] = value
+    save_file(weights, file, metadata={"format": "pt"})
+    flags = ("--base_ckpt", base, "--dtype", dtype)
+    code, said = run(capsys, "merge", *flags, "--layout", "boson", "--output_dir", tmp_path / "out")
+    if words[0]:
+        assert code == 2 and len(said) == 1 and words[0] in said[0] and not (tmp_path / "out").exists()
+    speak = ("--text", "hello", "--output_file", tmp_path / "a.wav", "--max_new_tokens", 12)
+    for more in ((), ("--sampler", "served")):
+        code, said = run(capsys, "generate", *flags, "--codec", codec_dir, *speak, *more)
+        assert code == 2 and len(said) == 1 and words[1] in said[0], said
+    assert not (tmp_path / "a.wav").exists()
+
+
 def test_rslora_is_merged_as_peft_merges_it_and_exported(adapter_dir, tiny_dir, tmp_path, capsys):
     rooted = shutil.copytree(adapter_dir, tmp_path / "rooted")
     edit(rooted, use_rslora=True)
@@ -292,9 +324,16 @@ def not_a_number(adapter):
     save_file(weights, adapter / WEIGHTS)
 
 
+def huge(adapter):
+    weights = {key: value.clone() for key, value in load_file(adapter / WEIGHTS).items()}
+    weights |= {key: value.sign() * 1e19 for key, value in weights.items() if ".lora_" in key}
+    save_file(weights, adapter / WEIGHTS)
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
+        (huge, "base + scale · B·A of layers.0.self_attn.q_proj.weight"),
         (long_name, "cannot be read: File name too long"),
         (half, "missing weight"),
         (foreign, "missing weight"),

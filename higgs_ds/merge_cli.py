@@ -53,7 +53,7 @@ def refuse_existing(output_dir: Path) -> None:
 def run_merge(args: argparse.Namespace) -> int:
     """Checks the adapter's config before the base is looked for, and its weights before anything is written."""
     from .cards import merged_card, pinned
-    from .model.adapter_file import check_base, read_adapter, read_adapter_config
+    from .model.adapter_file import check_base, read_adapter, read_adapter_config, revision_for
     from .model.base_checkpoint import locate_checkpoint
     from .model.load_layout import adaptable_modules
     from .model.merge import Base, merge
@@ -62,6 +62,7 @@ def run_merge(args: argparse.Namespace) -> int:
 
     refuse_existing(args.output_dir)
     lora = read_adapter_config(args.adapter) if args.adapter else None
+    args.base_revision = revision_for(lora, args.base_ckpt, args.base_revision)
     if lora and not args.other_base:
         check_base(lora, args.base_ckpt, args.base_revision)
     if args.layout == TRANSFORMERS:
@@ -97,7 +98,7 @@ def run_export(args: argparse.Namespace) -> int:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    from .model.adapter_file import CONFIG, WEIGHTS, check_base, read_adapter, read_adapter_config
+    from .model.adapter_file import CONFIG, WEIGHTS, check_base, read_adapter, read_adapter_config, revision_for
     from .model.adapter_names import PREFIX
     from .model.base_checkpoint import locate_checkpoint
     from .model.layout_config import read_checkpoint_config
@@ -108,9 +109,11 @@ def run_export(args: argparse.Namespace) -> int:
     base_name = args.base_ckpt or lora.base_name
     if base_name is None:
         raise ConfigError([f"--base_ckpt: needed, {args.adapter} does not say what it was trained on"])
-    if args.base_ckpt and not args.other_base:
-        check_base(lora, args.base_ckpt, args.base_revision)
-    folder = locate_checkpoint(base_name, args.base_revision or lora.base_revision)
+    given = args.base_revision or (None if args.base_ckpt else lora.base_revision)
+    revision = revision_for(lora, base_name, given)
+    if not args.other_base:
+        check_base(lora, base_name, revision)
+    folder = locate_checkpoint(base_name, revision)
     adapter = read_adapter(args.adapter, adaptable_modules(read_checkpoint_config(folder)), lora)
     output_dir = args.output_dir or args.adapter.with_name(f"{args.adapter.resolve().name}-{TRANSFORMERS}")
     refuse_existing(output_dir)

@@ -12,6 +12,7 @@ from .process import say
 from .speak_flags import (
     MOST_TOKENS,
     ask_writable,
+    check_adapter,
     check_prompts,
     open_speaker,
     prompt_flags,
@@ -80,6 +81,7 @@ def run_generate(args: argparse.Namespace) -> int:
     refuse(problems)
     more = prompt_options(args, ref)
     prompts = [speech_messages(text, None, **more)[0] for _, text in texts]
+    check_adapter(args)
     name_accelerator()  # refused before anything is downloaded or loaded
     check_prompts(args, texts, prompts)
     speaker = open_speaker(args)
@@ -129,6 +131,7 @@ def run_recite(args: argparse.Namespace) -> int:
         raise ConfigError(grouped(faults))
     rows = _to_recite(args, rows, wanted)
     replaced = more if ref or more["scene"] else None
+    check_adapter(args)
     name_accelerator()  # refused before anything is downloaded or loaded
     if replaced:
         check_prompts(args, [], [])

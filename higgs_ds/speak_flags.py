@@ -69,6 +69,22 @@ def voice_problems(args: argparse.Namespace) -> list[str]:
     return []
 
 
+def check_adapter(args: argparse.Namespace) -> None:
+    """Asks the adapter's config what it is and was trained on, before that is looked for; fills the base's revision.
+
+    Raises:
+        ConfigError: it is not plain LoRA, or was trained on another base.
+    """
+    if args.adapter is None:
+        return
+    from .model.adapter_file import check_base, read_adapter_config, revision_for
+
+    lora = read_adapter_config(Path(args.adapter))
+    args.base_revision = revision_for(lora, args.base_ckpt, args.base_revision)
+    if not args.other_base:
+        check_base(lora, args.base_ckpt, args.base_revision)
+
+
 def base_of(args: argparse.Namespace) -> tuple[str, str]:
     """The checkpoint that speaks, and the flag that names it."""
     return (args.base_ckpt, "--base_ckpt") if args.merged is None else (args.merged, "--merged")

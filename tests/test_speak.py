@@ -12,12 +12,14 @@ import soundfile
 from higgs_ds import speak_cli, speak_flags
 from higgs_ds.cli import main
 from higgs_ds.codec.load import load_codec
+from higgs_ds.config import BASE_NAMES
 from higgs_ds.corpus.chatml import speech_messages
 from higgs_ds.model import speaker as speaking
 from higgs_ds.model import stop_rules
 from higgs_ds.model.base_checkpoint import open_base
 from higgs_ds.model.speaker import Sampling, Speaker
 from tests.conftest import SPEECH
+from tests.model.test_adapter_file import write_adapter
 
 CLIP = SPEECH.parent / json.loads(SPEECH.read_text().splitlines()[0])["audio"]
 
@@ -101,6 +103,28 @@ def test_what_cannot_be_spoken_is_one_line_before_anything_is_loaded(
     assert code == 2 and len(lines) == 1 and words in lines[0], lines
     assert (tmp_path / "there.wav").read_bytes() == b"kept"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["boson", "folder.wav", "odd", "there.wav"]
+
+
+@pytest.mark.parametrize("verb", ["generate", "recite", "merge"])
+def test_an_adapter_of_another_base_is_refused_before_that_is_had(verb, said, tiny_config, tmp_path, monkeypatch):
+    def fetched(*_, **__):
+        raise AssertionError("the base was looked for")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetched)
+    other = {"base_model_name_or_path": BASE_NAMES[1], "revision": "f" * 40}
+    (tmp_path / "a").mkdir()
+    adapter = write_adapter(tmp_path / "a", tiny_config, **other)
+    flags = {
+        "generate": ["--text", "Hello.", "--output_file", tmp_path / "a.wav"],
+        "recite": ["--train_manifest", SPEECH, "--output_dir", tmp_path / "out"],
+        "merge": ["--layout", "boson", "--output_dir", tmp_path / "out"],
+    }[verb]
+    code, lines = said(verb, "--adapter", adapter, *flags)
+    assert code == 2 and len(lines) == 1 and f"--base_revision {'f' * 40} loads that; --other_base" in lines[0], lines
+    code, lines = said(verb, "--adapter", tmp_path, *flags)
+    assert code == 2 and lines == [f"--adapter: {tmp_path} holds no adapter_config.json"]
+    with pytest.raises(AssertionError, match="the base was looked for"):
+        said(verb, "--adapter", adapter, "--base_revision", "f" * 40, *flags)
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,17 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
+from higgs_ds.config import BASE_NAMES, DEFAULT_BASE, DEFAULT_BASE_REVISION
 from higgs_ds.errors import ConfigError
-from higgs_ds.model.adapter_file import CONFIG, WEIGHTS, check_base, read_adapter, read_adapter_config, same_base
+from higgs_ds.model.adapter_file import (
+    CONFIG,
+    WEIGHTS,
+    check_base,
+    read_adapter,
+    read_adapter_config,
+    revision_for,
+    same_base,
+)
 from higgs_ds.model.load_layout import adaptable_modules
 
 
@@ -255,6 +264,15 @@ def test_another_base_is_refused(adapter, tmp_path, monkeypatch):
     check_base(config, "b/ase", "one")
     with pytest.raises(ConfigError, match="b/ase at one'.* is 'b/ase at two'"):
         check_base(config, "b/ase", "two")
+    for name in BASE_NAMES:  # no revision means the pinned one
+        edit(adapter, base_model_name_or_path=name, revision="f" * 40)
+        config = read_adapter_config(adapter)
+        for base, revision in ((DEFAULT_BASE, None), (BASE_NAMES[1], None), (DEFAULT_BASE, DEFAULT_BASE_REVISION)):
+            with pytest.raises(ConfigError, match=f"--base_revision {'f' * 40} loads that; --other_base"):
+                check_base(config, base, revision)
+        check_base(config, DEFAULT_BASE, "f" * 40)
+    edit(adapter, revision=DEFAULT_BASE_REVISION)
+    check_base(read_adapter_config(adapter), DEFAULT_BASE, None)
     edit(adapter, base_model_name_or_path=None)
     check_base(read_adapter_config(adapter), "anything", "two")
 
@@ -268,3 +286,22 @@ def test_the_same_base_under_other_names(tmp_path, monkeypatch):
     cached = "/home/a/hub/models--bosonai--higgs-tts-2-3b-base/snapshots/0123"
     assert same_base("bosonai/higgs-tts-2-3b-base", cached)
     assert not same_base("runs/base", "runs/other") and not same_base("a/b", "/a/b")
+    assert same_base(cached, f"/elsewhere{cached}/") and not same_base(cached, cached.replace("0123", "4567"))
+
+
+def test_the_revision_of_a_base_is_what_the_adapter_was_trained_on(adapter, tmp_path):
+    edit(adapter, revision="one")
+    config = read_adapter_config(adapter)
+    assert revision_for(config, "b/ase", None) == "one" and revision_for(config, "b/ase", "two") == "two"
+    assert revision_for(config, "o/ther", None) is None and revision_for(config, str(tmp_path), None) is None
+    assert revision_for(config, DEFAULT_BASE, None) == revision_for(None, DEFAULT_BASE, None) == DEFAULT_BASE_REVISION
+    for revision in ("one", "two"):  # the snapshots in the hub's cache are folders
+        (tmp_path / f"models--b--ase/snapshots/{revision}").mkdir(parents=True)
+    check_base(config, str(tmp_path / "models--b--ase/snapshots/one"), None)
+    with pytest.raises(ConfigError, match="trained on 'b/ase at one', --base_ckpt is .*"):
+        check_base(config, str(tmp_path / "models--b--ase/snapshots/two"), None)
+    edit(adapter, base_model_name_or_path=str(tmp_path / "models--b--ase/snapshots/two"), revision=None)
+    config = read_adapter_config(adapter)
+    assert revision_for(config, "b/ase", None) == "two"
+    with pytest.raises(ConfigError, match="--base_revision two loads that"):
+        check_base(config, "b/ase", "one")

@@ -21,6 +21,7 @@ from .speak_flags import (
     refuse,
     sampling_of,
     sampling_problems,
+    text_problems,
     texts_of,
     voice_flags,
     voice_problems,
@@ -76,6 +77,7 @@ def run_generate(args: argparse.Namespace) -> int:
     problems = [*voice_problems(args), *sampling_problems(args)]
     _take_speaker(args, problems)
     texts = texts_of(args, problems)
+    problems += text_problems(args, texts)
     outputs = _outputs(args, texts, problems)
     ref = reference_clip(args, problems)
     refuse(problems)
@@ -122,6 +124,7 @@ def run_recite(args: argparse.Namespace) -> int:
     if sampled and rules != ["boson"]:
         problems.append("--stop: the rules are compared on the likeliest codes; leave the sampler out, or take boson")
     wanted = [(where, text) for where, text in texts_of(args, problems) if text] if args.texts else None
+    problems += text_problems(args, [])
     ref = reference_clip(args, problems)
     ask_writable(args.output_dir, "--output_dir", problems)
     refuse(problems)
@@ -206,7 +209,8 @@ def _take_speaker(args: argparse.Namespace, problems: list[str]) -> None:
 
     if args.speaker is None and args.train_manifest is None:
         return
-    if args.speaker is None or args.train_manifest is None or args.ref_audio or args.ref_text:
+    given = args.ref_audio is not None or args.ref_text is not None
+    if args.speaker is None or args.train_manifest is None or given:
         problems.append("--speaker, --train_manifest: one needs the other, and they stand in the place of --ref_audio")
         return
     try:

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import math
 import os
+import unicodedata
 from pathlib import Path
 
 from .config import DEFAULT_BASE, DEFAULT_CODEC
@@ -124,6 +125,26 @@ def sampling_problems(args: argparse.Namespace) -> list[str]:
     return problems
 
 
+def says_something(text: str) -> bool:
+    """Whether a text holds more than blanks, control characters and such as have no width (U+200B, U+FEFF)."""
+    return not all(unicodedata.category(char) in ("Cc", "Cf", "Zs", "Zl", "Zp") for char in text)
+
+
+def text_problems(args: argparse.Namespace, texts: list[tuple[str, str]]) -> list[str]:
+    """What can be said of the texts without a tokenizer, each with its flag or line."""
+    asked = [*texts, *([("--scene", args.scene)] if args.scene else [])]
+    asked += [("--ref_text", args.ref_text)] if args.ref_text is not None else []
+    problems = []
+    for where, text in asked:
+        if not says_something(text):
+            problems.append(f"{where}: is empty")
+        elif "\0" in text:
+            problems.append(f"{where}: holds a NUL character; take it out")
+        elif not _is_text(text):
+            problems.append(f"{where}: holds half a surrogate pair, which is not a character")
+    return problems
+
+
 def texts_of(args: argparse.Namespace, problems: list[str]) -> list[tuple[str, str]]:
     """(where it stands, text) of what is to be spoken."""
     if not args.texts:
@@ -139,7 +160,7 @@ def texts_of(args: argparse.Namespace, problems: list[str]) -> list[tuple[str, s
     except (OSError, ValueError) as error:
         problems.append(f"--texts: {str(args.texts)[:200]} cannot be read: {reason_of(error)}")
         return []
-    while lines and not lines[-1].strip():
+    while lines and not says_something(lines[-1]):
         lines.pop()
     if not lines:
         problems.append(f"--texts: {args.texts} holds no text; put one on each line")
@@ -196,11 +217,11 @@ def prompt_options(args: argparse.Namespace, ref) -> dict:
 
 
 def check_prompts(args: argparse.Namespace, texts: list[tuple[str, str]], prompts: list) -> None:
-    """Asks of what is to be spoken what a row of a manifest is asked.
+    """Asks of what is to be spoken what a row of a manifest is asked, after `text_problems`.
 
     Raises:
-        ConfigError: with the flag or the line whose text is empty, holds control tokens, or is too long together with
-            the reference clip.
+        ConfigError: with the flag or the line whose text holds control tokens, or is too long together with the
+            reference clip.
     """
     from .batching.collate import tokenize
     from .corpus.audio import duration_sec
@@ -217,9 +238,7 @@ def check_prompts(args: argparse.Namespace, texts: list[tuple[str, str]], prompt
     asked = [*texts, *((f"--{name}", text) for name in ("scene", "ref_text") if (text := getattr(args, name)))]
     problems = []
     for where, text in asked:
-        problem = "is empty" if not text.strip() else find_control(text, controls)
-        problem = problem or (None if _is_text(text) else "holds half a surrogate pair, which is not a character")
-        if problem:
+        if problem := find_control(text, controls):
             problems.append(f"{where}: {problem}")
     # A clip's frames stand in the place of its one token.
     clips = [piece for turn in (prompts[0] if prompts else ()) for piece in turn.content if not isinstance(piece, str)]

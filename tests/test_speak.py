@@ -59,6 +59,10 @@ def test_the_names_that_the_parser_knows_are_those_that_there_are():
     ("flags", "words"),
     [
         (["--text", " "], "--text: is empty"),
+        (["--text", "\u200b \ufeff"], "--text: is empty"),
+        (["--text", "a\0b"], "--text: holds a NUL character"),
+        (["--ref_audio", str(CLIP), "--ref_text", ""], "--ref_text: is empty"),
+        (["--text", " ", "--base_ckpt", "no/where"], "--text: is empty"),
         (["--text", "a <|eot_id|> b"], "--text: holds <|eot_id|>"),
         (["--text", "a <|AUDIO_OUT|>"], "--text: holds <|AUDIO_OUT|>, which stands for a clip"),
         (["--text", "a \udcff"], "--text: holds half a surrogate pair"),
@@ -132,6 +136,9 @@ def test_an_adapter_of_another_base_is_refused_before_that_is_had(verb, said, ti
     [
         (b"", "holds no text"),
         (b"one\n\nthree\n", "t.txt:2: is empty"),
+        ("one\n\u200b\ufeff\nthree".encode(), "t.txt:2: is empty"),
+        ("\ufeff\n\u200b\n".encode(), "holds no text"),
+        (b"one\na\0b\n", "t.txt:2: holds a NUL character"),
         (b"one\n<|eot_id|>\n", "t.txt:2: holds <|eot_id|>"),
         (b"\xff\xfe", "is not UTF-8"),
         (None, "cannot be read: No such file"),

@@ -113,7 +113,7 @@ def run_export(args: argparse.Namespace) -> int:
     revision = revision_for(lora, base_name, given)
     if not args.other_base:
         check_base(lora, base_name, revision)
-    folder = locate_checkpoint(base_name, revision)
+    folder = locate_checkpoint(base_name, revision, weights=False)
     adapter = read_adapter(args.adapter, adaptable_modules(read_checkpoint_config(folder)), lora)
     output_dir = args.output_dir or args.adapter.with_name(f"{args.adapter.resolve().name}-{TRANSFORMERS}")
     refuse_existing(output_dir)

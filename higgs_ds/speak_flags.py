@@ -231,7 +231,7 @@ def check_prompts(args: argparse.Namespace, texts: list[tuple[str, str]], prompt
     from .model.layouts import layout_of
 
     name, flag = base_of(args)
-    folder = locate_checkpoint(name, args.base_revision, flag)
+    folder = locate_checkpoint(name, args.base_revision, flag, weights=False)
     layout_of(folder, flag)  # a folder without a config.json has no tokenizer either, which says less
     tokenizer = load_tokenizer(folder, flag)
     controls = control_tokens(tokenizer)

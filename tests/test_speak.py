@@ -109,6 +109,25 @@ def test_what_cannot_be_spoken_is_one_line_before_anything_is_loaded(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["boson", "folder.wav", "odd", "there.wav"]
 
 
+def test_weights_are_had_last_and_by_export_never(said, codec_dir, tiny_dir, tiny_config, tmp_path, monkeypatch):
+    asked = []
+
+    def snapshot_download(name, *, revision, allow_patterns):
+        asked.append((name, revision, "*.safetensors" in allow_patterns))
+        return str(tiny_dir)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    (tmp_path / "a").mkdir()
+    adapter = write_adapter(tmp_path / "a", tiny_config, revision="one")
+    flags = ["--base_ckpt", "b/ase", "--adapter", adapter, "--codec", codec_dir, "--output_file", tmp_path / "a.wav"]
+    assert said("generate", *flags, "--text", "a <|eot_id|>")[0] == 2
+    assert said("generate", *flags, "--text", "Hello.", "--max_new_tokens", 10)[0] == 0
+    assert asked == [("b/ase", "one", False), ("b/ase", "one", False), ("b/ase", "one", True)]
+    asked.clear()
+    assert said("export", "--adapter", adapter, "--layout", "transformers")[0] == 0
+    assert asked == [("b/ase", "one", False)]
+
+
 @pytest.mark.parametrize("verb", ["generate", "recite", "merge"])
 def test_an_adapter_of_another_base_is_refused_before_that_is_had(verb, said, tiny_config, tmp_path, monkeypatch):
     def fetched(*_, **__):

@@ -67,8 +67,13 @@ def open_base(name_or_path: str, revision: str | None = None, flag: str = "--bas
     return BaseCheckpoint(name_or_path, revision, folder, layout, config, tokenizer, facts, tuple(notes), flag)
 
 
-def locate_checkpoint(name_or_path: str, revision: str | None = None, flag: str = "--base_ckpt") -> Path:
+def locate_checkpoint(
+    name_or_path: str, revision: str | None = None, flag: str = "--base_ckpt", *, weights: bool = True
+) -> Path:
     """The folder of a base checkpoint; a hub id is downloaded (safetensors, JSON and tokenizer files only).
+
+    Args:
+        weights: whether they are needed too; without them it is a matter of megabytes.
 
     Raises:
         ConfigError: neither a folder nor a hub id that can be had.
@@ -87,7 +92,7 @@ def locate_checkpoint(name_or_path: str, revision: str | None = None, flag: str 
     from huggingface_hub import snapshot_download
 
     revision = revision_of(name_or_path, revision)
-    patterns = ["*.json", "*.safetensors", "tokenizer*", "*.txt"]
+    patterns = ["*.json", "tokenizer*", "*.txt", *(["*.safetensors"] if weights else [])]
     try:
         return Path(snapshot_download(name_or_path, revision=revision, allow_patterns=patterns))
     except (OSError, ValueError) as error:

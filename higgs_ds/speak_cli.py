@@ -97,7 +97,12 @@ def run_generate(args: argparse.Namespace) -> int:
         at = f"[{number}/{len(outputs)}] " if len(outputs) > 1 else ""
         if answer.codes is None or answer.codes.shape[1] == 0:
             silent += 1
-            say(f"{at}{output}: the model ended its answer without a frame of audio; nothing was written", error=True)
+            why = "the model ended its answer without a frame of audio"
+            if not answer.ended:
+                why = (
+                    f"cut off at --max_new_tokens {sampling.max_new_tokens}, before the first frame of audio; give more"
+                )
+            say(f"{at}{output}: {why}; nothing was written", error=True)
             continue
         try:
             write_sound(output, speaker.decode(answer.codes), speaker.codec.sample_rate)

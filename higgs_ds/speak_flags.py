@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 import os
 import unicodedata
 from pathlib import Path
@@ -103,7 +102,7 @@ def sampling_of(args: argparse.Namespace):
 def sampling_problems(args: argparse.Namespace) -> list[str]:
     """Numbers out of their range, and what excludes each other."""
     rules = {
-        "temperature": (lambda v: math.isfinite(v) and 0 <= v <= 100, "must be 0 to 100"),
+        "temperature": (lambda v: v == 0 or 0.001 <= v <= 100, "must be 0, or 0.001 to 100"),
         "top_k": (lambda v: 1 <= v <= MOST_TOKENS, f"must be 1 to {MOST_TOKENS}"),
         "top_p": (lambda v: 0 < v <= 1, "must be above 0 and at most 1"),
         "seed": (lambda v: 0 <= v < 1 << 63, "must be 0 to 2^63 - 1"),

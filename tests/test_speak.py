@@ -69,8 +69,9 @@ def test_the_names_that_the_parser_knows_are_those_that_there_are():
         (["--scene", "<|scene_desc_end|>"], "--scene: holds <|scene_desc_end|>"),
         (["--max_row_tokens", "5"], "--text: the prompt takes"),
         (["--max_row_tokens", "120", "--ref_audio", str(CLIP), "--ref_text", "x"], "--text: the prompt takes 1"),
-        (["--temperature", "nan"], "--temperature: nan must be 0 to 100"),
-        (["--temperature", "-1"], "--temperature: -1.0 must be 0 to 100"),
+        (["--temperature", "nan"], "--temperature: nan must be 0, or 0.001 to 100"),
+        (["--temperature", "-1"], "--temperature: -1.0 must be 0, or 0.001 to 100"),
+        (["--temperature", "1e-40"], "--temperature: 1e-40 must be 0, or 0.001 to 100"),
         (["--top_p", "0"], "--top_p: 0.0 must be above 0"),
         (["--top_k", "0"], "--top_k: 0 must be 1 to"),
         (["--seed", str(1 << 70)], "--seed: "),
@@ -280,6 +281,24 @@ def test_each_stop_rule_is_its_stacks(untrained):
     assert found["transformers"] == (16, True, False)  # codebook k is forced at step 16 + k
     never = endings(untrained, {})
     assert all(not ended for _, ended, _ in never.values())
+
+
+def test_an_answer_that_is_cut_off_before_its_first_frame_is_none(untrained, voice, said, tmp_path):
+    """Eight codebooks begin one after the other, and BOS stands before them."""
+    messages, _ = speech_messages("Hello.", None)
+    for most in range(1, 12):
+        answer = untrained.speak(messages, [], Sampling(max_new_tokens=most), force_audio=True)
+        assert (answer.codes.shape, answer.ended) == ((8, max(0, most - 9)), False), most
+    text = untrained.speak(messages, [], Sampling(max_new_tokens=1), force_audio=False)
+    assert (text.codes, text.ended) == (None, False)
+    file = tmp_path / "a.wav"
+    code, lines = said("generate", *voice, "--text", "Hello.", "--output_file", file, "--max_new_tokens", 5)
+    words = "cut off at --max_new_tokens 5, before the first frame of audio; give more; nothing was written"
+    assert code == 1 and lines == [f"{file}: {words}"] and not file.exists()
+    (tmp_path / "t.txt").write_text(json.loads(SPEECH.read_text().splitlines()[0])["text"])
+    flags = [*voice, "--train_manifest", SPEECH, "--output_dir", tmp_path / "out", "--texts", tmp_path / "t.txt"]
+    code, lines = said("recite", *flags, "--max_new_tokens", 5)
+    assert code == 0 and "(never ended by itself: boson, transformers, vllm)" in lines[0]
 
 
 def test_a_rule_does_not_outlive_an_error(untrained):

@@ -170,7 +170,7 @@ class Speaker:
         kinds = ("input_ids", "attention_mask", "audio_out_ids", "audio_out_ids_start")
         names = (*kinds, "audio_in_ids", "audio_in_ids_start")
         with stopping(self.model, stop) as ending:
-            _, sequences = self.model.generate(
+            said, sequences = self.model.generate(
                 **{name: inputs[name] for name in names},
                 use_cache=True,
                 stop_strings=STOP_STRINGS,
@@ -178,14 +178,21 @@ class Speaker:
                 **sampling.as_kwargs(),
             )
         if not sequences:
-            return Answer(None)
-        stream = sequences[-1]  # [codebooks, frames], BOS first, EOS last, delayed
+            return Answer(None, said.shape[1] - len(input_ids) < sampling.max_new_tokens)
+        codes, ended = self._codes_of(sequences[-1])
+        return Answer(codes.cpu().numpy().astype(np.int16), ended, ending.rules_agree)
+
+    def _codes_of(self, stream: torch.Tensor) -> tuple[torch.Tensor, bool]:
+        """Codes [codebooks, frames] of a stream [codebooks, columns] with BOS first and EOS last, delayed; whether it
+        ended by itself."""
+        delay = len(stream) - 1 if self.facts.use_delay_pattern else 0
+        if stream.shape[1] < delay + 2:  # cut off before the last codebook had begun
+            return stream[:, :0], False
         # Upstream ends with what the last codebook says, EOS or not.
         ended = bool((stream[: max(1, len(stream) - 1), -1] == self.facts.stream_eos).all())
-        if self.facts.use_delay_pattern:
+        if delay:
             stream = revert_delay_pattern(stream)
-        codes = stream.clip(0, self.facts.codebook_size - 1)[:, 1:-1]
-        return Answer(codes.cpu().numpy().astype(np.int16), ended, ending.rules_agree)
+        return stream.clip(0, self.facts.codebook_size - 1)[:, 1:-1], ended
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
         """Waveform of codes, float32 [samples]; ids that the codec does not know are taken as its last."""

@@ -14,10 +14,12 @@ from pathlib import Path
 
 import torch
 from boson_multimodal.model.higgs_audio import HiggsAudioConfig
+from transformers import PreTrainedTokenizerFast
 
 from ..errors import ConfigError, reason_of
 from ..files import name_beside
 from .adapter_file import Adapter
+from .base_checkpoint import DTYPES, check_tokenizer, load_tokenizer
 from .layout_config import read_checkpoint_config, token_ids, transformers_config, without_private
 from .layouts import BOSON, TRANSFORMERS, layout_of, name_in, read_json
 from .load_layout import check_weights
@@ -39,24 +41,27 @@ SAMPLED_TENSORS = 12  # of the merged and of the others, read back and computed 
 
 @dataclass(frozen=True)
 class Base:
-    """A base checkpoint whose weights were checked."""
+    """A base checkpoint whose weights and tokenizer were checked."""
 
     folder: Path
     layout: str
     config: HiggsAudioConfig
     stored: dict[str, Stored]  # by boson_multimodal's names, in the model's order
     notes: list[str]  # what is to be mentioned
+    tokenizer: PreTrainedTokenizerFast
 
     @classmethod
     def open(cls, folder: Path) -> Base:
         """A folder in either layout.
 
         Raises:
-            ConfigError: a config or weights that no such model has, each named.
+            ConfigError: a config, weights or a tokenizer that no such model has, each named.
         """
         config = read_checkpoint_config(folder)
         stored, notes = check_weights(folder, config)
-        return cls(folder, layout_of(folder), config, stored, notes)
+        tokenizer = load_tokenizer(folder)
+        check_tokenizer(folder, tokenizer, config)
+        return cls(folder, layout_of(folder), config, stored, notes, tokenizer)
 
 
 def merge(
@@ -106,6 +111,7 @@ def merge(
                 lambda tensor: _merged_rows(base.stored[by_name[tensor.name]], by_name[tensor.name], adapter, tensor),
             )
             prove(base, adapter, beside, layout, planned)
+            prove_tokenizer(base, beside)
             os.replace(beside, output_dir)
         except BaseException:
             shutil.rmtree(beside, ignore_errors=True)
@@ -117,8 +123,6 @@ def merge(
 
 def _plan(base: Base, layout: str, dtype: str | None) -> dict[str, Planned]:
     """What is written, in the order of the model, by boson_multimodal's names."""
-    from .base_checkpoint import DTYPES
-
     return {
         name: Planned(name_in(layout, name), one.shape, DTYPES[dtype] if dtype else DTYPES_BY_NAME[one.dtype])
         for name, one in base.stored.items()
@@ -228,6 +232,16 @@ def prove(
                 break
     refuse(problems, where)
     return len(_spread(changed)), len(_spread(others))
+
+
+def prove_tokenizer(base: Base, folder: Path) -> None:
+    """Loads the tokenizer of a written folder. Raises ConfigError where it is not the base's, token for token."""
+    was, now = base.tokenizer, load_tokenizer(folder, "--output_dir")
+    if was.get_vocab() != now.get_vocab() or was.special_tokens_map != now.special_tokens_map:
+        raise ConfigError(
+            [f"--output_dir: {folder}: its tokenizer is not the base's; {base.folder} needs files that are not copied"]
+        )
+    check_tokenizer(folder, now, base.config, "--output_dir")
 
 
 def _spread(names: list[str]) -> list[str]:

@@ -19,7 +19,7 @@ from higgs_ds.model.adapter_names import WHOLE_MODULES
 from higgs_ds.model.layout_config import read_checkpoint_config
 from higgs_ds.model.layouts import transformers_name
 from higgs_ds.model.load_layout import adaptable_modules, load_checkpoint, wanted_weights
-from higgs_ds.model.merge import Base, merge, prove
+from higgs_ds.model.merge import Base, merge, prove, prove_tokenizer
 from higgs_ds.model.modules import DEFAULT_LORA_TARGETS
 from higgs_ds.model.weight_files import Planned, shards, weight_headers, write_checkpoint_weights
 from tests.model.test_adapter_file import edit, write_adapter
@@ -194,6 +194,32 @@ def test_wrong_bases_are_listed_by_their_own_names(merged, tmp_path, capsys):
     assert "extra weight embed_tokens.weight [2]" in said[1]
     assert "weight model.norm.weight has shape [3], the model needs [64]" in said[2]
     assert "without text_lm_head.weight it speaks in transformers alone, and cannot be trained" in said[3]
+
+
+@pytest.mark.parametrize("layout", ["boson", "transformers"])
+@pytest.mark.parametrize("gone", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_base_without_its_tokenizer_is_not_merged(gone, layout, tiny_dir, tmp_path, capsys):
+    base = shutil.copytree(tiny_dir, tmp_path / "base")
+    (base / gone).unlink()
+    flags = ("--base_ckpt", base, "--layout", layout, "--output_dir", tmp_path / "out")
+    code, said = run(capsys, "merge", *flags)
+    assert code == 2 and said[0].startswith(f"--base_ckpt: {base}") and "tokenizer" in said[0], said
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_that_is_not_copied_whole_is_found(tiny_dir, tmp_path, capsys, monkeypatch):
+    flags = ("--base_ckpt", tiny_dir, "--layout", "boson", "--output_dir", tmp_path / "out")
+    monkeypatch.setattr("higgs_ds.model.merge.TOKENIZER_FILES", ("tokenizer_config.json",))
+    code, said = run(capsys, "merge", *flags)
+    assert code == 2 and "--output_dir: " in said[0] and "the tokenizer cannot be loaded" in said[0]
+    assert not (tmp_path / "out").exists()
+    base, other = Base.open(tiny_dir), shutil.copytree(tiny_dir, tmp_path / "other")
+    prove_tokenizer(base, other)
+    state = json.loads((other / "tokenizer.json").read_text())
+    state["added_tokens"][-1]["content"] = "another"
+    (other / "tokenizer.json").write_text(json.dumps(state))
+    with pytest.raises(ConfigError, match="its tokenizer is not the base's"):
+        prove_tokenizer(base, other)
 
 
 def test_wrong_arguments_are_one_line_before_the_base_is_looked_for(adapter_dir, tiny_dir, tmp_path, capsys):

@@ -15,10 +15,17 @@ from pathlib import Path
 from .errors import reason_of
 from .process import say
 
+LONGEST_NAME = 255  # bytes of a file's name, of every file system that one is likely to meet
+
 
 def name_beside(path: Path) -> Path:
-    """What `replacing` writes to meanwhile: of this process alone, as the ids of two hosts' processes may be equal."""
-    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    """What `replacing` writes to meanwhile: of this process alone, as the ids of two hosts' processes may be equal.
+
+    As long a name as `path` may have, it is cut to fit.
+    """
+    ending = f".{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    stem = os.fsencode(path.name)[: LONGEST_NAME - 1 - len(ending)].decode("utf-8", "ignore")
+    return path.with_name(f".{stem}{ending}")
 
 
 @contextlib.contextmanager

@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 
 from .errors import ConfigError, ExitCode, first_of, reason_of
-from .files import name_beside
 from .process import say
 from .speak_flags import (
     MOST_TOKENS,
@@ -202,7 +201,7 @@ def _outputs(args: argparse.Namespace, texts: list[tuple[str, str]], problems: l
             more = f" and {len(there) - 1} more" if len(there) > 1 else ""
             problems.append(f"{flag}: {there[0]}{more} exists and is kept; --overwrite writes over it")
         for path in outputs[:1]:
-            name_beside(path).exists()  # a name too long is found here
+            path.exists()  # a name too long is found here
     except (OSError, ValueError) as error:
         problems.append(f"{flag}: {str(outputs[0])[:200]} cannot be written: {reason_of(error)}")
     return outputs

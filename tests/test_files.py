@@ -21,6 +21,12 @@ def test_a_file_and_a_folder_are_replaced_whole(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
 
 
+@pytest.mark.parametrize("name", ["n" * 251 + ".wav", "ü" * 125 + ".flac", "\udcff" * 240])
+def test_a_name_as_long_as_may_be_is_written_to(name, tmp_path):
+    write_text(tmp_path / name, "text")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 def test_a_write_that_fails_leaves_what_was_there(tmp_path):
     file = tmp_path / "file"
     write_text(file, "before")

@@ -50,6 +50,41 @@ def replacing(path: Path, *, synced: bool = True) -> Iterator[Path]:
         _remove(beside)
 
 
+@contextlib.contextmanager
+def filling(folder: Path) -> Iterator[Path]:
+    """A folder to write to, whose content is that of `folder`, which is not there or empty, once the block is through.
+
+    A new `folder` appears in one step. One that is there is filled from within, its config.json last: it may be the
+    root of a disk, or where a shell stands. A block that raises leaves nothing. Raises OSError.
+    """
+    is_there = folder.is_dir()
+    beside = name_beside(folder / folder.name if is_there else folder)
+    try:
+        beside.mkdir(parents=True)
+        yield beside
+        for file in (p for p in sorted(beside.rglob("*")) if p.is_file()):
+            sync(file)
+        if is_there:
+            _move_up(beside, folder)
+        else:
+            os.replace(beside, folder)
+    finally:
+        _remove(beside)
+
+
+def _move_up(beside: Path, folder: Path) -> None:
+    """All or nothing, where nothing but the disk itself fails."""
+    moved: list[Path] = []
+    try:
+        for file in sorted(beside.iterdir(), key=lambda file: (file.name.endswith("config.json"), file.name)):
+            os.replace(file, folder / file.name)
+            moved.append(folder / file.name)
+    except OSError:
+        for file in moved:
+            _remove(file)
+        raise
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a file whole, UTF-8. Raises OSError."""
     with replacing(path) as beside:

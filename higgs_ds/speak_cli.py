@@ -6,6 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
+from . import flag_types
 from .errors import ConfigError, ExitCode, first_of, reason_of
 from .process import say
 from .speak_flags import (
@@ -37,9 +38,9 @@ def add_generate(verbs) -> None:
     prompt_flags(parser)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--text")
-    what.add_argument("--texts", type=Path, metavar="FILE", help="one text a line; needs --output_dir")
-    parser.add_argument("--output_file", type=Path, help=f"its ending is its format: {', '.join(ENDINGS)}")
-    parser.add_argument("--output_dir", type=Path, help="for --texts: 0001.wav and so on, by their lines")
+    what.add_argument("--texts", type=flag_types.path, metavar="FILE", help="one text a line; needs --output_dir")
+    parser.add_argument("--output_file", type=flag_types.path, help=f"its ending is its format: {', '.join(ENDINGS)}")
+    parser.add_argument("--output_dir", type=flag_types.path, help="for --texts: 0001.wav and so on, by their lines")
     parser.add_argument("--format", choices=ENDINGS, default="wav", help="of the files of --texts (default: wav)")
     parser.add_argument("--overwrite", action="store_true", help="write over outputs that exist")
     parser.add_argument("--speaker", help="speak with a clip of this speaker of --train_manifest as the reference")
@@ -54,8 +55,9 @@ def add_recite(verbs) -> None:
     voice_flags(parser)
     prompt_flags(parser)
     parser.add_argument("--train_manifest", required=True)
-    parser.add_argument("--texts", type=Path, metavar="FILE", help="recite the rows alone that speak one of its lines")
-    parser.add_argument("--output_dir", type=Path, required=True)
+    texts_help = "recite the rows alone that speak one of its lines"
+    parser.add_argument("--texts", type=flag_types.path, metavar="FILE", help=texts_help)
+    parser.add_argument("--output_dir", type=flag_types.path, required=True)
     parser.add_argument(
         "--stop",
         nargs="+",

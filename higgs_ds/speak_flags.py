@@ -8,6 +8,7 @@ import os
 import unicodedata
 from pathlib import Path
 
+from . import flag_types
 from .config import DEFAULT_BASE, DEFAULT_CODEC
 from .corpus.chatml import PROMPT_STYLES
 from .errors import ConfigError, reason_of
@@ -21,12 +22,13 @@ LONGEST_TEXTS = 1 << 24  # bytes of --texts
 
 def voice_flags(parser: argparse.ArgumentParser) -> None:
     """Base, adapter or merged folder, codec and dtype."""
-    parser.add_argument("--base_ckpt", help=f"default: {DEFAULT_BASE}")
+    parser.add_argument("--base_ckpt", type=flag_types.name, help=f"default: {DEFAULT_BASE}")
     parser.add_argument("--base_revision")
-    parser.add_argument("--adapter", help="folder of a PEFT adapter (default: speak with the base alone)")
-    parser.add_argument("--merged", metavar="FOLDER", help="a merged folder of either layout, in place of the two")
+    parser.add_argument("--adapter", type=flag_types.name, help="folder of a PEFT adapter (default: the base alone)")
+    merged_help = "a merged folder of either layout, in place of the two"
+    parser.add_argument("--merged", type=flag_types.name, metavar="FOLDER", help=merged_help)
     parser.add_argument("--other_base", action="store_true", help="the adapter was trained on another base")
-    parser.add_argument("--codec", default=DEFAULT_CODEC)
+    parser.add_argument("--codec", type=flag_types.name, default=DEFAULT_CODEC)
     parser.add_argument("--codec_revision")
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="default: bf16 on a GPU, fp32 on the CPU")
 
@@ -35,7 +37,7 @@ def prompt_flags(parser: argparse.ArgumentParser) -> None:
     """Prompt, reference and sampler."""
     parser.add_argument("--prompt_style", choices=PROMPT_STYLES, help="default: what the voice was trained on")
     parser.add_argument("--scene", help="scene description for the system message")
-    parser.add_argument("--ref_audio", type=Path, help="a clip of the voice to speak with; needs --ref_text")
+    parser.add_argument("--ref_audio", type=flag_types.path, help="a clip of the voice to speak with; needs --ref_text")
     parser.add_argument("--ref_text", help="what is said in --ref_audio")
     parser.add_argument(
         "--sampler", choices=SAMPLERS, help="greedy (default); boson: its engine's defaults; served: vllm-omni's"
@@ -57,7 +59,7 @@ def voice_problems(args: argparse.Namespace) -> list[str]:
     """Fills the base; what does not go together."""
     given = [f"--{name}" for name in ("base_ckpt", "base_revision", "adapter", "other_base") if getattr(args, name)]
     if args.merged is None:
-        args.base_ckpt = args.base_ckpt or DEFAULT_BASE
+        args.base_ckpt = DEFAULT_BASE if args.base_ckpt is None else args.base_ckpt
         return []
     if given:
         return [f"--merged: is base and adapter in one; leave {', '.join(given)} out"]
@@ -170,6 +172,9 @@ def ask_writable(folder: Path, flag: str, problems: list[str], *, make: bool = T
     """Whether files can be written there; with `make`, a folder that is yet to be made is asked of the one above."""
     try:
         while make and not folder.exists() and folder != folder.parent:
+            if folder.is_symlink():
+                problems.append(f"{flag}: {folder} is a link to what is not there; name another folder")
+                return
             folder = folder.parent
         if not folder.is_dir():
             reason = "is not a folder" if folder.exists() else "is not there; make it first"

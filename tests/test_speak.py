@@ -173,6 +173,20 @@ def test_a_file_of_texts_is_checked_whole(content, words, voice, said, tmp_path,
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_that_is_a_link_to_nowhere_is_refused_before_anything_is_loaded(voice, said, tmp_path, nothing_loads):
+    (tmp_path / "t.txt").write_text("Hello.")
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    words = f"--output_dir: {tmp_path / 'link'} is a link to what is not there; name another folder"
+    for verb, more in (
+        ("generate", ["--texts", tmp_path / "t.txt", *voice[2:]]),
+        ("recite", ["--train_manifest", SPEECH, *voice[2:]]),
+        ("merge", ["--layout", "boson"]),
+    ):
+        code, lines = said(verb, *voice[:2], *more, "--output_dir", tmp_path / "link")
+        assert code == 2 and lines == [words]
+    assert not (tmp_path / "gone").exists()
+
+
 @pytest.mark.parametrize("ending", ["wav", "flac", "ogg", "mp3"])
 def test_every_text_becomes_a_file_of_its_format(ending, voice, said, tmp_path):
     """An untrained model never ends by itself; the same seed gives the same samples."""
@@ -193,6 +207,18 @@ def test_every_text_becomes_a_file_of_its_format(ending, voice, said, tmp_path):
     before = soundfile.read(files[1])[0]
     assert said("generate", *flags, "--overwrite")[0] == 0
     assert np.array_equal(before, soundfile.read(files[1])[0])
+
+
+@pytest.mark.parametrize("flag", ["base_ckpt", "adapter", "merged", "codec", "ref_audio", "output_file", "output_dir"])
+@pytest.mark.parametrize("verb", ["generate", "recite", "merge", "export"])
+def test_an_empty_word_is_no_name(verb, flag, said):
+    """pathlib takes it for the working folder, and a default must not stand in for it."""
+    known = {"merge": ("base_ckpt", "adapter", "codec", "output_dir"), "export": ("base_ckpt", "adapter", "output_dir")}
+    known["recite"] = ("base_ckpt", "adapter", "merged", "codec", "ref_audio", "output_dir")
+    if flag not in known.get(verb, [flag]):
+        return
+    code, lines = said(verb, f"--{flag}", "")
+    assert code == 2 and lines[-1].endswith(f"error: argument --{flag}: is empty; give a value, or leave it out")
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ A server that misses a weight says nothing and speaks noise, so what was written
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from boson_multimodal.model.higgs_audio import HiggsAudioConfig
 from transformers import PreTrainedTokenizerFast
 
 from ..errors import ConfigError, reason_of
-from ..files import name_beside
+from ..files import filling
 from .adapter_file import Adapter
 from .base_checkpoint import DTYPES, check_tokenizer, load_tokenizer
 from .layout_config import read_checkpoint_config, token_ids, transformers_config, without_private
@@ -79,7 +78,7 @@ def merge(
     Args:
         base: the base checkpoint.
         adapter: None rewrites the base as it is, in another layout or dtype.
-        output_dir: is made; its name appears once everything in it is proven.
+        output_dir: is made, or is empty; it is filled once everything that will be in it is proven.
         layout: of what is written.
         dtype: of its weights ("bf16", "fp16", "fp32"); None leaves each as the base has it.
         codec: hub id or folder of the audio tokenizer that transformers' processor loads.
@@ -94,10 +93,8 @@ def merge(
     """
     planned = _plan(base, layout, dtype)
     total = sum(tensor.num_bytes for tensor in planned.values())
-    beside = name_beside(output_dir)
     try:
-        beside.mkdir(parents=True)
-        try:
+        with filling(output_dir) as beside:
             free = shutil.disk_usage(beside).free
             if free < total:
                 raise ConfigError([f"--output_dir: {output_dir} needs {total:,} bytes, {free:,} are free there"])
@@ -112,10 +109,6 @@ def merge(
             )
             prove(base, adapter, beside, layout, planned)
             prove_tokenizer(base, beside)
-            os.replace(beside, output_dir)
-        except BaseException:
-            shutil.rmtree(beside, ignore_errors=True)
-            raise
     except OSError as error:
         raise ConfigError([f"--output_dir: {output_dir} cannot be written: {reason_of(error)}"]) from error
     return total

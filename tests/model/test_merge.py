@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -178,6 +179,30 @@ def test_nothing_is_overwritten_and_nothing_half_written_stays(merged, tiny_dir,
         merge(base, lora, tmp_path / "half", "boson", dtype=None, codec="a/b")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert len(weight_headers(merged / "boson").stored) == len(base.stored)
+
+
+def test_a_folder_may_be_named_in_every_way(adapter_dir, tiny_dir, tmp_path, capsys, monkeypatch):
+    """`.` and `..`, and a link to an empty folder, which stays one."""
+    base = ("--base_ckpt", tiny_dir, "--layout", "boson")
+    (tmp_path / "here" / "below").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here" / "below")
+    assert run(capsys, "merge", *base, "--output_dir", ".")[0] == 0
+    assert {path.name for path in Path.cwd().iterdir()} >= {"config.json", "README.md", "model.safetensors"}
+    code, said = run(capsys, "merge", *base, "--output_dir", "..")
+    assert code == 2 and said == ["--output_dir: .. exists; it is not overwritten"]
+    copy = shutil.copytree(adapter_dir, tmp_path / "mine")
+    (copy / "sub").mkdir()
+    for place, name in ((copy, "."), (copy / "sub", "..")):
+        monkeypatch.chdir(place)
+        assert run(capsys, "export", "--adapter", name, "--layout", "transformers")[0] == 0
+        assert (tmp_path / "mine-transformers" / WEIGHTS).is_file()
+        shutil.rmtree(tmp_path / "mine-transformers")
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to("disk")
+    flags = ("export", "--adapter", copy, "--layout", "transformers", "--output_dir", tmp_path / "link")
+    assert run(capsys, *flags)[0] == 0
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "disk" / WEIGHTS).is_file()
+    assert "exists; it is not overwritten" in run(capsys, *flags)[1][0]
 
 
 def test_wrong_bases_are_listed_by_their_own_names(merged, tmp_path, capsys):

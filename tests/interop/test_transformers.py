@@ -21,8 +21,9 @@ from higgs_ds.corpus.audio import read_audio
 from higgs_ds.corpus.manifest import AudioRef, Turn, read_manifest, speech_messages
 from higgs_ds.model.adapter_names import WHOLE_MODULES
 from higgs_ds.model.base_checkpoint import load_tokenizer
+from higgs_ds.model.config_values import DEFAULT_ROPE
 from higgs_ds.model.facts import ModelFacts
-from higgs_ds.model.layout_config import DEFAULT_ROPE, DEFAULTS, read_checkpoint_config
+from higgs_ds.model.layout_config import DEFAULTS, read_checkpoint_config
 from higgs_ds.model.layouts import transformers_name
 from higgs_ds.model.load_layout import wanted_weights
 from higgs_ds.recite import share_given_back

@@ -29,8 +29,9 @@ def add_merge(verbs) -> None:
         "--codec",
         type=flag_types.name,
         default=DEFAULT_CODEC,
-        help="audio tokenizer that transformers' processor loads: hub id or folder",
+        help="audio tokenizer that the stack loads: hub id, or folder in its layout",
     )
+    parser.add_argument("--codec_revision", help="of a codec on the hub, for the commands in README.md")
     parser.add_argument("--other_base", action="store_true", help="the adapter was trained on another base")
     parser.set_defaults(verb=run_merge)
 
@@ -80,8 +81,7 @@ def run_merge(args: argparse.Namespace) -> int:
     args.base_revision = revision_for(lora, args.base_ckpt, args.base_revision)
     if lora and not args.other_base:
         check_base(lora, args.base_ckpt, args.base_revision)
-    if args.layout == TRANSFORMERS:
-        codec_reference(args.codec)
+    codec_reference(args.codec, args.layout)
     base = Base.open(locate_checkpoint(args.base_ckpt, args.base_revision))
     adapter = read_adapter(args.adapter, adaptable_modules(base.config), lora) if lora else None
     record = read_record(args.adapter, "--adapter") if lora else None
@@ -94,7 +94,8 @@ def run_merge(args: argparse.Namespace) -> int:
             "layers merged": len(adapter.weights),
         }
     table |= record.table() if record else {}
-    where = {"base": name, "revision": revision, "layout": args.layout, "codec": args.codec, "folder": args.output_dir}
+    where = {"base": name, "revision": revision, "layout": args.layout, "folder": args.output_dir}
+    where |= {"codec": args.codec, "codec_revision": args.codec_revision}
     texts = {"README.md": merged_card(table, **where)} | ({RECORD: record_text(record)} if record else {})
     for note in base.notes:
         say(note)

@@ -247,17 +247,24 @@ def test_a_tokenizer_that_is_not_copied_whole_is_found(tiny_dir, tmp_path, capsy
         prove_tokenizer(base, other)
 
 
-def test_wrong_arguments_are_one_line_before_the_base_is_looked_for(adapter_dir, tiny_dir, tmp_path, capsys):
+def test_wrong_arguments_are_one_line_before_the_base_is_looked_for(adapter_dir, tiny_dir, codec_dir, tmp_path, capsys):
     out = ("--output_dir", tmp_path / "out", "--layout", "transformers")
     code, said = run(capsys, "merge", "--base_ckpt", "no/where", "--adapter", adapter_dir, *out)
     assert code == 2 and len(said) == 1 and "--other_base takes it all the same" in said[0]
     code, said = run(capsys, "merge", "--base_ckpt", tiny_dir, "--adapter", tmp_path, *out)
     assert code == 2 and said == [f"--adapter: {tmp_path} holds no adapter_config.json"]
-    for codec, words in (
-        (tiny_dir, "no codec in transformers' layout"),
-        ("./nowhere", "neither a folder nor a hub id"),
+    (tmp_path / "renamed").mkdir()
+    (tmp_path / "renamed/config.json").write_text('{"model_type": "higgs_audio_v2_tokenizer"}')
+    (tmp_path / "renamed/model.pth").write_text("")
+    for codec, layout, words in (
+        (tiny_dir, "transformers", "no codec in transformers' layout"),
+        ("./nowhere", "transformers", "neither a folder nor a hub id"),
+        ("./nowhere", "boson", "neither a folder nor a hub id"),
+        (tiny_dir, "boson", "no codec in Boson's layout (config.json and model.pth)"),
+        (codec_dir, "boson", "no codec in Boson's layout (config.json and model.pth)"),
+        (tmp_path / "renamed", "boson", "no codec in Boson's layout (config.json and model.pth)"),
     ):
-        code, said = run(capsys, "merge", "--base_ckpt", tiny_dir, "--codec", codec, *out)
+        code, said = run(capsys, "merge", "--base_ckpt", tiny_dir, "--codec", codec, *out[:-1], layout)
         assert code == 2 and len(said) == 1 and words in said[0]
     assert not (tmp_path / "out").exists()
 
@@ -401,10 +408,10 @@ def test_no_verb_speaks_with_an_adapter_that_is_not_whole(
     (tmp_path / "evil.py").write_text("raise SystemExit('it ran')")
     monkeypatch.syspath_prepend(tmp_path)
     copy = shutil.copytree(adapter_dir, tmp_path / "copy")
-    flags = ("--base_ckpt", tiny_dir, "--adapter", damage(copy) or copy, "--codec", codec_dir)
+    flags = ("--base_ckpt", tiny_dir, "--adapter", damage(copy) or copy)
     rest = {
         "merge": ("--layout", "boson", "--output_dir", tmp_path / "out"),
-        "generate": ("--text", "hello", "--output_file", tmp_path / "out.wav"),
+        "generate": ("--codec", codec_dir, "--text", "hello", "--output_file", tmp_path / "out.wav"),
     }
     code, said = run(capsys, verb, *flags, *rest[verb])
     assert code == 2 and any(words in line for line in said), said

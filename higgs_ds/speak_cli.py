@@ -65,6 +65,7 @@ def add_recite(verbs) -> None:
         help="whose stop rule ends a clip: codebook 0 (vllm), any codebook (transformers), the highest that says so "
         "(boson). Default: each in turn; boson alone with a sampler",
     )
+    parser.add_argument("--overwrite", action="store_true", help="write over an earlier recital in --output_dir")
     parser.add_argument("--at_least", type=float, default=0.0, help="exit 1 if a clip gives back a smaller share")
     parser.set_defaults(verb=run_recite, max_row_tokens=MOST_TOKENS)
 
@@ -133,6 +134,9 @@ def run_recite(args: argparse.Namespace) -> int:
     problems += text_problems(args, [])
     ref = reference_clip(args, problems)
     ask_writable(args.output_dir, "--output_dir", problems)
+    held = sorted(args.output_dir.glob("*.spoken.wav")) + sorted(args.output_dir.glob("recital.json"))
+    if held and not args.overwrite:
+        problems.append(f"--output_dir: {_and_more(held)} exists and is kept; --overwrite writes over it")
     refuse(problems)
     more = prompt_options(args, ref)
     rows, faults = read_manifest(args.train_manifest, prompt_style=more["prompt_style"])
@@ -200,13 +204,16 @@ def _outputs(args: argparse.Namespace, texts: list[tuple[str, str]], problems: l
         if folder := next((path for path in outputs if path.is_dir()), None):
             problems.append(f"{flag}: {folder} is a folder")
         elif (there := [path for path in outputs if os.path.lexists(path)]) and not args.overwrite:
-            more = f" and {len(there) - 1} more" if len(there) > 1 else ""
-            problems.append(f"{flag}: {there[0]}{more} exists and is kept; --overwrite writes over it")
+            problems.append(f"{flag}: {_and_more(there)} exists and is kept; --overwrite writes over it")
         for path in outputs[:1]:
             path.exists()  # a name too long is found here
     except (OSError, ValueError) as error:
         problems.append(f"{flag}: {str(outputs[0])[:200]} cannot be written: {reason_of(error)}")
     return outputs
+
+
+def _and_more(files: list[Path]) -> str:
+    return f"{files[0]} and {len(files) - 1} more" if len(files) > 1 else str(files[0])
 
 
 def _take_speaker(args: argparse.Namespace, problems: list[str]) -> None:

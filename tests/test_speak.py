@@ -346,9 +346,20 @@ def test_recite_has_a_line_for_each_stop_rule(voice, said, tmp_path):
     recitals = json.loads((tmp_path / "out/recital.json").read_text())
     assert [r["text"] for r in recitals] == texts[1:]
     assert all(set(r["endings"]) == set(stop_rules.STOP_RULES) for r in recitals)
+    before = (tmp_path / "out/recital.json").read_bytes()
+    code, lines = said("recite", *flags, "--max_new_tokens", 8)
+    assert code == 2 and lines[0].endswith("out/recital.json exists and is kept; --overwrite writes over it")
+    earlier = tmp_path / "out" / recitals[0]["file"]
+    earlier.write_bytes(b"of another voice")
+    code, lines = said("recite", *flags, "--max_new_tokens", 8)
+    assert code == 2 and lines[0].endswith(f"{earlier} and 1 more exists and is kept; --overwrite writes over it")
+    assert (tmp_path / "out/recital.json").read_bytes() == before
+    assert said("recite", *flags, "--max_new_tokens", 8, "--stop", "boson", "--overwrite")[0] == 0
+    assert not earlier.exists()  # the answers were cut off before their first frame
+    flags.append("--overwrite")
     code, lines = said("recite", *flags, "--sampler", "served", "--stop", "vllm")
     assert code == 2 and lines[0].startswith("--stop: ")
-    code, lines = said("recite", *flags[:-2], "--stop", "vllm", "--at_least", 2)
+    code, lines = said("recite", *flags, "--stop", "vllm", "--at_least", 2)
     assert code == 2 and lines == ["--at_least: 2.0 is not a share (0 to 1)"]
 
 

@@ -177,6 +177,19 @@ def test_missing_extra_misshapen_and_quantized_weights_are_refused(copy):
     assert "layers.0.mlp.up_proj.weight is I8, expected one of BF16, F16, F32: quantized" in text
 
 
+def test_a_weight_that_the_index_lists_and_no_file_holds_is_a_line(copy):
+    index_file = copy / "model.safetensors.index.json"
+    index = json.loads(index_file.read_text())
+    names = ("ghost.weight", "ghost.bias", "rotary_emb.inv_freq")  # the last of no module anyway
+    index["weight_map"] |= dict.fromkeys(names, "model-00001-of-00003.safetensors")
+    index_file.write_text(json.dumps(index))
+    lines = [
+        f"--base_ckpt: {copy}: {index_file.name} lists {name} in model-00001-of-00003.safetensors, which does not hold it"
+        for name in ("ghost.weight", "ghost.bias")
+    ]
+    assert refused(copy).splitlines() == lines
+
+
 def test_weights_that_this_family_carries_along_are_left_out_and_mentioned_once(copy):
     strays = {
         "audio_codebook_weights": torch.ones(8),

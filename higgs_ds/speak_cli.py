@@ -21,6 +21,7 @@ from .speak_flags import (
     refuse,
     sampling_of,
     sampling_problems,
+    say_unused,
     text_problems,
     texts_of,
     voice_flags,
@@ -41,7 +42,7 @@ def add_generate(verbs) -> None:
     what.add_argument("--texts", type=flag_types.path, metavar="FILE", help="one text a line; needs --output_dir")
     parser.add_argument("--output_file", type=flag_types.path, help=f"its ending is its format: {', '.join(ENDINGS)}")
     parser.add_argument("--output_dir", type=flag_types.path, help="for --texts: 0001.wav and so on, by their lines")
-    parser.add_argument("--format", choices=ENDINGS, default="wav", help="of the files of --texts (default: wav)")
+    parser.add_argument("--format", choices=ENDINGS, help="of the files of --texts (default: wav)")
     parser.add_argument("--overwrite", action="store_true", help="write over outputs that exist")
     parser.add_argument("--speaker", help="speak with a clip of this speaker of --train_manifest as the reference")
     parser.add_argument("--train_manifest", help="where --speaker is looked for")
@@ -62,7 +63,7 @@ def add_recite(verbs) -> None:
         "--stop",
         nargs="+",
         choices=STOP_RULES,
-        help="whose stop rule ends a clip: codebook 0 (vllm), any codebook (transformers), the highest that says so "
+        help="whose stop rule ends a clip: codebook 0 (vllm), any codebook (transformers), the lowest that says so "
         "(boson). Default: each in turn; boson alone with a sampler",
     )
     parser.add_argument("--overwrite", action="store_true", help="write over an earlier recital in --output_dir")
@@ -91,6 +92,7 @@ def run_generate(args: argparse.Namespace) -> int:
     speaker = open_speaker(args)
     context = [speaker.codec.encode(*read_audio(ref))] if ref else []
     sampling = sampling_of(args)
+    say_unused(args, sampling)
     silent = 0
     if args.output_dir:
         args.output_dir.mkdir(parents=True, exist_ok=True)
@@ -149,6 +151,7 @@ def run_recite(args: argparse.Namespace) -> int:
     if replaced:
         check_prompts(args, [], [])
     speaker, sampling = open_speaker(args), sampling_of(args)
+    say_unused(args, sampling)
     options = {"rules": rules, "sampling": sampling, "prompt": replaced, "max_new_tokens": args.max_new_tokens}
     try:
         recitals = recite(speaker, rows, args.output_dir, **options)
@@ -189,12 +192,16 @@ def _outputs(args: argparse.Namespace, texts: list[tuple[str, str]], problems: l
             return []
         ask_writable(args.output_dir, "--output_dir", problems)
         width = max(4, len(str(len(texts))))
-        outputs = [args.output_dir / f"{number:0{width}d}.{args.format}" for number in range(1, len(texts) + 1)]
+        outputs = [
+            args.output_dir / f"{number:0{width}d}.{args.format or 'wav'}" for number in range(1, len(texts) + 1)
+        ]
         flag = "--output_dir"
     else:
         if args.output_file is None or args.output_dir is not None:
             problems.append("--text: needs --output_file, and no --output_dir")
             return []
+        if args.format is not None:
+            problems.append(f"--format: {args.format} is for --texts; the ending of --output_file is its format")
         if args.output_file.suffix.lower().removeprefix(".") not in ENDINGS:
             problems.append(f"--output_file: {str(args.output_file)[:200]} must end in .{', .'.join(ENDINGS)}")
         if not problems:

@@ -126,6 +126,13 @@ def sampling_problems(args: argparse.Namespace) -> list[str]:
     return problems
 
 
+def say_unused(args: argparse.Namespace, sampling) -> None:
+    """A line on flags of a sampler where the likeliest token is taken."""
+    unused = [f"--{name}" for name in ("top_k", "top_p", "seed") if getattr(args, name) is not None]
+    if unused and not sampling.temperature:
+        say(f"{', '.join(unused)}: without effect, the likeliest token is taken (--sampler, --temperature)")
+
+
 def says_something(text: str) -> bool:
     """Whether a text holds more than blanks, control characters and such as have no width (U+200B, U+FEFF)."""
     return not all(unicodedata.category(char) in ("Cc", "Cf", "Zs", "Zl", "Zp") for char in text)

@@ -79,6 +79,7 @@ def test_the_names_that_the_parser_knows_are_those_that_there_are():
         (["--max_new_tokens", "1000000"], "--max_new_tokens: 1000000 is over the model's"),
         (["--sampler", "served", "--temperature", "0"], "--temperature: 0 and --sampler served exclude"),
         (["--output_file", "missing/a.wav"], "--output_file: missing is not there; make it first"),
+        (["--format", "mp3"], "--format: mp3 is for --texts; the ending of --output_file is its format"),
         (["--output_file", "a.aac"], "--output_file: a.aac must end in .wav, .flac, .ogg, .mp3"),
         (["--output_file", "n" * 300 + ".wav"], "cannot be written: File name too long"),
         (["--output_file", "folder.wav"], "--output_file: folder.wav is a folder"),
@@ -305,6 +306,8 @@ def test_each_stop_rule_is_its_stacks(untrained):
     assert found["vllm"] == (20, True, False)
     assert found["boson"] == (10, True, False)  # as if codebook 5 ended in its place: 5 frames before what it said
     assert found["transformers"] == (16, True, False)  # codebook k is forced at step 16 + k
+    # Two at once: boson believes the lowest, as if the other had not spoken.
+    assert endings(untrained, {2: [15], 5: [15]})["boson"] == endings(untrained, {2: [15]})["boson"]
     never = endings(untrained, {})
     assert all(not ended for _, ended, _ in never.values())
 
@@ -318,9 +321,11 @@ def test_an_answer_that_is_cut_off_before_its_first_frame_is_none(untrained, voi
     text = untrained.speak(messages, [], Sampling(max_new_tokens=1), force_audio=False)
     assert (text.codes, text.ended) == (None, False)
     file = tmp_path / "a.wav"
-    code, lines = said("generate", *voice, "--text", "Hello.", "--output_file", file, "--max_new_tokens", 5)
+    flags = ["--text", "Hello.", "--output_file", file, "--max_new_tokens", 5, "--seed", 1, "--top_k", 3]
+    code, lines = said("generate", *voice, *flags)
     words = "cut off at --max_new_tokens 5, before the first frame of audio; give more; nothing was written"
-    assert code == 1 and lines == [f"{file}: {words}"] and not file.exists()
+    unused = "--top_k, --seed: without effect, the likeliest token is taken (--sampler, --temperature)"
+    assert code == 1 and lines == [unused, f"{file}: {words}"] and not file.exists()
     (tmp_path / "t.txt").write_text(json.loads(SPEECH.read_text().splitlines()[0])["text"])
     flags = [*voice, "--train_manifest", SPEECH, "--output_dir", tmp_path / "out", "--texts", tmp_path / "t.txt"]
     code, lines = said("recite", *flags, "--max_new_tokens", 5)

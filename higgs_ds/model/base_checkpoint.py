@@ -126,7 +126,8 @@ def load_tokenizer(folder: Path, flag: str = "--base_ckpt") -> PreTrainedTokeniz
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises plain Exceptions for a file that it cannot read
-        reason = " ".join(str(error).split())[:300]
+        lacks = [name for name in ("tokenizer.json", "tokenizer_config.json") if not (folder / name).is_file()]
+        reason = f"it lacks {' and '.join(lacks)}" if lacks else " ".join(str(error).split())[:300]
         raise ConfigError([f"{flag}: {folder}: the tokenizer cannot be loaded: {reason}"]) from error
 
 

@@ -21,7 +21,7 @@ from transformers.utils.logging import disable_progress_bar
 from ..errors import ConfigError
 from .adapter_names import WHOLE_MODULES
 from .layouts import CARRIED_ALONG, TRANSFORMERS, layout_of, name_in
-from .weight_files import Stored, differences, refuse, weight_headers
+from .weight_files import Stored, differences, is_marked, refuse, weight_headers
 
 TEXT_HEAD = "audio_decoder_proj.text_lm_head.weight"
 Model = TypeVar("Model", bound=HiggsAudioModel)
@@ -108,8 +108,9 @@ def load_checkpoint(cls: type[Model], folder: Path, config: HiggsAudioConfig, dt
         config: from `read_checkpoint_config`.
         dtype: of the weights in the model.
     """
-    if layout_of(folder) == TRANSFORMERS:
-        return load_renamed(cls, folder, config, dtype)
+    layout = layout_of(folder)
+    if layout == TRANSFORMERS or not all(map(is_marked, {one.file for one in weight_headers(folder).stored.values()})):
+        return load_mapped(cls, folder, config, dtype, layout)
     disable_progress_bar()  # a bar for three files, from every rank
     return cls.from_pretrained(
         folder,
@@ -121,9 +122,9 @@ def load_checkpoint(cls: type[Model], folder: Path, config: HiggsAudioConfig, dt
     )
 
 
-def load_renamed(cls: type[Model], folder: Path, config: HiggsAudioConfig, dtype: torch.dtype) -> Model:
-    """`load_checkpoint` of a folder in transformers' layout."""
-    stored = weight_headers(folder, TRANSFORMERS).stored
+def load_mapped(cls: type[Model], folder: Path, config: HiggsAudioConfig, dtype: torch.dtype, layout: str) -> Model:
+    """`load_checkpoint` of a folder that transformers' own loader cannot read."""
+    stored = weight_headers(folder, layout).stored
     mapped = {name: one.read() for name, one in stored.items() if not re.search(CARRIED_ALONG, name)}
     if is_deepspeed_zero3_enabled():
         return cls.from_pretrained(None, config=config, state_dict=mapped, torch_dtype=dtype)

@@ -97,6 +97,12 @@ def weight_headers(folder: Path, layout: str = BOSON) -> WeightFiles:
     return found
 
 
+def is_marked(file: Path) -> bool:
+    """Whether a safetensors file says that torch wrote it, as most writers have it do; transformers reads no other."""
+    with safe_open(file, framework="pt") as tensors:
+        return (tensors.metadata() or {}).get("format") == "pt"
+
+
 def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str], list[str]]:
     """The files that transformers would load, by the index where there is one, and what is wrong with the index."""
     single, index_file = folder / SINGLE, folder / INDEX

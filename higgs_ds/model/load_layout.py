@@ -15,6 +15,7 @@ from typing import TypeVar
 import torch
 from accelerate import init_empty_weights
 from boson_multimodal.model.higgs_audio import HiggsAudioConfig, HiggsAudioModel
+from transformers import GenerationConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils.logging import disable_progress_bar
 
@@ -112,9 +113,13 @@ def load_checkpoint(cls: type[Model], folder: Path, config: HiggsAudioConfig, dt
     if layout == TRANSFORMERS or not all(map(is_marked, {one.file for one in weight_headers(folder).stored.values()})):
         return load_mapped(cls, folder, config, dtype, layout)
     disable_progress_bar()  # a bar for three files, from every rank
+    text = config.text_config
+    ids = {"bos_token_id": text.bos_token_id, "eos_token_id": text.eos_token_id, "pad_token_id": config.pad_token_id}
     return cls.from_pretrained(
         folder,
         config=config,
+        # As Boson's file says. Any other would be a sampler that nobody asked for, or a traceback of its values.
+        generation_config=GenerationConfig(**ids),
         torch_dtype=dtype,
         use_safetensors=True,
         # Without it every rank would hold the weights twice for a moment; with stage 3 it is not to be had.

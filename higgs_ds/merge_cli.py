@@ -104,7 +104,7 @@ def run_merge(args: argparse.Namespace) -> int:
     merged += f", {' and '.join(adapter.whole)} taken whole" if adapter and adapter.whole else ""
     say(
         f"{args.output_dir}: {len(base.stored)} weights, {size / 1e9:.2f} GB, {merged}; read back: every name, shape "
-        "and type, and a sample of the values"
+        "and type, the tokenizer, and a sample of the values"
     )
     return 0
 

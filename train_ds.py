@@ -15,7 +15,7 @@ from higgs_ds.distributed.launch_env import enter_launch
 from higgs_ds.distributed.stop import StopRequest
 from higgs_ds.errors import ConfigError, ExitCode
 from higgs_ds.parse import parse_args
-from higgs_ds.process import end_process, say
+from higgs_ds.process import end_process, lasting_console, say
 
 
 def main(argv: list[str]) -> int:
@@ -26,7 +26,8 @@ def main(argv: list[str]) -> int:
         config = parse_args(argv)
         ds_raw = read_deepspeed_config(config.run.deepspeed_config)
         grow_segments()
-        return train(config, ds_raw, StopRequest())
+        with lasting_console():
+            return train(config, ds_raw, StopRequest())
     except ConfigError as error:
         if os.environ.get("RANK", "0") == "0":
             say("\n".join(error.problems), error=True)
@@ -74,8 +75,8 @@ def train(config: TrainConfig, ds_raw: dict, stop: StopRequest) -> int:
                 except BadLossError:
                     facts = {"stopped": "by the loss guard, before the failed step was trained"}
                     saved = sinks.save_adapter("adapter_before_failure", facts)
-                    watch.untimed("closing")
                     try:
+                        trainer.save_end()
                         sinks.writer.wait()
                     except OSError as failed:  # hides no finding: the exit code stays the guard's
                         say(str(failed), error=True)
@@ -84,6 +85,8 @@ def train(config: TrainConfig, ds_raw: dict, stop: StopRequest) -> int:
                     saved = sinks.save_last(trainer)
                 trainer.save_end()
                 sinks.writer.wait()
+                if not finished:
+                    run.say_stopped(setup, ranks, watch, stop.reason, ExitCode.STOPPED)
                 watch.untimed("closing")  # what W&B has yet to upload takes as long as it takes
         except BadLossError as error:
             ranks.say(f"nothing of the failed step was trained; the weights before it are in {saved}")
@@ -93,7 +96,6 @@ def train(config: TrainConfig, ds_raw: dict, stop: StopRequest) -> int:
         # 6. Close: where to look.
         if not finished:
             ranks.say(f"asked to stop: saved in {setup.output_dir / 'checkpoints'}; --resume auto goes on from there")
-            run.say_stopped(setup, ranks, watch, stop.reason, ExitCode.STOPPED)
             return leave_ranks(ExitCode.STOPPED)
         ranks.say(f"adapter: {saved}\nlisten:  {run_dir.listen_command(config, saved, ranks.device)}")
         return leave_ranks(ExitCode.OK if saved.parent == setup.output_dir else ExitCode.FAILED)

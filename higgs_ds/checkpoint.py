@@ -8,14 +8,11 @@ and renamed, so that a folder with that name is whole, and its checksums prove i
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
-import math
 import os
-import re
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -26,46 +23,18 @@ from safetensors.torch import load_file, save_file
 from .config import TrainConfig
 from .distributed.engine import Engine, OptimizerState, Ranks
 from .errors import ConfigError, reason_of
-from .files import sha256, sync, sync_folders
+from .files import first_free, sha256, sync, sync_folders
 from .model.adapter_file import WEIGHTS, same_base, write_adapter
 from .model.adapter_names import peft_key
+from .position import NAME, OLDER, SHAPE_OPTIONS, TRAJECTORY_OPTIONS, read_position, step_of
+from .position import CheckpointError as CheckpointError
+from .position import Position as Position
 from .process import say
 from .voice_record import VoiceRecord, write_record
 
 CHECKSUMS = "checksums.json"
 TENSOR_FILES = (f"adapter/{WEIGHTS}", "optimizer.safetensors", "rng.safetensors")
-NAME = re.compile(r"step-[0-9]+")
 LAST_WRITE_SEC = 25.0
-# A change of these would make another run of it; the adapter's shape cannot change at all.
-SHAPE_OPTIONS = ("lora_r", "lora_target_modules", "train_audio_embeddings", "train_heads")
-OLDER = {"lora_rslora": False, "train_audio_embeddings": False, "train_heads": "none"}  # than these options
-TRAJECTORY_OPTIONS = (
-    *("lora_alpha", "lora_rslora", "lora_dropout", "train_manifest", "codec", "base_ckpt", "base_revision", "seed"),
-    *("dtype", "lr", "warmup_steps"),
-    *("lr_scheduler", "warmup_ratio", "weight_decay", "max_grad_norm", "epochs", "max_steps", "text_loss_weight"),
-    *("audio_loss_weight", "codebook_weights", "max_duration_sec", "max_tokens_per_batch", "forward_impl"),
-    *("prompt_style", "reference_rate"),
-)
-
-
-@dataclass
-class Position:
-    """Where in the run a checkpoint stands; with the seed, that fixes every batch to come."""
-
-    step: int  # optimizer steps done
-    epoch: float
-    dropped_steps: int
-    rows_per_step: int  # of a global batch; 0 where it is cut by a token budget
-    num_rows: int
-    world_size: int
-    config: dict
-    adam_steps: int = 0  # updates made; fewer than `step` where steps were dropped
-    micro_batches_per_step: int = 0  # of a global batch, over all ranks; 0 in checkpoints that did not count them
-    best_step: int = 0  # of the lowest validation loss; 0 before the first validation
-    best_loss: float | None = None
-    validations_since_best: int = 0
-    owes_validation: bool = False  # a stop came before this step's validation
-    manifest_rows: list[int] = field(default_factory=list)  # usable ones of each training manifest
 
 
 @dataclass
@@ -82,10 +51,6 @@ class Checkpoint:
     def adapter(self) -> dict[str, torch.Tensor]:
         """The weights by PEFT's keys."""
         return {peft_key(name): value for name, value in self.state.weights.items()}
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is incomplete or damaged; says which file and how."""
 
 
 class CheckpointWriteError(OSError):
@@ -136,10 +101,8 @@ class CheckpointWriter:
             shutil.rmtree(leftover, ignore_errors=True)
         aside = []
         for later in [path for path in list_checkpoints(self.folder) if step_of(path) > steps_done]:
-            names = (f"left-{later.name}" + (f"-{n}" if n else "") for n in itertools.count())
-            aside.append(next(place for name in names if not os.path.lexists(place := self.folder / name)))
             try:
-                later.rename(aside[-1])
+                aside.append(_put_aside(later))
             except OSError as error:
                 raise ConfigError([f"--resume: {later} cannot be put aside: {reason_of(error)}"]) from None
         return aside
@@ -177,9 +140,9 @@ class CheckpointWriter:
     def _write(self, position: Position, state: OptimizerState, rng: list[dict[str, torch.Tensor]]) -> None:
         position.adam_steps = state.adam_steps
         name = f"step-{position.step:06d}"
-        beside = self.folder / f".{name}.tmp"
-        shutil.rmtree(beside, ignore_errors=True)
+        beside, final = self.folder / f".{name}.tmp", self.folder / name
         try:
+            _make_room(beside)
             (beside / "adapter").mkdir(parents=True)
             write_adapter(beside / "adapter", self.lora, state.weights)
             if style := position.config.get("prompt_style"):
@@ -196,10 +159,15 @@ class CheckpointWriter:
             for path in (*files, beside / CHECKSUMS):
                 sync(path)
             sync_folders(beside / "adapter", beside)
-            final = self.folder / name
-            shutil.rmtree(final, ignore_errors=True)
+            before = self.folder / f".{name}.before.tmp"
+            if (final / CHECKSUMS).is_file() and not final.is_symlink():  # saved again, now that it was validated
+                _make_room(before)
+                os.replace(final, before)
+            elif os.path.lexists(final):
+                say(f"WARNING: {final} is no checkpoint of this run; kept as {_put_aside(final)}", error=True)
             os.replace(beside, final)
             sync_folders(self.folder)
+            shutil.rmtree(before, ignore_errors=True)
         except (OSError, SafetensorError) as error:  # a full disk is the one or the other, by which file it hits
             shutil.rmtree(beside, ignore_errors=True)
             reason = reason_of(error)
@@ -210,6 +178,21 @@ class CheckpointWriter:
         for old in list_checkpoints(self.folder)[: -self.keep_last]:
             if not (self.keep_best and step_of(old) == position.best_step):
                 shutil.rmtree(old, onerror=_say_not_removed)
+
+
+def _make_room(path: Path) -> None:
+    """Removes a folder that a killed run left there; what no run wrote is kept by another name."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    elif os.path.lexists(path):
+        _put_aside(path)
+
+
+def _put_aside(path: Path) -> Path:
+    """Renames it to `left-…`; where it is then."""
+    place = first_free(path.with_name(f"left-{path.name.lstrip('.')}"))
+    path.rename(place)
+    return place
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -225,11 +208,6 @@ def _say_not_removed(_, path: str, error: tuple) -> None:
     say(f"WARNING: {path} of an old checkpoint cannot be removed: {error[1]}", error=True)
 
 
-def step_of(folder: Path) -> int:
-    """The number in a checkpoint's name."""
-    return int(folder.name.removeprefix("step-"))
-
-
 def read_checkpoint(folder: Path) -> Checkpoint:
     """Reads a checkpoint after proving every file by its checksum.
 
@@ -243,13 +221,12 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     try:
         read = json.loads(content)
         sums, seal = read["files"], read["seal"]
-        intact = _sealed(sums) == content
-        unlisted = [name for name in ("state.json", *TENSOR_FILES) if name not in sums]
-    except (ValueError, KeyError, TypeError):
+        intact = isinstance(sums, dict) and _sealed(sums) == content
+    except (ValueError, KeyError, TypeError, RecursionError):
         intact = False
     if not intact:
         raise CheckpointError(f"{folder / CHECKSUMS} is damaged")
-    if unlisted:
+    if unlisted := [name for name in ("state.json", *TENSOR_FILES) if name not in sums]:
         raise CheckpointError(f"{folder / CHECKSUMS} does not list {', '.join(unlisted)}")
     for name, wanted in sums.items():
         path = folder / name
@@ -260,12 +237,11 @@ def read_checkpoint(folder: Path) -> Checkpoint:
                 raise CheckpointError(f"{path} is damaged: its checksum is not the one that was written")
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {reason_of(error)}") from error
+    position = read_position(folder)
     try:
-        position = Position(**json.loads((folder / "state.json").read_text(encoding="utf-8")))
         weights, moments, rng = (load_file(folder / name) for name in TENSOR_FILES)
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"{folder} cannot be read: {error}") from error
-    _check_position(folder, position)
     exp_avg = {key.removeprefix("exp_avg."): v for key, v in moments.items() if key.startswith("exp_avg.")}
     exp_avg_sq = {key.removeprefix("exp_avg_sq."): v for key, v in moments.items() if key.startswith("exp_avg_sq.")}
     shapes = {key: value.shape for key, value in weights.items()}
@@ -276,32 +252,6 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             raise CheckpointError(f"{folder}: {part} in optimizer.safetensors is not of the adapter's weights: {odd}")
     weights = {name: weights[peft_key(name)] for name in exp_avg}
     return Checkpoint(folder, position, OptimizerState(weights, exp_avg, exp_avg_sq, position.adam_steps), rng, seal)
-
-
-def _check_position(folder: Path, position: Position) -> None:
-    """Raises CheckpointError where state.json holds a place that no run can stand at."""
-    state = folder / "state.json"
-    counts = {
-        **{name: getattr(position, name) for name in ("step", "dropped_steps", "rows_per_step", "num_rows")},
-        **{name: getattr(position, name) for name in ("world_size", "adam_steps", "micro_batches_per_step")},
-        **{name: getattr(position, name) for name in ("best_step", "validations_since_best")},
-    }
-    for name, value in counts.items():
-        if type(value) is not int or not (name == "world_size") <= value < 2**53:
-            raise CheckpointError(f"{state}: {name} is {value!r}, no count")
-    if type(position.epoch) not in (int, float) or not 0 <= position.epoch < math.inf:
-        raise CheckpointError(f"{state}: epoch is {position.epoch!r}, no number from 0 on")
-    best = position.best_loss
-    if best is not None and (type(best) not in (int, float) or not math.isfinite(best)):
-        raise CheckpointError(f"{state}: best_loss is {best!r}, no number")
-    if type(position.owes_validation) is not bool:
-        raise CheckpointError(f"{state}: owes_validation is {position.owes_validation!r}, neither true nor false")
-    if not isinstance(position.config, dict):
-        raise CheckpointError(f"{state}: config is {type(position.config).__name__}, not the settings by name")
-    if position.adam_steps > position.step:
-        raise CheckpointError(f"{state}: {position.adam_steps} updates in {position.step} steps cannot be")
-    if NAME.fullmatch(folder.name) and position.step != step_of(folder):
-        raise CheckpointError(f"{state}: step is {position.step}, the folder says {step_of(folder)}")
 
 
 def find_checkpoint(resume: str, output_dir: Path) -> tuple[Checkpoint | None, list[str]]:

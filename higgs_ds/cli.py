@@ -13,6 +13,7 @@ from .distributed.launch_env import enter_launch
 from .errors import ConfigError, ExitCode, reason_of
 from .files import check_writable
 from .merge_cli import add_export, add_merge
+from .parse import parse_args, path_flag, text_flag
 from .process import say
 from .speak_cli import add_generate, add_recite
 
@@ -41,7 +42,6 @@ def _check(argv: list[str]) -> int:
     from .distributed.allocator import grow_segments
     from .distributed.device import name_accelerator
     from .distributed.ds_config import read_deepspeed_config
-    from .parse import parse_args
 
     config = parse_args(argv, prog="python -m higgs_ds check")
     ds_raw = read_deepspeed_config(config.run.deepspeed_config)
@@ -58,24 +58,27 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
     tiny = verbs.add_parser("tiny", help="write a small random base checkpoint, to try everything with")
-    tiny.add_argument("--output_dir", type=Path, required=True)
+    tiny.add_argument("--output_dir", type=path_flag, required=True)
     tiny.add_argument("--seed", type=int, default=0)
     tiny.set_defaults(verb=_tiny)
 
     codec = verbs.add_parser("sample-codec", help="fit the sample codec on a manifest's clips")
-    codec.add_argument("--train_manifest", required=True)
-    codec.add_argument("--output_dir", type=Path, required=True)
+    codec.add_argument("--train_manifest", type=text_flag, required=True)
+    codec.add_argument("--output_dir", type=path_flag, required=True)
     codec.add_argument("--seed", type=int, default=0)
     codec.set_defaults(verb=_sample_codec)
 
     _import_flags(verbs.add_parser("import", help="make a manifest of what other tools write"))
 
     describe = verbs.add_parser("describe", help="what a manifest holds, and what training on it will take")
-    describe.add_argument("--train_manifest", required=True, nargs="+", help="with weights, as train_ds.py takes them")
-    describe.add_argument("--val_manifest")
-    describe.add_argument("--output_dir", type=Path, help="where describe.html, describe.png and faults.jsonl go")
-    describe.add_argument("--audio_root", help="folder that paths are relative to which are not beside the manifest")
-    describe.add_argument("--base_ckpt", help="folder of a checkpoint, whose tokenizer counts instead of an estimate")
+    manifests = "with weights, as train_ds.py takes them"
+    describe.add_argument("--train_manifest", type=text_flag, required=True, nargs="+", help=manifests)
+    describe.add_argument("--val_manifest", type=text_flag)
+    describe.add_argument("--output_dir", type=path_flag, help="where describe.html, describe.png and faults.jsonl go")
+    relative_to = "folder that paths are relative to which are not beside the manifest"
+    describe.add_argument("--audio_root", type=text_flag, help=relative_to)
+    counted_by = "folder of a checkpoint, whose tokenizer counts instead of an estimate"
+    describe.add_argument("--base_ckpt", type=text_flag, help=counted_by)
     describe.add_argument("--max_tokens_per_batch", type=int, default=16384, help="as of the run (default: 16384)")
     describe.add_argument("--epochs", type=float, default=1.0)
     describe.set_defaults(verb=_describe)
@@ -94,12 +97,12 @@ def _import_flags(parser: argparse.ArgumentParser) -> None:
     from .corpus.foreign import FORMATS
 
     known = "; ".join(f"{name}: {what}" for name, what in FORMATS.items())
-    parser.add_argument("path", type=Path, metavar="PATH", help="a file or a folder")
+    parser.add_argument("path", type=path_flag, metavar="PATH", help="a file or a folder")
     parser.add_argument("--from", dest="source", choices=tuple(FORMATS), help=f"{known} (default: guessed)")
-    parser.add_argument("--output", "--output_dir", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--output", "--output_dir", type=path_flag, required=True, metavar="DIR")
     parser.add_argument("--val_share", type=float, default=0.02, help="share of the rows in val.jsonl (default: 0.02)")
     parser.add_argument(
-        "--val_speakers", nargs="+", help="these speakers, or so many, are val.jsonl instead of a share"
+        "--val_speakers", type=text_flag, nargs="+", help="these speakers, or so many, are val.jsonl instead of a share"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the split")
     parser.add_argument("--trim", action="store_true", help="write new clips without the silence at both ends")

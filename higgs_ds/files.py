@@ -6,7 +6,9 @@ import contextlib
 import errno
 import functools
 import hashlib
+import itertools
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -15,17 +17,17 @@ from pathlib import Path
 from .errors import reason_of
 from .process import say
 
-LONGEST_NAME = 255  # bytes of a file's name, of every file system that one is likely to meet
+# Bytes of a name that are kept of it in the name beside, so that this too is no longer than 255.
+_STEM_BYTES = 220
+
+
+def _stem(path: Path) -> str:
+    return os.fsencode(path.name)[:_STEM_BYTES].decode("utf-8", "ignore")
 
 
 def name_beside(path: Path) -> Path:
-    """What `replacing` writes to meanwhile: of this process alone, as the ids of two hosts' processes may be equal.
-
-    As long a name as `path` may have, it is cut to fit.
-    """
-    ending = f".{os.getpid()}-{secrets.token_hex(4)}.tmp"
-    stem = os.fsencode(path.name)[: LONGEST_NAME - 1 - len(ending)].decode("utf-8", "ignore")
-    return path.with_name(f".{stem}{ending}")
+    """What `replacing` writes to meanwhile: of this process alone, as the ids of two hosts' processes may be equal."""
+    return path.with_name(f".{_stem(path)}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
 @contextlib.contextmanager
@@ -83,6 +85,20 @@ def _move_up(beside: Path, folder: Path) -> None:
         for file in moved:
             _remove(file)
         raise
+
+
+def remove_leftovers(path: Path) -> None:
+    """What `replacing` was writing of `path` in a process that was killed; for whoever alone writes there."""
+    made = re.compile(rf"\.{re.escape(_stem(path))}\.[0-9]+-[0-9a-f]{{8}}\.tmp")
+    with contextlib.suppress(OSError):
+        for left in [left for left in path.parent.iterdir() if made.fullmatch(left.name)]:
+            _remove(left)
+
+
+def first_free(path: Path) -> Path:
+    """`path` where nothing has that name, not even a link to nowhere; else the first of `path-1`, `path-2`, … ."""
+    names = (path.name + (f"-{n}" if n else "") for n in itertools.count())
+    return next(place for name in names if not os.path.lexists(place := path.with_name(name)))
 
 
 def write_text(path: Path, text: str) -> None:

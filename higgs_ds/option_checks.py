@@ -8,6 +8,12 @@ from .config import TrainConfig, revision_of
 from .errors import ConfigError, shown
 from .model.modules import HEADS
 
+# Of two options that say one thing, each in its way, and the other.
+EITHER_OR = (
+    *(("warmup_ratio", "warmup_steps"), ("warmup_steps", "warmup_ratio")),
+    *(("batch_size", "max_tokens_per_batch"), ("max_tokens_per_batch", "batch_size")),
+)
+
 
 def cross_checks(config: TrainConfig) -> list[str]:
     """What is wrong between options, a line each; fills the revisions of Boson's own repositories, and gives manifests'

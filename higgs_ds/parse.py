@@ -11,12 +11,10 @@ import types
 import typing
 from pathlib import Path
 
-import yaml
-
 from .config import ALIASES, OPTIONS, TrainConfig
-from .errors import ConfigError, reason_of, shown
-from .files import read_settings
-from .option_checks import cross_checks
+from .errors import ConfigError, shown
+from .option_checks import EITHER_OR, cross_checks
+from .plain_yaml import Numeral, read_plain_yaml
 from .translate import FOREIGN, in_our_words, suggestion, yes_or_no
 
 LARGEST = 2**53 - 1  # of whole numbers: beyond it a float, or a reader of JSON, holds another one
@@ -40,7 +38,7 @@ def _convert(name: str, value):
         (item_kind,) = typing.get_args(kind)
         whole = OPTIONS[name].field.metadata.get("whole", False)
         items = value
-        if isinstance(value, str):
+        if isinstance(value, str) and (item_kind is str or not isinstance(value, Numeral)):
             items = [value] if whole else re.split(r"[\s,]+", value.strip())
         if not isinstance(items, list) or not items or (items == [""] and not whole):
             raise ValueError(f"expected a list, got {shown(value)}")
@@ -53,16 +51,16 @@ def _scalar(kind, value):
         return yes_or_no(value)
     if kind is str:
         return _text(value)
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+    if not isinstance(value, str):
         raise ValueError(f"expected a number, got {shown(value)}")
-    if kind is int and (isinstance(value, int) or re.fullmatch(r"\s*[+-]?[0-9]{1,4000}\s*", str(value))):
+    if isinstance(value, Numeral) and not value.is_decimal:
+        raise ValueError(f"expected a number in plain decimals, got {shown(value)}")
+    if kind is int and re.fullmatch(r"\s*[+-]?[0-9]{1,4000}\s*", value):
         return int(value)  # every digit of it
     try:
         number = float(value)
     except ValueError:
         raise ValueError(f"expected a number, got {shown(value)}") from None
-    except OverflowError:  # a YAML integer of hundreds of digits
-        raise ValueError("expected a number of usual size, got a whole number beyond a float's range") from None
     if not math.isfinite(number):
         raise ValueError(f"expected a finite number, got {shown(value)}")
     if kind is int:
@@ -73,15 +71,28 @@ def _scalar(kind, value):
 
 
 def _text(value) -> str:
-    if isinstance(value, str) and not value.strip():
-        raise ValueError("is empty; give a value, or leave it out")
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+    if not isinstance(value, str):
         raise ValueError(f"expected text, got {shown(value)}")
-    if not str(value).isprintable():  # a line break or NUL in a path, bytes that are no text
+    if not value.strip():
+        raise ValueError("is empty; give a value, or leave it out")
+    if not value.isprintable():  # a line break or NUL in a path, bytes that are no text
         raise ValueError(f"holds a character that cannot be printed: {shown(value)}")
-    if max(len(part.encode()) for part in str(value).split("/")) > LONGEST_NAME:
+    if max(len(part.encode()) for part in value.split("/")) > LONGEST_NAME:
         raise ValueError(f"is longer than a file's name may be: {shown(value)}")
     return str(value)
+
+
+def text_flag(text: str) -> str:
+    """A text or a path as `argparse` takes it from a verb's flag: not blank, printable, no longer than names may be."""
+    try:
+        return _text(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def path_flag(text: str) -> Path:
+    """`text_flag`, as a path."""
+    return Path(text_flag(text))
 
 
 def _range_problem(name: str, value) -> str | None:
@@ -128,7 +139,8 @@ def build_parser(prog: str = "train_ds.py") -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="FILE.yaml", help="YAML file of the same names; flags win")
-    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the DeepSpeed launcher passes it
+    # DeepSpeed's launcher passes the one, torch.distributed.launch the other.
+    parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     groups: dict[str, argparse._ArgumentGroup] = {}
     for name, (section, hint, f) in OPTIONS.items():
         group = groups.get(section) or groups.setdefault(section, parser.add_argument_group(section))
@@ -170,11 +182,13 @@ def parse_args(argv: list[str], *, may_lack: tuple[str, ...] = (), prog: str = "
         elif not before.startswith("--"):  # or it is the value of the one before
             problems.append(f"{shown(word)}: not a flag, and no flag takes it")
 
-    in_file: dict[str, object] = {}
-    if words.config is not None:
-        in_file = {str(key): value for key, value in _read_yaml(words.config, problems).items()}
+    in_file = {} if words.config is None else read_plain_yaml(words.config, problems)
     values = in_our_words(in_file, f"{words.config}: ", problems)
-    values |= in_our_words(words.given, "--", problems, beneath=in_file)
+    flags = in_our_words(words.given, "--", problems, beneath=in_file)
+    for name, other in EITHER_OR:
+        if name in flags and other not in flags and _says_something(name, flags[name][1]):
+            values.pop(other, None)  # of the file, which the flag wins over
+    values |= flags
 
     config = TrainConfig(given=frozenset(values))
     for name in OPTIONS:
@@ -194,42 +208,6 @@ def parse_args(argv: list[str], *, may_lack: tuple[str, ...] = (), prog: str = "
     return config
 
 
-class _PlainLoader(yaml.SafeLoader):
-    """YAML of plain values: a key given twice or an alias, by which a few lines become gigabytes, is an error."""
-
-    def compose_node(self, parent, index):
-        if self.check_event(yaml.AliasEvent):
-            event = self.peek_event()
-            raise yaml.MarkedYAMLError(
-                problem=f"alias *{event.anchor}: write its value out", problem_mark=event.start_mark
-            )
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node, deep=False):
-        keys: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                if key.value in keys:
-                    raise yaml.MarkedYAMLError(problem=f"{key.value} is given twice", problem_mark=key.start_mark)
-                keys.add(key.value)
-        return super().construct_mapping(node, deep=deep)
-
-
-def _read_yaml(path: str, problems: list[str]) -> dict:
-    try:
-        data = yaml.load(read_settings(Path(path)), _PlainLoader)
-    except OSError as error:
-        problems.append(f"--config: {path} cannot be read: {reason_of(error)}")
-        return {}
-    except RecursionError:
-        problems.append(f"--config: {path} is nested too deeply for a file of options")
-        return {}
-    except (yaml.YAMLError, ValueError, OverflowError) as error:  # ValueError: bytes or dates that cannot be
-        problems.append(f"--config: {path} is not YAML: {' '.join(str(error).split())}")
-        return {}
-    if data is None:
-        return {}
-    if not isinstance(data, dict):
-        problems.append(f"--config: {path} must hold `name: value` lines, it holds a {type(data).__name__}")
-        return {}
-    return data
+def _says_something(name: str, value: object) -> bool:
+    """Whether this value of one of `EITHER_OR` leaves no room for the other: a batch size of 1 goes with tokens."""
+    return str(value).strip().lower() not in ("none", "null", *(("1",) if name == "batch_size" else ()))

@@ -8,7 +8,8 @@ import os
 import signal
 import sys
 import threading
-from typing import NoReturn
+from collections.abc import Iterator
+from typing import NoReturn, TextIO
 
 
 def end_process(exit_code: int) -> NoReturn:
@@ -28,10 +29,39 @@ def end_process(exit_code: int) -> NoReturn:
     os._exit(exit_code)
 
 
+class _Lasting:
+    """A stream whose reader may go: what is written then is lost, and nothing else."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
+
+
+@contextlib.contextmanager
+def lasting_console() -> Iterator[None]:
+    """Inside, no library's line and no progress bar fails where the console is gone.
+
+    A terminal was closed, or `| tee` ended by the same Ctrl-C: that must not cost what was trained.
+    """
+    with contextlib.redirect_stdout(_Lasting(sys.stdout)), contextlib.redirect_stderr(_Lasting(sys.stderr)):
+        yield
+
+
 def say(text: str, *, error: bool = False) -> None:
     """A line to the console in one write: ranks share it, and `print` may let another's come before the line's end.
 
-    A console that is gone, its terminal closed or `| tee` ended by the same Ctrl-C, must not cost what is being saved.
+    A console that is gone costs nothing, as in `lasting_console`.
     """
     stream = sys.stderr if error else sys.stdout
     with contextlib.suppress(OSError, ValueError):

@@ -73,7 +73,6 @@ def joined(
                 # Again: the folder's lock may have been waited for, and its holder have left a run.
                 ranks.each(lambda: run_dir.refuse_a_run(output_dir) if is_new and alone else None)
                 if alone:
-                    (output_dir / run_dir.STOPPED).unlink(missing_ok=True)
                     watch.before_end.append(
                         lambda end: run_dir.write_stopped(output_dir, end.text, end.exit_code, watch.resume_command)
                     )
@@ -245,6 +244,7 @@ def make_trainer(
             trainer.best = Best(at.best_step, at.best_loss, at.validations_since_best)
     if sinks is not None:
         trainer.save = partial(sinks.save, trainer=trainer)
+        trainer.save_before_validation = partial(sinks.save_before_validation, trainer=trainer)
         trainer.raise_if_save_failed = sinks.writer.raise_if_failed
         if config.run.keep_best and trainer.validation:
             trainer.save_best = partial(sinks.save_best, trainer=trainer)
@@ -261,7 +261,10 @@ def is_complete(setup: Setup, data: Data, ranks: Ranks) -> bool:
     over = patience is not None and at.validations_since_best >= patience
     left = ranks.gather((setup.output_dir / "adapter").is_dir())[0]
     owes = at.owes_validation and len(data.corpus.val_rows) > 0
-    return left and not owes and (over or setup.first_step > data.total_steps)
+    complete = left and not owes and (over or setup.first_step > data.total_steps)
+    if complete and ranks.is_main:
+        run_dir.forget_stopped(setup.output_dir)
+    return complete
 
 
 def say_stopped(setup: Setup, ranks: Ranks, watch: Watch, reason: str | None, exit_code: ExitCode) -> None:

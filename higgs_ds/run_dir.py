@@ -19,7 +19,7 @@ from .checkpoint import list_checkpoints, step_of
 from .config import TrainConfig, revision_of
 from .distributed.engine import Engine, Ranks
 from .errors import ConfigError, reason_of
-from .files import check_writable, replacing, write_text
+from .files import check_writable, remove_leftovers, replacing, write_text
 from .model.adapter_file import write_adapter
 from .process import say
 from .voice_record import VoiceRecord, write_record
@@ -27,6 +27,11 @@ from .voice_record import VoiceRecord, write_record
 RESULTS = ("adapter", "adapter-best")
 RUN_FILES = ("config.yaml", "metrics.jsonl", *RESULTS, "checkpoints")
 STOPPED = "stopped.json"
+# What a run writes there beside its name, and then renames.
+REPLACED = (
+    *(*RESULTS, "adapter_before_failure", "config.yaml", "ds_config.json", STOPPED, "faults.jsonl", "loss.png"),
+    "wandb_run.json",
+)
 
 
 def refuse_a_run(output_dir: Path) -> None:
@@ -56,18 +61,21 @@ def refuse_a_result(output_dir: Path) -> None:
 
 
 def prepare_run_dir(output_dir: Path) -> None:
-    """Makes the run's folder. Raises ConfigError for one that cannot be written to."""
+    """Makes the run's folder. Raises ConfigError for one that cannot be written to, or that no checkpoint fits in."""
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         check_writable(output_dir)
     except OSError as error:
         raise ConfigError([f"--output_dir: {output_dir} cannot be written to: {reason_of(error)}"]) from None
+    checkpoints = output_dir / "checkpoints"
+    if os.path.lexists(checkpoints) and not checkpoints.is_dir():
+        raise ConfigError([f"--output_dir: {checkpoints} is no folder, and a run's checkpoints go there; move it away"])
 
 
 def lock_run_dir(output_dir: Path, *, wait_sec: float = 60.0) -> contextlib.AbstractContextManager:
     """Keeps a second run out of the folder for as long as the context lasts; a killed run lets go of it.
 
-    A context without effect where the file system has no locks.
+    What a killed run was writing is removed. A context without effect where the file system has no locks.
 
     Raises:
         ConfigError: another run has had it for `wait_sec`, which is long enough for the ranks of a killed one to end.
@@ -80,6 +88,8 @@ def lock_run_dir(output_dir: Path, *, wait_sec: float = 60.0) -> contextlib.Abst
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for name in REPLACED:
+                remove_leftovers(output_dir / name)
             return file
         except BlockingIOError:
             if time.monotonic() > until:
@@ -104,6 +114,12 @@ def write_stopped(output_dir: Path, reason: str, exit_code: int, command: str) -
     facts = {"reason": reason, "exit_code": int(exit_code), "saved_step": step, "command": command}
     with contextlib.suppress(OSError):
         write_text(output_dir / STOPPED, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+
+
+def forget_stopped(output_dir: Path) -> None:
+    """`stopped.json` is of an earlier part of the run."""
+    with contextlib.suppress(OSError):
+        (output_dir / STOPPED).unlink(missing_ok=True)
 
 
 def write_resolved(output_dir: Path, config: dict, ds_config: dict) -> None:

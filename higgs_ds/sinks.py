@@ -14,6 +14,7 @@ from .checkpoint import CheckpointWriter
 from .config import TrainConfig
 from .data import Data
 from .distributed.engine import Engine, Ranks
+from .files import first_free
 from .process import loss_text
 from .report import wandb_run
 from .report.tracking import Tracker, open_tracker
@@ -31,7 +32,11 @@ def choose_wandb(config: TrainConfig, ranks: Ranks) -> WandbChoice:
         ConfigError: on all ranks; see `wandb_run.choose_wandb`.
     """
     choice = ranks.each(
-        lambda: wandb_run.choose_wandb(config.run.wandb_mode) if ranks.is_main else WandbChoice("disabled")
+        lambda: (
+            wandb_run.choose_wandb(config.run.wandb_mode, config.run.wandb_project)
+            if ranks.is_main
+            else WandbChoice("disabled")
+        )
     )
     if choice.note:
         ranks.say(choice.note)
@@ -76,7 +81,11 @@ class Sinks:
             wandb_project=config.run.wandb_project,
             wandb=self.wandb,
         )
-        run_dir.write_resolved(self.setup.output_dir, config.as_dict(), self.setup.ds_config)
+        run_dir.forget_stopped(self.setup.output_dir)
+        try:
+            run_dir.write_resolved(self.setup.output_dir, config.as_dict(), self.setup.ds_config)
+        except OSError as error:
+            tracker.message(f"WARNING: the resolved options are not in the run's folder: {error}")
         return tracker
 
     def save(self, step: StepPlan, trainer: Trainer) -> None:
@@ -98,6 +107,12 @@ class Sinks:
         )
         self.writer.save(position, self.engine, self.ranks)
 
+    def save_before_validation(self, step: StepPlan, trainer: Trainer) -> None:
+        """The run's last step, on the disk when this returns: nothing stands between them; every rank must call it."""
+        self.save_last(trainer)
+        self.save(step, trainer)
+        self.writer.wait()
+
     def save_adapter(self, name: str, facts: dict[str, object], *, elsewhere: bool = True) -> Path | None:
         """The adapter under this name in the run's folder; every rank must call it.
 
@@ -115,7 +130,8 @@ class Sinks:
         origin["prompt_style"] = data.prompt_style
         places = [output_dir / name]
         if elsewhere:
-            places += [Path(folder) / f"{output_dir.resolve().name}-{name}" for folder in (".", tempfile.gettempdir())]
+            rescued = f"{output_dir.resolve().name}-{name}"
+            places += [first_free(Path(folder) / rescued) for folder in (".", tempfile.gettempdir())]
         saved = run_dir.save_adapter(self.engine, places, self.ranks, facts, **origin)
         if saved is None and elsewhere:
             raise OSError(f"the adapter could be written nowhere: neither to {', nor to '.join(map(str, places))}")

@@ -70,6 +70,7 @@ class Trainer:
     validation: Callable[[], Iterable[tuple[StepPlan, list[Batch]]]] | None = None
     tracker: Tracker | None = None
     save: Callable[[StepPlan], None] | None = None
+    save_before_validation: Callable[[StepPlan], None] | None = None  # what the last step reached
     save_every: int | None = None
     save_minutes: float = 0.0  # 0: not by the clock
     save_best: Callable[[int], None] | None = None  # of the step just validated
@@ -95,7 +96,8 @@ class Trainer:
     def train(self, steps: Iterable[tuple[StepPlan, list[Batch]]]) -> bool:
         """The optimizer steps, saved on the way; False if a rank was asked to stop before the last of them.
 
-        What the last step reached is not saved: `save_end` does that, once the adapter is on the disk.
+        What the last step reached is saved before it is validated. `save_end` saves it with what that found, and where
+        nothing is validated, once the adapter is on the disk.
 
         Raises:
             BadLossError: on every rank, when a check failed on some rank and `on_bad_loss` is "raise".
@@ -122,6 +124,10 @@ class Trainer:
             self._last = plan
             last = plan.step == self.total_steps
             if self.validation and (last or plan.step % self.eval_every == 0):
+                if last and not result.stop and self.save_before_validation:
+                    self.at(plan.step, "saving")
+                    self.owes_validation = True
+                    self.save_before_validation(plan)
                 validated = self._validate(plan.step, stopped=result.stop)
                 if not validated or self.is_over():
                     self._log_rest()
@@ -131,6 +137,7 @@ class Trainer:
             by_count = self.save_every and plan.step % self.save_every == 0
             if self.save and (by_count or self.best_is(plan.step) or any(rank.save_due for rank in result.ranks)):
                 self.at(plan.step, "saving")
+                self._log_rest()  # a run that goes on from here has no other word of these steps
                 began = time.perf_counter()
                 self.save(plan)
                 self._saved_at = time.monotonic()

@@ -124,5 +124,7 @@ def _true_or_false(given: Mapping[str, object]) -> dict[str, bool]:
 
 def suggestion(name: str, prefix: str) -> str:
     """The known name that an unknown one misspells, or an empty string."""
-    hint = nearest(name, [*OPTIONS, *ALIASES, *FOREIGN, "config"])
+    if prefix != "--" and name == "config":
+        return ", a file of options names no other one"
+    hint = nearest(name, [*OPTIONS, *ALIASES, *FOREIGN, *(["config"] if prefix == "--" else [])])
     return hint.replace("'", "'--", 1) if prefix == "--" else hint

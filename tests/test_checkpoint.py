@@ -12,11 +12,12 @@ import pytest
 import torch
 import yaml
 from boson_multimodal.model.higgs_audio import HiggsAudioModel
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 
 from higgs_ds.checkpoint import (
     CheckpointError,
+    CheckpointWriter,
     _sealed,
     changed_settings,
     find_checkpoint,
@@ -30,6 +31,7 @@ from higgs_ds.files import sha256
 from higgs_ds.model.adapter_names import PREFIX, WHOLE_MODULES
 from higgs_ds.model.init_adapter import OPTIONS
 from higgs_ds.model.layouts import transformers_name
+from higgs_ds.run_dir import prepare_run_dir
 from tests.conftest import ROOT
 from tests.distributed.test_engine import distance
 from tests.ranks import assert_all, free_port, run_ranks
@@ -185,6 +187,14 @@ def with_state(**changed):
     return change
 
 
+def with_setting(**changed):
+    def change(folder):
+        state = json.loads((folder / "state.json").read_text())
+        with_state(config=state["config"] | changed)(folder)
+
+    return change
+
+
 def without_tensor(name):
     def change(folder):
         tensors = load_file(folder / name)
@@ -197,11 +207,24 @@ def without_tensor(name):
 IMPOSSIBLE = {
     "a negative step": (with_state(step=-5), "step is -5"),
     "an absurd step": (with_state(step=10**30), "step is 1000"),
-    "another step than its name": (with_state(step=6), "the folder says 5"),
+    "another step than its name": (with_state(step=6, adam_steps=6), "the folder says 5"),
     "a step in words": (with_state(step="5"), "step is '5'"),
     "no rank": (with_state(world_size=0), "world_size is 0"),
-    "more updates than steps": (with_state(adam_steps=9), "9 updates in 5 steps"),
+    "no step": (with_state(step=0, adam_steps=0), "step is 0"),
+    "more updates than steps": (with_state(adam_steps=9), "9 updates and 0 dropped steps in 5 steps"),
+    "fewer updates than steps": (with_state(adam_steps=2, dropped_steps=2), "2 updates and 2 dropped steps in 5 steps"),
     "no settings": (with_state(config=None), "config is NoneType"),
+    "empty settings": (with_state(config={}), "config lacks lora_r, lora_target_modules"),
+    "a rank in words": (with_setting(lora_r="8"), "lora_r is '8', which no run can have"),
+    "targets that are no list": (with_setting(lora_target_modules="q_proj"), "lora_target_modules is 'q_proj'"),
+    "a rate that is none": (with_setting(lr=float("nan")), "lr is nan"),
+    "epochs beyond counting": (with_setting(epochs=1e300), "epochs is 1e.300"),
+    "no warm-up at all": (with_setting(warmup_ratio=None), "warmup_ratio and warmup_steps are both null"),
+    "rows in words": (with_state(manifest_rows="abc"), "manifest_rows is 'abc'"),
+    "rows below none": (with_state(manifest_rows=[-1]), r"manifest_rows is \[-1\]"),
+    "a best to come": (with_state(best_step=6, best_loss=1.0), "best_step is 6 after 5 steps"),
+    "a best without its loss": (with_state(best_step=2), "best_loss is None at best_step 2"),
+    "nesting without end": (lambda folder: (folder / "state.json").write_text("[" * 99999), "state.json cannot be"),
     "a field too many": (with_state(more=1), "cannot be read"),
     "an epoch that is no number": (with_state(epoch=float("nan")), "epoch is nan"),
     "a weight too few": (without_tensor("adapter/adapter_model.safetensors"), "not of the adapter's weights: .*lora_"),
@@ -220,6 +243,66 @@ def test_a_resealed_checkpoint_that_no_run_wrote_is_passed_over(kind, saved, tmp
         read_checkpoint(newest)
     found, said = find_checkpoint("auto", tmp_path)
     assert found.position.step == 4 and len(said) == 1 and "step-000005" in said[0]
+
+
+@pytest.mark.parametrize("files", [[], ["state.json"], "state.json", 1, None])
+def test_checksums_that_are_no_names_with_sums_are_passed_over(files, saved, tmp_path):
+    shutil.copytree(saved[0] / "checkpoints", tmp_path / "checkpoints")
+    newest = list_checkpoints(tmp_path / "checkpoints")[-1]
+    for content in (_sealed(files), b'{"files": ' + b"[" * 99999):
+        (newest / "checksums.json").write_bytes(content)
+        found, said = find_checkpoint("auto", tmp_path)
+        assert found.position.step == 4 and "checksums.json is damaged" in said[0]
+
+
+def test_an_absurd_step_that_its_folder_agrees_with_is_passed_over(saved, tmp_path):
+    shutil.copytree(saved[0] / "checkpoints", tmp_path / "checkpoints")
+    absurd = tmp_path / "checkpoints/step-900000000"
+    shutil.copytree(tmp_path / "checkpoints/step-000005", absurd)
+    reseal(absurd, with_state(step=900_000_000))
+    found, said = find_checkpoint("auto", tmp_path)
+    assert found.position.step == 5 and "5 updates and 0 dropped steps in 900000000 steps" in said[0]
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "link to nowhere", "folder"])
+def test_what_stands_where_a_checkpoint_goes_is_kept(kind, saved, tmp_path):
+    ours = read_checkpoint(saved[0] / "checkpoints/step-000005")
+    lora = LoraConfig.from_pretrained(str(ours.folder / "adapter"))
+    writer = CheckpointWriter(tmp_path, keep_last=3, keep_best=False, lora=lora)
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "notes").write_text("work")
+    for name in ("step-000005", *([".step-000005.tmp"] if kind != "folder" else [])):
+        if kind == "file":
+            (tmp_path / name).write_text("work")
+        elif kind == "folder":
+            shutil.copytree(mine, tmp_path / name)
+        else:
+            (tmp_path / name).symlink_to(mine if kind == "link" else "nowhere")
+    (tmp_path / "left-step-000005").write_text("of a run before")
+    writer.clean(5)
+    writer._write(ours.position, ours.state, [{"cpu": torch.get_rng_state()}])
+    assert list_checkpoints(tmp_path) == [tmp_path / "step-000005"] and read_checkpoint(tmp_path / "step-000005")
+    left = tmp_path / "left-step-000005-1"
+    assert left.is_symlink() == kind.startswith("link") and os.path.lexists(left)
+    assert (mine / "notes").read_text() == "work" and sorted(path.name for path in mine.iterdir()) == ["notes"]
+    if kind == "folder":
+        assert (left / "notes").read_text() == "work"
+    writer._write(ours.position, ours.state, [{"cpu": torch.get_rng_state()}])  # saved again: replaced
+    assert read_checkpoint(tmp_path / "step-000005") and not list(tmp_path.glob("left-*-2"))
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_folder_where_no_checkpoint_can_stand_is_refused_at_the_door(linked, tmp_path):
+    place = tmp_path / "checkpoints"
+    place.symlink_to("nowhere") if linked else place.write_text("a file")
+    with pytest.raises(ConfigError, match=r"--output_dir: .*checkpoints is no folder"):
+        prepare_run_dir(tmp_path)
+    place.unlink()
+    (tmp_path / "elsewhere").mkdir()
+    place.symlink_to("elsewhere")
+    prepare_run_dir(tmp_path)
 
 
 def test_only_step_and_digits_is_a_checkpoint_and_what_a_user_keeps_stays(saved, tmp_path):

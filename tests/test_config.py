@@ -7,7 +7,6 @@ import pytest
 import yaml
 
 from higgs_ds.config import ALIASES, DEFAULT_BASE_REVISION, DEFAULT_CODEC_REVISION, OPTIONS
-from higgs_ds.distributed.launchers import resume_command
 from higgs_ds.errors import ConfigError, nearest
 from higgs_ds.model.modules import DEFAULT_LORA_TARGETS
 from higgs_ds.parse import parse_args
@@ -28,6 +27,7 @@ def test_the_documented_command_parses():
         "--base_ckpt bosonai/higgs-audio-v2-generation-3B-base --batch_size 2 --lr 2e-4 --epochs 2 --grad_accum 8 "
         "--lora_r 16 --lora_alpha 32 --lora_dropout 0.05 --local_rank=3".split()
     )
+    assert parse_args([*NEEDED, "--local-rank=3"]) == parse_args(NEEDED)  # of torch.distributed.launch
     assert (config.optim.batch_size, config.optim.lr, config.optim.epochs, config.optim.grad_accum) == (2, 2e-4, 2.0, 8)
     assert (config.lora.lora_r, config.lora.lora_alpha, config.lora.lora_dropout) == (16, 32.0, 0.05)
     assert config.model.base_revision == DEFAULT_BASE_REVISION and config.data.codec_revision == DEFAULT_CODEC_REVISION
@@ -142,6 +142,60 @@ def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path):
     assert config.lora.lora_target_modules == ["q_proj", "v_proj"] and config.loss.codebook_weights == [1.0, 2.0, 3.0]
 
 
+@pytest.mark.parametrize("text", ["2026_11_27", "2026_01", "0755", "1:30", "1.10", "0123456", "0x1F", "1_000", "+5"])
+def test_a_text_in_yaml_is_as_it_is_spelt(text, tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text(f"run_name: {text}\noutput_dir: {text}\ntrain_manifest: {text}\nlora_target_modules: [{text}]\n")
+    config = parse_args(["--config", str(file)])
+    assert (config.run.run_name, config.run.output_dir, config.data.train_manifest) == (text, text, [text])
+    assert config.lora.lora_target_modules == [text] and type(config.run.run_name) is str
+    file.write_text(yaml.safe_dump(config.as_dict()))
+    assert parse_args(["--config", str(file)]) == config
+
+
+@pytest.mark.parametrize(
+    ("spelt", "lr", "seed"),
+    [("1e-4", 1e-4, None), ("2e-5", 2e-5, None), ("1_0", 10.0, 10), ("+3", 3.0, 3), ("2.", 2.0, 2), (".5", 0.5, None)]
+    + [
+        ("1.0e+1", 10.0, 10),
+        ("0", None, 0),
+        ("'010'", 10.0, 10),
+        ("07", 7.0, 7),
+        ("9007199254740991", None, 2**53 - 1),
+    ],
+)
+def test_a_number_in_yaml_in_plain_decimals(spelt, lr, seed, tmp_path):
+    for name, value in (("lr", lr), ("seed", seed)):
+        (tmp_path / "run.yaml").write_text(f"{name}: {spelt}\n")
+        if value is not None:
+            config = parse_args([*NEEDED, "--config", str(tmp_path / "run.yaml")])
+            assert config.get(name) == value and type(config.get(name)) is type(value)
+
+
+def test_a_flag_wins_over_what_the_file_says_of_the_same_thing_in_another_way(tmp_path):
+    file = tmp_path / "run.yaml"
+
+    def given(text, *flags):
+        file.write_text(text)
+        optim = parse_args([*NEEDED, "--config", str(file), *flags]).optim
+        return optim.warmup_ratio, optim.warmup_steps, optim.batch_size, optim.max_tokens_per_batch
+
+    resolved = yaml.safe_dump(parse_args([*NEEDED, "--batch_size", "2"]).as_dict())
+    for text in ("warmup_ratio: 0.1\nbatch_size: 2\n", resolved):
+        assert given(text, "--warmup_steps", "10") == (None, 10, 2, None)
+        assert given(text, "--max_tokens_per_batch", "4096")[2:] == (None, 4096)
+        assert given(text, "--max_tokens_per_batch", "none")[2:] == (2, None)
+    in_steps = yaml.safe_dump(parse_args([*NEEDED, *"--warmup_steps 10 --max_tokens_per_batch 9".split()]).as_dict())
+    for text in ("warmup_steps: 10\nmax_tokens_per_batch: 9\n", in_steps):
+        assert given(text, "--warmup_ratio", "0.2")[:2] == (0.2, None)
+        assert given(text, "--per_device_train_batch_size", "4")[2:] == (4, None)
+        assert given(text, "--batch_size", "1")[2:] == (1, 9)  # beside tokens it means nothing
+        assert given(text)[1::2] == (10, 9)
+    file.write_text("warmup_steps: 10\n")
+    (line,) = problems_of([*NEEDED, "--config", str(file), *"--warmup_steps 3 --warmup_ratio 0.1".split()])
+    assert "both say how long the warm-up is" in line
+
+
 def test_the_resolved_config_can_be_given_back(tmp_path):
     config = parse_args([*NEEDED, "--skip_bad_rows", "--max_steps", "9", "--lora_target_modules", "q_proj,v_proj"])
     file = tmp_path / "config.yaml"
@@ -233,7 +287,7 @@ def test_all_problems_at_once(tmp_path):
         ("a: &a [x, x]\nb: &b [*a, *a]\n", "alias *a: write its value out"),
         ("<<: {lr: 1}\n<<: {lr: 2}\n", "<< is given twice"),
         ("run_name: &a\n  [*a]\n", "alias *a"),
-        ("lr: " + "9" * 400 + "\n", "lr: expected a number of usual size"),
+        ("lr: " + "9" * 400 + "\n", "lr: expected a finite number, got '999"),
         ("lr: " + "[" * 5000, "is nested too deeply"),
         ("{[1]: 2}: 3\n", "is not YAML"),
         ("? [lr]\n: 1\n", "is not YAML"),
@@ -246,6 +300,24 @@ def test_all_problems_at_once(tmp_path):
         ("- lr\n", "must hold `name: value` lines"),
         ("# " + "x" * 1_000_001, "is larger than 1,000,000 bytes"),
         ("run_name: \x00\n", "is not YAML"),
+        ("lr: !!bool abc\n", "is not YAML: 'abc' does not fit !!bool"),
+        ("lr: !!timestamp abc\n", "is not YAML: 'abc' does not fit !!timestamp"),
+        ("lr: !!int ''\n", "lr: expected a number, got ''"),
+        ("lr: !!float abc\n", "lr: expected a number, got 'abc'"),
+        ("lr: !!bool {=: abc}\n", "is not YAML: its value does not fit !!bool"),
+        ("lr: !!binary é\n", "is not YAML"),
+        ("batch_size: 1:30\n", "batch_size: expected a number in plain decimals, got '1:30'"),
+        ("batch_size: 010\n", "batch_size: expected a number in plain decimals, got '010'"),
+        ("batch_size: 0x10\n", "batch_size: expected a number in plain decimals, got '0x10'"),
+        ("lr: 0b1\n", "lr: expected a number in plain decimals, got '0b1'"),
+        ("lr: 1:30.5\n", "lr: expected a number in plain decimals, got '1:30.5'"),
+        ("lr: .inf\n", "lr: expected a number, got '.inf'"),
+        ("codebook_weights: [1, 010]\n", "codebook_weights: expected a number in plain decimals, got '010'"),
+        ("codebook_weights: 1\n", "codebook_weights: expected a list, got '1'"),
+        ("config: other.yaml\n", "config: unknown key, a file of options names no other one"),
+        ("confg: other.yaml\n", "confg: unknown key"),
+        ("lr: 1e-4\nlearning_rate: 1e-4\n", "learning_rate: given twice, as lr too"),
+        ("warmup_steps: 3\nwarmup_ratio: 0.1\n", "--warmup_steps, --warmup_ratio: both say"),
     ],
 )
 def test_whatever_stands_in_the_yaml_is_one_line(text, words, tmp_path):
@@ -303,14 +375,3 @@ def taken_or_refused(argv):
         return parse_args(argv), []
     except ConfigError as error:
         return None, error.problems
-
-
-@pytest.mark.parametrize(
-    "given",
-    ["", "--resume", "--resume none", "--resume=out/x", "--resume_from_checkpoint", "--resume_from_checkpoint a/b"],
-)
-def test_the_command_that_goes_on_says_so_once(given, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["train_ds.py", *given.split(), *NEEDED])
-    command = resume_command([])
-    assert command == f"python train_ds.py {' '.join(NEEDED)} --resume auto"
-    assert parse_args(command.split()[2:]).run.resume == "auto"

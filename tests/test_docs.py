@@ -40,7 +40,9 @@ def test_the_drawing_of_a_layout_is_what_the_code_makes():
 FLAGS_HEAD = """# Flags of `train_ds.py`
 
 `prepare` and `check` take them too; `python -m higgs_ds VERB --help` lists those of every other verb. All can stand in
-a YAML file given by `--config`; flags win. Unknown names fail, naming the one that they misspell.
+a YAML file given by `--config`; flags win, also over the file's `warmup_ratio` where they say `--warmup_steps`, its
+`batch_size` where they say `--max_tokens_per_batch`, and the other way round. There a text is as it is
+spelt (`run_name: 2026_11_27`), and a number in plain decimals. Unknown names fail, naming the one that they misspell.
 
 """
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from higgs_ds.errors import first_of
-from higgs_ds.files import filling, replacing, sha256, write_text
+from higgs_ds.files import filling, first_free, name_beside, remove_leftovers, replacing, sha256, write_text
 
 
 def test_a_file_and_a_folder_are_replaced_whole(tmp_path):
@@ -94,6 +94,26 @@ def test_a_name_where_a_link_stands_replaces_the_link_and_not_what_it_points_to(
     link.symlink_to(kept)
     write_text(link, "text")
     assert link.is_file() and not link.is_symlink() and kept.is_dir()
+
+
+def test_what_a_killed_process_was_writing_is_removed_and_nothing_else(tmp_path):
+    left = [name_beside(tmp_path / "adapter"), name_beside(tmp_path / "adapter")]
+    left[0].mkdir()
+    (left[0] / "half").write_text("x")
+    left[1].write_text("x")
+    others = [".adapter.tmp", ".adapter.mine-01234567.tmp", "adapter.1-01234567.tmp", ".adapter-best.1-01234567.tmp"]
+    for name in others:
+        (tmp_path / name).write_text("somebody's")
+    remove_leftovers(tmp_path / "adapter")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(others)
+    remove_leftovers(tmp_path / "nowhere/adapter")
+
+
+def test_the_first_free_name_is_no_link_to_nowhere_either(tmp_path):
+    assert first_free(tmp_path / "a") == tmp_path / "a"
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a-1").symlink_to("nowhere")
+    assert first_free(tmp_path / "a") == tmp_path / "a-2"
 
 
 def test_sha256_is_that_of_the_content(tmp_path):

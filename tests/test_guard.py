@@ -227,7 +227,7 @@ def test_skip_drops_the_step_on_all_ranks_and_goes_on(check, setup, broken_runs)
     for seen in broken_runs:
         case = seen[f"{setup}:{check}:skip"]
         assert not case["raised"]
-        assert case["dropped_steps"] == 1
+        assert (case["dropped_steps"], case["updates"]) == (1, 2)  # one or the other, as checkpoints must say
         assert case["moved_in_step"] == [True, False, True]
 
 

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,46 @@ def test_saved_by_the_clock_alone_and_nothing_written_over(run, tmp_path):
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # for "auto"
 
 
+def test_nothing_stands_between_the_last_step_and_the_disk(forks, flags_of, tmp_path):
+    """Killed as its last validation begins, of which a result's card and the best are to tell."""
+    folder, whole = tmp_path / "run", tmp_path / "whole"
+    changes = {"dtype": "fp32", "val_manifest": SPEECH, "max_steps": 4, "eval_every": 4, "resume": "auto"}
+    (killed,) = forks.run(flags_of(folder, **changes), 1, patches={0: ["killed_in", "validate", 1]})
+    assert killed.returncode == -signal.SIGKILL and rows_of(folder, "eval/loss") == []
+    assert weights_of(folder / "adapter") and steps_of(folder) == [4]
+    for run_folder in (folder, whole):
+        (result,) = forks.run(flags_of(run_folder, **changes), 1)
+        assert result.returncode == 0, result.output[-2000:]
+        assert rows_of(run_folder, "train/loss") == [1, 2, 3, 4] and rows_of(run_folder, "eval/loss") == [4]
+    for name in ("adapter", "adapter-best"):
+        ours, wanted = weights_of(folder / name), weights_of(whole / name)
+        assert ours.keys() == wanted.keys() and all(torch.equal(ours[key], wanted[key]) for key in wanted)
+        assert "| validation loss |" in (folder / name / "README.md").read_text()
+    assert not read_checkpoint(folder / "checkpoints/step-000004").position.owes_validation
+
+
+def test_a_console_that_is_gone_costs_nothing(forks, flags_of, tmp_path):
+    flags = flags_of(tmp_path / "run", dtype="fp32", max_steps=2, val_manifest=SPEECH)
+    (result,) = forks.run(flags, 1, patches={0: ["dead_console"]})
+    assert result.returncode == 0 and result.output == ""
+    assert weights_of(tmp_path / "run/adapter") and steps_of(tmp_path / "run") == [2]
+
+
+def test_folders_in_place_of_what_a_run_only_tells(forks, flags_of, tmp_path):
+    """And a file in place of W&B's folder: each is said, and the run is whole."""
+    folder = tmp_path / "run"
+    for name in ("stopped.json", "ds_config.json", "loss.png", "guard_failures.jsonl"):
+        (folder / name).mkdir(parents=True)
+    (folder / "wandb").write_text("mine")
+    (result,) = forks.run(flags_of(folder, dtype="fp32", max_steps=2, wandb_mode="offline"), 1)
+    assert result.returncode == 0, result.output[-2000:]
+    assert weights_of(folder / "adapter") and steps_of(folder) == [2]
+    said = result.output
+    assert said.count("WARNING: W&B failed and is left out") == said.count("W&B failed during the run") == 1
+    assert "WARNING: the resolved options are not in the run's folder: " in said and "loss.png failed during" in said
+    assert (folder / "wandb").read_text() == "mine" and (folder / "stopped.json").is_dir()
+
+
 def test_a_second_run_that_waited_for_the_first_does_not_write_over_it(forks, flags_of, tmp_path):
     with lock_run_dir(tmp_path):
         ranks = forks.start(flags_of(tmp_path, max_steps=1), 1)
@@ -100,6 +141,16 @@ def test_a_second_run_that_waited_for_the_first_does_not_write_over_it(forks, fl
     result = forks.wait(ranks, 60)[0]
     assert result.returncode == 2 and "holds a run already (metrics.jsonl)" in result.output
     assert (tmp_path / "metrics.jsonl").read_text() == '{"global_step": 150}\n'
+
+
+def test_what_a_killed_run_was_writing_goes_once_the_folder_is_this_runs_alone(tmp_path):
+    left = [files.name_beside(tmp_path / name) for name in ("adapter", "config.yaml", "loss.png")]
+    for path in left:
+        path.mkdir()
+    mine = files.name_beside(tmp_path / "notes")
+    mine.mkdir()
+    with lock_run_dir(tmp_path):
+        assert sorted(path.name for path in tmp_path.iterdir()) == sorted([".lock", mine.name])
 
 
 def _waits_for(lock: Path, pid: int) -> bool:
@@ -112,7 +163,10 @@ def _waits_for(lock: Path, pid: int) -> bool:
 def test_a_full_disk_at_the_end_leaves_the_adapter_where_there_is_room(run, tmp_path):
     with small_disk(tmp_path / "disk", "1m") as disk:
         folder = disk / "full"
-        rescued = ROOT / "full-adapter"  # of the working folder
+        folder_of_a_user = ROOT / "full-adapter"  # of the working folder
+        folder_of_a_user.mkdir(exist_ok=True)
+        (folder_of_a_user / "notes").write_text("work")
+        rescued = ROOT / "full-adapter-1"
         free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
         (disk / "ballast").write_bytes(bytes(free - 80_000))
         try:
@@ -120,9 +174,11 @@ def test_a_full_disk_at_the_end_leaves_the_adapter_where_there_is_room(run, tmp_
             assert result.returncode == 1, result.output[-3000:]
             assert f"WARNING: the adapter could not be written to {folder / 'adapter'}: " in result.output
             assert "Traceback" not in result.output and weights_of(rescued)
+            assert [path.name for path in folder_of_a_user.iterdir()] == ["notes"]
             assert f"checkpoint step-000002 could not be written to {folder / 'checkpoints'}" in result.output
         finally:
             shutil.rmtree(rescued, ignore_errors=True)
+            shutil.rmtree(folder_of_a_user)
 
 
 def test_a_file_system_that_cannot_sync_folders_is_a_warning_and_a_broken_one_an_error(monkeypatch, tmp_path, capsys):

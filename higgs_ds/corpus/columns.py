@@ -51,7 +51,7 @@ def reading(columns: tuple[str, ...]) -> Reading:
         return Reading("chatml", {}, unread, faults)
     held: dict[str, list[str]] = {}
     for column in columns:
-        if column not in SPEECH_FIELDS and (canonical := _CANONICAL.get(_plain(column))):
+        if column not in SPEECH_FIELDS and (canonical := _CANONICAL.get(plain(column))):
             held.setdefault(canonical, []).append(column)
     names = {name: of_name[0] for name, of_name in held.items() if name not in columns and len(of_name) == 1}
     ambiguous = {name: of_name for name, of_name in held.items() if name not in columns and len(of_name) > 1}
@@ -76,7 +76,7 @@ def reading(columns: tuple[str, ...]) -> Reading:
 @functools.lru_cache(1024)
 def weighty_misspelling(key: str, names: tuple[str, ...]) -> str | None:
     """What to say about an unknown field that looks like one which changes what is trained on."""
-    near = difflib.get_close_matches(_plain(key), [name for name in names if name in WEIGHTY], n=1, cutoff=0.8)
+    near = difflib.get_close_matches(plain(key), [name for name in names if name in WEIGHTY], n=1, cutoff=0.8)
     return f"unknown field; did you mean `{near[0]}`?" if near else None
 
 
@@ -95,7 +95,7 @@ def _missing(name: str, columns: tuple[str, ...]) -> str:
 
 def _misspelt(name: str, columns: tuple[str, ...]) -> str | None:
     known = {*CHATML_FIELDS, *SPEECH_FIELDS}
-    unknown = {_plain(column): column for column in columns if column not in known and _plain(column) not in _CANONICAL}
+    unknown = {plain(column): column for column in columns if column not in known and plain(column) not in _CANONICAL}
     near = difflib.get_close_matches(name, list(unknown), n=1)
     return f"did you mean `{name}` by `{_shown(unknown[near[0]])}`?" if near else None
 
@@ -140,5 +140,6 @@ def _shown(key: str) -> str:
     return key if _PLAIN_KEY.fullmatch(key) else repr(key if len(key) <= 80 else key[:80] + "...")
 
 
-def _plain(key: str) -> str:
+def plain(key: str) -> str:
+    """A column's name as names are compared: `Speaker ID` is `speaker_id`."""
     return key.strip().lower().replace(" ", "_").replace("-", "_")

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .columns import SYNONYMS
+from .columns import SYNONYMS, plain
 
 AUDIO_SUFFIXES = frozenset(
     ".wav .flac .mp3 .ogg .opus .m4a .aac .webm .mp4 .mkv .mov .wma .aif .aiff .aifc .caf .au .w64".split()
@@ -22,10 +22,14 @@ FORMATS = {
     "audiofolder": "a table of an audiofolder (`file_name` and a text)",
     "folder": "a folder of clips with text files beside them",
 }
+TABLE_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.tsv")  # of an audiofolder
+TEXT_SUFFIXES = (".normalized.txt", ".txt", ".lab", ".original.txt")  # in the order in which they are taken
+AUDIO_TAG = "<audio>"  # stands for a clip in ms-swift's texts
 HEAD_BYTES = 1 << 16
 HEAD_LINES = 20
 MOST_ENTRIES = 10_000  # of a folder that are looked at, to guess what it is
 TEXT_COLUMNS = ("text", *SYNONYMS["text"].split())
+DELIMITERS = (",", "\t", ";", "|")
 FILE_COLUMNS = ("file_name", "audio", *SYNONYMS["audio"].split())
 
 
@@ -47,23 +51,48 @@ def guess(path: Path) -> str | None:
     return guess_content(head, whole)
 
 
-def guess_content(head: bytes, whole=None) -> str | None:
-    """`guess` from a file's first bytes; `whole` gives all of them where one JSON object might fill the file."""
+def guess_content(head: bytes, whole=None, rows: int = HEAD_LINES) -> str | None:
+    """`guess` from a file's first bytes and rows; `whole` gives all of it where one JSON object might fill the file."""
     text = head.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "replace")
     start = text.lstrip()
     if start.startswith("{"):
-        row = _json(lines_in(start)[0])
-        if isinstance(row, dict):
-            return _guess_row(row)
-        row = _json(whole().decode("utf-8-sig", "replace")) if whole is not None else None
-        return _guess_row(row) if isinstance(row, dict) else None
+        values = [_json(line) for line in lines_in(start)[:rows]]
+        if not isinstance(values[0], dict) and whole is not None:
+            values.insert(0, _json(whole().decode("utf-8-sig", "replace")))
+        return _guess_rows(values)
     if start.startswith("["):
-        try:
-            first, _ = json.JSONDecoder().raw_decode(start[1:].lstrip())
-        except (ValueError, RecursionError):
-            return None
-        return _guess_row(first) if isinstance(first, dict) else None
+        return _guess_rows(_first_elements(start[1:], rows))
     return _guess_table(lines_in(text)[:HEAD_LINES])
+
+
+def _first_elements(text: str, count: int) -> list[Any]:
+    """So many elements of a JSON array, or those before its head is cut off."""
+    decoder, values = json.JSONDecoder(), []
+    while len(values) < count:
+        text = text.lstrip()
+        try:
+            value, behind = decoder.raw_decode(text)
+        except (ValueError, RecursionError):
+            break
+        values.append(value)
+        rest = text[behind:].lstrip()
+        if not rest.startswith(","):
+            break
+        text = rest[1:]
+    return values
+
+
+def swift_audios(row: dict, file: str) -> str | None:
+    """What to say about a ChatML row whose clips stand in `audios`, as ms-swift has them: nothing would read them."""
+    if not row.get("audios") or not isinstance(row["messages"], list):
+        return None
+    contents = [message.get("content") for message in row["messages"] if isinstance(message, dict)]
+    pieces = [piece for content in contents for piece in (content if isinstance(content, list) else [content])]
+    texts = [piece.get("text") if isinstance(piece, dict) else piece for piece in pieces]
+    is_tagged = any(isinstance(text, str) and AUDIO_TAG in text for text in texts)
+    if not is_tagged and any(isinstance(piece, dict) and piece.get("type") == "audio" for piece in pieces):
+        return None
+    return f"is ms-swift's and not read here; this makes a manifest of it: {import_command('ms-swift', file)}"
 
 
 def lines_in(text: str) -> list[str]:
@@ -73,7 +102,7 @@ def lines_in(text: str) -> list[str]:
 
 def no_manifest(path: str, content: bytes) -> str | None:
     """One sentence about a file that holds no rows at all, be it another tool's or nobody's; None for a manifest."""
-    kind = guess_content(content[:HEAD_BYTES], lambda: content)
+    kind = guess_content(content[:HEAD_BYTES], lambda: content, rows=1)  # of mixed rows each has a fault of its own
     if kind is not None:
         return f"is {FORMATS[kind]}, not a manifest; this makes one of it: {import_command(kind, path)}"
     if _begins_with(content, b"["):
@@ -110,13 +139,29 @@ def _json(text: str) -> Any:
         return None
 
 
+def _guess_rows(values: list[Any]) -> str | None:
+    return next((kind for value in values if isinstance(value, dict) and (kind := _guess_row(value))), None)
+
+
 def _guess_row(row: dict) -> str | None:
-    if isinstance(row.get("samples"), list) and "messages" not in row:
+    if "messages" in row:
+        return "ms-swift" if "audios" in row else None
+    if isinstance(row.get("samples"), list) or ("transcript_file" in row and not any(n in row for n in TEXT_COLUMNS)):
         return "train-higgs-audio"
-    if "messages" in row and "audios" in row:
-        return "ms-swift"
-    if "file_name" in row and "messages" not in row and "audio" not in row:
+    if "file_name" in row and "audio" not in row:
         return "audiofolder"
+    return None
+
+
+def table_delimiter(header: str) -> str | None:
+    """What stands between the names of a header that names a clip and a text; None for any other line."""
+    for delimiter in DELIMITERS:
+        try:
+            names = {plain(name) for name in next(csv.reader([header], delimiter=delimiter), ())}
+        except csv.Error:  # a NUL byte
+            return None
+        if names & set(FILE_COLUMNS) and names & set(TEXT_COLUMNS):
+            return delimiter
     return None
 
 
@@ -124,27 +169,36 @@ def _guess_table(lines: list[str]) -> str | None:
     filled = [line for line in lines if line.strip()]
     if not filled:
         return None
-    for delimiter in (",", "\t", ";"):
-        try:
-            header = {name.strip().lower() for name in next(csv.reader(filled[:1], delimiter=delimiter), ())}
-        except csv.Error:  # a NUL byte
-            return None
-        if header & set(FILE_COLUMNS) and header & set(TEXT_COLUMNS):
-            return "audiofolder"
+    if table_delimiter(filled[0]):
+        return "audiofolder"
     return "ljspeech" if all("|" in line for line in filled) else None
 
 
 def _guess_folder(folder: Path) -> str | None:
+    """By a table at its top, by one below, or by clips beside texts, wherever these are."""
     for name in ("metadata.csv", "metadata.json", "metadata.jsonl", "metadata.tsv", "metadata.txt"):
         if (folder / name).is_file() and (kind := guess(folder / name)):
             return kind
-    if any(folder.glob("*/metadata.csv")) or any(folder.glob("*/metadata.jsonl")):
-        return "audiofolder"
-    for count, (_, _, names) in enumerate(os.walk(folder)):
-        stems = {os.path.splitext(name)[0] for name in names if os.path.splitext(name)[1].lower() in AUDIO_SUFFIXES}
-        texts = {os.path.splitext(name)[0] for name in names if name.lower().endswith((".txt", ".lab"))}
-        if stems & texts:
-            return "folder"
+    kind = None
+    for count, (parent, folders, names) in enumerate(os.walk(folder)):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if any(name in names and guess(Path(parent, name)) == "audiofolder" for name in TABLE_NAMES):
+            return "audiofolder"
+        if kind is None and any(text is not None for _, text in with_texts(names)):
+            kind = "folder"
         if count > MOST_ENTRIES:
             break
-    return None
+    return kind
+
+
+def with_texts(names: list[str]) -> Iterator[tuple[str, str | None]]:
+    """(clip, the text file of its name or None) for all clips among a folder's file names, hidden ones left out."""
+    texts: dict[tuple[str, str], str] = {}
+    for name in sorted(names):
+        for suffix in TEXT_SUFFIXES:
+            if name.lower().endswith(suffix):
+                texts[name[: -len(suffix)], suffix] = name
+    for name in sorted(names):
+        stem, suffix = os.path.splitext(name)
+        if suffix.lower() in AUDIO_SUFFIXES and not name.startswith("."):
+            yield name, next((texts[stem, s] for s in TEXT_SUFFIXES if (stem, s) in texts), None)

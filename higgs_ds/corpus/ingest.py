@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +17,17 @@ from tqdm import tqdm
 from ..errors import ConfigError, reason_of
 from ..files import write_text
 from .audio import AudioError, read_audio, write_wav
-from .chatml import AudioRef
+from .chatml import AudioRef, Row, Turn
 from .faults import plural
-from .ingest_formats import Found, read_foreign
+from .ingest_formats import read_foreign
+from .ingest_found import Found
+from .transcripts import text_key
 
 TRIM_DB = 40.0  # below the loudest, where silence begins
 TRIM_MARGIN_SEC = 0.1  # of it that is kept at both ends
 PEAK = 0.99
 LONGEST_STEM = 200  # bytes of a new clip's name, to which a number and an ending come
+LEAST_PROMPTS = 10  # conversations with the same words of the user, below which that may be chance
 LEAST_BLOCK_SEC, BLOCK_SEC = 0.05, 0.4  # of loudness by ITU-R BS.1770
 
 
@@ -98,7 +103,7 @@ def run_import(
 
     def shared_out() -> tuple[list[dict], list[dict], list[str]]:
         if not found.rows:
-            raise ConfigError([*found.lines(), f"{path}: no row is left, read as {kind}"])
+            raise ConfigError([*found.lines(path), f"{path}: no row is left, read as {kind}"])
         return split(found.rows, val_share=val_share, val_speakers=val_speakers, seed=seed)
 
     try:
@@ -112,7 +117,7 @@ def run_import(
                 _write_rows(output_dir / name, rows)
     except OSError as error:
         raise ConfigError([f"--output: {output_dir} cannot be written to: {reason_of(error)}"]) from error
-    said = [f"{path}: read as {kind}", *found.lines(), *notes]
+    said = [f"{path}: read as {kind}", *found.lines(path), *notes]
     said += [_summary(output_dir / n, rows) for n, rows in (("train.jsonl", train), ("val.jsonl", val)) if rows]
     flags = f"--train_manifest {output_dir / 'train.jsonl'}" + (
         f" --val_manifest {output_dir / 'val.jsonl'}" if val else ""
@@ -133,8 +138,8 @@ def split(
     if val_speakers:
         return _split_by_speaker(rows, val_speakers, seed)
     groups: dict[str, list[int]] = {}
-    for i, row in enumerate(rows):
-        groups.setdefault(text_key(row), []).append(i)
+    for i, key in enumerate(text_keys(rows)):
+        groups.setdefault(key, []).append(i)
     wanted = round(val_share * len(rows))
     if val_share > 0 and wanted == 0 and len(groups) > 1:
         wanted = 1
@@ -145,12 +150,13 @@ def split(
         if len(chosen) + len(groups[key]) <= wanted and len(groups) > 1:
             chosen.update(groups[key])
     train = [row for i, row in enumerate(rows) if i not in chosen]
-    return train, [row for i, row in enumerate(rows) if i in chosen], []
+    note = "no validation rows: every text is that of too many rows to be set aside"
+    return train, [row for i, row in enumerate(rows) if i in chosen], [note] if wanted and not chosen else []
 
 
 def _split_by_speaker(rows: list[dict], named: list[str], seed: int) -> tuple[list[dict], list[dict], list[str]]:
     speakers = sorted({row["speaker"] for row in rows if "speaker" in row})
-    if len(named) == 1 and named[0].isdigit() and named[0] not in speakers:
+    if len(named) == 1 and re.fullmatch("[0-9]{1,9}", named[0]) and named[0] not in speakers:
         count = int(named[0])
         if not 0 < count < len(speakers):
             raise ConfigError(
@@ -164,43 +170,83 @@ def _split_by_speaker(rows: list[dict], named: list[str], seed: int) -> tuple[li
     train = [row for row in rows if row.get("speaker") not in named]
     if not train:
         raise ConfigError(["--val_speakers: no row is left to train on"])
-    known = {text_key(row) for row in train}
-    val = [row for row in rows if row.get("speaker") in named]
-    kept = [row for row in val if text_key(row) not in known]
+    keys = text_keys(rows)
+    known = {key for row, key in zip(rows, keys, strict=True) if row.get("speaker") not in named}
+    val = [(row, key) for row, key in zip(rows, keys, strict=True) if row.get("speaker") in named]
+    kept = [row for row, key in val if key not in known]
     note = f"left out of validation: {plural(len(val) - len(kept), 'row')} whose text is trained on too"
     return train, kept, [note] if len(kept) < len(val) else []
 
 
-def text_key(row: dict) -> str:
-    """The same for texts that differ in case, blanks and punctuation alone."""
-    texts = [row["text"]] if "text" in row else [json.dumps(row["messages"][:-1], ensure_ascii=False)]
-    words = "".join(c if c.isalnum() else " " for c in " ".join(texts).casefold())
-    return " ".join(words.split()) or texts[0]
+def text_keys(rows: list[dict]) -> list[str]:
+    """For each row the same as for all that speak its text; a row of which no text is known is told by all of it.
+
+    A user's turn that most conversations share is a prompt, such as `Read it.`, and not what is spoken.
+    """
+    texts = [_spoken(row) for row in rows]
+    asked = Counter(text_key(text) for text, is_asked in texts if text is not None and is_asked)
+    [(prompt, count)] = asked.most_common(1) or [("", 0)]
+    talks = sum("messages" in row for row in rows)
+    shared = prompt if count >= LEAST_PROMPTS and count > talks / 2 else None
+    return [
+        json.dumps(row) if text is None or (is_asked and text_key(text) == shared) else text_key(text)
+        for row, (text, is_asked) in zip(rows, texts, strict=True)
+    ]
+
+
+def _spoken(row: dict) -> tuple[str | None, bool]:
+    """(what a row's last clip says, whether it stands in the user's turn of a conversation and may be a mere prompt).
+
+    Nothing is known to be spoken where the user's turn holds a clip: its words are about that clip.
+    """
+    if "text" in row:
+        return row["text"], False
+    turns = tuple(Turn(message["role"], _pieces(message["content"])) for message in row["messages"])
+    spoken = Row(turns, None, None, "", 0).spoken()
+    if spoken is None or any(isinstance(piece, str) for piece in turns[-1].content):
+        return (None if spoken is None else spoken[0]), False
+    is_about_clip = any(isinstance(piece, AudioRef) for piece in turns[-2].content)
+    return (None if is_about_clip else spoken[0]), True
+
+
+def _pieces(content: str | list[dict]) -> tuple[str | AudioRef, ...]:
+    if isinstance(content, str):
+        return (content,)
+    return tuple(AudioRef(Path(p["audio_url"])) if p["type"] == "audio" else p["text"] for p in content)
 
 
 def _write_clips(found: Found, folder: Path, sound: Sound) -> None:
     """New clips in the place of all that the rows name; rows whose clip cannot be used are left out."""
     folder.mkdir(parents=True, exist_ok=True)
-    done: dict[str, str | None] = {}
+    done: dict[AudioRef, str | None] = {}
     taken: dict[str, int] = {}
     kept = []
     for row in tqdm(found.rows, desc="clips", unit="clip", mininterval=1.0):
-        for name, holder in _clips_of(row):
-            source = holder[name]
-            if source not in done:
-                done[source] = _write_clip(source, folder, taken, sound, found)
-            if done[source] is not None:
-                holder[name] = done[source]
-        if all(done.get(holder[name], holder[name]) is not None for name, holder in _clips_of(row)):
+        written = []
+        for name, holder, clip in list(_clips_of(row)):
+            if clip not in done:
+                done[clip] = _write_clip(clip, folder, taken, sound, found)
+            written.append(done[clip])
+            holder[name] = done[clip] or holder[name]
+        if None not in written:
+            row.pop("offset", None)  # the new clip is that slice
+            if sound.trim:
+                row.pop("duration", None)  # that of the clip before
             kept.append(row)
     found.rows = kept
 
 
-def _clips_of(row: dict) -> Iterable[tuple[str, dict]]:
-    yield from ((name, row) for name in ("audio", "ref_audio") if name in row)
+def _clips_of(row: dict) -> Iterable[tuple[str, dict, AudioRef]]:
+    """(key, object that has it, clip) for each of a row's clips."""
+    if "audio" in row:
+        span = (row["offset"], row.get("duration")) if "offset" in row else ()
+        yield "audio", row, AudioRef(Path(row["audio"]), None, *span)
+    if "ref_audio" in row:
+        yield "ref_audio", row, AudioRef(Path(row["ref_audio"]))
     for message in row.get("messages", ()):
         if isinstance(message["content"], list):
-            yield from (("audio_url", piece) for piece in message["content"] if piece["type"] == "audio")
+            pieces = (piece for piece in message["content"] if piece["type"] == "audio")
+            yield from (("audio_url", piece, AudioRef(Path(piece["audio_url"]))) for piece in pieces)
 
 
 def _free_name(source: str, taken: dict[str, int]) -> str:
@@ -217,14 +263,14 @@ def _free_name(source: str, taken: dict[str, int]) -> str:
     return name
 
 
-def _write_clip(source: str, folder: Path, taken: dict[str, int], sound: Sound, found: Found) -> str | None:
+def _write_clip(clip: AudioRef, folder: Path, taken: dict[str, int], sound: Sound, found: Found) -> str | None:
     """The new clip's path relative to the manifest; None for a clip that cannot be used."""
     try:
-        waveform, sample_rate = sound.apply(*read_audio(AudioRef(Path(source))))
+        waveform, sample_rate = sound.apply(*read_audio(clip))
     except AudioError as error:
-        found.leave_out("clips that cannot be used", f"{source}: {error}")
+        found.leave_out("clips that cannot be used", f"{clip.path}: {error}")
         return None
-    stem = _free_name(source, taken)
+    stem = _free_name(str(clip.path), taken)
     write_wav(folder / f"{stem}.wav", waveform, sample_rate)
     return f"{folder.name}/{stem}.wav"
 

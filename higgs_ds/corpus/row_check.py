@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from . import foreign
 from .chatml import ROLES, SERVED, AudioRef, Row, Turn, speech_messages
 from .clip_paths import MISSING, URL, ClipPaths
 from .columns import AUDIO_FIELDS, TEXT_FIELDS, TURN_FIELDS, Columns, Reading, member, reading, weighty_misspelling
@@ -92,6 +93,8 @@ class RowCheck:
             speaker = misc["speaker"] or None
 
         messages = row["messages"]
+        if not self.again and (problem := foreign.swift_audios(row, self.rules.file)):
+            self.fault("audios", problem)
         if not isinstance(messages, list) or not messages:
             found = "an empty list" if messages == [] else _shown(messages)
             self.fault("messages", f"must be a list of at least one message, found {found}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -67,11 +68,35 @@ def facts_of(row: Row) -> tuple:
     if spoken is None:
         return 0, 0, 0, 0.0, size, -1
     text, clip = spoken
-    said = _TAG.sub("", text) if "<" in text or "[" in text else text
+    said = _without_tags(text)
     words = " ".join(said.casefold().split())
-    digest = hashlib.blake2b(words.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    digest = hashlib.blake2b(text_key(text).encode("utf-8", "surrogatepass"), digest_size=8).digest()
     stated_sec = min(row.stated_sec or 0.0, LONGEST_SEC)
     return int.from_bytes(digest, "little") or 1, len(words), script_of(said), stated_sec, size, clip
+
+
+def text_key(text: str) -> str:
+    """The same for texts that differ only in case, blanks, punctuation, sound tags, or how a letter is composed.
+
+    Letters, marks and numbers of every script count; a text without any, such as a lone tag, is told by all of it.
+    """
+    plain = unicodedata.normalize("NFC", _without_tags(text).casefold())
+    return " ".join(plain.translate(_WORDS).split()) or " ".join(text.casefold().split())
+
+
+def _without_tags(text: str) -> str:
+    return _TAG.sub("", text) if "<" in text or "[" in text else text
+
+
+class _Words(dict):
+    """For `str.translate`: a blank for every character that is no letter, mark or number."""
+
+    def __missing__(self, char: int) -> int:
+        self[char] = char if unicodedata.category(chr(char))[0] in "LMN" else ord(" ")
+        return self[char]
+
+
+_WORDS = _Words()
 
 
 def voice_of(row: Row) -> tuple[int, bool]:

@@ -71,12 +71,21 @@ def ignored_keys(raw: dict) -> list[str]:
     def means_nothing(key: str, value: object) -> bool:
         if key in OFF_BLOCKS and isinstance(value, dict):
             return value.get("enabled", False) is False
+        if key == "scheduler":
+            return _leaves_the_rate_to_flags(value)
         if key == "activation_checkpointing" and isinstance(value, dict):
             return all(item in (False, None) for item in value.values())
         same = (v for v in IGNORED_VALUES.get(key, ()) if value is v or (type(value) is not bool and value == v))
         return key in IGNORED_KEYS or any(True for _ in same)
 
     return [key for key, value in _places(raw).items() if means_nothing(key, value)]
+
+
+def _leaves_the_rate_to_flags(scheduler: object) -> bool:
+    """Whether each of the block's params is "auto", as in Hugging Face's examples."""
+    params = scheduler.get("params") if isinstance(scheduler, dict) and scheduler.keys() <= {"type", "params"} else None
+    named = isinstance(params, dict) and isinstance(scheduler.get("type", ""), str)
+    return named and bool(params) and all(value == "auto" for value in params.values())
 
 
 def _content(raw: dict) -> tuple[dict, list[str]]:

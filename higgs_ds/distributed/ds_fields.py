@@ -1,7 +1,8 @@
 """What may stand in DeepSpeed's JSON and of which type: DeepSpeed 0.19's own fields, and narrower where a run needs it.
 
 A wrong value is told here within a second, in the file's own words; `engine.check_config` then asks DeepSpeed's models
-the same of what is handed to them. An "auto" is of every type: what it stands for is settled in `ds_config`.
+the same of what is handed to them. An "auto" is of every type but the stage's, by which all others are settled in
+`ds_config`.
 """
 
 from __future__ import annotations
@@ -136,8 +137,10 @@ _OFFLOADED = {
 }
 _BUCKET = Whole(1, LARGEST_BUCKET)
 
+STAGE = OneOf((0, 1, 2, 3), "expected 0, 1, 2 or 3")
+
 ZERO = {
-    "stage": OneOf((0, 1, 2, 3), "expected 0, 1, 2 or 3"),
+    "stage": STAGE,
     "contiguous_gradients": Flag(),
     "reduce_scatter": Flag(),
     "reduce_bucket_size": _BUCKET,
@@ -260,7 +263,8 @@ _REMOVED = "DeepSpeed has removed it; remove it here too"
 _BF16_SCALE = "bf16 needs no loss scaling; the fields of it are fp16's"
 # What DeepSpeed knows and a run here does not take, by its place in the file.
 REFUSED_KEYS = {
-    "scheduler": "the learning rate follows --lr_scheduler, --warmup_ratio and --lr; remove the block",
+    "scheduler": "the learning rate follows --lr_scheduler, --warmup_ratio and --lr; remove the block, or give each of "
+    "its params as 'auto'",
     "activation_checkpointing": "it has no effect on this model, --activation_checkpointing has; remove the block",
     **dict.fromkeys(("wandb", "tensorboard", "csv_monitor", "comet"), _OWN_METRICS),
     **dict.fromkeys(("gradient_allreduce_op", "prescale_gradients", "gradient_predivide_factor"), _MEAN),
@@ -310,7 +314,7 @@ def field_faults(place: dict, fields: dict[str, Field] = FIELDS, prefix: str = "
                 found += field_faults(value, field.fields, f"{name}.")
             elif not (value is None and field.null):
                 found.append(f"{name}: must be an object, it is {shown(value)}")
-        elif value != "auto" and (fault := field.fault(value)):
+        elif (value != "auto" or field is STAGE) and (fault := field.fault(value)):
             found.append(f"{name} is {shown(value)}, {fault}")
     return found
 

@@ -14,19 +14,15 @@ import zlib
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 
-from ..errors import ConfigError
+from ..errors import ConfigError, shown
 from ..process import say
 
 PORTS = range(20000, 30000)  # below the ports that systems hand out by themselves
 DEFAULT_PORT = 29500  # DeepSpeed's and torchrun's
 HOW = "start it with deepspeed, torchrun, srun or mpirun (docs/many-machines.md)"
+MOST = 2**32 - 1  # of what a launcher counts, Slurm's numbers for special steps included
 # Slurm's numbers for what is no step of srun's: the batch script, the shell of salloc, …
 FIRST_SPECIAL_STEP = 0xFFFFFFF0
-# Variables that say that there are others, where they are above this.
-SIGNS_OF_OTHERS = {
-    **dict.fromkeys(("WORLD_SIZE", "CROSS_SIZE", "LOCAL_WORLD_SIZE", "PET_NNODES", "PET_NPROC_PER_NODE"), 1),
-    "LOCAL_RANK": 0,
-}
 
 
 @dataclass(frozen=True)
@@ -75,6 +71,18 @@ MPI = (
 )
 
 
+# Variables that say that there are others, where they are above this. Of sizes, only what no process alone has: a batch
+# script has the job's SLURM_NTASKS, and SLURM_PROCID 0.
+SIGNS_OF_OTHERS = {
+    **dict.fromkeys(("WORLD_SIZE", "CROSS_SIZE", "LOCAL_WORLD_SIZE", "PET_NNODES", "PET_NPROC_PER_NODE"), 1),
+    **dict.fromkeys((name for names in MPI for name in names.local_size), 1),
+    **dict.fromkeys(("FLUX_JOB_SIZE", "JSM_NAMESPACE_SIZE"), 1),
+    **dict.fromkeys(("LOCAL_RANK", "SLURM_PROCID", "SLURM_LOCALID", "PMIX_RANK", "PALS_RANKID"), 0),
+    **dict.fromkeys(("FLUX_TASK_RANK", "JSM_NAMESPACE_RANK"), 0),
+    **dict.fromkeys((name for names in MPI for name in (names.rank, *names.local_rank)), 0),
+}
+
+
 def enter_launch(environment: MutableMapping[str, str] = os.environ) -> None:
     """Puts what srun or MPI say into the variables that torch reads; those of deepspeed and torchrun win.
 
@@ -84,7 +92,11 @@ def enter_launch(environment: MutableMapping[str, str] = os.environ) -> None:
         ConfigError: this process is one of several and cannot know which, or where they meet.
     """
     if environment.get("RANK"):
-        _complete(environment)
+        try:
+            _complete(environment)
+        except ConfigError:
+            environment.pop("RANK")  # as which it would keep silent: rank 0 speaks for all, of what all know
+            raise
     else:
         _take_place(environment)
     # DeepSpeed holds Open MPI's against LOCAL_RANK. It is another one where mpirun has started torchrun, or Slurm shows
@@ -171,10 +183,16 @@ def _mpi_place(environment: Mapping[str, str]) -> Place | None:
     return None
 
 
+def is_step(environment: Mapping[str, str]) -> bool:
+    """Whether this is inside of a step of srun's, and not in the batch script or salloc's shell."""
+    step = _count(environment.get("SLURM_STEP_ID", ""))
+    return step is not None and step < FIRST_SPECIAL_STEP
+
+
 def _slurm_place(environment: Mapping[str, str]) -> Place | None:
     """As a task of srun; None in the batch script, in salloc's shell, and without Slurm."""
-    step = _number(environment, "SLURM_STEP_ID") if environment.get("SLURM_STEP_ID") else None
-    if step is None or step >= FIRST_SPECIAL_STEP:
+    step = _number(environment, "SLURM_STEP_ID")
+    if step is None or not is_step(environment):
         return None
     size = _first_number(environment, ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"))
     rank, local_rank = _number(environment, "SLURM_PROCID"), _number(environment, "SLURM_LOCALID")
@@ -199,12 +217,13 @@ def _slurm_place(environment: Mapping[str, str]) -> Place | None:
 
 def _tasks_here(environment: Mapping[str, str]) -> int | None:
     """Of a list like `4(x2),3`, what stands for this node; None where nothing does."""
-    counts: list[int] = []
-    for part in environment.get("SLURM_STEP_TASKS_PER_NODE", "").split(","):
-        if found := re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part.strip()):
-            counts += [int(found[1])] * int(found[2] or 1)
     node = _number(environment, "SLURM_NODEID")
-    return counts[node] if node is not None and node < len(counts) else None
+    for part in environment.get("SLURM_STEP_TASKS_PER_NODE", "").split(",") if node is not None else ():
+        if found := re.fullmatch(r"([0-9]{1,9})(?:\(x([0-9]{1,9})\))?", part.strip()):
+            if node < (nodes := int(found[2] or 1)):
+                return int(found[1])
+            node -= nodes
+    return None
 
 
 def _set_meeting_place(place: Place, environment: MutableMapping[str, str]) -> None:
@@ -245,8 +264,7 @@ def port_of_job(job: str | None) -> int:
 
 def _refuse_one_of_several(environment: Mapping[str, str]) -> None:
     for name, most in SIGNS_OF_OTHERS.items():
-        value = environment.get(name, "")
-        if value.isascii() and value.isdigit() and int(value) > most:
+        if (value := _count(environment.get(name, ""))) is not None and value > most:
             raise ConfigError(
                 [
                     f"{name} is {value}, but RANK is not set: this process is one of several and cannot know which; "
@@ -256,15 +274,15 @@ def _refuse_one_of_several(environment: Mapping[str, str]) -> None:
 
 
 def _warn_of_unused_tasks(environment: Mapping[str, str]) -> None:
-    tasks = environment.get("SLURM_NTASKS", "")
+    tasks = _count(environment.get("SLURM_NTASKS", "")) or 0
     in_a_step = bool(environment.get("SLURM_STEP_NUM_TASKS"))
-    if environment.get("SLURM_JOB_ID") and not in_a_step and tasks.isdigit() and int(tasks) > 1:
+    if environment.get("SLURM_JOB_ID") and not in_a_step and tasks > 1:
         say(f"WARNING: Slurm has given this job {tasks} tasks, and this is one process alone; srun starts all of them")
 
 
 def _warn_of_idle_gpus(place: Place, environment: Mapping[str, str]) -> None:
-    gpus = environment.get("SLURM_GPUS_ON_NODE", "")
-    if place.local_size and gpus.isdigit() and int(gpus) > place.local_size:
+    gpus = _count(environment.get("SLURM_GPUS_ON_NODE", "")) or 0
+    if place.local_size and gpus > place.local_size:
         say(
             f"WARNING: {gpus} GPUs a node and {place.local_size} of srun's tasks: the other GPUs stand idle; give "
             f"srun --ntasks-per-node={gpus}, or start launch/torchrun.sh with --ntasks-per-node=1"
@@ -274,8 +292,8 @@ def _warn_of_idle_gpus(place: Place, environment: Mapping[str, str]) -> None:
 def _has_its_own_gpu(environment: Mapping[str, str], local_size: int | None) -> bool:
     """Whether Slurm shows this task one GPU of the node's several (--gpus-per-task, --gpu-bind), as number 0."""
     shown = [name for name in environment.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
-    gpus = environment.get("SLURM_GPUS_ON_NODE", "")
-    several = gpus.isdigit() and int(gpus) >= (local_size or 1) > 1
+    gpus = _count(environment.get("SLURM_GPUS_ON_NODE", "")) or 0
+    several = gpus >= (local_size or 1) > 1
     return len(shown) == 1 and (several or bool(environment.get("SLURM_GPUS_PER_TASK")))
 
 
@@ -288,6 +306,14 @@ def _number(environment: Mapping[str, str], name: str) -> int | None:
     text = environment.get(name, "")
     if not text:
         return None
+    if (count := _count(text)) is None or count > MOST:
+        raise ConfigError([f"{name} is {shown(text)}, no number from 0 to {MOST}; {HOW}"])
+    return count
+
+
+def _count(text: str) -> int | None:
+    """The whole number that digits say; None for anything else. Python reads no more than some thousand of them."""
     if not (text.isascii() and text.isdigit()):
-        raise ConfigError([f"{name} is {text!r}, no number from 0 on; {HOW}"])
-    return int(text)
+        return None
+    digits = text.lstrip("0") or "0"
+    return int(digits) if len(digits) <= len(str(MOST)) else MOST + 1

@@ -6,9 +6,13 @@ import itertools
 import os
 import shlex
 import sys
+from collections.abc import Mapping
+
+from .launch_env import is_step
 
 LAUNCHER_PROGRAMS = {"deepspeed", "deepspeed.pt", "ds", "torchrun", "accelerate"}
 RESUMING = ("--resume", "--resume_from_checkpoint")  # two names for one option are refused
+LOCAL_RANK = ("--local_rank", "--local-rank")
 LAUNCHER_MODULES = ("deepspeed.launcher", "torch.distributed", "accelerate.commands")
 
 
@@ -33,22 +37,50 @@ def gone_launcher(chain: list[tuple[int, int]]) -> int | None:
     return None
 
 
-def resume_command(chain: list[tuple[int, int]]) -> str:
-    """What was typed to start this process, its topmost launcher included, with `--resume auto`, for a shell."""
+def resume_command(chain: list[tuple[int, int]], environment: Mapping[str, str] = os.environ) -> str:
+    """What was typed to start this process, its topmost launcher included, with `--resume auto`, for a shell.
+
+    Where that is not to be seen from here, since a command elsewhere has started this one for each rank or host, it is
+    said which kind of command: the line for this process would start a part of the ranks, or a world of one.
+    """
     words = _words_of(chain[-1][1]) if chain else ["python", *sys.argv]
-    if os.path.basename(words[0]).startswith("python") and len(words) > 1 and os.access(words[1], os.X_OK):
+    elsewhere = _started_elsewhere(words if chain else [], environment)
+    if elsewhere:
+        words = _without(LOCAL_RANK, sys.argv)
+    elif os.path.basename(words[0]).startswith("python") and len(words) > 1 and os.access(words[1], os.X_OK):
         words = words[1:]  # a script that names its interpreter
     if not any(pair == ("--resume", "auto") for pair in itertools.pairwise(words)):
-        words = [*_without_resume(words), "--resume", "auto"]
-    return shlex.join(words)
+        words = [*_without(RESUMING, words), "--resume", "auto"]
+    return f"the same {elsewhere} command, with: {shlex.join(words)}" if elsewhere else shlex.join(words)
 
 
-def _without_resume(words: list[str]) -> list[str]:
-    """A command without what it says of resuming, by either name, with a value or without."""
+def _started_elsewhere(launcher: list[str], environment: Mapping[str, str]) -> str:
+    """The kind of command, on one host, that has started this process and others; empty for one that is seen here.
+
+    Args:
+        launcher: the topmost launcher's command line, if there is one.
+    """
+    if any(word.startswith("deepspeed.launcher.launch") for word in launcher):  # a host's share of it
+        return "launch/multi_node.sh (or deepspeed --hostfile)"
+    several = environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", "1")) != "1"
+    of_srun = several and is_step(environment)
+    if launcher:
+        return "sbatch or srun" if of_srun else ""
+    if environment.get("WORLD_SIZE", "1") == "1":
+        return ""
+    if environment.get("OMPI_COMM_WORLD_SIZE") or environment.get("MV2_COMM_WORLD_SIZE"):
+        return "mpirun"
+    if of_srun:
+        return "sbatch or srun"
+    return "mpiexec" if environment.get("PMI_SIZE") else ""
+
+
+def _without(flags: tuple[str, ...], words: list[str]) -> list[str]:
+    """A command without these flags, with a value or without."""
     kept, before = [], ""
     for word in words:
-        flag = word.split("=")[0] in RESUMING
-        if not flag and not (before in RESUMING and not word.startswith("--")):
+        flag = word.split("=")[0] in flags
+        if not flag and not (before in flags and not word.startswith("--")):
             kept.append(word)
         before = word
     return kept

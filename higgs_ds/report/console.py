@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import sys
 import time
@@ -61,8 +60,7 @@ class Console:
 
     def message(self, text: str) -> None:
         if self._bar is not None:
-            with contextlib.suppress(OSError, ValueError):  # the terminal is gone
-                tqdm.write(text, file=sys.stderr)
+            tqdm.write(text, file=sys.stderr)
         else:
             say(text, error=True)
 

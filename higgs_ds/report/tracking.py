@@ -53,8 +53,8 @@ def open_tracker(
             what the files hold of later steps is dropped; at 0 they are replaced.
 
     Raises:
-        ConfigError: wandb does not start, and may not fall back to offline; a metrics.jsonl to continue that is damaged
-            or cannot be read.
+        ConfigError: wandb does not start, and is to be online whatever happens; a metrics.jsonl to continue that is
+            damaged or cannot be read.
     """
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -65,19 +65,23 @@ def open_tracker(
         for row in rows_until(output_dir / METRICS_FILE, first_step, kept[METRICS_FILE]):
             history.add(row)
         failures.extend(rows_until(output_dir / FAILURES_FILE, first_step, kept[FAILURES_FILE]))
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, OverflowError) as error:
         raise ConfigError([f"--resume: {error}"]) from None
     # Files are cut last: if W&B does not start, those of an earlier run in output_dir are still whole.
-    wandb_run = None
+    wandb_run, no_wandb = None, ""
     if wandb.mode != "disabled":
         try:
             wandb_run = WandbRun(
                 output_dir, config, run_name=title, project=wandb_project, choice=wandb, resumed=first_step > 0
             )
         except RuntimeError as error:
-            raise ConfigError([str(error)]) from error
+            if wandb.mode == "online" and not wandb.may_fall_back:  # as the user insists
+                raise ConfigError([str(error)]) from error
+            no_wandb = str(error)
     console = Console(total_steps, first_step)
     tracker = Tracker(output_dir, title=title, console=console, wandb_run=wandb_run, first_step=first_step)
+    if no_wandb:
+        tracker.leave_out("W&B", no_wandb)
     tracker.go_on_from(history, failures, kept)
     return tracker
 
@@ -151,8 +155,12 @@ class Tracker:
         try:
             action(*args)
         except Exception as error:  # whatever a sink's library raises
-            self._failed[name] = f"{type(error).__name__}: {error}"
-            self.message(f"WARNING: {name} failed and is left out from here on: {self._failed[name]}")
+            self.leave_out(name, f"{type(error).__name__}: {error}")
+
+    def leave_out(self, name: str, reason: str) -> None:
+        """Says that a sink failed, now and at the end; nothing goes there any more."""
+        self._failed[name] = reason
+        self.message(f"WARNING: {name} failed and is left out from here on: {reason}")
 
     def log(self, metrics: dict[str, float | list], step: int) -> None:
         """Send the metrics of optimizer step `step`, or of those up to it since the last call, to every sink.

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, first_line, shown
 from ..files import write_text
 from .jsonl import strict
 from .redact import redact
@@ -50,12 +50,13 @@ class WandbChoice:
     note: str = ""  # what the user should read
 
 
-def choose_wandb(wandb_mode: str) -> WandbChoice:
+def choose_wandb(wandb_mode: str, project: str | None = None) -> WandbChoice:
     """Settles --wandb_mode within seconds: "auto" follows the environment variable WANDB_MODE; without it, it is online
     where an API key is present and the server answers, and offline elsewhere.
 
     Raises:
-        ConfigError: an unknown mode; "online" without an API key or a server; wandb is not installed or does not start.
+        ConfigError: an unknown mode; "online" without an API key or a server; wandb is not installed or does not start;
+            a project, id or tag that W&B does not take.
     """
     mode = wandb_mode
     if wandb_mode == "auto":
@@ -67,6 +68,7 @@ def choose_wandb(wandb_mode: str) -> WandbChoice:
     if mode == "disabled":
         return WandbChoice(mode)
     try:
+        _check_names(project)
         wandb = _import_wandb()
         if mode == "offline":
             return WandbChoice(mode)
@@ -91,6 +93,31 @@ def choose_wandb(wandb_mode: str) -> WandbChoice:
     if mode == "online":
         raise ConfigError([f"--wandb_mode online: {silent}; use --wandb_mode offline or auto"])
     return WandbChoice("offline", note=f"W&B: {silent}: this run is kept offline")
+
+
+def _check_names(project: str | None) -> None:
+    """Raises ConfigError for names that wandb would refuse once clips are encoded and the model is loaded."""
+    try:
+        import wandb
+    except ImportError:  # for `_import_wandb` to say
+        return
+    tags = os.environ.get("WANDB_TAGS")
+    given = {
+        "--wandb_project" if project else "WANDB_PROJECT": ("project", project or os.environ.get("WANDB_PROJECT")),
+        "WANDB_RUN_ID": ("run_id", os.environ.get("WANDB_RUN_ID")),
+        "WANDB_TAGS": ("run_tags", tuple(tags.split(",")) if tags else None),
+    }
+    problems = []
+    for source, (setting, value) in given.items():
+        try:
+            wandb.Settings(**{setting: value} if value else {})
+        except ValueError as error:  # pydantic's are, in several lines
+            lines = [line.strip() for line in str(error).splitlines()]
+            problems.append(f"{source}: W&B does not take {shown(value)}: {lines[2 if len(lines) > 2 else 0]}")
+        except wandb.errors.UsageError as error:
+            problems.append(f"{source}: W&B does not take {shown(value)}: {first_line(error)}")
+    if problems:
+        raise ConfigError(problems)
 
 
 def _proxies(settings) -> dict[str, str]:

@@ -11,7 +11,7 @@ import soundfile
 
 from higgs_ds.cli import main
 from higgs_ds.corpus.chatml import AudioRef, Turn
-from higgs_ds.corpus.ingest import _free_name
+from higgs_ds.corpus.ingest import _free_name, split, text_keys
 from higgs_ds.corpus.manifest import read_manifest
 
 TEXTS = ["One.", "Two, three.", "Four five six.", "Seven.", "Eight, nine.", "Ten."]
@@ -59,7 +59,8 @@ def ljspeech(columns):
         for name, text in zip(names(folder), TEXTS, strict=True):
             parts = {2: [name, text], 3: [name, f"{text} etc.", text], "speaker": [name, name[0], text]}[columns]
             lines.append("|".join(parts))
-        (folder / "metadata.csv").write_text("\n".join([*lines, "gone|Not|there."]), encoding="utf-8-sig")
+        lines.append("gone|Not there." if columns == 2 else "gone|Not|there.")
+        (folder / "metadata.csv").write_text("\n".join(lines), encoding="utf-8-sig")
 
     return write
 
@@ -176,6 +177,51 @@ def test_no_text_is_on_both_sides_and_the_split_is_seeded(corpus, tmp_path, caps
     assert texts_of(sides[0][1]) == texts_of(sides[1][1]) != texts_of(sides[2][1])
 
 
+def said(user, clip, answer=""):
+    """A ChatML row in which a clip answers a user's words."""
+    content = [{"type": "audio", "audio_url": clip}, *([{"type": "text", "text": answer}] if answer else [])]
+    user = [{"type": "text", "text": user}] if isinstance(user, str) else user
+    return {"messages": [{"role": "user", "content": user}, {"role": "assistant", "content": content}]}
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"text": "Hello there."}, {"text": "hello  there"}),
+        ({"text": "caf\u00e9"}, {"text": "cafe\u0301"}),
+        ({"text": "[laugh] Hi"}, {"text": "<SE>[Music]</SE> hi!"}),
+        ({"text": "So."}, said("So", "a.wav")),
+        (said("Say it.", "a.wav", "So."), said("Now you.", "b.wav", "so")),
+    ],
+)
+def test_the_same_words_in_another_dress_are_on_one_side(one, other):
+    assert len(set(text_keys([one, other]))) == 1
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"text": "की"}, {"text": "का"}),
+        ({"text": "มี"}, {"text": "มา"}),
+        ({"text": "[laugh]"}, {"text": "[sigh]"}),
+        ({"text": "😀"}, {"text": "😁"}),
+        (said("Say it.", "a.wav", "So."), said("Say it.", "b.wav", "Well.")),
+        tuple(said([{"type": "audio", "audio_url": q}, {"type": "text", "text": "Go on."}], "a.wav") for q in "qr"),
+    ],
+)
+def test_other_words_are_other_texts(one, other):
+    assert len(set(text_keys([one, other]))) == 2
+
+
+def test_a_prompt_that_all_conversations_share_is_no_text():
+    rows = [said("Tell me something.", f"{i}.wav") for i in range(20)]
+    train, val, notes = split(rows, val_share=0.2, val_speakers=None, seed=0)
+    assert len(train) == 16 and len(val) == 4 and notes == []
+    same = [{"audio": f"{i}.wav", "text": "The same."} for i in range(20)]
+    train, val, notes = split(same, val_share=0.2, val_speakers=None, seed=0)
+    assert len(train) == 20 and val == [] and notes[0].startswith("no validation rows: ")
+
+
 def test_by_speaker(corpus, tmp_path, capsys):
     ljspeech("speaker")(corpus)
     with (corpus / "metadata.csv").open("a") as file:
@@ -185,8 +231,9 @@ def test_by_speaker(corpus, tmp_path, capsys):
     assert "left out of validation: 1 row whose text is trained on too" in said
     train, val, _ = imported(capsys, corpus, tmp_path / "2", "--val_speakers", "1")
     assert len({row.speaker for row in val}) == 1 and not {r.speaker for r in val} & {r.speaker for r in train}
-    assert main(["import", str(corpus), "--output", str(tmp_path / "3"), "--val_speakers", "c"]) == 2
-    assert "--val_speakers: c: not there; the speakers are a, b" in capsys.readouterr().err
+    for unknown in ("c", "²", "9" * 5000):  # which are no numbers to Python, or too long for it
+        assert main(["import", str(corpus), "--output", str(tmp_path / "3"), "--val_speakers", unknown]) == 2
+        assert f"--val_speakers: {unknown}: not there; the speakers are a, b" in capsys.readouterr().err
 
 
 def test_new_clips_are_trimmed_resampled_and_equally_loud(corpus, tmp_path, capsys):
@@ -202,6 +249,20 @@ def test_new_clips_are_trimmed_resampled_and_equally_loud(corpus, tmp_path, caps
         assert sample_rate == 24000 and len(waveform) / sample_rate == pytest.approx(1.2, abs=0.06)
         assert pyloudnorm.Meter(sample_rate).integrated_loudness(waveform) == pytest.approx(-20, abs=0.5)
     assert len(train) == 6
+
+
+def test_a_new_clip_is_the_slice_that_its_row_names(corpus, tmp_path, capsys):
+    lines = ["file_name,text,offset,duration", "a0.wav,One.,0.5,0.25", "a0.wav,Two.,1.0,0.5", "a1.wav,Three.,,2.0"]
+    (corpus / "wavs" / "metadata.csv").write_text("\n".join(lines))
+    flags = ("--val_share", "0", "--resample", "24000")
+    rows, _, _ = imported(capsys, corpus, tmp_path / "1", *flags)
+    assert [soundfile.info(row.audio_refs[0][1].path).frames for row in rows] == [6000, 12000, 48000]
+    assert all(row.audio_refs[0][1].offset_sec is None for row in rows)
+    assert [row.stated_sec for row in rows] == [0.25, 0.5, 2.0]
+    rows, _, _ = imported(capsys, corpus, tmp_path / "2", *flags, "--trim")
+    assert [row.stated_sec for row in rows] == [None] * 3
+    rows, _, _ = imported(capsys, corpus, tmp_path / "3", "--val_share", "0")
+    assert [row.audio_refs[0][1].offset_sec for row in rows] == [0.5, 1.0, None]
 
 
 def test_a_clip_that_cannot_be_read_is_left_out_and_said(corpus, tmp_path, capsys):
@@ -262,7 +323,7 @@ def test_what_cannot_be_imported_is_one_message(corpus, tmp_path, capsys):
         (tmp_path / "x.json", "o", ["--from", "train-higgs-audio"], "is not train-higgs-audio's metadata.json"),
         (tmp_path / "half.csv", "o", [], "no row is left, read as ljspeech"),
         (tmp_path / ("n" * 300), "o", [], "nnn: does not exist"),
-        (tmp_path / "nul.csv", "o", [], "nul.csv: is not a table of an audiofolder"),
+        (tmp_path / "nul.csv", "o", [], "1 × rows whose quotes do not close, or close in another row, e.g. "),
         (corpus, "n" * 300, [], "cannot be written to: File name too long"),
         (corpus, "o", ["--val_share", "1"], "--val_share: 1.0 must be 0 or more and below 1"),
         (corpus, "out", [], "holds train.jsonl already"),

@@ -120,6 +120,14 @@ def test_a_clip_under_two_texts_and_a_text_on_both_sides(load, corpus, tmp_path)
     assert len(left(tmp_path)) == 2
 
 
+def test_texts_are_the_same_whatever_their_punctuation_and_their_accents_bytes(load, corpus, tmp_path):
+    corpus[2]["text"], corpus[3]["text"] = "Un caf\u00e9, so long as that.", "की की की की"
+    texts = ["[laugh] un cafe\u0301 so long as that", "का का का का", "Nothing like it."]
+    val = [{"audio": noise(tmp_path / f"v{i}.wav", 1.0, 90 + i), "text": text} for i, text in enumerate(texts)]
+    _, said = load(corpus, val=val)
+    assert said.count(": text: is trained on too, in ") == 1 and "val.jsonl:1: text: is trained on too" in said
+
+
 def test_a_length_that_is_not_the_clips(load, corpus, tmp_path):
     corpus[0]["duration"] += 0.3  # rounded, or silence that was cut
     corpus[1]["duration"] += 9.3

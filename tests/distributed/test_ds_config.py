@@ -87,6 +87,10 @@ def test_deepspeeds_throughput_timer_is_off_unless_the_file_asks_for_it():
         ({"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}, ["optimizer.params.lr is 0.001", "--lr", "0.0002"]),
         ({"optimizer": {"type": "Lamb"}}, ["this trainer uses AdamW"]),
         ({"scheduler": {"type": "WarmupLR"}}, ["--lr_scheduler"]),
+        ({"scheduler": {"type": "WarmupLR", "params": {}}}, ["scheduler: the learning rate follows"]),
+        ({"scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 1e-3}}}, ["scheduler", "params as 'auto'"]),
+        ({"scheduler": {"params": {"warmup_max_lr": "auto"}, "steps": 5}}, ["scheduler: the learning rate follows"]),
+        ({"zero_optimization": {"stage": "auto"}}, ["zero_optimization.stage is 'auto', expected 0, 1, 2 or 3"]),
         ({"zero_optimization": {"stage": 2, "sub_group_size": "auto"}}, ["sub_group_size: 'auto' has no meaning here"]),
         ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, ["offload_param needs stage 3"]),
         ({"bf16": True}, ["bf16: must be an object"]),
@@ -155,6 +159,8 @@ def test_keys_of_everybodys_files_that_change_nothing_are_left_out():
     out = resolved(raw)
     assert "wandb" not in out and "cpu_offload" not in out["zero_optimization"]
     assert out["zero_optimization"]["sub_group_size"] == 1e9 and raw["wandb"] == {"enabled": False}
+    decay = dict.fromkeys(("warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "total_num_steps"), "auto")
+    assert ignored_keys({"scheduler": {"type": "WarmupDecayLR", "params": decay}}) == ["scheduler"]
     for key, value in (("prescale_gradients", True), ("wandb", {"enabled": True}), ("gradient_predivide_factor", 2.0)):
         assert key in refused(raw | {key: value})
     assert 'cpu_offload: old name; give "offload_optimizer"' in refused(
@@ -231,6 +237,10 @@ FROM_THE_FIELD = {
             "stage3_max_reuse_distance": 1e9,
             "stage3_gather_16bit_weights_on_model_save": True,
         },
+        "scheduler": {
+            "type": "WarmupLR",
+            "params": {"warmup_min_lr": "auto", "warmup_max_lr": "auto", "warmup_num_steps": "auto"},
+        },
         "activation_checkpointing": {"partition_activations": False, "number_checkpoints": None},
         "tensor_parallel": {"autotp_size": 1},
         "fp8": {"enabled": False},
@@ -303,7 +313,26 @@ FROM_THE_FIELD = {
 }
 SHIPPED = {file.name: json.loads(file.read_text()) for file in sorted((ROOT / "ds_configs").glob("*.json"))}
 WRONG = (
-    *(None, "", "abc", "true", "1e9", -1, 0, 1, 3, 0.5, math.nan, math.inf, -math.inf, True, False, "a\nb", "x" * 5000),
+    *(
+        None,
+        "",
+        "abc",
+        "true",
+        "auto",
+        "1e9",
+        -1,
+        0,
+        1,
+        3,
+        0.5,
+        math.nan,
+        math.inf,
+        -math.inf,
+        True,
+        False,
+        "a\nb",
+        "x" * 5000,
+    ),
     *([], {}, [1], {"a": 1}, [[[]]], {"enabled": {"enabled": True}}, 2**31, 2**63, 10**400, -(10**400), "fp16", "cpu"),
 )
 
@@ -386,7 +415,7 @@ def test_any_value_gone_wrong_is_one_line_or_means_the_same_to_deepspeed():
                 check_config(out, name)
                 if ignored_keys(with_value({}, path[:1], changed[path[0]])) or ".".join(path) in ignored_keys(changed):
                     continue
-                if path[0] == "optimizer" or path[-1] == "nvme_path" or value in (None, {}):  # the last two: without it
+                if path[0] == "optimizer" or path[-1] == "nvme_path" or value in (None, {}, "auto"):  # as ours
                     continue
                 read = read_by_deepspeed(DeepSpeedConfig(out), path)
                 assert read is None or read == value, f"{where}: DeepSpeed reads {read!r}"

@@ -30,7 +30,8 @@ OPEN_MPI = {
     "PMIX_NAMESPACE": "prterun-node01-77@1",
 }
 HYDRA = {"PMI_RANK": "3", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
-BATCH_SCRIPT = {"SLURM_JOB_ID": "4711", "SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+FIRST = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
+BATCH_SCRIPT = {"SLURM_JOB_ID": "4711", "SLURM_NTASKS": "8"} | FIRST
 
 
 def entered(environment: dict) -> dict:
@@ -69,6 +70,14 @@ def test_srun_and_mpi_become_what_torch_reads():
     assert entered(SRUN | HYDRA | {"PMI_RANK": "0", "MASTER_ADDR": "n1"})["RANK"] == "0"
 
 
+@pytest.mark.parametrize(("node", "tasks"), [(0, "2"), (1, "3"), (2, "3"), (3, "7"), (4, None)])
+def test_the_tasks_of_each_node_in_slurms_list(node, tasks):
+    here = SRUN | {"SLURM_STEP_TASKS_PER_NODE": "2,3(x2),7", "SLURM_NODEID": str(node)}
+    assert entered(here).get("LOCAL_WORLD_SIZE") == tasks
+    endless = here | {"SLURM_STEP_TASKS_PER_NODE": "2(x999999999)"}  # counted, not written out
+    assert entered(endless)["LOCAL_WORLD_SIZE"] == "2"
+
+
 def test_a_gpu_that_slurm_shows_to_one_task_alone_is_number_0():
     own = SRUN | {"CUDA_VISIBLE_DEVICES": "0"}
     assert entered(own | {"SLURM_GPUS_ON_NODE": "3"})["LOCAL_RANK"] == "0"
@@ -84,10 +93,10 @@ def test_a_gpu_that_slurm_shows_to_one_task_alone_is_number_0():
         {"SLURM_JOB_ID": "4711", "SLURM_NTASKS": "1", "SLURM_PROCID": "0"},
         BATCH_SCRIPT,
         BATCH_SCRIPT | {"SLURM_STEP_ID": "4294967291"},
-        SRUN | {"SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"},  # the shell of salloc
-        SRUN | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"},
+        SRUN | FIRST | {"SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"},  # the shell of salloc
+        SRUN | FIRST | {"SLURM_STEP_NUM_TASKS": "1"},
         {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"},
-        {"PMI_RANK": "0", "PMI_SIZE": "1"},
+        {"PMI_RANK": "0", "PMI_SIZE": "1", "PMIX_RANK": "0", "MPI_LOCALRANKID": "0", "MPI_LOCALNRANKS": "1"},
         {"WORLD_SIZE": "1", "MASTER_ADDR": "somewhere"},
         {"RANK": "", "LOCAL_RANK": "0"},
         {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "1"},
@@ -113,6 +122,19 @@ def test_deepspeed_and_torchrun_win_over_what_they_were_started_in():
         ({"CROSS_SIZE": "2", "MASTER_ADDR": "n1"}, "CROSS_SIZE is 2"),
         ({"PET_NNODES": "2"}, "PET_NNODES is 2"),
         ({"LOCAL_RANK": "1", "RANK": ""}, "LOCAL_RANK is 1, but RANK is not set"),
+        (BATCH_SCRIPT | {"SLURM_PROCID": "1", "SLURM_LOCALID": "1"}, "SLURM_PROCID is 1, but RANK is not set"),
+        (BATCH_SCRIPT | {"SLURM_LOCALID": "1"}, "SLURM_LOCALID is 1"),
+        ({"SLURM_STEP_ID": "0", "SLURM_PROCID": "1"}, "SLURM_PROCID is 1"),
+        ({"PMIX_RANK": "1"}, "PMIX_RANK is 1"),
+        ({"OMPI_COMM_WORLD_LOCAL_RANK": "1"}, "OMPI_COMM_WORLD_LOCAL_RANK is 1"),
+        ({"OMPI_COMM_WORLD_LOCAL_RANK": "0", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, "OMPI_COMM_WORLD_LOCAL_SIZE is 2"),
+        ({"MPI_LOCALRANKID": "1"}, "MPI_LOCALRANKID is 1"),
+        ({"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "1"}, "OMPI_COMM_WORLD_RANK is 1"),
+        ({"PMI_RANK": "1", "PMI_SIZE": "1"}, "PMI_RANK is 1"),
+        ({"FLUX_TASK_RANK": "0", "FLUX_JOB_SIZE": "4"}, "FLUX_JOB_SIZE is 4"),
+        ({"RANK": "1" * 5000, "WORLD_SIZE": "4"}, "RANK is '111"),
+        ({"WORLD_SIZE": "1" * 5000}, "WORLD_SIZE is 4294967296, but RANK is not set"),
+        (SRUN | {"SLURM_NODEID": "1" * 5000}, "SLURM_NODEID is '111"),
         ({"RANK": "1"}, "RANK is 1, but WORLD_SIZE is not set"),
         ({"RANK": "4", "WORLD_SIZE": "4"}, "RANK is 4, but WORLD_SIZE is 4: ranks count from 0"),
         ({"RANK": "x", "WORLD_SIZE": "4"}, "RANK is 'x', no number"),
@@ -127,9 +149,11 @@ def test_deepspeed_and_torchrun_win_over_what_they_were_started_in():
     ],
 )
 def test_one_of_several_that_cannot_know_which_is_refused(environment, said):
+    environment, given = dict(environment), "RANK" in environment
     with pytest.raises(ConfigError) as refused:
-        entered(environment)
-    assert said in str(refused.value) and len(refused.value.problems) == 1
+        enter_launch(environment)
+    assert not (given and "RANK" in environment)  # as which it would keep silent
+    assert said in str(refused.value) and len(refused.value.problems) == 1 and len(str(refused.value)) < 400
 
 
 def of_open_mpi(rank: int) -> dict:

@@ -92,7 +92,8 @@ def save_and_set(run, folder: Path, step, *, offloaded: bool) -> None:
     writer = CheckpointWriter(folder, keep_last=1, keep_best=False, lora=engine.lora_config)
     with residence.watching():
         put_together = engine.gather_state()
-        writer.save(Position(3, 0.0, 0, 8, 8, ranks.world_size, {}), engine, ranks)
+        settings = {"lora_r": 8, "lora_target_modules": []}
+        writer.save(Position(3, 0.0, 0, 8, 8, ranks.world_size, settings), engine, ranks)
     writer.wait()
     assert residence.collectives > 0
     module = engine.gather_trainable()  # another way to them: what the model computes with

@@ -119,7 +119,7 @@ def main() -> None:
 def one_case(run, check, ranks) -> dict:
     """Steps 1 to 3 of the run, with `check` broken on rank 1 in step 2."""
     breaker = run.engine.module.model
-    run.trainer.dropped_steps = 0
+    run.trainer.dropped_steps, updates_before = 0, run.engine._adam_steps()
     moved, raised, failures, rows_of_rank_1 = [], False, [], None
     started = time.monotonic()
     for plan, batches in run.batches(last_step=3):
@@ -148,6 +148,7 @@ def one_case(run, check, ranks) -> dict:
         "rows_of_rank_1": rows_of_rank_1,
         "moved_in_step": moved,
         "dropped_steps": run.trainer.dropped_steps,
+        "updates": run.engine._adam_steps() - updates_before,
     }
 
 

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import time
 import weakref
+from functools import partial
 
 import torch
 
@@ -112,6 +113,21 @@ def signal_in(phase: str, count: int) -> None:
     wrap(*PHASES[phase])
 
 
+def killed_in(phase: str, count: int) -> None:
+    """kill -9 of this rank the `count`-th time that it begins a phase."""
+    global _signal_all
+    _signal_all = partial(os.kill, os.getpid(), signal.SIGKILL)
+    signal_in(phase, count)
+
+
+def dead_console() -> None:
+    """A closed terminal, or `| tee` that ended by the same Ctrl-C: every write fails."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    for stream in (1, 2):
+        os.dup2(writer, stream)
+
+
 def as_on_a_gpu() -> None:
     """A rehearsal, and the peak of a known card."""
     rehearsal.REHEARSED_ON = ("cpu",)
@@ -192,6 +208,11 @@ def lost_audio() -> None:
         return outputs
 
     higgs.HiggsAudioForTraining.forward = call
+
+
+def lost_audio_from(step: int) -> None:
+    """The same, from a step on."""
+    _at_step(step, lost_audio)
 
 
 def unshifted_audio() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from .config import revision_of
 from .corpus.chatml import BOSON_EXAMPLE, SYSTEM_PROMPT, AudioRef, Row
+from .errors import ConfigError
 from .model.layouts import BOSON, TRANSFORMERS
 from .process import loss_text
 from .voice_record import FACTS
@@ -42,7 +43,14 @@ def prompt_facts(rows: Sequence[Row]) -> dict[str, object]:
 
 
 def adapter_card(
-    table: dict[str, object], *, base: str, revision: str | None, layout: str, codec: str, folder: Path
+    table: dict[str, object],
+    *,
+    base: str,
+    revision: str | None,
+    layout: str,
+    codec: str,
+    codec_revision: str | None,
+    folder: Path,
 ) -> str:
     """Of a LoRA adapter.
 
@@ -50,12 +58,13 @@ def adapter_card(
         table: what it was trained with, a line each.
         base: as `pinned` gives it, with `revision`.
         layout: of the base.
-        codec: hub id or folder.
+        codec: hub id or folder, with its revision.
         folder: where the adapter lies.
     """
     place = str(folder.resolve())
     where = _flags(base_ckpt=base, base_revision=revision, adapter=place)
-    tokenizer = _flags(codec=_found(codec))
+    tokenizer = _codec_flags(codec, codec_revision)
+    served = f"{tokenizer} " if _is_served(codec) else ""
     at = f", revision={revision!r}" if revision else ""
     peft = f"""
 In boson_multimodal, with peft:
@@ -84,7 +93,7 @@ python -m higgs_ds generate {where} {tokenizer} {SPEAK}
 No server applies an adapter to this model: merge it, then serve the folder, whose README.md says how.
 
 ```bash
-python -m higgs_ds merge {where} --output_dir {shlex.quote(place + "-merged")} --layout transformers
+python -m higgs_ds merge {where} {served}--output_dir {shlex.quote(place + "-merged")} --layout transformers
 ```
 
 {SAMPLER_NOTE}
@@ -95,13 +104,20 @@ Trained with higgs_ds.
 
 
 def merged_card(
-    table: dict[str, object], *, base: str, revision: str | None, layout: str, codec: str, folder: Path
+    table: dict[str, object],
+    *,
+    base: str,
+    revision: str | None,
+    layout: str,
+    codec: str,
+    codec_revision: str | None,
+    folder: Path,
 ) -> str:
     """Of a merged checkpoint; the arguments are `adapter_card`'s, `layout` is that of the folder."""
     place = str(folder.resolve())
     at = f" at revision `{revision}`" if revision else ""
     rows = {"base": f"`{base}`{at}", **table, "layout": layout}
-    speak = _in_transformers(place) if layout == TRANSFORMERS else _in_boson(place, codec)
+    speak = _in_transformers(place) if layout == TRANSFORMERS else _in_boson(place, codec, codec_revision)
     return f"""---
 base_model: {base}
 pipeline_tag: text-to-speech
@@ -114,7 +130,7 @@ pipeline_tag: text-to-speech
 higgs_ds:
 
 ```bash
-python -m higgs_ds generate --merged {shlex.quote(place)} {_flags(codec=_found(codec))} {SPEAK}
+python -m higgs_ds generate --merged {shlex.quote(place)} {_codec_flags(codec, codec_revision)} {SPEAK}
 ```
 
 {SAMPLER_NOTE}
@@ -150,9 +166,9 @@ vllm serve {shlex.quote(place)} --omni
 """
 
 
-def _in_boson(place: str, codec: str) -> str:
+def _in_boson(place: str, codec: str, codec_revision: str | None) -> str:
     here = os.path.isdir(codec)
-    revision = revision_of(codec, None)
+    revision = revision_of(codec, codec_revision)
     fetch = f"snapshot_download({codec!r}{f', revision={revision!r}' if revision else ''})"
     return f"""boson_multimodal:
 
@@ -190,6 +206,21 @@ def _prompt_note(table: dict[str, object]) -> str:
 def _found(codec: str) -> str:
     """A codec as a command names it from any folder."""
     return os.path.abspath(codec) if os.path.isdir(codec) else codec
+
+
+def _codec_flags(codec: str, revision: str | None) -> str:
+    return _flags(codec=_found(codec), codec_revision=None if os.path.isdir(codec) else revision)
+
+
+def _is_served(codec: str) -> bool:
+    """Whether transformers' processor could load it, which the sample codec and Boson's own folder are not for."""
+    from .model.processor_files import codec_reference
+
+    try:
+        codec_reference(codec, TRANSFORMERS)
+    except ConfigError:
+        return False
+    return True
 
 
 def _flags(**values: str | None) -> str:

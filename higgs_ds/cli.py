@@ -168,7 +168,7 @@ def _describe(args) -> int:
     if args.base_ckpt is not None:
         from .model.base_checkpoint import load_tokenizer, locate_checkpoint
 
-        tokenizer = load_tokenizer(locate_checkpoint(args.base_ckpt))
+        tokenizer = load_tokenizer(locate_checkpoint(args.base_ckpt, weights=False))
     if args.max_tokens_per_batch < 1 or not 0 < args.epochs < float("inf"):
         raise ConfigError(["--max_tokens_per_batch, --epochs: must be above 0"])
     lines = run_describe(

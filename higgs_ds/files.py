@@ -17,10 +17,17 @@ from pathlib import Path
 from .errors import reason_of
 from .process import say
 
+# Bytes of a name that are kept of it in the name beside, so that this too is no longer than 255.
+_STEM_BYTES = 220
+
+
+def _stem(path: Path) -> str:
+    return os.fsencode(path.name)[:_STEM_BYTES].decode("utf-8", "ignore")
+
 
 def name_beside(path: Path) -> Path:
     """What `replacing` writes to meanwhile: of this process alone, as the ids of two hosts' processes may be equal."""
-    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    return path.with_name(f".{_stem(path)}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
 @contextlib.contextmanager
@@ -45,9 +52,44 @@ def replacing(path: Path, *, synced: bool = True) -> Iterator[Path]:
         _remove(beside)
 
 
+@contextlib.contextmanager
+def filling(folder: Path) -> Iterator[Path]:
+    """A folder to write to, whose content is that of `folder`, which is not there or empty, once the block is through.
+
+    A new `folder` appears in one step. One that is there is filled from within, its config.json last: it may be the
+    root of a disk, or where a shell stands. A block that raises leaves nothing. Raises OSError.
+    """
+    is_there = folder.is_dir()
+    beside = name_beside(folder / folder.name if is_there else folder)
+    try:
+        beside.mkdir(parents=True)
+        yield beside
+        for file in (p for p in sorted(beside.rglob("*")) if p.is_file()):
+            sync(file)
+        if is_there:
+            _move_up(beside, folder)
+        else:
+            os.replace(beside, folder)
+    finally:
+        _remove(beside)
+
+
+def _move_up(beside: Path, folder: Path) -> None:
+    """All or nothing, where nothing but the disk itself fails."""
+    moved: list[Path] = []
+    try:
+        for file in sorted(beside.iterdir(), key=lambda file: (file.name.endswith("config.json"), file.name)):
+            os.replace(file, folder / file.name)
+            moved.append(folder / file.name)
+    except OSError:
+        for file in moved:
+            _remove(file)
+        raise
+
+
 def remove_leftovers(path: Path) -> None:
     """What `replacing` was writing of `path` in a process that was killed; for whoever alone writes there."""
-    made = re.compile(rf"\.{re.escape(path.name)}\.[0-9]+-[0-9a-f]{{8}}\.tmp")
+    made = re.compile(rf"\.{re.escape(_stem(path))}\.[0-9]+-[0-9a-f]{{8}}\.tmp")
     with contextlib.suppress(OSError):
         for left in [left for left in path.parent.iterdir() if made.fullmatch(left.name)]:
             _remove(left)

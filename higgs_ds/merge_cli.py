@@ -6,9 +6,10 @@ import argparse
 import json
 from pathlib import Path
 
+from . import flag_types
 from .config import DEFAULT_BASE, DEFAULT_CODEC
 from .errors import ConfigError, reason_of
-from .files import replacing
+from .files import filling
 from .model.layouts import BOSON, LAYOUTS, TRANSFORMERS
 from .process import say
 
@@ -16,15 +17,21 @@ from .process import say
 def add_merge(verbs) -> None:
     """The flags of `merge`."""
     parser = verbs.add_parser("merge", help="write base and adapter as one checkpoint, in either layout")
-    parser.add_argument("--base_ckpt", default=DEFAULT_BASE)
+    parser.add_argument("--base_ckpt", type=flag_types.name, default=DEFAULT_BASE)
     parser.add_argument("--base_revision")
-    parser.add_argument("--adapter", type=Path, help="folder of a LoRA adapter (default: rewrite the base alone)")
-    parser.add_argument("--output_dir", type=Path, required=True)
+    parser.add_argument(
+        "--adapter", type=flag_types.path, help="folder of a LoRA adapter (default: rewrite the base alone)"
+    )
+    parser.add_argument("--output_dir", type=flag_types.path, required=True)
     parser.add_argument("--layout", choices=LAYOUTS, required=True)
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="of the weights (default: as the base)")
     parser.add_argument(
-        "--codec", default=DEFAULT_CODEC, help="audio tokenizer that transformers' processor loads: hub id or folder"
+        "--codec",
+        type=flag_types.name,
+        default=DEFAULT_CODEC,
+        help="audio tokenizer that the stack loads: hub id, or folder in its layout",
     )
+    parser.add_argument("--codec_revision", help="of a codec on the hub, for the commands in README.md")
     parser.add_argument("--other_base", action="store_true", help="the adapter was trained on another base")
     parser.set_defaults(verb=run_merge)
 
@@ -32,20 +39,29 @@ def add_merge(verbs) -> None:
 def add_export(verbs) -> None:
     """The flags of `export`."""
     parser = verbs.add_parser("export", help="write an adapter under transformers' names, for peft there")
-    parser.add_argument("--adapter", type=Path, required=True)
+    parser.add_argument("--adapter", type=flag_types.path, required=True)
     parser.add_argument("--layout", choices=(TRANSFORMERS,), required=True)
-    parser.add_argument("--output_dir", type=Path, help="default: beside the adapter, its name and -transformers")
-    parser.add_argument("--base_ckpt", help="the base that it was trained on (default: the one that it names)")
+    parser.add_argument(
+        "--output_dir", type=flag_types.path, help="default: beside the adapter, its name and -transformers"
+    )
+    parser.add_argument("--base_ckpt", type=flag_types.name, help="the base it was trained on (default: as it says)")
     parser.add_argument("--base_revision")
     parser.add_argument("--other_base", action="store_true", help="the adapter was trained on another base")
     parser.set_defaults(verb=run_export)
 
 
-def refuse_existing(output_dir: Path) -> None:
-    """Raises ConfigError for an output that holds something, or cannot be looked for."""
+def empty_place(output_dir: Path) -> Path:
+    """The whole path of an output folder, links followed.
+
+    Raises:
+        ConfigError: it holds something, is a link to nowhere, or cannot be looked for.
+    """
     try:
+        if output_dir.is_symlink() and not output_dir.exists():
+            raise ConfigError([f"--output_dir: {output_dir} is a link to what is not there; name another folder"])
         if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
             raise ConfigError([f"--output_dir: {output_dir} exists; it is not overwritten"])
+        return output_dir.resolve()
     except OSError as error:
         raise ConfigError([f"--output_dir: {str(output_dir)[:200]} cannot be written: {reason_of(error)}"]) from None
 
@@ -53,19 +69,19 @@ def refuse_existing(output_dir: Path) -> None:
 def run_merge(args: argparse.Namespace) -> int:
     """Checks the adapter's config before the base is looked for, and its weights before anything is written."""
     from .cards import merged_card, pinned
-    from .model.adapter_file import check_base, read_adapter, read_adapter_config
+    from .model.adapter_file import check_base, read_adapter, read_adapter_config, revision_for
     from .model.base_checkpoint import locate_checkpoint
     from .model.load_layout import adaptable_modules
     from .model.merge import Base, merge
     from .model.processor_files import codec_reference
     from .voice_record import RECORD, read_record, record_text
 
-    refuse_existing(args.output_dir)
+    args.output_dir = empty_place(args.output_dir)
     lora = read_adapter_config(args.adapter) if args.adapter else None
+    args.base_revision = revision_for(lora, args.base_ckpt, args.base_revision)
     if lora and not args.other_base:
         check_base(lora, args.base_ckpt, args.base_revision)
-    if args.layout == TRANSFORMERS:
-        codec_reference(args.codec)
+    codec_reference(args.codec, args.layout)
     base = Base.open(locate_checkpoint(args.base_ckpt, args.base_revision))
     adapter = read_adapter(args.adapter, adaptable_modules(base.config), lora) if lora else None
     record = read_record(args.adapter, "--adapter") if lora else None
@@ -78,7 +94,8 @@ def run_merge(args: argparse.Namespace) -> int:
             "layers merged": len(adapter.weights),
         }
     table |= record.table() if record else {}
-    where = {"base": name, "revision": revision, "layout": args.layout, "codec": args.codec, "folder": args.output_dir}
+    where = {"base": name, "revision": revision, "layout": args.layout, "folder": args.output_dir}
+    where |= {"codec": args.codec, "codec_revision": args.codec_revision}
     texts = {"README.md": merged_card(table, **where)} | ({RECORD: record_text(record)} if record else {})
     for note in base.notes:
         say(note)
@@ -87,7 +104,7 @@ def run_merge(args: argparse.Namespace) -> int:
     merged += f", {' and '.join(adapter.whole)} taken whole" if adapter and adapter.whole else ""
     say(
         f"{args.output_dir}: {len(base.stored)} weights, {size / 1e9:.2f} GB, {merged}; read back: every name, shape "
-        "and type, and a sample of the values"
+        "and type, the tokenizer, and a sample of the values"
     )
     return 0
 
@@ -97,7 +114,7 @@ def run_export(args: argparse.Namespace) -> int:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    from .model.adapter_file import CONFIG, WEIGHTS, check_base, read_adapter, read_adapter_config
+    from .model.adapter_file import CONFIG, WEIGHTS, check_base, read_adapter, read_adapter_config, revision_for
     from .model.adapter_names import PREFIX
     from .model.base_checkpoint import locate_checkpoint
     from .model.layout_config import read_checkpoint_config
@@ -105,15 +122,18 @@ def run_export(args: argparse.Namespace) -> int:
     from .model.load_layout import adaptable_modules
 
     lora = read_adapter_config(args.adapter)
+    adapter_dir = args.adapter if args.adapter.name not in ("", "..") else args.adapter.resolve()  # of `.`
+    beside = adapter_dir.with_name(f"{adapter_dir.resolve().name}-{TRANSFORMERS}")
+    output_dir = empty_place(args.output_dir or beside)
     base_name = args.base_ckpt or lora.base_name
     if base_name is None:
         raise ConfigError([f"--base_ckpt: needed, {args.adapter} does not say what it was trained on"])
-    if args.base_ckpt and not args.other_base:
-        check_base(lora, args.base_ckpt, args.base_revision)
-    folder = locate_checkpoint(base_name, args.base_revision or lora.base_revision)
+    given = args.base_revision or (None if args.base_ckpt else lora.base_revision)
+    revision = revision_for(lora, base_name, given)
+    if not args.other_base:
+        check_base(lora, base_name, revision)
+    folder = locate_checkpoint(base_name, revision, weights=False)
     adapter = read_adapter(args.adapter, adaptable_modules(read_checkpoint_config(folder)), lora)
-    output_dir = args.output_dir or args.adapter.with_name(f"{args.adapter.resolve().name}-{TRANSFORMERS}")
-    refuse_existing(output_dir)
     config = {
         "base_model_name_or_path": None if layout_of(folder) == BOSON else base_name,
         "bias": "none",
@@ -132,8 +152,7 @@ def run_export(args: argparse.Namespace) -> int:
         PREFIX + transformers_name(key.removeprefix(PREFIX)): value for key, value in adapter.state_dict().items()
     }
     try:
-        with replacing(output_dir) as beside:
-            beside.mkdir(parents=True)
+        with filling(output_dir) as beside:
             (beside / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             save_file(weights, beside / WEIGHTS, metadata={"format": "pt"})
     except (OSError, SafetensorError) as error:  # a full disk is the one or the other, by which file it hits

@@ -82,11 +82,12 @@ def recite(
         stem = f"{number:02d}-{target.path.stem if target.path else 'clip'}"
         write_wav(output_dir / f"{stem}.original.wav", original, rate)
         spoken, first = answers[rules[0]].codes, endings[rules[0]]
+        file = output_dir / f"{stem}.spoken.wav"
         if first.frames:
-            write_wav(output_dir / f"{stem}.spoken.wav", speaker.decode(spoken), speaker.codec.sample_rate)
-        recitals.append(
-            Recital(row.origin, text, first.share, wanted.shape[1], first.frames, f"{stem}.spoken.wav", endings)
-        )
+            write_wav(file, speaker.decode(spoken), speaker.codec.sample_rate)
+        else:
+            file.unlink(missing_ok=True)  # an earlier recital's
+        recitals.append(Recital(row.origin, text, first.share, wanted.shape[1], first.frames, file.name, endings))
     facts = [dataclasses.asdict(recital) for recital in recitals]
     write_text(output_dir / "recital.json", json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
     return recitals

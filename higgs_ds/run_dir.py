@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 
 from .cards import adapter_card, pinned
 from .checkpoint import list_checkpoints, step_of
-from .config import TrainConfig
+from .config import TrainConfig, revision_of
 from .distributed.engine import Engine, Ranks
 from .errors import ConfigError, reason_of
 from .files import check_writable, remove_leftovers, replacing, write_text
@@ -134,9 +134,15 @@ def write_resolved(output_dir: Path, config: dict, ds_config: dict) -> None:
 def listen_command(config: TrainConfig, adapter: Path, device: torch.device) -> str:
     """What to type to hear the adapter."""
     on_cpu = "DS_ACCELERATOR=cpu " if device.type == "cpu" else ""
+    named = (
+        ("base", config.model.base_ckpt, config.model.base_revision),
+        ("codec", config.data.codec, config.data.codec_revision),
+    )
+    # The pinned ones are what the flags mean anyway.
+    revisions = [f"--{what}_revision {at} " for what, name, at in named if at not in (None, revision_of(name, None))]
     return (
         f"{on_cpu}python -m higgs_ds generate --base_ckpt {config.model.base_ckpt} --adapter {adapter} "
-        f"--codec {config.data.codec} --text '…' --output_file speech.wav"
+        f"--codec {config.data.codec} {''.join(revisions)}--text '…' --output_file speech.wav"
     )
 
 
@@ -148,6 +154,7 @@ def save_adapter(
     *,
     layout: str,
     codec: str,
+    codec_revision: str | None,
     prompt_style: str,
 ) -> Path | None:
     """The adapter in PEFT's format, whole under every stage; every rank must call this, rank 0 writes.
@@ -155,7 +162,7 @@ def save_adapter(
     Args:
         places: folders for it; the first that takes it has it, and every other is named as a warning.
         facts: lines of the model card.
-        layout: of the base, and `codec` the audio tokenizer, for the card's commands.
+        layout: of the base, and `codec` with its revision the audio tokenizer, for the card's commands.
         prompt_style: of the speech rows, which `generate` and `recite` then take.
 
     Returns:
@@ -176,7 +183,8 @@ def save_adapter(
                     beside.mkdir(parents=True)
                     write_adapter(beside, lora, weights)
                     write_record(beside, VoiceRecord(prompt_style, facts))
-                    card = _model_card(lora, facts, folder, layout, codec)
+                    origin = {"layout": layout, "codec": codec, "codec_revision": codec_revision}
+                    card = _model_card(lora, facts, folder, **origin)
                     (beside / "README.md").write_text(card, encoding="utf-8")
                 saved = folder
                 break
@@ -186,7 +194,7 @@ def save_adapter(
     return ranks.gather(saved)[0]
 
 
-def _model_card(lora: LoraConfig, facts: dict[str, object], folder: Path, layout: str, codec: str) -> str:
+def _model_card(lora: LoraConfig, facts: dict[str, object], folder: Path, **origin: str | None) -> str:
     base, revision = pinned(lora.base_model_name_or_path, lora.revision)
     table = {
         "base": f"`{base}`" + (f" at revision `{revision}`" if revision else ""),
@@ -196,4 +204,4 @@ def _model_card(lora: LoraConfig, facts: dict[str, object], folder: Path, layout
         **({"trained whole": ", ".join(lora.modules_to_save)} if lora.modules_to_save else {}),
         **facts,
     }
-    return adapter_card(table, base=base, revision=revision, layout=layout, codec=codec, folder=folder)
+    return adapter_card(table, base=base, revision=revision, folder=folder, **origin)

@@ -126,7 +126,8 @@ class Sinks:
             OSError: no place takes it.
         """
         data, output_dir = self.setup.config.data, self.setup.output_dir
-        origin = {"layout": self.setup.base.layout, "codec": data.codec, "prompt_style": data.prompt_style}
+        origin = {"layout": self.setup.base.layout, "codec": data.codec, "codec_revision": data.codec_revision}
+        origin["prompt_style"] = data.prompt_style
         places = [output_dir / name]
         if elsewhere:
             rescued = f"{output_dir.resolve().name}-{name}"

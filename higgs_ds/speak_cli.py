@@ -6,12 +6,13 @@ import argparse
 import os
 from pathlib import Path
 
+from . import flag_types
 from .errors import ConfigError, ExitCode, first_of, reason_of
-from .files import name_beside
 from .process import say
 from .speak_flags import (
     MOST_TOKENS,
     ask_writable,
+    check_adapter,
     check_prompts,
     open_speaker,
     prompt_flags,
@@ -20,6 +21,8 @@ from .speak_flags import (
     refuse,
     sampling_of,
     sampling_problems,
+    say_unused,
+    text_problems,
     texts_of,
     voice_flags,
     voice_problems,
@@ -36,10 +39,10 @@ def add_generate(verbs) -> None:
     prompt_flags(parser)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--text")
-    what.add_argument("--texts", type=Path, metavar="FILE", help="one text a line; needs --output_dir")
-    parser.add_argument("--output_file", type=Path, help=f"its ending is its format: {', '.join(ENDINGS)}")
-    parser.add_argument("--output_dir", type=Path, help="for --texts: 0001.wav and so on, by their lines")
-    parser.add_argument("--format", choices=ENDINGS, default="wav", help="of the files of --texts (default: wav)")
+    what.add_argument("--texts", type=flag_types.path, metavar="FILE", help="one text a line; needs --output_dir")
+    parser.add_argument("--output_file", type=flag_types.path, help=f"its ending is its format: {', '.join(ENDINGS)}")
+    parser.add_argument("--output_dir", type=flag_types.path, help="for --texts: 0001.wav and so on, by their lines")
+    parser.add_argument("--format", choices=ENDINGS, help="of the files of --texts (default: wav)")
     parser.add_argument("--overwrite", action="store_true", help="write over outputs that exist")
     parser.add_argument("--speaker", help="speak with a clip of this speaker of --train_manifest as the reference")
     parser.add_argument("--train_manifest", help="where --speaker is looked for")
@@ -53,15 +56,17 @@ def add_recite(verbs) -> None:
     voice_flags(parser)
     prompt_flags(parser)
     parser.add_argument("--train_manifest", required=True)
-    parser.add_argument("--texts", type=Path, metavar="FILE", help="recite the rows alone that speak one of its lines")
-    parser.add_argument("--output_dir", type=Path, required=True)
+    texts_help = "recite the rows alone that speak one of its lines"
+    parser.add_argument("--texts", type=flag_types.path, metavar="FILE", help=texts_help)
+    parser.add_argument("--output_dir", type=flag_types.path, required=True)
     parser.add_argument(
         "--stop",
         nargs="+",
         choices=STOP_RULES,
-        help="whose stop rule ends a clip: codebook 0 (vllm), any codebook (transformers), the highest that says so "
+        help="whose stop rule ends a clip: codebook 0 (vllm), any codebook (transformers), the lowest that says so "
         "(boson). Default: each in turn; boson alone with a sampler",
     )
+    parser.add_argument("--overwrite", action="store_true", help="write over an earlier recital in --output_dir")
     parser.add_argument("--at_least", type=float, default=0.0, help="exit 1 if a clip gives back a smaller share")
     parser.set_defaults(verb=run_recite, max_row_tokens=MOST_TOKENS)
 
@@ -75,16 +80,19 @@ def run_generate(args: argparse.Namespace) -> int:
     problems = [*voice_problems(args), *sampling_problems(args)]
     _take_speaker(args, problems)
     texts = texts_of(args, problems)
+    problems += text_problems(args, texts)
     outputs = _outputs(args, texts, problems)
     ref = reference_clip(args, problems)
     refuse(problems)
     more = prompt_options(args, ref)
     prompts = [speech_messages(text, None, **more)[0] for _, text in texts]
+    check_adapter(args)
     name_accelerator()  # refused before anything is downloaded or loaded
     check_prompts(args, texts, prompts)
     speaker = open_speaker(args)
     context = [speaker.codec.encode(*read_audio(ref))] if ref else []
     sampling = sampling_of(args)
+    say_unused(args, sampling)
     silent = 0
     if args.output_dir:
         args.output_dir.mkdir(parents=True, exist_ok=True)
@@ -93,7 +101,12 @@ def run_generate(args: argparse.Namespace) -> int:
         at = f"[{number}/{len(outputs)}] " if len(outputs) > 1 else ""
         if answer.codes is None or answer.codes.shape[1] == 0:
             silent += 1
-            say(f"{at}{output}: the model ended its answer without a frame of audio; nothing was written", error=True)
+            why = "the model ended its answer without a frame of audio"
+            if not answer.ended:
+                why = (
+                    f"cut off at --max_new_tokens {sampling.max_new_tokens}, before the first frame of audio; give more"
+                )
+            say(f"{at}{output}: {why}; nothing was written", error=True)
             continue
         try:
             write_sound(output, speaker.decode(answer.codes), speaker.codec.sample_rate)
@@ -120,8 +133,12 @@ def run_recite(args: argparse.Namespace) -> int:
     if sampled and rules != ["boson"]:
         problems.append("--stop: the rules are compared on the likeliest codes; leave the sampler out, or take boson")
     wanted = [(where, text) for where, text in texts_of(args, problems) if text] if args.texts else None
+    problems += text_problems(args, [])
     ref = reference_clip(args, problems)
     ask_writable(args.output_dir, "--output_dir", problems)
+    held = sorted(args.output_dir.glob("*.spoken.wav")) + sorted(args.output_dir.glob("recital.json"))
+    if held and not args.overwrite:
+        problems.append(f"--output_dir: {_and_more(held)} exists and is kept; --overwrite writes over it")
     refuse(problems)
     more = prompt_options(args, ref)
     rows, faults = read_manifest(args.train_manifest, prompt_style=more["prompt_style"])
@@ -129,10 +146,12 @@ def run_recite(args: argparse.Namespace) -> int:
         raise ConfigError(grouped(faults))
     rows = _to_recite(args, rows, wanted)
     replaced = more if ref or more["scene"] else None
+    check_adapter(args)
     name_accelerator()  # refused before anything is downloaded or loaded
     if replaced:
         check_prompts(args, [], [])
     speaker, sampling = open_speaker(args), sampling_of(args)
+    say_unused(args, sampling)
     options = {"rules": rules, "sampling": sampling, "prompt": replaced, "max_new_tokens": args.max_new_tokens}
     try:
         recitals = recite(speaker, rows, args.output_dir, **options)
@@ -173,12 +192,16 @@ def _outputs(args: argparse.Namespace, texts: list[tuple[str, str]], problems: l
             return []
         ask_writable(args.output_dir, "--output_dir", problems)
         width = max(4, len(str(len(texts))))
-        outputs = [args.output_dir / f"{number:0{width}d}.{args.format}" for number in range(1, len(texts) + 1)]
+        outputs = [
+            args.output_dir / f"{number:0{width}d}.{args.format or 'wav'}" for number in range(1, len(texts) + 1)
+        ]
         flag = "--output_dir"
     else:
         if args.output_file is None or args.output_dir is not None:
             problems.append("--text: needs --output_file, and no --output_dir")
             return []
+        if args.format is not None:
+            problems.append(f"--format: {args.format} is for --texts; the ending of --output_file is its format")
         if args.output_file.suffix.lower().removeprefix(".") not in ENDINGS:
             problems.append(f"--output_file: {str(args.output_file)[:200]} must end in .{', .'.join(ENDINGS)}")
         if not problems:
@@ -188,13 +211,16 @@ def _outputs(args: argparse.Namespace, texts: list[tuple[str, str]], problems: l
         if folder := next((path for path in outputs if path.is_dir()), None):
             problems.append(f"{flag}: {folder} is a folder")
         elif (there := [path for path in outputs if os.path.lexists(path)]) and not args.overwrite:
-            more = f" and {len(there) - 1} more" if len(there) > 1 else ""
-            problems.append(f"{flag}: {there[0]}{more} exists and is kept; --overwrite writes over it")
+            problems.append(f"{flag}: {_and_more(there)} exists and is kept; --overwrite writes over it")
         for path in outputs[:1]:
-            name_beside(path).exists()  # a name too long is found here
+            path.exists()  # a name too long is found here
     except (OSError, ValueError) as error:
         problems.append(f"{flag}: {str(outputs[0])[:200]} cannot be written: {reason_of(error)}")
     return outputs
+
+
+def _and_more(files: list[Path]) -> str:
+    return f"{files[0]} and {len(files) - 1} more" if len(files) > 1 else str(files[0])
 
 
 def _take_speaker(args: argparse.Namespace, problems: list[str]) -> None:
@@ -203,7 +229,8 @@ def _take_speaker(args: argparse.Namespace, problems: list[str]) -> None:
 
     if args.speaker is None and args.train_manifest is None:
         return
-    if args.speaker is None or args.train_manifest is None or args.ref_audio or args.ref_text:
+    given = args.ref_audio is not None or args.ref_text is not None
+    if args.speaker is None or args.train_manifest is None or given:
         problems.append("--speaker, --train_manifest: one needs the other, and they stand in the place of --ref_audio")
         return
     try:

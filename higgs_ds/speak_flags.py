@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 import os
+import unicodedata
 from pathlib import Path
 
+from . import flag_types
 from .config import DEFAULT_BASE, DEFAULT_CODEC
 from .corpus.chatml import PROMPT_STYLES
 from .errors import ConfigError, reason_of
@@ -21,12 +22,13 @@ LONGEST_TEXTS = 1 << 24  # bytes of --texts
 
 def voice_flags(parser: argparse.ArgumentParser) -> None:
     """Base, adapter or merged folder, codec and dtype."""
-    parser.add_argument("--base_ckpt", help=f"default: {DEFAULT_BASE}")
+    parser.add_argument("--base_ckpt", type=flag_types.name, help=f"default: {DEFAULT_BASE}")
     parser.add_argument("--base_revision")
-    parser.add_argument("--adapter", help="folder of a PEFT adapter (default: speak with the base alone)")
-    parser.add_argument("--merged", metavar="FOLDER", help="a merged folder of either layout, in place of the two")
+    parser.add_argument("--adapter", type=flag_types.name, help="folder of a PEFT adapter (default: the base alone)")
+    merged_help = "a merged folder of either layout, in place of the two"
+    parser.add_argument("--merged", type=flag_types.name, metavar="FOLDER", help=merged_help)
     parser.add_argument("--other_base", action="store_true", help="the adapter was trained on another base")
-    parser.add_argument("--codec", default=DEFAULT_CODEC)
+    parser.add_argument("--codec", type=flag_types.name, default=DEFAULT_CODEC)
     parser.add_argument("--codec_revision")
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="default: bf16 on a GPU, fp32 on the CPU")
 
@@ -35,7 +37,7 @@ def prompt_flags(parser: argparse.ArgumentParser) -> None:
     """Prompt, reference and sampler."""
     parser.add_argument("--prompt_style", choices=PROMPT_STYLES, help="default: what the voice was trained on")
     parser.add_argument("--scene", help="scene description for the system message")
-    parser.add_argument("--ref_audio", type=Path, help="a clip of the voice to speak with; needs --ref_text")
+    parser.add_argument("--ref_audio", type=flag_types.path, help="a clip of the voice to speak with; needs --ref_text")
     parser.add_argument("--ref_text", help="what is said in --ref_audio")
     parser.add_argument(
         "--sampler", choices=SAMPLERS, help="greedy (default); boson: its engine's defaults; served: vllm-omni's"
@@ -57,7 +59,7 @@ def voice_problems(args: argparse.Namespace) -> list[str]:
     """Fills the base; what does not go together."""
     given = [f"--{name}" for name in ("base_ckpt", "base_revision", "adapter", "other_base") if getattr(args, name)]
     if args.merged is None:
-        args.base_ckpt = args.base_ckpt or DEFAULT_BASE
+        args.base_ckpt = DEFAULT_BASE if args.base_ckpt is None else args.base_ckpt
         return []
     if given:
         return [f"--merged: is base and adapter in one; leave {', '.join(given)} out"]
@@ -67,6 +69,27 @@ def voice_problems(args: argparse.Namespace) -> list[str]:
     except ValueError:  # a NUL byte
         return ["--merged: holds a NUL byte"]
     return []
+
+
+def check_adapter(args: argparse.Namespace) -> None:
+    """Asks the adapter's config what it is and was trained on, before that is looked for; fills the base's revision.
+
+    Raises:
+        ConfigError: it is not plain LoRA, or was trained on another base.
+    """
+    if args.adapter is None:
+        return
+    from .model.adapter_file import check_base, read_adapter_config, revision_for
+
+    lora = read_adapter_config(Path(args.adapter))
+    args.base_revision = revision_for(lora, args.base_ckpt, args.base_revision)
+    if not args.other_base:
+        check_base(lora, args.base_ckpt, args.base_revision)
+
+
+def base_of(args: argparse.Namespace) -> tuple[str, str]:
+    """The checkpoint that speaks, and the flag that names it."""
+    return (args.base_ckpt, "--base_ckpt") if args.merged is None else (args.merged, "--merged")
 
 
 def sampling_of(args: argparse.Namespace):
@@ -81,7 +104,7 @@ def sampling_of(args: argparse.Namespace):
 def sampling_problems(args: argparse.Namespace) -> list[str]:
     """Numbers out of their range, and what excludes each other."""
     rules = {
-        "temperature": (lambda v: math.isfinite(v) and 0 <= v <= 100, "must be 0 to 100"),
+        "temperature": (lambda v: v == 0 or 0.001 <= v <= 100, "must be 0, or 0.001 to 100"),
         "top_k": (lambda v: 1 <= v <= MOST_TOKENS, f"must be 1 to {MOST_TOKENS}"),
         "top_p": (lambda v: 0 < v <= 1, "must be above 0 and at most 1"),
         "seed": (lambda v: 0 <= v < 1 << 63, "must be 0 to 2^63 - 1"),
@@ -103,6 +126,33 @@ def sampling_problems(args: argparse.Namespace) -> list[str]:
     return problems
 
 
+def say_unused(args: argparse.Namespace, sampling) -> None:
+    """A line on flags of a sampler where the likeliest token is taken."""
+    unused = [f"--{name}" for name in ("top_k", "top_p", "seed") if getattr(args, name) is not None]
+    if unused and not sampling.temperature:
+        say(f"{', '.join(unused)}: without effect, the likeliest token is taken (--sampler, --temperature)")
+
+
+def says_something(text: str) -> bool:
+    """Whether a text holds more than blanks, control characters and such as have no width (U+200B, U+FEFF)."""
+    return not all(unicodedata.category(char) in ("Cc", "Cf", "Zs", "Zl", "Zp") for char in text)
+
+
+def text_problems(args: argparse.Namespace, texts: list[tuple[str, str]]) -> list[str]:
+    """What can be said of the texts without a tokenizer, each with its flag or line."""
+    asked = [*texts, *([("--scene", args.scene)] if args.scene else [])]
+    asked += [("--ref_text", args.ref_text)] if args.ref_text is not None else []
+    problems = []
+    for where, text in asked:
+        if not says_something(text):
+            problems.append(f"{where}: is empty")
+        elif "\0" in text:
+            problems.append(f"{where}: holds a NUL character; take it out")
+        elif not _is_text(text):
+            problems.append(f"{where}: holds half a surrogate pair, which is not a character")
+    return problems
+
+
 def texts_of(args: argparse.Namespace, problems: list[str]) -> list[tuple[str, str]]:
     """(where it stands, text) of what is to be spoken."""
     if not args.texts:
@@ -118,7 +168,7 @@ def texts_of(args: argparse.Namespace, problems: list[str]) -> list[tuple[str, s
     except (OSError, ValueError) as error:
         problems.append(f"--texts: {str(args.texts)[:200]} cannot be read: {reason_of(error)}")
         return []
-    while lines and not lines[-1].strip():
+    while lines and not says_something(lines[-1]):
         lines.pop()
     if not lines:
         problems.append(f"--texts: {args.texts} holds no text; put one on each line")
@@ -129,6 +179,9 @@ def ask_writable(folder: Path, flag: str, problems: list[str], *, make: bool = T
     """Whether files can be written there; with `make`, a folder that is yet to be made is asked of the one above."""
     try:
         while make and not folder.exists() and folder != folder.parent:
+            if folder.is_symlink():
+                problems.append(f"{flag}: {folder} is a link to what is not there; name another folder")
+                return
             folder = folder.parent
         if not folder.is_dir():
             reason = "is not a folder" if folder.exists() else "is not there; make it first"
@@ -175,26 +228,28 @@ def prompt_options(args: argparse.Namespace, ref) -> dict:
 
 
 def check_prompts(args: argparse.Namespace, texts: list[tuple[str, str]], prompts: list) -> None:
-    """Asks of what is to be spoken what a row of a manifest is asked.
+    """Asks of what is to be spoken what a row of a manifest is asked, after `text_problems`.
 
     Raises:
-        ConfigError: with the flag or the line whose text is empty, holds control tokens, or is too long together with
-            the reference clip.
+        ConfigError: with the flag or the line whose text holds control tokens, or is too long together with the
+            reference clip.
     """
     from .batching.collate import tokenize
     from .corpus.audio import duration_sec
     from .corpus.controls import control_tokens, find_control
     from .corpus.describe import frames_of
     from .model.base_checkpoint import load_tokenizer, locate_checkpoint
+    from .model.layouts import layout_of
 
-    tokenizer = load_tokenizer(locate_checkpoint(args.merged or args.base_ckpt, args.base_revision))
+    name, flag = base_of(args)
+    folder = locate_checkpoint(name, args.base_revision, flag, weights=False)
+    layout_of(folder, flag)  # a folder without a config.json has no tokenizer either, which says less
+    tokenizer = load_tokenizer(folder, flag)
     controls = control_tokens(tokenizer)
     asked = [*texts, *((f"--{name}", text) for name in ("scene", "ref_text") if (text := getattr(args, name)))]
     problems = []
     for where, text in asked:
-        problem = "is empty" if not text.strip() else find_control(text, controls)
-        problem = problem or (None if _is_text(text) else "holds half a surrogate pair, which is not a character")
-        if problem:
+        if problem := find_control(text, controls):
             problems.append(f"{where}: {problem}")
     # A clip's frames stand in the place of its one token.
     clips = [piece for turn in (prompts[0] if prompts else ()) for piece in turn.content if not isinstance(piece, str)]
@@ -219,12 +274,8 @@ def open_speaker(args: argparse.Namespace):
     from .model.base_checkpoint import open_base
     from .model.speaker import Speaker
 
-    try:
-        base = open_base(args.merged or args.base_ckpt, args.base_revision)
-    except ConfigError as error:
-        if not args.merged:
-            raise
-        raise ConfigError([line.replace("--base_ckpt", "--merged") for line in error.problems]) from None
+    name, flag = base_of(args)
+    base = open_base(name, args.base_revision, flag)
     if base.notes:
         say("\n".join(base.notes))
     if args.max_new_tokens and args.max_new_tokens > base.facts.max_positions:

@@ -104,7 +104,8 @@ def test_a_base_is_named_so_that_it_is_found_again(tmp_path, monkeypatch):
     for name in BASE_NAMES:
         assert pinned(name, None) == (name, DEFAULT_BASE_REVISION) and pinned(name, "c") == (name, "c")
     assert pinned("a/b", None) == ("a/b", None) and pinned("a/b", "c") == ("a/b", "c")
-    names = {"base": "a/b", "revision": "c", "layout": "transformers", "codec": "d/e", "folder": tmp_path / "it's"}
+    names = {"base": "a/b", "revision": "c", "layout": "transformers", "folder": tmp_path / "it's"}
+    names |= {"codec": "d/e", "codec_revision": None}
     card = merged_card({"share": 0.5}, **names)
     serve, speak = blocks(card, "bash")
     assert shlex.split(speak)[4:8] == ["--merged", str(tmp_path / "it's"), "--codec", "d/e"]
@@ -116,9 +117,29 @@ def test_a_base_is_named_so_that_it_is_found_again(tmp_path, monkeypatch):
 
 def test_a_small_loss_is_not_printed_as_one_that_is_not_there(tmp_path):
     losses = {"training text_loss": 4.114e-07, "training audio_loss": 0.03998, "validation loss": 0.0}
-    card = adapter_card(losses, base="b", revision=None, layout="boson", codec="c", folder=tmp_path)
+    card = adapter_card(
+        losses, base="b", revision=None, layout="boson", codec="c", codec_revision=None, folder=tmp_path
+    )
     assert "| training text_loss | 4.11e-07 |" in card and "| training audio_loss | 0.0400 |" in card
     assert "| validation loss | 0.0000 |" in card  # which is exactly 0
+
+
+def test_every_command_names_the_codec_and_its_revision(tmp_path, codec_dir):
+    names = {"base": "a/b", "revision": "c", "layout": "boson", "folder": tmp_path / "v", "codec_revision": "f"}
+    codec = ["--codec", "d/e", "--codec_revision", "f"]
+    generate, merge = (shlex.split(one) for one in blocks(adapter_card({}, **names, codec="d/e"), "bash"))
+    assert generate[10:14] == codec and merge[10:14] == codec, (generate, merge)
+    card = merged_card({}, **names, codec="d/e")
+    (speak,) = blocks(card, "bash")
+    assert shlex.split(speak)[6:10] == codec and "snapshot_download('d/e', revision='f')" in card
+    # A folder has no revision; the sample codec is none that a server loads.
+    generate, merge = blocks(adapter_card({}, **names, codec=str(codec_dir)), "bash")
+    assert f"--codec {codec_dir} --text" in generate and "--codec" not in merge
+    renamed = tmp_path / "renamed"
+    renamed.mkdir()
+    (renamed / "config.json").write_text('{"model_type": "higgs_audio_v2_tokenizer"}')
+    generate, merge = blocks(adapter_card({}, **names, codec=str(renamed)), "bash")
+    assert f"--codec {renamed} --output_dir" in merge
 
 
 def test_prompts_are_counted():

@@ -1,11 +1,13 @@
 """Files that are whole or not there."""
 
 import hashlib
+import os
+from pathlib import Path
 
 import pytest
 
 from higgs_ds.errors import first_of
-from higgs_ds.files import first_free, name_beside, remove_leftovers, replacing, sha256, write_text
+from higgs_ds.files import filling, first_free, name_beside, remove_leftovers, replacing, sha256, write_text
 
 
 def test_a_file_and_a_folder_are_replaced_whole(tmp_path):
@@ -19,6 +21,52 @@ def test_a_file_and_a_folder_are_replaced_whole(tmp_path):
             (beside / name).write_text(name)
     assert [path.name for path in folder.iterdir()] == ["two"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+
+
+@pytest.mark.parametrize("name", ["n" * 251 + ".wav", "ü" * 125 + ".flac", "\udcff" * 240])
+def test_a_name_as_long_as_may_be_is_written_to(name, tmp_path):
+    write_text(tmp_path / name, "text")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_new_folder_appears_whole_and_an_empty_one_is_filled_from_within(tmp_path, monkeypatch):
+    there, new = tmp_path / "there", tmp_path / "above" / "new"
+    there.mkdir()
+    monkeypatch.chdir(there)
+    (tmp_path / "link").symlink_to(there)
+    for folder in (new, Path.cwd(), tmp_path / "link"):
+        was = folder.stat().st_ino if folder.exists() else None
+        with filling(folder) as beside:
+            (beside / "config.json").write_text("{}")
+            (beside / "weights").write_text("w")
+            assert not any((folder / name).exists() for name in ("config.json", "weights"))
+        assert sorted(path.name for path in folder.iterdir()) == ["config.json", "weights"]
+        assert was in (None, folder.stat().st_ino)
+        for file in folder.iterdir():
+            file.unlink()
+    assert (tmp_path / "link").is_symlink() and sorted(path.name for path in tmp_path.iterdir())[0] == "above"
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_folder_that_could_not_be_filled_is_as_it_was(there, tmp_path, monkeypatch):
+    folder = tmp_path / "folder"
+    if there:
+        folder.mkdir()
+    with pytest.raises(KeyboardInterrupt), filling(folder) as beside:
+        (beside / "weights").write_text("half")
+        raise KeyboardInterrupt
+    real = os.replace
+
+    def fail(source, target):
+        if str(target).endswith(("config.json", "folder")):
+            raise OSError("the disk is gone")
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError), filling(folder) as beside:
+        for name in ("config.json", "weights"):
+            (beside / name).write_text("{}")
+    assert list(tmp_path.rglob("*")) == ([folder] if there else [])
 
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path):

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from ..config import BASE_NAMES, DEFAULT_BASE
+from ..config import BASE_NAMES, DEFAULT_BASE, revision_of
 from ..errors import ConfigError, reason_of
 from .adapter_names import PREFIX, WHOLE_MODULES, layers_named, names_layer, naming_nothing, peft_key
 from .layouts import read_json
@@ -36,7 +36,6 @@ _NEUTRAL: dict[str, tuple] = {
     "bias": ("none",),
     "corda_config": (None,),
     "ensure_weight_tying": (False,),
-    "eva_config": (None,),
     "exclude_modules": (None, []),
     "fan_in_fan_out": (False,),
     "layer_replication": (None, []),
@@ -54,15 +53,18 @@ _NEUTRAL: dict[str, tuple] = {
     "use_dora": (False,),
     "use_qalora": (False,),
 }
+# Ways of beginning that leave the base as it is. PiSSA, OLoRA, CorDA and LoftQ take from it what A and B began with.
+_BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal")
 # Of no effect on the weights of a trained adapter.
 _IGNORED = {
+    "eva_config",  # how EVA's first A was found
     "inference_mode",
-    "init_lora_weights",
     "lora_dropout",
     "peft_version",
     "qalora_group_size",
 }
 _READ = {"r", "lora_alpha", "target_modules", "modules_to_save", "use_rslora", "base_model_name_or_path", "revision"}
+_READ |= {"init_lora_weights"}
 
 
 @dataclass(frozen=True)
@@ -172,6 +174,12 @@ def _wrong_fields(raw: dict) -> list[str]:
             problems.append(f"modules_to_save: {_short(strange[0])} is not one that is trained whole here: {known}")
     if type(raw.get("use_rslora", False)) is not bool:
         problems.append(f"use_rslora is {_short(raw['use_rslora'])}, expected true or false")
+    began = raw.get("init_lora_weights")
+    if not any(type(began) is type(one) and began == one for one in _BEGINNINGS):
+        problems.append(
+            f"init_lora_weights is {_short(began)}, expected true, false, null, gaussian, eva or orthogonal: others "
+            "change the base; save the adapter as plain LoRA (PEFT: path_initial_model_for_weight_conversion)"
+        )
     for key in ("base_model_name_or_path", "revision"):
         value = raw.get(key)
         if value is not None and (not isinstance(value, str) or len(value) > 4096 or not value.isprintable()):
@@ -187,19 +195,40 @@ def _short(value) -> str:
 def check_base(config: AdapterConfig, base_name: str, base_revision: str | None, flag: str = "--adapter") -> None:
     """Compares the base that an adapter was trained on with the one given.
 
+    Args:
+        base_revision: of a base on the hub; None is Boson's pinned one, or unknown.
+
     Raises:
-        ConfigError: another one.
+        ConfigError: another one, or another revision of it.
     """
-    trained, given = config.base_name, base_name
+    trained, given, hint = config.base_name, base_name, ""
     if trained is None:
         return
-    if same_base(trained, given):
-        if config.base_revision is None or base_revision is None or config.base_revision == base_revision:
+    (was, was_at), (now, now_at) = _place(trained), _place(given)
+    if was == now:
+        was_at = was_at or config.base_revision
+        now_at = now_at or (None if os.path.isdir(given) else revision_of(given, base_revision))
+        if was_at is None or now_at is None or was_at == now_at:
             return
-        trained, given = f"{trained} at {config.base_revision}", f"{given} at {base_revision}"
+        trained, given, hint = (
+            f"{trained} at {was_at}",
+            f"{given} at {now_at}",
+            f"--base_revision {was_at} loads that; ",
+        )
     raise ConfigError(
-        [f"{flag}: trained on {_short(trained)}, --base_ckpt is {_short(given)}; --other_base takes it all the same"]
+        [
+            f"{flag}: trained on {_short(trained)}, --base_ckpt is {_short(given)}; {hint}--other_base takes it all "
+            "the same"
+        ]
     )
+
+
+def revision_for(config: AdapterConfig | None, base_name: str, given: str | None) -> str | None:
+    """The revision of a base to load an adapter on: the one given, Boson's pinned one, or what it was trained on."""
+    known = revision_of(base_name, given)
+    if known is None and config and config.base_name and _place(config.base_name)[0] == _place(base_name)[0]:
+        known = _place(config.base_name)[1] or config.base_revision
+    return given if os.path.isdir(base_name) else known
 
 
 # The hub renamed the repository in spring 2026; the old name leads to the new one.
@@ -207,18 +236,24 @@ _RENAMED = {old.lower(): DEFAULT_BASE for old in BASE_NAMES}
 
 
 def same_base(one: str, other: str) -> bool:
-    """Whether two values of --base_ckpt mean the same: folders by their place, hub ids by any name of theirs."""
+    """Whether two values of --base_ckpt mean the same: folders by their place, hub ids by any name of theirs.
 
-    def place(name: str) -> str:
-        # A snapshot in the hub's cache stands for the repository that it is of.
-        for part in Path(name).parts:
-            if part.startswith("models--") and part.count("--") == 2:
-                name = part.removeprefix("models--").replace("--", "/")
-        if name.count("/") == 1 and not os.path.isdir(name) and not name.startswith((".", "/")):
-            return _RENAMED.get(name.lower(), name.lower())
-        return os.path.realpath(name)
+    Two snapshots in the hub's cache are two bases, where their revisions are two.
+    """
+    (here, here_at), (there, there_at) = _place(one), _place(other)
+    return one == other or (here == there and (here_at is None or there_at is None or here_at == there_at))
 
-    return one == other or place(one) == place(other)
+
+def _place(name: str) -> tuple[str, str | None]:
+    """Where a base is; a snapshot in the hub's cache stands for the repository that it is of, at its revision."""
+    parts, revision = Path(name).parts, None
+    for at, part in enumerate(parts):
+        if part.startswith("models--") and part.count("--") == 2:
+            name = part.removeprefix("models--").replace("--", "/")
+            revision = parts[at + 2] if parts[at + 1 : at + 2] == ("snapshots",) and len(parts) > at + 2 else None
+    if name.count("/") == 1 and not os.path.isdir(name) and not name.startswith((".", "/")):
+        return _RENAMED.get(name.lower(), name.lower()), revision
+    return os.path.realpath(name), None
 
 
 def read_adapter(

@@ -43,30 +43,37 @@ class BaseCheckpoint:
     tokenizer: PreTrainedTokenizerFast
     facts: ModelFacts
     notes: tuple[str, ...]  # what the user should read once, a line each
+    flag: str = "--base_ckpt"  # that named it
 
 
-def open_base(name_or_path: str, revision: str | None = None) -> BaseCheckpoint:
+def open_base(name_or_path: str, revision: str | None = None, flag: str = "--base_ckpt") -> BaseCheckpoint:
     """Finds a checkpoint and asks it everything that can be asked without loading it; the same for every verb.
 
     Args:
         name_or_path: a folder, or a hub id, which is downloaded.
         revision: of the hub; None means the pinned one for Boson's own, the newest for any other.
+        flag: that named it, for the messages.
 
     Raises:
         ConfigError: not to be had, of another kind or layout, weights or a tokenizer that do not fit its config; all
             that is wrong with it, a line each.
     """
-    folder = locate_checkpoint(name_or_path, revision)
-    config = read_model_config(folder)
-    _, notes = check_weights(folder, config)
-    tokenizer = load_tokenizer(folder)
-    check_tokenizer(folder, tokenizer, config)
-    facts = ModelFacts.from_config(config)
-    return BaseCheckpoint(name_or_path, revision, folder, layout_of(folder), config, tokenizer, facts, tuple(notes))
+    folder = locate_checkpoint(name_or_path, revision, flag)
+    config = read_model_config(folder, flag)
+    _, notes = check_weights(folder, config, flag)
+    tokenizer = load_tokenizer(folder, flag)
+    check_tokenizer(folder, tokenizer, config, flag)
+    facts, layout = ModelFacts.from_config(config), layout_of(folder, flag)
+    return BaseCheckpoint(name_or_path, revision, folder, layout, config, tokenizer, facts, tuple(notes), flag)
 
 
-def locate_checkpoint(name_or_path: str, revision: str | None = None) -> Path:
+def locate_checkpoint(
+    name_or_path: str, revision: str | None = None, flag: str = "--base_ckpt", *, weights: bool = True
+) -> Path:
     """The folder of a base checkpoint; a hub id is downloaded (safetensors, JSON and tokenizer files only).
+
+    Args:
+        weights: whether they are needed too; without them it is a matter of megabytes.
 
     Raises:
         ConfigError: neither a folder nor a hub id that can be had.
@@ -77,51 +84,51 @@ def locate_checkpoint(name_or_path: str, revision: str | None = None) -> Path:
         if folder.is_dir():
             return folder
     except UnicodeEncodeError:
-        raise ConfigError(
-            [f"--base_ckpt: {ascii(name_or_path)[:200]} is no UTF-8; give the folder another name"]
-        ) from None
+        raise ConfigError([f"{flag}: {ascii(name_or_path)[:200]} is no UTF-8; give the folder another name"]) from None
     except OSError as error:  # a name too long, a folder that may not be looked into
-        raise ConfigError([f"--base_ckpt: {name_or_path[:200]} cannot be read: {reason_of(error)}"]) from None
+        raise ConfigError([f"{flag}: {name_or_path[:200]} cannot be read: {reason_of(error)}"]) from None
     if folder.is_absolute() or name_or_path.startswith(".") or name_or_path.count("/") != 1:
-        raise ConfigError([f"--base_ckpt: {name_or_path} is neither a folder nor a hub id (owner/name)"])
+        raise ConfigError([f"{flag}: {name_or_path} is neither a folder nor a hub id (owner/name)"])
     from huggingface_hub import snapshot_download
 
     revision = revision_of(name_or_path, revision)
-    patterns = ["*.json", "*.safetensors", "tokenizer*", "*.txt"]
+    patterns = ["*.json", "tokenizer*", "*.txt", *(["*.safetensors"] if weights else [])]
     try:
         return Path(snapshot_download(name_or_path, revision=revision, allow_patterns=patterns))
     except (OSError, ValueError) as error:
         raise ConfigError(
-            [f"--base_ckpt: {name_or_path} (revision {revision}) cannot be had from the hub: {error}"]
+            [f"{flag}: {name_or_path} (revision {revision}) cannot be had from the hub: {error}"]
         ) from error
 
 
-def read_model_config(folder: Path) -> HiggsAudioConfig:
+def read_model_config(folder: Path, flag: str = "--base_ckpt") -> HiggsAudioConfig:
     """The checkpoint's `config.json`, refused where this trainer would train something else than the model is.
 
     Raises:
         ConfigError: not a Higgs Audio checkpoint in either layout, with an audio tower, or with values that no such
             model has.
     """
-    config = read_checkpoint_config(folder)
+    config = read_checkpoint_config(folder, flag)
     if config.encode_whisper_embed or not config.skip_audio_tower:
         raise ConfigError(
             [
-                f"--base_ckpt: {folder} has a Whisper audio tower (encode_whisper_embed or not skip_audio_tower); "
+                f"{flag}: {folder} has a Whisper audio tower (encode_whisper_embed or not skip_audio_tower); "
                 "this trainer covers the generation checkpoints, which have none"
             ]
         )
     return config
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+def load_tokenizer(folder: Path, flag: str = "--base_ckpt") -> PreTrainedTokenizerFast:
     """The checkpoint's own tokenizer; nothing in the checkpoint is run."""
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises plain Exceptions for a file that it cannot read
-        raise ConfigError([f"--base_ckpt: {folder}: the tokenizer cannot be loaded: {error}"]) from error
+        lacks = [name for name in ("tokenizer.json", "tokenizer_config.json") if not (folder / name).is_file()]
+        reason = f"it lacks {' and '.join(lacks)}" if lacks else " ".join(str(error).split())[:300]
+        raise ConfigError([f"{flag}: {folder}: the tokenizer cannot be loaded: {reason}"]) from error
 
 
 # What the prompt is written with: a tokenizer that cuts one of these to pieces would train another prompt.
@@ -131,7 +138,7 @@ _PROMPT_TOKENS = (
 )
 
 
-def check_tokenizer(folder: Path, tokenizer, config: HiggsAudioConfig) -> None:
+def check_tokenizer(folder: Path, tokenizer, config: HiggsAudioConfig, flag: str = "--base_ckpt") -> None:
     """Whether the tokenizer's special tokens are those of the config.
 
     Raises:
@@ -153,7 +160,7 @@ def check_tokenizer(folder: Path, tokenizer, config: HiggsAudioConfig) -> None:
             problems.append(f"its tokenizer gives {token} the id {encoded[0]}, config.json {wanted}")
     if len(tokenizer) > config.text_config.vocab_size:
         problems.append(f"its tokenizer has {len(tokenizer)} tokens, the model {config.text_config.vocab_size}")
-    refuse(problems, f"--base_ckpt: {folder}")
+    refuse(problems, f"{flag}: {folder}")
 
 
 def load_base(folder: Path, config: HiggsAudioConfig, dtype: str) -> HiggsAudioForTraining:

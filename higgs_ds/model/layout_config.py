@@ -7,12 +7,21 @@ stand in the checkpoint's tokenizer.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 from boson_multimodal.model.higgs_audio import HiggsAudioConfig
 
 from ..errors import ConfigError
+from .boson_config import config_from_boson, made
+from .config_values import (
+    LIMITS,
+    LLAMA_FIELDS,
+    dtype_problems,
+    kind_problem,
+    limit_problem,
+    quantization_problems,
+    rope_of,
+)
 from .facts import peculiarities
 from .layouts import TRANSFORMERS, layout_of, read_json
 from .weight_files import refuse
@@ -57,58 +66,6 @@ DEFAULTS = {
     "audio_stream_bos_id": 1024,
     "audio_stream_eos_id": 1025,
 }
-DEFAULT_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 32.0,
-    "high_freq_factor": 0.5,
-    "low_freq_factor": 0.125,
-    "original_max_position_embeddings": 1024,
-}
-ROPE_KEYS = {"default": set(), "llama3": set(DEFAULT_ROPE) - {"rope_type", "rope_theta"}}
-
-# The keys that Llama's config has under the same name in both layouts.
-_LLAMA_KEYS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "hidden_act",
-    "max_position_embeddings",
-    "initializer_range",
-    "rms_norm_eps",
-    "use_cache",
-    "pretraining_tp",
-    "attention_bias",
-    "attention_dropout",
-    "mlp_bias",
-)
-# Fields of Boson's config that sizes and indices are computed from, and the largest value that any model of this kind
-# could have.
-_LIMITS = {
-    "audio_num_codebooks": 64,
-    "audio_codebook_size": 1 << 20,
-    "audio_stream_bos_id": 1 << 20,
-    "audio_stream_eos_id": 1 << 20,
-    "pad_token_id": 1 << 24,
-    "audio_in_token_idx": 1 << 24,
-    "audio_out_token_idx": 1 << 24,
-    "audio_out_bos_token_id": 1 << 24,
-    "audio_eos_token_id": 1 << 24,
-    "text_config.vocab_size": 1 << 24,
-    "text_config.hidden_size": 1 << 16,
-    "text_config.intermediate_size": 1 << 18,
-    "text_config.num_hidden_layers": 1 << 10,
-    "text_config.num_attention_heads": 1 << 10,
-    "text_config.num_key_value_heads": 1 << 10,
-    "text_config.head_dim": 1 << 12,
-    "text_config.max_position_embeddings": 1 << 30,
-    # transformers makes a list of so many names.
-    **dict.fromkeys(("num_labels", "text_config.num_labels", "audio_encoder_config.num_labels"), 1 << 10),
-}
 # transformers' names of them, where they are others.
 _RENAMED_LIMITS = {
     "num_codebooks": "audio_num_codebooks",
@@ -127,68 +84,11 @@ def read_checkpoint_config(folder: Path, flag: str = "--base_ckpt") -> HiggsAudi
     """
     file = folder / "config.json"
     where, raw = f"{flag}: {file}", read_json(file, flag)
-    if layout_of(folder, flag) == TRANSFORMERS:
+    layout = layout_of(folder, flag)
+    refuse(quantization_problems(raw), where)
+    if layout == TRANSFORMERS:
         return config_from_transformers(raw, token_ids(folder, flag), where)
-    refuse(_boson_problems(raw), where)
-    return _made(lambda: HiggsAudioConfig.from_dict(raw), where)
-
-
-def _made(make: Callable[[], HiggsAudioConfig], where: str) -> HiggsAudioConfig:
-    """What upstream's class makes of a config.json; whatever it cannot take is one line."""
-    try:
-        return make()
-    except Exception as error:  # a value that nobody has thought of, in upstream's code, transformers' or torch's
-        reason = " ".join(str(error).split())[:300]
-        raise ConfigError([f"{where} is no config of Higgs Audio: {reason or type(error).__name__}"]) from None
-
-
-def _limit_problem(name: str, limit: str, value: object) -> str | None:
-    """What is wrong with the value of `name`, whose bound is that of Boson's `limit`."""
-    least = 1 if any(word in limit for word in ("num_", "size", "dim", "max_")) else 0
-    if type(value) is int and least <= value <= _LIMITS[limit]:
-        return None
-    return f"{name} is {repr(value)[:80]}, expected a whole number from {least} to {_LIMITS[limit]}"
-
-
-def _boson_problems(raw: dict) -> list[str]:
-    """What stands in a `config.json` of Boson's that would end in a traceback, or in a wrong index, later on."""
-    text = raw.get("text_config")
-    if not isinstance(text, dict):
-        return [f"text_config is {type(text).__name__}, expected an object"]
-    parts = {"": raw, "text_config.": text, "audio_encoder_config.": raw.get("audio_encoder_config")}
-    values = {
-        part + name: value
-        for part, fields in parts.items()
-        for name, value in (fields if isinstance(fields, dict) else {}).items()
-    }
-    found = [_limit_problem(name, name, values[name]) for name in _LIMITS if name in values]
-    problems = [problem for problem in found if problem]
-    problems += [
-        f"{name} is {repr(values[name])[:80]}, expected a token's text"
-        for name in ("audio_in_token", "audio_out_token", "audio_out_bos_token", "audio_eos_token")
-        if not isinstance(values.get(name, ""), str)
-    ]
-    problems += [
-        f"{name} is no field of a config"
-        for name in raw
-        if name.startswith("__") or callable(getattr(HiggsAudioConfig, name, None))
-    ]
-    problems += _dtype_problems({key: values.get(key) for key in ("torch_dtype", "text_config.torch_dtype")})
-    if not isinstance(text.get("rope_scaling"), dict | None):
-        problems.append(f"text_config.rope_scaling is {repr(text['rope_scaling'])[:80]}, expected an object or null")
-    if problems:
-        return problems
-    codes = values.get("audio_codebook_size", 0)
-    for name in ("audio_stream_bos_id", "audio_stream_eos_id"):
-        if codes and not codes <= values.get(name, codes) < codes + 2:
-            problems.append(
-                f"{name} is {values[name]}, expected {codes} or {codes + 1}: one of the two behind the codes"
-            )
-    vocabulary = values.get("text_config.vocab_size", 1 << 24)
-    for name in ("pad_token_id", "audio_in_token_idx", "audio_out_token_idx"):
-        if values.get(name, 0) >= vocabulary:
-            problems.append(f"{name} is {values[name]}, beyond text_config.vocab_size {vocabulary}")
-    return problems
+    return config_from_boson(raw, where)
 
 
 def without_private(fields: dict) -> dict:
@@ -230,15 +130,15 @@ def config_from_transformers(raw: dict, tokens: dict[str, int], where: str) -> H
     """
     values = {key: raw.get(key, default) for key, default in DEFAULTS.items()}
     problems = _wrong_values(values)
-    rope = _rope(raw, problems)
-    problems += _dtype_problems({key: raw.get(key) for key in ("dtype", "torch_dtype")})
+    rope = rope_of(_rope_parameters(raw), problems, "rope_parameters")
+    problems += dtype_problems({key: raw.get(key) for key in ("dtype", "torch_dtype")})
     ids = {name: tokens.get(text) for name, text in TOKENS.items()}
     problems += [f"the tokenizer has no {TOKENS[name]}" for name, found in ids.items() if found is None]
     for key, name in (("audio_token_id", "audio_out"), ("audio_bos_token_id", "audio_out_bos")):
         if ids[name] is not None and values[key] != ids[name]:
             problems.append(f"{key} is {values[key]}, the tokenizer's {TOKENS[name]} is {ids[name]}")
     refuse(problems, where)
-    text = {key: values[key] for key in _LLAMA_KEYS}
+    text = {key: values[key] for key in LLAMA_FIELDS}
     text |= {
         "architectures": ["LlamaForCausalLM"],
         "bos_token_id": ids["bos"],
@@ -271,29 +171,17 @@ def config_from_transformers(raw: dict, tokens: dict[str, int], where: str) -> H
         pad_token_id=values["pad_token_id"],
         torch_dtype=text["torch_dtype"],
     )
-    return _made(lambda: HiggsAudioConfig(**fields), where)
-
-
-def _dtype_problems(values: dict[str, object]) -> list[str]:
-    known = ("bfloat16", "float16", "float32")
-    return [
-        f"{key} is {repr(value)[:80]}, expected one of {', '.join(known)}"
-        for key, value in values.items()
-        if value is not None and value not in known
-    ]
+    return made(lambda: HiggsAudioConfig(**fields), where)
 
 
 def _wrong_values(values: dict) -> list[str]:
     """Of `DEFAULTS`' keys: types, bounds, and what Boson's model cannot be."""
-    problems = []
-    for key, default in DEFAULTS.items():
-        kinds = (int, float) if type(default) is float else (type(default),)
-        if type(values[key]) not in kinds:
-            problems.append(f"{key} is {values[key]!r}, expected {type(default).__name__}")
+    found = [kind_problem(key, type(default), values[key]) for key, default in DEFAULTS.items()]
+    problems = [problem for problem in found if problem]
     if problems:
         return problems
-    limits = {key: _RENAMED_LIMITS.get(key, key if key in _LIMITS else f"text_config.{key}") for key in values}
-    found = [_limit_problem(key, limit, values[key]) for key, limit in limits.items() if limit in _LIMITS]
+    limits = {key: _RENAMED_LIMITS.get(key, key if key in LIMITS else f"text_config.{key}") for key in values}
+    found = [limit_problem(key, limit, values[key]) for key, limit in limits.items() if limit in LIMITS]
     problems += [problem for problem in found if problem]
     if values["tie_word_embeddings"]:
         problems.append("tie_word_embeddings is true: this model's heads and embeddings are weights of their own")
@@ -306,22 +194,14 @@ def _wrong_values(values: dict) -> list[str]:
     return problems
 
 
-def _rope(raw: dict, problems: list[str]) -> dict:
-    """Rotary parameters as `rope_theta`, `rope_type` and that type's own; adds to `problems` what is not known."""
+def _rope_parameters(raw: dict) -> object:
+    """What transformers' config.json says of them, in either of its two ways; None for nothing."""
     found, scaling = raw.get("rope_parameters"), raw.get("rope_scaling")
     if found is None and isinstance(scaling, dict | None) and ("rope_theta" in raw or scaling):
-        found = {"rope_theta": raw.get("rope_theta", 10000.0), **(scaling or {"rope_type": "default"})}
-    elif found is None and scaling is not None:
-        found = {"rope_type": scaling}  # which is none
-    rope = dict(DEFAULT_ROPE) if found is None else dict(found) if isinstance(found, dict) else {}
-    kind = rope.get("rope_type")
-    if not isinstance(kind, str) or kind not in ROPE_KEYS:
-        problems.append(f"rope_parameters: rope_type is {kind!r}, expected one of {', '.join(ROPE_KEYS)}")
-    elif set(rope) != ROPE_KEYS[kind] | {"rope_type", "rope_theta"}:
-        problems.append(f"rope_parameters of type {kind!r} are {sorted(rope)}")
-    elif any(type(v) not in (int, float) or not 0 < v < 1e12 for key, v in rope.items() if key != "rope_type"):
-        problems.append(f"rope_parameters: {rope} holds something else than positive numbers")
-    return rope
+        return {"rope_theta": raw.get("rope_theta", 10000.0), **(scaling or {"rope_type": "default"})}
+    if found is None and scaling is not None:
+        return {"rope_type": scaling}  # which is none
+    return found
 
 
 def transformers_config(config: HiggsAudioConfig, tokens: dict[str, int], dtype: str, where: str) -> dict:
@@ -351,9 +231,9 @@ def transformers_config(config: HiggsAudioConfig, tokens: dict[str, int], dtype:
             problems.append(f"the tokenizer has no {token}, which transformers' generation writes")
     scaling = dict(text.rope_scaling or {"rope_type": "default"})
     scaling.setdefault("rope_type", scaling.pop("type", None))
-    rope = _rope({"rope_parameters": {**scaling, "rope_theta": text.rope_theta}}, problems)
+    rope = rope_of({**scaling, "rope_theta": text.rope_theta}, problems, "rope_parameters")
     refuse(problems, where)
-    values = {key: getattr(text, key) for key in _LLAMA_KEYS}
+    values = {key: getattr(text, key) for key in LLAMA_FIELDS}
     return {
         "architectures": ["HiggsAudioV2ForConditionalGeneration"],
         **values,

@@ -15,21 +15,22 @@ from typing import TypeVar
 import torch
 from accelerate import init_empty_weights
 from boson_multimodal.model.higgs_audio import HiggsAudioConfig, HiggsAudioModel
+from transformers import GenerationConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils.logging import disable_progress_bar
 
 from ..errors import ConfigError
 from .adapter_names import WHOLE_MODULES
 from .layouts import CARRIED_ALONG, TRANSFORMERS, layout_of, name_in
-from .weight_files import Stored, differences, refuse, weight_headers
+from .weight_files import Stored, differences, is_marked, refuse, weight_headers
 
 TEXT_HEAD = "audio_decoder_proj.text_lm_head.weight"
 Model = TypeVar("Model", bound=HiggsAudioModel)
 
 
-def wanted_weights(config: HiggsAudioConfig) -> dict[str, tuple[int, ...]]:
+def wanted_weights(config: HiggsAudioConfig, flag: str = "--base_ckpt") -> dict[str, tuple[int, ...]]:
     """Names and shapes of the weights that boson_multimodal's model has."""
-    return {name: tuple(value.shape) for name, value in _without_memory(config).state_dict().items()}
+    return {name: tuple(value.shape) for name, value in _without_memory(config, flag).state_dict().items()}
 
 
 def adaptable_modules(config: HiggsAudioConfig) -> dict[str, tuple[int, int]]:
@@ -41,7 +42,7 @@ def adaptable_modules(config: HiggsAudioConfig) -> dict[str, tuple[int, int]]:
     }
 
 
-def _without_memory(config: HiggsAudioConfig) -> HiggsAudioModel:
+def _without_memory(config: HiggsAudioConfig, flag: str = "--base_ckpt") -> HiggsAudioModel:
     """boson_multimodal's model, of tensors that have no values.
 
     Raises:
@@ -52,7 +53,7 @@ def _without_memory(config: HiggsAudioConfig) -> HiggsAudioModel:
             return HiggsAudioModel(copy.deepcopy(config))  # which writes into its config
     except Exception as error:  # whatever a value does that nobody has thought of, in upstream's code or torch's
         reason = " ".join(str(error).split())[:300]
-        raise ConfigError([f"--base_ckpt: config.json describes no model: {type(error).__name__}: {reason}"]) from error
+        raise ConfigError([f"{flag}: config.json describes no model: {type(error).__name__}: {reason}"]) from error
 
 
 # Halves of one weight, as a training of Boson's with frozen and trained rows leaves them.
@@ -72,7 +73,7 @@ def check_weights(
         ConfigError: missing, extra, misshapen, quantized or split weights, each under its name there; an index that
             does not fit its files.
     """
-    layout, wanted = layout_of(folder, flag), wanted_weights(config)
+    layout, wanted = layout_of(folder, flag), wanted_weights(config, flag)
     found = weight_headers(folder, layout)
     strange = [name for name in found.stored if name not in wanted]
     left_out = [name for name in strange if re.search(CARRIED_ALONG, name)]
@@ -108,12 +109,17 @@ def load_checkpoint(cls: type[Model], folder: Path, config: HiggsAudioConfig, dt
         config: from `read_checkpoint_config`.
         dtype: of the weights in the model.
     """
-    if layout_of(folder) == TRANSFORMERS:
-        return load_renamed(cls, folder, config, dtype)
+    layout = layout_of(folder)
+    if layout == TRANSFORMERS or not all(map(is_marked, {one.file for one in weight_headers(folder).stored.values()})):
+        return load_mapped(cls, folder, config, dtype, layout)
     disable_progress_bar()  # a bar for three files, from every rank
+    text = config.text_config
+    ids = {"bos_token_id": text.bos_token_id, "eos_token_id": text.eos_token_id, "pad_token_id": config.pad_token_id}
     return cls.from_pretrained(
         folder,
         config=config,
+        # As Boson's file says. Any other would be a sampler that nobody asked for, or a traceback of its values.
+        generation_config=GenerationConfig(**ids),
         torch_dtype=dtype,
         use_safetensors=True,
         # Without it every rank would hold the weights twice for a moment; with stage 3 it is not to be had.
@@ -121,9 +127,9 @@ def load_checkpoint(cls: type[Model], folder: Path, config: HiggsAudioConfig, dt
     )
 
 
-def load_renamed(cls: type[Model], folder: Path, config: HiggsAudioConfig, dtype: torch.dtype) -> Model:
-    """`load_checkpoint` of a folder in transformers' layout."""
-    stored = weight_headers(folder, TRANSFORMERS).stored
+def load_mapped(cls: type[Model], folder: Path, config: HiggsAudioConfig, dtype: torch.dtype, layout: str) -> Model:
+    """`load_checkpoint` of a folder that transformers' own loader cannot read."""
+    stored = weight_headers(folder, layout).stored
     mapped = {name: one.read() for name, one in stored.items() if not re.search(CARRIED_ALONG, name)}
     if is_deepspeed_zero3_enabled():
         return cls.from_pretrained(None, config=config, state_dict=mapped, torch_dtype=dtype)

@@ -6,7 +6,6 @@ A server that misses a weight says nothing and speaks noise, so what was written
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,10 +13,12 @@ from pathlib import Path
 
 import torch
 from boson_multimodal.model.higgs_audio import HiggsAudioConfig
+from transformers import PreTrainedTokenizerFast
 
 from ..errors import ConfigError, reason_of
-from ..files import name_beside
+from ..files import filling
 from .adapter_file import Adapter
+from .base_checkpoint import DTYPES, check_tokenizer, load_tokenizer
 from .layout_config import read_checkpoint_config, token_ids, transformers_config, without_private
 from .layouts import BOSON, TRANSFORMERS, layout_of, name_in, read_json
 from .load_layout import check_weights
@@ -27,6 +28,7 @@ from .weight_files import (
     INDEX,
     Planned,
     Stored,
+    all_finite,
     differences,
     refuse,
     weight_headers,
@@ -38,24 +40,27 @@ SAMPLED_TENSORS = 12  # of the merged and of the others, read back and computed 
 
 @dataclass(frozen=True)
 class Base:
-    """A base checkpoint whose weights were checked."""
+    """A base checkpoint whose weights and tokenizer were checked."""
 
     folder: Path
     layout: str
     config: HiggsAudioConfig
     stored: dict[str, Stored]  # by boson_multimodal's names, in the model's order
     notes: list[str]  # what is to be mentioned
+    tokenizer: PreTrainedTokenizerFast
 
     @classmethod
     def open(cls, folder: Path) -> Base:
         """A folder in either layout.
 
         Raises:
-            ConfigError: a config or weights that no such model has, each named.
+            ConfigError: a config, weights or a tokenizer that no such model has, each named.
         """
         config = read_checkpoint_config(folder)
         stored, notes = check_weights(folder, config)
-        return cls(folder, layout_of(folder), config, stored, notes)
+        tokenizer = load_tokenizer(folder)
+        check_tokenizer(folder, tokenizer, config)
+        return cls(folder, layout_of(folder), config, stored, notes, tokenizer)
 
 
 def merge(
@@ -73,7 +78,7 @@ def merge(
     Args:
         base: the base checkpoint.
         adapter: None rewrites the base as it is, in another layout or dtype.
-        output_dir: is made; its name appears once everything in it is proven.
+        output_dir: is made, or is empty; it is filled once everything that will be in it is proven.
         layout: of what is written.
         dtype: of its weights ("bf16", "fp16", "fp32"); None leaves each as the base has it.
         codec: hub id or folder of the audio tokenizer that transformers' processor loads.
@@ -83,15 +88,13 @@ def merge(
         Bytes of weights written.
 
     Raises:
-        ConfigError: `output_dir` holds something or cannot be written, the model is not one that `layout` has, or what
-            was read back is not what was meant.
+        ConfigError: `output_dir` holds something or cannot be written, the model is not one that `layout` has, a
+            weight that would be NaN or infinite, or what was read back is not what was meant.
     """
     planned = _plan(base, layout, dtype)
     total = sum(tensor.num_bytes for tensor in planned.values())
-    beside = name_beside(output_dir)
     try:
-        beside.mkdir(parents=True)
-        try:
+        with filling(output_dir) as beside:
             free = shutil.disk_usage(beside).free
             if free < total:
                 raise ConfigError([f"--output_dir: {output_dir} needs {total:,} bytes, {free:,} are free there"])
@@ -105,10 +108,7 @@ def merge(
                 lambda tensor: _merged_rows(base.stored[by_name[tensor.name]], by_name[tensor.name], adapter, tensor),
             )
             prove(base, adapter, beside, layout, planned)
-            os.replace(beside, output_dir)
-        except BaseException:
-            shutil.rmtree(beside, ignore_errors=True)
-            raise
+            prove_tokenizer(base, beside)
     except OSError as error:
         raise ConfigError([f"--output_dir: {output_dir} cannot be written: {reason_of(error)}"]) from error
     return total
@@ -116,8 +116,6 @@ def merge(
 
 def _plan(base: Base, layout: str, dtype: str | None) -> dict[str, Planned]:
     """What is written, in the order of the model, by boson_multimodal's names."""
-    from .base_checkpoint import DTYPES
-
     return {
         name: Planned(name_in(layout, name), one.shape, DTYPES[dtype] if dtype else DTYPES_BY_NAME[one.dtype])
         for name, one in base.stored.items()
@@ -125,17 +123,35 @@ def _plan(base: Base, layout: str, dtype: str | None) -> dict[str, Planned]:
 
 
 def _merged_rows(stored: Stored, name: str, adapter: Adapter | None, planned: Planned) -> Iterator[torch.Tensor]:
-    """The tensor to write, a few rows at a time: float32 sums, rounded once."""
+    """The tensor to write, a few rows at a time: float32 sums, rounded once.
+
+    Raises:
+        ConfigError: NaN or an infinity, in the base or made by the sum or by the dtype.
+    """
     module = name.removesuffix(".weight")
     if adapter is not None and module in adapter.whole:
         stored = adapter.whole[module]
     changed = adapter is not None and module in adapter.weights
     start = 0
     for rows in stored.rows():
+        merged = rows
         if changed:
-            rows = rows.float() + adapter.delta_rows(module, start, start + rows.shape[0])
+            merged = rows.float() + adapter.delta_rows(module, start, start + rows.shape[0])
         start += rows.shape[0]
-        yield rows.to(planned.dtype)
+        written = merged.to(planned.dtype)
+        if not all_finite(written):
+            raise ConfigError([_not_finite(rows, merged, stored, planned)])
+        yield written
+
+
+def _not_finite(rows: torch.Tensor, merged: torch.Tensor, stored: Stored, planned: Planned) -> str:
+    """Whose fault an infinity is: the file's, the adapter's or the dtype's."""
+    dtype = str(planned.dtype).removeprefix("torch.")
+    if not all_finite(rows):
+        return f"{stored.file}: {stored.key} holds NaN or infinity; such a model speaks noise"
+    if not all_finite(merged):
+        return f"--adapter: base + scale · B·A of {planned.name} holds NaN or infinity; no training made that"
+    return f"--dtype: {planned.name} holds values beyond {dtype}; fp32 holds them"
 
 
 def _write_files(base: Base, folder: Path, layout: str, dtype: str | None, codec: str) -> None:
@@ -209,6 +225,16 @@ def prove(
                 break
     refuse(problems, where)
     return len(_spread(changed)), len(_spread(others))
+
+
+def prove_tokenizer(base: Base, folder: Path) -> None:
+    """Loads the tokenizer of a written folder. Raises ConfigError where it is not the base's, token for token."""
+    was, now = base.tokenizer, load_tokenizer(folder, "--output_dir")
+    if was.get_vocab() != now.get_vocab() or was.special_tokens_map != now.special_tokens_map:
+        raise ConfigError(
+            [f"--output_dir: {folder}: its tokenizer is not the base's; {base.folder} needs files that are not copied"]
+        )
+    check_tokenizer(folder, now, base.config, "--output_dir")
 
 
 def _spread(names: list[str]) -> list[str]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from ..codec.codec_layout import MODEL_TYPE, is_renamed
 from ..errors import ConfigError
 from .layout_config import DELAY_TOKEN, TOKENS
-from .layouts import BOSON, read_json
+from .layouts import BOSON, TRANSFORMERS, read_json
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -112,7 +112,7 @@ def write_processor(folder: Path, codec: str, config) -> None:
         "audio_token": TOKENS["audio_out"],
         "audio_tokenizer": {
             "audio_tokenizer_class": "HiggsAudioV2TokenizerModel",
-            "audio_tokenizer_name_or_path": codec_reference(codec),
+            "audio_tokenizer_name_or_path": codec_reference(codec, TRANSFORMERS),
         },
         "feature_extractor": extractor,
         "processor_class": "HiggsAudioV2Processor",
@@ -122,19 +122,23 @@ def write_processor(folder: Path, codec: str, config) -> None:
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
 
 
-def codec_reference(codec: str) -> str:
-    """A codec as processor_config.json names it: a hub id as it is, a folder by its whole path.
+def codec_reference(codec: str, layout: str) -> str:
+    """A codec as processor_config.json, or the card's snippet, names it: a hub id as it is, a folder by its whole path.
 
     Raises:
-        ConfigError: a folder that is no codec in transformers' layout, which is the only one that its processor loads.
+        ConfigError: neither, or a folder that is no codec in the model's layout, the only one that its stack loads.
     """
     folder = Path(codec)
     if not os.path.exists(codec):
         if folder.is_absolute() or codec.startswith(".") or codec.count("/") != 1:
             raise ConfigError([f"--codec: {codec} is neither a folder nor a hub id (owner/name)"])
         return codec
-    raw = read_json(folder / "config.json", "--codec") if folder.is_dir() else {}
-    if not is_renamed(raw):
+    raw = read_json(folder / "config.json", "--codec") if (folder / "config.json").is_file() else {}
+    if layout == BOSON:
+        if not raw or is_renamed(raw) or not (folder / "model.pth").is_file():
+            words = "is no codec in Boson's layout (config.json and model.pth), and its engine loads no other"
+            raise ConfigError([f"--codec: {codec} {words}; give the hub id"])
+    elif not is_renamed(raw):
         raise ConfigError(
             [
                 f"--codec: {codec} is no codec in transformers' layout (model_type {raw.get('model_type')!r}, "

@@ -15,10 +15,12 @@ from ..batching.collate import Collator, Sample, tokenize
 from ..codec.base import Codec, check_fits
 from ..corpus.manifest import Turn
 from ..distributed.device import pick_device, take_device
-from .adapter_file import attach, check_base, read_adapter, read_adapter_config
+from ..errors import ConfigError
+from .adapter_file import Adapter, attach, check_base, read_adapter, read_adapter_config
 from .base_checkpoint import DTYPES, BaseCheckpoint
 from .load_layout import adaptable_modules, load_checkpoint
 from .stop_rules import BOSON, stopping
+from .weight_files import all_finite
 
 ASSISTANT_HEADER = "<|start_header_id|>assistant<|end_header_id|>\n\n"
 # The last ends a clip: what an untrained model says after it may be a token that upstream cannot go on from.
@@ -94,7 +96,7 @@ class Speaker:
         Raises:
             ConfigError: no usable GPU unless DS_ACCELERATOR=cpu; a codec of another model; an adapter that is not
                 plain LoRA or whose weights do not fit the base one to one, or, without `other_base`, one that was
-                trained on another base.
+                trained on another base; weights that are NaN or infinite in this dtype.
         """
         self.device = pick_device()
         take_device(self.device)
@@ -111,7 +113,29 @@ class Speaker:
         if weights is not None:
             model = attach(model, weights).merge_and_unload()
         self.model = model.to(self.device).eval()
+        self.dtype = dtype
+        self._refuse_broken(base, adapter, weights)
+        self.model.register_forward_hook(self._refuse_noise)
         self.collator = Collator(self.facts, round_to=1)
+
+    def _refuse_broken(self, base: BaseCheckpoint, folder: str | None, adapter: Adapter | None) -> None:
+        """Weights that are NaN or infinite, in the files or by the sum or the dtype. Raises ConfigError."""
+        changed = {f"{module}.weight" for module in (adapter.weights if adapter else ())}
+        broken = [name for name, value in self.model.state_dict().items() if not all_finite(value)]
+        more = "; --dtype bf16 or fp32 holds more" if self.dtype == "fp16" else ""
+        where = f"{base.flag}: {base.folder}: ", f"--adapter: {folder}: base + scale · B·A of "
+        if broken:
+            others = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
+            name = f"{where[broken[0] in changed]}{broken[0]}{others}"
+            raise ConfigError([f"{name} holds NaN or infinity in {self.dtype}{more}"])
+
+    def _refuse_noise(self, _model, _inputs, out) -> None:
+        """A forward hook: what infinite logits would choose is no speech, or an error in the sampler's depths."""
+        for logits in (out.logits if out.logits is None else out.logits[:, -1:], out.audio_logits):
+            # A temperature of 0.001 is the lowest that divides them.
+            if logits is not None and not all_finite(logits[-1:].float() * 1000):
+                hint = "the weights are broken" if self.dtype == "fp32" else "--dtype fp32 may hold it"
+                raise ConfigError([f"--dtype: the model computes NaN or infinity in {self.dtype}; {hint}"])
 
     def speak(
         self,
@@ -129,6 +153,9 @@ class Speaker:
             context: codes of the clips in the prompt, in reading order.
             force_audio: begin the answer with `<|audio_out_bos|>` instead of leaving that to the model.
             stop: one of `STOP_RULES`; another than boson's needs greedy sampling.
+
+        Raises:
+            ConfigError: the model computes NaN or infinity.
         """
         if stop != BOSON and sampling.temperature:
             raise ValueError(f"the stop rule {stop} is greedy")
@@ -143,7 +170,7 @@ class Speaker:
         kinds = ("input_ids", "attention_mask", "audio_out_ids", "audio_out_ids_start")
         names = (*kinds, "audio_in_ids", "audio_in_ids_start")
         with stopping(self.model, stop) as ending:
-            _, sequences = self.model.generate(
+            said, sequences = self.model.generate(
                 **{name: inputs[name] for name in names},
                 use_cache=True,
                 stop_strings=STOP_STRINGS,
@@ -151,14 +178,21 @@ class Speaker:
                 **sampling.as_kwargs(),
             )
         if not sequences:
-            return Answer(None)
-        stream = sequences[-1]  # [codebooks, frames], BOS first, EOS last, delayed
+            return Answer(None, said.shape[1] - len(input_ids) < sampling.max_new_tokens)
+        codes, ended = self._codes_of(sequences[-1])
+        return Answer(codes.cpu().numpy().astype(np.int16), ended, ending.rules_agree)
+
+    def _codes_of(self, stream: torch.Tensor) -> tuple[torch.Tensor, bool]:
+        """Codes [codebooks, frames] of a stream [codebooks, columns] with BOS first and EOS last, delayed; whether it
+        ended by itself."""
+        delay = len(stream) - 1 if self.facts.use_delay_pattern else 0
+        if stream.shape[1] < delay + 2:  # cut off before the last codebook had begun
+            return stream[:, :0], False
         # Upstream ends with what the last codebook says, EOS or not.
         ended = bool((stream[: max(1, len(stream) - 1), -1] == self.facts.stream_eos).all())
-        if self.facts.use_delay_pattern:
+        if delay:
             stream = revert_delay_pattern(stream)
-        codes = stream.clip(0, self.facts.codebook_size - 1)[:, 1:-1]
-        return Answer(codes.cpu().numpy().astype(np.int16), ended, ending.rules_agree)
+        return stream.clip(0, self.facts.codebook_size - 1)[:, 1:-1], ended
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
         """Waveform of codes, float32 [samples]; ids that the codec does not know are taken as its last."""

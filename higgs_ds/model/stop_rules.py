@@ -1,6 +1,7 @@
 """When a clip ends: each stack's rule over the same logits, by upstream's own `generate` with another choice of codes.
 
-boson         the highest codebook that says EOS; those below it are ended with it (upstream as it is)
+boson         the lowest codebook of those that say EOS first; those below it are ended with it, and those above it one
+              after the other (upstream as it is)
 transformers  any codebook that says EOS begins the end: one more codebook is forced to EOS at each step after it
 vllm          codebook 0 alone; the others cannot say EOS until it has
 

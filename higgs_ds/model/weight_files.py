@@ -17,7 +17,7 @@ import torch
 from safetensors import safe_open
 
 from ..errors import ConfigError, first_of
-from .layouts import BOSON, boson_name
+from .layouts import BOSON, CARRIED_ALONG, boson_name
 
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 DTYPES_BY_NAME = {name: dtype for dtype, name in DTYPE_NAMES.items()}
@@ -54,6 +54,11 @@ class Stored:
             return tensors.get_tensor(self.key)
 
 
+def all_finite(values: torch.Tensor) -> bool:
+    """Whether no value is NaN or infinite; NaN is the least and the largest of all, and one pass finds both."""
+    return values.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(values))).all())
+
+
 @dataclass
 class WeightFiles:
     """The weights of a checkpoint's folder."""
@@ -85,7 +90,17 @@ def weight_headers(folder: Path, layout: str = BOSON) -> WeightFiles:
                         found.stored[name] = stored
         except Exception as error:  # the safetensors reader raises its own SafetensorError, OSError or ValueError
             found.problems.append(f"{file.name} cannot be read: {error}")
+    held = {one.key for one in (*found.stored.values(), *found.foreign)}
+    ghosts = [key for key in index if key not in held and not re.search(CARRIED_ALONG, key)]
+    if not found.problems:
+        found.problems += [f"{INDEX} lists {key} in {index[key]}, which does not hold it" for key in ghosts]
     return found
+
+
+def is_marked(file: Path) -> bool:
+    """Whether a safetensors file says that torch wrote it, as most writers have it do; transformers reads no other."""
+    with safe_open(file, framework="pt") as tensors:
+        return (tensors.metadata() or {}).get("format") == "pt"
 
 
 def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str], list[str]]:

@@ -21,8 +21,9 @@ from higgs_ds.corpus.audio import read_audio
 from higgs_ds.corpus.manifest import AudioRef, Turn, read_manifest, speech_messages
 from higgs_ds.model.adapter_names import WHOLE_MODULES
 from higgs_ds.model.base_checkpoint import load_tokenizer
+from higgs_ds.model.config_values import DEFAULT_ROPE
 from higgs_ds.model.facts import ModelFacts
-from higgs_ds.model.layout_config import DEFAULT_ROPE, DEFAULTS, read_checkpoint_config
+from higgs_ds.model.layout_config import DEFAULTS, read_checkpoint_config
 from higgs_ds.model.layouts import transformers_name
 from higgs_ds.model.load_layout import wanted_weights
 from higgs_ds.recite import share_given_back
@@ -45,7 +46,7 @@ def merged(trained, transformers_side, tmp_path_factory):
     """The quick start's voice, merged in both layouts; the exported adapter beside its base in transformers' layout."""
     folder = tmp_path_factory.mktemp("interop")
     transformers_side("make_codec", folder=folder / "codec")
-    base = ("--base_ckpt", trained / "base", "--codec", folder / "codec")
+    base, codec = ("--base_ckpt", trained / "base"), ("--codec", folder / "codec")
     voice = ("--adapter", trained / "adapter")
 
     def run(*flags):
@@ -53,8 +54,9 @@ def merged(trained, transformers_side, tmp_path_factory):
 
     # In float32: rounded to the base's bf16, the merged weights are not quite base and adapter.
     run("merge", *base, *voice, "--output_dir", folder / "boson", "--layout", "boson", "--dtype", "fp32")
-    run("merge", *base, *voice, "--output_dir", folder / "transformers", "--layout", "transformers", "--dtype", "fp32")
-    run("merge", *base, "--output_dir", folder / "base", "--layout", "transformers")
+    into = ("--output_dir", folder / "transformers", "--layout", "transformers")
+    run("merge", *base, *voice, *codec, *into, "--dtype", "fp32")
+    run("merge", *base, *codec, "--output_dir", folder / "base", "--layout", "transformers")
     run("export", *voice, "--layout", "transformers", "--output_dir", folder / "exported")
     return folder
 

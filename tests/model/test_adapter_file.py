@@ -10,8 +10,17 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 
+from higgs_ds.config import BASE_NAMES, DEFAULT_BASE, DEFAULT_BASE_REVISION
 from higgs_ds.errors import ConfigError
-from higgs_ds.model.adapter_file import CONFIG, WEIGHTS, check_base, read_adapter, read_adapter_config, same_base
+from higgs_ds.model.adapter_file import (
+    CONFIG,
+    WEIGHTS,
+    check_base,
+    read_adapter,
+    read_adapter_config,
+    revision_for,
+    same_base,
+)
 from higgs_ds.model.load_layout import adaptable_modules
 
 
@@ -110,6 +119,10 @@ def test_rslora_scales_by_the_root_of_the_rank(adapter):
         ({"target_modules": ["q_proj", "q_prj"]}, "'q_prj' names no linear layer of the base"),
         ({"target_modules": ["embed_tokens"]}, "'embed_tokens' names no linear layer of the base"),
         ({"use_rslora": "yes"}, "use_rslora is 'yes', expected true or false"),
+        *(
+            ({"init_lora_weights": value}, f"init_lora_weights is {value!r}, expected true, false, null")
+            for value in ("pissa", "pissa_niter_4", "olora", "OLoRA", "corda", "loftq", "x", 1, 0.0, ["gaussian"], {})
+        ),
         ({"base_model_name_or_path": 5}, "base_model_name_or_path is 5, expected text"),
         ({"base_model_name_or_path": "x" * 9999}, "base_model_name_or_path is 'xxx"),
         ({"base_model_name_or_path": "\ud800"}, "'utf-8' codec can't encode character '\\ud800'"),
@@ -129,6 +142,12 @@ def test_rslora_scales_by_the_root_of_the_rank(adapter):
 def test_a_config_that_is_not_plain_lora_is_refused_by_name(fields, words, adapter, tiny_config):
     edit(adapter, **fields)
     assert any(words in line for line in refused(adapter, tiny_config))
+
+
+@pytest.mark.parametrize("began", [True, False, None, "gaussian", "eva", "orthogonal"])
+def test_how_a_began_does_not_matter_where_the_base_was_left_alone(began, whole, adapter):
+    edit(adapter, init_lora_weights=began, eva_config={"rho": 2.0} if began == "eva" else None)
+    assert read_adapter_config(adapter) == read_adapter_config(whole)
 
 
 def test_modules_that_were_trained_whole_are_read_and_checked_like_the_others(tmp_path, tiny_config):
@@ -245,6 +264,15 @@ def test_another_base_is_refused(adapter, tmp_path, monkeypatch):
     check_base(config, "b/ase", "one")
     with pytest.raises(ConfigError, match="b/ase at one'.* is 'b/ase at two'"):
         check_base(config, "b/ase", "two")
+    for name in BASE_NAMES:  # no revision means the pinned one
+        edit(adapter, base_model_name_or_path=name, revision="f" * 40)
+        config = read_adapter_config(adapter)
+        for base, revision in ((DEFAULT_BASE, None), (BASE_NAMES[1], None), (DEFAULT_BASE, DEFAULT_BASE_REVISION)):
+            with pytest.raises(ConfigError, match=f"--base_revision {'f' * 40} loads that; --other_base"):
+                check_base(config, base, revision)
+        check_base(config, DEFAULT_BASE, "f" * 40)
+    edit(adapter, revision=DEFAULT_BASE_REVISION)
+    check_base(read_adapter_config(adapter), DEFAULT_BASE, None)
     edit(adapter, base_model_name_or_path=None)
     check_base(read_adapter_config(adapter), "anything", "two")
 
@@ -258,3 +286,22 @@ def test_the_same_base_under_other_names(tmp_path, monkeypatch):
     cached = "/home/a/hub/models--bosonai--higgs-tts-2-3b-base/snapshots/0123"
     assert same_base("bosonai/higgs-tts-2-3b-base", cached)
     assert not same_base("runs/base", "runs/other") and not same_base("a/b", "/a/b")
+    assert same_base(cached, f"/elsewhere{cached}/") and not same_base(cached, cached.replace("0123", "4567"))
+
+
+def test_the_revision_of_a_base_is_what_the_adapter_was_trained_on(adapter, tmp_path):
+    edit(adapter, revision="one")
+    config = read_adapter_config(adapter)
+    assert revision_for(config, "b/ase", None) == "one" and revision_for(config, "b/ase", "two") == "two"
+    assert revision_for(config, "o/ther", None) is None and revision_for(config, str(tmp_path), None) is None
+    assert revision_for(config, DEFAULT_BASE, None) == revision_for(None, DEFAULT_BASE, None) == DEFAULT_BASE_REVISION
+    for revision in ("one", "two"):  # the snapshots in the hub's cache are folders
+        (tmp_path / f"models--b--ase/snapshots/{revision}").mkdir(parents=True)
+    check_base(config, str(tmp_path / "models--b--ase/snapshots/one"), None)
+    with pytest.raises(ConfigError, match="trained on 'b/ase at one', --base_ckpt is .*"):
+        check_base(config, str(tmp_path / "models--b--ase/snapshots/two"), None)
+    edit(adapter, base_model_name_or_path=str(tmp_path / "models--b--ase/snapshots/two"), revision=None)
+    config = read_adapter_config(adapter)
+    assert revision_for(config, "b/ase", None) == "two"
+    with pytest.raises(ConfigError, match="--base_revision two loads that"):
+        check_base(config, "b/ase", "one")

@@ -177,6 +177,34 @@ def test_missing_extra_misshapen_and_quantized_weights_are_refused(copy):
     assert "layers.0.mlp.up_proj.weight is I8, expected one of BF16, F16, F32: quantized" in text
 
 
+def test_a_weight_that_the_index_lists_and_no_file_holds_is_a_line(copy):
+    index_file = copy / "model.safetensors.index.json"
+    index = json.loads(index_file.read_text())
+    names = ("ghost.weight", "ghost.bias", "rotary_emb.inv_freq")  # the last of no module anyway
+    index["weight_map"] |= dict.fromkeys(names, "model-00001-of-00003.safetensors")
+    index_file.write_text(json.dumps(index))
+    where = f"--base_ckpt: {copy}: {index_file.name} lists"
+    lines = [f"{where} {name} in model-00001-of-00003.safetensors, which does not hold it" for name in names[:2]]
+    assert refused(copy).splitlines() == lines
+
+
+def test_how_a_checkpoint_would_generate_is_not_read(copy):
+    (copy / "generation_config.json").write_text('{"suppress_tokens": [1], "eos_token_id": "x", "num_beams": []}')
+    found = load_base(copy, read_model_config(copy), "fp32").generation_config
+    assert (found.bos_token_id, found.eos_token_id, found.pad_token_id) == (256, 257, 257)
+    assert found.suppress_tokens is None and found.num_beams == 1
+
+
+def test_files_that_do_not_say_who_wrote_them_are_loaded_all_the_same(copy):
+    """safetensors' own `save_file` leaves the mark out, and transformers' loader ends in a traceback without it."""
+    config = read_model_config(copy)
+    wanted = load_base(copy, config, "fp32").state_dict()
+    for file, metadata in zip(sorted(copy.glob("*.safetensors")), (None, {"format": "tf"}, {"by": "me"}), strict=True):
+        save_file({name: value.clone() for name, value in load_file(file).items()}, file, metadata=metadata)
+    found = load_base(copy, config, "fp32").state_dict()
+    assert found.keys() == wanted.keys() and all(torch.equal(value, wanted[name]) for name, value in found.items())
+
+
 def test_weights_that_this_family_carries_along_are_left_out_and_mentioned_once(copy):
     strays = {
         "audio_codebook_weights": torch.ones(8),
@@ -239,37 +267,6 @@ def test_a_tokenizer_of_another_model_is_refused(copy):
     assert "its tokenizer gives <|AUDIO_OUT|> the id 272, config.json 280" in refused(copy)
     (copy / "tokenizer.json").write_text("{")
     assert "the tokenizer cannot be loaded" in refused(copy)
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"audio_num_codebooks": "8"}, "audio_num_codebooks is '8', expected a whole number from 1 to 64"),
-        ({"audio_codebook_size": 0}, "audio_codebook_size is 0"),
-        ({"audio_stream_eos_id": 1026}, "audio_stream_eos_id is 1026, expected 1024 or 1025"),
-        ({"pad_token_id": 512}, "pad_token_id is 512, beyond text_config.vocab_size 512"),
-        ({"text_config": None}, "text_config is NoneType, expected an object"),
-        ({"text_config": {"num_hidden_layers": 10**9}}, "text_config.num_hidden_layers is 1000000000"),
-        ({"audio_adapter_type": "other"}, "is no config of Higgs Audio: Invalid audio adapter type: other"),
-        ({"audio_dual_ffn_layers": None}, "is no config of Higgs Audio"),
-        ({"torch_dtype": "nonsense"}, "torch_dtype is 'nonsense', expected one of bfloat16, float16, float32"),
-        ({"audio_eos_token": []}, "audio_eos_token is [], expected a token's text"),
-        ({"to_diff_dict": 1}, "to_diff_dict is no field of a config"),
-        ({"__dict__": {}}, "__dict__ is no field of a config"),
-        ({"num_labels": 10**30}, "expected a whole number from 1 to 1024"),
-        ({"text_config": {"rope_scaling": "abc"}}, "text_config.rope_scaling is 'abc', expected an object or null"),
-        ({"text_config": {"hidden_size": -64}}, "text_config.hidden_size is -64, expected a whole number from 1"),
-        ({"text_config": {"hidden_act": "none"}}, "config.json describes no model: KeyError"),
-        ({"pad_token_id": "\udcff"}, "surrogates not allowed"),
-    ],
-)
-def test_a_config_that_describes_no_model_is_one_line(changes, words, copy):
-    config = json.loads((copy / "config.json").read_text())
-    if isinstance(changes.get("text_config"), dict):
-        changes = {"text_config": config["text_config"] | changes["text_config"]}
-    (copy / "config.json").write_text(json.dumps(config | changes))
-    text = refused(copy)
-    assert words in text and len(text.splitlines()) == 1
 
 
 @pytest.mark.parametrize(

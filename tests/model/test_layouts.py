@@ -9,6 +9,7 @@ import torch
 from boson_multimodal.model.higgs_audio import HiggsAudioConfig
 
 from higgs_ds.errors import ConfigError
+from higgs_ds.model.config_values import DEFAULT_ROPE
 from higgs_ds.model.layout_config import config_from_transformers, read_checkpoint_config, transformers_config
 from higgs_ds.model.layouts import boson_name, layout_of, transformers_name
 from higgs_ds.model.load_layout import adaptable_modules, wanted_weights
@@ -136,6 +137,12 @@ def test_a_config_goes_there_and_back():
         ({"rope_scaling": "abc"}, "rope_type is 'abc', expected one of default, llama3"),
         ({"hidden_act": "none"}, "describes no model: KeyError"),
         ({"num_codebooks": True}, "num_codebooks is True"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan, expected a number from"),
+        ({"pretraining_tp": 2}, "pretraining_tp is 2, expected 1"),
+        (
+            {"rope_parameters": {**DEFAULT_ROPE, "low_freq_factor": 0.5}},
+            "low_freq_factor 0.5 must be below high_freq_factor",
+        ),
         ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type is 'yarn', expected one of default, llama3"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 32.0}}, "rope_parameters of type 'llama3' are"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": "x"}}, "something else than positive numbers"),

@@ -9,17 +9,17 @@ import pytest
 import torch
 from boson_multimodal.model.higgs_audio import HiggsAudioModel
 from peft import PeftModel
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from higgs_ds.cli import main
 from higgs_ds.errors import ConfigError
-from higgs_ds.model.adapter_file import WEIGHTS, attach, read_adapter, read_adapter_config
+from higgs_ds.model.adapter_file import attach, read_adapter, read_adapter_config
 from higgs_ds.model.adapter_names import WHOLE_MODULES
 from higgs_ds.model.layout_config import read_checkpoint_config
 from higgs_ds.model.layouts import transformers_name
 from higgs_ds.model.load_layout import adaptable_modules, load_checkpoint, wanted_weights
-from higgs_ds.model.merge import Base, merge, prove
+from higgs_ds.model.merge import Base, merge, prove, prove_tokenizer
 from higgs_ds.model.modules import DEFAULT_LORA_TARGETS
 from higgs_ds.model.weight_files import Planned, shards, weight_headers, write_checkpoint_weights
 from tests.model.test_adapter_file import edit, write_adapter
@@ -196,19 +196,61 @@ def test_wrong_bases_are_listed_by_their_own_names(merged, tmp_path, capsys):
     assert "without text_lm_head.weight it speaks in transformers alone, and cannot be trained" in said[3]
 
 
-def test_wrong_arguments_are_one_line_before_the_base_is_looked_for(adapter_dir, tiny_dir, tmp_path, capsys):
-    out = ("--output_dir", tmp_path / "out", "--layout", "transformers")
-    code, said = run(capsys, "merge", "--base_ckpt", "no/where", "--adapter", adapter_dir, *out)
-    assert code == 2 and len(said) == 1 and "--other_base takes it all the same" in said[0]
-    code, said = run(capsys, "merge", "--base_ckpt", tiny_dir, "--adapter", tmp_path, *out)
-    assert code == 2 and said == [f"--adapter: {tmp_path} holds no adapter_config.json"]
-    for codec, words in (
-        (tiny_dir, "no codec in transformers' layout"),
-        ("./nowhere", "neither a folder nor a hub id"),
-    ):
-        code, said = run(capsys, "merge", "--base_ckpt", tiny_dir, "--codec", codec, *out)
-        assert code == 2 and len(said) == 1 and words in said[0]
+@pytest.mark.parametrize("layout", ["boson", "transformers"])
+@pytest.mark.parametrize("gone", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_base_without_its_tokenizer_is_not_merged(gone, layout, tiny_dir, tmp_path, capsys):
+    base = shutil.copytree(tiny_dir, tmp_path / "base")
+    (base / gone).unlink()
+    flags = ("--base_ckpt", base, "--layout", layout, "--output_dir", tmp_path / "out")
+    code, said = run(capsys, "merge", *flags)
+    assert code == 2 and said == [f"--base_ckpt: {base}: the tokenizer cannot be loaded: it lacks {gone}"]
     assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_that_is_not_copied_whole_is_found(tiny_dir, tmp_path, capsys, monkeypatch):
+    flags = ("--base_ckpt", tiny_dir, "--layout", "boson", "--output_dir", tmp_path / "out")
+    monkeypatch.setattr("higgs_ds.model.merge.TOKENIZER_FILES", ("tokenizer_config.json",))
+    code, said = run(capsys, "merge", *flags)
+    assert code == 2 and "--output_dir: " in said[0] and "the tokenizer cannot be loaded" in said[0]
+    assert not (tmp_path / "out").exists()
+    base, other = Base.open(tiny_dir), shutil.copytree(tiny_dir, tmp_path / "other")
+    prove_tokenizer(base, other)
+    state = json.loads((other / "tokenizer.json").read_text())
+    state["added_tokens"][-1]["content"] = "another"
+    (other / "tokenizer.json").write_text(json.dumps(state))
+    with pytest.raises(ConfigError, match="its tokenizer is not the base's"):
+        prove_tokenizer(base, other)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "dtype", "words"),
+    [
+        ("norm.weight", float("nan"), "fp32", ["norm.weight holds NaN or infinity", "norm.weight holds NaN"]),
+        (
+            "layers.1.mlp.up_proj.weight",
+            1e6,
+            "fp16",
+            ["beyond float16; fp32 holds them", "infinity in fp16; --dtype bf16"],
+        ),
+        ("norm.weight", 3e38, "fp32", [None, "the model computes NaN or infinity in fp32; the weights are broken"]),
+    ],
+)
+def test_weights_that_are_not_finite_are_neither_written_nor_spoken_with(
+    name, value, dtype, words, tiny_dir, codec_dir, tmp_path, capsys
+):
+    base = shutil.copytree(tiny_dir, tmp_path / "base")
+    file = weight_headers(base).stored[name].file
+    weights = {key: tensor.clone().float() for key, tensor in load_file(file).items()}
+    weights[name].view(-1)[0] = value
+    save_file(weights, file, metadata={"format": "pt"})
+    flags = ("--base_ckpt", base, "--dtype", dtype)
+    code, said = run(capsys, "merge", *flags, "--layout", "boson", "--output_dir", tmp_path / "out")
+    if words[0]:
+        assert code == 2 and len(said) == 1 and words[0] in said[0] and not (tmp_path / "out").exists()
+    speak = ("--text", "hello", "--output_file", tmp_path / "a.wav", "--max_new_tokens", 12)
+    code, said = run(capsys, "generate", *flags, "--codec", codec_dir, *speak, "--sampler", "served")
+    assert code == 2 and len(said) == 1 and words[1] in said[0], said
+    assert not (tmp_path / "a.wav").exists()
 
 
 def test_rslora_is_merged_as_peft_merges_it_and_exported(adapter_dir, tiny_dir, tmp_path, capsys):
@@ -224,101 +266,3 @@ def test_rslora_is_merged_as_peft_merges_it_and_exported(adapter_dir, tiny_dir, 
         run(capsys, "export", "--adapter", rooted, "--layout", "transformers", "--output_dir", tmp_path / "x")[0] == 0
     )
     assert json.loads((tmp_path / "x/adapter_config.json").read_text())["use_rslora"] is True
-
-
-def test_an_export_that_is_broken_off_leaves_nothing(adapter_dir, tmp_path, capsys, monkeypatch):
-    copy = shutil.copytree(adapter_dir, tmp_path / "mine")
-    flags = ["export", "--adapter", copy, "--layout", "transformers"]
-    for error in (SafetensorError("No space left on device"), KeyboardInterrupt()):
-
-        def fail(*_, error=error, **__):
-            raise error
-
-        monkeypatch.setattr("safetensors.torch.save_file", fail)
-        if isinstance(error, KeyboardInterrupt):
-            with pytest.raises(KeyboardInterrupt):
-                run(capsys, *flags)
-        else:
-            code, [line] = run(capsys, *flags)
-            assert code == 2 and "mine-transformers cannot be written: No space left on device" in line
-        assert [path.name for path in tmp_path.iterdir()] == ["mine"]
-
-
-def test_export_renames_and_loses_nothing(adapter_dir, tiny_dir, tmp_path, capsys):
-    copy = shutil.copytree(adapter_dir, tmp_path / "mine")
-    code, said = run(capsys, "export", "--adapter", copy, "--layout", "transformers")
-    assert code == 0 and "under transformers' names" in said[-1]
-    out = tmp_path / "mine-transformers"
-    was, now = load_file(copy / WEIGHTS), load_file(out / WEIGHTS)
-    assert len(was) == len(now) == 2 * 21 + 2
-    saved = ["model.embed_audio_tokens.embed_audio_tokens", "text_lm_head"]
-    assert json.loads((out / "adapter_config.json").read_text())["modules_to_save"] == saved
-    assert torch.equal(
-        was["base_model.model.audio_codebook_embeddings.weight"], now[f"base_model.model.{saved[0]}.weight"]
-    )
-    old = "base_model.model.audio_decoder_proj.audio_lm_head.lora_A.weight"
-    assert torch.equal(was[old], now["base_model.model.audio_lm_head.lora_A.weight"])
-    old = "base_model.model.layers.1.audio_mlp.up_proj.lora_B.weight"
-    assert torch.equal(was[old], now[old.replace("model.layers", "model.model.layers")])
-    code, said = run(capsys, "export", "--adapter", copy, "--layout", "transformers")
-    assert code == 2 and "exists; it is not overwritten" in said[0]
-    edit(copy, base_model_name_or_path=str(tmp_path / "gone"))
-    code, said = run(capsys, "export", "--adapter", copy, "--layout", "transformers", "--output_dir", tmp_path / "x")
-    assert code == 2 and "neither a folder nor a hub id" in said[0]
-    code, said = run(
-        capsys, "export", "--adapter", copy, "--layout", "transformers", "--output_dir", tmp_path / "x",
-        "--base_ckpt", tiny_dir, "--other_base",
-    )  # fmt: skip
-    assert code == 0 and len(load_file(tmp_path / "x" / WEIGHTS)) == 44
-
-
-def long_name(adapter):
-    return "x" * 5000
-
-
-def half(adapter):
-    weights = {key: value.clone() for key, value in load_file(adapter / WEIGHTS).items()}
-    save_file(dict(sorted(weights.items())[::2]), adapter / WEIGHTS)
-
-
-def foreign(adapter):
-    weights = {f"other.{key}": value.clone() for key, value in load_file(adapter / WEIGHTS).items()}
-    save_file(weights, adapter / WEIGHTS)
-
-
-def not_a_number(adapter):
-    weights = {key: value.clone() for key, value in load_file(adapter / WEIGHTS).items()}
-    next(iter(weights.values()))[0, 0] = float("nan")
-    save_file(weights, adapter / WEIGHTS)
-
-
-@pytest.mark.parametrize(
-    ("damage", "words"),
-    [
-        (long_name, "cannot be read: File name too long"),
-        (half, "missing weight"),
-        (foreign, "missing weight"),
-        (not_a_number, "holds NaN or infinity"),
-        (lambda a: edit(a, megatron_config={"a": 1}, megatron_core="evil"), "megatron_core is 'evil': not plain LoRA"),
-        (lambda a: edit(a, base_model_name_or_path="some/other"), "trained on 'some/other', --base_ckpt is"),
-        (lambda a: edit(a, r=-1), "r is -1"),
-    ],
-)
-@pytest.mark.parametrize("verb", ["merge", "generate"])
-def test_no_verb_speaks_with_an_adapter_that_is_not_whole(
-    verb, damage, words, adapter_dir, tiny_dir, codec_dir, tmp_path, capsys, monkeypatch
-):
-    (tmp_path / "evil.py").write_text("raise SystemExit('it ran')")
-    monkeypatch.syspath_prepend(tmp_path)
-    copy = shutil.copytree(adapter_dir, tmp_path / "copy")
-    flags = ("--base_ckpt", tiny_dir, "--adapter", damage(copy) or copy, "--codec", codec_dir)
-    rest = {
-        "merge": ("--layout", "boson", "--output_dir", tmp_path / "out"),
-        "generate": ("--text", "hello", "--output_file", tmp_path / "out.wav"),
-    }
-    code, said = run(capsys, verb, *flags, *rest[verb])
-    assert code == 2 and any(words in line for line in said), said
-    assert all(line.startswith("--adapter: ") for line in said), said
-    assert not list(tmp_path.glob("out*"))
-    if "trained on" in words:
-        assert run(capsys, "merge", *flags, *rest["merge"], "--other_base")[0] == 0

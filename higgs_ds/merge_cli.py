@@ -8,7 +8,7 @@ from pathlib import Path
 
 from . import flag_types
 from .config import DEFAULT_BASE, DEFAULT_CODEC
-from .errors import ConfigError, reason_of
+from .errors import ConfigError, ExitCode, reason_of
 from .files import filling
 from .model.layouts import BOSON, LAYOUTS, TRANSFORMERS
 from .process import say
@@ -106,7 +106,7 @@ def run_merge(args: argparse.Namespace) -> int:
         f"{args.output_dir}: {len(base.stored)} weights, {size / 1e9:.2f} GB, {merged}; read back: every name, shape "
         "and type, the tokenizer, and a sample of the values"
     )
-    return 0
+    return ExitCode.OK
 
 
 def run_export(args: argparse.Namespace) -> int:
@@ -159,4 +159,4 @@ def run_export(args: argparse.Namespace) -> int:
         reason = reason_of(error)
         raise ConfigError([f"--output_dir: {output_dir} cannot be written: {reason}"]) from error
     say(f"{output_dir}: the adapter of {len(adapter.weights)} layers under transformers' names")
-    return 0
+    return ExitCode.OK

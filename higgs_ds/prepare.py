@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from .alone import Alone, Unwatched
 from .config import TrainConfig
-from .errors import ConfigError
+from .errors import ConfigError, ExitCode
 from .parse import parse_args
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
 
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         _prepare(config, Alone(), str(device))
-        return 0
+        return ExitCode.OK
     from .distributed.engine import Ranks
     from .distributed.rendezvous import host_names, meet
 
@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
         dist.barrier()
     finally:
         dist.destroy_process_group()
-    return 0
+    return ExitCode.OK
 
 
 def _prepare(config: TrainConfig, ranks: Ranks | Alone, device: str) -> None:

@@ -93,12 +93,13 @@ def test_saved_by_the_clock_alone_and_nothing_written_over(run, tmp_path):
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # for "auto"
 
 
-def test_nothing_stands_between_the_last_step_and_the_disk(forks, flags_of, tmp_path):
-    """Killed as its last validation begins, of which a result's card and the best are to tell."""
+@pytest.mark.parametrize(("phase", "count", "validated"), [("validate", 1, []), ("save", 2, [4])])
+def test_nothing_stands_between_the_last_step_and_the_disk(phase, count, validated, forks, flags_of, tmp_path):
+    """Killed as its last validation begins, or before the checkpoint that tells of it."""
     folder, whole = tmp_path / "run", tmp_path / "whole"
     changes = {"dtype": "fp32", "val_manifest": SPEECH, "max_steps": 4, "eval_every": 4, "resume": "auto"}
-    (killed,) = forks.run(flags_of(folder, **changes), 1, patches={0: ["killed_in", "validate", 1]})
-    assert killed.returncode == -signal.SIGKILL and rows_of(folder, "eval/loss") == []
+    (killed,) = forks.run(flags_of(folder, **changes), 1, patches={0: ["killed_in", phase, count]})
+    assert killed.returncode == -signal.SIGKILL and rows_of(folder, "eval/loss") == validated
     assert weights_of(folder / "adapter") and steps_of(folder) == [4]
     for run_folder in (folder, whole):
         (result,) = forks.run(flags_of(run_folder, **changes), 1)

@@ -112,11 +112,11 @@ class Watch:
             say(str(error), error=True)
         elif not isinstance(error, OSError):  # whose message says it all
             traceback.print_exception(error)
-        exit_code = getattr(error, "exit_code", 1)
+        exit_code = getattr(error, "exit_code", ExitCode.FAILED)
         with self._lock:
             self._own_failure = Verdict(
                 f"rank {self._state.name} failed {self._state}: {_first_line(error)}",
-                exit_code if isinstance(exit_code, int) else 1,
+                exit_code if isinstance(exit_code, int) else ExitCode.FAILED,
             )
         if not alone:
             self._own_failure_sent.wait(10 * HEARTBEAT_SEC)

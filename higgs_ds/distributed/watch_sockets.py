@@ -15,6 +15,7 @@ import socket
 import time
 from dataclasses import asdict, dataclass, fields
 
+from ..errors import ExitCode
 from .engine import Ranks
 from .rendezvous import listen
 
@@ -50,7 +51,7 @@ class Verdict:
     """Why all ranks end, and with which exit code."""
 
     text: str
-    exit_code: int = 1
+    exit_code: int = ExitCode.FAILED
 
 
 def connect_ranks(ranks: Ranks) -> WatchServer | WatchClient:
@@ -295,7 +296,7 @@ def _verdict_message(verdict: Verdict) -> dict:
 
 def _verdict_of(message: dict) -> Verdict:
     exit_code = message.get("exit_code")
-    return Verdict(str(message["verdict"]), exit_code if isinstance(exit_code, int) else 1)
+    return Verdict(str(message["verdict"]), exit_code if isinstance(exit_code, int) else ExitCode.FAILED)
 
 
 def _parsed(line: bytes) -> dict | None:

@@ -60,10 +60,11 @@ def open_tracker(
     output_dir.mkdir(parents=True, exist_ok=True)
     title = run_name or os.environ.get("WANDB_NAME") or output_dir.resolve().name
     history, failures = History(), deque(maxlen=TABLE_ROWS)
-    kept = {METRICS_FILE: Kept(), FAILURES_FILE: Kept()}
+    kept, validated_step = {METRICS_FILE: Kept(), FAILURES_FILE: Kept()}, 0
     try:
         for row in rows_until(output_dir / METRICS_FILE, first_step, kept[METRICS_FILE]):
             history.add(row)
+            validated_step = row["global_step"] if "eval/loss" in row else validated_step
         failures.extend(rows_until(output_dir / FAILURES_FILE, first_step, kept[FAILURES_FILE]))
     except (OSError, ValueError, TypeError, OverflowError) as error:
         raise ConfigError([f"--resume: {error}"]) from None
@@ -79,7 +80,14 @@ def open_tracker(
                 raise ConfigError([str(error)]) from error
             no_wandb = str(error)
     console = Console(total_steps, first_step)
-    tracker = Tracker(output_dir, title=title, console=console, wandb_run=wandb_run, first_step=first_step)
+    tracker = Tracker(
+        output_dir,
+        title=title,
+        console=console,
+        wandb_run=wandb_run,
+        first_step=first_step,
+        validated_step=validated_step,
+    )
     if no_wandb:
         tracker.leave_out("W&B", no_wandb)
     tracker.go_on_from(history, failures, kept)
@@ -103,6 +111,7 @@ class Tracker:
         console: Console,
         wandb_run: WandbRun | None,
         first_step: int,
+        validated_step: int = 0,
     ) -> None:
         self.metrics_path = output_dir / METRICS_FILE
         self.failures_path = output_dir / FAILURES_FILE
@@ -112,6 +121,7 @@ class Tracker:
         self._wandb_run = wandb_run
         self._first_step = self._global_step = first_step
         self._mark_resume = first_step > 0
+        self._validated_step = validated_step  # the last one that an earlier part of the run has told of
         self._history = History()
         self._failure_rows: deque[dict] = deque(maxlen=TABLE_ROWS)
         now = time.monotonic()
@@ -178,6 +188,8 @@ class Tracker:
                 if not (isinstance(number, (int, float)) or (number is None and isinstance(value, list))):
                     found = type(number).__name__
                     raise TypeError(f"metric {name} is a {found}; log a Python number, e.g. tensor.item()")
+        if step <= self._validated_step:  # killed between this validation and the checkpoint that tells of it
+            return
         self._global_step = step
         row = {"global_step": step, **metrics}
         if self._mark_resume:

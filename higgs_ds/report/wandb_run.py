@@ -68,8 +68,9 @@ def choose_wandb(wandb_mode: str, project: str | None = None) -> WandbChoice:
     if mode == "disabled":
         return WandbChoice(mode)
     try:
-        _check_names(project)
         wandb = _import_wandb()
+        _check_names(wandb, project)
+        _set_up(wandb)
         if mode == "offline":
             return WandbChoice(mode)
         with _wandb_errors("start"):
@@ -95,12 +96,8 @@ def choose_wandb(wandb_mode: str, project: str | None = None) -> WandbChoice:
     return WandbChoice("offline", note=f"W&B: {silent}: this run is kept offline")
 
 
-def _check_names(project: str | None) -> None:
+def _check_names(wandb, project: str | None) -> None:
     """Raises ConfigError for names that wandb would refuse once clips are encoded and the model is loaded."""
-    try:
-        import wandb
-    except ImportError:  # for `_import_wandb` to say
-        return
     tags = os.environ.get("WANDB_TAGS")
     given = {
         "--wandb_project" if project else "WANDB_PROJECT": ("project", project or os.environ.get("WANDB_PROJECT")),
@@ -164,6 +161,7 @@ class WandbRun:
         `note` has what the user should read once.
         """
         self._wandb = _import_wandb()
+        _set_up(self._wandb)
         self._output_dir = output_dir
         self.mode, self.note = choice.mode, ""
         kept = _read_identity(output_dir) if resumed else {}
@@ -341,14 +339,17 @@ def _read_identity(output_dir: Path) -> dict:
 
 
 def _import_wandb():
-    """wandb, which says warnings and errors alone: its notices would break the progress bar."""
     try:
         import wandb
     except ImportError as error:
         raise RuntimeError(f"cannot import wandb ({error}); pip install wandb, or --wandb_mode disabled") from error
+    return wandb
+
+
+def _set_up(wandb) -> None:
+    """Warnings and errors alone are said: its notices would break the progress bar."""
     with _wandb_errors("start"):
         wandb.setup(settings=wandb.Settings(show_info=False))
-    return wandb
 
 
 @contextlib.contextmanager

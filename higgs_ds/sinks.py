@@ -54,6 +54,7 @@ class Sinks:
     wandb: WandbChoice
 
     def __post_init__(self):
+        self._rescues: dict[str, list[Path]] = {}  # where an adapter goes that its folder does not take
         self.writer = CheckpointWriter(
             self.setup.output_dir / "checkpoints",
             keep_last=self.setup.config.run.keep_last,
@@ -130,8 +131,10 @@ class Sinks:
         origin["prompt_style"] = data.prompt_style
         places = [output_dir / name]
         if elsewhere:
-            rescued = f"{output_dir.resolve().name}-{name}"
-            places += [first_free(Path(folder) / rescued) for folder in (".", tempfile.gettempdir())]
+            if name not in self._rescues:  # the same ones when it is saved again
+                rescued = f"{output_dir.resolve().name}-{name}"
+                self._rescues[name] = [first_free(Path(at) / rescued) for at in (".", tempfile.gettempdir())]
+            places += self._rescues[name]
         saved = run_dir.save_adapter(self.engine, places, self.ranks, facts, **origin)
         if saved is None and elsewhere:
             raise OSError(f"the adapter could be written nowhere: neither to {', nor to '.join(map(str, places))}")

@@ -27,41 +27,18 @@ MAX_RANK = 8192
 MAX_CONFIG_BYTES = 1 << 20
 MAX_TARGETS = 1000
 
-# Values with which each of PEFT's other fields changes nothing; any other value makes it more than plain LoRA.
-_NEUTRAL: dict[str, tuple] = {
-    "alora_invocation_tokens": (None,),
-    "alpha_pattern": (None, {}),
-    "arrow_config": (None,),
-    "auto_mapping": (None,),
-    "bias": ("none",),
-    "corda_config": (None,),
-    "ensure_weight_tying": (False,),
-    "exclude_modules": (None, []),
-    "fan_in_fan_out": (False,),
-    "layer_replication": (None, []),
-    "layers_pattern": (None, []),
-    "layers_to_transform": (None, []),
-    "loftq_config": (None, {}),
-    "lora_bias": (False,),
-    "megatron_config": (None,),
-    "megatron_core": (None, "megatron.core"),  # what PEFT writes itself; it never gets it back
-    "peft_type": ("LORA",),
-    "rank_pattern": (None, {}),
-    "target_parameters": (None, []),
-    "task_type": (None, "CAUSAL_LM"),
-    "trainable_token_indices": (None, []),
-    "use_dora": (False,),
-    "use_qalora": (False,),
-}
 # Ways of beginning that leave the base as it is. PiSSA, OLoRA, CorDA and LoftQ take from it what A and B began with.
 _BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal")
-# Of no effect on the weights of a trained adapter.
+# Of no effect on the weights of a trained adapter, whatever they hold.
 _IGNORED = {
+    "auto_mapping",  # class and library of the base; PEFT writes it where task_type is left out
     "eva_config",  # how EVA's first A was found
     "inference_mode",
     "lora_dropout",
+    "megatron_core",
     "peft_version",
     "qalora_group_size",
+    "task_type",
 }
 _READ = {"r", "lora_alpha", "target_modules", "modules_to_save", "use_rslora", "base_model_name_or_path", "revision"}
 _READ |= {"init_lora_weights"}
@@ -132,13 +109,8 @@ def read_adapter_config(folder: Path, flag: str = "--adapter") -> AdapterConfig:
     if size > MAX_CONFIG_BYTES:
         raise ConfigError([f"{flag}: {file} has {size} bytes, a config has a few thousand"])
     raw = read_json(file, flag)
-    problems = []
-    for key, value in raw.items():
-        if key in _NEUTRAL and not any(type(value) is type(one) and value == one for one in _NEUTRAL[key]):
-            problems.append(f"{key} is {_short(value)}: not plain LoRA, it is not loaded")
-        elif key not in _NEUTRAL and key not in _IGNORED and key not in _READ:
-            problems.append(f"unknown field {_short(key)}")
-    if "peft_type" not in raw:
+    problems = _more_than_plain_lora(raw)
+    if not raw.get("peft_type"):
         problems.append("peft_type is missing")
     problems += _wrong_fields(raw)
     refuse(problems, f"{flag}: {file}")
@@ -151,6 +123,25 @@ def read_adapter_config(folder: Path, flag: str = "--adapter") -> AdapterConfig:
         base_revision=raw.get("revision"),
         whole=tuple(layers_named(raw.get("modules_to_save") or (), WHOLE_MODULES)),
     )
+
+
+def _more_than_plain_lora(raw: dict) -> list[str]:
+    """Fields that hold something else than PEFT's default, and that is not empty either.
+
+    An empty value of a field that this PEFT does not know, as newer ones write them, changes nothing.
+    """
+    import peft
+
+    defaults = peft.LoraConfig().to_dict()
+    problems = []
+    for key, value in raw.items():
+        if key in _IGNORED or key in _READ or not value or value == defaults.get(key):
+            continue
+        if key in defaults:
+            problems.append(f"{key} is {_short(value)}: not plain LoRA, it is not loaded")
+        else:
+            problems.append(f"{_short(key)} is {_short(value)}: PEFT {peft.__version__} does not know this field")
+    return problems
 
 
 def _wrong_fields(raw: dict) -> list[str]:

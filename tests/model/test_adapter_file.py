@@ -77,6 +77,28 @@ def test_what_peft_writes_is_read_whole(whole, tiny_config):
     assert torch.allclose(adapter.delta_rows("layers.1.self_attn.q_proj", 3, 9), 2 * (b @ a)[3:9])
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(zip(("new_a", "new_b", "new_c", "new_d", "new_e", "new_f"), (None, False, 0, "", [], {}), strict=True)),
+        {"auto_mapping": True},  # as train-higgs-audio's converter passes it
+        {"auto_mapping": {"base_model_class": "HiggsAudioModel", "parent_library": "os"}, "task_type": None},
+        {"peft_version": "0.20.0", "lora_dropout": 0.1, "megatron_core": "os", "qalora_group_size": 32},
+    ],
+    ids=[
+        "empty fields of a newer PEFT",
+        "auto_mapping",
+        "auto_mapping without a task",
+        "nothing that touches a weight",
+    ],
+)
+def test_fields_that_change_no_weight_are_read_over(adapter, tiny_config, fields):
+    wanted = read_adapter(adapter, adaptable_modules(tiny_config), read_adapter_config(adapter)).state_dict()
+    edit(adapter, **fields)
+    found = read_adapter(adapter, adaptable_modules(tiny_config), read_adapter_config(adapter)).state_dict()
+    assert found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in wanted)
+
+
 def test_rslora_scales_by_the_root_of_the_rank(adapter):
     edit(adapter, use_rslora=True)
     assert read_adapter_config(adapter).scale == 8 / 4**0.5
@@ -85,8 +107,7 @@ def test_rslora_scales_by_the_root_of_the_rank(adapter):
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"megatron_config": {"a": 1}, "megatron_core": "os"}, "megatron_core is 'os': not plain LoRA"),
-        ({"auto_mapping": {"base_model_class": "X", "parent_library": "os"}}, "auto_mapping is {'base_model_class'"),
+        ({"megatron_config": {"a": 1}, "megatron_core": "os"}, "megatron_config is {'a': 1}: not plain LoRA"),
         ({"use_dora": True}, "use_dora is True: not plain LoRA"),
         (
             {"modules_to_save": ["norm"]},
@@ -103,7 +124,9 @@ def test_rslora_scales_by_the_root_of_the_rank(adapter):
         ({"layer_replication": [[0, 9999]]}, "layer_replication is"),
         ({"bias": "all"}, "bias is 'all'"),
         ({"peft_type": "BONE"}, "peft_type is 'BONE'"),
-        ({"something_new": 1}, "unknown field 'something_new'"),
+        ({"peft_type": None}, "peft_type is missing"),
+        ({"something_new": 1}, "'something_new' is 1: PEFT 0.18.1 does not know this field"),
+        ({"something_new": ["layers.0"]}, "'something_new' is ['layers.0']"),
         ({"r": 0}, "r is 0, expected a whole number from 1 to 8192"),
         ({"r": True}, "r is True"),
         ({"r": 4.0}, "r is 4.0"),

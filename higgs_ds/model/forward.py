@@ -13,6 +13,7 @@ from ..batching.layout import Layout
 from ..errors import ConfigError
 from ..step_stats import ForwardReport, MicroBatchStats
 from .fused_head import FusedHead
+from .fused_lora import LoraHead
 from .fused_mlp import FusedRmsNorm, adopt
 from .modules import HEADS
 from .padding_free import DecoderLayer, Objective, PaddingFreeOutput, check_supported
@@ -26,8 +27,6 @@ class TrainingForward(nn.Module):
     alone, and give loss and gradient in one pass.
     """
 
-    # Modules that use their parts' weights at once: ZeRO-3 must gather them whole, and then needs `input_gradient`.
-    gathered_whole = (DecoderLayer,)
     input_gradient = False
 
     def __init__(
@@ -46,6 +45,9 @@ class TrainingForward(nn.Module):
         self.classes = classes
         self.loss_impl = loss_impl
         self.checkpoint_every = checkpoint_every
+        kinds = {type(module) for module in model.modules()}
+        # Modules that use their parts' weights at once: ZeRO-3 must gather them whole, and then needs `input_gradient`.
+        self.gathered_whole = tuple(kind for kind in (DecoderLayer, LoraHead) if kind in kinds)
 
     def forward(
         self, inputs: dict[str, torch.Tensor | Layout | None], text_scale: float, codebook_scales: torch.Tensor
@@ -113,8 +115,8 @@ def training_forward(
     if forward_impl == "upstream":
         return ReferenceForward.from_config(model, config)
     check_supported(config)
+    heads = {name: module for name, module in model.named_modules() if name.endswith(HEADS)}
     if loss_impl == "fused":
-        heads = {name: m for name, m in model.named_modules() if name.endswith(HEADS)}
         adapted = [name for name, head in heads.items() if not isinstance(head, FusedHead)]
         if adapted:
             raise ConfigError(
@@ -125,6 +127,9 @@ def training_forward(
             )
         for head in heads.values():
             head.trained = head.weight.requires_grad
+    for head in heads.values():
+        if type(head) is LoraHead.__base__:
+            head.__class__ = LoraHead
     adopt(model, FusedRmsNorm)
     adopt(model, DecoderLayer)
     return TrainingForward(

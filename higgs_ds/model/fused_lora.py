@@ -4,11 +4,18 @@ PEFT computes, layer by layer, with a mask, a dropped input and a gradient of th
 
     y = x · Wᵀ + scaling · (dropout(x) · Aᵀ) · Bᵀ
 
-Here layers on one input (q, k, v; gate, up) share the mask, one product makes `dropout(x) · Aᵀ` of all of them, every
-product adds into its output or into the input's one gradient, and what dropout left is made again in the backward.
+Here layers on one input (q, k, v; gate, up) share the mask, one product makes the rank columns `c = dropout(x) · Aᵀ` of
+all of them, and a layer's columns extend the rows of its one product, with a residual added inside it:
+
+    y = residual + [x ‖ c] · [W ‖ scaling · B]ᵀ
+
+so that everything is summed in float32 and rounded once. Added in bf16 to a sum that is rounded already, whatever is
+below half a step of that sum is lost, always in the same direction: half of a term of 0.1 %, as in PEFT's order. The
+backward adds every product into the input's one gradient, and makes again what dropout left.
 Modules, weights and names stay PEFT's.
 
-Weights are read from several modules at once, which under ZeRO-3 must all be gathered: see `padding_free.DecoderLayer`.
+Weights are read from several modules at once, which under ZeRO-3 must all be gathered: see `padding_free.DecoderLayer`,
+and `TrainingForward.gathered_whole`.
 """
 
 from __future__ import annotations
@@ -21,6 +28,10 @@ import torch
 import torch.nn.functional as F
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import nn
+
+from .fused_head import FusedHead
+
+ALIGNMENT = 8  # columns: rows of 16-bit values that begin at multiples of 16 bytes, as fast kernels want them
 
 
 class Projection(NamedTuple):
@@ -36,9 +47,9 @@ class Projection(NamedTuple):
     def from_layer(cls, layer: nn.Module) -> Projection | None:
         """None for whatever is not such a layer, alone or with one plain LoRA adapter."""
         base, names = layer, []
-        if type(layer) is PeftLinear and not (layer.disable_adapters or layer.merged):
+        if type(layer) in (PeftLinear, LoraHead) and not (layer.disable_adapters or layer.merged):
             base, names = layer.base_layer, layer.active_adapters
-        if type(base) is not nn.Linear or base.bias is not None or base.weight.requires_grad:
+        if type(base) not in (nn.Linear, FusedHead) or base.bias is not None or base.weight.requires_grad:
             return None
         if not names:
             return cls(base.weight, None, None, 0.0, 0.0)
@@ -49,6 +60,12 @@ class Projection(NamedTuple):
             return None
         probability = dropout.p if layer.training and isinstance(dropout, nn.Dropout) else 0.0
         return cls(base.weight, lora_A.weight, lora_B.weight, layer.scaling[name], probability)
+
+    def joined_weight(self, width: int) -> torch.Tensor:
+        """`[W ‖ scaling · B ‖ 0]`, the zeros for columns of other layers that have a larger rank. [out, width]"""
+        scaled = self.lora_B * self.scaling
+        room = width - self.weight.shape[1] - scaled.shape[1]
+        return torch.cat([self.weight, F.pad(scaled, (0, room)) if room else scaled], dim=1)
 
 
 class SavedLora(NamedTuple):
@@ -100,14 +117,24 @@ class ProjectionGroup:
         [rows, in] -> [rows, out] each
         """
         saved = self._rank_columns(hidden)
-        if residuals is None:
-            outputs = [F.linear(hidden, p.weight) for p in self.projections]
-        else:
-            outputs = [add_product(r, hidden, p.weight) for p, r in zip(self.projections, residuals, strict=True)]
+        joined = None if saved.rank_columns is None else self._room_for_columns(hidden)
+        outputs = []
         for i, (p, columns) in enumerate(zip(self.projections, self._split_columns(saved.rank_columns), strict=True)):
+            rows, weight = hidden, p.weight
             if columns is not None:
-                outputs[i] = add_product(outputs[i], columns, p.lora_B, p.scaling)
+                rows, weight = joined, p.joined_weight(joined.shape[1])
+                # One room for all: each layer's columns replace those of the one before.
+                joined[:, hidden.shape[1] :].narrow(1, 0, columns.shape[1]).copy_(columns)
+            outputs.append(F.linear(rows, weight) if residuals is None else add_product(residuals[i], rows, weight))
         return outputs, saved
+
+    def _room_for_columns(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The hidden states, with zeros after them for the rank columns of any one layer. [rows, in + room]"""
+        most = max(p.lora_A.shape[0] for p in self._adapted)
+        joined = hidden.new_empty(hidden.shape[0], hidden.shape[1] + -(-most // ALIGNMENT) * ALIGNMENT)
+        joined[:, : hidden.shape[1]] = hidden
+        joined[:, hidden.shape[1] :] = 0
+        return joined
 
     def _rank_columns(self, hidden: torch.Tensor) -> SavedLora:
         if not self._adapted:
@@ -144,31 +171,41 @@ class ProjectionGroup:
                 grad_Bs.append((grad_output.t() @ columns).mul_(p.scaling))
         if grad_Bs:
             grad_columns = torch.cat(grad_columns, dim=1)
-            grad_As = grad_columns.t() @ (hidden if saved.dropout_mask is None else hidden * saved.dropout_mask)
+            grad_As = grad_columns.t() @ (hidden if saved.dropout_mask is None else kept(hidden, saved.dropout_mask))
             grad_As = grad_As.split([grad_B.shape[1] for grad_B in grad_Bs])
             grad_lora_weights = [grad for pair in zip(grad_As, grad_Bs, strict=True) for grad in pair]
         if not needs_grad_hidden:
             return None, grad_lora_weights
         products = [(grad, p.weight) for p, grad in zip(self.projections, grad_outputs, strict=True)]
         if grad_Bs:
-            grad_hidden = torch.mm(grad_columns, self._stacked_lora_A(), out=out)
+            grad_hidden = torch.mm(grad_columns, self._stacked_lora_A())
             if saved.dropout_mask is not None:
-                grad_hidden.mul_(saved.dropout_mask)
+                grad_hidden = kept(grad_hidden, saved.dropout_mask)
         else:
-            grad_hidden = torch.mm(*products.pop(0), out=out)
+            grad_hidden = torch.mm(*products.pop(0))
         for grad_output, weight in products:
             grad_hidden.addmm_(grad_output, weight)
-        return grad_hidden, grad_lora_weights
+        return (grad_hidden if out is None else out.copy_(grad_hidden)), grad_lora_weights
 
 
-def add_product(residual: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor, factor: float = 1.0):
-    """residual + factor · hidden · weightᵀ, in the place of `residual`. [rows, out] + [rows, in] · [in, out]
+def kept(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The values where a bool mask is True, 0 elsewhere.
+
+    A GPU gets dropout's own kernel: a product of bf16 and bool, two types, would be computed by torch's slow one.
+    """
+    if values.device.type == "cpu":
+        return values * mask
+    return torch.ops.aten.native_dropout_backward(values, mask, 1.0)
+
+
+def add_product(residual: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """residual + hidden · weightᵀ, in the place of `residual`, rounded once. [rows, out] + [rows, in] · [in, out]
 
     Elsewhere where a compiler traces: torch 2.11's loses the gradient of a Function that gives back what it changed.
     """
     if torch.compiler.is_compiling():
-        return torch.addmm(residual, hidden, weight.t(), alpha=factor)
-    return residual.addmm_(hidden, weight.t(), alpha=factor)
+        return torch.addmm(residual, hidden, weight.t())
+    return residual.addmm_(hidden, weight.t())
 
 
 def project(layers: Sequence[nn.Module], hidden: torch.Tensor) -> list[torch.Tensor]:
@@ -180,6 +217,15 @@ def project(layers: Sequence[nn.Module], hidden: torch.Tensor) -> list[torch.Ten
     if group is None:
         return [layer(hidden) for layer in layers]
     return list(_Project.apply(hidden, group, *group.lora_weights))
+
+
+class LoraHead(PeftLinear):
+    """A head with LoRA, whose logits are one product; weights and names stay PEFT's."""
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        """[R, hidden] -> [R, classes]"""
+        group = ProjectionGroup.from_layers([self])
+        return super().forward(rows) if group is None else _Project.apply(rows, group, *group.lora_weights)[0]
 
 
 class _Project(torch.autograd.Function):

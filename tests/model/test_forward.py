@@ -26,10 +26,13 @@ from tests.batching.test_collate import samples_of
 from tests.ranks import assert_all, run_ranks
 from tests.workers.common import with_lora_b, without_text_labels
 
-# Relative L2 distance ‖a − b‖ / ‖b‖ of the loss and of the gradient of all LoRA weights. Weight by weight, upstream's
-# own float32 gradients stand up to 2e-6 from its float64 ones, so that the mathematics are held together in float64.
+# Relative L2 distance ‖a − b‖ / ‖b‖, of the loss and of its sums.
 TOLERANCE = 1e-6
-EACH_FLOAT32, EACH_FLOAT64 = 4e-6, 1e-12
+# Of gradients, in multiples of how far upstream's float32 ones stand from float64's, which differs from CPU to CPU (all
+# together 7e-7 to 9e-7 on one, 1.1e-6 on another): of all LoRA weights together, and of the worst one.
+TOGETHER, WORST = 1.5, 4.0
+# Where nothing in float64 is at hand: of all together, and of the worst. The mathematics are held together in float64.
+SHARDED, EACH_FLOAT32, EACH_FLOAT64 = 3e-6, 8e-6, 1e-12
 BATCHES = {
     "mixed lengths": ["text", "dialog", "speech", "clone"],
     "one row, padded left by upstream": ["speech"],
@@ -126,14 +129,28 @@ def assert_same_totals(ours, wanted, whole, each):
     assert math.isclose(ours.text_saturation, wanted.text_saturation, rel_tol=each)
 
 
-def assert_agree(ours, wanted, *, whole=TOLERANCE, each=EACH_FLOAT32):
+def worst_distance(gradients, wanted) -> float:
+    return max(distance(gradients[name], wanted[name]) for name in wanted)
+
+
+def assert_same_losses(ours, wanted, each=EACH_FLOAT32):
     assert ours[2].problems == wanted[2].problems == []
-    assert distance(ours[0], wanted[0]) <= whole
-    assert_same_totals(ours[1], wanted[1], whole, max(each, TOLERANCE))
+    assert distance(ours[0], wanted[0]) <= TOLERANCE
+    assert_same_totals(ours[1], wanted[1], TOLERANCE, max(each, TOLERANCE))
     assert ours[3].keys() == wanted[3].keys()
-    assert distance(joined(ours[3]), joined(wanted[3])) <= whole
-    worst = max(ours[3], key=lambda name: distance(ours[3][name], wanted[3][name]))
-    assert distance(ours[3][worst], wanted[3][worst]) <= each, worst
+
+
+def assert_agree(ours, wanted, exact):
+    """The losses are the same, and our float32 gradients are as near to float64's as upstream's are."""
+    assert_same_losses(ours, wanted)
+    mine, theirs, true = (joined(result[3]) for result in (ours, wanted, exact))
+    assert distance(mine, true) <= TOGETHER * distance(theirs, true)
+    assert worst_distance(ours[3], exact[3]) <= WORST * worst_distance(wanted[3], exact[3])
+
+
+def exact_on(model, config, batch):
+    """In float64, which agrees with upstream's to 1e-12: `test_is_the_same_mathematics_in_float64`."""
+    return computed(ours_on(copy.deepcopy(model).double(), config, loss_impl="reference"), batch)
 
 
 def batch_called(name, tokenizer, config):
@@ -153,7 +170,7 @@ def test_agrees_with_upstream_in_loss_and_every_gradient(name, loss_impl, model,
     batch = batch_called(name, tokenizer, config)
     ours = computed(ours_on(model, config, loss_impl=loss_impl), batch)
     wanted = computed(upstreams_on(model, config), batch, layout=False)
-    assert_agree(ours, wanted)
+    assert_agree(ours, wanted, exact_on(model, config, batch))
     assert ours[2].path == "collator"
     moved = [bool(gradient.any()) for gradient in ours[3].values()]
     assert not any(moved) if name == "a filler" else any(moved)
@@ -165,7 +182,7 @@ def test_rslora_agrees_too_and_is_not_plain_lora(model, base_dir, config, tokeni
     rooted = lora_on(base_dir, config, rslora=True)
     batch = batch_of(["dialog", "speech"], tokenizer, config)
     ours, plain = computed(ours_on(rooted, config), batch), computed(ours_on(model, config), batch)
-    assert_agree(ours, computed(upstreams_on(rooted, config), batch, layout=False))
+    assert_agree(ours, computed(upstreams_on(rooted, config), batch, layout=False), exact_on(rooted, config, batch))
     assert distance(joined(ours[3]), joined(plain[3])) > 0.1
 
 
@@ -188,7 +205,7 @@ def test_embeddings_and_heads_that_are_trained_whole_get_upstreams_gradient(
     batch = batch_called(name, tokenizer, config)
     ours = computed(ours_on(with_whole, config, loss_impl=loss_impl.split(",")[0]), batch)
     wanted = computed(upstreams_on(with_whole, config), batch, layout=False)
-    assert_agree(ours, wanted)
+    assert_agree(ours, wanted, exact_on(with_whole, config, batch))
     assert len(ours[3]) == 2 * 20 + 3
     if name in ("mixed lengths", "several clips a row"):
         assert all(gradient.any() for gradient in ours[3].values())
@@ -203,7 +220,8 @@ def test_is_the_same_mathematics_in_float64(name, with_whole, config, tokenizer,
     # Upstream's norm rounds to float32 whatever it is given; ours, which does not, has tests of its own.
     monkeypatch.setattr(LlamaRMSNorm, "forward", FusedRmsNorm.forward)
     wanted = computed(upstreams_on(exact, config), batch, layout=False)
-    assert_agree(ours, wanted, each=EACH_FLOAT64)
+    assert_same_losses(ours, wanted, each=EACH_FLOAT64)
+    assert worst_distance(ours[3], wanted[3]) <= EACH_FLOAT64
 
 
 def test_without_audio_in_codes_the_placeholder_is_seen_by_nobody(base_dir, config, tokenizer):
@@ -213,7 +231,7 @@ def test_without_audio_in_codes_the_placeholder_is_seen_by_nobody(base_dir, conf
     model = lora_on(base_dir, other)
     batch = batch_of(["dialog", "speech"], tokenizer, other)
     ours = computed(ours_on(model, other), batch)
-    assert_agree(ours, computed(upstreams_on(model, other), batch, layout=False))
+    assert_agree(ours, computed(upstreams_on(model, other), batch, layout=False), exact_on(model, other, batch))
 
 
 def test_rows_are_counted_without_padding(tokenizer, config):
@@ -260,20 +278,36 @@ def test_layers_give_the_same_gradients_where_a_compiler_traces_them(name, model
     monkeypatch.setattr(DecoderLayer, "on_rows", compiled)
     ours = computed(ours_on(model, config), batch)
     assert seen
-    assert_agree(ours, wanted)
+    assert_agree(ours, wanted, exact_on(model, config, batch))
 
 
-def test_bf16_is_as_far_from_float32_as_upstream_is(base_dir, config, tokenizer, model):
-    batch = batch_of(["dialog", "speech", "text"], tokenizer, config)
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory):
+    """All 28 layers, at the real model's ratios of widths; and its config."""
+    folder = tmp_path_factory.mktemp("deep")
+    write_tiny(folder, seed=0, hidden_size=192, num_layers=28, ffn_size=512)
+    config = read_model_config(folder)
+    return lora_on(folder, config), config
+
+
+def test_bf16_is_as_near_to_float64_as_upstream_with_peft(deep, tokenizer):
+    """The loss, the gradients of all LoRA weights together, and those of each kind of module."""
+    model, config = deep
+    batch = batch_of(["dialog", "speech", "text", "clone"], tokenizer, config)
+    exact = exact_on(model, config, batch)
     half = copy.deepcopy(model).bfloat16()
     half.get_base_model().rotary_emb.inv_freq = model.get_base_model().rotary_emb.inv_freq  # as the engine keeps it
-    exact = computed(ours_on(model, config), batch)
     theirs = computed(upstreams_on(half, config), batch, layout=False)
-    limit = distance(joined(theirs[3]), joined(exact[3]))
+    kinds = ["", *(f"{part}.lora_{side}" for part in DEFAULT_LORA_TARGETS for side in "AB")]
     for loss_impl in ("fused", "reference"):
         ours = computed(ours_on(half, config, loss_impl=loss_impl), batch)
-        assert float(ours[0]) == pytest.approx(float(exact[0]), rel=0.01)
-        assert distance(joined(ours[3]), joined(exact[3])) < 1.2 * limit < 0.2
+        assert float(ours[0]) == pytest.approx(float(exact[0]), rel=2e-3)
+        for kind in kinds:
+            mine, others, true = (
+                joined({name: value for name, value in result[3].items() if kind in name})
+                for result in (ours, theirs, exact)
+            )
+            assert distance(mine, true) <= 1.1 * distance(others, true) < 0.1, kind
 
 
 def test_evaluation_computes_no_gradient(model, config, tokenizer):
@@ -293,7 +327,7 @@ def test_lora_on_a_head_needs_the_reference_loss(head, base_dir, config, tokeniz
     batch = batch_of(["dialog", "speech"], tokenizer, config)
     ours = computed(ours_on(model, config, loss_impl="reference"), batch)
     wanted = computed(upstreams_on(model, config), batch, layout=False)
-    assert_agree(ours, wanted)
+    assert_agree(ours, wanted, exact_on(model, config, batch))
     assert all(gradient.any() for gradient in ours[3].values())
 
 
@@ -346,7 +380,8 @@ def test_what_did_not_reach_the_model_is_a_problem(model, config, tokenizer):
 
 
 VARIANTS = ["fused", "reference", "checkpointed", "every second layer checkpointed"]
-WHOLE = "fused, whole modules"
+# With other modules than the default ones in training: what each is held against, and how many weights more there are.
+OTHERS = {"fused, whole modules": ("upstream, whole modules", 3), "reference, heads": ("upstream, heads", 4)}
 
 
 @pytest.fixture(scope="module")
@@ -357,13 +392,13 @@ def sharded(base_dir, codec_dir, tmp_path_factory):
     return {tuple(file.stem.split("-")): load_file(file) for file in out.glob("*.safetensors")}
 
 
-@pytest.mark.parametrize("variant", [*VARIANTS, WHOLE])
+@pytest.mark.parametrize("variant", [*VARIANTS, *OTHERS])
 @pytest.mark.parametrize("stage", ["2", "3"])
 def test_gradients_are_upstreams_under_zero_with_two_ranks(stage, variant, sharded):
-    upstream = "upstream, whole modules" if variant == WHOLE else "upstream"
+    upstream, more = OTHERS.get(variant, ("upstream", 0))
     ours, wanted = sharded[stage, variant], sharded[stage, upstream]
-    assert len(ours) == 40 + 3 * (variant == WHOLE)
+    assert len(ours) == 40 + more
     assert ours.keys() == wanted.keys() and all(value.any() for value in wanted.values())
-    assert distance(joined(ours), joined(wanted)) <= TOLERANCE
-    assert max(distance(ours[name], wanted[name]) for name in ours) <= EACH_FLOAT32
-    assert distance(joined(ours), joined(sharded["2", upstream])) <= TOLERANCE
+    assert distance(joined(ours), joined(wanted)) <= SHARDED
+    assert worst_distance(ours, wanted) <= EACH_FLOAT32
+    assert distance(joined(ours), joined(sharded["2", upstream])) <= SHARDED

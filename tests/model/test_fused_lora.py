@@ -5,10 +5,13 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import nn
 
 from higgs_ds.model import fused_lora as lora
+from higgs_ds.model.fused_head import FusedHead
 from higgs_ds.model.fused_lora import (
+    LoraHead,
     Projection,
     ProjectionGroup,
     dropout_by_bits,
@@ -136,6 +139,52 @@ def test_layers_on_one_input_share_a_mask_and_draw_anew():
     assert not torch.equal(group.forward(rows)[0][0], first[0])
     ours.eval()
     assert ProjectionGroup.from_layers(layers_of(ours)).forward(rows)[1].dropout_mask is None
+
+
+def share_that_arrives(with_lora, without, term) -> float:
+    """How much of LoRA's term is in a result, by projection on it: 1 where all of it is, whatever the rounding."""
+    difference, term = (with_lora.double() - without).detach().flatten(), term.detach().flatten()
+    return float(difference @ term / (term @ term))
+
+
+def one_layer(kind: str, sizes: tuple[int, int], term: float):
+    """PEFT's model of one frozen layer in bf16, as wide as given, its output of rms 1 and LoRA's of rms `term`."""
+    torch.manual_seed(3)
+    base = nn.ModuleDict({kind: nn.Linear(*sizes, bias=False)}).requires_grad_(False)
+    base[kind].weight.normal_(0, sizes[0] ** -0.5)
+    model = get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules=[kind], init_lora_weights=False))
+    layer = model.base_model.model[kind]
+    layer.lora_A["default"].weight.data.normal_(0, sizes[0] ** -0.5)
+    layer.lora_B["default"].weight.data.normal_(0, term / (2 * 16**0.5))
+    return model.to(torch.bfloat16).eval(), layer
+
+
+WIDTHS = {
+    "q_proj": (768, 768),
+    "o_proj": (768, 768),
+    "k_proj": (768, 256),
+    "v_proj": (768, 256),
+    "gate_proj": (768, 2048),
+}
+WIDTHS |= {"up_proj": (768, 2048), "text_lm_head": (768, 4096), "audio_lm_head": (768, 8 * 1026)}
+
+
+@pytest.mark.parametrize("term", [0.003, 0.001, 0.0005])
+@pytest.mark.parametrize("kind", WIDTHS)
+def test_a_small_term_of_lora_arrives_in_bf16(kind, term):
+    """PEFT adds it to a rounded product, where half of a term of 0.1 % is lost; one product rounds once."""
+    model, layer = one_layer(kind, WIDTHS[kind], term)
+    if kind.endswith("head"):
+        layer.base_layer.__class__, layer.__class__ = FusedHead, LoraHead
+    rows = torch.randn(512, WIDTHS[kind][0]).bfloat16()
+    wide, exact = rows.double(), copy.deepcopy(layer).double()
+    without = wide @ exact.base_layer.weight.t()
+    own = exact.lora_B["default"](exact.lora_A["default"](wide)) * 2
+    assert 0.8 * term < own.pow(2).mean().sqrt() / without.pow(2).mean().sqrt() < 1.2 * term
+    (ours,) = project([layer], rows)
+    assert 0.97 <= share_that_arrives(ours, without, own) <= 1.03
+    pefts = share_that_arrives(PeftLinear.forward(layer, rows), without, own)
+    assert pefts < 0.95  # it is a loss that this can see
 
 
 def test_no_rows():

@@ -10,7 +10,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from higgs_ds.model.fused_mlp import FusedRmsNorm, add_mlps, adopt
-from tests.model.test_fused_lora import share_masks
+from tests.model.test_fused_lora import share_masks, share_that_arrives
 
 LIMITS = [(torch.float64, 5e-7), (torch.float32, 1e-6), (torch.bfloat16, 2e-2)]
 PROJECTIONS = ["gate_proj", "up_proj", "down_proj"]
@@ -116,6 +116,41 @@ def test_networks_and_their_gradients_are_upstreams(targets, dropout, sizes, dty
     for one, other in zip(wanted, got, strict=True):
         assert (other - one).norm() <= limit * one.norm()
     assert all(one.norm() > 0 for one in wanted) or 0 in sizes
+
+
+@pytest.mark.parametrize("term", [0.003, 0.001, 0.0005])
+def test_a_small_term_of_down_proj_arrives_in_bf16(term):
+    """LoRA's term in multiples of the residual, which is some seven times what the network adds to it."""
+    torch.manual_seed(0)
+    config = LlamaConfig(hidden_size=768, intermediate_size=2048, mlp_bias=False)
+    base = nn.ModuleDict({"text": LlamaMLP(config), "audio": LlamaMLP(config)}).requires_grad_(False)
+    settings = LoraConfig(r=16, lora_alpha=32, target_modules=["down_proj"], init_lora_weights=False)
+    model = get_peft_model(base, settings).eval()
+    for mlp in base.values():
+        mlp.gate_proj.weight.normal_(0, 768**-0.5)
+        mlp.up_proj.weight.normal_(0, 768**-0.5)
+        mlp.down_proj.base_layer.weight.normal_(0, 0.15 / (0.6 * 2048**0.5))
+        mlp.down_proj.lora_A["default"].weight.data.normal_(0, 1 / (0.6 * 2048**0.5))
+        mlp.down_proj.lora_B["default"].weight.data.normal_(0, term / (2 * 16**0.5))
+    model.to(torch.bfloat16)
+    rows, residual, sizes = torch.randn(600, 768).bfloat16(), torch.randn(600, 768).bfloat16(), [200, 400]
+
+    def computed(networks, run, dtype):
+        return run([networks["text"], networks["audio"]], rows.to(dtype), residual.to(dtype), sizes)
+
+    def pefts(mlps, given, added, parts):
+        return added + torch.cat([mlp(part) for mlp, part in zip(mlps, given.split(parts), strict=True)])
+
+    exact = copy.deepcopy(base).double()
+    whole = computed(exact, pefts, torch.float64)
+    for mlp in exact.values():
+        mlp.down_proj.lora_B["default"].weight.data.zero_()
+    without = computed(exact, pefts, torch.float64)
+    own = whole - without
+    assert 0.7 * term < own.pow(2).mean().sqrt() < 1.4 * term
+    ours = share_that_arrives(computed(base, add_mlps, torch.bfloat16), without, own)
+    assert 0.97 <= ours <= 1.03
+    assert ours >= share_that_arrives(computed(base, pefts, torch.bfloat16), without, own) - 0.02
 
 
 @pytest.mark.parametrize(("dropout", "share"), [(0.0, 0.7), (0.3, 0.5)])

@@ -26,6 +26,8 @@ VARIANTS = {
 }
 WHOLE = {"train_audio_embeddings": True, "train_heads": "both"}
 VARIANTS |= {f"{name}, whole modules": VARIANTS[name] | WHOLE for name in ("upstream", "fused")}
+HEADS = {"lora_target_modules": "all,text_lm_head,audio_lm_head"}
+VARIANTS |= {f"{name}, heads": VARIANTS[name] | HEADS for name in ("upstream", "reference")}
 
 
 def main() -> None:

@@ -41,13 +41,13 @@ def main(argv: list[str]) -> int:
         _prepare(config, Alone(), str(device))
         return ExitCode.OK
     from .distributed.engine import Ranks
-    from .distributed.rendezvous import host_names, meet
+    from .distributed.rendezvous import meet
 
-    store, rank, world_size = meet(on_cpu=True)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=PATIENCE)
+    met = meet(on_cpu=True)
+    dist.init_process_group("gloo", store=met.store, rank=met.rank, world_size=met.world_size, timeout=PATIENCE)
     try:
-        local_rank, hosts = int(os.environ.get("LOCAL_RANK", "0")), host_names(world_size)
-        _prepare(config, Ranks(rank, world_size, local_rank, torch.device("cpu"), hosts), str(device))
+        ranks = Ranks(met.rank, met.world_size, int(os.environ.get("LOCAL_RANK", "0")), torch.device("cpu"), met.hosts)
+        _prepare(config, ranks, str(device))
         dist.barrier()
     finally:
         dist.destroy_process_group()

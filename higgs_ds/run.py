@@ -24,7 +24,7 @@ from .config import TrainConfig
 from .data import Data, codes_folder
 from .data import load_data as load_data
 from .distributed.agreement import check_same, check_shared, versions
-from .distributed.engine import Engine, Ranks, leave_ranks, loading, start_ranks, whole
+from .distributed.engine import Engine, Ranks, join_group, leave_ranks, loading, meet_ranks, whole
 from .distributed.rank_watch import Watch, check_stall_timeout
 from .distributed.stop import StopRequest
 from .errors import ConfigError, ExitCode
@@ -56,14 +56,16 @@ def joined(
     Raises:
         ConfigError: on all ranks, after the process group is left.
     """
-    ranks = start_ranks(deterministic=config.run.deterministic)
+    ranks, meeting = meet_ranks(deterministic=config.run.deterministic)
     ranks.seed(config.optim.seed)
     output_dir = Path(config.run.output_dir)
     is_new = not keeps_nothing and config.run.resume == "none"
     alone = ranks.is_main and not keeps_nothing
-    with Watch(ranks, stall_timeout_sec=config.run.stall_timeout_sec, stop=stop) as watch:
+    seconds = config.run.stall_timeout_sec
+    with Watch(ranks, meeting.connections, stall_timeout_sec=seconds, stop=stop) as watch:
         try:
-            check_stall_timeout(config.run.stall_timeout_sec, on_gpu=ranks.device.type == "cuda")
+            join_group(ranks, meeting)
+            check_stall_timeout(seconds, on_gpu=ranks.device.type == "cuda")
             check_same({f"--{name}": value for name, value in config.as_dict().items()} | versions(), ranks)
             ranks.each(lambda: run_dir.refuse_a_run(output_dir) if is_new and ranks.is_main else None)
             ranks.each(lambda: run_dir.prepare_run_dir(output_dir) if ranks.is_main else None)

@@ -236,6 +236,18 @@ def test_a_stuck_or_failed_rank_ends_the_others_and_is_named(what, forks, run_fl
     assert what == "hang" or "ZeroDivisionError" in results[2].output
 
 
+@pytest.mark.parametrize("how", ["killed_in", "fails_in"])
+def test_a_rank_that_dies_before_the_first_collective_ends_the_others(how, forks, run_flags, tmp_path):
+    """As the process group is joined, which waits a day for a rank that does not come."""
+    results = forks.run(run_flags(tmp_path / "run"), 3, patches={1: [how, "join", 1]}, timeout=60)
+    assert [r.returncode for r in results] == [1, -signal.SIGKILL if how == "killed_in" else 1, 1]
+    found = "died before" if how == "killed_in" else "failed before"
+    for rank in (0, 2):
+        assert f"ending: rank 1 {found} the first step (starting)" in results[rank].output, results[rank].output
+        assert "Traceback" not in results[rank].output
+        assert results[rank].ended_after_sec - results[1].ended_after_sec < 10
+
+
 @pytest.mark.parametrize("phase", ["load", "data", "forward", "backward", "validate", "save", "write"])
 def test_a_stop_signal_in_any_phase(phase, forks, run_flags, whole, tmp_path):
     flags = run_flags(tmp_path / "run", grad_accum=1)

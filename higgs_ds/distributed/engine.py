@@ -24,7 +24,7 @@ from ..process import say
 from .adamw import DroppableAdamW
 from .device import describe_devices, name_accelerator, take_device
 from .optimizer_state import GatheredState, OptimizerState
-from .rendezvous import host_names, meet, named
+from .rendezvous import Meeting, meet, named
 
 T = TypeVar("T")
 
@@ -78,10 +78,9 @@ class Ranks:
         """`ranks 2, 3`; where the run is on several hosts, `ranks 2, 3 on node02`."""
         return named(ranks, self.hosts)
 
-    @property
-    def host(self) -> str:
-        """This rank's, where the run is on several; empty otherwise."""
-        return self.hosts[self.rank] if len(set(self.hosts)) > 1 else ""
+    def host_of(self, rank: int) -> str:
+        """Where it is, in a run on several hosts; empty otherwise."""
+        return self.hosts[rank] if len(set(self.hosts)) > 1 else ""
 
     def seed(self, seed: int) -> None:
         """Seeds torch for dropout, differently on every rank; LoRA's start and the data have their own generators."""
@@ -98,7 +97,14 @@ class Ranks:
 
 
 def start_ranks(*, deterministic: bool = False) -> Ranks:
-    """Joins the process group of whatever launched this; plain `python` becomes one rank of its own.
+    """`meet_ranks` and `join_group` in one, for programs that nobody watches."""
+    ranks, meeting = meet_ranks(deterministic=deterministic)
+    join_group(ranks, meeting)
+    return ranks
+
+
+def meet_ranks(*, deterministic: bool = False) -> tuple[Ranks, Meeting]:
+    """Finds the other ranks of whatever launched this; plain `python` becomes one rank of its own. No collective yet.
 
     Args:
         deterministic: only kernels that give the same numbers twice, see `take_device`.
@@ -108,21 +114,31 @@ def start_ranks(*, deterministic: bool = False) -> Ranks:
             cannot meet, see `rendezvous.meet`.
     """
     device = name_accelerator()
-    on_cpu = device.type == "cpu"
     take_device(device, deterministic=deterministic)
-    store, rank, world_size = meet(on_cpu=on_cpu)
+    meeting = meet(on_cpu=device.type == "cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    return Ranks(meeting.rank, meeting.world_size, local_rank, device, meeting.hosts), meeting
+
+
+def join_group(ranks: Ranks, meeting: Meeting) -> None:
+    """The ranks' process group: from here on there are collectives. Waits a day for a rank that does not come."""
+    on_cpu = ranks.device.type == "cpu"
     backend = "gloo" if on_cpu else "nccl"
-    # NCCL need not guess the rank's GPU, and connects now, where an error has a place. One rank alone has nobody to
-    # connect to, and doing it all the same has failed on some machines (DeepSpeed's issue 8248).
-    bound = device if not on_cpu and world_size > 1 else None
-    patience = timedelta(days=1)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=patience, device_id=bound)
+    dist.init_process_group(
+        backend,
+        store=meeting.store,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        timeout=timedelta(days=1),
+        # NCCL need not guess the rank's GPU, and connects now, where an error has a place. One rank alone has nobody to
+        # connect to, and doing it all the same has failed on some machines (DeepSpeed's issue 8248).
+        device_id=ranks.device if not on_cpu and ranks.world_size > 1 else None,
+    )
     import deepspeed
 
     if on_cpu:
         _without_kernel_build(deepspeed)
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
-    return Ranks(rank, world_size, int(os.environ.get("LOCAL_RANK", "0")), device, host_names(world_size))
 
 
 def _without_kernel_build(deepspeed) -> None:

@@ -20,7 +20,7 @@ from ..process import say
 from .engine import Ranks
 from .launchers import find_launchers, gone_launcher, resume_command
 from .stop import StopRequest
-from .watch_sockets import HEARTBEAT_SEC, RankState, Verdict, connect_ranks
+from .watch_sockets import HEARTBEAT_SEC, JsonConnection, RankState, Verdict, WatchClient, WatchServer
 
 NEWS_WAIT_SEC = 3.0  # how long an error waits for the news that another rank's death is behind it
 CLEANUP_TIMEOUT_SEC = 30.0
@@ -51,12 +51,21 @@ class Watch:
     at once, and passes.
     """
 
-    def __init__(self, ranks: Ranks, *, stall_timeout_sec: float, stop: StopRequest | None = None):
-        """`stop` is told of a launcher that is gone, which without it ends all ranks."""
+    def __init__(
+        self,
+        ranks: Ranks,
+        connections: dict[int, JsonConnection],
+        *,
+        stall_timeout_sec: float,
+        stop: StopRequest | None = None,
+    ):
+        """`connections` are those of `rendezvous.meet`; `stop` is told of a launcher that is gone: without it that ends
+        all ranks.
+        """
         self._ranks = ranks
         self._stall_timeout_sec = stall_timeout_sec
         self._lock = threading.Lock()  # of the three that follow
-        self._state = RankState(ranks.rank, host=ranks.host)
+        self._state = RankState(ranks.rank, host=ranks.host_of(ranks.rank))
         self._progress_at = time.monotonic()
         self._own_failure: Verdict | None = None
         self._own_failure_sent = threading.Event()
@@ -67,7 +76,10 @@ class Watch:
         self._stop = stop
         # What must be done even then: a checkpoint being written is finished.
         self.before_end: list[Callable[[Verdict], None]] = []
-        self._connection = connect_ranks(ranks)
+        hosts = [ranks.host_of(rank) for rank in range(ranks.world_size)]
+        self._connection = (
+            WatchServer(connections, hosts) if ranks.is_main else WatchClient(connections[0], host_of_0=hosts[0])
+        )
         if stop is not None:
             stop.joined()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)

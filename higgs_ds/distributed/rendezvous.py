@@ -6,27 +6,43 @@ import contextlib
 import fcntl
 import json
 import os
+import secrets
 import socket
 import struct
 import threading
+import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch.distributed as dist
 
 from ..errors import ConfigError, reason_of
 from ..process import say
+from .watch_sockets import JsonConnection
 
 # To find each other, the ranks have torch's half an hour. After that one may encode for hours while the others wait for
 # it: who is dead or stuck is for `rank_watch` to find, and not for a collective's timeout.
 MEETING_TIMEOUT = timedelta(minutes=30)
 SAID_TO_WAIT_SEC = 60.0
 REACH_TIMEOUT_SEC = 20.0
+HELLO_TIMEOUT_SEC = 10.0  # of what has connected, a stranger perhaps
 SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of a network interface
 
 
-def meet(*, on_cpu: bool) -> tuple[dist.Store, int, int]:
-    """(store, rank, world size), once all ranks are there and the hosts reach each other; alone without a launcher.
+@dataclass(frozen=True)
+class Meeting:
+    """Ranks that have found each other, before their first collective."""
+
+    store: dist.Store
+    rank: int
+    world_size: int
+    hosts: tuple[str, ...]  # every rank's
+    connections: dict[int, JsonConnection]  # rank 0's by rank; another's to rank 0
+
+
+def meet(*, on_cpu: bool) -> Meeting:
+    """Once all ranks are there and each has connected to rank 0; alone without a launcher.
 
     Raises:
         ConfigError: the meeting place has no address or its port is taken; ranks did not come; or, on all ranks, a
@@ -39,19 +55,12 @@ def meet(*, on_cpu: bool) -> tuple[dist.Store, int, int]:
     try:
         with _said_to_wait():
             store, rank, world_size = next(dist.rendezvous("env://", timeout=MEETING_TIMEOUT))
-        other_host = _check_reach(store, rank, world_size) if world_size > 1 else None
+            hosts, connections, other_host = connect(store, rank, world_size)
     except dist.DistError as error:
         raise _not_met(error) from None
     if on_cpu and other_host is not None:
         _take_the_way_to(other_host)
-    return store, rank, world_size
-
-
-def host_names(world_size: int) -> tuple[str, ...]:
-    """Every rank's host, on every rank of the process group."""
-    names: list = [None] * world_size
-    dist.all_gather_object(names, socket.gethostname())
-    return tuple(names)
+    return Meeting(store, rank, world_size, hosts, connections)
 
 
 def named(ranks: list[int], hosts: tuple[str, ...]) -> str:
@@ -124,29 +133,30 @@ def free_port(first: int = 0) -> int:
     raise _refused(f"{socket.gethostname()} has no free TCP port")
 
 
-def _check_reach(store: dist.Store, rank: int, world_size: int) -> str | None:
-    """Has every rank connect to a port of rank 0's that the system chose, as collectives and the watch will.
+def connect(
+    store: dist.Store, rank: int, world_size: int
+) -> tuple[tuple[str, ...], dict[int, JsonConnection], str | None]:
+    """Connects every rank to a port of rank 0's that the system chose, for the watch and as collectives will.
 
     Behind a firewall that lets only the meeting place through, the first collective would wait for hours.
 
     Returns:
-        the address of some rank on another host than rank 0's; None where all are on one.
+        every rank's host; the connections, see `Meeting`; and the address of some rank on another host than rank 0's,
+        None where all are on one.
 
     Raises:
         ConfigError: on all ranks, naming those that did not get through.
     """
+    if world_size == 1:
+        return (socket.gethostname(),), {}, None
     if rank == 0:
-        with listen(world_size) as listener:
-            threading.Thread(target=_let_in, args=(listener,), daemon=True).start()
-            store.set("reach/port", str(listener.getsockname()[1]))
-            answers = [json.loads(store.get(f"reach/{other}")) for other in range(1, world_size)]
-            listener.shutdown(socket.SHUT_RDWR)  # wakes the thread
-        failed = [answer["problem"] for answer in answers if "problem" in answer]
-        others = [answer["address"] for answer in answers if not _is_loopback(answer.get("address", "127.0.0.1"))]
-        store.set("reach/all", json.dumps([failed, others[:1]]))
+        connections, hellos, failed = _let_in(store, world_size)
+        hosts = [socket.gethostname(), *(hello["host"] for _, hello in sorted(hellos.items()))]
+        others = [hello["address"] for hello in hellos.values() if not _is_loopback(hello["address"])]
+        store.set("reach/all", json.dumps([failed, hosts, others[:1]]))
     else:
-        store.set(f"reach/{rank}", json.dumps(_reach(rank, int(store.get("reach/port")))))
-        failed, others = json.loads(store.get("reach/all"))
+        connections = _reach(store, rank)
+        failed, hosts, others = json.loads(store.get("reach/all"))
         if failed:
             store.set(f"reach/{rank}/told", "")
     if failed:
@@ -157,31 +167,54 @@ def _check_reach(store: dist.Store, rank: int, world_size: int) -> str | None:
         raise ConfigError(
             [*failed, f"hosts must reach each other on TCP ports {first}-{last} (net.ipv4.ip_local_port_range)"]
         )
-    return others[0] if others else None
+    return tuple(hosts), connections, others[0] if others else None
 
 
-def _reach(rank: int, port: int) -> dict[str, str]:
+def _let_in(store: dist.Store, world_size: int) -> tuple[dict[int, JsonConnection], dict[int, dict], list[str]]:
+    """Rank 0's connections to all others, what they said of themselves, and why others could not connect."""
+    token, until = secrets.token_hex(16), time.monotonic() + MEETING_TIMEOUT.total_seconds()
+    connections: dict[int, JsonConnection] = {}
+    hellos: dict[int, dict] = {}
+    failed: dict[int, str] = {}
+    with listen(world_size) as listener:
+        listener.settimeout(1.0)
+        store.set("reach/at", json.dumps([listener.getsockname()[1], token]))
+        while missing := set(range(1, world_size)) - hellos.keys() - failed.keys():
+            try:
+                connection = JsonConnection(listener.accept()[0])
+            except TimeoutError:
+                for rank in filter(lambda rank: store.check([f"reach/{rank}"]), missing):
+                    failed[rank] = store.get(f"reach/{rank}").decode()
+                if time.monotonic() > until:
+                    raise dist.DistStoreError(f"{_listed(sorted(missing))} did not come") from None
+                continue
+            hello = connection.wait_for_one(HELLO_TIMEOUT_SEC)
+            if hello.get("token") == token and hello.get("rank") in missing:
+                connections[hello["rank"]], hellos[hello["rank"]] = connection, hello
+            else:
+                connection.close()  # a stranger
+    return connections, hellos, [failed[rank] for rank in sorted(failed)]
+
+
+def _reach(store: dist.Store, rank: int) -> dict[int, JsonConnection]:
+    """Another rank's connection to rank 0; nothing where it could not be made, which rank 0 is told."""
+    (port, token), host = json.loads(store.get("reach/at")), socket.gethostname()
     address = os.environ["MASTER_ADDR"]
     try:
-        with socket.create_connection((address, port), timeout=REACH_TIMEOUT_SEC) as reached:
-            return {"address": reached.getsockname()[0]}
+        reached = socket.create_connection((address, port), timeout=REACH_TIMEOUT_SEC)
     except OSError as error:
-        return {
-            "problem": f"rank {rank} on {socket.gethostname()} reaches {address} on port {os.environ['MASTER_PORT']} "
-            f"(MASTER_PORT), but not on port {port}: {error}"
-        }
+        met_at = f"{address} on port {os.environ['MASTER_PORT']} (MASTER_PORT)"
+        store.set(f"reach/{rank}", f"rank {rank} on {host} reaches {met_at}, but not on port {port}: {error}")
+        return {}
+    connection = JsonConnection(reached)
+    connection.send({"token": token, "rank": rank, "host": host, "address": reached.getsockname()[0]})
+    return {0: connection}
 
 
 def listen(backlog: int) -> socket.socket:
     """A socket for other hosts to connect to, on a port that the system chooses."""
     any_family = {"family": socket.AF_INET6, "dualstack_ipv6": True} if socket.has_dualstack_ipv6() else {}
     return socket.create_server(("", 0), backlog=backlog, **any_family)
-
-
-def _let_in(listener: socket.socket) -> None:
-    with contextlib.suppress(OSError):
-        while True:
-            listener.accept()[0].close()
 
 
 def _is_loopback(address: str) -> bool:

@@ -1,27 +1,23 @@
 """What the ranks tell each other to find one that died or is stuck: JSON lines over one TCP connection a rank.
 
 Rank 0 is the server. Every other rank is a client, which sends its state each half second and believes the server's
-verdict. A process that dies closes its connection at once, whatever killed it; a host that dies falls silent.
+verdict. They are connected before the first collective (`rendezvous.meet`). A process that dies closes its connection
+at once, whatever killed it; a host that dies falls silent.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
-import secrets
 import selectors
 import socket
 import time
 from dataclasses import asdict, dataclass, fields
 
 from ..errors import ExitCode
-from .engine import Ranks
-from .rendezvous import listen
 
 HEARTBEAT_SEC = 0.5
 SILENCE_TIMEOUT_SEC = 50.0  # a rank not heard from for so long is gone: its host died, or it is frozen
-CONNECT_TIMEOUT_SEC = 60.0
 MAX_LINE = 65536
 
 
@@ -54,57 +50,19 @@ class Verdict:
     exit_code: int = ExitCode.FAILED
 
 
-def connect_ranks(ranks: Ranks) -> WatchServer | WatchClient:
-    """This rank's side of the connections; every rank calls it at the same time.
-
-    Raises:
-        RuntimeError: rank 0 cannot be reached, or some ranks did not come, within a minute.
-    """
-    token, port, listener = secrets.token_hex(16), 0, None
-    if ranks.is_main and ranks.world_size > 1:
-        listener = listen(ranks.world_size)
-        port = listener.getsockname()[1]
-    token, port = ranks.gather((token, port))[0]
-    host = os.environ.get("MASTER_ADDR", "127.0.0.1")
-    return WatchServer(ranks, token, listener) if ranks.is_main else WatchClient(ranks, token, host, port)
-
-
 class WatchServer:
     """Rank 0's side: hears every rank, finds who is gone or stuck, tells all."""
 
-    def __init__(self, ranks: Ranks, token: str, listener: socket.socket | None):
-        self._ranks = ranks
-        self._token = token
+    def __init__(self, connections: dict[int, JsonConnection], hosts: list[str]):
+        """`connections` are those of `rendezvous.meet`, `hosts` every rank's as `RankState.host` has it."""
         self._selector = selectors.DefaultSelector()
-        self._connections: dict[int, JsonConnection] = {}
-        self._states: dict[int, RankState] = {}
-        self._heard_at: dict[int, float] = {}
+        self._connections = connections
+        self._states = {rank: RankState(rank, host=hosts[rank]) for rank in connections}
+        self._heard_at = dict.fromkeys(connections, time.monotonic())
         self._left: set[int] = set()  # ranks that have ended in good order
-        if listener is not None:
-            self._accept_all(listener)
-
-    def _accept_all(self, listener: socket.socket) -> None:
-        listener.settimeout(CONNECT_TIMEOUT_SEC)
-        try:
-            while len(self._connections) < self._ranks.world_size - 1:
-                accepted, _ = listener.accept()
-                connection = JsonConnection(accepted)
-                accepted.settimeout(10.0)
-                hello = connection.wait_for_one()
-                rank = hello.get("rank") if hello.get("token") == self._token else None
-                if not isinstance(rank, int) or not 0 < rank < self._ranks.world_size or rank in self._connections:
-                    accepted.close()  # a stranger
-                    continue
-                accepted.setblocking(False)
-                self._connections[rank] = connection
-                self._states[rank] = RankState(rank)
-                self._heard_at[rank] = time.monotonic()
-                self._selector.register(accepted, selectors.EVENT_READ, rank)
-        except OSError as error:
-            missing = sorted(set(range(1, self._ranks.world_size)) - set(self._connections))
-            raise RuntimeError(f"rank 0 heard nothing from ranks {missing}: {error}") from error
-        finally:
-            listener.close()
+        for rank, connection in connections.items():
+            connection.never_wait()
+            self._selector.register(connection, selectors.EVENT_READ, rank)
 
     def exchange(self, mine: RankState, stall_timeout_sec: float) -> Verdict | None:
         """Listens for half a second, then sends rank 0's state or the verdict to all; returns the verdict, if any."""
@@ -173,19 +131,12 @@ class WatchServer:
 class WatchClient:
     """Every other rank's side: tells rank 0 what it is doing, and believes its verdict."""
 
-    def __init__(self, ranks: Ranks, token: str, host: str, port: int):
-        try:
-            self._socket = socket.create_connection((host, port), timeout=CONNECT_TIMEOUT_SEC)
-        except OSError as error:
-            raise RuntimeError(
-                f"rank {ranks.rank} cannot reach rank 0's watch at {host}:{port} ({error}); "
-                "nodes must reach each other on every TCP port of net.ipv4.ip_local_port_range, as NCCL must"
-            ) from error
-        self._connection = JsonConnection(self._socket)
-        self._connection.send({"token": token, "rank": ranks.rank})
-        self._socket.setblocking(False)
+    def __init__(self, connection: JsonConnection, host_of_0: str):
+        """`connection` is that of `rendezvous.meet`."""
+        self._connection = connection
+        self._connection.never_wait()
         self._heard_at = time.monotonic()
-        self._state_of_0 = RankState(0)
+        self._state_of_0 = RankState(0, host=host_of_0)
         self._server_left = False
 
     def exchange(self, mine: RankState, stall_timeout_sec: float) -> Verdict | None:
@@ -200,7 +151,7 @@ class WatchClient:
         until = time.monotonic() + HEARTBEAT_SEC
         while (left := until - time.monotonic()) > 0 and not self._server_left:
             with selectors.DefaultSelector() as selector:
-                selector.register(self._socket, selectors.EVENT_READ)
+                selector.register(self._connection, selectors.EVENT_READ)
                 if not selector.select(left):
                     break
             if (verdict := self._read()) is not None:
@@ -233,7 +184,7 @@ class WatchClient:
     def leave(self) -> None:
         """Tells rank 0 that this rank's end is in good order, and closes the connection."""
         self._connection.send({"leaving": True})
-        self._socket.close()
+        self._connection.close()
 
 
 class JsonConnection:
@@ -242,6 +193,18 @@ class JsonConnection:
     def __init__(self, connected: socket.socket):
         self._socket = connected
         self._unfinished = b""
+
+    def fileno(self) -> int:
+        """The socket's, for selectors."""
+        return self._socket.fileno()
+
+    def never_wait(self) -> None:
+        """From here on neither sending nor reading waits."""
+        self._socket.setblocking(False)
+
+    def close(self) -> None:
+        """Closes the socket."""
+        self._socket.close()
 
     def send(self, message: dict) -> None:
         """Sends it; raises nothing: a peer that is gone or does not read shows when reading from it."""
@@ -260,9 +223,10 @@ class JsonConnection:
         self._unfinished = self._unfinished[-MAX_LINE:]
         return [message for line in lines if (message := _parsed(line))], bool(data)
 
-    def wait_for_one(self) -> dict:
-        """The first message, in however many parts it comes; empty if none is whole within the socket's timeout."""
-        until = time.monotonic() + self._socket.gettimeout()
+    def wait_for_one(self, timeout_sec: float) -> dict:
+        """The first message, in however many parts it comes; empty if none is whole by then."""
+        self._socket.settimeout(timeout_sec)
+        until = time.monotonic() + timeout_sec
         while time.monotonic() < until:
             messages, is_open = self.read()
             if messages:

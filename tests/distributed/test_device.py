@@ -12,6 +12,7 @@ from higgs_ds.distributed import device, engine
 from higgs_ds.distributed.device import describe_devices, driver_version, pick_device, take_device
 from higgs_ds.distributed.engine import start_ranks
 from higgs_ds.distributed.rank_watch import NCCL_TIMEOUT_SEC, check_stall_timeout
+from higgs_ds.distributed.rendezvous import Meeting
 from higgs_ds.errors import ConfigError
 from higgs_ds.model.speaker import default_dtype
 from tests.conftest import SPEECH
@@ -177,7 +178,7 @@ def test_ranks_on_gpus_bind_theirs_and_leave_cudnn_attention(world_size, bound, 
         seen.update(settings, backend=backend)
         raise Joined
 
-    monkeypatch.setattr(engine, "meet", lambda *, on_cpu: (None, 0, world_size))
+    monkeypatch.setattr(engine, "meet", lambda *, on_cpu: Meeting(None, 0, world_size, (), {}))
     monkeypatch.setattr(dist, "init_process_group", init_process_group)
     cudnn_before = torch.backends.cuda.cudnn_sdp_enabled()
     try:

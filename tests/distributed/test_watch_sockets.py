@@ -7,26 +7,11 @@ import threading
 import time
 
 import pytest
-import torch
+import torch.distributed as dist
 
 from higgs_ds.distributed import watch_sockets
-from higgs_ds.distributed.engine import Ranks
-from higgs_ds.distributed.watch_sockets import RankState, Verdict, connect_ranks, find_stalled
-
-
-class ThreadRanks(Ranks):
-    """Ranks that are threads of one process, and only ask for rank 0's value."""
-
-    def gather(self, value):
-        if self.is_main:
-            FROM_0.append(value)
-            GATHERED.set()
-        assert GATHERED.wait(10)
-        return [FROM_0[0]]
-
-
-FROM_0: list = []
-GATHERED = threading.Event()
+from higgs_ds.distributed.rendezvous import connect
+from higgs_ds.distributed.watch_sockets import RankState, Verdict, WatchClient, WatchServer, find_stalled
 
 
 @pytest.fixture
@@ -35,16 +20,15 @@ def connected(monkeypatch):
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setattr(watch_sockets, "HEARTBEAT_SEC", 0.05)
 
-    def connect(world_size: int, first=lambda port: None) -> list:
-        FROM_0.clear()
-        GATHERED.clear()
+    def connect_all(world_size: int, first=lambda port: None) -> list:
+        store = dist.HashStore()
         sides: list = [None] * world_size
 
         def one(rank: int) -> None:
             if rank == 1:
-                GATHERED.wait(10)
-                first(FROM_0[0][1])
-            sides[rank] = connect_ranks(ThreadRanks(rank, world_size, rank, torch.device("cpu")))
+                first(json.loads(store.get("reach/at"))[0])
+            hosts, connections, _ = connect(store, rank, world_size)
+            sides[rank] = WatchClient(connections[0], "") if rank else WatchServer(connections, [""] * world_size)
 
         threads = [threading.Thread(target=one, args=(rank,)) for rank in range(world_size)]
         for thread in threads:
@@ -53,7 +37,7 @@ def connected(monkeypatch):
             thread.join(30)
         return sides
 
-    return connect
+    return connect_all
 
 
 def state(rank: int, **values) -> RankState:
@@ -65,8 +49,16 @@ def test_a_connection_that_closes_is_a_dead_rank_and_all_hear_of_it(connected):
     for rank, client in ((1, one), (2, two)):
         assert client.exchange(state(rank), 60) is None
     assert server.exchange(state(0), 60) is None
-    one._socket.close()  # as the system does for a process that is killed
+    one._connection.close()  # as the system does for a process that is killed
     wanted = Verdict("rank 1 died in step 7 (forward)")
+    assert server.exchange(state(0), 60) == wanted
+    assert two.exchange(state(2), 60) == wanted
+
+
+def test_a_rank_that_died_before_the_watch_began_is_found_by_it(connected):
+    server, one, two = connected(3)
+    one._connection.close()
+    wanted = Verdict("rank 1 died before the first step (starting)")
     assert server.exchange(state(0), 60) == wanted
     assert two.exchange(state(2), 60) == wanted
 
@@ -115,12 +107,12 @@ def test_a_stranger_and_what_is_no_message_are_left_alone(connected):
                 strangers[-1].shutdown(socket.SHUT_WR)
 
     server, one = connected(2, knock)
-    one._socket.sendall(b'no JSON\n[]\n{"state": 3}\n{"state": {"rank": 5, "color": 1, "step": 9}}\n')
+    one._connection._socket.sendall(b'no JSON\n[]\n{"state": 3}\n{"state": {"rank": 5, "color": 1, "step": 9}}\n')
     assert server.exchange(state(0), 60) is None
     one.send_verdict(Verdict("the end"))
     assert server.exchange(state(0), 60) == Verdict("the end")
     assert server._states[1] == RankState(1, step=9)
-    one._socket.sendall(json.dumps({"verdict": "again", "exit_code": "two"}).encode() + b"\n")
+    one._connection._socket.sendall(json.dumps({"verdict": "again", "exit_code": "two"}).encode() + b"\n")
     assert server.exchange(state(0), 60) == Verdict("again", 1)
 
 

@@ -120,6 +120,13 @@ def killed_in(phase: str, count: int) -> None:
     signal_in(phase, count)
 
 
+def fails_in(phase: str, count: int) -> None:
+    """An error that nobody foresaw, the `count`-th time that this rank begins a phase."""
+    global _signal_all
+    _signal_all = partial(divmod, 1, 0)
+    signal_in(phase, count)
+
+
 def dead_console() -> None:
     """A closed terminal, or `| tee` that ended by the same Ctrl-C: every write fails."""
     reader, writer = os.pipe()
@@ -233,6 +240,7 @@ def no_expanded_labels() -> None:
 
 
 PHASES = {
+    "join": (torch.distributed, "init_process_group"),
     "load": (run, "load_base"),
     "data": (dataset.MicroBatches, "__getitem__"),
     "forward": (engine.Engine, "forward"),

@@ -52,8 +52,8 @@ def train(config: TrainConfig, ds_raw: dict, stop: StopRequest) -> int:
         setup = run.open_setup(config, ds_raw, ranks, watch)
         data = run.load_data(setup, ranks, watch)
         if run.is_complete(setup, data, ranks):
-            ranks.say(f"nothing is left to train: {setup.output_dir / 'adapter'} is of the run's last step")
-            return leave_ranks(ExitCode.OK)
+            at_end = f"nothing is left to train: {setup.output_dir / 'adapter'} is of the run's last step"
+            return leave_ranks(ExitCode.OK, at_end)
 
         # 4. Model: base weights, LoRA, engine, guard.
         engine = run.load_model(setup, ranks, watch, first_inputs=data.any_inputs)
@@ -71,7 +71,8 @@ def train(config: TrainConfig, ds_raw: dict, stop: StopRequest) -> int:
                 )
                 stop.training()
                 try:
-                    finished = trainer.train(data.steps(setup.first_step, data.total_steps))
+                    with data.steps(setup.first_step, data.total_steps) as steps:
+                        finished = trainer.train(steps)
                 except BadLossError:
                     facts = {"stopped": "by the loss guard, before the failed step was trained"}
                     saved = sinks.save_adapter("adapter_before_failure", facts)
@@ -89,16 +90,16 @@ def train(config: TrainConfig, ds_raw: dict, stop: StopRequest) -> int:
                     run.say_stopped(setup, ranks, watch, stop.reason, ExitCode.STOPPED)
                 watch.untimed("closing")  # what W&B has yet to upload takes as long as it takes
         except BadLossError as error:
-            ranks.say(f"nothing of the failed step was trained; the weights before it are in {saved}")
             run.say_stopped(setup, ranks, watch, str(error), ExitCode.BAD_LOSS)
-            return leave_ranks(ExitCode.BAD_LOSS)
+            return leave_ranks(ExitCode.BAD_LOSS, f"nothing of the failed step was trained; weights before it: {saved}")
 
         # 6. Close: where to look.
         if not finished:
-            ranks.say(f"asked to stop: saved in {setup.output_dir / 'checkpoints'}; --resume auto goes on from there")
-            return leave_ranks(ExitCode.STOPPED)
-        ranks.say(f"adapter: {saved}\nlisten:  {run_dir.listen_command(config, saved, ranks.device)}")
-        return leave_ranks(ExitCode.OK if saved.parent == setup.output_dir else ExitCode.FAILED)
+            saved = setup.output_dir / "checkpoints"
+            return leave_ranks(ExitCode.STOPPED, f"asked to stop: saved in {saved}; --resume auto goes on from there")
+        listen = run_dir.listen_command(config, saved, ranks.device)
+        exit_code = ExitCode.OK if saved.parent == setup.output_dir else ExitCode.FAILED
+        return leave_ranks(exit_code, f"adapter: {saved}\nlisten:  {listen}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import socket
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,6 +34,9 @@ from .model.base_checkpoint import BaseCheckpoint
 from .run_setup import Setup
 
 SHOWN_CHARACTERS = 4000  # of a prompt
+
+# Steps with their batches, inside a context that ends the processes which build them.
+LoadedSteps = AbstractContextManager[Iterator[tuple[StepPlan, list[Batch]]]]
 
 
 def codes_folder(config: TrainConfig) -> Path:
@@ -116,14 +120,14 @@ class Data:
         references = self.references if rows is self.corpus.train_rows else None
         return MicroBatches(rows, self.setup.base.tokenizer, self.corpus.cache, self.collator, references)
 
-    def steps(self, first_step: int, last_step: int) -> Iterator[tuple[StepPlan, list[Batch]]]:
+    def steps(self, first_step: int, last_step: int) -> LoadedSteps:
         """This rank's batches of the optimizer steps `first_step`…`last_step`, both included."""
         plans = self.plan.steps(self.ranks.rank, first_step, last_step)
         if self.references is not None:
             plans = in_epochs(plans, self.plan.steps_per_epoch)
         return self._load(self.corpus.train_rows, plans)
 
-    def validation(self) -> Iterator[tuple[StepPlan, list[Batch]]]:
+    def validation(self) -> LoadedSteps:
         """This rank's share of all validation rows, as many batches on every rank."""
         rows, optim = self.corpus.val_rows, self.setup.config.optim
         budget = {
@@ -149,7 +153,7 @@ class Data:
         batch = self.dataset(self.corpus.train_rows)[MicroBatch((0,))]
         return batch.model_inputs(self.ranks.device)
 
-    def _load(self, rows: RowSet, plans: Iterable[StepPlan]) -> Iterator[tuple[StepPlan, list[Batch]]]:
+    def _load(self, rows: RowSet, plans: Iterable[StepPlan]) -> LoadedSteps:
         num_workers = self.setup.config.data.num_workers
         on_gpu = self.ranks.device.type == "cuda"
         return load_steps(self.dataset(rows), plans, num_workers=num_workers, pin_memory=on_gpu)

@@ -14,6 +14,7 @@ from .alone import Alone, Unwatched
 from .config import TrainConfig
 from .errors import ConfigError, ExitCode
 from .parse import parse_args
+from .process import say
 
 if TYPE_CHECKING:
     from .distributed.engine import Ranks
@@ -38,23 +39,24 @@ def main(argv: list[str]) -> int:
     import torch.distributed as dist
 
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        _prepare(config, Alone(), str(device))
+        say(_prepare(config, Alone(), str(device)))
         return ExitCode.OK
-    from .distributed.engine import Ranks
+    from .distributed.engine import Ranks, leave_ranks
     from .distributed.rendezvous import meet
 
     met = meet(on_cpu=True)
     dist.init_process_group("gloo", store=met.store, rank=met.rank, world_size=met.world_size, timeout=PATIENCE)
     try:
         ranks = Ranks(met.rank, met.world_size, int(os.environ.get("LOCAL_RANK", "0")), torch.device("cpu"), met.hosts)
-        _prepare(config, ranks, str(device))
-        dist.barrier()
-    finally:
+        done = _prepare(config, ranks, str(device))
+    except BaseException:
         dist.destroy_process_group()
-    return ExitCode.OK
+        raise
+    return leave_ranks(ExitCode.OK, done)
 
 
-def _prepare(config: TrainConfig, ranks: Ranks | Alone, device: str) -> None:
+def _prepare(config: TrainConfig, ranks: Ranks | Alone, device: str) -> str:
+    """Returns what was done, on rank 0."""
     import numpy as np
 
     from .batching.collate import Collator
@@ -80,11 +82,11 @@ def _prepare(config: TrainConfig, ranks: Ranks | Alone, device: str) -> None:
     cache, codec, sets = corpus.cache, corpus.codec, (corpus.train_rows, corpus.val_rows)
     encoded = sum(ranks.gather(cache.encoded))
     if not ranks.is_main:
-        return
+        return ""
     clips = np.unique(np.concatenate([rows.keys for rows in sets]), axis=0)
     frames = int(cache.frames_each(clips).sum())
     tokens = sum(int(rows.tokens.sum()) for rows in sets if rows)
-    ranks.say(
+    return (
         f"{codes_folder(config)}: {sum(map(len, sets)):,} rows, {len(clips):,} different clips of "
         f"{frames / codec.frame_rate / 3600:,.2f} hours, {frames * codec.num_codebooks * 2:,} bytes of codes, "
         f"{tokens:,} tokens; {encoded:,} clips were encoded now, the others were there "

@@ -4,12 +4,33 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import multiprocessing
 import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 from typing import NoReturn, TextIO
+
+END_SEC = 25.0  # from the last line to the end; launchers kill what takes half a minute
+
+
+def end_in_time(exit_code: int) -> None:
+    """Nothing that this process still waits for holds it up for longer than END_SEC, and nothing changes its exit code.
+
+    A thread, a child or a library's exit function that never comes back would keep a machine that is paid for.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher's, once another rank has ended
+    timer = threading.Timer(END_SEC, leave_now, [exit_code])
+    timer.daemon = True
+    timer.start()
+
+
+def leave_now(exit_code: int) -> NoReturn:
+    """Ends this process as it stands, and the processes that it has forked."""
+    for child in multiprocessing.active_children():
+        child.kill()
+    os._exit(exit_code)
 
 
 def end_process(exit_code: int) -> NoReturn:
@@ -19,10 +40,10 @@ def end_process(exit_code: int) -> NoReturn:
     tensor while the interpreter goes down is refused its lock, and the whole process aborts (SIGABRT, "terminate called
     without an active exception") after all its work was done: seen about once in fifty runs on busy machines.
     """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher's, once another rank has ended: the code is decided
+    end_in_time(exit_code)
     # Neither has a public name; it is what the standard library's own multiprocessing does before it leaves this way.
     threading._shutdown()  # tells thread pools to end, and waits for all threads but daemons
-    atexit._run_exitfuncs()  # stops data workers, removes temporary folders
+    atexit._run_exitfuncs()  # removes temporary folders
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()

@@ -287,8 +287,8 @@ def check(config: TrainConfig, ds_raw: dict) -> int:
         rehearse(setup, data, engine, guard, ranks, watch)
         trainer = make_trainer(setup, data, engine, guard, ranks, watch, on_bad_loss="raise")
         try:
-            trainer.train(data.steps(setup.first_step, data.total_steps))
+            with data.steps(setup.first_step, data.total_steps) as steps:
+                trainer.train(steps)
         except BadLossError as error:
-            ranks.say(str(error))
-            return leave_ranks(ExitCode.FAILED)
+            return leave_ranks(ExitCode.FAILED, str(error))
         return leave_ranks(ExitCode.OK)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -67,7 +68,7 @@ class Trainer:
     total_steps: int
     eval_every: int
     first_step: int = 1
-    validation: Callable[[], Iterable[tuple[StepPlan, list[Batch]]]] | None = None
+    validation: Callable[[], AbstractContextManager[Iterable[tuple[StepPlan, list[Batch]]]]] | None = None
     tracker: Tracker | None = None
     save: Callable[[StepPlan], None] | None = None
     save_before_validation: Callable[[StepPlan], None] | None = None  # what the last step reached
@@ -273,19 +274,20 @@ class Trainer:
         sums = StepSums.empty(books)
         ones = torch.ones(books, device=self.ranks.device)
         failures: list[Failure] = []
-        for _, batches in self.validation():
-            failures += [f for i, batch in enumerate(batches) for f in self.guard.check_batch(batch, step, i)]
-            failed, stopped = self.ranks.sum([len(failures), self.stop_requested()])
-            self.owes_validation = bool(stopped)
-            if failed or stopped:
-                break
-            on_device, reports = [], []
-            for batch in batches:
-                self.at(step, "validating")
-                _, values, report = self.engine.forward(batch.model_inputs(self.ranks.device), 1.0, ones)
-                on_device.append(values)
-                reports.append(report)
-            failures += self._check_results(step, batches, reports, on_device, sums)[1]
+        with self.validation() as steps:
+            for _, batches in steps:
+                failures += [f for i, batch in enumerate(batches) for f in self.guard.check_batch(batch, step, i)]
+                failed, stopped = self.ranks.sum([len(failures), self.stop_requested()])
+                self.owes_validation = bool(stopped)
+                if failed or stopped:
+                    break
+                on_device, reports = [], []
+                for batch in batches:
+                    self.at(step, "validating")
+                    _, values, report = self.engine.forward(batch.model_inputs(self.ranks.device), 1.0, ones)
+                    on_device.append(values)
+                    reports.append(report)
+                failures += self._check_results(step, batches, reports, on_device, sums)[1]
         self.engine.train()
         table = self.ranks.table([len(failures), *sums.pack()])
         if any(row[0] for row in table):

@@ -10,6 +10,8 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from higgs_ds.checkpoint import list_checkpoints, read_checkpoint
 from higgs_ds.errors import ConfigError
 from higgs_ds.run_dir import lock_run_dir
 from tests.conftest import ROOT, SPEECH
-from tests.ranks import free_port
+from tests.ranks import assert_all, free_port
 
 STEPS = 16
 SLOW = {0: ["slowly", 0.1, 0.1], 1: ["slowly", 0.1, 0.1]}
@@ -169,6 +171,90 @@ def test_killed_at_random_moments_it_reaches_the_same_adapter(forks, run_flags, 
 
 def being_written(folder) -> list:
     return list(folder.glob(".step-*.tmp"))
+
+
+def wait_for_ends(forks, ranks, timeout: float = 300) -> tuple[list, float]:
+    """The results, and the seconds from the last line that any rank said to the end of the last rank."""
+    began = time.time()
+    results = forks.wait(ranks, timeout)
+    said = max(rank.output_file.stat().st_mtime for rank in ranks)
+    return results, max(began + result.ended_after_sec for result in results) - said
+
+
+@contextlib.contextmanager
+def busy_cores():
+    """Inside, every core has another process to run."""
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count())]
+    try:
+        yield
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+
+
+# More: HIGGS_DS_ENDS=30 python -m pytest tests/test_faults.py -s -k resumed_runs
+ENDS = int(os.environ.get("HIGGS_DS_ENDS", "2"))
+
+
+def test_resumed_runs_are_over_when_they_have_said_so(forks, run_flags, tmp_path):
+    """Two ranks with data workers and W&B, long enough that workers wait; every second run is stopped by a signal."""
+    folder, took = tmp_path / "run", []
+    changes = {"num_workers": 2, "wandb_mode": "offline", "save_every": None, "lr_scheduler": "constant"}
+    assert_all(forks.run(run_flags(folder, max_steps=4, **changes), 2))
+    with busy_cores():
+        for number in range(ENDS):
+            last = steps_done(folder) + 20
+            ranks = forks.start(run_flags(folder, max_steps=last, **changes), 2, patches=SLOW)
+            if number % 2:
+                until(partial(lambda last: steps_done(folder) >= last - 8, last), 300)
+                ranks[1].kill(signal.SIGUSR1)
+            results, seconds = wait_for_ends(forks, ranks)
+            took.append(seconds)
+            assert_all(results, returncode=75 if number % 2 else 0)
+            for result in results:
+                assert "Traceback" not in result.output and "Exception" not in result.output, result.output[-3000:]
+    print(f"seconds from the last line to the end: {sorted(round(seconds, 1) for seconds in took)}")
+    assert max(took) < 30
+
+
+def left_in_group_of(leader: int) -> list[str]:
+    """What is alive of the process group that a forked rank has led."""
+    left = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, group, *_ = path.read_text().rpartition(")")[2].split()
+            if group == str(leader) and state != "Z":
+                left.append(str(path))
+    return left
+
+
+STUCK_ENDS = {
+    "done": ([], None, [0, 0]),
+    "stopped": ([], ["signal_at_step", 3], [75, 75]),
+    "guard": ([], ["lost_audio_from", 3], [3, 3]),
+    "failed": ([], ["fail", 3], [1, 1]),
+    "check": (["check"], None, [0, 0]),
+}
+
+
+@pytest.mark.parametrize("end", STUCK_ENDS)
+def test_workers_that_do_not_go_hold_up_no_end(end, forks, run_flags, tmp_path):
+    """Rank 0's are suspended, rank 1's never return."""
+    verb, then, codes = STUCK_ENDS[end]
+    steps = 3 if end == "done" else STEPS
+    flags = [*verb, *run_flags(tmp_path / "run", num_workers=2, max_steps=steps, save_every=None)]
+    step = 1 if end == "check" else 3
+    patches = {0: ["stuck_workers", "suspended", step, None], 1: ["stuck_workers", "lingering", step, then]}
+    ranks = forks.start(flags, 2, patches=patches)
+    results, seconds = wait_for_ends(forks, ranks)
+    print(f"{seconds:.1f} s from the last line to the end")
+    assert [r.returncode for r in results] == codes, results[1].output[-3000:]
+    assert seconds < 30
+    until(lambda: not any(left_in_group_of(rank.pid) for rank in ranks), 5)
+    for result, tracebacks in zip(results, (0, end == "failed"), strict=True):
+        assert result.output.count("Traceback") == tracebacks, result.output[-3000:]
+        assert "killed by signal" not in result.output
 
 
 LAUNCH = "deepspeed.launcher.launch"  # the launcher of one node, which the one that the user typed has started

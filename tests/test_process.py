@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.ranks import ROOT
 
 PROGRAM = """
@@ -34,6 +36,32 @@ def test_a_process_ends_with_everything_done_and_python_not_taken_down():
     assert lines == ["not flushed, written, ", "exit functions"]
     assert not Path(folder).exists()
     assert ended.stderr == ""
+
+
+STUCK = """
+import atexit, multiprocessing, signal, sys, threading, time
+from higgs_ds import process
+
+def stay():
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(600)
+
+process.END_SEC = 1.0
+child = multiprocessing.get_context("fork").Process(target=stay, daemon=True)
+child.start()
+if sys.argv[1] == "thread":
+    threading.Thread(target=time.sleep, args=(600,)).start()
+elif sys.argv[1] == "exit function":
+    atexit.register(time.sleep, 600)
+process.end_process(75)
+"""
+
+
+@pytest.mark.parametrize("what", ["thread", "exit function", "child"])
+def test_nothing_that_never_comes_back_holds_up_the_end_nor_changes_the_exit_code(what):
+    """Nor does a child that ignores SIGTERM stay: the pipe that it shares is closed. Python itself would join it."""
+    ended = subprocess.run([sys.executable, "-c", STUCK, what], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (75, "", "")
 
 
 def test_a_line_is_one_write():

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import atexit
+import contextlib
 import dataclasses
 import itertools
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
 
 import torch
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data._utils.signal_handling import _remove_worker_pids, _set_worker_pids
 
 from ..corpus.code_cache import CodeCache
 from ..corpus.manifest import AudioRef, Row
@@ -22,6 +23,7 @@ from .collate import Batch, Collator, build_sample
 from .references import References
 
 PREFETCH = 4  # micro-batches that a data worker builds ahead
+WORKERS_END_SEC = 5.0  # for what a worker has in hand
 
 
 class MicroBatches(Dataset):
@@ -56,10 +58,14 @@ class MicroBatches(Dataset):
         return torch.from_numpy(self.cache.get(ref).astype("int64"))
 
 
+@contextlib.contextmanager
 def load_steps(
     dataset: MicroBatches, plans: Iterable[StepPlan], *, num_workers: int, pin_memory: bool = False
-) -> Iterator[tuple[StepPlan, list[Batch]]]:
-    """Each step's plan with its batches, built ahead by `num_workers` processes; plans are drawn as they are needed."""
+) -> Iterator[Iterator[tuple[StepPlan, list[Batch]]]]:
+    """Each step's plan with its batches, built ahead by `num_workers` processes, which end with the context.
+
+    Plans are drawn as they are needed.
+    """
     # A tokenizer that was used here would have every worker warn of its threads; without them nothing is slower.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     plans, ahead = itertools.tee(plans)
@@ -80,20 +86,30 @@ def load_steps(
         batches = iter(loader)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    end_workers = partial(_kill, [process for process in multiprocessing.active_children() if process not in others])
-    # A rank that fails keeps the loader alive in its traceback, and would wait at exit for workers that mind no signal.
-    atexit.register(end_workers)
+    workers = [process for process in multiprocessing.active_children() if process not in others]
     try:
-        for plan in plans:
-            yield plan, [next(batches) for _ in plan.micro_batches]
-    except GeneratorExit:  # whoever asked has enough; the loader ends its workers itself
-        pass
-    atexit.unregister(end_workers)
+        yield ((plan, [next(batches) for _ in plan.micro_batches]) for plan in plans)
+    finally:
+        if workers:
+            _end_workers(batches, workers)
 
 
-def _kill(processes: list[multiprocessing.Process]) -> None:
-    for process in processes:
-        process.kill()
+def _end_workers(batches, workers: list[multiprocessing.Process]) -> None:
+    """Ends a loader and its workers; those that have not gone WORKERS_END_SEC later are killed.
+
+    Torch's own end of a loader comes down to SIGTERM, which they ignore, and Python at exit waits for them for good. It
+    has no public name, nor has the registry of workers: tests/batching/test_loader.py fails when they change.
+    """
+    # For a registered worker that is killed, torch's SIGCHLD handler raises in whatever code runs then. An empty entry
+    # takes the place of theirs, since torch's end of the loader wants to remove one.
+    _remove_worker_pids(id(batches))
+    _set_worker_pids(id(batches), ())
+    ending = threading.Thread(target=batches._shutdown_workers, daemon=True)  # joins each worker for five seconds
+    ending.start()
+    ending.join(WORKERS_END_SEC)
+    for worker in workers:
+        worker.kill()
+    ending.join(WORKERS_END_SEC)
 
 
 def _outlive_stop_signals(worker: int) -> None:

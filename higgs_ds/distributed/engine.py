@@ -20,7 +20,7 @@ from peft import LoraConfig
 from torch import nn
 
 from ..errors import ConfigError
-from ..process import say
+from ..process import end_in_time, say
 from .adamw import DroppableAdamW
 from .device import describe_devices, name_accelerator, take_device
 from .optimizer_state import GatheredState, OptimizerState
@@ -150,14 +150,19 @@ def _without_kernel_build(deepspeed) -> None:
     deepspeed.ops.__compatible_ops__ = {}
 
 
-def leave_ranks(exit_code: int, *, wait: bool = True) -> int:
-    """Leaves the process group; returns `exit_code`, to end with by `process.end_process`.
+def leave_ranks(exit_code: int, last_line: str = "", *, wait: bool = True) -> int:
+    """Leaves the process group; returns `exit_code`, to end with by `process.end_process`, within END_SEC from here.
 
-    `wait` for the other ranks, where all of them are known to come here.
+    Args:
+        last_line: what rank 0 says, once nobody is waited for any more.
+        wait: for the other ranks, where all of them are known to come here.
     """
     if dist.is_initialized():
         if wait:
             dist.barrier()
+        if last_line and dist.get_rank() == 0:
+            say(last_line)
+        end_in_time(exit_code)
         dist.destroy_process_group()
     return exit_code
 

@@ -7,8 +7,6 @@ that never touches torch.
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import threading
 import time
 import traceback
@@ -16,14 +14,13 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from ..errors import ConfigError, ExitCode
-from ..process import say
+from ..process import END_SEC, leave_now, say
 from .engine import Ranks
 from .launchers import find_launchers, gone_launcher, resume_command
 from .stop import StopRequest
 from .watch_sockets import HEARTBEAT_SEC, JsonConnection, RankState, Verdict, WatchClient, WatchServer
 
 NEWS_WAIT_SEC = 3.0  # how long an error waits for the news that another rank's death is behind it
-CLEANUP_TIMEOUT_SEC = 30.0
 SUSPENDED_SEC = 10 * HEARTBEAT_SEC  # a heartbeat that takes longer: this process did not run meanwhile
 NCCL_TIMEOUT_SEC = 600.0  # torch's, which DeepSpeed's own groups keep, whatever the default group has
 
@@ -111,7 +108,7 @@ class Watch:
         if error is not None and not isinstance(error, ConfigError):
             self._fail(error)
         self._closing.set()
-        self._thread.join(CLEANUP_TIMEOUT_SEC)  # a rank that leaves without a word counts as dead
+        self._thread.join(END_SEC)  # a rank that leaves without a word counts as dead
 
     def _fail(self, error: BaseException) -> None:
         """Ends all ranks with this error; does not return."""
@@ -179,10 +176,8 @@ class Watch:
         say(f"[rank {self._ranks.rank}] ending: {verdict.text}", error=True)
         cleanup = threading.Thread(target=self._clean_up, args=[verdict], daemon=True)
         cleanup.start()
-        cleanup.join(CLEANUP_TIMEOUT_SEC)
-        for child in multiprocessing.active_children():
-            child.kill()
-        os._exit(verdict.exit_code)
+        cleanup.join(END_SEC)
+        leave_now(verdict.exit_code)
 
     def _clean_up(self, verdict: Verdict) -> None:
         for action in self.before_end:

@@ -1,16 +1,20 @@
 """The loader: batches are built ahead, and only a little ahead."""
 
 import itertools
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.data import Dataset
 from torch.utils.data._utils import signal_handling
 
+from higgs_ds.batching import loader
 from higgs_ds.batching.batch_plan import MicroBatch, StepPlan
 from higgs_ds.batching.loader import load_steps
 from higgs_ds.distributed.stop import STOP_SIGNALS
@@ -25,6 +29,10 @@ class Echo(Dataset):
         return torch.tensor(micro_batch.rows)
 
 
+def plans_of(steps: int) -> list[StepPlan]:
+    return [StepPlan(i, 0.0, (MicroBatch((i,)),)) for i in range(steps)]
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_a_run_without_end_is_drawn_as_it_is_needed(num_workers):
     drawn = []
@@ -34,10 +42,10 @@ def test_a_run_without_end_is_drawn_as_it_is_needed(num_workers):
             drawn.append(step)
             yield StepPlan(step, 0.0, tuple(MicroBatch((step, i)) for i in range(step % 3 + 1)))
 
-    loaded = load_steps(Echo(), plans(), num_workers=num_workers)
-    for step, (plan, batches) in enumerate(itertools.islice(loaded, 20), start=1):
-        assert plan.step == step
-        assert [batch.tolist() for batch in batches] == [[step, i] for i in range(step % 3 + 1)]
+    with load_steps(Echo(), plans(), num_workers=num_workers) as loaded:
+        for step, (plan, batches) in enumerate(itertools.islice(loaded, 20), start=1):
+            assert plan.step == step
+            assert [batch.tolist() for batch in batches] == [[step, i] for i in range(step % 3 + 1)]
     assert len(drawn) <= 20 + 4 * num_workers + 1
 
 
@@ -52,9 +60,10 @@ def test_a_rank_that_fails_ends_although_its_workers_outlive_a_stop_signal(datas
         "from higgs_ds.batching.loader import load_steps\n"
         "from higgs_ds.batching.batch_plan import MicroBatch, StepPlan\n"
         f"from tests.batching.test_loader import {dataset} as Dataset\n"
-        "loaded = load_steps(Dataset(), [StepPlan(i, 0.0, (MicroBatch((i,)),)) for i in range(99)], num_workers=1)\n"
-        "for plan in loaded:\n"
-        "    raise ValueError('what went wrong')\n"
+        "plans = [StepPlan(i, 0.0, (MicroBatch((i,)),)) for i in range(99)]\n"
+        "with load_steps(Dataset(), plans, num_workers=1) as loaded:\n"
+        "    for plan in loaded:\n"
+        "        raise ValueError('what went wrong')\n"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert result.returncode == 1 and "what went wrong" in result.stderr
@@ -80,9 +89,10 @@ def test_workers_say_nothing_while_they_run_nor_when_they_are_left_early():
         "import os; from tests.batching.test_loader import Tokenized\n"
         "del os.environ['TOKENIZERS_PARALLELISM']\n"  # which the tests set
         "plans = [StepPlan(i, 0.0, (MicroBatch((i,)),)) for i in range(4)]\n"
-        "for plan, _ in load_steps(Tokenized(), plans, num_workers=2):\n"
-        "    if plan.step == 2:\n"
-        "        break\n"
+        "with load_steps(Tokenized(), plans, num_workers=2) as loaded:\n"
+        "    for plan, _ in loaded:\n"
+        "        if plan.step == 2:\n"
+        "            break\n"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
@@ -100,6 +110,43 @@ def test_a_stop_signal_that_comes_as_a_worker_begins_does_not_end_it(number, mon
 
     monkeypatch.setattr(signal_handling, "_set_worker_signal_handlers", begin)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
-    plans = [StepPlan(i, 0.0, (MicroBatch((i,)),)) for i in range(3)]
-    assert [batch.tolist() for _, (batch,) in load_steps(Echo(), plans, num_workers=2)] == [[0], [1], [2]]
+    with load_steps(Echo(), plans_of(3), num_workers=2) as loaded:
+        assert [batch.tolist() for _, (batch,) in loaded] == [[0], [1], [2]]
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
+
+
+class Stuck(Echo):
+    """One worker is suspended, another never returns, the third goes on."""
+
+    def __getitem__(self, micro_batch):
+        if micro_batch.rows == (1,):
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if micro_batch.rows == (2,):
+            time.sleep(3600)
+        return super().__getitem__(micro_batch)
+
+
+def is_suspended(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+
+def test_workers_that_do_not_go_are_killed_and_nothing_is_raised(monkeypatch):
+    monkeypatch.setattr(loader, "WORKERS_END_SEC", 1.0)
+    with load_steps(Stuck(), plans_of(99), num_workers=3) as loaded:
+        assert next(loaded)[1][0].tolist() == [0]
+        pids = [process.pid for process in multiprocessing.active_children()]
+        while not any(map(is_suspended, pids)):
+            time.sleep(0.01)
+        started = time.monotonic()
+    assert time.monotonic() - started < 3
+    assert not multiprocessing.active_children() and not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def test_a_worker_that_is_killed_while_it_is_needed_is_an_error_at_once():
+    """Which torch's handler of SIGCHLD raises for registered workers: the test above would see it."""
+    with load_steps(Stuck(), plans_of(99), num_workers=3) as loaded:
+        for process in multiprocessing.active_children():
+            process.kill()
+        with pytest.raises(RuntimeError, match="DataLoader worker .* is killed by signal: Killed"):
+            time.sleep(10)
+        del loaded

@@ -64,7 +64,8 @@ class Run:
     broken: str | None = None
 
     def batches(self, *, last_step: int, first_step: int = 1):
-        return self.data.steps(first_step, last_step)
+        with self.data.steps(first_step, last_step) as steps:
+            yield from steps
 
 
 def build(

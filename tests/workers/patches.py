@@ -7,6 +7,7 @@ import resource
 import signal
 import socket
 import subprocess
+import threading
 import time
 import weakref
 from functools import partial
@@ -125,6 +126,23 @@ def fails_in(phase: str, count: int) -> None:
     global _signal_all
     _signal_all = partial(divmod, 1, 0)
     signal_in(phase, count)
+
+
+def stuck_workers(how: str, step: int, then: list | None) -> None:
+    """Data workers that do not go: suspended in a step, or "lingering" in a thread. `then` is another patch."""
+    dataset.WORKERS_END_SEC = 1.0
+    if then:
+        globals()[then[0]](*then[1:])
+    if how == "suspended":
+        _at_step(step, lambda: [os.kill(worker.pid, signal.SIGSTOP) for worker in multiprocessing.active_children()])
+        return
+    begin = dataset._outlive_stop_signals
+
+    def begin_and_linger(worker: int) -> None:
+        begin(worker)
+        threading.Thread(target=time.sleep, args=[3600]).start()
+
+    dataset._outlive_stop_signals = begin_and_linger
 
 
 def dead_console() -> None:

@@ -254,8 +254,8 @@ class Bench:
             engine.train()
             inputs = self.inputs()
 
-            def micro_batches() -> None:
-                for _ in range(MICRO_BATCHES):
+            def micro_batches(count: int = 1) -> None:
+                for _ in range(count):
                     loss, _, report = engine.forward(inputs, 0.1, self.scales)
                     assert not report.problems
                     engine.backward(loss)
@@ -264,7 +264,7 @@ class Bench:
                 micro_batches()
                 engine.step(1e-4)
             asked.waits = 0
-            found = counted(micro_batches, self.device)
+            found = counted(lambda: micro_batches(MICRO_BATCHES), self.device)
         found["synchronisations"] += asked.waits
         return found
 

@@ -90,6 +90,10 @@ def take_device(device: torch.device, *, deterministic: bool = False) -> None:
         # figures: a second, forward and backward). With token budgets nearly every step has one. FlashAttention-2,
         # which is next, has no plans.
         torch.backends.cuda.enable_cudnn_sdp(False)
+        # LoRA's gradients are sums over all tokens, a few columns wide. cuBLAS cuts such a sum into parts, which torch
+        # would let it round to bf16 or fp16 before it adds them.
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 
 def describe_devices(device: torch.device, count: int) -> str:

@@ -170,7 +170,7 @@ class Joined(Exception):
 
 
 @pytest.mark.parametrize(("world_size", "bound"), [(8, torch.device("cuda", 3)), (1, None)])
-def test_ranks_on_gpus_bind_theirs_and_leave_cudnn_attention(world_size, bound, gpus, monkeypatch):
+def test_ranks_on_gpus_bind_theirs_leave_cudnn_attention_and_sum_in_float32(world_size, bound, gpus, monkeypatch):
     gpus(8, RANK=0, LOCAL_RANK=3, WORLD_SIZE=world_size)
     seen = {}
 
@@ -180,13 +180,17 @@ def test_ranks_on_gpus_bind_theirs_and_leave_cudnn_attention(world_size, bound, 
 
     monkeypatch.setattr(engine, "meet", lambda *, on_cpu: Meeting(None, 0, world_size, (), {}))
     monkeypatch.setattr(dist, "init_process_group", init_process_group)
-    cudnn_before = torch.backends.cuda.cudnn_sdp_enabled()
+    cudnn_before, products = torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cuda.matmul
+    assert products.allow_bf16_reduced_precision_reduction and products.allow_fp16_reduced_precision_reduction
     try:
         with pytest.raises(Joined):
             start_ranks()
         assert not torch.backends.cuda.cudnn_sdp_enabled() and torch.backends.cuda.flash_sdp_enabled()
+        assert not products.allow_bf16_reduced_precision_reduction
+        assert not products.allow_fp16_reduced_precision_reduction
     finally:
         torch.backends.cuda.enable_cudnn_sdp(cudnn_before)
+        products.allow_bf16_reduced_precision_reduction = products.allow_fp16_reduced_precision_reduction = True
     assert seen["backend"] == "nccl" and seen["device_id"] == bound and seen["timeout"].days == 1
     assert os.environ["DS_ACCELERATOR"] == "cuda"
 

@@ -1,7 +1,8 @@
 """The DeepSpeed engine and the process group: the only file that imports deepspeed.
 
 The boundaries of an optimizer step are ours (`managed_gradient_accumulation: false`): any number of `backward` calls,
-then one `step`. Only public calls are used, but for the one in `_without_kernel_build`.
+then one `step`. Only public calls are used, but for the ones in `_without_kernel_build` and
+`_without_pynvml`.
 """
 
 from __future__ import annotations
@@ -138,6 +139,8 @@ def join_group(ranks: Ranks, meeting: Meeting) -> None:
 
     if on_cpu:
         _without_kernel_build(deepspeed)
+    else:
+        _without_pynvml(deepspeed)
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
 
 
@@ -148,6 +151,16 @@ def _without_kernel_build(deepspeed) -> None:
     tests/distributed/test_engine.py fails when that changes.
     """
     deepspeed.ops.__compatible_ops__ = {}
+
+
+def _without_pynvml(deepspeed) -> None:
+    """Has CUDA say how much of the GPU's memory is free, which DeepSpeed asks at stages 1 and 2, the model loaded.
+
+    Where pynvml is installed DeepSpeed would ask that, by the number in CUDA_VISIBLE_DEVICES, and fail where Kubernetes
+    or Slurm has written UUIDs or MIG names. tests/distributed/test_engine.py fails when that changes.
+    """
+    accelerator = deepspeed.accelerator.get_accelerator()
+    accelerator.available_memory = lambda device_index=None: torch.cuda.mem_get_info(device_index)[0]
 
 
 def leave_ranks(exit_code: int, last_line: str = "", *, wait: bool = True) -> int:

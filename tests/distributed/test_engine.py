@@ -90,6 +90,16 @@ def test_every_shipped_config_trains_in_bf16_and_saves_what_the_host_holds(tiny_
     assert max(map(float, losses.values())) - min(map(float, losses.values())) < 0.05, losses
 
 
+def test_gpus_that_go_by_uuid_or_mig_name_are_trained_on_with_pynvml_installed(tmp_path):
+    """DeepSpeed by itself fails on them, the base loaded; where it no longer does, `_without_pynvml` may go."""
+    env = {"DS_ACCELERATOR": "cuda", "TORCH_EXTENSIONS_DIR": str(tmp_path)}
+    (result,) = run_ranks(["tests/workers/named_gpus.py"], 1, timeout=120, env=env)
+    assert_all([result])
+    assert result.output.count("CUDA was asked 2 times") == 2
+    for kind in ("GPU", "MIG"):
+        assert f"DeepSpeed by itself: invalid literal for int() with base 10: '{kind}-" in result.output, result.output
+
+
 def test_a_micro_batch_of_the_engine_never_waits_for_the_device(tmp_path):
     """And the counter finds DeepSpeed's throughput timer and overlap_comm where they are on."""
     (result,) = run_ranks(["benchmarks/syncs.py", "--json", str(tmp_path / "syncs.json")], 1, timeout=600)

@@ -244,9 +244,10 @@ class RunOptions:
         "none",
         "auto, or no value: go on from the newest whole checkpoint of --output_dir; none; or a checkpoint's folder",
     )
-    stall_timeout_sec: float = _option(
-        300.0,
-        "seconds without progress on any rank, after which all ranks end and say who is stuck; below 600 on GPUs",
+    stall_timeout_sec: float | None = _option(
+        None,
+        "seconds without progress on any rank, after which all ranks end and say who is stuck; below 600 on GPUs "
+        "(default: 300 on GPUs, 3600 on CPUs, where a single pass over a large model takes many minutes)",
         above=0,
     )
     deterministic: bool = _option(

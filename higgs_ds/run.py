@@ -25,7 +25,7 @@ from .data import Data, codes_folder
 from .data import load_data as load_data
 from .distributed.agreement import check_same, check_shared, versions
 from .distributed.engine import Engine, Ranks, join_group, leave_ranks, loading, meet_ranks, whole
-from .distributed.rank_watch import Watch, check_stall_timeout
+from .distributed.rank_watch import STALL_TIMEOUT_SEC, Watch, check_stall_timeout
 from .distributed.stop import StopRequest
 from .errors import ConfigError, ExitCode
 from .guard import BadLossError, Guard
@@ -61,7 +61,7 @@ def joined(
     output_dir = Path(config.run.output_dir)
     is_new = not keeps_nothing and config.run.resume == "none"
     alone = ranks.is_main and not keeps_nothing
-    seconds = config.run.stall_timeout_sec
+    seconds = config.run.stall_timeout_sec or STALL_TIMEOUT_SEC[ranks.device.type]
     with Watch(ranks, meeting.connections, stall_timeout_sec=seconds, stop=stop) as watch:
         try:
             join_group(ranks, meeting)

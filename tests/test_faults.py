@@ -335,6 +335,14 @@ def test_a_rank_that_dies_before_the_first_collective_ends_the_others(how, forks
         assert results[rank].ended_after_sec - results[1].ended_after_sec < 10
 
 
+@pytest.mark.parametrize(("given", "code"), [(["--stall_timeout_sec", "300"], 1), ([], 0)])
+def test_a_cpu_may_take_minutes_for_what_a_gpu_does_in_seconds(given, code, forks, flags_of, tmp_path):
+    flags = flags_of(tmp_path / "run", max_steps=2, dtype="fp32")
+    (result,) = forks.run([*flags, *given], 1, patches={0: ["minutes_a_step"]})
+    assert result.returncode == code, result.output[-2000:]
+    assert ("rank 0 has not moved for 300 s (--stall_timeout_sec)" in result.output) == bool(given)
+
+
 @pytest.mark.parametrize("phase", ["load", "data", "forward", "backward", "validate", "save", "write"])
 def test_a_stop_signal_in_any_phase(phase, forks, run_flags, whole, tmp_path):
     flags = run_flags(tmp_path / "run", grad_accum=1)

@@ -22,6 +22,7 @@ from .watch_sockets import HEARTBEAT_SEC, JsonConnection, RankState, Verdict, Wa
 
 NEWS_WAIT_SEC = 3.0  # how long an error waits for the news that another rank's death is behind it
 SUSPENDED_SEC = 10 * HEARTBEAT_SEC  # a heartbeat that takes longer: this process did not run meanwhile
+STALL_TIMEOUT_SEC = {"cuda": 300.0, "cpu": 3600.0}  # where the user gives none
 NCCL_TIMEOUT_SEC = 600.0  # torch's, which DeepSpeed's own groups keep, whatever the default group has
 
 
@@ -35,7 +36,7 @@ def check_stall_timeout(seconds: float, *, on_gpu: bool) -> None:
         raise ConfigError(
             [
                 f"--stall_timeout_sec: {seconds:g} is not below {NCCL_TIMEOUT_SEC:g}, the seconds after which NCCL "
-                "ends a stuck collective without saying which rank is stuck; give less (default: 300)"
+                "ends a stuck collective without saying which rank is stuck; give less, or leave it out"
             ]
         )
 

@@ -11,7 +11,7 @@ from higgs_ds.cli import main as higgs_ds
 from higgs_ds.distributed import device, engine
 from higgs_ds.distributed.device import describe_devices, driver_version, pick_device, take_device
 from higgs_ds.distributed.engine import start_ranks
-from higgs_ds.distributed.rank_watch import NCCL_TIMEOUT_SEC, check_stall_timeout
+from higgs_ds.distributed.rank_watch import NCCL_TIMEOUT_SEC, STALL_TIMEOUT_SEC, check_stall_timeout
 from higgs_ds.distributed.rendezvous import Meeting
 from higgs_ds.errors import ConfigError
 from higgs_ds.model.speaker import default_dtype
@@ -217,4 +217,5 @@ def test_a_stall_timeout_that_nccl_would_come_before_is_refused_with_both_number
             check_stall_timeout(seconds, on_gpu=True)
         check_stall_timeout(seconds, on_gpu=False)
     check_stall_timeout(599.5, on_gpu=True)
+    check_stall_timeout(STALL_TIMEOUT_SEC["cuda"], on_gpu=True)
     assert dist.constants.default_pg_nccl_timeout.total_seconds() == NCCL_TIMEOUT_SEC

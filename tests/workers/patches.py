@@ -10,6 +10,7 @@ import subprocess
 import threading
 import time
 import weakref
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -18,7 +19,7 @@ from higgs_ds import checkpoint, rehearsal, run, trainer
 from higgs_ds.batching import collate, layout
 from higgs_ds.batching import loader as dataset
 from higgs_ds.codec import boson_tokenizer
-from higgs_ds.distributed import agreement, engine, rendezvous
+from higgs_ds.distributed import agreement, engine, rank_watch, rendezvous
 from higgs_ds.model import flops, higgs, reference
 
 
@@ -60,6 +61,18 @@ def slowly(step_seconds: float, write_seconds: float) -> None:
         original_sync(path)
 
     trainer.Trainer.train_step, checkpoint.sync = train_step, sync
+
+
+def minutes_a_step() -> None:
+    """A step takes 3 s before its first move, and the watch sees every move as begun 298 s before it was."""
+    original = rank_watch.Watch._current_state
+
+    def current_state(self):
+        state = original(self)
+        return replace(state, no_progress_sec=state.no_progress_sec + 298)
+
+    rank_watch.Watch._current_state = current_state
+    slowly(3.0, 0.0)
 
 
 def quota_from_step(step: int, size: int) -> None:

@@ -86,7 +86,7 @@ SIGNS_OF_OTHERS = {
 def enter_launch(environment: MutableMapping[str, str] = os.environ) -> None:
     """Puts what srun or MPI say into the variables that torch reads; those of deepspeed and torchrun win.
 
-    A process of its own takes the first GPU that it sees.
+    A process of its own takes the first GPU that it sees, and all cores; several on this host share those.
 
     Raises:
         ConfigError: this process is one of several and cannot know which, or where they meet.
@@ -97,6 +97,8 @@ def enter_launch(environment: MutableMapping[str, str] = os.environ) -> None:
         except ConfigError:
             environment.pop("RANK")  # as which it would keep silent: rank 0 speaks for all, of what all know
             raise
+        ranks_here = _first_number(environment, ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"))
+        _share_cores(environment, ranks_here, len(os.sched_getaffinity(0)))
     else:
         _take_place(environment)
     # DeepSpeed holds Open MPI's against LOCAL_RANK. It is another one where mpirun has started torchrun, or Slurm shows
@@ -122,11 +124,26 @@ def _take_place(environment: MutableMapping[str, str]) -> None:
     environment.update(RANK=str(place.rank), WORLD_SIZE=str(place.world_size), LOCAL_RANK=str(local_rank))
     if local_size is not None:
         environment["LOCAL_WORLD_SIZE"] = str(local_size)
+    cores = _count(environment.get("SLURM_CPUS_ON_NODE", "")) or os.cpu_count() or 1
+    _share_cores(environment, place.local_size, cores)
     _set_meeting_place(place, environment)
     if place.rank == 0:
         where = f"{environment['MASTER_ADDR']}:{environment['MASTER_PORT']}"
         say(f"{place.launcher}: {place.world_size} ranks, which meet at {where}")
         _warn_of_idle_gpus(place, environment)
+
+
+def _share_cores(environment: MutableMapping[str, str], ranks_here: int | None, cores: int) -> None:
+    """OMP_NUM_THREADS, where nobody has set it: else each of several ranks on this host starts a thread a core.
+
+    torch and DeepSpeed's Adam on the CPU read it when they are loaded, which is later.
+
+    Args:
+        cores: that all ranks here have together; srun and mpirun may have bound this one to some of them.
+    """
+    if ranks_here and ranks_here > 1 and not environment.get("OMP_NUM_THREADS"):
+        share = min(cores // ranks_here, len(os.sched_getaffinity(0)))
+        environment["OMP_NUM_THREADS"] = str(max(share, 1))
 
 
 def first_host(nodelist: str) -> str:

@@ -1,11 +1,17 @@
 """Which rank a process is, by whatever launched it: the variables of srun and MPI, and real ranks with them."""
 
+import base64
+import json
+import os
 import socket
+import subprocess
+import sys
 
 import pytest
 
 from higgs_ds.distributed.launch_env import PORTS, enter_launch, first_host, port_of_job
 from higgs_ds.errors import ConfigError
+from tests.conftest import ROOT
 from tests.ranks import assert_all
 
 TORCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -113,6 +119,56 @@ def test_deepspeed_and_torchrun_win_over_what_they_were_started_in():
     for around in (SRUN, OPEN_MPI, BATCH_SCRIPT):
         assert entered(around | given) == given
     assert entered(place(0, 1, None, None, None, None)) == {"WORLD_SIZE": "1"}  # alone: it needs no meeting place
+
+
+TWO_HOSTS = {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "MASTER_ADDR": "n1", "MASTER_PORT": "29500"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "threads"),
+    [
+        (TWO_HOSTS | {"LOCAL_SIZE": "8"}, "2"),  # of deepspeed
+        (TWO_HOSTS | {"LOCAL_SIZE": "3", "OMP_NUM_THREADS": ""}, "5"),
+        (TWO_HOSTS | {"LOCAL_SIZE": "32"}, "1"),
+        (TWO_HOSTS | {"LOCAL_SIZE": "8", "OMP_NUM_THREADS": "7"}, "7"),
+        (TWO_HOSTS | {"LOCAL_WORLD_SIZE": "4"}, "4"),  # of torchrun, had it not set 1
+        (TWO_HOSTS | {"LOCAL_SIZE": "1"}, None),
+        (TWO_HOSTS, None),
+        (SRUN | {"SLURM_CPUS_ON_NODE": "16"}, "5"),
+        (SRUN | {"SLURM_CPUS_ON_NODE": "16", "CUDA_VISIBLE_DEVICES": "0", "SLURM_GPUS_ON_NODE": "3"}, "5"),
+        (SRUN | {"SLURM_CPUS_ON_NODE": "48"}, "16"),  # bound to its own
+        (OPEN_MPI | {"MASTER_ADDR": "n1"}, "16"),
+        (OPEN_MPI | {"MASTER_ADDR": "n1", "OMPI_COMM_WORLD_LOCAL_SIZE": "16", "OMPI_COMM_WORLD_SIZE": "32"}, "4"),
+        (BATCH_SCRIPT, None),
+        ({}, None),
+    ],
+)
+def test_ranks_of_one_host_share_its_cores(environment, threads, monkeypatch):
+    """64 cores, of which this process may use 16."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
+    environment = dict(environment)
+    enter_launch(environment)
+    assert environment.get("OMP_NUM_THREADS") == threads
+
+
+def test_deepspeeds_real_launcher_starts_ranks_that_share_the_cores():
+    """It sets no OMP_NUM_THREADS: by themselves torch and OpenMP take all cores in each of them."""
+    cores, ranks = len(os.sched_getaffinity(0)), 2
+    world = base64.urlsafe_b64encode(json.dumps({"localhost": list(range(ranks))}).encode()).decode()
+    launcher = ["-m", "deepspeed.launcher.launch", f"--world_info={world}", f"--master_port={PORT}"]
+    env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    ran = subprocess.run(
+        [sys.executable, *launcher, "tests/workers/threads.py"],
+        cwd=ROOT,
+        env=env | {"PYTHONPATH": str(ROOT)},
+        text=True,
+        capture_output=True,
+        timeout=120,
+    )
+    said = [line for line in ran.stdout.splitlines() if line.startswith("rank ")]
+    share = max(1, cores // ranks)
+    assert sorted(said) == [f"rank {rank}: {share} threads of torch, {share} of OpenMP" for rank in range(ranks)], ran
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ and `TrainingForward.gathered_whole`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -60,12 +60,6 @@ class Projection(NamedTuple):
             return None
         probability = dropout.p if layer.training and isinstance(dropout, nn.Dropout) else 0.0
         return cls(base.weight, lora_A.weight, lora_B.weight, layer.scaling[name], probability)
-
-    def joined_weight(self, width: int) -> torch.Tensor:
-        """`[W ‖ scaling · B ‖ 0]`, the zeros for columns of other layers that have a larger rank. [out, width]"""
-        scaled = self.lora_B * self.scaling
-        room = width - self.weight.shape[1] - scaled.shape[1]
-        return torch.cat([self.weight, F.pad(scaled, (0, room)) if room else scaled], dim=1)
 
 
 class SavedLora(NamedTuple):
@@ -117,24 +111,30 @@ class ProjectionGroup:
         [rows, in] -> [rows, out] each
         """
         saved = self._rank_columns(hidden)
-        joined = None if saved.rank_columns is None else self._room_for_columns(hidden)
-        outputs = []
-        for i, (p, columns) in enumerate(zip(self.projections, self._split_columns(saved.rank_columns), strict=True)):
-            rows, weight = hidden, p.weight
-            if columns is not None:
-                rows, weight = joined, p.joined_weight(joined.shape[1])
-                # One room for all: each layer's columns replace those of the one before.
-                joined[:, hidden.shape[1] :].narrow(1, 0, columns.shape[1]).copy_(columns)
-            outputs.append(F.linear(rows, weight) if residuals is None else add_product(residuals[i], rows, weight))
-        return outputs, saved
+        products = self._products(hidden, saved.rank_columns)
+        if residuals is None:
+            return [F.linear(rows, weight) for rows, weight in products], saved
+        return [add_product(r, *product) for r, product in zip(residuals, products, strict=True)], saved
 
-    def _room_for_columns(self, hidden: torch.Tensor) -> torch.Tensor:
-        """The hidden states, with zeros after them for the rank columns of any one layer. [rows, in + room]"""
-        most = max(p.lora_A.shape[0] for p in self._adapted)
-        joined = hidden.new_empty(hidden.shape[0], hidden.shape[1] + -(-most // ALIGNMENT) * ALIGNMENT)
-        joined[:, : hidden.shape[1]] = hidden
-        joined[:, hidden.shape[1] :] = 0
-        return joined
+    def _products(self, hidden: torch.Tensor, rank_columns: torch.Tensor | None) -> Iterator[tuple]:
+        """Factors of each projection, (rows, weight), one pair at a time: with LoRA `[x ‖ c]` and `[W ‖ scaling · B]`.
+
+        The columns of all projections stand behind x, each B beside zeros for those of the others.
+        """
+        if rank_columns is None:
+            yield from ((hidden, p.weight) for p in self.projections)
+            return
+        width = rank_columns.shape[1] + -rank_columns.shape[1] % ALIGNMENT
+        joined = torch.cat([hidden, F.pad(rank_columns, (0, width - rank_columns.shape[1]))], dim=1)
+        before = 0
+        for p in self.projections:
+            if p.lora_A is None:
+                yield hidden, p.weight
+                continue
+            behind = width - before - p.lora_A.shape[0]
+            columns = F.pad(p.lora_B * p.scaling, (before, behind))  # [out, width]
+            yield joined, torch.cat([p.weight, columns], dim=1)
+            before += p.lora_A.shape[0]
 
     def _rank_columns(self, hidden: torch.Tensor) -> SavedLora:
         if not self._adapted:

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from .config import TrainConfig
 from .distributed.engine import Engine, OptimizerState, Ranks
 from .errors import ConfigError, reason_of
-from .files import first_free, sha256, sync, sync_folders
+from .files import first_free, sha256, stamp, sync, sync_folders
 from .model.adapter_file import WEIGHTS, same_base, write_adapter
 from .model.adapter_names import peft_key
 from .position import NAME, OLDER, SHAPE_OPTIONS, TRAJECTORY_OPTIONS, read_position, step_of
@@ -46,6 +46,7 @@ class Checkpoint:
     state: OptimizerState
     rng: dict[str, torch.Tensor]
     seal: str = ""  # of all its files; another checkpoint has another
+    stamps: dict[str, tuple] = field(default_factory=dict)  # of its files, when they were proven
 
     @property
     def adapter(self) -> dict[str, torch.Tensor]:
@@ -208,8 +209,11 @@ def _say_not_removed(_, path: str, error: tuple) -> None:
     say(f"WARNING: {path} of an old checkpoint cannot be removed: {error[1]}", error=True)
 
 
-def read_checkpoint(folder: Path) -> Checkpoint:
+def read_checkpoint(folder: Path, proven: dict[str, tuple] | None = None) -> Checkpoint:
     """Reads a checkpoint after proving every file by its checksum.
+
+    Args:
+        proven: `stamps` from another rank; a file that has the same here is that rank's, and not read for proof.
 
     Raises:
         CheckpointError: naming the file that is missing, cut short or changed.
@@ -228,12 +232,14 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         raise CheckpointError(f"{folder / CHECKSUMS} is damaged")
     if unlisted := [name for name in ("state.json", *TENSOR_FILES) if name not in sums]:
         raise CheckpointError(f"{folder / CHECKSUMS} does not list {', '.join(unlisted)}")
+    stamps = {}
     for name, wanted in sums.items():
         path = folder / name
         try:
             if not path.is_file():
                 raise CheckpointError(f"{path} is missing")
-            if sha256(path) != wanted:
+            stamps[name] = stamp(path)
+            if stamps[name] != (proven or {}).get(name) and sha256(path) != wanted:
                 raise CheckpointError(f"{path} is damaged: its checksum is not the one that was written")
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {reason_of(error)}") from error
@@ -251,7 +257,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             odd = min((key for key in shapes | found if found.get(key) != shapes.get(key)), default="no weight at all")
             raise CheckpointError(f"{folder}: {part} in optimizer.safetensors is not of the adapter's weights: {odd}")
     weights = {name: weights[peft_key(name)] for name in exp_avg}
-    return Checkpoint(folder, position, OptimizerState(weights, exp_avg, exp_avg_sq, position.adam_steps), rng, seal)
+    state = OptimizerState(weights, exp_avg, exp_avg_sq, position.adam_steps)
+    return Checkpoint(folder, position, state, rng, seal, stamps)
 
 
 def find_checkpoint(resume: str, output_dir: Path) -> tuple[Checkpoint | None, list[str]]:

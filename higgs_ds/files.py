@@ -156,6 +156,15 @@ def _say_unsynced(folder: Path, reason: str) -> None:
     say(f"WARNING: {folder} cannot be brought to the disk at once ({reason}): this file system does it by itself")
 
 
+def stamp(path: Path) -> tuple[int, int, int]:
+    """A file's size and times of change, in nanoseconds: the same for all hosts that share it, another for every copy.
+
+    No copy has the time at which the system itself noted the last change. Raises OSError.
+    """
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+
 def sha256(path: Path) -> str:
     """Of a file's content, in hex. Raises OSError."""
     with path.open("rb") as file:

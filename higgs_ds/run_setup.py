@@ -71,6 +71,8 @@ def open_setup(config: TrainConfig, ds_raw: dict, ranks: Ranks, watch: Watch | U
 def find_together(config: TrainConfig, ranks: Ranks) -> tuple[Checkpoint | None, list[str]]:
     """The checkpoint that rank 0 finds, read by every rank from that very path, and what has to be said about others.
 
+    Rank 0 proves it; a rank that sees other files there than rank 0 proves its own.
+
     Raises:
         ConfigError: on all ranks, naming those that cannot read it, or read another one there.
     """
@@ -78,17 +80,18 @@ def find_together(config: TrainConfig, ranks: Ranks) -> tuple[Checkpoint | None,
     if resume == "auto":
         _wait_for_the_newest(output_dir / "checkpoints", ranks)
     resumed, notes = ranks.each(lambda: checkpoint.find_checkpoint(resume, output_dir) if ranks.is_main else (None, []))
-    found, notes = ranks.gather(((str(resumed.folder), resumed.seal) if resumed else None, notes))[0]
+    mine = (str(resumed.folder), resumed.seal, resumed.stamps) if resumed else None
+    found, notes = ranks.gather((mine, notes))[0]
     if found is None:
         return None, notes
-    folder, seal = found
+    folder, seal, stamps = found
 
     def read() -> Checkpoint:
         if resumed is not None:
             return resumed
         who = f"{ranks.named([0])} goes on from {folder}, {ranks.named([ranks.rank])} cannot: "
         # The folder's files may be newer than what this host remembers of it.
-        read_here = patiently(lambda: _read_or_why(Path(folder)), lambda found: isinstance(found, Checkpoint))
+        read_here = patiently(lambda: _read_or_why(Path(folder), stamps), lambda found: isinstance(found, Checkpoint))
         if isinstance(read_here, str):
             raise ConfigError([f"--resume: {who}{read_here}; all hosts must share that folder"])
         if read_here.seal != seal:
@@ -122,9 +125,9 @@ def _wait_for_the_newest(folder: Path, ranks: Ranks) -> None:
         )
 
 
-def _read_or_why(folder: Path) -> Checkpoint | str:
+def _read_or_why(folder: Path, proven: dict[str, tuple]) -> Checkpoint | str:
     try:
-        return checkpoint.read_checkpoint(folder)
+        return checkpoint.read_checkpoint(folder, proven)
     except checkpoint.CheckpointError as error:
         return str(error)
 

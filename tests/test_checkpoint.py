@@ -15,6 +15,7 @@ from boson_multimodal.model.higgs_audio import HiggsAudioModel
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 
+from higgs_ds import checkpoint
 from higgs_ds.checkpoint import (
     CheckpointError,
     CheckpointWriter,
@@ -169,6 +170,22 @@ def test_any_damage_to_any_file_is_detected(name, damage, saved, tmp_path):
         find_checkpoint(str(newest), tmp_path)
     found, said = find_checkpoint("auto", tmp_path)
     assert found.position.step == 4 and len(said) == 1 and "step-000005" in said[0]
+
+
+def test_what_another_rank_has_proven_is_not_read_for_proof_and_a_copy_is(saved, tmp_path, monkeypatch):
+    newest, copy = list_checkpoints(saved[0] / "checkpoints")[-1], tmp_path / "step-000005"
+    proven = read_checkpoint(newest)
+    shutil.copytree(newest, copy)  # with its times
+    hashed = []
+    monkeypatch.setattr(checkpoint, "sha256", lambda path: hashed.append(path) or sha256(path))
+    again = read_checkpoint(newest, proven.stamps)
+    assert not hashed and again.seal == proven.seal
+    assert all(torch.equal(value, proven.adapter[key]) for key, value in again.adapter.items())
+    read_checkpoint(copy, proven.stamps)
+    assert len(hashed) == len(proven.stamps) >= len(FILES) - 1
+    (newest / "state.json").touch()
+    read_checkpoint(newest, proven.stamps)
+    assert hashed[len(proven.stamps) :] == [newest / "state.json"]
 
 
 def reseal(folder, change):

@@ -15,6 +15,7 @@ import numpy as np
 
 from ..config import DEFAULT_CODEC, DEFAULT_CODEC_REVISION
 from ..errors import ConfigError
+from ..files import stamp
 from .base import check_codes, to_stderr
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class BosonCodec:
         self._config_path, self._weights_path = folder / "config.json", folder / weights
         self._device, self._warn = device, warn
         self._found = self._files_now()
+        self.files = (stamp(self._config_path), stamp(self._weights_path))  # all that the fingerprint follows from
         self._config = read_tokenizer_config(self._config_path)
         read_weights(self._weights_path)
         self._model: torch.nn.Module | None = None

@@ -59,6 +59,17 @@ def versions() -> dict[str, str]:
     return {f"installed {name}": importlib.metadata.version(name) for name in ("torch", "deepspeed", "transformers")}
 
 
+def made_once(files: object, make: Callable[[], T], ranks: Ranks | Alone) -> T:
+    """What `make` gives on the first rank with the same `files`; of those that share them no other reads them.
+
+    Args:
+        files: all that the value follows from, as `files.stamp` tells them apart.
+    """
+    first = ranks.gather(files).index(files)
+    made = ranks.each(lambda: make() if first == ranks.rank else None)
+    return ranks.gather(made)[first]
+
+
 def check_shared(folders: Mapping[str, Path], ranks: Ranks | Alone) -> None:
     """Proves that every rank sees the same folders, by a file that rank 0 writes to each and all others read.
 

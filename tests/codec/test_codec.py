@@ -33,6 +33,7 @@ from higgs_ds.corpus.code_cache import CodeCache
 from higgs_ds.corpus.manifest import read_manifest
 from higgs_ds.errors import ConfigError
 from tests.conftest import SPEECH
+from tests.ranks import assert_all
 
 ROOT = Path(__file__).parents[2]
 
@@ -620,7 +621,7 @@ def test_a_config_that_is_not_bosons(tmp_path, config, complaint):
         load_codec(str(tmp_path))
 
 
-def test_a_run_gives_the_codecs_memory_back_and_a_later_one_never_takes_it(
+def test_a_run_gives_the_codecs_memory_back_and_a_resumed_one_reads_it_on_one_rank_alone(
     boson_folder, flags_of, forks, tmp_path, monkeypatch, capsys
 ):
     manifest = tmp_path / "two.jsonl"
@@ -630,9 +631,19 @@ def test_a_run_gives_the_codecs_memory_back_and_a_later_one_never_takes_it(
     flags = flags_of(tmp_path / "run", **data, max_steps=1)
     (first,) = forks.run(flags, 1, patches={0: ["count_codec_networks"]})
     assert first.returncode == 0 and "codec networks: 1 built, 0 left" in first.output, first.output
-    flags = flags_of(tmp_path / "again", **data, max_steps=1)
-    (again,) = forks.run(flags, 1, patches={0: ["count_codec_networks"]})
-    assert again.returncode == 0 and "codec networks: 0 built, 0 left" in again.output, again.output
+    flags = flags_of(tmp_path / "run", **data, max_steps=2, batch_size=1, resume="auto")
+    again = forks.run(flags, 2, patches={rank: ["count_reads"] for rank in (0, 1)})
+    assert_all(again)
+    checkpoint = tmp_path / "run/checkpoints/step-000001"
+    sizes = {
+        "find_together": sum(path.stat().st_size for path in checkpoint.rglob("*.safetensors")),
+        "_agree_on_fingerprint": (boson_folder / "model.pth").stat().st_size,
+    }
+    for result in again:
+        assert "codec networks: 0 built, 0 left" in result.output and "resuming after step 1" in again[0].output
+    for name, size in sizes.items():  # what one rank has proven no other reads for it
+        read = [int(re.search(rf"^{name}: (\d+) bytes read", result.output, flags=re.M)[1]) for result in again]
+        assert size <= read[0] < 1.5 * size and read[1] < 100_000 < size, (name, size, read)
 
     def refuse(*args, **kwargs):
         raise AssertionError("every clip's codes were there")

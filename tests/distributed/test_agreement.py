@@ -7,9 +7,10 @@ import time
 import pytest
 
 from higgs_ds.distributed import agreement
-from higgs_ds.distributed.agreement import check_same, check_shared
+from higgs_ds.distributed.agreement import check_same, check_shared, made_once
 from higgs_ds.distributed.rendezvous import named
 from higgs_ds.errors import ConfigError
+from higgs_ds.files import stamp
 from tests.corpus.test_rows import on_ranks
 
 HOSTS = ("node01", "node01", "node02", "node03")
@@ -29,6 +30,31 @@ def test_values_are_compared_as_they_are_written():
         "--lr: 0.0001 on rank 0, 0.001 on ranks 1, 2; give all ranks the same",
         "more: not there on rank 0, 1 on ranks 1, 2; give all ranks the same",
     ]
+
+
+def test_ranks_that_share_a_file_have_it_read_by_the_first_of_them(tmp_path):
+    """Two hosts of two ranks, with a copy each that keeps its times."""
+    copies = tmp_path / "one", tmp_path / "other"
+    copies[0].write_text("codec")
+    shutil.copy2(*copies)
+    read = []
+
+    def agree(ranks) -> str:
+        mine = copies[ranks.rank // 2]
+
+        def content() -> str:
+            read.append(ranks.rank)
+            if not (text := mine.read_text()):
+                raise ConfigError([f"{mine.name} is empty"])
+            return text
+
+        return made_once(stamp(mine), content, ranks)
+
+    assert on_ranks(4, agree) == ["codec"] * 4 and sorted(read) == [0, 2]
+    copies[1].write_text("CODEC")
+    assert on_ranks(4, agree) == ["codec"] * 2 + ["CODEC"] * 2
+    copies[1].write_text("")
+    assert [str(error) for error in on_ranks(4, agree)] == ["other is empty"] * 4
 
 
 @pytest.fixture

@@ -1,12 +1,14 @@
 """Runs on two hosts, made of network namespaces: what docs/many-machines.md promises, with real ranks."""
 
 import json
+import os
 import shutil
 import time
 
 import pytest
 
 from higgs_ds.checkpoint import list_checkpoints
+from higgs_ds.codec.sample import SampleCodec
 from higgs_ds.distributed.watch_sockets import SILENCE_TIMEOUT_SEC
 from tests.conftest import SPEECH
 from tests.hosts import COLLECTIVES, RENDEZVOUS_PORT, two_hosts
@@ -133,6 +135,30 @@ def test_a_checkpoint_that_the_other_host_does_not_see(hosts, on_hosts, forks, r
     (tmp_path / "other/checkpoints/step-000001").rename(tmp_path / "other/checkpoints/step-000002")
     said = refused(flags, instead={tmp_path / "run/checkpoints": tmp_path / "other/checkpoints"})
     assert f"rank 1 on {hosts[1].name} sees checkpoints up to step 2" in said and "up to 1; all hosts" in said
+
+
+def test_a_copy_of_the_checkpoint_on_the_other_host_is_proven_there(hosts, forks, refused, flags_of, tmp_path):
+    """One bit of it is another; size, time of change and seal are the same."""
+    flags = flags_of(tmp_path / "run", max_steps=1, save_every=1, resume="auto", dtype="fp32")
+    assert_all(forks.run(flags, 1))
+    shutil.copytree(tmp_path / "run/checkpoints", tmp_path / "copy")
+    moments = tmp_path / "copy/step-000001/optimizer.safetensors"
+    before = moments.stat()
+    content = bytearray(moments.read_bytes())
+    content[-1] ^= 1
+    moments.write_bytes(content)
+    os.utime(moments, ns=(before.st_atime_ns, before.st_mtime_ns))
+    said = refused(flags, instead={tmp_path / "run/checkpoints": tmp_path / "copy"})
+    damaged = tmp_path / "run/checkpoints/step-000001/optimizer.safetensors"
+    assert f"rank 1 on {hosts[1].name} cannot: {damaged} is damaged" in said, said
+
+
+def test_another_codec_on_the_other_host(hosts, refused, flags_of, codec_dir, tmp_path):
+    SampleCodec([2 * book for book in SampleCodec.load(codec_dir)._codebooks]).save(tmp_path / "codec")
+    said = refused(flags_of(tmp_path / "run"), instead={codec_dir: tmp_path / "codec"})
+    one, other = (host.name for host in hosts)
+    assert "--codec, by its content: " in said and f" on rank 0 on {one}, " in said, said
+    assert f" on rank 1 on {other}; give all ranks the same" in said
 
 
 def test_other_options_on_the_other_host(hosts, refused, flags_of, tmp_path):

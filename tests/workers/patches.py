@@ -15,7 +15,7 @@ from functools import partial
 
 import torch
 
-from higgs_ds import checkpoint, rehearsal, run, trainer
+from higgs_ds import checkpoint, data, rehearsal, run, run_setup, trainer
 from higgs_ds.batching import collate, layout
 from higgs_ds.batching import loader as dataset
 from higgs_ds.codec import boson_tokenizer
@@ -96,6 +96,32 @@ def count_codec_networks() -> None:
         return original_load(*args)
 
     boson_tokenizer.build_tokenizer, run.load_base = build, load
+
+
+def count_reads() -> None:
+    """Says how many bytes this process reads, those that it maps aside, to find its checkpoint and to open its codec;
+    and counts networks."""
+    count_codec_networks()
+
+    def wrap(owner, name) -> None:
+        original = getattr(owner, name)
+
+        def call(*args, **kwargs):
+            before = _bytes_read()
+            value = original(*args, **kwargs)
+            print(f"{name}: {_bytes_read() - before} bytes read", flush=True)
+            return value
+
+        setattr(owner, name, call)
+
+    wrap(run_setup, "find_together")
+    wrap(data, "_agree_on_fingerprint")
+    wrap(data, "CodeCache")
+
+
+def _bytes_read() -> int:
+    with open("/proc/self/io") as file:
+        return int(file.readline().split()[1])
 
 
 def _signal_all() -> None:

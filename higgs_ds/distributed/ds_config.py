@@ -181,7 +181,7 @@ def resolve(raw: dict, config: TrainConfig, *, world_size: int, on_cpu: bool, la
     zero = file.section("zero_optimization")
     stage = zero.setdefault("stage", 0)
     _settle_step(file, config, world_size)
-    _settle_dtype(file, config, stage, on_cpu)
+    _settle_dtype(file, config, stage, world_size, on_cpu)
     # The boundaries of an optimizer step, its optimizer and its learning rate are ours.
     for key, value in (
         ("managed_gradient_accumulation", False),
@@ -235,7 +235,7 @@ def _settle_step(file: _File, config: TrainConfig, world_size: int) -> None:
     file.settle(file.content, "gradient_clipping", optim.max_grad_norm, "--max_grad_norm")
 
 
-def _settle_dtype(file: _File, config: TrainConfig, stage: int, on_cpu: bool) -> None:
+def _settle_dtype(file: _File, config: TrainConfig, stage: int, world_size: int, on_cpu: bool) -> None:
     """The computing dtype is the flag's; LoRA gradients are summed and sent in float32."""
     dtype = config.model.dtype
     for key in ("bf16", "fp16"):
@@ -247,6 +247,12 @@ def _settle_dtype(file: _File, config: TrainConfig, stage: int, on_cpu: bool) ->
         file.problems.append("--dtype: fp16 needs a GPU; on CPU use bf16 or fp32")
     if dtype == "fp16" and stage == 0:  # DeepSpeed would unscale gradients there whose loss nobody had scaled
         file.problems.append("--dtype: fp16 needs ZeRO stage 1, 2 or 3; at stage 0 use bf16 or fp32")
+    summed = config.optim.grad_accum * world_size
+    if dtype == "bf16" and stage == 0 and summed > 1:  # DeepSpeed has no other sum there
+        file.problems.append(
+            f"{file.name}: stage 0 sums LoRA's gradients in bf16, here over --grad_accum {config.optim.grad_accum} × "
+            f"{world_size} ranks; use zero1.json, which sums them in float32, or --dtype fp32"
+        )
     if stage > 0:
         file.settle(file.section("data_types"), "grad_accum_dtype", "fp32", "this trainer", "data_types.")
         file.settle(file.content, "communication_data_type", "fp32", "this trainer")

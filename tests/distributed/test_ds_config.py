@@ -41,16 +41,19 @@ def refused(raw, **kwargs) -> str:
     ],
 )
 def test_the_shipped_files_resolve_from_flags_alone(name, stage, offload):
-    out = resolved(name=f"{name}.json", argv=["--batch_size", "2", "--grad_accum", "8", "--max_grad_norm", "0.5"])
+    flags = ["--batch_size", "2", "--grad_accum", "8", "--max_grad_norm", "0.5"]
+    dtype = "bf16" if stage else "fp32"
+    out = resolved(name=f"{name}.json", argv=[*flags, "--dtype", dtype])
     assert "auto" not in json.dumps(out)
     assert out["zero_optimization"]["stage"] == stage
     assert out["train_batch_size"] == 64 and out["train_micro_batch_size_per_gpu"] == 2
     assert out["gradient_accumulation_steps"] == 8 and out["gradient_clipping"] == 0.5
-    assert out["bf16"]["enabled"] and not out["fp16"]["enabled"]
+    assert out["bf16"]["enabled"] is (dtype == "bf16") and not out["fp16"]["enabled"]
     assert ("offload_optimizer" in out["zero_optimization"]) is offload
     if stage == 3:
         assert out["zero_optimization"]["stage3_param_persistence_threshold"] >= 16 * 8192
         assert out["zero_optimization"]["stage3_prefetch_bucket_size"] == 176_160_768  # the real model's layer
+        assert out["zero_optimization"]["reduce_scatter"] is False
     assert sorted(path.stem for path in (ROOT / "ds_configs").glob("*.json")) == [
         "zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload",
     ]  # fmt: skip
@@ -66,8 +69,9 @@ def test_communication_overlaps_under_stage_3_on_gpus_alone(name):
 def test_deepspeeds_throughput_timer_is_off_unless_the_file_asks_for_it():
     off = {"enabled": False, "synchronized": False}
     assert resolved()["timers"] == {"throughput": off}
-    assert resolved({"timers": {"throughput": {"enabled": "auto"}}})["timers"] == {"throughput": off}
-    assert resolved({"timers": {"throughput": {"enabled": True}}})["timers"]["throughput"]["enabled"] is True
+    zero2 = {"zero_optimization": {"stage": 2}}
+    assert resolved(zero2 | {"timers": {"throughput": {"enabled": "auto"}}})["timers"] == {"throughput": off}
+    assert resolved(zero2 | {"timers": {"throughput": {"enabled": True}}})["timers"]["throughput"]["enabled"] is True
 
 
 @pytest.mark.parametrize(
@@ -108,8 +112,21 @@ def test_fp16_needs_a_gpu_and_a_stage_that_scales_its_loss():
     assert "fp16 needs ZeRO stage 1, 2 or 3" in refused({}, argv=["--dtype", "fp16"], on_cpu=False)
 
 
+@pytest.mark.parametrize("raw", [{}, {"zero_optimization": {"stage": 0}}])
+def test_stage_0_in_bf16_is_refused_where_it_would_sum_in_bf16(raw):
+    for grad_accum, world_size in ((2, 1), (1, 2), (4, 8)):
+        words = ["--grad_accum", str(grad_accum)]
+        assert refused(raw, name="zero0.json", argv=words, world_size=world_size) == (
+            f"ds_configs/zero0.json: stage 0 sums LoRA's gradients in bf16, here over --grad_accum {grad_accum} × "
+            f"{world_size} ranks; use zero1.json, which sums them in float32, or --dtype fp32"
+        )
+        assert resolved(raw, name="zero0.json", argv=[*words, "--dtype", "fp32"], world_size=world_size)
+    assert resolved(raw, name="zero0.json", world_size=1)["bf16"]["enabled"]  # there is nothing to sum
+
+
 def test_an_optimizer_block_that_agrees_is_taken():
-    raw = {"optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": [0.9, 0.999], "torch_adam": True}}}
+    params = {"lr": "auto", "betas": [0.9, 0.999], "torch_adam": True}
+    raw = {"zero_optimization": {"stage": 2}, "optimizer": {"type": "AdamW", "params": params}}
     assert "optimizer" not in resolved(raw)
 
 

@@ -22,14 +22,17 @@ def distance(ours: dict, wanted: dict) -> float:
 
 @pytest.fixture(scope="module")
 def trained(tiny_dir, codec_dir, tmp_path_factory):
-    """LoRA weights after 3 steps on the same 16 rows, by (world size, file); and where kernels would be built."""
+    """What rank 0 wrote of steps on the same 16 rows, by (world size, file), and where kernels would be built.
+
+    LoRA weights after 3 steps in float32; Adam's first moments after 1 and 4 in bf16 and in float64.
+    """
     root = tmp_path_factory.mktemp("equivalence")
     weights = {}
     for world_size, grad_accum in SPLITS.items():
         out = root / f"ranks{world_size}"
         out.mkdir()
         command = ["tests/workers/equivalence.py", *map(str, (tiny_dir, codec_dir, root, out)), "1", str(grad_accum)]
-        results = run_ranks(command, world_size, timeout=240, env={"TORCH_EXTENSIONS_DIR": str(root / "kernels")})
+        results = run_ranks(command, world_size, timeout=360, env={"TORCH_EXTENSIONS_DIR": str(root / "kernels")})
         assert_all(results)
         for file in out.glob("*.safetensors"):
             weights[world_size, file.stem] = load_file(file)
@@ -41,6 +44,25 @@ def trained(tiny_dir, codec_dir, tmp_path_factory):
 @pytest.mark.parametrize("stage", STAGES)
 def test_lora_weights_agree_over_ranks_accumulation_and_stages(world_size, stage, trained):
     assert distance(trained[world_size, f"stage{stage}"], trained[1, "stage0"]) < 1e-5
+
+
+@pytest.mark.parametrize("step", [1, 4])
+@pytest.mark.parametrize(
+    ("world_size", "stage"),
+    [(1, 0), (1, 1), (2, 1), (2, 2), (2, 3)],  # 0: where there is nothing to sum
+)
+def test_bf16_at_any_stage_is_as_far_from_float64_as_upstream_is(world_size, stage, step, trained):
+    exact = trained[1, f"float64_step{step}"]
+    limit = distance(trained[2, f"bf16_upstream_step{step}"], exact)
+    assert distance(trained[world_size, f"bf16_stage{stage}_step{step}"], exact) < 1.1 * limit < 0.05
+
+
+@pytest.mark.parametrize(("world_size", "stages"), [(1, (0, 1)), (2, (1, 2, 3))])
+def test_the_stages_sum_bf16_gradients_alike(world_size, stages, trained):
+    """To 1e-6 in the first update (a sum in bf16 is off by 2e-3); later a last bit may round a weight otherwise."""
+    for step, limit in ((1, 1e-6), (4, 0.01)):
+        first, *others = (trained[world_size, f"bf16_stage{stage}_step{step}"] for stage in stages)
+        assert all(distance(other, first) < limit for other in others)
 
 
 @pytest.mark.parametrize("world_size", SPLITS)

@@ -202,8 +202,11 @@ def config_of(on_gpu: bool):
     return base_config(sizes), byte_tokenizer(sizes.vocab_size)
 
 
-def engine_of(case: Case, config, ranks):
-    """The model with random weights on this rank's device, LoRA on it, under DeepSpeed; and its frozen parameters."""
+def engine_of(case: Case, config, ranks, zero: dict | None = None):
+    """The model with random weights on this rank's device, LoRA on it, under DeepSpeed; and its frozen parameters.
+
+    `zero`: what stands otherwise in the ZeRO section of the stage's file.
+    """
     import torch
 
     from higgs_ds import run
@@ -219,6 +222,7 @@ def engine_of(case: Case, config, ranks):
     if case.forward == "upstream":
         words += ["--forward_impl", "upstream", "--loss_impl", "reference"]
     raw = json.loads((ROOT / f"ds_configs/zero{case.stage}.json").read_text())
+    raw["zero_optimization"] |= zero or {}
     # Of no file: its weights are drawn on the device.
     base = BaseCheckpoint("random", None, ROOT, BOSON, config, None, ModelFacts.from_config(config), ())
     setup = run.settle(parse_args(words), raw, base, ranks)

@@ -24,6 +24,7 @@ from .config import TrainConfig
 from .data import Data, codes_folder
 from .data import load_data as load_data
 from .distributed.agreement import check_same, check_shared, versions
+from .distributed.ds_config import nothing_to_shard_note
 from .distributed.engine import Engine, Ranks, join_group, leave_ranks, loading, meet_ranks, whole
 from .distributed.rank_watch import STALL_TIMEOUT_SEC, Watch, check_stall_timeout
 from .distributed.stop import StopRequest
@@ -160,7 +161,7 @@ def make_guard(setup: Setup, ranks: Ranks) -> Guard:
 
 
 def describe(setup: Setup, data: Data, engine: Engine, ranks: Ranks) -> None:
-    """Says the arithmetic of a step and of the run, the engine, and whether a GPU will wait for its CPU."""
+    """Says the arithmetic of a step and of the run, the engine, and what of them could be cheaper."""
     config, plan = setup.config, data.plan
     note = micro_batches.launch_bound_note(
         plan.mean_tokens(data.corpus.train_rows.tokens),
@@ -170,6 +171,7 @@ def describe(setup: Setup, data: Data, engine: Engine, ranks: Ranks) -> None:
         grad_accum=config.optim.grad_accum,
     )
     lines = [plan.describe(data.total_steps), engine.describe(config.model.dtype), note]
+    lines.append(nothing_to_shard_note(setup.ds_config, world_size=ranks.world_size))
     ranks.say("\n".join(line for line in lines if line))
 
 

@@ -265,6 +265,10 @@ def _fill_zero(zero: dict, stage: int, config: TrainConfig, layer: LayerSizes, o
     # A LoRA matrix below the threshold stays whole on every rank, instead of being gathered on its own.
     if stage == 3 and zero.get("stage3_param_persistence_threshold", "auto") == "auto":
         zero["stage3_param_persistence_threshold"] = max(100_000, config.lora.lora_r * layer.widest)
+    # To scatter them, DeepSpeed cuts each of LoRA's gradients into ranks on the host at the end of every backward: at
+    # 64 ranks that takes longer than to send all of them to all.
+    if stage == 3 and zero.get("reduce_scatter", "auto") == "auto":
+        zero["reduce_scatter"] = zero.get("zero_quantized_gradients") is True
     for key, value in (
         ("reduce_bucket_size", 50_000_000),
         ("allgather_bucket_size", 50_000_000),
@@ -301,6 +305,8 @@ def _check_sharding(file: _File, zero: dict, stage: int, world_size: int, on_cpu
     for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients"):
         if zero.get(key) is True and on_cpu:
             file.problems.append(f"{file.name}: zero_optimization.{key} needs a GPU's kernels; remove it on CPUs")
+    if stage == 3 and zero.get("zero_quantized_gradients") is True and not zero["reduce_scatter"]:
+        file.problems.append(f"{file.name}: zero_optimization.zero_quantized_gradients needs reduce_scatter true")
 
 
 def _fill_timers(timers: dict) -> None:
@@ -320,6 +326,23 @@ def _check_optimizer(block: dict | None, config: TrainConfig, name: str, problem
         given = (block or {}).get("params", {}).get(key, "auto")
         if given not in ("auto", ours):
             problems.append(f"{name}: optimizer.params.{key} is {given!r}, but {flag} gives {ours!r}; use 'auto'")
+
+
+def nothing_to_shard_note(ds_config: dict, *, world_size: int) -> str | None:
+    """A sentence for a run on one rank at a stage that costs it and gives it nothing; else None.
+
+    Args:
+        ds_config: as resolved.
+    """
+    zero = ds_config["zero_optimization"]
+    offloads = any((zero.get(f"offload_{what}") or {}).get("device") == "cpu" for what in ("param", "optimizer"))
+    costs = {2: "seven times ZeRO-1's kernel launches an update", 3: "the hooks that gather every layer"}
+    if world_size > 1 or offloads or zero["stage"] not in costs:
+        return None
+    return (
+        f"one rank: ZeRO-{zero['stage']} has nobody to share with, and costs {costs[zero['stage']]}; "
+        "ds_configs/zero1.json trains the same adapter"
+    )
 
 
 def _find_auto(value, name: str, path: str, problems: list[str]) -> None:

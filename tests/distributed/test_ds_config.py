@@ -8,7 +8,13 @@ import sys
 
 import pytest
 
-from higgs_ds.distributed.ds_config import LayerSizes, ignored_keys, read_deepspeed_config, resolve
+from higgs_ds.distributed.ds_config import (
+    LayerSizes,
+    ignored_keys,
+    nothing_to_shard_note,
+    read_deepspeed_config,
+    resolve,
+)
 from higgs_ds.distributed.ds_fields import FIELDS, REFUSED_KEYS, Section
 from higgs_ds.errors import ConfigError
 from higgs_ds.parse import parse_args
@@ -59,11 +65,38 @@ def test_the_shipped_files_resolve_from_flags_alone(name, stage, offload):
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["zero0", "zero2", "zero2_offload", "zero3", "zero3_offload"])
+@pytest.mark.parametrize("name", ["zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"])
 def test_communication_overlaps_under_stage_3_on_gpus_alone(name):
     for on_cpu in (True, False):
         overlaps = resolved(name=f"{name}.json", on_cpu=on_cpu)["zero_optimization"].get("overlap_comm", False)
         assert overlaps is ("zero3" in name and not on_cpu)
+
+
+def test_stage_3_reduces_gradients_without_cutting_them_unless_the_file_asks_for_it():
+    for given in ({}, {"reduce_scatter": "auto"}, {"reduce_scatter": False}):
+        assert resolved({"zero_optimization": {"stage": 3, **given}})["zero_optimization"]["reduce_scatter"] is False
+    asked = {"zero_optimization": {"stage": 3, "reduce_scatter": True}}
+    assert resolved(asked)["zero_optimization"]["reduce_scatter"] is True
+    assert "reduce_scatter" not in resolved({"zero_optimization": {"stage": 2}})["zero_optimization"]
+    quantized = {"stage": 3, "zero_quantized_gradients": True}
+    assert resolved({"zero_optimization": quantized}, on_cpu=False)["zero_optimization"]["reduce_scatter"] is True
+    assert refused({"zero_optimization": quantized | {"reduce_scatter": False}}, on_cpu=False) == (
+        "ds_configs/zero2.json: zero_optimization.zero_quantized_gradients needs reduce_scatter true"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "world_size", "told"),
+    [
+        ("zero2", 1, "one rank: ZeRO-2 has nobody to share with, and costs seven times ZeRO-1's kernel launches"),
+        ("zero3", 1, "one rank: ZeRO-3 has nobody to share with, and costs the hooks that gather every layer"),
+        *(("zero2", 8, None), ("zero3", 2, None), ("zero1", 1, None), ("zero2_offload", 1, None)),
+        ("zero3_offload", 1, None),
+    ],
+)
+def test_one_card_is_told_of_zero1(name, world_size, told):
+    note = nothing_to_shard_note(resolved(name=f"{name}.json", world_size=world_size), world_size=world_size)
+    assert note is None if told is None else note.startswith(told) and "ds_configs/zero1.json" in note
 
 
 def test_deepspeeds_throughput_timer_is_off_unless_the_file_asks_for_it():

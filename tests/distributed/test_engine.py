@@ -134,6 +134,19 @@ def test_a_micro_batch_of_the_engine_never_waits_for_the_device(tmp_path):
     assert waits["upstream"] > 50
 
 
+def test_an_update_launches_and_cuts_no_more_than_it_must_and_gives_the_same_adapter(tmp_path):
+    """ZeRO-2 asks each gradient of a rank for NaN on its own; ZeRO-3 cut each into ranks to scatter it."""
+    file = tmp_path / "launches.json"
+    assert_all(run_ranks(["benchmarks/launches.py", "--layers", "2", "--json", str(file)], 2, timeout=240))
+    facts = json.loads(file.read_text())
+    update = {row[""]: row["kernels, update"] for row in facts["rows"]}
+    operations = {row[""]: row["operations, micro-batch"] for row in facts["rows"]}
+    weights = 2 * 20
+    assert facts["holds"] and facts["figure"]["zero3, gradients scattered: weights off by"] == 0
+    assert update["zero2"] > update["zero1"] + 5 * weights and update["zero1"] < 4 * weights
+    assert operations["zero3, gradients scattered"] > operations["zero3"] + 2 * weights
+
+
 def test_what_the_profiler_does_after_a_micro_batch_is_not_counted():
     """On a GPU it waits for the device itself, before it stops to record."""
     value = torch.ones(3)

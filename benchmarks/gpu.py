@@ -45,16 +45,19 @@ class Case:
 
 
 CASES = {
+    "zero1": Case(1),
+    "zero1, twice the tokens": Case(1, times=2),
     "zero2": Case(2),
     "zero2, twice the tokens": Case(2, times=2),
     "zero2, compiled": Case(2, forward="compiled"),
     "zero2, every 2nd layer checkpointed": Case(2, 2),
     "zero2, all layers checkpointed": Case(2, 1),
     "zero3": Case(3),
+    "zero3, twice the tokens": Case(3, times=2),
     "zero3, all layers checkpointed": Case(3, 1),
     "zero2, upstream's forward": Case(2, forward="upstream"),
 }
-DEFAULT_CASES = "zero2;zero2, twice the tokens;zero2, compiled;zero2, all layers checkpointed;zero3"
+DEFAULT_CASES = "zero1;zero2;zero2, twice the tokens;zero2, compiled;zero2, all layers checkpointed;zero3"
 # Kept for the backward at the real size, MB a token by layers checkpointed: benchmarks/memory.py.
 KEPT_MB = {0: 2.73, 2: 1.45, 1: 0.18}
 WEIGHTS_GB = 11.5

@@ -34,16 +34,27 @@ from higgs_ds.model.facts import ModelFacts  # noqa: E402
 from higgs_ds.model.forward import training_forward  # noqa: E402
 from higgs_ds.model.higgs import HiggsAudioForTraining  # noqa: E402
 from higgs_ds.model.modules import DEFAULT_LORA_TARGETS  # noqa: E402
+from higgs_ds.model.quantized import QuantizedLinear  # noqa: E402
 
-CASES = {"no checkpointing": 0, "every 4th layer": 4, "every 2nd layer": 2, "every layer": 1}
+CASES = {
+    "no checkpointing": (0, False),
+    "every 4th layer": (4, False),
+    "every 2nd layer": (2, False),
+    "every layer": (1, False),
+    "no checkpointing, nf4": (0, True),
+    "every layer, nf4": (1, True),
+}
 BOOKS = 8
 KEPT_BAR = 2.85  # MB a token without checkpointing: what it must not grow back to
 
 
-def lora_model(config, dropout: float = 0.05):
-    """The model with LoRA on all projections, on the device without memory."""
+def lora_model(config, dropout: float = 0.05, quantized: bool = False):
+    """The model with LoRA on all projections, on the device without memory; `quantized` as by `--base_dtype nf4`."""
     with torch.device("meta"):
         base = HiggsAudioForTraining._from_config(config, torch_dtype=torch.bfloat16)
+    for place, layer in list(base.layers.named_modules()) if quantized else ():
+        if isinstance(layer, torch.nn.Linear):
+            base.layers.set_submodule(place, QuantizedLinear(layer.weight, None, torch.bfloat16, torch.device("meta")))
     base.requires_grad_(False)
     targets = list(DEFAULT_LORA_TARGETS)
     lora = model.attach_lora(base, rank=16, alpha=32, dropout=dropout, target_modules=targets, seed=0, base_name="none")
@@ -77,9 +88,9 @@ def addmm_flops(onto, first, second, **_) -> int:
     return 2 * first[0] * first[1] * second[1]
 
 
-def operations(config, batch: Batch, every: int) -> float:
+def operations(config, batch: Batch, every: int, quantized: bool = False) -> float:
     """FLOP of the products in one forward and backward, attention's left out."""
-    module = training_forward(lora_model(config), config, checkpoint_every=every)
+    module = training_forward(lora_model(config, quantized=quantized), config, checkpoint_every=every)
     in_place = {torch.ops.aten.addmm_: addmm_flops}  # torch's counter does not know it
     with meta_has_no_autocast(), FlopCounterMode(display=False, custom_mapping=in_place) as counter:
         loss, *_ = module(batch.model_inputs("meta"), 0.1, torch.full((BOOKS,), 0.1, device="meta"))
@@ -89,9 +100,9 @@ def operations(config, batch: Batch, every: int) -> float:
     return float(sum(count for op, count in counts.items() if "bmm" not in str(op) and "attention" not in str(op)))
 
 
-def kept_bytes(config, batch: Batch, every: int) -> tuple[int, int]:
+def kept_bytes(config, batch: Batch, every: int, quantized: bool = False) -> tuple[int, int]:
     """(bytes that autograd keeps after the forward, bytes of all weights)."""
-    module = training_forward(lora_model(config), config, checkpoint_every=every)
+    module = training_forward(lora_model(config, quantized=quantized), config, checkpoint_every=every)
     fake = FakeTensorMode()
 
     def on_gpu(tensor):
@@ -122,7 +133,8 @@ def kept_bytes(config, batch: Batch, every: int) -> tuple[int, int]:
         with mock.patch("higgs_ds.model.padding_free.F.scaled_dot_product_attention", flash), hooks:
             loss, *_ = module(inputs, 0.1, torch.full((BOOKS,), 0.1, device="cuda"))
         assert loss.device.type == "cuda" and loss.requires_grad
-        weights = {p.untyped_storage()._cdata: p.nbytes for p in module.parameters()}
+        held = [*module.parameters(), *module.buffers()]  # quantized weights are buffers
+        weights = {tensor.untyped_storage()._cdata: tensor.nbytes for tensor in held}
     return sum(s.nbytes() for address, s in kept.items() if address not in weights), sum(weights.values())
 
 
@@ -135,13 +147,13 @@ def main() -> None:
     config, tokenizer = config_of(True)
     batch = batch_of(config, tokenizer, args.tokens)
     tokens, rows = batch.num_tokens, []
-    for case, every in CASES.items():
-        kept, weights = kept_bytes(config, batch, every)
+    for case, how in CASES.items():
+        kept, weights = kept_bytes(config, batch, *how)
         rows.append(
             {
                 "": case,
                 "tokens": tokens,
-                "GFLOP a token": operations(config, batch, every) / tokens / 1e9,
+                "GFLOP a token": operations(config, batch, *how) / tokens / 1e9,
                 "weights, GB": weights / 1e9,
                 "kept, GB": kept / 1e9,
                 "kept, MB a token": kept / tokens / 1e6,

@@ -5,7 +5,7 @@ disk. `train_ds.py` runs on it in bf16 as for anybody: header check, tokenizer, 
 With all weights zero both heads must answer with the logarithm of their number of classes: ln 128,256 for the text,
 ln 1,026 in every codebook. Takes about a minute and 18 GB of memory a stage.
 
-usage: python benchmarks/real_size.py [--stages 2 3] [--json FILE]
+usage: python benchmarks/real_size.py [--stages 2 3] [--base_dtype nf4] [--json FILE]
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 SPEECH = ROOT / "examples" / "speech"
 ROWS = 4
-MEMORY_BAR_GB = 20.0
+MEMORY_BARS_GB = {None: 20.0, "nf4": 10.0}  # by --base_dtype
 TEXT_LOSS, AUDIO_LOSS = math.log(128_256), math.log(1026)
 LORA_TENSORS, LORA_VALUES = 560, 39_452_672
 
@@ -35,24 +35,25 @@ LORA_TENSORS, LORA_VALUES = 560, 39_452_672
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", type=int, nargs="+", default=[2, 3], choices=range(4))
+    parser.add_argument("--base_dtype", choices=("nf4",))
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     from benchmarks.report import report
 
-    free = available_gb()
-    if free < MEMORY_BAR_GB:
-        sys.exit(f"{free:.1f} GB of memory are free, a stage may take {MEMORY_BAR_GB:g}: end something else first")
+    free, memory_bar = available_gb(), MEMORY_BARS_GB[args.base_dtype]
+    if free < memory_bar:
+        sys.exit(f"{free:.1f} GB of memory are free, a stage may take {memory_bar:g}: end something else first")
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         prepare(work)
-        rows = [rehearse(work, stage) for stage in args.stages]
+        rows = [rehearse(work, stage, args.base_dtype) for stage in args.stages]
     worst = max(row["peak memory, GB"] for row in rows)
-    holds = all(row["losses as expected"] for row in rows) and worst < MEMORY_BAR_GB
+    holds = all(row["losses as expected"] for row in rows) and worst < memory_bar
     report(
-        "one optimizer step of train_ds.py on 5.771 B parameters of zeros, bf16, one rank",
+        f"one optimizer step of train_ds.py on 5.771 B parameters of zeros, {args.base_dtype or 'bf16'}, one rank",
         rows,
         figure={"peak memory, GB": worst, "largest distance of a loss": max(row["off by"] for row in rows)},
-        bar={"peak memory, GB": MEMORY_BAR_GB, "largest distance of a loss": 1e-3},
+        bar={"peak memory, GB": memory_bar, "largest distance of a loss": 1e-3},
         holds=holds,
         json_file=args.json,
     )
@@ -76,7 +77,7 @@ def prepare(work: Path) -> None:
     SampleCodec.fit([read_audio(clip) for clip in clips]).save(work / "codec")
 
 
-def rehearse(work: Path, stage: int) -> dict:
+def rehearse(work: Path, stage: int, base_dtype: str | None = None) -> dict:
     """One run of `train_ds.py`, watched from outside; what it took and what its losses were."""
     out = work / f"zero{stage}"
     words = {
@@ -87,6 +88,7 @@ def rehearse(work: Path, stage: int) -> dict:
         "output_dir": out,
         "deepspeed_config": ROOT / f"ds_configs/zero{stage}.json",
         "dtype": "bf16",
+        "base_dtype": base_dtype or "none",
         "batch_size": ROWS,
         "max_steps": 1,
         "num_workers": 0,

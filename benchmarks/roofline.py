@@ -4,7 +4,8 @@ The 5.8 B model in bf16, LoRA rank 16 on all projections, forward and backward o
 Every operation takes as long as its products or its bytes, whichever takes longer, at speeds that large kernels reach
 on an H100. Nothing here is measured: launches, caches and small kernels are left out, so that a GPU will be slower.
 
-usage: python benchmarks/roofline.py [--tokens 8192] [--dropout 0.05] [--tflops 650] [--tb_per_sec 2.8] [--json FILE]
+usage: python benchmarks/roofline.py [--tokens 8192] [--dropout 0.05] [--base_dtype nf4] [--tflops 650]
+                                     [--tb_per_sec 2.8] [--json FILE]
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ KINDS = {  # by how the operation's name begins, the first that fits; products a
     "norms, there and back": ("aten::sigmoid",),  # see OneKernelNorm
     "factors, masks, rotary": ("aten::mul", "aten::addcmul"),
     "sums": ("aten::add", "aten::sum"),
+    "weights out of 4 bits": ("bitsandbytes::",),
     "rows picked, repeated, joined": (*GATHERS, "aten::cat", "aten::clone", "aten::copy_", "aten::new_zeros"),
     "the rest": ("aten::",),
 }
@@ -110,13 +112,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=8192, help="of the micro-batch")
     parser.add_argument("--dropout", type=float, default=0.05)
+    parser.add_argument("--base_dtype", choices=("nf4",))
     parser.add_argument("--tflops", type=float, default=650.0, help="that large products reach")
     parser.add_argument("--tb_per_sec", type=float, default=2.8, help="that large copies reach")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     config, tokenizer = config_of(True)
     batch = batch_of(config, tokenizer, args.tokens)
-    module = training_forward(lora_model(config, args.dropout), config)
+    module = training_forward(lora_model(config, args.dropout, quantized=args.base_dtype == "nf4"), config)
     flash = torch.ops.aten._scaled_dot_product_flash_attention
 
     def attention(query, key, value, dropout_p=0.0, is_causal=False, **_):

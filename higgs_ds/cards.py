@@ -13,7 +13,7 @@ from .corpus.chatml import BOSON_EXAMPLE, SYSTEM_PROMPT, AudioRef, Row
 from .errors import ConfigError
 from .model.layouts import BOSON, TRANSFORMERS
 from .process import loss_text
-from .voice_record import FACTS
+from .voice_record import PROMPT_FACTS
 
 COUNTED_ROWS = 1000
 SAMPLING = {"do_sample": True, "temperature": 1.0, "top_k": 50, "top_p": 0.95}  # as vllm-omni serves
@@ -39,7 +39,7 @@ def prompt_facts(rows: Sequence[Row]) -> dict[str, object]:
     systems = sum(row.messages[0].role == "system" for row in counted)
     of = f"of {len(counted)} rows" if len(counted) == len(rows) else f"of the first {len(counted)} rows"
     counts = (sum(n > 1 for n in clips), scenes, systems)
-    return {fact: f"{count} {of}" for fact, count in zip(FACTS, counts, strict=True)}
+    return {fact: f"{count} {of}" for fact, count in zip(PROMPT_FACTS, counts, strict=True)}
 
 
 def adapter_card(

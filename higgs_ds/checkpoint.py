@@ -30,7 +30,7 @@ from .position import NAME, OLDER, SHAPE_OPTIONS, TRAJECTORY_OPTIONS, read_posit
 from .position import CheckpointError as CheckpointError
 from .position import Position as Position
 from .process import say
-from .voice_record import VoiceRecord, write_record
+from .voice_record import VoiceRecord, base_fact, write_record
 
 CHECKSUMS = "checksums.json"
 TENSOR_FILES = (f"adapter/{WEIGHTS}", "optimizer.safetensors", "rng.safetensors")
@@ -147,7 +147,8 @@ class CheckpointWriter:
             (beside / "adapter").mkdir(parents=True)
             write_adapter(beside / "adapter", self.lora, state.weights)
             if style := position.config.get("prompt_style"):
-                write_record(beside / "adapter", VoiceRecord(style))
+                record = VoiceRecord(style, base_fact(position.config.get("base_dtype")))
+                write_record(beside / "adapter", record)
             moments = {f"{part}.{key}": value for part in ("exp_avg", "exp_avg_sq")
                        for key, value in getattr(state, part).items()}  # fmt: skip
             save_file(moments, beside / "optimizer.safetensors")

@@ -117,6 +117,12 @@ class ModelOptions:
     )
     base_revision: str | None = _option(None, f"revision of a hub checkpoint (Boson's: {DEFAULT_BASE_REVISION[:12]}…)")
     dtype: str = _option("bf16", "what the model computes in", choices=("bf16", "fp16", "fp32"))
+    base_dtype: str | None = _option(
+        None,
+        "how the decoder's frozen layers are kept (default: in --dtype). nf4: in 4.5 bits a weight, for GPUs of 24 GB "
+        "and less; ZeRO stages 0 to 2",
+        choices=("nf4",),
+    )
     forward_impl: str = _option(
         "padding_free",
         "padding_free: real tokens alone, without waiting for the GPU; upstream: boson_multimodal's own forward",

@@ -33,6 +33,7 @@ from .distributed.engine import Ranks
 from .distributed.rank_watch import Watch
 from .model.base_checkpoint import BaseCheckpoint
 from .run_setup import Setup
+from .voice_record import base_fact
 
 SHOWN_CHARACTERS = 4000  # of a prompt
 
@@ -161,7 +162,8 @@ class Data:
         drawn = {} if rate is None else {"reference rate": f"{rate:g}"}
         manifests = {f"manifest {name}".replace("|", "/"): text for name, text in self.plan.mixture.lines().items()}
         counts = {"rows": len(rows), **manifests, "optimizer steps": self.total_steps}
-        return {**counts, **style, **prompt_facts(rows), **drawn}
+        base = base_fact(self.setup.config.model.base_dtype)
+        return {**counts, **style, **prompt_facts(rows), **drawn, **base}
 
     def any_inputs(self) -> dict:
         """Some micro-batch's model inputs, on this rank's device."""

@@ -74,7 +74,7 @@ def run_merge(args: argparse.Namespace) -> int:
     from .model.load_layout import adaptable_modules
     from .model.merge import Base, merge
     from .model.processor_files import codec_reference
-    from .voice_record import RECORD, read_record, record_text
+    from .voice_record import RECORD, base_note, read_record, record_text
 
     args.output_dir = empty_place(args.output_dir)
     lora = read_adapter_config(args.adapter) if args.adapter else None
@@ -97,7 +97,7 @@ def run_merge(args: argparse.Namespace) -> int:
     where = {"base": name, "revision": revision, "layout": args.layout, "folder": args.output_dir}
     where |= {"codec": args.codec, "codec_revision": args.codec_revision}
     texts = {"README.md": merged_card(table, **where)} | ({RECORD: record_text(record)} if record else {})
-    for note in base.notes:
+    for note in [*base.notes, *filter(None, [lora and base_note(args.adapter, "--adapter")])]:
         say(note)
     size = merge(base, adapter, args.output_dir, args.layout, dtype=args.dtype, codec=args.codec, texts=texts)
     merged = f"{len(adapter.weights)} layers merged" if adapter else "nothing merged"

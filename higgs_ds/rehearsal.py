@@ -43,6 +43,7 @@ class Advice:
     max_tokens: int | None
     checkpoint_every: int
     stage: int
+    quantized: bool = False  # the base
 
     def __str__(self) -> str:
         if self.max_tokens is not None:
@@ -53,8 +54,8 @@ class Advice:
             changes = ["shorter rows (--max_duration_sec)"]
         if self.checkpoint_every != 1:
             changes.append("--activation_checkpointing full")
-        if self.stage < 3:
-            changes.append("--deepspeed_config ds_configs/zero3.json")
+        if self.stage < 3 and not self.quantized:
+            changes += ["--base_dtype nf4", "--deepspeed_config ds_configs/zero3.json"]
         return ", or ".join(changes)
 
 

@@ -102,7 +102,8 @@ def load_model(
     config, base = setup.config, setup.base
     watch.untimed("loading the model")
     with loading(setup.ds_config):
-        model = load_base(base.folder, base.config, config.model.dtype)
+        quantize_on = ranks.device if config.model.base_dtype else None
+        model = load_base(base.folder, base.config, config.model.dtype, quantize_on=quantize_on)
     engine = adapt(setup, model, ranks, wrap=wrap)
     if setup.resumed:
         engine.load_state(setup.resumed.state, first_inputs())
@@ -170,7 +171,8 @@ def describe(setup: Setup, data: Data, engine: Engine, ranks: Ranks) -> None:
         max_tokens=config.optim.max_tokens_per_batch,
         grad_accum=config.optim.grad_accum,
     )
-    lines = [plan.describe(data.total_steps), engine.describe(config.model.dtype), note]
+    dtype = config.model.dtype + (f" on frozen layers in {config.model.base_dtype}" if config.model.base_dtype else "")
+    lines = [plan.describe(data.total_steps), engine.describe(dtype), note]
     lines.append(nothing_to_shard_note(setup.ds_config, world_size=ranks.world_size))
     ranks.say("\n".join(line for line in lines if line))
 
@@ -186,7 +188,11 @@ def rehearse(setup: Setup, data: Data, engine: Engine, guard: Guard, ranks: Rank
     rows = data.plan.dearest(tokens, setup.first_step, last_step, padded=not setup.padding_free)
     batch = data.dataset(data.corpus.train_rows)[MicroBatch(rows)]
     advice = rehearsal.Advice(
-        config.optim.batch_size, config.optim.max_tokens_per_batch, config.model.checkpoint_every, engine.stage
+        config.optim.batch_size,
+        config.optim.max_tokens_per_batch,
+        config.model.checkpoint_every,
+        engine.stage,
+        quantized=config.model.base_dtype is not None,
     )
     took = rehearsal.rehearse(engine, ranks, guard, batch, advice)
     if took:

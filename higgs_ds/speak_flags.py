@@ -80,11 +80,14 @@ def check_adapter(args: argparse.Namespace) -> None:
     if args.adapter is None:
         return
     from .model.adapter_file import check_base, read_adapter_config, revision_for
+    from .voice_record import base_note
 
     lora = read_adapter_config(Path(args.adapter))
     args.base_revision = revision_for(lora, args.base_ckpt, args.base_revision)
     if not args.other_base:
         check_base(lora, args.base_ckpt, args.base_revision)
+    if note := base_note(Path(args.adapter), "--adapter"):
+        say(note)
 
 
 def base_of(args: argparse.Namespace) -> tuple[str, str]:

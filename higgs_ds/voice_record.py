@@ -1,4 +1,4 @@
-"""higgs_ds.json, beside an adapter and in a merged folder: the prompts that the voice was trained on."""
+"""higgs_ds.json, beside an adapter and in a merged folder: the prompts and the base that the voice was trained on."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from .files import write_text
 from .model.layouts import read_json
 
 RECORD = "higgs_ds.json"
-# What `cards.prompt_facts` says of the training rows, in its order; kept for the card of the merged folder.
-FACTS = ("rows with a reference clip", "rows with a scene", "rows with a system turn")
+# What `cards.prompt_facts` says of the training rows, in its order. All FACTS are kept for the merged folder's card.
+PROMPT_FACTS = ("rows with a reference clip", "rows with a scene", "rows with a system turn")
+BASE_FACT = "base in training"  # where that was not as its files have it
+FACTS = (*PROMPT_FACTS, BASE_FACT)
 
 _PLAIN = re.compile(r"[A-Za-z0-9 ]{1,80}")
 
@@ -29,6 +31,19 @@ class VoiceRecord:
     def table(self) -> dict[str, str]:
         """Lines of a card."""
         return {"prompt style": self.prompt_style, **self.facts}
+
+
+def base_fact(base_dtype: str | None) -> dict[str, str]:
+    """The line of a card on `--base_dtype`, where it was given."""
+    return {} if base_dtype is None else {BASE_FACT: f"frozen layers in {base_dtype}"}
+
+
+def base_note(folder: Path, flag: str) -> str | None:
+    """A line on an adapter that was trained on a quantized base, for who takes the base as it is."""
+    record = read_record(folder, flag)
+    if record is None or BASE_FACT not in record.facts:
+        return None
+    return f"{folder} was trained on a base with {record.facts[BASE_FACT]}; taken here: the base as its files have it"
 
 
 def record_text(record: VoiceRecord) -> str:

@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
 # Set-up, then the main job on CPU: a small model learns to speak real recordings under DeepSpeed, and speaks them.
-#   bash launch/quickstart.sh [--ranks N] [--stage 0|1|2|3] [--output_dir DIR]
+#   bash launch/quickstart.sh [--ranks N] [--stage 0|1|2|3] [--output_dir DIR] [--base_dtype nf4]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-ranks=2 stage=2 output_dir=runs/quickstart
-usage() { echo "usage: bash launch/quickstart.sh [--ranks N] [--stage 0|1|2|3] [--output_dir DIR]" >&2; exit 2; }
+ranks=2 stage=2 output_dir=runs/quickstart base_dtype=none
+usage() { echo "usage: bash launch/quickstart.sh [--ranks N] [--stage 0|1|2|3] [--output_dir DIR] [--base_dtype nf4]" >&2; exit 2; }
 while [ $# -gt 0 ]; do
   [ $# -ge 2 ] || usage
   case "$1" in
     --ranks) ranks=$2 ;;
     --stage) stage=$2 ;;
     --output_dir) output_dir=$2 ;;
+    --base_dtype) base_dtype=$2 ;;
     *) echo "unknown flag: $1" >&2; usage ;;
   esac
   shift 2
@@ -40,7 +41,8 @@ step "3/4 training: $ranks ranks, ZeRO-$stage"
 deepspeed --num_accelerators "$ranks" --master_port "$("$PYTHON" launch/free_port.py)" train_ds.py \
   --config examples/quickstart.yaml --deepspeed_config "ds_configs/zero$stage.json" \
   --train_manifest "$speech" --val_manifest examples/speech/val.jsonl --codec "$output_dir/codec" \
-  --base_ckpt "$output_dir/base" --batch_size $(( ranks < 8 ? 8 / ranks : 1 )) --output_dir "$output_dir"
+  --base_ckpt "$output_dir/base" --batch_size $(( ranks < 8 ? 8 / ranks : 1 )) --output_dir "$output_dir" \
+  --base_dtype "$base_dtype"
 
 step "4/4 every training sentence, spoken by upstream's own generate"
 "$PYTHON" -m higgs_ds recite --base_ckpt "$output_dir/base" --adapter "$output_dir/adapter" \

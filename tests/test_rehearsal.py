@@ -115,8 +115,9 @@ def test_no_micro_batch_of_a_plan_by_tokens_costs_more_than_its_dearest():
 def test_advice_names_what_can_still_be_changed():
     assert str(Advice(1, 16384, 0, 2)) == (
         "a --max_tokens_per_batch below 16384, or --activation_checkpointing full, "
-        "or --deepspeed_config ds_configs/zero3.json"
+        "or --base_dtype nf4, or --deepspeed_config ds_configs/zero3.json"
     )
+    assert str(Advice(1, 16384, 1, 2, quantized=True)) == "a --max_tokens_per_batch below 16384"
     assert str(Advice(1, None, 1, 3)) == "shorter rows (--max_duration_sec)"
 
 

@@ -253,6 +253,8 @@ def _settle_dtype(file: _File, config: TrainConfig, stage: int, world_size: int,
             f"{file.name}: stage 0 sums LoRA's gradients in bf16, here over --grad_accum {config.optim.grad_accum} × "
             f"{world_size} ranks; use zero1.json, which sums them in float32, or --dtype fp32"
         )
+    if config.model.base_dtype and stage == 3:
+        file.problems.append("--base_dtype: nf4 needs ZeRO stage 0, 1 or 2; stage 3 shards dense weights alone")
     if stage > 0:
         file.settle(file.section("data_types"), "grad_accum_dtype", "fp32", "this trainer", "data_types.")
         file.settle(file.content, "communication_data_type", "fp32", "this trainer")

@@ -259,6 +259,7 @@ class Engine:
         sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in self.module.parameters()]
         trained = sum(size for size, learns in sizes if learns)
         whole = sum(size for size, _ in sizes)
+        whole += sum(getattr(module, "quantized_values", 0) for module in self.module.modules())
         where = describe_devices(self._engine.device, dist.get_world_size())
         return f"engine: ZeRO-{self.stage}, {dtype} on {where}; {trained:,} of {whole:,} parameters train"
 

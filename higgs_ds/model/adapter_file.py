@@ -290,7 +290,7 @@ def attach(model, adapter: Adapter):
         model: boson_multimodal's, the one whose linear layers `adapter` was checked against.
         adapter: from `read_adapter`.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
 
     lora = LoraConfig(
         r=adapter.config.rank,
@@ -301,12 +301,26 @@ def attach(model, adapter: Adapter):
     )
     for name, stored in adapter.whole.items():
         model.get_submodule(name).weight.data.copy_(stored.read())
-    peft_model = get_peft_model(model, lora, autocast_adapter_dtype=False)
+    peft_model = with_lora(model, lora)
     weights = adapter.lora()
     for name, parameter in peft_model.named_parameters():
         if parameter.requires_grad:
             parameter.data.copy_(weights[peft_key(name)])
     return peft_model
+
+
+def with_lora(model, config):
+    """PEFT's `get_peft_model` for plain LoRA, in the dtype of the layers that it is put on.
+
+    PEFT's default would keep float32 copies of LoRA under zero.Init alone, so that the stages would differ. And where
+    bitsandbytes is installed it imports it (1.5 s and 44 MB a rank), to look for that library's own layers: here are
+    none. `tests/model/test_quantized.py` fails when that changes.
+    """
+    from peft import get_peft_model
+    from peft.tuners.lora import model as pefts
+
+    pefts.is_bnb_available = pefts.is_bnb_4bit_available = lambda: False
+    return get_peft_model(model, config, autocast_adapter_dtype=False)
 
 
 def _read_weights(

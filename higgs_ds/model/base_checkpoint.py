@@ -13,12 +13,13 @@ from pathlib import Path
 
 import torch
 from boson_multimodal.model.higgs_audio import HiggsAudioConfig, HiggsAudioModel
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from ..config import revision_of
 from ..errors import ConfigError, first_of, nearest, reason_of
+from .adapter_file import with_lora
 from .adapter_names import WHOLE_MODULES, layers_named, naming_nothing, peft_key
 from .facts import ModelFacts
 from .higgs import HiggsAudioForTraining
@@ -163,9 +164,14 @@ def check_tokenizer(folder: Path, tokenizer, config: HiggsAudioConfig, flag: str
     refuse(problems, f"{flag}: {folder}")
 
 
-def load_base(folder: Path, config: HiggsAudioConfig, dtype: str) -> HiggsAudioForTraining:
-    """The base model, all parameters frozen, in `dtype` ("bf16", "fp16", "fp32"); after `check_weights`."""
-    model = load_checkpoint(HiggsAudioForTraining, folder, config, DTYPES[dtype])
+def load_base(
+    folder: Path, config: HiggsAudioConfig, dtype: str, *, quantize_on: torch.device | None = None
+) -> HiggsAudioForTraining:
+    """The base model, all parameters frozen, in `dtype` ("bf16", "fp16", "fp32"); after `check_weights`.
+
+    With `quantize_on` the decoder's linear layers are kept in NF4, made on that device, see `load_checkpoint`.
+    """
+    model = load_checkpoint(HiggsAudioForTraining, folder, config, DTYPES[dtype], quantize_on=quantize_on)
     model.requires_grad_(False)
     return model
 
@@ -213,8 +219,7 @@ def attach_lora(
         task_type="CAUSAL_LM",
         revision=base_revision,
     )
-    # peft's default would keep float32 copies of LoRA under zero.Init alone, so that the stages would differ.
-    peft_model = get_peft_model(model, lora, autocast_adapter_dtype=False)
+    peft_model = with_lora(model, lora)
     peft_model.peft_config["default"].base_model_name_or_path = base_name
     for name, parameter in peft_model.named_parameters():
         if parameter.requires_grad:

@@ -30,6 +30,7 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import nn
 
 from .fused_head import FusedHead
+from .quantized import QuantizedLinear
 
 ALIGNMENT = 8  # columns: rows of 16-bit values that begin at multiples of 16 bytes, as fast kernels want them
 
@@ -37,11 +38,16 @@ ALIGNMENT = 8  # columns: rows of 16-bit values that begin at multiples of 16 by
 class Projection(NamedTuple):
     """A frozen linear layer without a bias, and LoRA on it, where it has one."""
 
-    weight: torch.Tensor  # [out, in]
+    layer: nn.Linear
     lora_A: torch.Tensor | None  # [rank, in]
     lora_B: torch.Tensor | None  # [out, rank]
     scaling: float
     dropout: float  # probability, of the input of `lora_A`
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """[out, in]; of a quantized layer made anew wherever it is asked for: to be used, and not to be kept."""
+        return self.layer.weight
 
     @classmethod
     def from_layer(cls, layer: nn.Module) -> Projection | None:
@@ -49,17 +55,18 @@ class Projection(NamedTuple):
         base, names = layer, []
         if type(layer) in (PeftLinear, LoraHead) and not (layer.disable_adapters or layer.merged):
             base, names = layer.base_layer, layer.active_adapters
-        if type(base) not in (nn.Linear, FusedHead) or base.bias is not None or base.weight.requires_grad:
+        dense = type(base) in (nn.Linear, FusedHead) and not base.weight.requires_grad
+        if not (dense or type(base) is QuantizedLinear) or base.bias is not None:
             return None
         if not names:
-            return cls(base.weight, None, None, 0.0, 0.0)
+            return cls(base, None, None, 0.0, 0.0)
         name, *others = names
         lora_A, lora_B, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
         plain = all(type(part) is nn.Linear and part.bias is None for part in (lora_A, lora_B))
         if others or name in layer.lora_variant or not plain:
             return None
         probability = dropout.p if layer.training and isinstance(dropout, nn.Dropout) else 0.0
-        return cls(base.weight, lora_A.weight, lora_B.weight, layer.scaling[name], probability)
+        return cls(base, lora_A.weight, lora_B.weight, layer.scaling[name], probability)
 
 
 class SavedLora(NamedTuple):
@@ -176,15 +183,16 @@ class ProjectionGroup:
             grad_lora_weights = [grad for pair in zip(grad_As, grad_Bs, strict=True) for grad in pair]
         if not needs_grad_hidden:
             return None, grad_lora_weights
-        products = [(grad, p.weight) for p, grad in zip(self.projections, grad_outputs, strict=True)]
+        products = list(zip(grad_outputs, self.projections, strict=True))
         if grad_Bs:
             grad_hidden = torch.mm(grad_columns, self._stacked_lora_A())
             if saved.dropout_mask is not None:
                 grad_hidden = kept(grad_hidden, saved.dropout_mask)
         else:
-            grad_hidden = torch.mm(*products.pop(0))
-        for grad_output, weight in products:
-            grad_hidden.addmm_(grad_output, weight)
+            grad_output, p = products.pop(0)
+            grad_hidden = torch.mm(grad_output, p.weight)
+        for grad_output, p in products:
+            grad_hidden.addmm_(grad_output, p.weight)
         return (grad_hidden if out is None else out.copy_(grad_hidden)), grad_lora_weights
 
 

@@ -22,6 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 from ..errors import ConfigError
 from .adapter_names import WHOLE_MODULES
 from .layouts import CARRIED_ALONG, TRANSFORMERS, layout_of, name_in
+from .quantized import QuantizedLinear
 from .weight_files import Stored, differences, is_marked, refuse, weight_headers
 
 TEXT_HEAD = "audio_decoder_proj.text_lm_head.weight"
@@ -100,7 +101,14 @@ def check_weights(
     return {name: found.stored[name] for name in wanted}, notes
 
 
-def load_checkpoint(cls: type[Model], folder: Path, config: HiggsAudioConfig, dtype: torch.dtype) -> Model:
+def load_checkpoint(
+    cls: type[Model],
+    folder: Path,
+    config: HiggsAudioConfig,
+    dtype: torch.dtype,
+    *,
+    quantize_on: torch.device | None = None,
+) -> Model:
     """A `cls` with the weights of a folder in either layout; after its weights were checked.
 
     Args:
@@ -108,8 +116,11 @@ def load_checkpoint(cls: type[Model], folder: Path, config: HiggsAudioConfig, dt
         folder: the checkpoint.
         config: from `read_checkpoint_config`.
         dtype: of the weights in the model.
+        quantize_on: keeps the linear layers of the decoder in NF4, made on this device; not under ZeRO-3.
     """
     layout = layout_of(folder)
+    if quantize_on is not None:
+        return load_mapped(cls, folder, config, dtype, layout, quantize_on)
     if layout == TRANSFORMERS or not all(map(is_marked, {one.file for one in weight_headers(folder).stored.values()})):
         return load_mapped(cls, folder, config, dtype, layout)
     disable_progress_bar()  # a bar for three files, from every rank
@@ -127,15 +138,33 @@ def load_checkpoint(cls: type[Model], folder: Path, config: HiggsAudioConfig, dt
     )
 
 
-def load_mapped(cls: type[Model], folder: Path, config: HiggsAudioConfig, dtype: torch.dtype, layout: str) -> Model:
-    """`load_checkpoint` of a folder that transformers' own loader cannot read."""
+def load_mapped(
+    cls: type[Model],
+    folder: Path,
+    config: HiggsAudioConfig,
+    dtype: torch.dtype,
+    layout: str,
+    quantize_on: torch.device | None = None,
+) -> Model:
+    """`load_checkpoint` of a folder that transformers' own loader cannot read, or not as wanted."""
     stored = weight_headers(folder, layout).stored
-    mapped = {name: one.read() for name, one in stored.items() if not re.search(CARRIED_ALONG, name)}
+    stored = {name: one for name, one in stored.items() if not re.search(CARRIED_ALONG, name)}
     if is_deepspeed_zero3_enabled():
+        mapped = {name: one.read() for name, one in stored.items()}
         return cls.from_pretrained(None, config=config, state_dict=mapped, torch_dtype=dtype)
     with init_empty_weights(include_buffers=False):  # rotary tables are computed, they stand in no file
         model = cls(copy.deepcopy(config))
     model.config.torch_dtype = dtype
+    if quantize_on is not None:
+        _quantize_decoder(model, stored, dtype, quantize_on)
     # Where the dtype is the file's, `to` gives the mapped tensor itself.
-    model.load_state_dict({name: tensor.to(dtype) for name, tensor in mapped.items()}, strict=True, assign=True)
+    model.load_state_dict({name: one.read().to(dtype) for name, one in stored.items()}, strict=True, assign=True)
     return model.eval()
+
+
+def _quantize_decoder(model: Model, stored: dict[str, Stored], dtype: torch.dtype, device: torch.device) -> None:
+    """The decoder's linear layers in NF4; their weights are taken out of `stored`, and read one after the other."""
+    for place, layer in list(model.layers.named_modules()):
+        if isinstance(layer, torch.nn.Linear):
+            weight = stored.pop(f"layers.{place}.weight").read()
+            model.layers.set_submodule(place, QuantizedLinear(weight, layer.bias, dtype, device))

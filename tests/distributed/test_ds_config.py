@@ -157,6 +157,14 @@ def test_stage_0_in_bf16_is_refused_where_it_would_sum_in_bf16(raw):
     assert resolved(raw, name="zero0.json", world_size=1)["bf16"]["enabled"]  # there is nothing to sum
 
 
+def test_a_quantized_base_is_refused_where_weights_are_cut_over_the_ranks():
+    for name in ("zero3.json", "zero3_offload.json"):
+        said = refused(None, name=name, argv=["--base_dtype", "nf4"])
+        assert said == "--base_dtype: nf4 needs ZeRO stage 0, 1 or 2; stage 3 shards dense weights alone"
+    for name in ("zero0.json", "zero1.json", "zero2_offload.json"):
+        assert resolved(name=name, argv=["--base_dtype", "nf4"])
+
+
 def test_an_optimizer_block_that_agrees_is_taken():
     params = {"lr": "auto", "betas": [0.9, 0.999], "torch_adam": True}
     raw = {"zero_optimization": {"stage": 2}, "optimizer": {"type": "AdamW", "params": params}}

@@ -84,6 +84,8 @@ def test_what_the_forward_keeps_stays_within_its_bounds():
     kept, weights = kept_bytes(config, batch, 0)
     assert 11.5e9 < weights < 11.7e9
     assert 2.4e6 < kept / batch.num_tokens <= KEPT_BAR * 1e6
+    in_4_bits, quantized = kept_bytes(config, batch, 0, quantized=True)
+    assert in_4_bits == kept and 4.4e9 < quantized < 4.6e9  # its layers' dense weights are made again
     kept, _ = kept_bytes(config, batch, 1)
     assert kept / batch.num_tokens < 0.25e6
 

@@ -90,10 +90,10 @@ def count_codec_networks() -> None:
         built.append(weakref.ref(network))
         return network
 
-    def load(*args):
+    def load(*args, **options):
         left = sum(network() is not None for network in built)
         print(f"codec networks: {len(built)} built, {left} left", flush=True)
-        return original_load(*args)
+        return original_load(*args, **options)
 
     boson_tokenizer.build_tokenizer, run.load_base = build, load
 

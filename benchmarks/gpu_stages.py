@@ -50,7 +50,7 @@ class Checks:
     def add(self, what: str, found: str, *, limit: str = "", holds: bool | None = None) -> None:
         """`holds`: None where nothing is asked of it."""
         verdict = MEASURED if holds is None else HOLDS if holds else FAILS
-        self._add({"what": what, "found": found, "limit": limit, "verdict": verdict})
+        self._add({"what": what, "found": found, "limit": "" if holds is None else limit, "verdict": verdict})
 
     def no_gpu(self, what: str) -> None:
         """What only a GPU could show."""
@@ -392,7 +392,9 @@ def profile(checks: Checks, work: Path) -> None:
         micro_batch(batches[-1])
         wait_for(ranks.device)
     by = "self_device_time_total" if on_gpu else "self_cpu_time_total"
-    events = sorted(seen.key_averages(), key=lambda event: -getattr(event, by))
+    kind = "CUDA" if on_gpu else "CPU"  # a GPU's kernels alone: an operation's entry has its kernels' time again
+    events = [event for event in seen.key_averages() if event.device_type.name == kind]
+    events.sort(key=lambda event: -getattr(event, by))
     table = seen.key_averages().table(sort_by=by, row_limit=60)
     checks.file.with_suffix(".txt").write_text(table, encoding="utf-8")
     whole = sum(getattr(event, by) for event in events)

@@ -172,7 +172,7 @@ def describe(setup: Setup, data: Data, engine: Engine, ranks: Ranks) -> None:
         max_tokens=config.optim.max_tokens_per_batch,
         grad_accum=config.optim.grad_accum,
     )
-    dtype = config.model.dtype + (f" on frozen layers in {config.model.base_dtype}" if config.model.base_dtype else "")
+    dtype = config.model.dtype + (f" (frozen layers {config.model.base_dtype})" if config.model.base_dtype else "")
     lines = [plan.describe(data.total_steps), engine.describe(dtype), note]
     lines.append(nothing_to_shard_note(setup.ds_config, world_size=ranks.world_size))
     ranks.say("\n".join(line for line in lines if line))

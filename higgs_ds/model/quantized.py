@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import sys
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -31,22 +29,20 @@ class QuantizedLinear(nn.Linear):
         nn.Module.__init__(self)  # nn.Linear's own would make a dense weight
         self.out_features, self.in_features = weight.shape
         self.bias, self.dtype = bias, dtype
-        pieces = [
-            _functional().quantize_4bit(rows.to(device), blocksize=BLOCK, quant_type="nf4")
-            for rows in weight.split(ROWS_AT_ONCE)
-        ]
+        import_bitsandbytes()
+        quantize = torch.ops.bitsandbytes.quantize_4bit
+        pieces = [quantize(rows.to(device), BLOCK, "nf4", torch.uint8) for rows in weight.split(ROWS_AT_ONCE)]
         # In no state_dict: a checkpoint has the dense weight. Scales as bytes, which no cast of the module rounds.
         self.register_buffer("packed", torch.cat([packed for packed, _ in pieces]), persistent=False)
-        scales = torch.cat([state.absmax for _, state in pieces])
+        scales = torch.cat([scales for _, scales in pieces])
         self.register_buffer("scales", scales.view(torch.uint8), persistent=False)
 
     @property
     def weight(self) -> torch.Tensor:
         """The dense matrix, [out, in]."""
-        functional, scales = _functional(), self.scales.view(torch.float32)
         # As one row: the kernel for CPUs takes rows that are no multiple of a block for ones that are.
-        flat = {"shape": (self.quantized_values,), "blocksize": BLOCK, "quant_type": "nf4"}
-        dense = functional.dequantize_4bit(self.packed, functional.QuantState(scales, dtype=self.dtype, **flat))
+        flat, scales = [self.quantized_values], self.scales.view(torch.float32)
+        dense = torch.ops.bitsandbytes.dequantize_4bit(self.packed, scales, BLOCK, "nf4", flat, self.dtype)
         return dense.view(self.out_features, self.in_features)
 
     @property
@@ -72,17 +68,14 @@ class _Product(torch.autograd.Function):
         return grad_output @ ctx.layer.weight, None
 
 
-@functools.cache
-def _functional() -> ModuleType:
-    """bitsandbytes.functional. On some CPUs its import fetches a kernel from the hub, which nothing here uses."""
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # where that cannot be had
-    held = sys.modules.get("kernels")
+def import_bitsandbytes() -> None:
+    """Brings `torch.ops.bitsandbytes`; without the kernel that its import fetches from the hub on some CPUs."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # that it cannot be had
+    fetcher = sys.modules.get("kernels")
     sys.modules["kernels"] = None
     try:
-        import bitsandbytes.functional as functional
+        import bitsandbytes  # noqa: F401
     finally:
-        if held is None:
-            del sys.modules["kernels"]
-        else:
-            sys.modules["kernels"] = held
-    return functional
+        del sys.modules["kernels"]
+        if fetcher is not None:
+            sys.modules["kernels"] = fetcher

@@ -18,12 +18,11 @@ from higgs_ds.model.tiny import write_tiny
 from tests.model.test_forward import (
     ALL_BATCHES,
     BATCHES,
+    assert_close,
     batch_called,
     batch_of,
     computed,
-    distance,
     lora_on,
-    worst_distance,
 )
 from tests.ranks import assert_all
 
@@ -55,12 +54,6 @@ def traced(monkeypatch):
     torch._dynamo.reset()
     monkeypatch.setattr(CompiledDecoderLayer, "programs", compiled.programs(backend))
     return graphs
-
-
-def assert_close(ours, wanted):
-    assert ours[2].problems == wanted[2].problems == [] and ours[3].keys() == wanted[3].keys()
-    assert distance(ours[0], wanted[0]) <= 1e-5 and torch.allclose(ours[1], wanted[1], rtol=1e-5)
-    assert worst_distance(ours[3], wanted[3]) <= 1e-5
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

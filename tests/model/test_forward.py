@@ -147,6 +147,13 @@ def assert_agree(ours, wanted, exact):
     assert worst_distance(ours[3], exact[3]) <= WORST * worst_distance(wanted[3], exact[3])
 
 
+def assert_close(ours, wanted, limit=1e-5):
+    """For two ways of computing one thing in float32, beside which there is no third."""
+    assert ours[2].problems == wanted[2].problems == [] and ours[3].keys() == wanted[3].keys()
+    assert distance(ours[0], wanted[0]) <= limit and torch.allclose(ours[1], wanted[1], rtol=limit)
+    assert worst_distance(ours[3], wanted[3]) <= limit
+
+
 def exact_on(model, config, batch):
     """In float64, which agrees with upstream's to 1e-12: `test_is_the_same_mathematics_in_float64`."""
     return computed(ours_on(copy.deepcopy(model).double(), config, loss_impl="reference"), batch)

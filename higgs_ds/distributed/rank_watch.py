@@ -7,6 +7,7 @@ that never touches torch.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 import traceback
@@ -57,9 +58,7 @@ class Watch:
         stall_timeout_sec: float,
         stop: StopRequest | None = None,
     ):
-        """`connections` are those of `rendezvous.meet`; `stop` is told of a launcher that is gone: without it that ends
-        all ranks.
-        """
+        """`connections` as in `Meeting`. `stop` is told of a launcher that is gone, which without it ends all ranks."""
         self._ranks = ranks
         self._stall_timeout_sec = stall_timeout_sec
         self._lock = threading.Lock()  # of the three that follow
@@ -78,6 +77,8 @@ class Watch:
         self._connection = (
             WatchServer(connections, hosts) if ranks.is_main else WatchClient(connections[0], host_of_0=hosts[0])
         )
+        # A data worker may outlive its rank, and must not hold the connection by whose end that rank is missed.
+        os.register_at_fork(after_in_child=lambda: [connection.close() for connection in connections.values()])
         if stop is not None:
             stop.joined()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)

@@ -43,7 +43,6 @@ ALIASES = {
     "project_name": "wandb_project",
     "lora_rank": "lora_r",
     "dataloader_num_workers": "num_workers",
-    "torch_compile": "compile",
 }
 
 
@@ -132,11 +131,6 @@ class ModelOptions:
     activation_checkpointing: str = _option(
         "none",
         "decoder layers whose activations are recomputed in the backward: none, full, or N for every N-th",
-    )
-
-    compile: bool = _option(
-        False,
-        "torch.compile of the decoder layers, a minute or more at the start; what it gives on a GPU is not measured",
     )
 
     @property

@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 from higgs_ds.config import PROJECT_ROOT
 from higgs_ds.distributed.engine import leave_ranks, start_ranks
 from higgs_ds.files import write_text
-from higgs_ds.model import compiled
 from higgs_ds.process import end_process
 from tests.batching.test_collate import samples_of
 from tests.workers.common import build, with_lora_b, without_text_labels
@@ -24,7 +23,6 @@ VARIANTS = {
     "reference": {"loss_impl": "reference"},
     "checkpointed": {"activation_checkpointing": "full"},
     "every second layer checkpointed": {"activation_checkpointing": 2},
-    "compiled": {"compile": True},
 }
 WHOLE = {"train_audio_embeddings": True, "train_heads": "both"}
 VARIANTS |= {f"{name}, whole modules": VARIANTS[name] | WHOLE for name in ("upstream", "fused")}
@@ -35,7 +33,6 @@ VARIANTS |= {f"{name}, heads": VARIANTS[name] | HEADS for name in ("upstream", "
 def main() -> None:
     base_dir, codec_dir, out = map(Path, sys.argv[1:4])
     ranks = start_ranks()
-    compiled.CompiledDecoderLayer.programs = compiled.programs("aot_eager")  # traced as ever, without kernels to build
     for stage in STAGES:
         for name, settings in VARIANTS.items():
             if name == "fused, whole modules":

@@ -156,7 +156,7 @@ def huge(adapter):
         (half, "missing weight"),
         (foreign, "missing weight"),
         (not_a_number, "holds NaN or infinity"),
-        (lambda a: edit(a, megatron_config={"a": 1}, megatron_core="evil"), "megatron_core is 'evil': not plain LoRA"),
+        (lambda a: edit(a, megatron_config={"a": 1}), "megatron_config is {'a': 1}: not plain LoRA"),
         (lambda a: edit(a, base_model_name_or_path="some/other"), "trained on 'some/other', --base_ckpt is"),
         (lambda a: edit(a, r=-1), "r is -1"),
     ],

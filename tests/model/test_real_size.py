@@ -39,7 +39,7 @@ def test_the_real_files_pass_every_door(tmp_path):
         resolve(
             read_deepspeed_config(str(file)),
             options,
-            world_size=8,
+            world_size=1 if file.stem == "zero0" else 8,  # on more, bf16 gradients would be summed in bf16
             on_cpu=False,
             layer=LayerSizes.from_facts(ModelFacts.from_config(base.config)),
         )

@@ -35,6 +35,7 @@ CHECKS = {
     "label_count": "the model was asked for as many labels as the batch holds",
     "finite": "losses are finite",
     "gradient": "the gradient norm is finite",
+    "gradient_order": "gradients come in the same order on every rank",
     "text_loss": "text loss is above 0 where text is labelled",
     "audio_loss": "audio loss is above 0 where audio is labelled",
     "total": "total loss is above 0 where anything is labelled",
@@ -48,6 +49,7 @@ LIKELY_CAUSES = {
     "label_count": "labels were shifted twice, masked in place, or cut between the collator and the loss",
     "finite": "the learning rate is too high, or fp16 overflows (use --dtype bf16); look at the rows named above",
     "gradient": "backward overflows while the loss is finite: a lower learning rate, or --dtype fp32 to find the layer",
+    "gradient_order": "ranks with different versions of torch or of this program; zero1.json depends on no order",
     "text_loss": "label_ids are all masked, or the loss was replaced by a constant",
     "audio_loss": "label_audio_ids are all masked, unshifted and copied from the input, or replaced by a constant",
     "total": "both heads' labels were lost on the way to the loss",
@@ -161,6 +163,14 @@ class Guard:
         """What the engine found after backward: a norm over all ranks, so that every rank reports its own rows."""
         found = [("gradient", f"gradient norm {grad_norm} over all ranks, while every loss was finite")]
         return self._failures(found, batches[0], step, 0)
+
+    def check_gradient_order(self, batches: list[Batch], orders: list[list[float]], step: int) -> list[Failure]:
+        """What `Engine.gradient_order` gave on each rank, where it differs; the ranks other than rank 0 report."""
+        if orders[self.rank] == orders[0]:
+            return []
+        (mine, _), (first, _) = orders[self.rank], orders[0]
+        found = f"{mine:.0f} gradients, {first:.0f} on rank 0" if mine != first else "another order than on rank 0"
+        return self._failures([("gradient_order", found)], batches[0], step, 0)
 
     def _result_problems(self, batch: Batch, stats: MicroBatchStats) -> list[tuple[str, str]]:
         text_sum, text_count, saturation, loss = stats.text_sum, stats.text_count, stats.text_saturation, stats.loss

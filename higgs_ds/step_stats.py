@@ -159,6 +159,7 @@ class RankStep(Packed):
     """What a rank tells all others of an optimizer step, in the one exchange after its backward."""
 
     failures: float  # checks that failed in this step
+    gradients: list[float]  # how many came, and a checksum of their order: see `Engine.gradient_order`
     stop: float  # 1 where this rank was asked to stop
     save_due: float  # 1 where rank 0's clock wants a checkpoint
     step_sec: float  # see `metrics.StepClock`

@@ -219,6 +219,11 @@ class Trainer:
         if any(rank.failures for rank in ranks):
             self.engine.drop_step()
             return StepResult(ranks, self._all_failures(failures))
+        orders = [rank.gradients for rank in ranks]
+        if orders.count(orders[0]) < len(orders):
+            self.engine.drop_step()
+            failures = self.guard.check_gradient_order(batches, orders, step)
+            return StepResult(self._exchange(failures, sums), self._all_failures(failures))
         self._say_oddities(step, sums)
         self.at(step, "updating the weights")
         grad_norm = self.engine.step(lr)
@@ -251,6 +256,7 @@ class Trainer:
         """Every rank's share of the step; one collective, once a step (and once more for a gradient that failed)."""
         mine = RankStep(
             failures=len(failures),
+            gradients=self.engine.gradient_order(),
             stop=self.stop_requested(),
             save_due=self.ranks.is_main and 0 < self.save_minutes * 60 <= time.monotonic() - self._saved_at,
             step_sec=self._clock.step_sec(),

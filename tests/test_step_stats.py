@@ -35,11 +35,11 @@ def test_what_is_packed_comes_back_by_name():
         codebook_sums=[5.0, 6.0, 7.0],
         codebook_counts=[8.0, 9.0, 10.0],
     )
-    step = RankStep(0.0, 1.0, 0.0, 0.5, 0.1, 7.0, 8.0, 0.0, [0.0] * 11, sums)
+    step = RankStep(0.0, [40.0, 7.0], 1.0, 0.0, 0.5, 0.1, 7.0, 8.0, 0.0, [0.0] * 12, sums)
     for record, empty in (
         (counts, LabelCounts(0, 0, [0] * BOOKS)),
         (sums, StepSums.empty(BOOKS)),
-        (step, RankStep(0, 0, 0, 0, 0, 0, 0, 0, [0] * 11, StepSums.empty(BOOKS))),
+        (step, RankStep(0, [0, 0], 0, 0, 0, 0, 0, 0, 0, [0] * 12, StepSums.empty(BOOKS))),
         (stats(), MicroBatchStats.empty(BOOKS)),
     ):
         assert empty.unpack(record.pack()) == record

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import os
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -242,6 +244,9 @@ class Engine:
         dist.barrier()
         self._engine, *_ = deepspeed.initialize(model=module, optimizer=self._optimizer, config=ds_config)
         self._optimizer.drop_next = False
+        self._came = [0, 0]  # gradients since the last step, and a checksum of their order
+        for number, parameter in enumerate(_trained(module).values() if self.stage >= 2 else ()):
+            parameter.register_post_accumulate_grad_hook(functools.partial(self._note_gradient, number))
         self._layout_is_known = False  # until the first state was gathered and held against the module
 
     @property
@@ -277,6 +282,19 @@ class Engine:
         # and learns that `backward` was told not to only from a hook on what it is given, which must fire first.
         self._engine.backward(loss.clone(), scale_wrt_gas=False)
 
+    def _note_gradient(self, number: int, parameter: nn.Parameter) -> None:
+        count, order = self._came
+        self._came = [count + 1, zlib.crc32(number.to_bytes(4, "little"), order)]
+
+    def gradient_order(self) -> list[float]:
+        """How many gradients have come since the last step, and a checksum of the order; the same on all ranks, or else.
+
+        Stages 2 and 3 lay them into one buffer as they come and add the ranks' buffers up, whatever lies where: ranks
+        whose backward goes another way would train each weight on others' gradients. The other stages have an order of
+        their own, and zeros here.
+        """
+        return [float(value) for value in self._came]
+
     def step(self, learning_rate: float) -> float:
         """One update with all gradients since the last one; returns their norm before clipping, over all ranks.
 
@@ -284,6 +302,7 @@ class Engine:
         """
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
+        self._came = [0, 0]
         self._engine.step()
         norm = self._optimizer.norm if self._optimizer.clip_norm is not None else self._engine.get_global_grad_norm()
         return float("nan") if norm is None else float(norm)
@@ -291,6 +310,7 @@ class Engine:
     def drop_step(self) -> None:
         """Ends the optimizer step without an update: gradients are cleared, weights and moments stay."""
         self._optimizer.drop_next = True
+        self._came = [0, 0]
         try:
             self._engine.step()
         finally:

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 import math
 
 import pytest
@@ -402,7 +403,8 @@ def sharded(base_dir, codec_dir, tmp_path_factory):
     """The first moments after a step on two ranks with other kinds of rows, by (stage, variant): 0.1 × the gradient."""
     out = tmp_path_factory.mktemp("sharded")
     assert_all(run_ranks(["tests/workers/forwards.py", *map(str, (base_dir, codec_dir, out))], 2, timeout=360))
-    return {tuple(file.stem.split("-")): load_file(file) for file in out.glob("*.safetensors")}
+    mixed = {file.name[0]: json.loads(file.read_text()) for file in out.glob("*-mixed.json")}
+    return {tuple(file.stem.split("-")): load_file(file) for file in out.glob("*.safetensors")} | mixed
 
 
 @pytest.mark.parametrize("variant", [*VARIANTS, *OTHERS])
@@ -415,3 +417,11 @@ def test_gradients_are_upstreams_under_zero_with_two_ranks(stage, variant, shard
     assert distance(joined(ours), joined(wanted)) <= SHARDED
     assert worst_distance(ours, wanted) <= EACH_FLOAT32
     assert distance(joined(ours), joined(sharded["2", upstream])) <= SHARDED
+
+
+def test_gradients_that_come_in_another_order_on_one_rank_train_nothing(sharded):
+    """Stages 2 and 3 would add up what lies at the same place of a buffer; stage 1 goes by the weight."""
+    for stage in "23":
+        assert sharded[stage] == {"failures": [["gradient_order", 1]], "kept": True}
+    assert sharded["1"] == {"failures": [], "kept": False}
+    assert distance(joined(sharded["1", "mixed"]), joined(sharded["2", "upstream"])) <= SHARDED

@@ -36,7 +36,7 @@ BAR = 37_000  # tokens a second and H100
 
 @dataclass(frozen=True)
 class Case:
-    """What is run; "compiled" is the padding_free forward by torch.compile."""
+    """What is run; "compiled" is the padding_free forward with --compile."""
 
     stage: int
     checkpoint_every: int = 0
@@ -222,6 +222,7 @@ def engine_of(case: Case, config, ranks, zero: dict | None = None):
 
     words = ["--train_manifest", "x", "--output_dir", "x", "--dtype", "bf16", "--base_ckpt", "random"]
     words += ["--activation_checkpointing", str(case.checkpoint_every or "none")]
+    words += ["--compile", str(case.forward == "compiled")]
     if case.forward == "upstream":
         words += ["--forward_impl", "upstream", "--loss_impl", "reference"]
     raw = json.loads((ROOT / f"ds_configs/zero{case.stage}.json").read_text())
@@ -266,12 +267,9 @@ def run_one(args: argparse.Namespace) -> None:
     from higgs_ds.model.facts import ModelFacts
     from higgs_ds.model.flops import flop_per_token, mean_row_tokens, touched_parameters
     from higgs_ds.model.modules import DEFAULT_LORA_TARGETS
-    from higgs_ds.model.padding_free import DecoderLayer
     from higgs_ds.process import end_process
 
     case = CASES[args.one]
-    if case.forward == "compiled":
-        DecoderLayer.on_rows = torch.compile(DecoderLayer.on_rows, dynamic=True)
     ranks = start_ranks()
     on_gpu = ranks.device.type == "cuda"
     config, tokenizer = config_of(on_gpu)

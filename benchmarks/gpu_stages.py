@@ -333,12 +333,18 @@ def speed(checks: Checks, work: Path) -> None:
 
 
 def compiled(checks: Checks, work: Path) -> None:
-    """What torch.compile of the decoder layers would give."""
+    """What --compile gives, and that it trains alike."""
     if measuring_device().type != "cuda":
         return checks.no_gpu("zero2, compiled")
     rates = _rates(checks, work, "zero2;zero2, compiled")
     faster = rates["zero2, compiled"] / max(rates["zero2"], 1e-9)
-    checks.add("compiled layers", f"{faster:.2f} × as fast{', PAYS' if faster >= PAYS else ''}")
+    checks.add("--compile", f"{faster:.2f} × as fast{', PAYS' if faster >= PAYS else ''}")
+    run = SmallRun(work)
+    run.train("plain", *SIX_STEPS)
+    run.train("compiled", *SIX_STEPS, "--compile")
+    usual, loss = run.last_loss("plain"), run.last_loss("compiled")
+    near = abs(loss / usual - 1) < 0.02
+    checks.add("--compile: loss of step 6", f"{loss:.4f}", limit=f"2% from {usual:.4f}", holds=near)
 
 
 def profile(checks: Checks, work: Path) -> None:

@@ -32,6 +32,7 @@ from higgs_ds.model.forward import training_forward  # noqa: E402
 
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm")
 GATHERS = ("aten::index_select", "aten::embedding", "aten::index_copy", "aten::index_copy_")
+FUSIBLE = ("silu, there and back", "norms, there and back", "factors, masks, rotary", "sums")  # by --compile
 NO_WORK = ("aten::empty", "aten::new_empty", "aten::detach", "aten::empty_like", "aten::empty_strided")
 KINDS = {  # by how the operation's name begins, the first that fits; products are told apart by their sizes
     "products of frozen weights": (),
@@ -136,6 +137,8 @@ def main() -> None:
         {"": kind, "calls": roof.calls[kind], "ms": 1e3 * roof.seconds[kind], "share": roof.seconds[kind] / total}
         for kind in KINDS
     ]
+    calls, fusible = (sum(of[kind] for kind in FUSIBLE) for of in (roof.calls, roof.seconds))
+    rows.append({"": "--compile fuses at most", "calls": calls, "ms": 1e3 * fusible, "share": fusible / total})
     rows.append({"": "all", "calls": sum(roof.calls.values()), "ms": 1e3 * total, "share": 1.0})
     report(
         f"a micro-batch of {batch.num_tokens:,} tokens of the 5.8 B model by arithmetic, not measured: "

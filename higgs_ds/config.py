@@ -43,6 +43,7 @@ ALIASES = {
     "project_name": "wandb_project",
     "lora_rank": "lora_r",
     "dataloader_num_workers": "num_workers",
+    "torch_compile": "compile",
 }
 
 
@@ -131,6 +132,12 @@ class ModelOptions:
     activation_checkpointing: str = _option(
         "none",
         "decoder layers whose activations are recomputed in the backward: none, full, or N for every N-th",
+    )
+
+    compile: bool = _option(
+        False,
+        "torch.compile of the decoder layers (on several ranks: stage 0 or 1); compiling takes a minute or more; "
+        "the gain on a GPU is unmeasured",
     )
 
     @property

@@ -193,7 +193,7 @@ def load_data(setup: Setup, ranks: Ranks, watch: Watch | Unwatched, *, only_one_
         collator=collator,
         count_tokens=bool(config.optim.max_tokens_per_batch)
         or config.data.reference_rate is not None
-        or rehearsal.is_wanted(ranks.device),
+        or rehearsal.is_wanted(ranks.device, compiled=config.model.compile),
         outcome="nothing was trained (--skip_bad_rows trains without them)",
     )
     rows = corpus.train_rows

@@ -74,6 +74,8 @@ def _forward_checks(config: TrainConfig) -> list[str]:
             )
         if recomputed != "none":
             problems.append("--activation_checkpointing: upstream's forward has none; use --forward_impl padding_free")
+        if config.model.compile:
+            problems.append("--compile: upstream's forward is not compiled; use --forward_impl padding_free")
     return problems + head_problems(config)
 
 

@@ -21,9 +21,12 @@ REHEARSED_ON = ("cuda",)
 ROWS_SHOWN = 8
 
 
-def is_wanted(device: torch.device) -> bool:
-    """Whether a run on this device has a rehearsal."""
-    return device.type in REHEARSED_ON
+def is_wanted(device: torch.device, *, compiled: bool) -> bool:
+    """Whether a run on this device has a rehearsal, with `--compile` or without.
+
+    Compiling takes longer than a rank may stand still in a step, so that it is done here, whatever the device.
+    """
+    return compiled or device.type in REHEARSED_ON
 
 
 class DoesNotFitError(RuntimeError):

@@ -150,6 +150,7 @@ def adapt(
         forward_impl=config.model.forward_impl,
         loss_impl=config.loss.loss_impl,
         checkpoint_every=config.model.checkpoint_every,
+        compiled=config.model.compile,
     )
     module = forward(wrap(lora_model))
     optim = config.optim
@@ -178,11 +179,17 @@ def describe(setup: Setup, data: Data, engine: Engine, ranks: Ranks) -> None:
 
 
 def rehearse(setup: Setup, data: Data, engine: Engine, guard: Guard, ranks: Ranks, watch: Watch | Unwatched) -> None:
-    """The dearest micro-batch of the plan, once, on GPUs: a run that does not fit ends before its first step."""
-    if not rehearsal.is_wanted(ranks.device):
-        return
+    """The dearest micro-batch of the plan, once, on GPUs: a run that does not fit ends before its first step.
+
+    On any device with `--compile`, whose seconds are said.
+    """
     config, tokens = setup.config, data.corpus.train_rows.tokens
-    watch.at(setup.first_step - 1, "rehearsing the dearest micro-batch")
+    if not rehearsal.is_wanted(ranks.device, compiled=config.model.compile):
+        return
+    if config.model.compile:
+        watch.untimed("compiling the decoder layers")
+    else:
+        watch.at(setup.first_step - 1, "rehearsing the dearest micro-batch")
     # The whole run's, also where only one step is checked.
     last_step = max(setup.first_step, data.plan.total_steps(config.optim.epochs, config.optim.max_steps))
     rows = data.plan.dearest(tokens, setup.first_step, last_step, padded=not setup.padding_free)
@@ -197,6 +204,11 @@ def rehearse(setup: Setup, data: Data, engine: Engine, guard: Guard, ranks: Rank
     took = rehearsal.rehearse(engine, ranks, guard, batch, advice)
     if took:
         ranks.say(took)
+    if config.model.compile:
+        from .model.compiled import seconds_compiling
+
+        slowest = max(row[0] for row in ranks.table([seconds_compiling()]))
+        ranks.say(f"compiled the decoder layers: {slowest:.0f} s on the slowest rank")
 
 
 def make_trainer(

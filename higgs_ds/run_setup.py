@@ -153,6 +153,10 @@ def settle(
     if config.lora.lora_r > base.facts.hidden_size:
         width = base.facts.hidden_size
         raise ConfigError([f"--lora_r: {config.lora.lora_r} is above {width}, the width of the model's layers"])
+    if config.model.compile:
+        from .model.compiled import check_compiler
+
+        ranks.each(lambda: check_compiler(ranks.device.type))
     weights = LossWeights.from_options(config.loss, base.facts.num_codebooks)
     optim.batch_size, optim.max_tokens_per_batch = micro_batches.settle_micro_batches(
         optim.batch_size,

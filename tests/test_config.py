@@ -215,6 +215,10 @@ def test_the_resolved_config_can_be_given_back(tmp_path):
             ["--forward_impl", "upstream", "--loss_impl", "reference", "--activation_checkpointing", "full"],
             ["--activation_checkpointing: upstream's forward has none"],
         ),
+        (
+            ["--forward_impl", "upstream", "--loss_impl", "reference", "--torch_compile"],
+            ["--compile: upstream's forward is not compiled"],
+        ),
         (["--lora_target_modules", "q_proj,audio_lm_head"], ["LoRA on audio_lm_head", "--loss_impl reference"]),
         (["--train_heads", "some"], ["--train_heads: 'some' is not one of none, audio, text, both"]),
         (

@@ -81,8 +81,9 @@ def test_a_run_that_does_not_fit_ends_with_code_2_on_every_rank(stage, phase, fo
     assert max(r.ended_after_sec for r in results) < 40
 
 
-def test_on_a_cpu_there_is_none():
-    assert is_wanted(torch.device("cuda", 3)) and not is_wanted(torch.device("cpu"))
+def test_on_a_cpu_there_is_none_but_to_compile():
+    assert is_wanted(torch.device("cuda", 3), compiled=False) and not is_wanted(torch.device("cpu"), compiled=False)
+    assert is_wanted(torch.device("cpu"), compiled=True)
 
 
 def test_the_dearest_of_a_plan_by_rows_is_one_that_it_really_has():

@@ -255,6 +255,11 @@ def _settle_dtype(file: _File, config: TrainConfig, stage: int, world_size: int,
         )
     if config.model.base_dtype and stage == 3:
         file.problems.append("--base_dtype: nf4 needs ZeRO stage 0, 1 or 2; stage 3 shards dense weights alone")
+    if config.model.compile and stage >= 2 and world_size > 1:  # see Engine.gradient_order
+        file.problems.append(
+            f"--compile: stage {stage} adds up the ranks' gradients in their order of arrival, which differs where one "
+            "rank's rows hold no audio; use zero1.json, which has a fixed order"
+        )
     if stage > 0:
         file.settle(file.section("data_types"), "grad_accum_dtype", "fp32", "this trainer", "data_types.")
         file.settle(file.content, "communication_data_type", "fp32", "this trainer")

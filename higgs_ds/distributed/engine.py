@@ -287,7 +287,7 @@ class Engine:
         self._came = [count + 1, zlib.crc32(number.to_bytes(4, "little"), order)]
 
     def gradient_order(self) -> list[float]:
-        """How many gradients have come since the last step, and a checksum of the order; the same on all ranks, or else.
+        """How many gradients have come since the last step, and a checksum of their order.
 
         Stages 2 and 3 lay them into one buffer as they come and add the ranks' buffers up, whatever lies where: ranks
         whose backward goes another way would train each weight on others' gradients. The other stages have an order of

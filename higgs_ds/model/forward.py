@@ -106,6 +106,7 @@ def training_forward(
     forward_impl: str = "padding_free",
     loss_impl: str = "fused",
     checkpoint_every: int = 0,
+    compiled: bool = False,
 ) -> nn.Module:
     """What the engine runs, for a model with this `HiggsAudioConfig`; see the options of the same names.
 
@@ -132,10 +133,15 @@ def training_forward(
             head.__class__ = LoraHead
     adopt(model, FusedRmsNorm)
     adopt(model, DecoderLayer)
-    return TrainingForward(
+    forward = TrainingForward(
         model,
         num_codebooks=config.audio_num_codebooks,
         classes=config.audio_codebook_size + 2,
         loss_impl=loss_impl,
         checkpoint_every=checkpoint_every,
     )
+    if compiled:
+        from .compiled import compile_layers  # torch's compiler takes seconds to import
+
+        compile_layers(forward)
+    return forward

@@ -150,38 +150,45 @@ class DecoderLayer(HiggsAudioDualFFNDecoderLayer):
 
     def on_rows(self, hidden: torch.Tensor, *, layout: Layout, rope, outputs_only: bool) -> torch.Tensor:
         """The computation itself, see `forward`."""
-        sizes = [layout.num_text, hidden.shape[0] - layout.num_text]
-        normed = _normed([self.input_layernorm, self.audio_input_layernorm], hidden, sizes)
+        places, num_text = layout.unpack_index, layout.num_text
+        heads = self.before_attention(hidden, num_text, rope, layout.pack_index, places)
         if outputs_only:
-            hidden = hidden.index_select(0, layout.output_rows)
-            sizes = [layout.num_output_text, hidden.shape[0] - layout.num_output_text]
-        hidden = hidden + _attention(self.self_attn, normed, rope, layout, outputs_only)
+            hidden, places = (rows.index_select(0, layout.output_rows) for rows in (hidden, places))
+            num_text = layout.num_output_text
+        attended = _Ungroup.apply(_attention(self.self_attn, heads, layout), places)
+        return self.after_attention(hidden, attended, num_text)
+
+    def before_attention(self, hidden: torch.Tensor, num_text: int, rope, pack_index, unpack_index) -> tuple:
+        """Query, key and value at padded places: [N, hidden] -> [places, heads, head_dim] each."""
+        attn = self.self_attn
+        normed = _normed([self.input_layernorm, self.audio_input_layernorm], hidden, num_text)
+        projected = project([attn.q_proj, attn.k_proj, attn.v_proj], normed)
+        query, key, value = (rows.unflatten(1, (-1, attn.head_dim)) for rows in projected)  # [N, heads, head_dim]
+        query, key = _Rotate.apply(query, *rope), _Rotate.apply(key, *rope)
+        return tuple(_Regroup.apply(rows, pack_index, unpack_index) for rows in (query, key, value))
+
+    def after_attention(self, hidden: torch.Tensor, attended: torch.Tensor, num_text: int) -> torch.Tensor:
+        """The layer's output for rows of its input and what attention made of them: [N, hidden] each -> [N, hidden]"""
+        (out,) = project([self.self_attn.o_proj], attended)
+        hidden = hidden + out
         norms = [self.post_attention_layernorm, self.audio_post_attention_layernorm]
-        normed = _normed(norms, hidden, sizes)
-        return add_mlps([self.mlp, self.audio_mlp], normed, hidden, sizes)
+        sizes = [num_text, hidden.shape[0] - num_text]
+        return add_mlps([self.mlp, self.audio_mlp], _normed(norms, hidden, num_text), hidden, sizes)
 
 
-def _normed(norms: list[nn.Module], rows: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+def _normed(norms: list[nn.Module], rows: torch.Tensor, num_text: int) -> torch.Tensor:
     """Each norm of its own slice of the rows. [N, hidden] -> [N, hidden]"""
-    return torch.cat([norm(part) for norm, part in zip(norms, rows.split(sizes), strict=True)])
+    text, audio = norms
+    return torch.cat([text(rows[:num_text]), audio(rows[num_text:])])
 
 
-def _attention(attn: nn.Module, hidden: torch.Tensor, rope, layout: Layout, outputs_only: bool) -> torch.Tensor:
-    """Causal self-attention within each sequence, through the layer's projections. [N, hidden] -> [N, hidden]
+def _attention(attn: nn.Module, heads: tuple[torch.Tensor, ...], layout: Layout) -> torch.Tensor:
+    """Causal self-attention within each sequence. [places, heads, head_dim] each -> [places, hidden]
 
-    With `outputs_only`, only the layout's output rows come out: [K, hidden].
     Padding stands to the right of all that a sequence holds, so that causality alone keeps it from being seen.
     """
-    projected = project([attn.q_proj, attn.k_proj, attn.v_proj], hidden)
-    query, key, value = (rows.unflatten(1, (-1, attn.head_dim)) for rows in projected)  # [N, heads, head_dim]
-    query, key = _Rotate.apply(query, *rope), _Rotate.apply(key, *rope)
-
-    def sequences(rows: torch.Tensor) -> torch.Tensor:
-        """[N, heads, head_dim] -> [batch, heads, longest, head_dim]"""
-        packed = _Regroup.apply(rows, layout.pack_index, layout.unpack_index)
-        return packed.view(layout.num_sequences, layout.longest, -1, attn.head_dim).transpose(1, 2)
-
-    query, key, value = sequences(query), sequences(key), sequences(value)
+    shape = (layout.num_sequences, layout.longest, -1, attn.head_dim)
+    query, key, value = (part.view(shape).transpose(1, 2) for part in heads)  # [batch, heads, longest, head_dim]
     # Kernels in half precision share key heads among query heads by themselves; in float32 only the slow one does.
     shares = query.is_cuda and query.dtype != torch.float32
     if not shares:
@@ -194,10 +201,7 @@ def _attention(attn: nn.Module, hidden: torch.Tensor, rope, layout: Layout, outp
         is_causal=True,
         enable_gqa=shares,
     )
-    places = layout.unpack_index.index_select(0, layout.output_rows) if outputs_only else layout.unpack_index
-    rows = _Ungroup.apply(attended.transpose(1, 2).flatten(2).flatten(0, 1), places)
-    (out,) = project([attn.o_proj], rows)
-    return out
+    return attended.transpose(1, 2).flatten(2).flatten(0, 1)
 
 
 class _Rotate(torch.autograd.Function):

@@ -157,6 +157,15 @@ def test_stage_0_in_bf16_is_refused_where_it_would_sum_in_bf16(raw):
     assert resolved(raw, name="zero0.json", world_size=1)["bf16"]["enabled"]  # there is nothing to sum
 
 
+def test_compiled_layers_are_refused_where_gradients_are_added_up_as_they_come():
+    for name in ("zero2.json", "zero3.json"):
+        said = refused(None, name=name, argv=["--compile"], world_size=2)
+        assert said.startswith(f"--compile: stage {name[4]} ") and "zero1.json" in said
+        assert resolved(name=name, argv=["--compile"], world_size=1)
+    for name in ("zero0.json", "zero1.json"):
+        assert resolved(name=name, argv=["--compile", "--dtype", "fp32"], world_size=8)
+
+
 def test_a_quantized_base_is_refused_where_weights_are_cut_over_the_ranks():
     for name in ("zero3.json", "zero3_offload.json"):
         said = refused(None, name=name, argv=["--base_dtype", "nf4"])

@@ -17,6 +17,7 @@ from higgs_ds.checkpoint import changed_settings, read_checkpoint
 from higgs_ds.cli import main
 from higgs_ds.model.adapter_names import PREFIX
 from higgs_ds.model.base_checkpoint import attach_lora, load_base
+from higgs_ds.model.compiled import CompiledDecoderLayer, programs
 from higgs_ds.model.forward import training_forward
 from higgs_ds.model.modules import DEFAULT_LORA_TARGETS
 from higgs_ds.model.quantized import QuantizedLinear
@@ -65,8 +66,8 @@ def lora_on(base):
     return with_lora_b(attach_lora(base, **options, base_name="tiny"))
 
 
-def test_a_quantized_base_trains_as_the_dense_base_of_the_same_values(tiny_dir, tiny_config, tokenizer):
-    """All projections of the decoder and nothing else; by our forward and by upstream's."""
+def test_a_quantized_base_trains_as_the_dense_base_of_the_same_values(tiny_dir, tiny_config, tokenizer, monkeypatch):
+    """All projections of the decoder and nothing else; by our forward, by upstream's, and where a compiler traces."""
     base, dense = load_base(tiny_dir, tiny_config, "fp32", quantize_on=CPU), load_base(tiny_dir, tiny_config, "fp32")
     quantized = {name: module for name, module in base.named_modules() if type(module) is QuantizedLinear}
     linears = {name for name, module in dense.layers.named_modules(prefix="layers") if isinstance(module, nn.Linear)}
@@ -81,7 +82,8 @@ def test_a_quantized_base_trains_as_the_dense_base_of_the_same_values(tiny_dir, 
     batch = batch_of(["dialog", "speech", "text"], tokenizer, tiny_config)
     models = lora_on(base), lora_on(dense)
     upstream = {"forward_impl": "upstream", "loss_impl": "reference"}
-    for options in ({}, {"checkpoint_every": 1}, upstream):
+    monkeypatch.setattr(CompiledDecoderLayer, "programs", programs("aot_eager"))
+    for options in ({}, {"checkpoint_every": 1}, upstream, {"compiled": True}):
         modules = [training_forward(copy.deepcopy(model), tiny_config, **options) for model in models]
         found, wanted = (computed(module, batch, layout=options != upstream) for module in modules)
         assert_close(found, wanted)

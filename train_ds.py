@@ -8,13 +8,13 @@ from __future__ import annotations
 import os
 import sys
 
-from higgs_ds.config import TrainConfig
 from higgs_ds.distributed.allocator import grow_segments
 from higgs_ds.distributed.ds_config import read_deepspeed_config
 from higgs_ds.distributed.launch_env import enter_launch
 from higgs_ds.distributed.stop import StopRequest
 from higgs_ds.errors import ConfigError, ExitCode
-from higgs_ds.parse import parse_args
+from higgs_ds.options.parse import parse_args
+from higgs_ds.options.sections import TrainConfig
 from higgs_ds.process import end_process, lasting_console, say
 
 

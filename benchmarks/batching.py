@@ -125,11 +125,11 @@ def manifest_tokens(manifest: Path) -> np.ndarray:
     from higgs_ds.batching.collate import Collator
     from higgs_ds.batching.token_counts import LengthIndex
     from higgs_ds.codec.sample import SampleCodec
-    from higgs_ds.corpus.audio import read_audio
-    from higgs_ds.corpus.code_cache import CodeCache
-    from higgs_ds.corpus.manifest import read_manifest
-    from higgs_ds.model.base_checkpoint import load_tokenizer, read_model_config
-    from higgs_ds.model.tiny import write_tiny
+    from higgs_ds.data.audio import read_audio
+    from higgs_ds.data.code_cache import CodeCache
+    from higgs_ds.data.manifest import read_manifest
+    from higgs_ds.model.base import load_tokenizer, read_model_config
+    from higgs_ds.model.higgs_v2.tiny import write_tiny
 
     rows, faults = read_manifest(manifest)
     if faults:
@@ -151,7 +151,7 @@ def planning(count: int) -> dict[str, float]:
     import time
 
     from higgs_ds.batching.token_counts import LENGTH
-    from higgs_ds.corpus.records import Records, checksums
+    from higgs_ds.data.records import Records, checksums
 
     with tempfile.TemporaryDirectory() as folder:
         table = np.zeros(count, LENGTH)

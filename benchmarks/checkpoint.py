@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.report import report  # noqa: E402
-from higgs_ds.cli import main as higgs_ds  # noqa: E402
-from higgs_ds.model.tiny import write_tiny  # noqa: E402
+from higgs_ds.model.higgs_v2.tiny import write_tiny  # noqa: E402
+from higgs_ds.tools.cli import main as higgs_ds  # noqa: E402
 
 SPEECH = ROOT / "examples/speech/manifest.jsonl"
 STALL, SIZE = "training stands still for a save, s (median)", "bytes on disk a trainable parameter"

@@ -199,7 +199,7 @@ class Launch:
 
 def config_of(on_gpu: bool):
     """Boson's sizes, or small ones with the same proportions."""
-    from higgs_ds.model.tiny import REAL_SIZES, base_config, byte_tokenizer, small_sizes
+    from higgs_ds.model.higgs_v2.tiny import REAL_SIZES, base_config, byte_tokenizer, small_sizes
 
     sizes = REAL_SIZES if on_gpu else small_sizes(256, 4, ffn_size=640)
     return base_config(sizes), byte_tokenizer(sizes.vocab_size)
@@ -214,11 +214,11 @@ def engine_of(case: Case, config, ranks, zero: dict | None = None):
 
     from higgs_ds import run
     from higgs_ds.distributed.engine import loading
-    from higgs_ds.model.base_checkpoint import BaseCheckpoint
+    from higgs_ds.model.base import BaseCheckpoint
     from higgs_ds.model.facts import ModelFacts
-    from higgs_ds.model.higgs import HiggsAudioForTraining
-    from higgs_ds.model.layouts import BOSON
-    from higgs_ds.parse import parse_args
+    from higgs_ds.model.files.layouts import BOSON
+    from higgs_ds.model.higgs_v2.upstream import HiggsAudioForTraining
+    from higgs_ds.options.parse import parse_args
 
     words = ["--train_manifest", "x", "--output_dir", "x", "--dtype", "bf16", "--base_ckpt", "random"]
     words += ["--activation_checkpointing", str(case.checkpoint_every or "none")]
@@ -261,12 +261,12 @@ def run_one(args: argparse.Namespace) -> None:
     import torch
 
     from benchmarks.step import Peak, learned_tokens, wait_for
-    from higgs_ds.config import LossOptions
     from higgs_ds.distributed.engine import leave_ranks, start_ranks
     from higgs_ds.loss import LossWeights, loss_scales
     from higgs_ds.model.facts import ModelFacts
     from higgs_ds.model.flops import flop_per_token, mean_row_tokens, touched_parameters
-    from higgs_ds.model.modules import DEFAULT_LORA_TARGETS
+    from higgs_ds.model.higgs_v2.modules import DEFAULT_LORA_TARGETS
+    from higgs_ds.options.sections import LossOptions
     from higgs_ds.process import end_process
 
     case = CASES[args.one]

@@ -28,7 +28,7 @@ from benchmarks.gpu import Case, engine_of  # noqa: E402
 from benchmarks.report import measuring_device, report  # noqa: E402
 from benchmarks.syncs import make_batch  # noqa: E402
 from higgs_ds.distributed.engine import leave_ranks, start_ranks  # noqa: E402
-from higgs_ds.model.tiny import base_config, byte_tokenizer, small_sizes  # noqa: E402
+from higgs_ds.model.higgs_v2.tiny import base_config, byte_tokenizer, small_sizes  # noqa: E402
 from higgs_ds.process import end_process  # noqa: E402
 
 NO_KERNEL = ("aten::empty", "aten::new_empty", "aten::detach", "aten::lift_fresh", "aten::_unsafe_view")

@@ -29,11 +29,11 @@ from benchmarks.report import report  # noqa: E402
 from benchmarks.step import make_samples  # noqa: E402
 from higgs_ds.batching.batch_plan import TokenPlan  # noqa: E402
 from higgs_ds.batching.collate import Batch, Collator  # noqa: E402
-from higgs_ds.model import base_checkpoint as model  # noqa: E402
+from higgs_ds.model import base as model  # noqa: E402
 from higgs_ds.model.facts import ModelFacts  # noqa: E402
-from higgs_ds.model.forward import training_forward  # noqa: E402
-from higgs_ds.model.higgs import HiggsAudioForTraining  # noqa: E402
-from higgs_ds.model.modules import DEFAULT_LORA_TARGETS  # noqa: E402
+from higgs_ds.model.higgs_v2.forward import training_forward  # noqa: E402
+from higgs_ds.model.higgs_v2.modules import DEFAULT_LORA_TARGETS  # noqa: E402
+from higgs_ds.model.higgs_v2.upstream import HiggsAudioForTraining  # noqa: E402
 from higgs_ds.model.quantized import QuantizedLinear  # noqa: E402
 
 CASES = {
@@ -130,7 +130,7 @@ def kept_bytes(config, batch: Batch, every: int, quantized: bool = False) -> tup
             for name, value in batch.model_inputs().items()
         }
         hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-        with mock.patch("higgs_ds.model.padding_free.F.scaled_dot_product_attention", flash), hooks:
+        with mock.patch("higgs_ds.model.higgs_v2.layers.F.scaled_dot_product_attention", flash), hooks:
             loss, *_ = module(inputs, 0.1, torch.full((BOOKS,), 0.1, device="cuda"))
         assert loss.device.type == "cuda" and loss.requires_grad
         held = [*module.parameters(), *module.buffers()]  # quantized weights are buffers

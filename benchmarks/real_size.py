@@ -63,9 +63,9 @@ def main() -> None:
 def prepare(work: Path) -> None:
     """The checkpoint of zeros, a manifest of the shortest shipped clips, the sample codec fitted on them."""
     from higgs_ds.codec.sample import SampleCodec
-    from higgs_ds.corpus.audio import duration_sec, read_audio
-    from higgs_ds.corpus.manifest import read_manifest
-    from higgs_ds.model.tiny import write_zeros
+    from higgs_ds.data.audio import duration_sec, read_audio
+    from higgs_ds.data.manifest import read_manifest
+    from higgs_ds.model.higgs_v2.tiny import write_zeros
 
     write_zeros(work / "base")
     rows, _ = read_manifest(SPEECH / "manifest.jsonl")

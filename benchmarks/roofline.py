@@ -28,7 +28,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from benchmarks.gpu import BAR, config_of  # noqa: E402
 from benchmarks.memory import BOOKS, batch_of, lora_model, meta_has_no_autocast  # noqa: E402
 from benchmarks.report import report  # noqa: E402
-from higgs_ds.model.forward import training_forward  # noqa: E402
+from higgs_ds.model.higgs_v2.forward import training_forward  # noqa: E402
 
 PRODUCTS = ("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm")
 GATHERS = ("aten::index_select", "aten::embedding", "aten::index_copy", "aten::index_copy_")
@@ -127,7 +127,7 @@ def main() -> None:
         return flash(query, key, value, dropout_p, is_causal)[0]
 
     inputs, scales = batch.model_inputs("meta"), torch.full((BOOKS,), 0.1, device="meta")
-    attends = mock.patch("higgs_ds.model.padding_free.F.scaled_dot_product_attention", attention)
+    attends = mock.patch("higgs_ds.model.higgs_v2.layers.F.scaled_dot_product_attention", attention)
     norms = mock.patch("higgs_ds.model.fused_mlp.F.rms_norm", lambda rows, *_: OneKernelNorm.apply(rows))
     with meta_has_no_autocast(), attends, norms, Roofline(args.tflops * 1e12, args.tb_per_sec * 1e12) as roof:
         loss, *_ = module(inputs, 0.1, scales)

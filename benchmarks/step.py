@@ -88,7 +88,7 @@ def measure(words: list[str]) -> list[dict]:
 
 def _measure(words: list[str], work: Path) -> list[dict]:
     from benchmarks.report import measuring_device
-    from higgs_ds.model.tiny import write_tiny
+    from higgs_ds.model.higgs_v2.tiny import write_tiny
 
     measuring_device()
     args = parse(words)
@@ -141,8 +141,8 @@ def work_as_rank(args: argparse.Namespace, work: Path) -> None:
     from higgs_ds.batching.batch_plan import TokenPlan
     from higgs_ds.batching.collate import Collator
     from higgs_ds.distributed.engine import Engine, leave_ranks, loading, start_ranks
-    from higgs_ds.model.base_checkpoint import load_base, open_base
-    from higgs_ds.parse import parse_args
+    from higgs_ds.model.base import load_base, open_base
+    from higgs_ds.options.parse import parse_args
     from higgs_ds.process import end_process
     from higgs_ds.trainer import Trainer
 

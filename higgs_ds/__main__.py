@@ -6,7 +6,7 @@ from .distributed.allocator import grow_segments
 
 grow_segments()
 
-from .cli import main  # noqa: E402 - torch comes with it
 from .process import end_process  # noqa: E402
+from .tools.cli import main  # noqa: E402 - torch comes with it
 
 end_process(main(sys.argv[1:]))

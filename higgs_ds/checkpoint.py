@@ -20,17 +20,17 @@ from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from .config import TrainConfig
+from .checkpoint_position import NAME, OLDER, SHAPE_OPTIONS, TRAJECTORY_OPTIONS, read_position, step_of
+from .checkpoint_position import CheckpointError as CheckpointError
+from .checkpoint_position import Position as Position
 from .distributed.engine import Engine, OptimizerState, Ranks
 from .errors import ConfigError, reason_of
 from .files import first_free, sha256, stamp, sync, sync_folders
-from .model.adapter_file import WEIGHTS, same_base, write_adapter
-from .model.adapter_names import peft_key
-from .position import NAME, OLDER, SHAPE_OPTIONS, TRAJECTORY_OPTIONS, read_position, step_of
-from .position import CheckpointError as CheckpointError
-from .position import Position as Position
+from .model.files.adapter_file import WEIGHTS, same_base, write_adapter
+from .model.files.adapter_names import peft_key
+from .model.voice_record import VoiceRecord, base_fact, write_record
+from .options.sections import TrainConfig
 from .process import say
-from .voice_record import VoiceRecord, base_fact, write_record
 
 CHECKSUMS = "checksums.json"
 TENSOR_FILES = (f"adapter/{WEIGHTS}", "optimizer.safetensors", "rng.safetensors")

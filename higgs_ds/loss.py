@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from .config import LossOptions
 from .errors import ConfigError
+from .options.sections import LossOptions
 
 IGNORE = -100
 HEADLINES = ("loss", "text_loss", "audio_loss")  # of `mean_losses`, without the codebooks

@@ -15,32 +15,33 @@ from pathlib import Path
 
 from torch import nn
 
-from . import checkpoint, rehearsal, run_dir
-from .alone import Unwatched
+from . import checkpoint, run_dir
+from . import memory_check as rehearsal
 from .batching import micro_batches
 from .batching.batch_plan import MicroBatch, StepPlan
-from .cards import pinned
-from .config import TrainConfig
-from .data import Data, codes_folder
-from .data import load_data as load_data
 from .distributed.agreement import check_same, check_shared, versions
+from .distributed.alone import Unwatched
 from .distributed.ds_config import nothing_to_shard_note
 from .distributed.engine import Engine, Ranks, join_group, leave_ranks, loading, meet_ranks, whole
 from .distributed.rank_watch import STALL_TIMEOUT_SEC, Watch, check_stall_timeout
 from .distributed.stop import StopRequest
 from .errors import ConfigError, ExitCode
 from .guard import BadLossError, Guard
+from .load_data import Data, codes_folder
+from .load_data import load_data as load_data
 from .model import flops
-from .model.base_checkpoint import attach_lora, load_base, set_lora
-from .model.forward import training_forward
+from .model.base import attach_lora, load_base, set_lora
+from .model.higgs_v2.forward import training_forward
+from .options.sections import TrainConfig
+from .report.cards import pinned
 from .report.tracking import Tracker
-from .run_setup import Setup
-from .run_setup import open_base_for as open_base_for
-from .run_setup import open_setup as open_setup
-from .run_setup import settle as settle
+from .saver import Sinks as Sinks
+from .saver import choose_wandb as choose_wandb
 from .schedule import schedule
-from .sinks import Sinks as Sinks
-from .sinks import choose_wandb as choose_wandb
+from .setup import Setup
+from .setup import open_base_for as open_base_for
+from .setup import open_setup as open_setup
+from .setup import settle as settle
 from .trainer import Best, Trainer
 
 
@@ -205,7 +206,7 @@ def rehearse(setup: Setup, data: Data, engine: Engine, guard: Guard, ranks: Rank
     if took:
         ranks.say(took)
     if config.model.compile:
-        from .model.compiled import seconds_compiling
+        from .model.higgs_v2.compiled import seconds_compiling
 
         slowest = max(row[0] for row in ranks.table([seconds_compiling()]))
         ranks.say(f"compiled the decoder layers: {slowest:.0f} s on the slowest rank")

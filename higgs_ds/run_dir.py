@@ -14,15 +14,15 @@ import yaml
 from peft import LoraConfig
 from safetensors import SafetensorError
 
-from .cards import adapter_card, pinned
 from .checkpoint import list_checkpoints, step_of
-from .config import TrainConfig, revision_of
 from .distributed.engine import Engine, Ranks
 from .errors import ConfigError, reason_of
 from .files import check_writable, remove_leftovers, replacing, write_text
-from .model.adapter_file import write_adapter
+from .model.files.adapter_file import write_adapter
+from .model.voice_record import VoiceRecord, write_record
+from .options.sections import TrainConfig, revision_of
 from .process import say
-from .voice_record import VoiceRecord, write_record
+from .report.cards import adapter_card, pinned
 
 RESULTS = ("adapter", "adapter-best")
 RUN_FILES = ("config.yaml", "metrics.jsonl", *RESULTS, "checkpoints")

@@ -14,7 +14,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 
-from higgs_ds.model.tiny import write_tiny
+from higgs_ds.model.higgs_v2.tiny import write_tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 SPEECH = ROOT / "examples" / "speech" / "manifest.jsonl"
@@ -34,8 +34,8 @@ def tiny_dir(tmp_path_factory) -> Path:
 def codec_dir(tmp_path_factory) -> Path:
     """The sample codec, fitted on the shipped speech."""
     from higgs_ds.codec.sample import SampleCodec
-    from higgs_ds.corpus.audio import read_audio
-    from higgs_ds.corpus.manifest import read_manifest
+    from higgs_ds.data.audio import read_audio
+    from higgs_ds.data.manifest import read_manifest
 
     rows, faults = read_manifest(SPEECH)
     assert not faults
@@ -46,14 +46,14 @@ def codec_dir(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_config(tiny_dir):
-    from higgs_ds.model.base_checkpoint import read_model_config
+    from higgs_ds.model.base import read_model_config
 
     return read_model_config(tiny_dir)
 
 
 @pytest.fixture(scope="session")
 def tokenizer(tiny_dir):
-    from higgs_ds.model.base_checkpoint import load_tokenizer
+    from higgs_ds.model.base import load_tokenizer
 
     return load_tokenizer(tiny_dir)
 
@@ -118,7 +118,7 @@ def run_quickstart(stage: int, folder: Path, log: Path) -> None:
 @pytest.fixture(scope="session")
 def forks(tmp_path_factory):
     """Real ranks of `train_ds.py` that start in a second."""
-    from tests.forks import Forks
+    from tests.support.forks import Forks
 
     starter = Forks(tmp_path_factory.mktemp("forks"))
     yield starter

@@ -25,17 +25,17 @@ from higgs_ds.checkpoint import (
     list_checkpoints,
     read_checkpoint,
 )
-from higgs_ds.cli import main
-from higgs_ds.config import BASE_NAMES
 from higgs_ds.errors import ConfigError
 from higgs_ds.files import sha256
-from higgs_ds.model.adapter_names import PREFIX, WHOLE_MODULES
+from higgs_ds.model.files.adapter_names import PREFIX, WHOLE_MODULES
+from higgs_ds.model.files.layouts import transformers_name
 from higgs_ds.model.init_adapter import OPTIONS
-from higgs_ds.model.layouts import transformers_name
+from higgs_ds.options.sections import BASE_NAMES
 from higgs_ds.run_dir import prepare_run_dir
+from higgs_ds.tools.cli import main
 from tests.conftest import ROOT
 from tests.distributed.test_engine import distance
-from tests.ranks import assert_all, free_port, run_ranks
+from tests.support.ranks import assert_all, free_port, run_ranks
 
 
 def losses(folder) -> list[dict]:

@@ -8,11 +8,11 @@ import shlex
 import pytest
 import torch
 
-from higgs_ds import cli
 from higgs_ds.batching.layout import make_layout
-from higgs_ds.config import ALIASES, OPTIONS
-from higgs_ds.parse import parse_args
-from higgs_ds.translate import FOREIGN
+from higgs_ds.options.parse import parse_args
+from higgs_ds.options.sections import ALIASES, OPTIONS
+from higgs_ds.options.translate import FOREIGN
+from higgs_ds.tools import cli
 from tests.conftest import ROOT
 
 AUDIO_OUT, AUDIO_IN, NONE = 90, 91, -100
@@ -100,7 +100,7 @@ def commands() -> list[tuple[str, list[str]]]:
 
 @pytest.mark.parametrize(("where", "words"), commands(), ids=lambda value: value if isinstance(value, str) else "")
 def test_every_command_has_a_verb_and_flags_that_exist(where, words):
-    """What they do is run elsewhere: test_train.py, test_prepare.py, test_cards.py, model/test_merge.py, corpus/."""
+    """What they do is run elsewhere: test_train.py, tools, report/test_cards.py, data."""
     if "train_ds.py" in words:
         flags = words[words.index("train_ds.py") + 1 :]
         parse_args(flags, may_lack=("train_manifest", "output_dir"))

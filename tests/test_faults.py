@@ -21,7 +21,7 @@ from higgs_ds.checkpoint import list_checkpoints, read_checkpoint
 from higgs_ds.errors import ConfigError
 from higgs_ds.run_dir import lock_run_dir
 from tests.conftest import ROOT, SPEECH
-from tests.ranks import assert_all, free_port
+from tests.support.ranks import assert_all, free_port
 
 STEPS = 16
 SLOW = {0: ["slowly", 0.1, 0.1], 1: ["slowly", 0.1, 0.1]}

@@ -9,15 +9,15 @@ import torch
 from safetensors.torch import load_file
 
 from higgs_ds.batching.collate import Collator
-from higgs_ds.config import LossOptions
 from higgs_ds.guard import CHECKS, HONEST_ZERO_UNITS, LIKELY_CAUSES, Guard, checklist
 from higgs_ds.loss import LossWeights
-from higgs_ds.model.base_checkpoint import load_base
+from higgs_ds.model.base import load_base
 from higgs_ds.model.facts import ModelFacts
-from higgs_ds.model.reference import ReferenceForward
+from higgs_ds.model.higgs_v2.reference import ReferenceForward
+from higgs_ds.options.sections import LossOptions
 from higgs_ds.step_stats import ForwardReport, MicroBatchStats
 from tests.batching.test_collate import samples_of
-from tests.ranks import assert_all, run_ranks
+from tests.support.ranks import assert_all, run_ranks
 
 
 @pytest.fixture
@@ -177,7 +177,7 @@ def test_checklist_names_what_the_first_batch_showed(batch):
     assert failed == ["[rank 1] audio loss: 2.0000", next(line for _, line in lines if "codebook losses" in line)]
 
 
-SETUPS = ["ZeRO-2", "ZeRO-3", "upstream"]  # of tests/workers/broken_losses.py: both forwards
+SETUPS = ["ZeRO-2", "ZeRO-3", "upstream"]  # of tests/support/workers/broken_losses.py: both forwards
 BREAKAGES = [
     "batch_keys",
     "audio_out_count",
@@ -198,7 +198,7 @@ def broken_runs(tiny_dir, codec_dir, tmp_path_factory):
     """All breakages in one launch of two ranks: `skip` first, then `raise`; what each rank saw, by breakage."""
     out = tmp_path_factory.mktemp("guard")
     results = run_ranks(
-        ["tests/workers/broken_losses.py", str(tiny_dir), str(codec_dir), str(out), *BREAKAGES], 2, timeout=240
+        ["tests/support/workers/broken_losses.py", str(tiny_dir), str(codec_dir), str(out), *BREAKAGES], 2, timeout=240
     )
     assert_all(results)
     return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(2)]

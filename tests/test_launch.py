@@ -86,7 +86,9 @@ def test_deepspeed_is_started_with_the_hostfile_and_what_its_shells_need(program
 def test_a_slurm_job_that_runs_out_of_time_saves_goes_back_to_the_queue_and_on(programs, flags_of, tmp_path):
     """The script itself and real ranks; srun and scontrol are stood in for, since there is no Slurm here."""
     asked = tmp_path / "scontrol"
-    env = programs(srun=f'exec {sys.executable} -m tests.workers.srun "$@"', scontrol=f'echo "$*" >> {asked}') | {
+    env = programs(
+        srun=f'exec {sys.executable} -m tests.support.workers.srun "$@"', scontrol=f'echo "$*" >> {asked}'
+    ) | {
         "SLURM_JOB_ID": "4711",
         "SLURM_NTASKS": "2",
         "SLURM_SUBMIT_DIR": str(ROOT),

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from higgs_ds.config import LossOptions
 from higgs_ds.errors import ConfigError
 from higgs_ds.guard import HONEST_ZERO_UNITS
 from higgs_ds.loss import LossWeights, audio_targets, head_sums, loss_scales, mean_losses, scaled_loss, text_targets
+from higgs_ds.options.sections import LossOptions
 
 
 def reference_sum(logits: torch.Tensor, target: torch.Tensor) -> tuple[float, int]:

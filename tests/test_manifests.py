@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 
 from higgs_ds.checkpoint import Position, changed_settings
-from higgs_ds.parse import parse_args
+from higgs_ds.options.parse import parse_args
 from tests.conftest import SPEECH
-from tests.ranks import assert_all
+from tests.support.ranks import assert_all
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.ranks import ROOT
+from tests.support.ranks import ROOT
 
 PROGRAM = """
 import atexit, concurrent.futures, tempfile, threading, time

@@ -9,7 +9,7 @@ from higgs_ds.loss import HeadSums
 from higgs_ds.report import metrics
 from higgs_ds.report.metrics import StepClock
 from higgs_ds.step_stats import LabelCounts, MicroBatchStats, RankStep, StepSums
-from tests.ranks import assert_all
+from tests.support.ranks import assert_all
 
 BOOKS = 3
 

@@ -7,10 +7,10 @@ import pytest
 
 from higgs_ds.checkpoint import Position, changed_settings, keep_global_batch, read_checkpoint
 from higgs_ds.errors import ConfigError
-from higgs_ds.parse import parse_args
+from higgs_ds.options.parse import parse_args
 from tests.conftest import SPEECH
 from tests.distributed.test_engine import distance
-from tests.ranks import assert_all
+from tests.support.ranks import assert_all
 
 BUDGET = 700
 

@@ -19,11 +19,11 @@ from boson_multimodal.model.higgs_audio import HiggsAudioModel
 from peft import PeftModel
 from PIL import Image
 
-from higgs_ds import cli
 from higgs_ds.checkpoint import read_checkpoint
-from higgs_ds.recite import Recital
+from higgs_ds.tools import cli
+from higgs_ds.tools.recite import Recital
 from tests.conftest import ROOT, SPEECH
-from tests.ranks import assert_all
+from tests.support.ranks import assert_all
 
 PYTHON_DIR = os.path.dirname(sys.executable)
 ENV = {**os.environ, "PATH": f"{PYTHON_DIR}:{os.environ['PATH']}", "WANDB_MODE": "offline"}

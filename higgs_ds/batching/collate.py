@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 import torch
 import torch.nn.functional as F
 
-from ..corpus.manifest import AudioRef, Row, Turn
+from ..data.manifest import AudioRef, Row, Turn
 from ..loss import IGNORE, count_audio_labels, count_text_labels
 from ..model.facts import ModelFacts
 from .layout import Layout, make_layout

@@ -15,8 +15,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data._utils.signal_handling import _remove_worker_pids, _set_worker_pids
 
-from ..corpus.code_cache import CodeCache
-from ..corpus.manifest import AudioRef, Row
+from ..data.code_cache import CodeCache
+from ..data.manifest import AudioRef, Row
 from ..distributed.stop import STOP_SIGNALS
 from .batch_plan import MicroBatch, StepPlan
 from .collate import Batch, Collator, build_sample

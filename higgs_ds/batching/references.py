@@ -8,8 +8,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from ..corpus.chatml import SYSTEM_PROMPT, Row, Turn
-from ..corpus.row_set import RowSet
+from ..data.chatml import SYSTEM_PROMPT, Row, Turn
+from ..data.row_set import RowSet
 from .batch_plan import StepPlan
 from .collate import tokenize
 

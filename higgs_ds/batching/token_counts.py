@@ -9,9 +9,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from ..corpus.code_cache import CodeCache
-from ..corpus.manifest import Row
-from ..corpus.records import Records, RecordWriter, record_type
+from ..data.code_cache import CodeCache
+from ..data.manifest import Row
+from ..data.records import Records, RecordWriter, record_type
 from .collate import Collator, tokenize
 
 LENGTH = record_type(("tokens", "<u8"))

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..config import DEFAULT_CODEC, DEFAULT_CODEC_REVISION
 from ..errors import ConfigError
 from ..files import stamp
+from ..options.sections import DEFAULT_CODEC, DEFAULT_CODEC_REVISION
 from .base import check_codes, to_stderr
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from ..config import DEFAULT_CODEC, DEFAULT_CODEC_REVISION, revision_of
 from ..errors import ConfigError
+from ..options.sections import DEFAULT_CODEC, DEFAULT_CODEC_REVISION, revision_of
 from .base import Codec, to_stderr
 from .boson import BosonCodec
 from .codec_layout import WEIGHTS, is_renamed

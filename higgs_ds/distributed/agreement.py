@@ -21,7 +21,7 @@ from ..errors import ConfigError, first_of, reason_of
 from ..files import write_text
 
 if TYPE_CHECKING:
-    from ..alone import Alone
+    from .alone import Alone
     from .engine import Ranks
 
 T = TypeVar("T")

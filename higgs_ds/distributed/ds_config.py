@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..config import PROJECT_ROOT, TrainConfig
 from ..errors import ConfigError, reason_of, shown
 from ..files import read_settings
+from ..options.sections import PROJECT_ROOT, TrainConfig
 from .ds_fields import as_whole, field_faults
 
 if TYPE_CHECKING:

@@ -2,7 +2,7 @@
 
 A second model family begins here: nothing outside `model/` names a class of boson_multimodal's model or a field of its
 config. It brings its own `open_base` and `load_base` (base_checkpoint.py) and training forward (forward.py), chosen
-where `run.py` and `run_setup.py` call them, and its prompt in `corpus/chatml.py` and `batching/collate.py`; see
+where `run.py` and `setup.py` call them, and its prompt in `data/chatml.py` and `batching/collate.py`; see
 docs/internals.md.
 """
 

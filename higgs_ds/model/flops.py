@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 if TYPE_CHECKING:
-    from ..config import TrainConfig
+    from ..options.sections import TrainConfig
     from .facts import ModelFacts
 
 # Dense bf16 (and fp16) FLOP/s by the name that torch.cuda.get_device_name gives, without "NVIDIA": from the makers'

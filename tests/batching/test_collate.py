@@ -9,7 +9,7 @@ from boson_multimodal.data_collator.higgs_audio_collator import HiggsAudioSample
 from boson_multimodal.dataset.chatml_dataset import ChatMLDatasetSample, prepare_chatml_sample
 
 from higgs_ds.batching.collate import Batch, Collator, build_sample, tokenize
-from higgs_ds.corpus.manifest import AudioRef, Row, Turn, speech_messages
+from higgs_ds.data.manifest import AudioRef, Row, Turn, speech_messages
 from higgs_ds.model.facts import ModelFacts
 
 GENERATOR = torch.Generator().manual_seed(0)

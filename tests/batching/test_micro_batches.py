@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 from higgs_ds.batching.micro_batches import LAUNCH_BOUND_TOKENS, TOKENS_ON_GPU, launch_bound_note, settle_micro_batches
-from higgs_ds.parse import parse_args
-from tests.ranks import assert_all
+from higgs_ds.options.parse import parse_args
+from tests.support.ranks import assert_all
 
 
 def settled(argv, device_type, resumed=None):

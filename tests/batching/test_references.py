@@ -4,19 +4,19 @@ import json
 
 import pytest
 
-from higgs_ds.alone import Alone
 from higgs_ds.batching.batch_plan import MicroBatch, TokenPlan
 from higgs_ds.batching.collate import Collator
 from higgs_ds.batching.loader import MicroBatches
 from higgs_ds.batching.references import References, in_epochs
 from higgs_ds.batching.token_counts import LengthIndex
 from higgs_ds.codec.load import load_codec
-from higgs_ds.corpus.chatml import speech_messages
-from higgs_ds.corpus.code_cache import CodeCache
-from higgs_ds.corpus.rows import load_rows
+from higgs_ds.data.chatml import speech_messages
+from higgs_ds.data.code_cache import CodeCache
+from higgs_ds.data.rows import load_rows
+from higgs_ds.distributed.alone import Alone
 from higgs_ds.model.facts import ModelFacts
 from tests.conftest import SPEECH
-from tests.ranks import assert_all
+from tests.support.ranks import assert_all
 
 OWN, STRANGER, LONELY, CHAT = 8, 9, 10, 11  # rows of the manifest below; those before are of one voice
 RATE, MOST = 0.5, 700

@@ -9,10 +9,10 @@ from higgs_ds.batching.collate import Collator
 from higgs_ds.batching.loader import MicroBatches
 from higgs_ds.batching.shared_memory import _bytes_of, check_shared_memory
 from higgs_ds.codec.load import load_codec
-from higgs_ds.corpus.code_cache import CodeCache
+from higgs_ds.data.code_cache import CodeCache
 from higgs_ds.errors import ConfigError
 from higgs_ds.model.facts import ModelFacts
-from tests.workers.common import speech_rows
+from tests.support.workers.common import speech_rows
 
 
 @pytest.fixture(scope="module")

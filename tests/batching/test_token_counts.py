@@ -9,8 +9,8 @@ import torch
 from higgs_ds.batching.collate import Collator, build_sample
 from higgs_ds.batching.token_counts import LengthIndex
 from higgs_ds.codec.load import load_codec
-from higgs_ds.corpus.code_cache import CodeCache
-from higgs_ds.corpus.manifest import Row, Turn, read_manifest
+from higgs_ds.data.code_cache import CodeCache
+from higgs_ds.data.manifest import Row, Turn, read_manifest
 from higgs_ds.model.facts import ModelFacts
 from tests.conftest import SPEECH
 
@@ -56,7 +56,7 @@ def test_a_row_is_as_long_as_the_collator_makes_it(rows, cache, tokenizer, tiny_
 
 
 def test_a_row_is_as_long_as_the_model_computes_it(rows, cache, tokenizer, tiny_dir, tiny_config):
-    from higgs_ds.model import base_checkpoint as model
+    from higgs_ds.model import base as model
 
     base = model.load_base(tiny_dir, tiny_config, "fp32")
     collator = Collator(ModelFacts.from_config(tiny_config))

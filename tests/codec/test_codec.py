@@ -20,20 +20,20 @@ from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_torch_file
 from transformers import HubertConfig, HubertModel
 
-from higgs_ds import cli
 from higgs_ds.codec import sample as sample_codec
 from higgs_ds.codec.base import check_codes
 from higgs_ds.codec.boson import BosonCodec
 from higgs_ds.codec.boson_tokenizer import DEFAULTS, TEACHER_REPOSITORY
 from higgs_ds.codec.load import load_codec
 from higgs_ds.codec.sample import SampleCodec
-from higgs_ds.config import DEFAULT_CODEC, DEFAULT_CODEC_REVISION
-from higgs_ds.corpus.audio import read_audio
-from higgs_ds.corpus.code_cache import CodeCache
-from higgs_ds.corpus.manifest import read_manifest
+from higgs_ds.data.audio import read_audio
+from higgs_ds.data.code_cache import CodeCache
+from higgs_ds.data.manifest import read_manifest
 from higgs_ds.errors import ConfigError
+from higgs_ds.options.sections import DEFAULT_CODEC, DEFAULT_CODEC_REVISION
+from higgs_ds.tools import cli
 from tests.conftest import SPEECH
-from tests.ranks import assert_all
+from tests.support.ranks import assert_all
 
 ROOT = Path(__file__).parents[2]
 
@@ -126,10 +126,10 @@ def test_the_same_clips_and_seed_give_the_same_codec_in_any_process(codec, clips
     script = """
 import hashlib, sys
 from pathlib import Path
-from higgs_ds.corpus.audio import read_audio
-from higgs_ds.corpus.code_cache import CodeCache
+from higgs_ds.data.audio import read_audio
+from higgs_ds.data.code_cache import CodeCache
 from higgs_ds.errors import ConfigError
-from higgs_ds.corpus.manifest import read_manifest
+from higgs_ds.data.manifest import read_manifest
 from higgs_ds.codec.sample import SampleCodec
 from tests.conftest import SPEECH
 rows, _ = read_manifest("examples/speech/manifest.jsonl")

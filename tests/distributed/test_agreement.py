@@ -11,7 +11,7 @@ from higgs_ds.distributed.agreement import check_same, check_shared, made_once
 from higgs_ds.distributed.rendezvous import named
 from higgs_ds.errors import ConfigError
 from higgs_ds.files import stamp
-from tests.corpus.test_rows import on_ranks
+from tests.data.test_rows import on_ranks
 
 HOSTS = ("node01", "node01", "node02", "node03")
 

@@ -7,16 +7,16 @@ import torch
 import torch.distributed as dist
 
 import train_ds
-from higgs_ds.cli import main as higgs_ds
 from higgs_ds.distributed import device, engine
 from higgs_ds.distributed.device import describe_devices, driver_version, pick_device, take_device
 from higgs_ds.distributed.engine import start_ranks
 from higgs_ds.distributed.rank_watch import NCCL_TIMEOUT_SEC, STALL_TIMEOUT_SEC, check_stall_timeout
 from higgs_ds.distributed.rendezvous import Meeting
 from higgs_ds.errors import ConfigError
-from higgs_ds.model.speaker import default_dtype
+from higgs_ds.model.higgs_v2.speaker import default_dtype
+from higgs_ds.tools.cli import main as higgs_ds
 from tests.conftest import SPEECH
-from tests.ranks import assert_all, run_ranks
+from tests.support.ranks import assert_all, run_ranks
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine's GPU can be used")
 

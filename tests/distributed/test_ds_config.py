@@ -17,7 +17,7 @@ from higgs_ds.distributed.ds_config import (
 )
 from higgs_ds.distributed.ds_fields import FIELDS, REFUSED_KEYS, Section
 from higgs_ds.errors import ConfigError
-from higgs_ds.parse import parse_args
+from higgs_ds.options.parse import parse_args
 from tests.conftest import ROOT
 
 NEEDED = ["--train_manifest", "train.json", "--output_dir", "out"]

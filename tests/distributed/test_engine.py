@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks import syncs
-from tests.ranks import assert_all, run_ranks
+from tests.support.ranks import assert_all, run_ranks
 
 STAGES = (0, 1, 2, 3)
 SPLITS = {1: 8, 2: 4, 4: 2}  # world size: accumulation, for 8 rows a step
@@ -31,7 +31,12 @@ def trained(tiny_dir, codec_dir, tmp_path_factory):
     for world_size, grad_accum in SPLITS.items():
         out = root / f"ranks{world_size}"
         out.mkdir()
-        command = ["tests/workers/equivalence.py", *map(str, (tiny_dir, codec_dir, root, out)), "1", str(grad_accum)]
+        command = [
+            "tests/support/workers/equivalence.py",
+            *map(str, (tiny_dir, codec_dir, root, out)),
+            "1",
+            str(grad_accum),
+        ]
         results = run_ranks(command, world_size, timeout=360, env={"TORCH_EXTENSIONS_DIR": str(root / "kernels")})
         assert_all(results)
         for file in out.glob("*.safetensors"):
@@ -86,7 +91,7 @@ def test_no_kernel_is_built_on_cpu(trained):
 def uneven(tiny_dir, codec_dir, tmp_path_factory):
     out = tmp_path_factory.mktemp("uneven")
     return lambda world_size, steps: run_ranks(
-        ["tests/workers/uneven.py", *map(str, (tiny_dir, codec_dir, out, steps))], world_size, timeout=280
+        ["tests/support/workers/uneven.py", *map(str, (tiny_dir, codec_dir, out, steps))], world_size, timeout=280
     )
 
 
@@ -105,7 +110,9 @@ def test_eight_ranks_under_zero3(uneven):
 
 def test_every_shipped_config_trains_in_bf16_and_saves_what_the_host_holds(tiny_dir, codec_dir, tmp_path):
     """The ranks meet before DeepSpeed starts; what is saved is on the host, and nothing of it was in a collective."""
-    results = run_ranks(["tests/workers/all_configs.py", *map(str, (tiny_dir, codec_dir, tmp_path))], 2, timeout=240)
+    results = run_ranks(
+        ["tests/support/workers/all_configs.py", *map(str, (tiny_dir, codec_dir, tmp_path))], 2, timeout=240
+    )
     assert_all(results)
     losses = dict(line.split()[1:] for line in results[0].output.splitlines() if line.startswith("config "))
     assert len(losses) == 8 and "saved and set under every file" in results[0].output
@@ -115,7 +122,7 @@ def test_every_shipped_config_trains_in_bf16_and_saves_what_the_host_holds(tiny_
 def test_gpus_that_go_by_uuid_or_mig_name_are_trained_on_with_pynvml_installed(tmp_path):
     """DeepSpeed by itself fails on them, the base loaded; where it no longer does, `_without_pynvml` may go."""
     env = {"DS_ACCELERATOR": "cuda", "TORCH_EXTENSIONS_DIR": str(tmp_path)}
-    (result,) = run_ranks(["tests/workers/named_gpus.py"], 1, timeout=120, env=env)
+    (result,) = run_ranks(["tests/support/workers/named_gpus.py"], 1, timeout=120, env=env)
     assert_all([result])
     assert result.output.count("CUDA was asked 2 times") == 2
     for kind in ("GPU", "MIG"):

@@ -12,7 +12,7 @@ import pytest
 from higgs_ds.distributed.launch_env import PORTS, enter_launch, first_host, port_of_job
 from higgs_ds.errors import ConfigError
 from tests.conftest import ROOT
-from tests.ranks import assert_all
+from tests.support.ranks import assert_all
 
 TORCH = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # As srun sets them for the second task of the second of three nodes, 2 + 3 + 3 tasks.
@@ -159,7 +159,7 @@ def test_deepspeeds_real_launcher_starts_ranks_that_share_the_cores():
     launcher = ["-m", "deepspeed.launcher.launch", f"--world_info={world}", f"--master_port={PORT}"]
     env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     ran = subprocess.run(
-        [sys.executable, *launcher, "tests/workers/threads.py"],
+        [sys.executable, *launcher, "tests/support/workers/threads.py"],
         cwd=ROOT,
         env=env | {"PYTHONPATH": str(ROOT)},
         text=True,

@@ -4,7 +4,7 @@ import pytest
 
 from higgs_ds.distributed import launchers
 from higgs_ds.distributed.launchers import resume_command
-from higgs_ds.parse import parse_args
+from higgs_ds.options.parse import parse_args
 
 NEEDED = ["--train_manifest", "train.json", "--output_dir", "out"]
 

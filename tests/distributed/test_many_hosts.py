@@ -11,8 +11,8 @@ from higgs_ds.checkpoint import list_checkpoints
 from higgs_ds.codec.sample import SampleCodec
 from higgs_ds.distributed.watch_sockets import SILENCE_TIMEOUT_SEC
 from tests.conftest import SPEECH
-from tests.hosts import COLLECTIVES, RENDEZVOUS_PORT, two_hosts
-from tests.ranks import assert_all
+from tests.support.hosts import COLLECTIVES, RENDEZVOUS_PORT, two_hosts
+from tests.support.ranks import assert_all
 from tests.test_faults import steps_done, until
 
 

@@ -15,21 +15,21 @@ from boson_multimodal.model.higgs_audio import HiggsAudioModel
 from safetensors.torch import load_file, save_file
 
 from higgs_ds.batching.collate import Collator, Sample, tokenize
-from higgs_ds.cli import main
 from higgs_ds.codec.load import load_codec
-from higgs_ds.corpus.audio import read_audio
-from higgs_ds.corpus.manifest import AudioRef, Turn, read_manifest, speech_messages
-from higgs_ds.model.adapter_names import WHOLE_MODULES
-from higgs_ds.model.base_checkpoint import load_tokenizer
-from higgs_ds.model.config_values import DEFAULT_ROPE
+from higgs_ds.data.audio import read_audio
+from higgs_ds.data.manifest import AudioRef, Turn, read_manifest, speech_messages
+from higgs_ds.model.base import load_tokenizer
 from higgs_ds.model.facts import ModelFacts
-from higgs_ds.model.layout_config import DEFAULTS, read_checkpoint_config
-from higgs_ds.model.layouts import transformers_name
-from higgs_ds.model.load_layout import wanted_weights
-from higgs_ds.recite import share_given_back
+from higgs_ds.model.files.adapter_names import WHOLE_MODULES
+from higgs_ds.model.files.config_values import DEFAULT_ROPE
+from higgs_ds.model.files.layout_config import DEFAULTS, read_checkpoint_config
+from higgs_ds.model.files.layouts import transformers_name
+from higgs_ds.model.files.load_layout import wanted_weights
+from higgs_ds.tools.cli import main
+from higgs_ds.tools.recite import share_given_back
 from tests.conftest import SPEECH
-from tests.model.test_adapter_file import write_adapter
-from tests.model.test_layouts import translated
+from tests.model.files.test_adapter_file import write_adapter
+from tests.model.files.test_layouts import translated
 
 SYSTEM, SCENE = "Generate audio following instruction.", "Two people in a small kitchen.\nA clock ticks."
 CLIP = AudioRef(None, None, None, None)

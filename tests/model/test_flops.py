@@ -18,8 +18,8 @@ from higgs_ds.model.flops import (
     touched_parameters,
     utilisation,
 )
-from higgs_ds.model.modules import DEFAULT_LORA_TARGETS
-from higgs_ds.parse import parse_args
+from higgs_ds.model.higgs_v2.modules import DEFAULT_LORA_TARGETS
+from higgs_ds.options.parse import parse_args
 
 
 @pytest.fixture(scope="module")

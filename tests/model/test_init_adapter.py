@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from higgs_ds.errors import ConfigError
+from higgs_ds.model.higgs_v2.modules import DEFAULT_LORA_TARGETS
 from higgs_ds.model.init_adapter import settle_lora
-from higgs_ds.model.modules import DEFAULT_LORA_TARGETS
-from higgs_ds.parse import parse_args
-from tests.model.test_adapter_file import write_adapter
+from higgs_ds.options.parse import parse_args
+from tests.model.files.test_adapter_file import write_adapter
 
 NEEDED = ["--train_manifest", "train.json", "--output_dir", "out", "--other_base"]
 

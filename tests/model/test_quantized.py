@@ -14,18 +14,18 @@ from safetensors.torch import load_file
 from torch import nn
 
 from higgs_ds.checkpoint import changed_settings, read_checkpoint
-from higgs_ds.cli import main
-from higgs_ds.model.adapter_names import PREFIX
-from higgs_ds.model.base_checkpoint import attach_lora, load_base
-from higgs_ds.model.compiled import CompiledDecoderLayer, programs
-from higgs_ds.model.forward import training_forward
-from higgs_ds.model.modules import DEFAULT_LORA_TARGETS
+from higgs_ds.model.base import attach_lora, load_base
+from higgs_ds.model.files.adapter_names import PREFIX
+from higgs_ds.model.higgs_v2.compiled import CompiledDecoderLayer, programs
+from higgs_ds.model.higgs_v2.forward import training_forward
+from higgs_ds.model.higgs_v2.modules import DEFAULT_LORA_TARGETS
 from higgs_ds.model.quantized import QuantizedLinear
+from higgs_ds.tools.cli import main
 from tests.conftest import ROOT
-from tests.model.test_forward import assert_close, batch_of, computed
-from tests.ranks import assert_all
+from tests.model.higgs_v2.test_forward import assert_close, batch_of, computed
+from tests.support.ranks import assert_all
+from tests.support.workers.common import with_lora_b
 from tests.test_checkpoint import losses
-from tests.workers.common import with_lora_b
 
 CPU = torch.device("cpu")
 NOTE = "was trained on a base with frozen layers in nf4; taken here: the base as its files have it"
@@ -93,7 +93,7 @@ def test_a_quantized_base_trains_as_the_dense_base_of_the_same_values(tiny_dir, 
 IMPORTS = """
 import sys, types, torch
 from pathlib import Path
-from higgs_ds.model.base_checkpoint import attach_lora, load_base, read_model_config
+from higgs_ds.model.base import attach_lora, load_base, read_model_config
 folder, hub = Path(sys.argv[1]), types.ModuleType("kernels")
 hub.get_kernel = lambda *_, **__: print("fetched")
 sys.modules["kernels"] = hub

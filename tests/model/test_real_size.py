@@ -10,15 +10,15 @@ from benchmarks.gpu import config_of
 from benchmarks.memory import KEPT_BAR, batch_of, kept_bytes, lora_model, meta_has_no_autocast
 from benchmarks.roofline import Roofline
 from benchmarks.syncs import dispatched
-from higgs_ds.config import PROJECT_ROOT
 from higgs_ds.distributed.ds_config import LayerSizes, read_deepspeed_config, resolve
-from higgs_ds.model.base_checkpoint import attach_lora, open_base
+from higgs_ds.model.base import attach_lora, open_base
 from higgs_ds.model.facts import ModelFacts
-from higgs_ds.model.forward import training_forward
-from higgs_ds.model.higgs import HiggsAudioForTraining
-from higgs_ds.model.padding_free import check_supported
-from higgs_ds.model.tiny import write_zeros
-from higgs_ds.parse import parse_args
+from higgs_ds.model.higgs_v2.forward import training_forward
+from higgs_ds.model.higgs_v2.layers import check_supported
+from higgs_ds.model.higgs_v2.tiny import write_zeros
+from higgs_ds.model.higgs_v2.upstream import HiggsAudioForTraining
+from higgs_ds.options.parse import parse_args
+from higgs_ds.options.sections import PROJECT_ROOT
 
 
 def test_the_real_files_pass_every_door(tmp_path):

@@ -14,10 +14,10 @@ from higgs_ds.errors import ConfigError
 from higgs_ds.report import tracking
 from higgs_ds.report.redact import redact
 from higgs_ds.report.wandb_run import choose_wandb
-from tests.ranks import assert_all, free_port
 from tests.report.test_tracking import ROOT, assert_png, start
 from tests.report.wandb_files import wandb_history, wandb_records
 from tests.report.wandb_server import WandbServer
+from tests.support.ranks import assert_all, free_port
 
 API_KEY = "0123456789" * 4
 

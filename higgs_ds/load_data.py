@@ -1,0 +1,294 @@
+"""From manifests to the batches of every optimizer step."""
+
+from __future__ import annotations
+
+import math
+import socket
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from . import checkpoint, schedule
+from . import memory_check as rehearsal
+from .batching.batch_plan import MicroBatch, Plan, StepPlan, evaluation_plans, make_plan, total_steps
+from .batching.collate import Batch, Collator, tokenize
+from .batching.loader import MicroBatches, load_steps
+from .batching.mixture import Mixture, rows_taken
+from .batching.references import References, in_epochs
+from .batching.shared_memory import check_shared_memory
+from .batching.token_counts import LengthIndex
+from .codec.base import Codec
+from .codec.load import load_codec
+from .data.chatml import Row
+from .data.code_cache import CodeCache
+from .data.controls import control_tokens
+from .data.portions import names_of, portions_of
+from .data.rows import RowSet, load_rows
+from .distributed.agreement import check_same, made_once
+from .distributed.alone import Alone, Unwatched
+from .distributed.engine import Ranks
+from .distributed.rank_watch import Watch
+from .model.base import BaseCheckpoint
+from .model.voice_record import base_fact
+from .options.sections import TrainConfig
+from .report.cards import prompt_facts
+from .setup import Setup
+
+SHOWN_CHARACTERS = 4000  # of a prompt
+
+# Steps with their batches, inside a context that ends the processes which build them.
+LoadedSteps = AbstractContextManager[Iterator[tuple[StepPlan, list[Batch]]]]
+
+
+def codes_folder(config: TrainConfig) -> Path:
+    """Where the clips' codes are kept."""
+    return Path(config.data.codes_cache or Path(config.run.output_dir) / "codes_cache")
+
+
+@dataclass
+class Corpus:
+    """Rows that can be trained on, and the store of their clips' codes."""
+
+    train_rows: RowSet
+    val_rows: RowSet
+    cache: CodeCache
+    codec: Codec
+
+
+def load_corpus(
+    config: TrainConfig,
+    base: BaseCheckpoint,
+    ranks: Ranks | Alone,
+    watch: Watch | Unwatched,
+    *,
+    device: str,
+    collator: Collator,
+    count_tokens: bool,
+    outcome: str,
+) -> Corpus:
+    """Checks every row and encodes every clip, before anything large is loaded; the codec's memory is given back.
+
+    Args:
+        device: where clips are encoded.
+        count_tokens: whether the rows' tokens are counted.
+        outcome: what a list of faults ends with.
+    """
+    data = config.data
+    watch.untimed("opening the codec")
+    codec = ranks.each(lambda: load_codec(data.codec, data.codec_revision, device=device, warn=ranks.say))
+    _agree_on_fingerprint(codec, ranks)
+    cache = ranks.each(lambda: CodeCache(codes_folder(config), codec))
+    watch.at(0, "reading manifests, encoding clips")
+    train = [portion.path for portion in data.portions]
+    train_rows, val_rows = load_rows(
+        [*train, *([data.val_manifest] if data.val_manifest else [])],
+        trained=len(train),
+        cache=cache,
+        num_codebooks=base.facts.num_codebooks,
+        codebook_size=base.facts.codebook_size,
+        max_duration_sec=data.max_duration_sec,
+        skip_bad_rows=data.skip_bad_rows,
+        ranks=ranks,
+        warn=ranks.say,
+        on_progress=watch.progressed,
+        lengths=LengthIndex(cache, base.tokenizer, collator),
+        count_tokens=count_tokens,
+        max_tokens=config.optim.max_tokens_per_batch,
+        max_row_tokens=min(data.max_row_tokens, base.facts.max_positions),
+        audio_root=data.audio_root,
+        controls=control_tokens(base.tokenizer),
+        prompt_style=data.prompt_style,
+        faults_dir=Path(config.run.output_dir or codes_folder(config)),
+        outcome=outcome,
+    )
+    codec.release()
+    return Corpus(train_rows, val_rows, cache, codec)
+
+
+def _agree_on_fingerprint(codec: Codec, ranks: Ranks | Alone) -> None:
+    """Of 0.8 GB for Boson's codec: one rank reads them for all that share these files.
+
+    Raises:
+        ConfigError: on all ranks, naming those that have another codec.
+    """
+    files = getattr(codec, "files", None)  # where making the fingerprint is dear
+    fingerprint = made_once(files or codec.fingerprint, lambda: codec.fingerprint, ranks)
+    if files:
+        codec.fingerprint = fingerprint
+    check_same({"--codec, by its content": fingerprint}, ranks)
+
+
+@dataclass
+class Data:
+    """Rows and the order in which they are trained on; batches are built as they are needed."""
+
+    corpus: Corpus
+    plan: Plan
+    total_steps: int
+    setup: Setup
+    collator: Collator
+    ranks: Ranks
+    references: References | None = None  # of the training rows
+
+    def dataset(self, rows: RowSet) -> MicroBatches:
+        """Micro-batches of these rows, by number."""
+        references = self.references if rows is self.corpus.train_rows else None
+        return MicroBatches(rows, self.setup.base.tokenizer, self.corpus.cache, self.collator, references)
+
+    def steps(self, first_step: int, last_step: int) -> LoadedSteps:
+        """This rank's batches of the optimizer steps `first_step`…`last_step`, both included."""
+        plans = self.plan.steps(self.ranks.rank, first_step, last_step)
+        if self.references is not None:
+            plans = in_epochs(plans, self.plan.steps_per_epoch)
+        return self._load(self.corpus.train_rows, plans)
+
+    def validation(self) -> LoadedSteps:
+        """This rank's share of all validation rows, as many batches on every rank."""
+        rows, optim = self.corpus.val_rows, self.setup.config.optim
+        budget = {
+            "tokens": rows.tokens,
+            "max_tokens": optim.max_tokens_per_batch,
+            "round_to": _round_to(self.setup, self.collator),
+        }
+        plans = evaluation_plans(len(rows), optim.batch_size, self.ranks.rank, self.ranks.world_size, **budget)
+        return self._load(rows, plans)
+
+    def facts(self) -> dict[str, object]:
+        """Lines of an adapter's card on what it was trained on."""
+        rows = self.corpus.train_rows
+        style = {"prompt style": self.setup.config.data.prompt_style}
+        rate = self.setup.config.data.reference_rate
+        drawn = {} if rate is None else {"reference rate": f"{rate:g}"}
+        manifests = {f"manifest {name}".replace("|", "/"): text for name, text in self.plan.mixture.lines().items()}
+        counts = {"rows": len(rows), **manifests, "optimizer steps": self.total_steps}
+        base = base_fact(self.setup.config.model.base_dtype)
+        return {**counts, **style, **prompt_facts(rows), **drawn, **base}
+
+    def any_inputs(self) -> dict:
+        """Some micro-batch's model inputs, on this rank's device."""
+        batch = self.dataset(self.corpus.train_rows)[MicroBatch((0,))]
+        return batch.model_inputs(self.ranks.device)
+
+    def _load(self, rows: RowSet, plans: Iterable[StepPlan]) -> LoadedSteps:
+        num_workers = self.setup.config.data.num_workers
+        on_gpu = self.ranks.device.type == "cuda"
+        return load_steps(self.dataset(rows), plans, num_workers=num_workers, pin_memory=on_gpu)
+
+
+def load_data(setup: Setup, ranks: Ranks, watch: Watch | Unwatched, *, only_one_step: bool = False) -> Data:
+    """Every row checked, every clip encoded, and the plan of all optimizer steps.
+
+    Raises:
+        ConfigError: bad rows (without --skip_bad_rows), or too little shared memory for the data workers.
+    """
+    config, base = setup.config, setup.base
+    collator = Collator(base.facts, with_layout=setup.padding_free)
+    corpus = load_corpus(
+        config,
+        base,
+        ranks,
+        watch,
+        device=str(ranks.device),
+        collator=collator,
+        count_tokens=bool(config.optim.max_tokens_per_batch)
+        or config.data.reference_rate is not None
+        or rehearsal.is_wanted(ranks.device, compiled=config.model.compile),
+        outcome="nothing was trained (--skip_bad_rows trains without them)",
+    )
+    rows = corpus.train_rows
+    references = _references(setup, rows)
+    if only_one_step:
+        ranks.say("\n".join([*rows.summary, *corpus.val_rows.summary]))
+        ranks.say(shown_prompt(rows[0], setup.base.tokenizer))
+    portions = config.data.portions
+    mixture = Mixture(
+        rows.counts,
+        [portion.weight for portion in portions],
+        seed=config.optim.seed,
+        tokens=rows.tokens if config.optim.max_tokens_per_batch else None,
+        names=names_of(portions),
+    )
+    plan = make_plan(
+        len(rows),
+        rows.tokens,
+        mixture=mixture,
+        batch_size=config.optim.batch_size,
+        max_tokens=config.optim.max_tokens_per_batch,
+        grad_accum=config.optim.grad_accum,
+        world_size=ranks.world_size,
+        seed=config.optim.seed,
+        round_to=_round_to(setup, collator),
+    )
+    total_steps = setup.first_step if only_one_step else plan.total_steps(config.optim.epochs, config.optim.max_steps)
+    data = Data(corpus, plan, total_steps, setup, collator, ranks, references)
+    _say_how_it_begins(setup, data, ranks)
+    host = socket.gethostname()
+    check_memory = partial(
+        check_shared_memory,
+        data.dataset(rows),
+        num_workers=config.data.num_workers * (2 if corpus.val_rows else 1),
+        batch_size=config.optim.batch_size,
+        max_tokens=config.optim.max_tokens_per_batch,
+        kept=0 if ranks.device.type == "cuda" else config.optim.grad_accum,
+        ranks_here=ranks.gather(host).count(host),
+    )
+    ranks.each(check_memory)
+    return data
+
+
+def _round_to(setup: Setup, collator: Collator) -> int:
+    """What the forward rounds the longest row of a micro-batch up to."""
+    return 1 if setup.padding_free else collator.round_to
+
+
+def shown_prompt(row: Row, tokenizer) -> str:
+    """A row as the tokenizer reads its tokens back, special tokens visible; all it learns to say stands at its end."""
+    text = tokenizer.decode(tokenize(row.messages, row.start_index, tokenizer)[0], clean_up_tokenization_spaces=False)
+    if len(text) > SHOWN_CHARACTERS:
+        text = f"{text[:SHOWN_CHARACTERS]}… ({len(text) - SHOWN_CHARACTERS:,} more characters)"
+    return f"the first row's prompt ({row.origin}):\n{text}"
+
+
+def _references(setup: Setup, rows: RowSet) -> References | None:
+    """The draw of references where there is one; `rows.tokens` then is what each may take at most."""
+    config, base = setup.config, setup.base
+    if config.data.reference_rate is None:
+        return None
+    limits = (config.optim.max_tokens_per_batch, config.data.max_row_tokens, base.facts.max_positions)
+    references = References(
+        rows,
+        rate=config.data.reference_rate,
+        seed=config.optim.seed,
+        max_tokens=min(limit for limit in limits if limit is not None),
+        tokenizer=base.tokenizer,
+    )
+    rows.tokens = references.longest
+    return references
+
+
+def _say_how_it_begins(setup: Setup, data: Data, ranks: Ranks) -> None:
+    rows = data.corpus.train_rows
+    changed = checkpoint.changed_settings(setup.resumed, setup.config.as_dict(), len(rows), rows.counts)
+    mixed = [f"manifest {name}: {text}" for name, text in data.plan.mixture.lines().items()]
+    begins = f"resuming after step {setup.first_step - 1}" if setup.resumed else "a fresh start"
+    if setup.resumed:
+        changed += _another_rate(setup, data.plan)
+    drawn = [data.references.describe()] if data.references is not None else []
+    ranks.say("\n".join([*setup.notes, *mixed, *drawn, *changed, begins]))
+
+
+def _another_rate(setup: Setup, plan: Plan) -> list[str]:
+    """See `schedule.jump`; the checkpoint's run had as many steps an epoch as its own rows make."""
+    position, optim, now = setup.resumed.position, setup.config.optim, setup.config.as_dict()
+    saved = now | {"warmup_steps": None, "lr_schedule_steps": None} | position.config
+    per_epoch = plan.steps_per_epoch
+    if position.rows_per_step:
+        num_rows = position.num_rows
+        if position.manifest_rows:
+            weights = [portion.weight for portion in portions_of(saved["train_manifest"])]
+            num_rows = sum(map(rows_taken, position.manifest_rows, weights))
+        per_epoch = math.ceil(num_rows / position.rows_per_step)
+    saved_steps = total_steps(per_epoch, saved["epochs"], saved["max_steps"])
+    return schedule.jump(saved, saved_steps, now, plan.total_steps(optim.epochs, optim.max_steps), position.step)

@@ -1,0 +1,254 @@
+"""config.json in either layout: reading transformers' as boson_multimodal's, and writing each from the other.
+
+transformers' config leaves out what that model never varies (a dual FFN in every layer, the delay pattern, codes of a
+clip in the prompt) and the ids of tokens that it does not use; the first are the class's own constants, the second
+stand in the checkpoint's tokenizer.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from boson_multimodal.model.higgs_audio import HiggsAudioConfig
+
+from ...errors import ConfigError
+from ..facts import peculiarities
+from ..higgs_v2.boson_config import config_from_boson, made
+from .config_values import (
+    LIMITS,
+    LLAMA_FIELDS,
+    dtype_problems,
+    kind_problem,
+    limit_problem,
+    quantization_problems,
+    rope_of,
+)
+from .layouts import TRANSFORMERS, layout_of, read_json
+from .weight_files import refuse
+
+# Boson's names of the tokens; transformers calls <|reserved_special_token_6|> the audio delay token.
+TOKENS = {
+    "bos": "<|begin_of_text|>",
+    "end_of_text": "<|end_of_text|>",
+    "eot": "<|eot_id|>",
+    "audio_eos": "<|audio_eos|>",
+    "audio_out_bos": "<|audio_out_bos|>",
+    "audio_in": "<|AUDIO|>",
+    "audio_out": "<|AUDIO_OUT|>",
+}
+DELAY_TOKEN = "<|reserved_special_token_6|>"
+
+# What transformers' HiggsAudioV2Config takes for a key that config.json leaves out.
+DEFAULTS = {
+    "vocab_size": 128256,
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 24,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "max_position_embeddings": 2048,
+    "initializer_range": 0.02,
+    "rms_norm_eps": 1e-5,
+    "use_cache": True,
+    "pad_token_id": 128001,
+    "pretraining_tp": 1,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "mlp_bias": False,
+    "num_codebooks": 8,
+    "codebook_size": 1024,
+    "audio_token_id": 128016,
+    "audio_bos_token_id": 128013,
+    "audio_delay_token_id": 128014,
+    "audio_stream_bos_id": 1024,
+    "audio_stream_eos_id": 1025,
+}
+# transformers' names of them, where they are others.
+_RENAMED_LIMITS = {
+    "num_codebooks": "audio_num_codebooks",
+    "codebook_size": "audio_codebook_size",
+    "audio_token_id": "audio_out_token_idx",
+    "audio_bos_token_id": "audio_out_bos_token_id",
+    "audio_delay_token_id": "audio_out_token_idx",
+}
+
+
+def read_checkpoint_config(folder: Path, flag: str = "--base_ckpt") -> HiggsAudioConfig:
+    """The config of a checkpoint in either layout, as boson_multimodal's model takes it.
+
+    Raises:
+        ConfigError: neither layout, or values that the other layout's model does not have; each named.
+    """
+    file = folder / "config.json"
+    where, raw = f"{flag}: {file}", read_json(file, flag)
+    layout = layout_of(folder, flag)
+    refuse(quantization_problems(raw), where)
+    if layout == TRANSFORMERS:
+        return config_from_transformers(raw, token_ids(folder, flag), where)
+    return config_from_boson(raw, where)
+
+
+def without_private(fields: dict) -> dict:
+    """A config's fields but for those that transformers keeps for itself (`_name_or_path`, …), at every depth."""
+    return {
+        key: without_private(value) if isinstance(value, dict) else value
+        for key, value in fields.items()
+        if not str(key).startswith("_")
+    }
+
+
+def token_ids(folder: Path, flag: str = "--base_ckpt") -> dict[str, int]:
+    """Ids of the added tokens of the checkpoint's tokenizer.json, by their text.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    file = folder / "tokenizer.json"
+    added = read_json(file, flag).get("added_tokens")
+    try:
+        ids = {str(token["content"]): token["id"] for token in added}
+    except (TypeError, KeyError):
+        ids = {"": None}
+    if not all(type(one) is int and 0 <= one < 1 << 24 for one in ids.values()):
+        raise ConfigError([f"{flag}: {file}: added_tokens is no list of tokens with content and id"])
+    return ids
+
+
+def config_from_transformers(raw: dict, tokens: dict[str, int], where: str) -> HiggsAudioConfig:
+    """Boson's config of a model in transformers' layout.
+
+    Args:
+        raw: its config.json.
+        tokens: ids of the tokenizer's added tokens, by text.
+        where: begins each message.
+
+    Raises:
+        ConfigError: every value that Boson's model does not have, a line each.
+    """
+    values = {key: raw.get(key, default) for key, default in DEFAULTS.items()}
+    problems = _wrong_values(values)
+    rope = rope_of(_rope_parameters(raw), problems, "rope_parameters")
+    problems += dtype_problems({key: raw.get(key) for key in ("dtype", "torch_dtype")})
+    ids = {name: tokens.get(text) for name, text in TOKENS.items()}
+    problems += [f"the tokenizer has no {TOKENS[name]}" for name, found in ids.items() if found is None]
+    for key, name in (("audio_token_id", "audio_out"), ("audio_bos_token_id", "audio_out_bos")):
+        if ids[name] is not None and values[key] != ids[name]:
+            problems.append(f"{key} is {values[key]}, the tokenizer's {TOKENS[name]} is {ids[name]}")
+    refuse(problems, where)
+    text = {key: values[key] for key in LLAMA_FIELDS}
+    text |= {
+        "architectures": ["LlamaForCausalLM"],
+        "bos_token_id": ids["bos"],
+        "eos_token_id": ids["end_of_text"],
+        "rope_theta": rope.pop("rope_theta"),
+        "rope_scaling": None if rope["rope_type"] == "default" else rope,
+        "torch_dtype": raw.get("dtype") or raw.get("torch_dtype"),
+    }
+    fields = dict(
+        architectures=["HiggsAudioModel"],
+        text_config=text,
+        audio_adapter_type="dual_ffn_fast_forward",
+        audio_dual_ffn_layers=list(range(values["num_hidden_layers"])),
+        audio_ffn_hidden_size=values["hidden_size"],
+        audio_ffn_intermediate_size=values["intermediate_size"],
+        audio_num_codebooks=values["num_codebooks"],
+        audio_codebook_size=values["audio_stream_bos_id"],
+        audio_stream_bos_id=values["audio_stream_bos_id"],
+        audio_stream_eos_id=values["audio_stream_eos_id"],
+        audio_in_token_idx=ids["audio_in"],
+        audio_out_token_idx=ids["audio_out"],
+        audio_out_bos_token_id=ids["audio_out_bos"],
+        audio_eos_token_id=ids["audio_eos"],
+        encode_whisper_embed=False,
+        encode_audio_in_tokens=True,
+        skip_audio_tower=True,
+        use_delay_pattern=True,
+        use_audio_out_self_attention=False,
+        hidden_size=values["hidden_size"],
+        pad_token_id=values["pad_token_id"],
+        torch_dtype=text["torch_dtype"],
+    )
+    return made(lambda: HiggsAudioConfig(**fields), where)
+
+
+def _wrong_values(values: dict) -> list[str]:
+    """Of `DEFAULTS`' keys: types, bounds, and what Boson's model cannot be."""
+    found = [kind_problem(key, type(default), values[key]) for key, default in DEFAULTS.items()]
+    problems = [problem for problem in found if problem]
+    if problems:
+        return problems
+    limits = {key: _RENAMED_LIMITS.get(key, key if key in LIMITS else f"text_config.{key}") for key in values}
+    found = [limit_problem(key, limit, values[key]) for key, limit in limits.items() if limit in LIMITS]
+    problems += [problem for problem in found if problem]
+    if values["tie_word_embeddings"]:
+        problems.append("tie_word_embeddings is true: this model's heads and embeddings are weights of their own")
+    size, begin, end = values["codebook_size"], values["audio_stream_bos_id"], values["audio_stream_eos_id"]
+    if (begin, end) != (size - 2, size - 1):
+        problems.append(
+            f"codebook_size is {size}, with audio_stream_bos_id {begin} and audio_stream_eos_id {end}: expected the "
+            "codes, then these two (Boson's: 1026, 1024, 1025)"
+        )
+    return problems
+
+
+def _rope_parameters(raw: dict) -> object:
+    """What transformers' config.json says of them, in either of its two ways; None for nothing."""
+    found, scaling = raw.get("rope_parameters"), raw.get("rope_scaling")
+    if found is None and isinstance(scaling, dict | None) and ("rope_theta" in raw or scaling):
+        return {"rope_theta": raw.get("rope_theta", 10000.0), **(scaling or {"rope_type": "default"})}
+    if found is None and scaling is not None:
+        return {"rope_type": scaling}  # which is none
+    return found
+
+
+def transformers_config(config: HiggsAudioConfig, tokens: dict[str, int], dtype: str, where: str) -> dict:
+    """config.json in transformers' layout of a model in Boson's.
+
+    Args:
+        config: Boson's.
+        tokens: ids of the tokenizer's added tokens, by text.
+        dtype: of the weights, as torch names it: "bfloat16".
+        where: begins each message.
+
+    Raises:
+        ConfigError: what transformers' model does not have, a line each.
+    """
+    text = config.text_config
+    cannot = {
+        "codes without the delay pattern": not config.use_delay_pattern,
+        "averaged audio embeddings (audio_embed_avg)": config.audio_embed_avg,
+    }
+    found = [*peculiarities(config), *(what for what, is_so in cannot.items() if is_so)]
+    problems = [f"the model has {what}, transformers' has not" for what in found]
+    size = config.audio_codebook_size
+    if (config.audio_stream_bos_id, config.audio_stream_eos_id) != (size, size + 1):
+        problems.append(f"audio_codebook_size is {size}, its stream ids are not the two after it")
+    for token in (DELAY_TOKEN, TOKENS["eot"]):
+        if token not in tokens:
+            problems.append(f"the tokenizer has no {token}, which transformers' generation writes")
+    scaling = dict(text.rope_scaling or {"rope_type": "default"})
+    scaling.setdefault("rope_type", scaling.pop("type", None))
+    rope = rope_of({**scaling, "rope_theta": text.rope_theta}, problems, "rope_parameters")
+    refuse(problems, where)
+    values = {key: getattr(text, key) for key in LLAMA_FIELDS}
+    return {
+        "architectures": ["HiggsAudioV2ForConditionalGeneration"],
+        **values,
+        "audio_bos_token_id": config.audio_out_bos_token_id,
+        "audio_delay_token_id": tokens[DELAY_TOKEN],
+        "audio_stream_bos_id": config.audio_stream_bos_id,
+        "audio_stream_eos_id": config.audio_stream_eos_id,
+        "audio_token_id": config.audio_out_token_idx,
+        "bos_token_id": text.bos_token_id,
+        "codebook_size": size + 2,
+        "dtype": dtype,
+        "eos_token_id": tokens[TOKENS["eot"]],
+        "model_type": "higgs_audio_v2",
+        "num_codebooks": config.audio_num_codebooks,
+        "pad_token_id": config.pad_token_id,
+        "rope_parameters": rope,
+        "tie_word_embeddings": False,
+    }

@@ -1,0 +1,89 @@
+"""The two layouts of a Higgs Audio v2 checkpoint: boson_multimodal's and transformers' (5.3 and later).
+
+The tensors are the same, bit for bit; their names and the config differ. Everything here is a pure function of names.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ...errors import ConfigError
+
+BOSON, TRANSFORMERS = "boson", "transformers"
+LAYOUTS = (BOSON, TRANSFORMERS)
+# Weights that checkpoints of this family carry along though no module of theirs has them.
+CARRIED_ALONG = r"(^|\.)(audio_codebook_weights|rotary_emb\.(original_)?inv_freq)$"
+MODEL_TYPES = {BOSON: "higgs_audio", TRANSFORMERS: "higgs_audio_v2"}
+
+# boson_multimodal's beginning of a weight's name -> transformers'.
+_PREFIXES = (
+    ("audio_codebook_embeddings.", "model.embed_audio_tokens.embed_audio_tokens."),
+    ("audio_decoder_proj.text_lm_head.", "text_lm_head."),
+    ("audio_decoder_proj.audio_lm_head.", "audio_lm_head."),
+    ("embed_tokens.", "model.embed_tokens."),
+    ("layers.", "model.layers."),
+    ("norm.", "model.norm."),
+)
+
+
+def transformers_name(boson_name: str) -> str | None:
+    """The name in transformers' layout of a weight or module of boson_multimodal's; None for one that is not there."""
+    return _renamed(boson_name, _PREFIXES)
+
+
+def boson_name(transformers_name: str) -> str | None:
+    """The inverse of `transformers_name`."""
+    return _renamed(transformers_name, [(new, old) for old, new in _PREFIXES])
+
+
+def _renamed(name: str, prefixes) -> str | None:
+    dotted = name + "."  # so that a module's own name has the prefix too
+    return next((new + dotted[len(old) :] for old, new in prefixes if dotted.startswith(old)), ".")[:-1] or None
+
+
+def name_in(layout: str, boson_name: str) -> str:
+    """A weight's name in `layout`, from boson_multimodal's.
+
+    Raises:
+        ValueError: transformers' model has no such weight.
+    """
+    name = boson_name if layout == BOSON else transformers_name(boson_name)
+    if name is None:
+        raise ValueError(f"{boson_name} has no name in transformers' layout")
+    return name
+
+
+def read_json(file: Path, flag: str) -> dict:
+    """A JSON object in a file.
+
+    Raises:
+        ConfigError: the file cannot be read, or holds something else.
+    """
+    try:
+        raw = json.loads(text := file.read_text(encoding="utf-8"))
+        if "\\ud" in text.lower():
+            json.dumps(raw, ensure_ascii=False).encode()  # half a pair of escapes is a ValueError here, and not later
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError([f"{flag}: {file} cannot be read: {error}"]) from None
+    if not isinstance(raw, dict):
+        raise ConfigError([f"{flag}: {file} holds {type(raw).__name__}, expected a JSON object"])
+    return raw
+
+
+def layout_of(folder: Path, flag: str = "--base_ckpt") -> str:
+    """`BOSON` or `TRANSFORMERS`, by `model_type` of the checkpoint's config.json.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    found = read_json(folder / "config.json", flag).get("model_type")
+    for layout, model_type in MODEL_TYPES.items():
+        if found == model_type:
+            return layout
+    file, hint = folder / "config.json", ""
+    if isinstance(found, str) and found.startswith("higgs_audio"):
+        hint = f"; {found} is another model of that family" + (
+            ", the codec: give it to --codec" if found.endswith("tokenizer") else ""
+        )
+    raise ConfigError([f"{flag}: {file} says model_type {found!r}, expected 'higgs_audio' or 'higgs_audio_v2'{hint}"])

@@ -1,0 +1,170 @@
+"""Loading a checkpoint in transformers' layout into boson_multimodal's model, tensor by tensor.
+
+transformers 4.46 cannot rename weights while it loads them. Outside ZeRO-3 the model is built without memory and takes
+over tensors that are mapped from the files, so that the processes of a node share one copy in its page cache. Under
+ZeRO-3 transformers' own loader gathers, fills and shards one module after the other from the same mapped tensors.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from accelerate import init_empty_weights
+from boson_multimodal.model.higgs_audio import HiggsAudioConfig, HiggsAudioModel
+from transformers import GenerationConfig
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.utils.logging import disable_progress_bar
+
+from ...errors import ConfigError
+from ..quantized import QuantizedLinear
+from .adapter_names import WHOLE_MODULES
+from .layouts import CARRIED_ALONG, TRANSFORMERS, layout_of, name_in
+from .weight_files import Stored, differences, is_marked, refuse, weight_headers
+
+TEXT_HEAD = "audio_decoder_proj.text_lm_head.weight"
+Model = TypeVar("Model", bound=HiggsAudioModel)
+
+
+def wanted_weights(config: HiggsAudioConfig, flag: str = "--base_ckpt") -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the weights that boson_multimodal's model has."""
+    return {name: tuple(value.shape) for name, value in _without_memory(config, flag).state_dict().items()}
+
+
+def adaptable_modules(config: HiggsAudioConfig) -> dict[str, tuple[int, int]]:
+    """What an adapter may change: the linear layers, and all that can be trained whole; name to its weight's shape."""
+    return {
+        name: tuple(module.weight.shape)
+        for name, module in _without_memory(config).named_modules()
+        if isinstance(module, torch.nn.Linear) or name in WHOLE_MODULES
+    }
+
+
+def _without_memory(config: HiggsAudioConfig, flag: str = "--base_ckpt") -> HiggsAudioModel:
+    """boson_multimodal's model, of tensors that have no values.
+
+    Raises:
+        ConfigError: its classes make no model of this config; one line.
+    """
+    try:
+        with torch.device("meta"):
+            return HiggsAudioModel(copy.deepcopy(config))  # which writes into its config
+    except Exception as error:  # whatever a value does that nobody has thought of, in upstream's code or torch's
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError([f"{flag}: config.json describes no model: {type(error).__name__}: {reason}"]) from error
+
+
+# Halves of one weight, as a training of Boson's with frozen and trained rows leaves them.
+_SPLIT_HALF = re.compile(r"_(frozen|trainable)(\.weight)?$")
+
+
+def check_weights(
+    folder: Path, config: HiggsAudioConfig, flag: str = "--base_ckpt"
+) -> tuple[dict[str, Stored], list[str]]:
+    """Compares what a checkpoint in either layout holds, by its headers, with what the model has.
+
+    Returns:
+        the weights by boson_multimodal's names, in the model's order; and what is to be mentioned: weights that this
+        family is known to carry along, which are left out.
+
+    Raises:
+        ConfigError: missing, extra, misshapen, quantized or split weights, each under its name there; an index that
+            does not fit its files.
+    """
+    layout, wanted = layout_of(folder, flag), wanted_weights(config, flag)
+    found = weight_headers(folder, layout)
+    strange = [name for name in found.stored if name not in wanted]
+    left_out = [name for name in strange if re.search(CARRIED_ALONG, name)]
+    left_out += [one.key for one in found.foreign if re.search(CARRIED_ALONG, one.key)]
+    found.foreign = [one for one in found.foreign if one.key not in left_out]
+    halves = [name for name in strange if _SPLIT_HALF.search(name)]
+    for name in (*left_out, *halves):
+        found.stored.pop(name, None)
+    if halves:
+        joined = {_SPLIT_HALF.sub("", name).rsplit(".", 1)[0] for name in halves}
+        wanted = {name: shape for name, shape in wanted.items() if not any(name.startswith(half) for half in joined)}
+        found.problems.append(
+            f"holds weights in two halves ({', '.join(halves[:4])}): rows that a training of Boson's kept frozen and "
+            "rows that it trained, to be joined before any program can load them; export the checkpoint joined"
+        )
+    problems = differences(found, wanted, lambda name: name_in(layout, name))
+    if layout == TRANSFORMERS and not found.problems and TEXT_HEAD not in found.stored:
+        problems.append("without text_lm_head.weight it speaks in transformers alone, and cannot be trained")
+    refuse(problems, f"{flag}: {folder}")
+    notes = []
+    if left_out:
+        more = f" and {len(left_out) - 4} more" if len(left_out) > 4 else ""
+        notes = [f"{folder}: left out what no module of this model has: {', '.join(left_out[:4])}{more}"]
+    return {name: found.stored[name] for name in wanted}, notes
+
+
+def load_checkpoint(
+    cls: type[Model],
+    folder: Path,
+    config: HiggsAudioConfig,
+    dtype: torch.dtype,
+    *,
+    quantize_on: torch.device | None = None,
+) -> Model:
+    """A `cls` with the weights of a folder in either layout; after its weights were checked.
+
+    Args:
+        cls: boson_multimodal's model, or a subclass.
+        folder: the checkpoint.
+        config: from `read_checkpoint_config`.
+        dtype: of the weights in the model.
+        quantize_on: keeps the linear layers of the decoder in NF4, made on this device; not under ZeRO-3.
+    """
+    layout = layout_of(folder)
+    if quantize_on is not None:
+        return load_mapped(cls, folder, config, dtype, layout, quantize_on)
+    if layout == TRANSFORMERS or not all(map(is_marked, {one.file for one in weight_headers(folder).stored.values()})):
+        return load_mapped(cls, folder, config, dtype, layout)
+    disable_progress_bar()  # a bar for three files, from every rank
+    text = config.text_config
+    ids = {"bos_token_id": text.bos_token_id, "eos_token_id": text.eos_token_id, "pad_token_id": config.pad_token_id}
+    return cls.from_pretrained(
+        folder,
+        config=config,
+        # As Boson's file says. Any other would be a sampler that nobody asked for, or a traceback of its values.
+        generation_config=GenerationConfig(**ids),
+        torch_dtype=dtype,
+        use_safetensors=True,
+        # Without it every rank would hold the weights twice for a moment; with stage 3 it is not to be had.
+        low_cpu_mem_usage=not is_deepspeed_zero3_enabled(),
+    )
+
+
+def load_mapped(
+    cls: type[Model],
+    folder: Path,
+    config: HiggsAudioConfig,
+    dtype: torch.dtype,
+    layout: str,
+    quantize_on: torch.device | None = None,
+) -> Model:
+    """`load_checkpoint` of a folder that transformers' own loader cannot read, or not as wanted."""
+    stored = weight_headers(folder, layout).stored
+    stored = {name: one for name, one in stored.items() if not re.search(CARRIED_ALONG, name)}
+    if is_deepspeed_zero3_enabled():
+        mapped = {name: one.read() for name, one in stored.items()}
+        return cls.from_pretrained(None, config=config, state_dict=mapped, torch_dtype=dtype)
+    with init_empty_weights(include_buffers=False):  # rotary tables are computed, they stand in no file
+        model = cls(copy.deepcopy(config))
+    model.config.torch_dtype = dtype
+    if quantize_on is not None:
+        _quantize_decoder(model, stored, dtype, quantize_on)
+    # Where the dtype is the file's, `to` gives the mapped tensor itself.
+    model.load_state_dict({name: one.read().to(dtype) for name, one in stored.items()}, strict=True, assign=True)
+    return model.eval()
+
+
+def _quantize_decoder(model: Model, stored: dict[str, Stored], dtype: torch.dtype, device: torch.device) -> None:
+    """The decoder's linear layers in NF4; their weights are taken out of `stored`, and read one after the other."""
+    for place, layer in list(model.layers.named_modules()):
+        if isinstance(layer, torch.nn.Linear):
+            weight = stored.pop(f"layers.{place}.weight").read()
+            model.layers.set_submodule(place, QuantizedLinear(weight, layer.bias, dtype, device))

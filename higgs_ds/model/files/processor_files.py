@@ -1,0 +1,148 @@
+"""What transformers' `AutoProcessor.from_pretrained` needs beside a model: processor, feature extractor, chat template.
+
+The template builds the same tokens as `collate.tokenize` makes of a row: Boson's ChatML, every text trimmed, a system
+turn first. A scene is a message of its own (role "scene") after the system turn.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from ...codec.codec_layout import MODEL_TYPE, is_renamed
+from ...errors import ConfigError
+from .layout_config import DELAY_TOKEN, TOKENS
+from .layouts import BOSON, TRANSFORMERS, read_json
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
+SAMPLE_RATE = 24000
+RAS_WINDOW, RAS_MAX_REPEATS = 7, 2  # Boson's repetition-aware resampling
+
+CHAT_TEMPLATE = """\
+{%- macro header(role) %}{{ '<|start_header_id|>' ~ role ~ '<|end_header_id|>\\n\\n' }}{% endmacro -%}
+{%- set clip = '<|audio_out_bos|><|AUDIO_OUT|><|audio_eos|>' -%}
+{%- if not messages or messages[0]['role'] != 'system' -%}
+  {{- raise_exception('The first message must be the system message.') -}}
+{%- endif -%}
+{{- bos_token -}}
+{%- for message in messages -%}
+  {%- set role, content = message['role'], message['content'] -%}
+  {%- set parts = [{'type': 'text', 'text': content}] if content is string else content -%}
+  {%- set scene_follows = not loop.last and loop.index0 == 0 and messages[1]['role'] == 'scene' -%}
+  {%- if role == 'scene' -%}
+    {%- if loop.index0 != 1 -%}{{- raise_exception('A scene must follow the system message.') -}}{%- endif -%}
+    {{- '\\n\\n<|scene_desc_start|>\\n' -}}
+    {%- for part in parts -%}
+      {%- if part['type'] == 'audio' -%}
+        {{- ' ' ~ clip ~ ('' if loop.last else '\\n') -}}
+      {%- else -%}
+        {{- part['text'] | trim -}}
+        {%- if not loop.last and (loop.first or loop.nextitem['type'] != 'audio') -%}
+          {{- '\\n\\n' if loop.first else '\\n' -}}
+        {%- endif -%}
+      {%- endif -%}
+    {%- endfor -%}
+    {{- '\\n<|scene_desc_end|><|eot_id|>' -}}
+  {%- else -%}
+    {{- header(role) -}}
+    {%- if role == 'assistant' -%}
+      {%- if content is string or parts | length != 1 or parts[0]['type'] != 'audio' -%}
+        {{- raise_exception('An assistant message must be one audio.') -}}
+      {%- endif -%}
+      {{- clip -}}
+    {%- else -%}
+      {%- for part in parts if part['type'] == 'text' -%}{{- part['text'] | trim -}}{%- endfor -%}
+    {%- endif -%}
+    {{- '' if scene_follows else '<|eot_id|>' -}}
+  {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- header('assistant') ~ '<|audio_out_bos|>' -}}{%- endif -%}
+"""
+
+
+def generation_config(layout: str, config, written: dict) -> dict:
+    """generation_config.json for a model that comes without one of its layout.
+
+    Args:
+        layout: of the model.
+        config: its `HiggsAudioConfig`.
+        written: its config.json.
+    """
+    if layout == BOSON:
+        ids = {key: getattr(config.text_config, key) for key in ("bos_token_id", "eos_token_id")}
+        return {"_from_model_config": True, **ids, "pad_token_id": config.pad_token_id}
+    ids = {key: written[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return {**ids, "ras_win_len": RAS_WINDOW, "ras_win_max_num_repeat": RAS_MAX_REPEATS, "use_text_head": True}
+
+
+def write_processor(folder: Path, codec: str, config) -> None:
+    """Writes processor_config.json, preprocessor_config.json and chat_template.jinja.
+
+    Args:
+        folder: where the model's other files are.
+        codec: hub id or folder of the codec in transformers' layout; the processor loads it from there.
+        config: the model's `HiggsAudioConfig`.
+
+    Raises:
+        ConfigError: `codec` is a folder that holds something else.
+    """
+    extractor = {
+        "feature_extractor_type": "DacFeatureExtractor",
+        "feature_size": 1,
+        "hop_length": 1,
+        "padding_side": "right",
+        "padding_value": 0.0,
+        "return_attention_mask": True,
+        "sampling_rate": SAMPLE_RATE,
+    }
+    processor = {
+        "audio_bos_token": TOKENS["audio_out_bos"],
+        "audio_delay_token": DELAY_TOKEN,
+        "audio_eos_token": TOKENS["audio_eos"],
+        "audio_stream_bos_id": config.audio_stream_bos_id,
+        "audio_stream_eos_id": config.audio_stream_eos_id,
+        "audio_token": TOKENS["audio_out"],
+        "audio_tokenizer": {
+            "audio_tokenizer_class": "HiggsAudioV2TokenizerModel",
+            "audio_tokenizer_name_or_path": codec_reference(codec, TRANSFORMERS),
+        },
+        "feature_extractor": extractor,
+        "processor_class": "HiggsAudioV2Processor",
+    }
+    for name, values in (("processor_config.json", processor), ("preprocessor_config.json", extractor)):
+        (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+
+
+def codec_reference(codec: str, layout: str) -> str:
+    """A codec as processor_config.json, or the card's snippet, names it: a hub id as it is, a folder by its whole path.
+
+    Raises:
+        ConfigError: neither, or a folder that is no codec in the model's layout, the only one that its stack loads.
+    """
+    folder = Path(codec)
+    if not os.path.exists(codec):
+        if folder.is_absolute() or codec.startswith(".") or codec.count("/") != 1:
+            raise ConfigError([f"--codec: {codec} is neither a folder nor a hub id (owner/name)"])
+        return codec
+    raw = read_json(folder / "config.json", "--codec") if (folder / "config.json").is_file() else {}
+    if layout == BOSON:
+        if not raw or is_renamed(raw) or not (folder / "model.pth").is_file():
+            words = "is no codec in Boson's layout (config.json and model.pth), and its engine loads no other"
+            raise ConfigError([f"--codec: {codec} {words}; give the hub id"])
+    elif not is_renamed(raw):
+        raise ConfigError(
+            [
+                f"--codec: {codec} is no codec in transformers' layout (model_type {raw.get('model_type')!r}, "
+                f"expected {MODEL_TYPE!r}), and its processor loads no other; give the hub id"
+            ]
+        )
+    return str(folder.resolve())

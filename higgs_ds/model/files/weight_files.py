@@ -1,0 +1,252 @@
+"""Safetensors files, tensor by tensor: which weights a checkpoint holds, reading one, writing shards and their index.
+
+The library's own writer takes all tensors of a file at once, 5 GB of them; here no more than one is held.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from ...errors import ConfigError, first_of
+from .layouts import BOSON, CARRIED_ALONG, boson_name
+
+DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+DTYPES_BY_NAME = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+FILE_NAME = re.compile(r"[^/\\\0]{1,200}\.safetensors")
+SHARD_BYTES = 5_000_000_000  # what the hub's files hold at most
+ROWS_AT_ONCE_BYTES = 64 << 20
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor in a file, known from the file's header."""
+
+    file: Path
+    key: str  # its name in the file
+    shape: tuple[int, ...]
+    dtype: str  # as safetensors writes it: "BF16"
+
+    def rows(self, at_once_bytes: int = ROWS_AT_ONCE_BYTES) -> Iterator[torch.Tensor]:
+        """The tensor in pieces along its first dimension; a piece's memory is free once it is dropped."""
+        if not self.shape:
+            yield self.read()
+            return
+        row_bytes = max(1, math.prod(self.shape[1:]) * 4)
+        step = max(1, at_once_bytes // row_bytes)
+        for start in range(0, self.shape[0], step):
+            # Opened anew for each piece: the mapping of a file counts as memory of this process while it is open.
+            with safe_open(self.file, framework="pt") as tensors:
+                yield tensors.get_slice(self.key)[start : start + step].clone()
+
+    def read(self) -> torch.Tensor:
+        """The whole tensor, mapped from the file: pages are shared with other processes that read it."""
+        with safe_open(self.file, framework="pt") as tensors:
+            return tensors.get_tensor(self.key)
+
+
+def all_finite(values: torch.Tensor) -> bool:
+    """Whether no value is NaN or infinite; NaN is the least and the largest of all, and one pass finds both."""
+    return values.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(values))).all())
+
+
+@dataclass
+class WeightFiles:
+    """The weights of a checkpoint's folder."""
+
+    stored: dict[str, Stored] = field(default_factory=dict)  # by boson_multimodal's names
+    foreign: list[Stored] = field(default_factory=list)  # names that transformers' layout does not have
+    problems: list[str] = field(default_factory=list)
+
+
+def weight_headers(folder: Path, layout: str = BOSON) -> WeightFiles:
+    """What the folder's safetensors files hold, from their headers alone, by boson_multimodal's names."""
+    files, index, problems = _weight_files(folder)
+    found = WeightFiles(problems=problems)
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for key in tensors.keys():  # noqa: SIM118 - safe_open is not a mapping
+                    if index and index.get(key) != file.name:
+                        said = index.get(key, "nothing of it")
+                        found.problems.append(f"{file.name}: {key} is there, the index says {said}")
+                    part = tensors.get_slice(key)
+                    stored = Stored(file, key, tuple(part.get_shape()), part.get_dtype())
+                    name = key if layout == BOSON else boson_name(key)
+                    if name is None:
+                        found.foreign.append(stored)
+                    elif name in found.stored:
+                        found.problems.append(f"{file.name}: {key} stands in two files")
+                    else:
+                        found.stored[name] = stored
+        except Exception as error:  # the safetensors reader raises its own SafetensorError, OSError or ValueError
+            found.problems.append(f"{file.name} cannot be read: {error}")
+    held = {one.key for one in (*found.stored.values(), *found.foreign)}
+    ghosts = [key for key in index if key not in held and not re.search(CARRIED_ALONG, key)]
+    if not found.problems:
+        found.problems += [f"{INDEX} lists {key} in {index[key]}, which does not hold it" for key in ghosts]
+    return found
+
+
+def is_marked(file: Path) -> bool:
+    """Whether a safetensors file says that torch wrote it, as most writers have it do; transformers reads no other."""
+    with safe_open(file, framework="pt") as tensors:
+        return (tensors.metadata() or {}).get("format") == "pt"
+
+
+def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str], list[str]]:
+    """The files that transformers would load, by the index where there is one, and what is wrong with the index."""
+    single, index_file = folder / SINGLE, folder / INDEX
+    if single.exists():
+        return [single], {}, []
+    if not index_file.exists():
+        shards = sorted(folder.glob("*.safetensors"))
+        if shards:
+            named = ", ".join(shard.name for shard in shards[:3])
+            return (
+                [],
+                {},
+                [f"holds {named} but neither {single.name} nor {index_file.name}, which names the shards"],
+            )
+        return [], {}, ["holds no .safetensors file (pickled checkpoints are not loaded: convert it)"]
+    try:
+        weight_map = json.loads(index_file.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(weight_map.values()))
+        if not names or not all(FILE_NAME.fullmatch(name) for name in names):
+            raise ValueError("its weight_map must name .safetensors files of the same folder")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return [], {}, [f"{index_file.name} cannot be used: {error}"]
+    missing = [f"{name} is missing, the index names it" for name in names if not (folder / name).is_file()]
+    return [folder / name for name in names if (folder / name).is_file()], weight_map, missing
+
+
+def differences(found: WeightFiles, wanted: dict[str, tuple[int, ...]], name_of=lambda name: name) -> list[str]:
+    """What is missing, extra or misshapen, each a line; `name_of` gives a missing weight's name in these files."""
+    problems, floats = list(found.problems), ", ".join(sorted(DTYPES_BY_NAME))
+    if problems:
+        return problems
+    stored = found.stored
+    problems += [f"missing weight {name_of(name)} {list(wanted[name])}" for name in wanted if name not in stored]
+    extra = [stored[name] for name in stored if name not in wanted] + found.foreign
+    problems += [f"extra weight {one.key} {list(one.shape)}" for one in extra]
+    problems += [
+        f"weight {one.key} has shape {list(one.shape)}, the model needs {list(wanted[name])}"
+        for name, one in stored.items()
+        if name in wanted and one.shape != wanted[name]
+    ]
+    problems += [
+        f"weight {one.key} is {one.dtype}, expected one of {floats}: quantized weights are not trained on"
+        for name, one in stored.items()
+        if name in wanted and one.dtype not in DTYPES_BY_NAME
+    ]
+    return problems
+
+
+def refuse(problems: list[str], where: str) -> None:
+    """Raises ConfigError with the first lines of `problems`, if there are any."""
+    if problems:
+        raise ConfigError([f"{where}: {problem}" for problem in first_of(problems)])
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A tensor that is to be written."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def shards(planned: Iterable[Planned], limit: int = SHARD_BYTES) -> list[list[Planned]]:
+    """In the given order, as many to a file as `limit` bytes hold."""
+    files: list[list[Planned]] = []
+    size = 0
+    for tensor in planned:
+        if not files or size + tensor.num_bytes > limit:
+            files.append([])
+            size = 0
+        files[-1].append(tensor)
+        size += tensor.num_bytes
+    return files
+
+
+def write_safetensors(file: Path, planned: list[Planned], pieces_of) -> None:
+    """Writes one file, in the safetensors format, and brings it to the disk.
+
+    Args:
+        planned: what it holds, in this order.
+        pieces_of: gives a `Planned`'s values, a few rows at a time, in its dtype.
+
+    Raises:
+        ValueError: the pieces of a tensor are not as many bytes as its shape says.
+    """
+    with file.open("wb") as out:
+        out.write(_head(planned))
+        for tensor in planned:
+            written = 0
+            for piece in pieces_of(tensor):
+                if piece.dtype != tensor.dtype:
+                    raise ValueError(f"{tensor.name}: a piece is {piece.dtype}, expected {tensor.dtype}")
+                written += out.write(memoryview(piece.contiguous().reshape(-1).view(torch.uint8).numpy()))
+            if written != tensor.num_bytes:
+                raise ValueError(f"{tensor.name}: {written} bytes written, expected {tensor.num_bytes}")
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def write_zeros(file: Path, planned: list[Planned]) -> None:
+    """One file of zeros in the safetensors format: its header, and a hole for the values, which takes no disk."""
+    head = _head(planned)
+    with file.open("wb") as out:
+        out.write(head)
+        out.truncate(len(head) + sum(tensor.num_bytes for tensor in planned))
+
+
+def _head(planned: list[Planned]) -> bytes:
+    """What stands in a safetensors file before the values: the header and its length."""
+    header: dict = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in planned:
+        begin, end = end, end + tensor.num_bytes
+        header[tensor.name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    head = json.dumps(header, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)  # the data begins at a multiple of 8
+    return len(head).to_bytes(8, "little") + head
+
+
+def write_checkpoint_weights(folder: Path, planned: list[Planned], pieces_of, *, limit: int = SHARD_BYTES) -> None:
+    """`model.safetensors`, or numbered shards and `model.safetensors.index.json`, as the hub has them."""
+    files = shards(planned, limit)
+    if len(files) == 1:
+        write_safetensors(folder / SINGLE, files[0], pieces_of)
+    else:
+        write_shards(folder, files, lambda file, tensors: write_safetensors(file, tensors, pieces_of))
+
+
+def write_shards(folder: Path, files: list[list[Planned]], write) -> None:
+    """Numbered files, each by `write(file, tensors)`, and `model.safetensors.index.json`."""
+    weight_map: dict[str, str] = {}
+    for number, tensors in enumerate(files, 1):
+        name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        write(folder / name, tensors)
+        weight_map |= {tensor.name: name for tensor in tensors}
+    total = sum(tensor.num_bytes for tensors in files for tensor in tensors)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

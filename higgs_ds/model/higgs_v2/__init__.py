@@ -1,0 +1,1 @@
+"""Higgs Audio v2: everything that knows boson_multimodal."""

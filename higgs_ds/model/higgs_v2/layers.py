@@ -1,0 +1,286 @@
+"""Upstream's model on flat rows: every token computed once, nothing that waits for the device.
+
+The same mathematics as upstream's forward, through upstream's own modules (so that ZeRO-3 gathers each weight when it
+is used, and LoRA is where it was): text rows and audio rows go through their own norms and feed-forward networks as
+two slices, attention sees right-padded sequences and no mask, and heads see labelled rows alone. All indices come
+from the batch's `Layout`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from boson_multimodal.model.higgs_audio.modeling_higgs_audio import HiggsAudioDualFFNDecoderLayer
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from ...batching.layout import Layout
+from ...errors import ConfigError
+from ...loss import HeadSums, head_sums, scaled_loss
+from ..facts import peculiarities
+from ..fused_head import LabelledRows, head_sums_of
+from ..fused_lora import project
+from ..fused_mlp import add_mlps
+
+
+def check_supported(config) -> None:
+    """Refuses a `HiggsAudioConfig` whose layers or projections are not those computed here.
+
+    Raises:
+        ConfigError: naming what the checkpoint has, and `--forward_impl upstream`.
+    """
+    problems = [
+        f"--forward_impl padding_free: the checkpoint has {what}; use --forward_impl upstream --loss_impl reference"
+        for what in peculiarities(config)
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """How the heads' sums become a loss: `impl` "fused" or "reference", factors from `loss_scales`."""
+
+    impl: str
+    text_scale: float
+    codebook_scales: torch.Tensor  # [codebooks] float32
+
+
+class PaddingFreeOutput(NamedTuple):
+    """Loss and sums of a micro-batch, and what was computed for them; a tuple, which DeepSpeed's hooks know."""
+
+    loss: torch.Tensor  # [] float32
+    sums: HeadSums
+    num_rows: int  # of the hidden states
+    num_frames: int  # audio frames that reached the model
+    audio_logits_shape: tuple[int, ...]  # rows × codebooks × classes that the audio head computed
+
+
+def padding_free_forward(
+    model: nn.Module,
+    layout: Layout,
+    objective: Objective,
+    *,
+    input_ids: torch.Tensor,
+    audio_out_ids: torch.Tensor | None,
+    audio_in_ids: torch.Tensor | None,
+    checkpoint_every: int = 0,
+    input_gradient: bool = False,
+) -> PaddingFreeOutput:
+    """One micro-batch through upstream's `HiggsAudioModel`.
+
+    Args:
+        input_ids: [batch, tokens], read at `layout.text_index`.
+        audio_out_ids, audio_in_ids: [codebooks, frames].
+        checkpoint_every: N recomputes every N-th layer in the backward, from the first on; 0 for none.
+        input_gradient: whether the backward goes on to what enters the first layer, where nothing learns.
+    """
+    codes = _codes(model, audio_out_ids, audio_in_ids, input_ids)
+    num_frames = codes.shape[1]
+    arrived = num_frames == layout.num_frames
+    # What did not arrive is the guard's to report. Until it has, this rank computes as much as the others wait for.
+    codes = _of_shape(codes, (codes.shape[0], layout.num_frames))
+    input_ids = _of_shape(input_ids, layout.input_shape)
+    text = model.embed_tokens(input_ids.flatten().index_select(0, layout.text_index))
+    hidden = torch.cat([text, _embed_codes(model, codes)])
+    if input_gradient and torch.is_grad_enabled():
+        hidden.requires_grad_()
+    cos, sin = model.rotary_emb(hidden, layout.positions[None])
+    rope = cos.transpose(0, 1), sin.transpose(0, 1)  # [N, 1, head_dim]
+    num_rows, last = hidden.shape[0], len(model.layers) - 1
+    for number, layer in enumerate(model.layers):
+        hidden = layer(
+            hidden,
+            layout=layout,
+            rope=rope,
+            # Behind the last attention nobody looks at a row that no head predicts from.
+            outputs_only=number == last,
+            recompute=bool(checkpoint_every) and number % checkpoint_every == 0 and torch.is_grad_enabled(),
+        )
+    rows = model.norm(hidden.index_select(0, layout.head_rows)).split(layout.num_head_rows)
+    loss, sums, shape = _heads(model.audio_decoder_proj, *rows, layout, objective)
+    if not arrived:
+        shape = (0, *shape[1:])  # nothing was computed from the frames that were meant
+    return PaddingFreeOutput(loss, sums, num_rows, num_frames, shape)
+
+
+def _codes(model, audio_out_ids, audio_in_ids, like: torch.Tensor) -> torch.Tensor:
+    """Audio-out frames, then audio-in frames where the model takes them. [codebooks, frames]
+
+    Nothing is asked of a weight here, not even its device: under ZeRO-3 that alone would gather it, on this rank only.
+    """
+    parts = [audio_out_ids, audio_in_ids if model.config.encode_audio_in_tokens else None]
+    parts = [part for part in parts if part is not None and part.shape[-1]]
+    if not parts:
+        return like.new_zeros((model.audio_num_codebooks, 0))
+    return torch.cat(parts, dim=1)
+
+
+def _of_shape(ids: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    return ids if tuple(ids.shape) == tuple(shape) else ids.new_zeros(shape)
+
+
+def _embed_codes(model, codes: torch.Tensor) -> torch.Tensor:
+    """Sum (or mean) of a frame's codes, each in its codebook's own range. [codebooks, frames] -> [frames, hidden]"""
+    first = torch.arange(codes.shape[0], device=codes.device) * model.audio_codebook_size
+    embedded = model.audio_codebook_embeddings(codes + first[:, None])
+    return embedded.mean(0) if model.config.audio_embed_avg else embedded.sum(0)
+
+
+class DecoderLayer(HiggsAudioDualFFNDecoderLayer):
+    """Upstream's dual-FFN layer on flat rows; given sequences, it is upstream's.
+
+    Weights of several of its modules are used at once, so that under ZeRO-3 it is gathered as a whole (a leaf module).
+    """
+
+    def forward(self, hidden, *args, layout: Layout | None = None, recompute: bool = False, **kwargs):
+        """[N, hidden] -> [N, hidden], or with `outputs_only` the layout's output rows alone, [K, hidden].
+
+        With `recompute`, what is computed in between is made again in the backward.
+        """
+        if layout is None:
+            return super().forward(hidden, *args, **kwargs)
+        if recompute:
+            # Within the module: no hook of ZeRO-3's, which would give the weights back, between this and the gradients.
+            return checkpoint(self.on_rows, hidden, layout=layout, **kwargs, use_reentrant=False)
+        return self.on_rows(hidden, layout=layout, **kwargs)
+
+    def on_rows(self, hidden: torch.Tensor, *, layout: Layout, rope, outputs_only: bool) -> torch.Tensor:
+        """The computation itself, see `forward`."""
+        places, num_text = layout.unpack_index, layout.num_text
+        heads = self.before_attention(hidden, num_text, rope, layout.pack_index, places)
+        if outputs_only:
+            hidden, places = (rows.index_select(0, layout.output_rows) for rows in (hidden, places))
+            num_text = layout.num_output_text
+        attended = _Ungroup.apply(_attention(self.self_attn, heads, layout), places)
+        return self.after_attention(hidden, attended, num_text)
+
+    def before_attention(self, hidden: torch.Tensor, num_text: int, rope, pack_index, unpack_index) -> tuple:
+        """Query, key and value at padded places: [N, hidden] -> [places, heads, head_dim] each."""
+        attn = self.self_attn
+        normed = _normed([self.input_layernorm, self.audio_input_layernorm], hidden, num_text)
+        projected = project([attn.q_proj, attn.k_proj, attn.v_proj], normed)
+        query, key, value = (rows.unflatten(1, (-1, attn.head_dim)) for rows in projected)  # [N, heads, head_dim]
+        query, key = _Rotate.apply(query, *rope), _Rotate.apply(key, *rope)
+        return tuple(_Regroup.apply(rows, pack_index, unpack_index) for rows in (query, key, value))
+
+    def after_attention(self, hidden: torch.Tensor, attended: torch.Tensor, num_text: int) -> torch.Tensor:
+        """The layer's output for rows of its input and what attention made of them: [N, hidden] each -> [N, hidden]"""
+        (out,) = project([self.self_attn.o_proj], attended)
+        hidden = hidden + out
+        norms = [self.post_attention_layernorm, self.audio_post_attention_layernorm]
+        sizes = [num_text, hidden.shape[0] - num_text]
+        return add_mlps([self.mlp, self.audio_mlp], _normed(norms, hidden, num_text), hidden, sizes)
+
+
+def _normed(norms: list[nn.Module], rows: torch.Tensor, num_text: int) -> torch.Tensor:
+    """Each norm of its own slice of the rows. [N, hidden] -> [N, hidden]"""
+    text, audio = norms
+    return torch.cat([text(rows[:num_text]), audio(rows[num_text:])])
+
+
+def _attention(attn: nn.Module, heads: tuple[torch.Tensor, ...], layout: Layout) -> torch.Tensor:
+    """Causal self-attention within each sequence. [places, heads, head_dim] each -> [places, hidden]
+
+    Padding stands to the right of all that a sequence holds, so that causality alone keeps it from being seen.
+    """
+    shape = (layout.num_sequences, layout.longest, -1, attn.head_dim)
+    query, key, value = (part.view(shape).transpose(1, 2) for part in heads)  # [batch, heads, longest, head_dim]
+    # Kernels in half precision share key heads among query heads by themselves; in float32 only the slow one does.
+    shares = query.is_cuda and query.dtype != torch.float32
+    if not shares:
+        key, value = (_repeat_heads(part, attn.num_key_value_groups) for part in (key, value))
+    attended = F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        dropout_p=attn.attention_dropout if attn.training else 0.0,
+        is_causal=True,
+        enable_gqa=shares,
+    )
+    return attended.transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+class _Rotate(torch.autograd.Function):
+    """Rotary position embedding, halves of the head rotated against each other. [N, heads, head_dim]
+
+    In place where autograd would make five tensors each way; the gradient is rotated back.
+    """
+
+    @staticmethod
+    def forward(ctx, rows, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        sin_first, sin_second = sin.chunk(2, dim=-1)
+        first, second = rows.chunk(2, dim=-1)
+        rotated = rows * cos
+        to_first, to_second = rotated.chunk(2, dim=-1)
+        to_first.addcmul_(second, sin_first, value=-1)
+        to_second.addcmul_(first, sin_second)
+        return rotated
+
+    @staticmethod
+    def backward(ctx, grad):
+        cos, sin = ctx.saved_tensors
+        sin_first, sin_second = sin.chunk(2, dim=-1)
+        first, second = grad.chunk(2, dim=-1)
+        rotated = grad * cos
+        to_first, to_second = rotated.chunk(2, dim=-1)
+        to_first.addcmul_(second, sin_second)
+        to_second.addcmul_(first, sin_first, value=-1)
+        return rotated, None, None
+
+
+def _repeat_heads(states: torch.Tensor, times: int) -> torch.Tensor:
+    """[batch, key heads, length, head_dim] -> [batch, key heads × times, length, head_dim]"""
+    return states if times == 1 else states.repeat_interleave(times, dim=1)
+
+
+class _Regroup(torch.autograd.Function):
+    """Flat rows to padded places. The gradient of padding is zero, so that a gather takes each row's gradient back."""
+
+    @staticmethod
+    def forward(ctx, rows, pack_index, unpack_index):
+        ctx.save_for_backward(unpack_index)
+        return rows.index_select(0, pack_index)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (unpack_index,) = ctx.saved_tensors
+        return grad.index_select(0, unpack_index), None, None
+
+
+class _Ungroup(torch.autograd.Function):
+    """Padded places to flat rows; padding is left out, and its gradient is zero."""
+
+    @staticmethod
+    def forward(ctx, places, unpack_index):
+        ctx.save_for_backward(unpack_index)
+        ctx.num_places = places.shape[0]
+        return places.index_select(0, unpack_index)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (unpack_index,) = ctx.saved_tensors
+        places = grad.new_zeros((ctx.num_places, *grad.shape[1:]))
+        return places.index_copy_(0, unpack_index, grad), None
+
+
+def _heads(
+    heads: nn.Module, text: torch.Tensor, audio: torch.Tensor, layout: Layout, objective: Objective
+) -> tuple[torch.Tensor, HeadSums, tuple[int, ...]]:
+    """Loss, sums and the shape of what the audio head computed, from labelled rows after the last norm."""
+    scales = objective.codebook_scales
+    if objective.impl == "reference":
+        text_logits = heads.text_lm_head(text)
+        audio_logits = heads.audio_lm_head(audio).unflatten(1, (scales.shape[0], -1))
+        sums = head_sums(text_logits[None], audio_logits, layout.text_targets[None], layout.audio_targets)
+        loss = scaled_loss(sums, objective.text_scale, scales)
+        return loss, sums, tuple(audio_logits.shape)
+    text_scale = torch.full((1,), objective.text_scale, dtype=scales.dtype, device=scales.device)
+    of_text = heads.text_lm_head.loss_of(LabelledRows(text, layout.text_targets[:, None], text_scale))
+    of_audio = heads.audio_lm_head.loss_of(LabelledRows(audio, layout.audio_targets, scales))
+    sums = head_sums_of(of_text, of_audio)
+    return of_text.loss + of_audio.loss, sums, of_audio.shape

@@ -1,0 +1,199 @@
+"""Speaking with the model: plain peft on upstream's class, upstream's own `generate`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from boson_multimodal.model.higgs_audio import HiggsAudioModel
+from boson_multimodal.model.higgs_audio.utils import revert_delay_pattern
+
+from ...batching.collate import Collator, Sample, tokenize
+from ...codec.base import Codec, check_fits
+from ...data.manifest import Turn
+from ...distributed.device import pick_device, take_device
+from ...errors import ConfigError
+from ..base import DTYPES, BaseCheckpoint
+from ..files.adapter_file import Adapter, attach, check_base, read_adapter, read_adapter_config
+from ..files.load_layout import adaptable_modules, load_checkpoint
+from ..files.weight_files import all_finite
+from .stop_rules import BOSON, stopping
+
+ASSISTANT_HEADER = "<|start_header_id|>assistant<|end_header_id|>\n\n"
+# The last ends a clip: what an untrained model says after it may be a token that upstream cannot go on from.
+STOP_STRINGS = ["<|end_of_text|>", "<|eot_id|>", "<|audio_eos|>"]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen; temperature 0 takes the likeliest one."""
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float = 0.95
+    seed: int | None = None
+    max_new_tokens: int = 1024
+    ras_window: int | None = None  # repetition-aware: a code that stands often in the last so many frames is redrawn
+    ras_max_repeats: int = 2
+
+    def as_kwargs(self) -> dict:
+        """For upstream's `generate`."""
+        if self.temperature == 0:
+            return {"do_sample": False, "max_new_tokens": self.max_new_tokens}
+        return {
+            "do_sample": True,
+            "temperature": self.temperature,
+            "top_k": self.top_k,
+            "top_p": self.top_p,
+            "seed": self.seed,
+            "max_new_tokens": self.max_new_tokens,
+            "ras_win_len": self.ras_window,
+            "ras_win_max_num_repeat": self.ras_max_repeats,
+        }
+
+
+# boson: its serve engine's own defaults; served: vllm-omni's.
+SAMPLERS = {
+    "greedy": Sampling(),
+    "boson": Sampling(0.7, None, 0.95, ras_window=7),
+    "served": Sampling(1.0, 50, 0.95, ras_window=7),
+}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said to a prompt."""
+
+    codes: np.ndarray | None  # int16 [codebooks, frames]; None if it answered without audio
+    ended: bool = True  # by itself, and not at `max_new_tokens`
+    rules_agree: bool = False  # whether every stop rule would have ended the clip here
+
+
+def default_dtype(device: torch.device) -> str:
+    """What the model speaks in: a GPU is made for bf16, and a CPU slower in it."""
+    return "bf16" if device.type == "cuda" else "fp32"
+
+
+class Speaker:
+    """Base checkpoint, adapter and codec, ready to speak."""
+
+    def __init__(
+        self,
+        base: BaseCheckpoint,
+        adapter: str | None,
+        codec: Codec,
+        *,
+        dtype: str | None = None,
+        other_base: bool = False,
+    ):
+        """
+        Args:
+            dtype: what the model computes in; None is bf16 on a GPU and fp32 on the CPU.
+
+        Raises:
+            ConfigError: no usable GPU unless DS_ACCELERATOR=cpu; a codec of another model; an adapter that is not
+                plain LoRA or whose weights do not fit the base one to one, or, without `other_base`, one that was
+                trained on another base; weights that are NaN or infinite in this dtype.
+        """
+        self.device = pick_device()
+        take_device(self.device)
+        dtype = dtype or default_dtype(self.device)
+        self.facts, self.tokenizer = base.facts, base.tokenizer
+        lora = None if adapter is None else read_adapter_config(Path(adapter))
+        if lora and not other_base:
+            check_base(lora, base.name, base.revision)
+        weights = lora and read_adapter(Path(adapter), adaptable_modules(base.config), lora)
+        check_fits(codec, self.facts.num_codebooks, self.facts.codebook_size)
+        codec.build()  # what is wrong with it is said before the base is loaded
+        self.codec = codec
+        model = load_checkpoint(HiggsAudioModel, base.folder, base.config, DTYPES[dtype])
+        if weights is not None:
+            model = attach(model, weights).merge_and_unload()
+        self.model = model.to(self.device).eval()
+        self.dtype = dtype
+        self._refuse_broken(base, adapter, weights)
+        self.model.register_forward_hook(self._refuse_noise)
+        self.collator = Collator(self.facts, round_to=1)
+
+    def _refuse_broken(self, base: BaseCheckpoint, folder: str | None, adapter: Adapter | None) -> None:
+        """Weights that are NaN or infinite, in the files or by the sum or the dtype. Raises ConfigError."""
+        changed = {f"{module}.weight" for module in (adapter.weights if adapter else ())}
+        broken = [name for name, value in self.model.state_dict().items() if not all_finite(value)]
+        more = "; --dtype bf16 or fp32 holds more" if self.dtype == "fp16" else ""
+        where = f"{base.flag}: {base.folder}: ", f"--adapter: {folder}: base + scale · B·A of "
+        if broken:
+            others = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
+            name = f"{where[broken[0] in changed]}{broken[0]}{others}"
+            raise ConfigError([f"{name} holds NaN or infinity in {self.dtype}{more}"])
+
+    def _refuse_noise(self, _model, _inputs, out) -> None:
+        """A forward hook: what infinite logits would choose is no speech, or an error in the sampler's depths."""
+        for logits in (out.logits if out.logits is None else out.logits[:, -1:], out.audio_logits):
+            # A temperature of 0.001 is the lowest that divides them.
+            if logits is not None and not all_finite(logits[-1:].float() * 1000):
+                hint = "the weights are broken" if self.dtype == "fp32" else "--dtype fp32 may hold it"
+                raise ConfigError([f"--dtype: the model computes NaN or infinity in {self.dtype}; {hint}"])
+
+    def speak(
+        self,
+        messages: Sequence[Turn],
+        context: Sequence[np.ndarray],
+        sampling: Sampling,
+        *,
+        force_audio: bool,
+        stop: str = BOSON,
+    ) -> Answer:
+        """What the model answers a prompt with.
+
+        Args:
+            messages: the prompt's turns; the assistant's turn follows.
+            context: codes of the clips in the prompt, in reading order.
+            force_audio: begin the answer with `<|audio_out_bos|>` instead of leaving that to the model.
+            stop: one of `STOP_RULES`; another than boson's needs greedy sampling.
+
+        Raises:
+            ConfigError: the model computes NaN or infinity.
+        """
+        if stop != BOSON and sampling.temperature:
+            raise ValueError(f"the stop rule {stop} is greedy")
+        input_ids, _, clips = tokenize(messages, None, self.tokenizer)
+        header = ASSISTANT_HEADER + ("<|audio_out_bos|>" if force_audio else "")
+        input_ids = torch.tensor(input_ids + self.tokenizer.encode(header, add_special_tokens=False))
+        if len(clips) != len(context):
+            raise ValueError(f"the prompt has {len(clips)} clips, codes were given for {len(context)}")
+        codes = tuple(torch.from_numpy(np.asarray(c, dtype=np.int64)) for c in context)
+        sample = Sample(input_ids, torch.full_like(input_ids, -100), codes, "prompt")
+        inputs = self.collator([sample]).model_inputs(self.device)
+        kinds = ("input_ids", "attention_mask", "audio_out_ids", "audio_out_ids_start")
+        names = (*kinds, "audio_in_ids", "audio_in_ids_start")
+        with stopping(self.model, stop) as ending:
+            said, sequences = self.model.generate(
+                **{name: inputs[name] for name in names},
+                use_cache=True,
+                stop_strings=STOP_STRINGS,
+                tokenizer=self.tokenizer,
+                **sampling.as_kwargs(),
+            )
+        if not sequences:
+            return Answer(None, said.shape[1] - len(input_ids) < sampling.max_new_tokens)
+        codes, ended = self._codes_of(sequences[-1])
+        return Answer(codes.cpu().numpy().astype(np.int16), ended, ending.rules_agree)
+
+    def _codes_of(self, stream: torch.Tensor) -> tuple[torch.Tensor, bool]:
+        """Codes [codebooks, frames] of a stream [codebooks, columns] with BOS first and EOS last, delayed; whether it
+        ended by itself."""
+        delay = len(stream) - 1 if self.facts.use_delay_pattern else 0
+        if stream.shape[1] < delay + 2:  # cut off before the last codebook had begun
+            return stream[:, :0], False
+        # Upstream ends with what the last codebook says, EOS or not.
+        ended = bool((stream[: max(1, len(stream) - 1), -1] == self.facts.stream_eos).all())
+        if delay:
+            stream = revert_delay_pattern(stream)
+        return stream.clip(0, self.facts.codebook_size - 1)[:, 1:-1], ended
+
+    def decode(self, codes: np.ndarray) -> np.ndarray:
+        """Waveform of codes, float32 [samples]; ids that the codec does not know are taken as its last."""
+        return self.codec.decode(np.minimum(codes, self.codec.codebook_size - 1))

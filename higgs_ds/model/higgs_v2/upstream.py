@@ -1,0 +1,76 @@
+"""Boson's model as this trainer calls it: the one class between PEFT and upstream, which drops only `labels`."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from boson_multimodal.model.higgs_audio import HiggsAudioModel
+
+from ...batching.layout import Layout
+from ..files.layouts import CARRIED_ALONG
+from ..fused_head import FusedHead
+from .layers import Objective, padding_free_forward
+
+FORWARD_KEYS = frozenset(inspect.signature(HiggsAudioModel.forward).parameters) - {"self"}
+
+
+class HiggsAudioForTraining(HiggsAudioModel):
+    """Upstream's model under PEFT: `PeftModelForCausalLM` always passes `labels`, which upstream's forward rejects.
+
+    That one key is dropped. Everything else reaches the model, and a key that it does not know is an error: dropping
+    more than `labels` is how a trainer ends up with a loss of 0.0000. Weights keep upstream's names.
+
+    With a `layout` the batch goes through the padding-free forward, which gives a loss instead of logits.
+    """
+
+    _keys_to_ignore_on_load_unexpected = (CARRIED_ALONG,)  # `check_weights` has said so once
+
+    def __init__(self, config):
+        super().__init__(config)
+        FusedHead.adopt(self.audio_decoder_proj.text_lm_head)
+        FusedHead.adopt(self.audio_decoder_proj.audio_lm_head)
+        self._embedded: list[torch.Tensor] = []  # by upstream's forward, while it runs
+
+    def forward(
+        self,
+        *args,
+        labels=None,
+        layout: Layout | None = None,
+        objective: Objective | None = None,
+        checkpoint_every: int = 0,
+        input_gradient: bool = False,
+        **kwargs,
+    ):
+        unknown = sorted(kwargs.keys() - FORWARD_KEYS)
+        if unknown:
+            raise TypeError(f"unknown keys in the batch: {', '.join(unknown)}; the model takes {sorted(FORWARD_KEYS)}")
+        if layout is None:
+            self._embedded = []
+            return super().forward(*args, **kwargs)
+        return padding_free_forward(
+            self,
+            layout,
+            objective,
+            input_ids=kwargs["input_ids"],
+            audio_out_ids=kwargs.get("audio_out_ids"),
+            audio_in_ids=kwargs.get("audio_in_ids"),
+            checkpoint_every=checkpoint_every,
+            input_gradient=input_gradient,
+        )
+
+    def _embed_audio_ids(self, audio_ids):
+        embedded = super()._embed_audio_ids(audio_ids)
+        self._embedded.append(embedded)
+        return embedded
+
+    def _forward_core(self, hidden_states, **kwargs):
+        """Upstream's layers. Where the codes' embeddings are trained, their gradient always goes through all of them.
+
+        Upstream leaves the embeddings out where a batch has no audio. Under ZeRO that rank would then not come to meet
+        the others for their gradient, nor for the weights that a backward through the first layer needs.
+        """
+        embedded, self._embedded = self._embedded, []
+        if any(part.requires_grad for part in embedded):
+            hidden_states = hidden_states + sum(part[:0].sum() for part in embedded)
+        return super()._forward_core(hidden_states=hidden_states, **kwargs)

@@ -1,0 +1,180 @@
+"""A run's options as they hold on this checkpoint and this many ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+from . import checkpoint, run_dir
+from .batching import micro_batches
+from .checkpoint import Checkpoint
+from .distributed.agreement import check_same, patiently
+from .distributed.alone import Unwatched
+from .distributed.ds_config import LayerSizes, ignored_keys, resolve
+from .distributed.engine import Ranks, check_config
+from .distributed.rank_watch import Watch
+from .errors import ConfigError
+from .loss import LossWeights
+from .model.base import BaseCheckpoint, open_base
+from .model.higgs_v2.layers import check_supported
+from .model.init_adapter import settle_lora
+from .options.sections import TrainConfig
+
+
+@dataclass
+class Setup:
+    """A run's options as they hold on this checkpoint and this many ranks."""
+
+    config: TrainConfig
+    base: BaseCheckpoint
+    ds_config: dict  # for `deepspeed.initialize`
+    weights: LossWeights
+    resumed: Checkpoint | None = None
+    initial: dict[str, torch.Tensor] | None = None  # the weights of --init_adapter
+    notes: list[str] = field(default_factory=list)  # what the user should read once
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.config.run.output_dir)
+
+    @property
+    def padding_free(self) -> bool:
+        return self.config.model.forward_impl == "padding_free"
+
+    @property
+    def first_step(self) -> int:
+        return self.resumed.position.step + 1 if self.resumed else 1
+
+
+def open_setup(config: TrainConfig, ds_raw: dict, ranks: Ranks, watch: Watch | Unwatched) -> Setup:
+    """Finds the checkpoint to go on from and the base, asks both everything, and settles the options by them."""
+    resumed, notes = find_together(config, ranks)
+    if resumed is None and config.run.resume == "auto":
+        ranks.each(lambda: run_dir.refuse_a_result(Path(config.run.output_dir)))
+    watch.untimed("finding the base checkpoint")
+    base = ranks.each(lambda: open_base_for(config))
+    initial = ranks.each(lambda: settle_lora(config, base.config, resumed.position.config if resumed else None))
+    setup = settle(config, ds_raw, base, ranks, resumed, [*notes, *base.notes])
+    setup.initial = initial
+    check_same(
+        {f"--{name} (as resolved)": value for name, value in config.as_dict().items()}
+        | {f"{config.run.deepspeed_config}: {name}": value for name, value in setup.ds_config.items()}
+        | {f"--base_ckpt: {name}": value for name, value in asdict(base.facts).items()},
+        ranks,
+    )
+    return setup
+
+
+def find_together(config: TrainConfig, ranks: Ranks) -> tuple[Checkpoint | None, list[str]]:
+    """The checkpoint that rank 0 finds, read by every rank from that very path, and what has to be said about others.
+
+    Rank 0 proves it; a rank that sees other files there than rank 0 proves its own.
+
+    Raises:
+        ConfigError: on all ranks, naming those that cannot read it, or read another one there.
+    """
+    resume, output_dir = config.run.resume, Path(config.run.output_dir)
+    if resume == "auto":
+        _wait_for_the_newest(output_dir / "checkpoints", ranks)
+    resumed, notes = ranks.each(lambda: checkpoint.find_checkpoint(resume, output_dir) if ranks.is_main else (None, []))
+    mine = (str(resumed.folder), resumed.seal, resumed.stamps) if resumed else None
+    found, notes = ranks.gather((mine, notes))[0]
+    if found is None:
+        return None, notes
+    folder, seal, stamps = found
+
+    def read() -> Checkpoint:
+        if resumed is not None:
+            return resumed
+        who = f"{ranks.named([0])} goes on from {folder}, {ranks.named([ranks.rank])} cannot: "
+        # The folder's files may be newer than what this host remembers of it.
+        read_here = patiently(lambda: _read_or_why(Path(folder), stamps), lambda found: isinstance(found, Checkpoint))
+        if isinstance(read_here, str):
+            raise ConfigError([f"--resume: {who}{read_here}; all hosts must share that folder"])
+        if read_here.seal != seal:
+            raise ConfigError([f"--resume: {who}it holds another checkpoint there; all hosts must share that folder"])
+        return read_here
+
+    return ranks.each(read), notes
+
+
+def _wait_for_the_newest(folder: Path, ranks: Ranks) -> None:
+    """Until rank 0 sees the newest checkpoint that any rank sees: its host may remember an older list of them.
+
+    Raises:
+        ConfigError: on all ranks, naming those that see a newer one.
+    """
+
+    def newest() -> int:
+        return max(map(checkpoint.step_of, checkpoint.list_checkpoints(folder)), default=0)
+
+    of_ranks = ranks.gather(newest())
+    if max(of_ranks) > of_ranks[0]:
+        seen = patiently(newest, lambda step: step >= max(of_ranks)) if ranks.is_main else 0
+        of_ranks = ranks.gather(seen or newest())  # they again: what they saw may be gone
+    ahead = [rank for rank, step in enumerate(of_ranks) if step > of_ranks[0]]
+    if ahead:
+        raise ConfigError(
+            [
+                f"--resume auto: {ranks.named(ahead)} sees checkpoints up to step {max(of_ranks)} in {folder}, "
+                f"{ranks.named([0])} up to {of_ranks[0]}; all hosts must share that folder"
+            ]
+        )
+
+
+def _read_or_why(folder: Path, proven: dict[str, tuple]) -> Checkpoint | str:
+    try:
+        return checkpoint.read_checkpoint(folder, proven)
+    except checkpoint.CheckpointError as error:
+        return str(error)
+
+
+def open_base_for(config: TrainConfig) -> BaseCheckpoint:
+    """The base checkpoint, refused where the run's forward could not compute it."""
+    base = open_base(config.model.base_ckpt, config.model.base_revision)
+    if config.model.forward_impl == "padding_free":
+        check_supported(base.config)
+    return base
+
+
+def settle(
+    config: TrainConfig,
+    ds_raw: dict,
+    base: BaseCheckpoint,
+    ranks: Ranks,
+    resumed: Checkpoint | None = None,
+    notes: Iterable[str] = (),
+) -> Setup:
+    """Fills what the options left open; changes `config`. Raises ConfigError for what does not go together."""
+    optim = config.optim
+    if config.lora.lora_r > base.facts.hidden_size:
+        width = base.facts.hidden_size
+        raise ConfigError([f"--lora_r: {config.lora.lora_r} is above {width}, the width of the model's layers"])
+    if config.model.compile:
+        from .model.higgs_v2.compiled import check_compiler
+
+        ranks.each(lambda: check_compiler(ranks.device.type))
+    weights = LossWeights.from_options(config.loss, base.facts.num_codebooks)
+    optim.batch_size, optim.max_tokens_per_batch = micro_batches.settle_micro_batches(
+        optim.batch_size,
+        optim.max_tokens_per_batch,
+        device_type=ranks.device.type,
+        resumed=resumed.position.config if resumed else None,
+    )
+    if resumed:
+        optim.grad_accum = ranks.each(lambda: checkpoint.keep_global_batch(resumed, config, ranks.world_size))
+    ds_config = resolve(
+        ds_raw,
+        config,
+        world_size=ranks.world_size,
+        on_cpu=ranks.device.type == "cpu",
+        layer=LayerSizes.from_facts(base.facts),
+    )
+    check_config(ds_config, config.run.deepspeed_config)
+    ignored = ignored_keys(ds_raw)
+    if ignored:
+        notes = [*notes, f"{config.run.deepspeed_config}: {', '.join(ignored)}: of no effect here, left out"]
+    return Setup(config, base, ds_config, weights, resumed, notes=list(notes))

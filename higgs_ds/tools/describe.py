@@ -1,0 +1,193 @@
+"""`python -m higgs_ds describe`: what a manifest holds, what training on it will take, and its ten oddest clips.
+
+Lengths come from the clips' headers, so that hours of speech take seconds; nothing is decoded but the clips to play.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+from ..batching.batch_plan import make_plan
+from ..batching.mixture import Mixture
+from ..data.audio import AudioError, duration_sec
+from ..data.chatml import AudioRef, Row
+from ..data.faults import grouped, plural, write_faults
+from ..data.manifest import Manifest
+from ..data.portions import Portion, names_of
+from ..data.transcripts import FACTS, Spoken, facts_of, first_lines, warnings_of
+from ..errors import ConfigError, reason_of
+from .described import Described
+
+# Boson's codec and the model's stream around each clip: BOS, EOS and the delay of 8 codebooks.
+FRAMES_PER_SEC, FRAMES_AROUND = 25, 9
+BYTES_PER_TOKEN = 3.5  # of text under Boson's tokenizer, roughly, where no tokenizer is given
+TOKENS_PER_TURN = 5
+# benchmarks/roofline.py: the 5.8 B model in bf16, LoRA rank 16. Arithmetic at what large kernels reach, not measured.
+CARD, TOKENS_PER_SEC = "H100", 32_000
+
+
+def describe(path: str, *, audio_root: str | None = None, tokenizer=None) -> Described:
+    """Reads a manifest and its clips' headers. With a tokenizer, text tokens are counted, else estimated."""
+    from ..data.controls import DEFAULT_CONTROLS, control_tokens
+
+    controls = DEFAULT_CONTROLS if tokenizer is None else control_tokens(tokenizer)
+    manifest = Manifest(path, audio_root=audio_root, controls=controls)
+    lengths: dict[AudioRef, float] = {}
+    rows: list[Row] = []
+    of_rows: list[list[float]] = []
+    faults = list(manifest.faults)
+    for number in range(len(manifest)):
+        row, found = manifest.check(number)
+        seconds: list[float] = []
+        for where, ref in row.audio_refs if row is not None else ():
+            try:
+                seconds.append(_seconds(ref, lengths))
+            except AudioError as error:
+                found.append(row.fault(where, str(error)))
+        faults += found
+        if row is not None and not found:
+            rows.append(row)
+            of_rows.append(seconds)
+    facts = np.array([facts_of(row) for row in rows], FACTS)
+    spoken_sec = [seconds[clip] if clip >= 0 else 0.0 for seconds, clip in zip(of_rows, facts["clip"], strict=True)]
+    clips = np.zeros(len(rows), np.uint64)
+    for i, (row, clip) in enumerate(zip(rows, facts["clip"].tolist(), strict=True)):
+        if clip >= 0:
+            clips[i] = _number(row.audio_refs[clip][1])
+    lines, elements = (np.array([getattr(row, name) for row in rows], np.int64) for name in ("line", "element"))
+    return Described(
+        Spoken(path, lines, elements, facts, clips, np.array(spoken_sec, np.float64)),
+        rows,
+        np.array([sum(seconds) for seconds in of_rows], np.float64),
+        np.array([_tokens(row, sec, tokenizer) for row, sec in zip(rows, of_rows, strict=True)], np.int64),
+        manifest.summed_up(faults),
+        manifest.notes(),
+    )
+
+
+def _seconds(ref: AudioRef, known: dict[AudioRef, float]) -> float:
+    if ref not in known:
+        known[ref] = duration_sec(ref)
+    return known[ref]
+
+
+def _number(ref: AudioRef) -> int:
+    name = f"{ref.path}\0{ref.raw_audio}\0{ref.offset_sec} {ref.duration_sec}"
+    return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little")
+
+
+def frames_of(seconds: float) -> int:
+    """Positions that a clip takes of the model, by its length."""
+    return math.ceil(seconds * FRAMES_PER_SEC) + FRAMES_AROUND
+
+
+def _tokens(row: Row, seconds: list[float], tokenizer) -> int:
+    frames = sum(map(frames_of, seconds))
+    if tokenizer is not None:
+        from ..batching.collate import tokenize
+
+        return frames - len(seconds) + len(tokenize(row.messages, row.start_index, tokenizer)[0])
+    pieces = [piece for turn in row.messages for piece in turn.content]
+    texts = [piece for piece in pieces if isinstance(piece, str)]
+    around = TOKENS_PER_TURN * len(row.messages) + 2 * len(seconds)
+    return frames + around + math.ceil(sum(len(text.encode("utf-8")) for text in texts) / BYTES_PER_TOKEN)
+
+
+def lines_of(found: Described) -> list[str]:
+    """What stands in a manifest: its first lines, and who speaks how long."""
+    lines = first_lines(found.spoken)
+    hours: dict[str, float] = defaultdict(float)
+    for row, seconds in zip(found.rows, found.spoken.seconds.tolist(), strict=True):
+        hours[row.speaker or "(none named)"] += seconds / 3600
+    most = sorted(hours.items(), key=lambda item: -item[1])
+    shown = ", ".join(f"{name[:40]!r} {share:.3g} h" for name, share in most[:8])
+    named = len(hours) - ("(none named)" in hours)
+    return [*lines, f"speakers: {named}: {shown}" + (f" and {len(most) - 8} more" if len(most) > 8 else "")]
+
+
+def epoch_lines(
+    described: list[Described], portions: list[Portion], *, max_tokens: int, epochs: float | None
+) -> list[str]:
+    """What an epoch of these manifests takes, each by its weight; no training time without `epochs`."""
+    fits = [found.tokens <= max_tokens for found in described]
+    tokens = np.concatenate([found.tokens[fit] for found, fit in zip(described, fits, strict=True)])
+    counts = [int(fit.sum()) for fit in fits]
+    too_long = sum(len(fit) for fit in fits) - sum(counts)
+    if not sum(counts):
+        return [f"an epoch: none, all {plural(too_long, 'row')} are longer than {max_tokens:,} tokens"]
+    weights = [portion.weight for portion in portions]
+    mixture = Mixture(counts, weights, tokens=tokens, names=names_of(portions))
+    plan = make_plan(
+        *(len(tokens), tokens), batch_size=1, max_tokens=max_tokens, grad_accum=1, world_size=1, seed=0, mixture=mixture
+    )
+    total = int(plan.first_epoch(tokens).sum())
+    es = "es" * (plan.steps_per_epoch != 1)
+    lines = [f"manifest {name}: {text}" for name, text in mixture.lines().items()]
+    lines.append(
+        f"an epoch: about {total:,} tokens, {plan.steps_per_epoch:,} micro-batch{es} of up to {max_tokens:,} tokens"
+        + (f", {plural(too_long, 'row')} longer than that" if too_long else "")
+    )
+    if epochs is None:
+        return lines
+    lines.append(
+        f"{epochs:g} epoch{'s' * (epochs != 1)} on one {CARD}: about {_time(total * epochs / TOKENS_PER_SEC)} at "
+        f"{TOKENS_PER_SEC:,} tokens a second (benchmarks/roofline.py: arithmetic, not measured)"
+    )
+    return lines
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds / 3600:.3g} hours" if seconds >= 3600 else plural(max(1, round(seconds / 60)), "minute")
+
+
+def run_describe(
+    portions: list[Portion],
+    val_manifest: str | None,
+    output_dir: Path | None,
+    *,
+    audio_root: str | None = None,
+    tokenizer=None,
+    max_tokens: int = 16_384,
+    epochs: float = 1.0,
+) -> list[str]:
+    """The lines to print; with `output_dir`, describe.html, describe.png and faults.jsonl are left there.
+
+    The page plays clips of the first manifest.
+
+    Raises:
+        ConfigError: a manifest without a usable row, or a folder that cannot be written to.
+    """
+    trained = len(portions)
+    sides = [*portions, *([Portion(val_manifest)] if val_manifest else [])]
+    described = [describe(side.path, audio_root=audio_root, tokenizer=tokenizer) for side in sides]
+    said: list[str] = []
+    for number, found in enumerate(described):
+        if not found.rows:
+            raise ConfigError([*grouped(found.faults), f"{sides[number].path}: no usable row"])
+        said += [*lines_of(found), *found.notes]
+        if number == trained - 1:
+            said += epoch_lines(described[:trained], portions, max_tokens=max_tokens, epochs=epochs)
+        elif number >= trained:
+            said += epoch_lines([found], sides[trained:], max_tokens=max_tokens, epochs=None)
+    warnings = warnings_of([found.spoken for found in described], trained)
+    faults = [fault for found in described for fault in found.faults]
+    for count, what, some in ((len(faults), "fault", faults), (len(warnings), "warning", warnings)):
+        if some:
+            said += [f"{plural(count, what)}:", *grouped(some)]
+    if output_dir is not None:
+        from .describe_page import write_page
+
+        try:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            page = write_page(output_dir, described[0], said)
+        except OSError as error:
+            problem = f"--output_dir: {output_dir} cannot be written to: {reason_of(error)}"
+            raise ConfigError([problem]) from error
+        write_faults(output_dir, [*faults, *warnings])
+        said.append(f"look and listen: {page}")
+    return said

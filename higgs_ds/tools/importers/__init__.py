@@ -1,0 +1,1 @@
+"""Manifests out of the corpora of other tools."""

@@ -1,0 +1,284 @@
+"""`python -m higgs_ds import`: what other tools write becomes train.jsonl and val.jsonl, split so that val tests."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from ...data.audio import AudioError, read_audio, write_wav
+from ...data.chatml import AudioRef, Row, Turn
+from ...data.faults import plural
+from ...data.transcripts import text_key
+from ...errors import ConfigError, reason_of
+from ...files import write_text
+from .formats import read_foreign
+from .found import Found
+
+TRIM_DB = 40.0  # below the loudest, where silence begins
+TRIM_MARGIN_SEC = 0.1  # of it that is kept at both ends
+PEAK = 0.99
+LONGEST_STEM = 200  # bytes of a new clip's name, to which a number and an ending come
+LEAST_PROMPTS = 10  # conversations with the same words of the user, below which that may be chance
+LEAST_BLOCK_SEC, BLOCK_SEC = 0.05, 0.4  # of loudness by ITU-R BS.1770
+
+
+@dataclass(frozen=True)
+class Sound:
+    """What is done to every clip; None leaves it as it is."""
+
+    trim: bool = False
+    loudness: float | None = None  # LUFS
+    resample: int | None = None  # Hz
+
+    def __bool__(self) -> bool:
+        return self.trim or self.loudness is not None or self.resample is not None
+
+    def apply(self, waveform: np.ndarray, sample_rate: int) -> tuple[np.ndarray, int]:
+        """A mono waveform float32 [samples] trimmed, resampled, and brought to its loudness without clipping."""
+        if self.trim:
+            waveform = trimmed(waveform, sample_rate)
+        if self.resample is not None and self.resample != sample_rate:
+            import soxr
+
+            waveform, sample_rate = soxr.resample(waveform, sample_rate, self.resample), self.resample
+        if self.loudness is not None:
+            waveform = at_loudness(waveform, sample_rate, self.loudness)
+        return waveform, sample_rate
+
+
+def trimmed(waveform: np.ndarray, sample_rate: int) -> np.ndarray:
+    """Without the silence at both ends, but for a tenth of a second of it."""
+    from librosa.effects import trim
+
+    _, (first, behind) = trim(waveform, top_db=TRIM_DB, frame_length=1024, hop_length=256)
+    margin = round(TRIM_MARGIN_SEC * sample_rate)
+    return waveform[max(0, first - margin) : behind + margin]
+
+
+def at_loudness(waveform: np.ndarray, sample_rate: int, lufs: float) -> np.ndarray:
+    """At an integrated loudness; softer where it would clip, unchanged where there is nothing to measure."""
+    import pyloudnorm
+
+    seconds = len(waveform) / sample_rate
+    if seconds < LEAST_BLOCK_SEC:
+        return waveform
+    meter = pyloudnorm.Meter(sample_rate, block_size=min(BLOCK_SEC, 0.99 * seconds))
+    found = meter.integrated_loudness(waveform.astype(np.float64))
+    if not np.isfinite(found):
+        return waveform
+    gain = 10 ** ((lufs - found) / 20)
+    peak = float(np.abs(waveform).max()) * gain
+    return (waveform * (gain * min(1.0, PEAK / peak))).astype(np.float32)
+
+
+def run_import(
+    path: Path,
+    output_dir: Path,
+    *,
+    kind: str | None = None,
+    val_share: float = 0.02,
+    val_speakers: list[str] | None = None,
+    seed: int = 0,
+    sound: Sound | None = None,
+) -> list[str]:
+    """Writes train.jsonl and, where it gets rows, val.jsonl; the lines to say.
+
+    Raises:
+        ConfigError: nothing that can be read, no row left, speakers that are not there.
+        FileExistsError: the folder holds a manifest already.
+    """
+    for name in ("train.jsonl", "val.jsonl"):
+        if os.path.exists(output_dir / name):
+            raise FileExistsError(f"{output_dir} holds {name} already; remove it or name another --output")
+    kind, found = read_foreign(path, kind)
+
+    def shared_out() -> tuple[list[dict], list[dict], list[str]]:
+        if not found.rows:
+            raise ConfigError([*found.lines(path), f"{path}: no row is left, read as {kind}"])
+        return split(found.rows, val_share=val_share, val_speakers=val_speakers, seed=seed)
+
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        train, val, notes = shared_out()
+        if sound:  # only now: what cannot be split is said before hours of clips are written
+            _write_clips(found, output_dir / "clips", sound)
+            train, val, notes = shared_out()
+        for name, rows in (("train.jsonl", train), ("val.jsonl", val)):
+            if rows:
+                _write_rows(output_dir / name, rows)
+    except OSError as error:
+        raise ConfigError([f"--output: {output_dir} cannot be written to: {reason_of(error)}"]) from error
+    said = [f"{path}: read as {kind}", *found.lines(path), *notes]
+    said += [_summary(output_dir / n, rows) for n, rows in (("train.jsonl", train), ("val.jsonl", val)) if rows]
+    flags = f"--train_manifest {output_dir / 'train.jsonl'}" + (
+        f" --val_manifest {output_dir / 'val.jsonl'}" if val else ""
+    )
+    return [*said, f"next: python -m higgs_ds describe {flags}"]
+
+
+def split(
+    rows: list[dict], *, val_share: float, val_speakers: list[str] | None, seed: int
+) -> tuple[list[dict], list[dict], list[str]]:
+    """(training rows, validation rows, notes): by speaker where some are named, else by share; never a text on both.
+
+    A single number for `val_speakers` draws so many. Texts are the same whatever their case and punctuation.
+
+    Raises:
+        ConfigError: speakers that are not there, or none left to train on.
+    """
+    if val_speakers:
+        return _split_by_speaker(rows, val_speakers, seed)
+    groups: dict[str, list[int]] = {}
+    for i, key in enumerate(text_keys(rows)):
+        groups.setdefault(key, []).append(i)
+    wanted = round(val_share * len(rows))
+    if val_share > 0 and wanted == 0 and len(groups) > 1:
+        wanted = 1
+    order = sorted(groups)
+    random.Random(seed).shuffle(order)
+    chosen: set[int] = set()
+    for key in order:
+        if len(chosen) + len(groups[key]) <= wanted and len(groups) > 1:
+            chosen.update(groups[key])
+    train = [row for i, row in enumerate(rows) if i not in chosen]
+    note = "no validation rows: every text is that of too many rows to be set aside"
+    return train, [row for i, row in enumerate(rows) if i in chosen], [note] if wanted and not chosen else []
+
+
+def _split_by_speaker(rows: list[dict], named: list[str], seed: int) -> tuple[list[dict], list[dict], list[str]]:
+    speakers = sorted({row["speaker"] for row in rows if "speaker" in row})
+    if len(named) == 1 and re.fullmatch("[0-9]{1,9}", named[0]) and named[0] not in speakers:
+        count = int(named[0])
+        if not 0 < count < len(speakers):
+            raise ConfigError(
+                [f"--val_speakers: {count} of {plural(len(speakers), 'speaker')} leaves none to train on"]
+            )
+        named = random.Random(seed).sample(speakers, count)
+    unknown = [name for name in named if name not in speakers]
+    if unknown:
+        shown = ", ".join(speakers[:20]) or "none"
+        raise ConfigError([f"--val_speakers: {', '.join(unknown)}: not there; the speakers are {shown}"])
+    train = [row for row in rows if row.get("speaker") not in named]
+    if not train:
+        raise ConfigError(["--val_speakers: no row is left to train on"])
+    keys = text_keys(rows)
+    known = {key for row, key in zip(rows, keys, strict=True) if row.get("speaker") not in named}
+    val = [(row, key) for row, key in zip(rows, keys, strict=True) if row.get("speaker") in named]
+    kept = [row for row, key in val if key not in known]
+    note = f"left out of validation: {plural(len(val) - len(kept), 'row')} whose text is trained on too"
+    return train, kept, [note] if len(kept) < len(val) else []
+
+
+def text_keys(rows: list[dict]) -> list[str]:
+    """For each row the same as for all that speak its text; a row of which no text is known is told by all of it.
+
+    A user's turn that most conversations share is a prompt, such as `Read it.`, and not what is spoken.
+    """
+    texts = [_spoken(row) for row in rows]
+    asked = Counter(text_key(text) for text, is_asked in texts if text is not None and is_asked)
+    [(prompt, count)] = asked.most_common(1) or [("", 0)]
+    talks = sum("messages" in row for row in rows)
+    shared = prompt if count >= LEAST_PROMPTS and count > talks / 2 else None
+    return [
+        json.dumps(row) if text is None or (is_asked and text_key(text) == shared) else text_key(text)
+        for row, (text, is_asked) in zip(rows, texts, strict=True)
+    ]
+
+
+def _spoken(row: dict) -> tuple[str | None, bool]:
+    """(what a row's last clip says, whether it stands in the user's turn of a conversation and may be a mere prompt).
+
+    Nothing is known to be spoken where the user's turn holds a clip: its words are about that clip.
+    """
+    if "text" in row:
+        return row["text"], False
+    turns = tuple(Turn(message["role"], _pieces(message["content"])) for message in row["messages"])
+    spoken = Row(turns, None, None, "", 0).spoken()
+    if spoken is None or any(isinstance(piece, str) for piece in turns[-1].content):
+        return (None if spoken is None else spoken[0]), False
+    is_about_clip = any(isinstance(piece, AudioRef) for piece in turns[-2].content)
+    return (None if is_about_clip else spoken[0]), True
+
+
+def _pieces(content: str | list[dict]) -> tuple[str | AudioRef, ...]:
+    if isinstance(content, str):
+        return (content,)
+    return tuple(AudioRef(Path(p["audio_url"])) if p["type"] == "audio" else p["text"] for p in content)
+
+
+def _write_clips(found: Found, folder: Path, sound: Sound) -> None:
+    """New clips in the place of all that the rows name; rows whose clip cannot be used are left out."""
+    folder.mkdir(parents=True, exist_ok=True)
+    done: dict[AudioRef, str | None] = {}
+    taken: dict[str, int] = {}
+    kept = []
+    for row in tqdm(found.rows, desc="clips", unit="clip", mininterval=1.0):
+        written = []
+        for name, holder, clip in list(_clips_of(row)):
+            if clip not in done:
+                done[clip] = _write_clip(clip, folder, taken, sound, found)
+            written.append(done[clip])
+            holder[name] = done[clip] or holder[name]
+        if None not in written:
+            row.pop("offset", None)  # the new clip is that slice
+            if sound.trim:
+                row.pop("duration", None)  # that of the clip before
+            kept.append(row)
+    found.rows = kept
+
+
+def _clips_of(row: dict) -> Iterable[tuple[str, dict, AudioRef]]:
+    """(key, object that has it, clip) for each of a row's clips."""
+    if "audio" in row:
+        span = (row["offset"], row.get("duration")) if "offset" in row else ()
+        yield "audio", row, AudioRef(Path(row["audio"]), None, *span)
+    if "ref_audio" in row:
+        yield "ref_audio", row, AudioRef(Path(row["ref_audio"]))
+    for message in row.get("messages", ()):
+        if isinstance(message["content"], list):
+            pieces = (piece for piece in message["content"] if piece["type"] == "audio")
+            yield from (("audio_url", piece, AudioRef(Path(piece["audio_url"]))) for piece in pieces)
+
+
+def _free_name(source: str, taken: dict[str, int]) -> str:
+    """A clip's name without its ending, with a number behind it where others have it.
+
+    `taken` holds the names, each with the last number that was put behind it.
+    """
+    stem = Path(source).stem.encode("utf-8", "replace")[:LONGEST_STEM].decode("utf-8", "ignore")
+    name, number = stem, taken.get(stem, 1)
+    while name in taken:
+        number += 1
+        name = f"{stem}-{number}"
+    taken |= {name: 1, stem: number}
+    return name
+
+
+def _write_clip(clip: AudioRef, folder: Path, taken: dict[str, int], sound: Sound, found: Found) -> str | None:
+    """The new clip's path relative to the manifest; None for a clip that cannot be used."""
+    try:
+        waveform, sample_rate = sound.apply(*read_audio(clip))
+    except AudioError as error:
+        found.leave_out("clips that cannot be used", f"{clip.path}: {error}")
+        return None
+    stem = _free_name(str(clip.path), taken)
+    write_wav(folder / f"{stem}.wav", waveform, sample_rate)
+    return f"{folder.name}/{stem}.wav"
+
+
+def _write_rows(path: Path, rows: list[dict]) -> None:
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _summary(path: Path, rows: list[dict]) -> str:
+    speakers = len({row["speaker"] for row in rows if "speaker" in row})
+    return f"{path}: {plural(len(rows), 'row')}" + (f", {plural(speakers, 'speaker')}" if speakers else "")

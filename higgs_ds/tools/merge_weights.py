@@ -1,0 +1,244 @@
+"""`python -m higgs_ds merge`: base + scale · B·A as a checkpoint of its own, in either layout, tensor by tensor.
+
+A server that misses a weight says nothing and speaks noise, so what was written is read again and compared.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from boson_multimodal.model.higgs_audio import HiggsAudioConfig
+from transformers import PreTrainedTokenizerFast
+
+from ..errors import ConfigError, reason_of
+from ..files import filling
+from ..model.base import DTYPES, check_tokenizer, load_tokenizer
+from ..model.files.adapter_file import Adapter
+from ..model.files.layout_config import read_checkpoint_config, token_ids, transformers_config, without_private
+from ..model.files.layouts import BOSON, TRANSFORMERS, layout_of, name_in, read_json
+from ..model.files.load_layout import check_weights
+from ..model.files.processor_files import TOKENIZER_FILES, generation_config, write_processor
+from ..model.files.weight_files import (
+    DTYPES_BY_NAME,
+    INDEX,
+    Planned,
+    Stored,
+    all_finite,
+    differences,
+    refuse,
+    weight_headers,
+    write_checkpoint_weights,
+)
+
+SAMPLED_TENSORS = 12  # of the merged and of the others, read back and computed anew
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base checkpoint whose weights and tokenizer were checked."""
+
+    folder: Path
+    layout: str
+    config: HiggsAudioConfig
+    stored: dict[str, Stored]  # by boson_multimodal's names, in the model's order
+    notes: list[str]  # what is to be mentioned
+    tokenizer: PreTrainedTokenizerFast
+
+    @classmethod
+    def open(cls, folder: Path) -> Base:
+        """A folder in either layout.
+
+        Raises:
+            ConfigError: a config, weights or a tokenizer that no such model has, each named.
+        """
+        config = read_checkpoint_config(folder)
+        stored, notes = check_weights(folder, config)
+        tokenizer = load_tokenizer(folder)
+        check_tokenizer(folder, tokenizer, config)
+        return cls(folder, layout_of(folder), config, stored, notes, tokenizer)
+
+
+def merge(
+    base: Base,
+    adapter: Adapter | None,
+    output_dir: Path,
+    layout: str,
+    *,
+    dtype: str | None,
+    codec: str,
+    texts: Mapping[str, str] | None = None,
+) -> int:
+    """Writes the merged checkpoint, whole or not at all, and reads it back.
+
+    Args:
+        base: the base checkpoint.
+        adapter: None rewrites the base as it is, in another layout or dtype.
+        output_dir: is made, or is empty; it is filled once everything that will be in it is proven.
+        layout: of what is written.
+        dtype: of its weights ("bf16", "fp16", "fp32"); None leaves each as the base has it.
+        codec: hub id or folder of the audio tokenizer that transformers' processor loads.
+        texts: further files, by name: its README.md, the record of the voice.
+
+    Returns:
+        Bytes of weights written.
+
+    Raises:
+        ConfigError: `output_dir` holds something or cannot be written, the model is not one that `layout` has, a
+            weight that would be NaN or infinite, or what was read back is not what was meant.
+    """
+    planned = _plan(base, layout, dtype)
+    total = sum(tensor.num_bytes for tensor in planned.values())
+    try:
+        with filling(output_dir) as beside:
+            free = shutil.disk_usage(beside).free
+            if free < total:
+                raise ConfigError([f"--output_dir: {output_dir} needs {total:,} bytes, {free:,} are free there"])
+            _write_files(base, beside, layout, dtype, codec)
+            for name, text in (texts or {}).items():
+                (beside / name).write_text(text, encoding="utf-8")
+            by_name = {tensor.name: name for name, tensor in planned.items()}
+            write_checkpoint_weights(
+                beside,
+                list(planned.values()),
+                lambda tensor: _merged_rows(base.stored[by_name[tensor.name]], by_name[tensor.name], adapter, tensor),
+            )
+            prove(base, adapter, beside, layout, planned)
+            prove_tokenizer(base, beside)
+    except OSError as error:
+        raise ConfigError([f"--output_dir: {output_dir} cannot be written: {reason_of(error)}"]) from error
+    return total
+
+
+def _plan(base: Base, layout: str, dtype: str | None) -> dict[str, Planned]:
+    """What is written, in the order of the model, by boson_multimodal's names."""
+    return {
+        name: Planned(name_in(layout, name), one.shape, DTYPES[dtype] if dtype else DTYPES_BY_NAME[one.dtype])
+        for name, one in base.stored.items()
+    }
+
+
+def _merged_rows(stored: Stored, name: str, adapter: Adapter | None, planned: Planned) -> Iterator[torch.Tensor]:
+    """The tensor to write, a few rows at a time: float32 sums, rounded once.
+
+    Raises:
+        ConfigError: NaN or an infinity, in the base or made by the sum or by the dtype.
+    """
+    module = name.removesuffix(".weight")
+    if adapter is not None and module in adapter.whole:
+        stored = adapter.whole[module]
+    changed = adapter is not None and module in adapter.weights
+    start = 0
+    for rows in stored.rows():
+        merged = rows
+        if changed:
+            merged = rows.float() + adapter.delta_rows(module, start, start + rows.shape[0])
+        start += rows.shape[0]
+        written = merged.to(planned.dtype)
+        if not all_finite(written):
+            raise ConfigError([_not_finite(rows, merged, stored, planned)])
+        yield written
+
+
+def _not_finite(rows: torch.Tensor, merged: torch.Tensor, stored: Stored, planned: Planned) -> str:
+    """Whose fault an infinity is: the file's, the adapter's or the dtype's."""
+    dtype = str(planned.dtype).removeprefix("torch.")
+    if not all_finite(rows):
+        return f"{stored.file}: {stored.key} holds NaN or infinity; such a model speaks noise"
+    if not all_finite(merged):
+        return f"--adapter: base + scale · B·A of {planned.name} holds NaN or infinity; no training made that"
+    return f"--dtype: {planned.name} holds values beyond {dtype}; fp32 holds them"
+
+
+def _write_files(base: Base, folder: Path, layout: str, dtype: str | None, codec: str) -> None:
+    """Everything but the weights."""
+    for name in TOKENIZER_FILES:
+        if (base.folder / name).is_file():
+            shutil.copyfile(base.folder / name, folder / name)
+    kinds = {one.dtype for one in base.stored.values()}
+    torch_dtype = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}.get(dtype) or (
+        str(DTYPES_BY_NAME[kinds.pop()]).removeprefix("torch.") if len(kinds) == 1 else "float32"
+    )
+    same = layout == base.layout
+    if same:
+        config = read_json(base.folder / "config.json", "--base_ckpt")
+        config["torch_dtype" if layout == BOSON or "torch_dtype" in config else "dtype"] = torch_dtype
+    elif layout == BOSON:
+        config = {**base.config.to_diff_dict(), "torch_dtype": torch_dtype}
+    else:
+        tokens = token_ids(base.folder)
+        config = transformers_config(base.config, tokens, torch_dtype, f"--layout transformers: {base.folder}")
+    _write_json(folder / "config.json", without_private(config))
+    kept = base.folder / "generation_config.json"
+    if same and kept.is_file():
+        shutil.copyfile(kept, folder / kept.name)
+    else:
+        _write_json(folder / kept.name, generation_config(layout, base.config, config))
+    if layout == TRANSFORMERS:
+        write_processor(folder, codec, base.config)
+
+
+def _write_json(file: Path, values: dict) -> None:
+    file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def prove(
+    base: Base, adapter: Adapter | None, folder: Path, layout: str, planned: dict[str, Planned]
+) -> tuple[int, int]:
+    """Reads a written folder: every name, shape and dtype, and the values of a sample, computed anew in one piece.
+
+    Returns:
+        How many merged and how many other tensors were compared.
+
+    Raises:
+        ConfigError: a difference, named.
+    """
+    where = f"--output_dir: {folder} was written wrongly (nothing is kept)"
+    found = weight_headers(folder, layout)
+    wanted = {name: tensor.shape for name, tensor in planned.items()}
+    problems = differences(found, wanted, lambda name: name_in(layout, name))
+    index = folder / INDEX
+    if not problems and index.is_file():
+        listed = read_json(index, "--output_dir")["weight_map"]
+        if listed != {one.key: one.file.name for one in found.stored.values()}:
+            problems.append(f"{index.name} lists other weights than the files hold")
+    refuse(problems, where)
+    touched = adapter.weights.keys() | adapter.whole.keys() if adapter else set()
+    merged = {name for name in planned if name.removesuffix(".weight") in touched}
+    changed, others = ([name for name in planned if (name in merged) is is_so] for is_so in (True, False))
+    for name in _spread(changed) + _spread(others):
+        module, tensor = name.removesuffix(".weight"), planned[name]
+        source = adapter.whole[module] if adapter and module in adapter.whole else base.stored[name]
+        start = 0
+        for written, was in zip(found.stored[name].rows(), source.rows(), strict=True):
+            if adapter and module in adapter.weights:
+                a, b = adapter.weights[module]
+                update = torch.matmul(b[start : start + len(was)], a) * adapter.config.scale
+                was = was.to(torch.float32) + update
+            start += len(was)
+            if written.dtype != tensor.dtype or not torch.equal(written, was.to(tensor.dtype)):
+                problems.append(f"{tensor.name} is not what base and adapter make")
+                break
+    refuse(problems, where)
+    return len(_spread(changed)), len(_spread(others))
+
+
+def prove_tokenizer(base: Base, folder: Path) -> None:
+    """Loads the tokenizer of a written folder. Raises ConfigError where it is not the base's, token for token."""
+    was, now = base.tokenizer, load_tokenizer(folder, "--output_dir")
+    if was.get_vocab() != now.get_vocab() or was.special_tokens_map != now.special_tokens_map:
+        raise ConfigError(
+            [f"--output_dir: {folder}: its tokenizer is not the base's; {base.folder} needs files that are not copied"]
+        )
+    check_tokenizer(folder, now, base.config, "--output_dir")
+
+
+def _spread(names: list[str]) -> list[str]:
+    """Up to `SAMPLED_TENSORS` of them, from the first to the last."""
+    if len(names) <= SAMPLED_TENSORS:
+        return names
+    return [names[place * (len(names) - 1) // (SAMPLED_TENSORS - 1)] for place in range(SAMPLED_TENSORS)]

@@ -1,0 +1,31 @@
+"""A clip of a speaker, by name, out of a manifest: the reference to speak with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..data.chatml import AudioRef
+from ..data.faults import grouped
+from ..data.manifest import read_manifest
+from ..errors import ConfigError, nearest
+
+
+def reference_of(manifest: str | Path, speaker: str, audio_root: str | None = None) -> tuple[str, AudioRef]:
+    """Transcript and clip of the speaker's speech row whose text is of middle length; the same at every call.
+
+    A voice shows little in one word, and a long clip costs as much as it is long.
+
+    Raises:
+        ConfigError: the manifest cannot be read, or none of its rows is a speech row of that speaker.
+    """
+    rows, faults = read_manifest(manifest, audio_root=audio_root)
+    speech = [row for row in rows if row.is_speech and row.speaker is not None]
+    of_speaker = sorted((row for row in speech if row.speaker == speaker), key=lambda row: len(row.spoken()[0]))
+    if not of_speaker:
+        names = sorted({row.speaker for row in speech})
+        known = f"it has {', '.join(names[:10])}" + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+        hint = nearest(speaker, names) or (f"; {known}" if names else "; no row of it names a speaker")
+        raise ConfigError([*grouped(faults), f"--speaker: {manifest} has no usable row of {speaker!r}{hint}"])
+    row = of_speaker[len(of_speaker) // 2]
+    text, clip = row.spoken()
+    return text, row.audio_refs[clip][1]

@@ -1,0 +1,398 @@
+"""Reading what people have as audio: containers, channels, parts of files, headers that lie, and what is refused."""
+
+import base64
+import os
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import soundfile
+
+from higgs_ds.data import containers
+from higgs_ds.data.audio import AudioError, content_hash, duration_sec, read_audio, write_sound, write_wav
+from higgs_ds.data.manifest import AudioRef, read_manifest
+
+SPEECH = Path(__file__).parents[2] / "examples/speech/manifest.jsonl"
+
+
+def tone(samples: int, channels: int = 1) -> np.ndarray:
+    """A different level in each channel, [samples, channels]."""
+    wave = 0.1 * np.sin(np.arange(samples) / 10)
+    return wave[:, None] * np.arange(1, channels + 1)
+
+
+def write(path: Path, waveform: np.ndarray, sample_rate: int = 16000, **options) -> AudioRef:
+    soundfile.write(path, waveform, sample_rate, **options)
+    return AudioRef(path=path)
+
+
+def problem(ref: AudioRef, action=read_audio) -> str:
+    with pytest.raises(AudioError) as caught:
+        action(ref)
+    return str(caught.value)
+
+
+def in_base64(path: Path, **fields) -> AudioRef:
+    return AudioRef(raw_audio=base64.b64encode(path.read_bytes()).decode(), **fields)
+
+
+def test_a_shipped_clip_reads_as_its_manifest_says():
+    rows, _ = read_manifest(SPEECH)
+    ref = rows[0].audio_refs[0][1]
+    waveform, sample_rate = read_audio(ref)
+    assert (sample_rate, waveform.dtype, waveform.ndim) == (16000, np.float32, 1)
+    assert len(waveform) / sample_rate == duration_sec(ref) == pytest.approx(1.801, abs=1e-3)
+    assert 0.1 < np.abs(waveform).max() <= 1
+
+
+@pytest.mark.parametrize("suffix", ["wav", "flac", "ogg", "mp3"])
+def test_path_and_base64_give_the_same_mono_samples(tmp_path, suffix):
+    by_path = write(tmp_path / f"clip.{suffix}", tone(16000, channels=2))
+    by_bytes = in_base64(by_path.path)
+    waveform, sample_rate = read_audio(by_path)
+    assert sample_rate == 16000 and waveform.dtype == np.float32
+    assert np.array_equal(read_audio(by_bytes)[0], waveform)
+    assert duration_sec(by_bytes) == duration_sec(by_path) == 1.0
+    assert np.abs(waveform - tone(16000)[:, 0] * 1.5).max() < (1e-4 if suffix in ("wav", "flac") else 0.05)
+
+
+def test_a_slice_is_cut_to_the_sample_and_stops_at_the_end(tmp_path):
+    path = write(tmp_path / "clip.wav", tone(16000)).path
+    whole, _ = read_audio(AudioRef(path=path))
+    part = AudioRef(path=path, offset_sec=0.25, duration_sec=0.5)
+    assert np.array_equal(read_audio(part)[0], whole[4000:12000]) and duration_sec(part) == 0.5
+    rest = AudioRef(path=path, offset_sec=0.75, duration_sec=9.0)
+    assert np.array_equal(read_audio(rest)[0], whole[12000:]) and duration_sec(rest) == 0.25
+
+
+def test_long_audio_is_read_over_several_blocks(tmp_path):
+    clip = np.random.default_rng(0).uniform(-1, 1, (1 << 20, 3)).astype(np.float32)
+    waveform, _ = read_audio(write(tmp_path / "clip.wav", clip, 48000, subtype="FLOAT"))
+    assert np.array_equal(waveform, clip.mean(axis=1))
+
+
+@pytest.mark.parametrize("action", [read_audio, duration_sec])
+def test_what_has_no_samples(tmp_path, action):
+    path = write(tmp_path / "clip.wav", tone(16000)).path
+    assert problem(write(tmp_path / "empty.wav", tone(0)), action) == "is empty"
+    short = problem(AudioRef(path=path, offset_sec=0.5, duration_sec=1e-6), action)
+    assert short == "is empty: 1e-06 s from 0.5 s hold no sample"
+    assert problem(AudioRef(path=path, offset_sec=1.0), action) == "has offset 1 s, past its end at 1.00 s"
+    assert problem(AudioRef(path=path, offset_sec=-1.0), action) == "has offset -1.0 s, must be 0 or more"
+    assert problem(AudioRef(path=path, duration_sec=float("nan")), action) == "has duration nan s, must be 0 or more"
+
+
+@pytest.mark.parametrize("action", [read_audio, duration_sec, content_hash])
+def test_what_is_no_file(tmp_path, action):
+    assert problem(AudioRef(path=tmp_path / "absent.wav"), action) == "is missing"
+    assert problem(AudioRef(path=tmp_path), action) == "is not a file"
+    os.mkfifo(tmp_path / "pipe.wav")
+    assert problem(AudioRef(path=tmp_path / "pipe.wav"), action) == "is not a file"
+    assert problem(AudioRef(raw_audio="no base64!"), action).startswith("is not base64: ")
+
+
+@pytest.mark.parametrize("action", [read_audio, duration_sec])
+def test_what_is_no_audio(tmp_path, action):
+    text = tmp_path / "text.wav"
+    text.write_text("hello world" * 100)
+    assert problem(AudioRef(path=text), action) == "cannot be decoded: Format not recognised"
+    assert problem(in_base64(text), action) == "cannot be decoded: Format not recognised"
+    headerless = tmp_path / "clip.raw"
+    headerless.write_bytes(bytes(3200))
+    assert ".raw has no header" in problem(AudioRef(path=headerless), action)
+
+
+@pytest.mark.parametrize("suffix", ["flac", "mp3", "ogg"])
+@pytest.mark.parametrize("seconds", [3, 20])  # of Ogg in one page of sound, and in several
+def test_a_clip_cut_off_is_not_taken_for_a_shorter_one(tmp_path, suffix, seconds):
+    noise = np.random.default_rng(0).normal(0, 0.1, seconds * 16000)
+    path = write(tmp_path / f"clip.{suffix}", noise).path
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert problem(AudioRef(path=path)).startswith("cannot be decoded: ")
+
+
+def test_a_header_that_lies_costs_no_memory(tmp_path):
+    path = write(tmp_path / "clip.flac", tone(48000)).path
+    flac = bytearray(path.read_bytes())
+    flac[21] |= 0x0F  # the 36 bits of STREAMINFO that count samples: 49 days
+    flac[22:26] = b"\xff" * 4
+    path.write_bytes(flac)
+    assert duration_sec(AudioRef(path=path)) > 4e6
+    assert problem(AudioRef(path=path)).startswith("cannot be decoded: ")
+
+    flac[21] &= 0xF0  # 0 stands for "unknown", as an encoder writes that cannot seek back
+    flac[22:26] = bytes(4)
+    path.write_bytes(flac)
+    assert "does not say in its header how long it is" in problem(AudioRef(path=path), duration_sec)
+
+    for sample_rate in (1, 2**31 - 1):  # resampling from such would not end
+        wrong = write(tmp_path / f"{sample_rate}.wav", tone(1000), sample_rate)
+        assert problem(wrong) == f"has a sample rate of {sample_rate} Hz, must be 4000 to 768000"
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_samples_that_are_no_numbers(tmp_path, bad):
+    clip = tone(1000)
+    clip[500] = bad
+    assert problem(write(tmp_path / "clip.wav", clip, subtype="FLOAT")) == "holds NaN or infinite samples"
+
+
+def test_content_hash_follows_bytes_and_slice_only(tmp_path):
+    clip = write(tmp_path / "a.wav", tone(1000))
+    copy = tmp_path / "b.wav"
+    copy.write_bytes(clip.path.read_bytes())
+    one_hash = content_hash(clip)
+    same = [AudioRef(path=copy), in_base64(copy), AudioRef(path=copy, offset_sec=0.0)]
+    assert {content_hash(ref) for ref in same} == {one_hash}
+    other = [
+        AudioRef(path=copy, offset_sec=0.01),
+        AudioRef(path=copy, duration_sec=0.01),
+        AudioRef(path=copy, offset_sec=0.01, duration_sec=0.01),
+        write(tmp_path / "c.wav", tone(999)),
+    ]
+    assert len({one_hash, *map(content_hash, other)}) == 5
+
+
+def test_write_wav_is_16_bit_and_whole(tmp_path):
+    path = tmp_path / "out.wav"
+    waveform = np.array([0.0, 0.5, -0.5, 3.0, -3.0], dtype=np.float32)  # beyond full scale: clipped, not wrapped
+    write_wav(path, waveform, 24000)
+    assert soundfile.info(path).subtype == "PCM_16" and soundfile.info(path).samplerate == 24000
+    assert np.abs(read_audio(AudioRef(path=path))[0] - waveform.clip(-1, 1)).max() < 1e-4
+    assert os.listdir(tmp_path) == ["out.wav"]
+
+
+@pytest.mark.parametrize("waveform", [np.array([0.0, np.nan]), np.zeros((2, 2))])
+def test_write_wav_refuses_and_leaves_nothing(tmp_path, waveform):
+    with pytest.raises(ValueError, match="must be mono"):
+        write_wav(tmp_path / "out.wav", waveform, 24000)
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_cannot_be_written_is_an_os_error_whatever_the_library_says(tmp_path, monkeypatch):
+    tone = np.sin(np.arange(2400) / 9)
+    with pytest.raises(OSError):
+        write_sound(tmp_path / "gone" / "a.flac", tone, 24000)
+    (tmp_path / "a.flac").write_bytes(b"kept")
+    for error in (soundfile.LibsndfileError(2), AssertionError()):
+
+        def fail(*_, error=error):
+            raise error
+
+        monkeypatch.setattr(soundfile.SoundFile, "write", fail)
+        with pytest.raises(OSError):
+            write_sound(tmp_path / "a.flac", tone, 24000)
+        assert os.listdir(tmp_path) == ["a.flac"] and (tmp_path / "a.flac").read_bytes() == b"kept"
+
+
+def test_a_name_that_no_file_has_is_missing():
+    with pytest.raises(AudioError, match="is missing"):
+        read_audio(AudioRef(path=Path("n" * 300)))
+
+
+def patched(path: Path, place: int, value: int) -> AudioRef:
+    content = bytearray(path.read_bytes())
+    content[place : place + 4] = value.to_bytes(4, "little")
+    path.write_bytes(content)
+    return AudioRef(path=path)
+
+
+@pytest.mark.parametrize("riff", [None, 0, 0xFFFFFFFF, 40])
+@pytest.mark.parametrize("data", [0, 4000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 0xFFFFFFFF - 36, 32044])
+def test_a_wav_whose_header_counts_wrong_is_read_to_its_end(tmp_path, riff, data):
+    """As ffmpeg reads what was written to a pipe."""
+    clip = np.random.default_rng(0).normal(0, 0.1, 16000)
+    path = write(tmp_path / "clip.wav", clip).path
+    whole, _ = read_audio(AudioRef(path=path))
+    ref = patched(path, 40, data)
+    if riff is not None:
+        patched(path, 4, riff)
+    for same in (ref, in_base64(path)):
+        assert np.array_equal(read_audio(same)[0], whole) and duration_sec(same) == 1.0
+
+
+@pytest.mark.parametrize("action", [read_audio, duration_sec])
+def test_a_wav_cut_off_is_not_taken_for_a_shorter_one(tmp_path, action):
+    path = write(tmp_path / "clip.wav", tone(48000)).path
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert problem(AudioRef(path=path), action) == "cannot be decoded: it ends after 1.50 s of 3.00 s"
+
+
+def test_chunks_behind_the_sound_are_not_sound(tmp_path):
+    path = write(tmp_path / "clip.wav", tone(16000)).path
+    with path.open("ab") as file:
+        file.write(b"LIST\x04\x00\x00\x00INFO")
+    assert len(read_audio(AudioRef(path=path))[0]) == 16000
+
+
+BEHIND = [
+    b"TAG" + b"x" * 125,
+    b"ID3\x04\x00\x00\x00\x00\x02\x01" + b"x" * 200,
+    b"LIST\xf4\x01\x00\x00INFOISFT" + b"x" * 200,  # cut off
+    b"bext" + b"\xff" * 40,
+    b"odd \x08\x00\x00\x0012345678",
+    bytes(4096),
+    b"\0",
+]
+
+
+@pytest.mark.parametrize("behind", BEHIND)
+@pytest.mark.parametrize("bits", ["PCM_16", "PCM_U8"])
+def test_what_stands_behind_a_right_data_chunk_is_no_sound(tmp_path, behind, bits):
+    samples = 16000 if bits == "PCM_16" else 15999  # an odd number of bytes, without the one that fills up
+    path = write(tmp_path / "clip.wav", np.random.default_rng(0).normal(0, 0.1, samples), subtype=bits).path
+    whole, _ = read_audio(AudioRef(path=path))
+    path.write_bytes(path.read_bytes()[: 44 + samples * (2 if bits == "PCM_16" else 1)] + behind)
+    for ref in (AudioRef(path=path), in_base64(path)):
+        assert np.array_equal(read_audio(ref)[0], whole) and duration_sec(ref) == len(whole) / 16000
+
+
+def test_sound_that_looks_like_a_chunk_is_sound_where_the_size_was_left_open(tmp_path):
+    path = write(tmp_path / "clip.wav", tone(16000)).path
+    content = bytearray(path.read_bytes())
+    content[40:52] = bytes(4) + b"abcd\x05\x00\x00\x00"
+    path.write_bytes(content)
+    assert duration_sec(AudioRef(path=path)) == 1.0
+    path.write_bytes(content[:44] + b"LIST\x04\x00\x00\x00INFO")
+    assert problem(AudioRef(path=path)) == "is empty"
+
+
+@pytest.mark.parametrize("kind", ["RF64", "W64", "AIFF", "AU", "CAF", "WAV"])
+@pytest.mark.parametrize("action", [read_audio, duration_sec])
+def test_a_file_that_ends_before_its_header_says_is_not_a_shorter_clip(tmp_path, kind, action):
+    for endian in ("LITTLE", "BIG") if kind == "AU" else ("FILE",):
+        ref = write(tmp_path / "clip", tone(48000), format=kind, subtype="PCM_16", endian=endian)
+        assert len(read_audio(ref)[0]) == 48000 and duration_sec(ref) == 3.0
+        content = ref.path.read_bytes()
+        ref.path.write_bytes(content[:-48000])
+        how_much = "1.50 s of 3.00 s" if kind == "WAV" else "50 % of its sound"
+        assert problem(ref, action) == f"cannot be decoded: it ends after {how_much}"
+        ref.path.write_bytes(content[:-320])  # 10 ms: nothing that is heard
+        assert duration_sec(ref) == pytest.approx(2.99, abs=0.001)
+        for length in (12, 40, 60):  # within the header
+            ref.path.write_bytes(content[:length])
+            problem(ref, action)
+
+
+def test_silence_is_refused_also_after_mixing_down(tmp_path):
+    assert problem(write(tmp_path / "a.wav", tone(16000) * 1e-3)).startswith("is silent (its loudest sample is 0.0001")
+    opposite = tone(16000, channels=2) * [1, -0.5]
+    assert problem(write(tmp_path / "b.wav", opposite)).startswith("is silent once its 2 channels are averaged")
+    read_audio(write(tmp_path / "c.wav", tone(16000) * 0.02))  # quiet: it peaks at -54 dB
+    assert problem(write(tmp_path / "d.wav", tone(16000) * 0 + 0.3)) == "is silent (all its samples are 0.3)"
+    read_audio(write(tmp_path / "e.wav", tone(16000) + 0.3))
+
+
+def test_integers_written_as_floats_are_refused(tmp_path):
+    loud = write(tmp_path / "a.wav", tone(16000) * 32767, subtype="FLOAT")
+    assert problem(loud).startswith("peaks at 3277, samples must be within -1 to 1")
+    opposite = tone(16000, channels=2) * [450, -224]
+    assert problem(write(tmp_path / "c.wav", opposite, subtype="FLOAT")).startswith("peaks at 45, samples must be")
+    read_audio(write(tmp_path / "b.wav", tone(16000) * 12, subtype="FLOAT"))  # overshoots by 20 %, as a decoder may
+
+
+def encode(path: Path, codec: str, sample_rate: int = 48000, picture_sec: int = 0, start: float = 0.0) -> None:
+    """A tone of 2 s in a container, by PyAV itself."""
+    seconds = 2.0
+    wave = (0.3 * np.sin(np.arange(round(seconds * sample_rate)) * 2 * np.pi * 440 / sample_rate)).astype(np.float32)
+    with av.open(str(path), "w") as container:
+        sound = container.add_stream(codec, rate=sample_rate, layout="mono")
+        if picture_sec:
+            picture = container.add_stream("mpeg4", rate=25, width=64, height=64, pix_fmt="yuv420p")
+            image = av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format="rgb24")
+            container.mux([packet for frame in [image] * 25 * picture_sec for packet in picture.encode(frame)])
+            container.mux(picture.encode(None))
+        frame = av.AudioFrame.from_ndarray(wave[None], format="fltp", layout="mono")
+        frame.rate, frame.pts = sample_rate, round(start * sample_rate)
+        frame.time_base = Fraction(1, sample_rate)
+        form, size = sound.codec_context.format.name, sound.codec_context.frame_size or 1024
+        parts = av.AudioResampler(format=form, layout="mono", rate=sample_rate, frame_size=size)
+        for part in [*parts.resample(frame), *parts.resample(None)]:
+            container.mux(sound.encode(part))
+        container.mux(sound.encode(None))
+
+
+CONTAINERS = [
+    ("m4a", "aac", 0, 0.0),
+    ("webm", "libopus", 0, 0.0),
+    ("mp4", "aac", 1, 0.0),
+    ("mkv", "pcm_s16le", 0, 0.0),
+    ("mkv", "aac", 4, 0.0),  # the picture goes on after the sound
+    ("mkv", "libopus", 4, 1.0),  # the sound begins later
+    ("mka", "libopus", 0, 5.0),
+]
+
+
+@pytest.mark.parametrize(("suffix", "codec", "picture_sec", "start"), CONTAINERS)
+@pytest.mark.parametrize("tagged", [True, False])  # whether the track says how long it is
+def test_containers_that_libsndfile_does_not_know_are_decoded(
+    tmp_path, monkeypatch, suffix, codec, picture_sec, start, tagged
+):
+    if not tagged:
+        monkeypatch.setattr(containers, "_stated_end", lambda tags: None)
+    path = tmp_path / f"clip.{suffix}"
+    encode(path, codec, picture_sec=picture_sec, start=start)
+    for ref in (AudioRef(path=path), in_base64(path)):
+        waveform, sample_rate = read_audio(ref)
+        assert sample_rate == 48000 and waveform.dtype == np.float32
+        assert len(waveform) / sample_rate == pytest.approx(2.0, abs=0.06)
+        assert duration_sec(ref) == pytest.approx(len(waveform) / sample_rate, abs=0.06)
+        spectrum = np.abs(np.fft.rfft(waveform[4800:52800]))
+        assert spectrum.argmax() == 440 and waveform[9600:76800].std() == pytest.approx(0.3 * 2**-0.5, rel=0.02)
+    part = AudioRef(path=path, offset_sec=0.5, duration_sec=1.0)
+    assert np.array_equal(read_audio(part)[0], waveform[24000:72000]) and duration_sec(part) == 1.0
+
+
+@pytest.mark.parametrize("kind", ["GSM610", "G721_32", "IMA_ADPCM", "MS_ADPCM", "ULAW"])
+def test_a_wav_of_any_encoding_is_read_whole_and_from_an_offset(tmp_path, kind):
+    path = write(tmp_path / "clip.wav", tone(16000)[:, 0], 8000, subtype=kind).path
+    for ref in (AudioRef(path=path), in_base64(path)):
+        waveform, _ = read_audio(ref)
+        assert len(waveform) / 8000 == duration_sec(ref) == pytest.approx(2.0, abs=0.1)
+        part = AudioRef(ref.path, ref.raw_audio, offset_sec=0.5, duration_sec=1.0)
+        assert np.array_equal(read_audio(part)[0], waveform[4000:12000])
+
+
+IN_KNOWN = [("wav", "ac3"), ("wav", "g726"), ("wav", "libmp3lame"), ("caf", "alac"), ("ogg", "flac")]
+
+
+@pytest.mark.parametrize(("suffix", "codec"), IN_KNOWN)
+def test_what_libsndfile_knows_only_the_container_of_is_decoded(tmp_path, suffix, codec):
+    path = tmp_path / f"clip.{suffix}"
+    sample_rate = 8000 if codec == "g726" else 48000
+    encode(path, codec, sample_rate=sample_rate)
+    for ref in (AudioRef(path=path), in_base64(path)):
+        waveform, _ = read_audio(ref)
+        assert len(waveform) / sample_rate == pytest.approx(2.0, abs=0.06)
+        assert duration_sec(ref) == pytest.approx(2.0, abs=0.06)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 6 // 10])
+    assert problem(AudioRef(path=path)).startswith("cannot be decoded: ")
+
+
+def test_a_track_that_states_its_own_length_and_starts_late(tmp_path, monkeypatch):
+    """As mkvmerge writes it."""
+    encode(tmp_path / "clip.mka", "libopus", start=5.0)
+    monkeypatch.setattr(containers, "_stated_end", lambda tags: 2.0)
+    assert duration_sec(AudioRef(tmp_path / "clip.mka")) == pytest.approx(2.0, abs=0.05)
+    assert len(read_audio(AudioRef(tmp_path / "clip.mka"))[0]) == pytest.approx(96000, abs=2000)
+
+
+@pytest.mark.parametrize(("suffix", "codec", "start"), [("m4a", "aac", 0), ("webm", "libopus", 0), ("mkv", "aac", 5.0)])
+def test_a_container_cut_off_is_not_taken_for_a_shorter_one(tmp_path, suffix, codec, start):
+    path = tmp_path / f"clip.{suffix}"
+    encode(path, codec, start=start)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert problem(AudioRef(path=path)).startswith("cannot be decoded: ")
+
+
+def test_a_playlist_opens_no_other_file(tmp_path):
+    encode(tmp_path / "clip.ts", "aac")
+    playlist = f"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nfile://{tmp_path}/clip.ts\n#EXT-X-ENDLIST\n"
+    (tmp_path / "list.m3u8").write_text(playlist)
+    (tmp_path / "list.txt").write_text(f"ffconcat version 1.0\nfile '{tmp_path}/clip.ts'\n")
+    read_audio(AudioRef(path=tmp_path / "clip.ts"))
+    for name in ("list.m3u8", "list.txt"):
+        for ref in (AudioRef(path=tmp_path / name), in_base64(tmp_path / name)):
+            assert problem(ref) == "cannot be decoded: Format not recognised"

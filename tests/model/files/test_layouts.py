@@ -1,0 +1,206 @@
+"""Names and configs of the two layouts, against what is known of Boson's real files."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from boson_multimodal.model.higgs_audio import HiggsAudioConfig
+
+from higgs_ds.errors import ConfigError
+from higgs_ds.model.files.config_values import DEFAULT_ROPE
+from higgs_ds.model.files.layout_config import config_from_transformers, read_checkpoint_config, transformers_config
+from higgs_ds.model.files.layouts import boson_name, layout_of, transformers_name
+from higgs_ds.model.files.load_layout import adaptable_modules, wanted_weights
+
+# Boson's real sizes and token ids.
+TOKENS = {
+    "<|begin_of_text|>": 128000,
+    "<|end_of_text|>": 128001,
+    "<|eot_id|>": 128009,
+    "<|audio_eos|>": 128012,
+    "<|audio_out_bos|>": 128013,
+    "<|reserved_special_token_6|>": 128014,
+    "<|AUDIO|>": 128015,
+    "<|AUDIO_OUT|>": 128016,
+}
+HUB = {"model_type": "higgs_audio_v2", "codebook_size": 1026, "dtype": "bfloat16", "eos_token_id": 128009}
+LLAMA3 = {"rope_type": "llama3", "factor": 32.0}
+
+
+def translated(**changes) -> HiggsAudioConfig:
+    return config_from_transformers({**HUB, **changes}, TOKENS, "here")
+
+
+def refused(**changes) -> str:
+    with pytest.raises(ConfigError) as caught:
+        wanted_weights(translated(**changes))
+    return str(caught.value)
+
+
+def test_every_name_of_the_real_model_goes_there_and_back():
+    shapes = wanted_weights(translated())
+    assert len(shapes) == 397
+    assert sum(torch.Size(shape).numel() for shape in shapes.values()) * 2 == 11_542_566_912
+    renamed = {name: transformers_name(name) for name in shapes}
+    assert len(set(renamed.values())) == 397
+    assert all(boson_name(new) == old for old, new in renamed.items())
+    assert all(new.startswith("model.") or new.endswith("lm_head.weight") for new in renamed.values())
+    named = {
+        "audio_codebook_embeddings.weight": "model.embed_audio_tokens.embed_audio_tokens.weight",
+        "audio_decoder_proj.text_lm_head.weight": "text_lm_head.weight",
+        "audio_decoder_proj.audio_lm_head.weight": "audio_lm_head.weight",
+        "embed_tokens.weight": "model.embed_tokens.weight",
+        "norm.weight": "model.norm.weight",
+        "layers.27.audio_mlp.up_proj.weight": "model.layers.27.audio_mlp.up_proj.weight",
+    }
+    assert {name: renamed[name] for name in named} == named
+    assert transformers_name("audio_tower.conv1.weight") is None and boson_name("layers.0.mlp.up_proj.weight") is None
+
+
+def test_the_hubs_config_is_bosons():
+    config = translated()
+    wanted = {
+        "audio_adapter_type": "dual_ffn_fast_forward",
+        "audio_dual_ffn_layers": list(range(28)),
+        "audio_ffn_hidden_size": 3072,
+        "audio_ffn_intermediate_size": 8192,
+        "audio_num_codebooks": 8,
+        "audio_codebook_size": 1024,
+        "audio_stream_bos_id": 1024,
+        "audio_stream_eos_id": 1025,
+        "audio_in_token_idx": 128015,
+        "audio_out_token_idx": 128016,
+        "audio_out_bos_token_id": 128013,
+        "audio_eos_token_id": 128012,
+        "encode_audio_in_tokens": True,
+        "encode_whisper_embed": False,
+        "skip_audio_tower": True,
+        "use_delay_pattern": True,
+        "use_audio_out_self_attention": 0,
+        "use_audio_out_embed_projector": False,
+        "use_rq_transformer": False,
+        "audio_decoder_proj_num_layers": 0,
+        "audio_embed_avg": False,
+        "pad_token_id": 128001,
+        "hidden_size": 3072,
+        "torch_dtype": torch.bfloat16,
+    }
+    assert {key: getattr(config, key) for key in wanted} == wanted
+    text = {
+        "vocab_size": 128256,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 24,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "bos_token_id": 128000,
+        "eos_token_id": 128001,
+        "model_type": "llama",
+    }
+    assert {key: getattr(config.text_config, key) for key in text} == text
+
+
+def test_both_spellings_of_the_rotary_parameters_turn_by_the_same_angles_to_the_bit():
+    """The hub's new config counts in 1,024 positions, Boson's in 8,192, with factors to match."""
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    boson = {**LLAMA3, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    one = LlamaRotaryEmbedding(config=translated().text_config)
+    two = LlamaRotaryEmbedding(config=translated(rope_parameters={**boson, "rope_theta": 500000.0}).text_config)
+    assert torch.equal(one.inv_freq, two.inv_freq) and one.inv_freq.dtype == torch.float32
+
+
+def test_a_config_goes_there_and_back():
+    there = transformers_config(translated(), TOKENS, "bfloat16", "here")
+    assert there["codebook_size"] == 1026 and there["eos_token_id"] == 128009 and there["bos_token_id"] == 128000
+    assert there["audio_delay_token_id"] == 128014 and there["dtype"] == "bfloat16"
+    assert config_from_transformers(there, TOKENS, "here").to_dict() == translated().to_dict()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"codebook_size": 1024}, "codebook_size is 1024, with audio_stream_bos_id 1024"),
+        ({"tie_word_embeddings": True}, "tie_word_embeddings is true"),
+        ({"audio_token_id": 5}, "audio_token_id is 5, the tokenizer's <|AUDIO_OUT|> is 128016"),
+        ({"hidden_size": "3072"}, "hidden_size is '3072', expected int"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0, expected a whole number from 1 to 1024"),
+        ({"hidden_size": -3072}, "hidden_size is -3072, expected a whole number from 1"),
+        ({"vocab_size": 10**30}, "expected a whole number from 1 to 16777216"),
+        ({"pad_token_id": -1}, "pad_token_id is -1, expected a whole number from 0"),
+        ({"dtype": "nonsense"}, "dtype is 'nonsense', expected one of bfloat16, float16, float32"),
+        ({"dtype": ["bfloat16"]}, "dtype is ['bfloat16'], expected one of"),
+        ({"rope_parameters": {"rope_type": []}}, "rope_type is [], expected one of default, llama3"),
+        ({"rope_scaling": "abc"}, "rope_type is 'abc', expected one of default, llama3"),
+        ({"hidden_act": "none"}, "describes no model: KeyError"),
+        ({"num_codebooks": True}, "num_codebooks is True"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan, expected a number from"),
+        ({"pretraining_tp": 2}, "pretraining_tp is 2, expected 1"),
+        (
+            {"rope_parameters": {**DEFAULT_ROPE, "low_freq_factor": 0.5}},
+            "low_freq_factor 0.5 must be below high_freq_factor",
+        ),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type is 'yarn', expected one of default, llama3"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 32.0}}, "rope_parameters of type 'llama3' are"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": "x"}}, "something else than positive numbers"),
+    ],
+)
+def test_what_bosons_model_is_not_is_refused(changes, words):
+    assert words in refused(**changes)
+
+
+def test_a_tokenizer_without_bosons_tokens_is_refused():
+    with pytest.raises(ConfigError, match="the tokenizer has no <.AUDIO_OUT.>"):
+        config_from_transformers(HUB, {k: v for k, v in TOKENS.items() if k != "<|AUDIO_OUT|>"}, "here")
+    with pytest.raises(ConfigError, match="reserved_special_token_6.*which transformers' generation writes"):
+        transformers_config(translated(), {"<|eot_id|>": 1}, "bfloat16", "here")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"audio_adapter_type": "stack"}, "the model has audio_adapter_type 'stack', transformers' has not"),
+        ({"audio_dual_ffn_layers": [0, 1]}, "a dual FFN in only some"),
+        ({"use_delay_pattern": False}, "codes without the delay pattern"),
+        ({"audio_embed_avg": True}, "averaged audio embeddings"),
+        ({"audio_stream_bos_id": 7}, "its stream ids are not the two after it"),
+    ],
+)
+def test_what_transformers_model_is_not_is_refused(changes, words):
+    config = translated()
+    for key, value in changes.items():
+        setattr(config, key, value)
+    with pytest.raises(ConfigError) as caught:
+        transformers_config(config, TOKENS, "bfloat16", "here")
+    assert words in str(caught.value)
+
+
+def test_the_layout_is_told_by_the_config(tmp_path, tiny_dir):
+    assert layout_of(tiny_dir) == "boson"
+    file = tmp_path / "config.json"
+    for text, words in [
+        ('{"model_type": "higgs_audio_v2_tokenizer"}', "the codec: give it to --codec"),
+        ('{"model_type": "llama"}', "model_type 'llama', expected 'higgs_audio' or 'higgs_audio_v2'"),
+        ("[]", "holds list, expected a JSON object"),
+        ("{", "cannot be read"),
+        ("[" * 100_000, "cannot be read"),
+    ]:
+        file.write_text(text)
+        with pytest.raises(ConfigError) as caught:
+            read_checkpoint_config(tmp_path)
+        assert words in str(caught.value) and "\n" not in str(caught.value)
+    file.write_text(json.dumps(HUB))
+    for added in ("[5]", '[{"content": "x", "id": Infinity}]', '[{"content": "x", "id": NaN}]', "5", "null"):
+        (tmp_path / "tokenizer.json").write_text(f'{{"added_tokens": {added}}}')
+        with pytest.raises(ConfigError, match="no list of tokens with content and id"):
+            read_checkpoint_config(tmp_path)
+
+
+def test_the_adaptable_modules_are_those_that_lora_adapts():
+    linears = adaptable_modules(translated())
+    assert len(linears) == 28 * 10 + 2 + 1 and linears["audio_codebook_embeddings"] == (8208, 3072)
+    assert linears["layers.3.self_attn.k_proj"] == (1024, 3072)
+    assert linears["audio_decoder_proj.audio_lm_head"] == (8208, 3072)

@@ -1,0 +1,349 @@
+"""Base checkpoints: what loads, what is refused, and that every weight is accounted for."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from boson_multimodal.model.higgs_audio import HiggsAudioModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from higgs_ds.errors import ConfigError
+from higgs_ds.model.base import attach_lora, initial_lora, load_base, locate_checkpoint, open_base, read_model_config
+from higgs_ds.model.facts import ModelFacts
+from higgs_ds.model.higgs_v2.modules import DEFAULT_LORA_TARGETS
+from higgs_ds.model.higgs_v2.tiny import SPECIAL_TOKENS, byte_tokenizer, write_tiny
+from higgs_ds.model.higgs_v2.upstream import HiggsAudioForTraining
+from higgs_ds.options.sections import LoraOptions
+from higgs_ds.tools.merge_weights import Base
+
+
+def test_upstreams_own_classes_load_the_tiny_checkpoint(tiny_dir):
+    model, info = HiggsAudioModel.from_pretrained(tiny_dir, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_dir)
+    for token in SPECIAL_TOKENS.values():
+        (token_id,) = tokenizer.encode(token, add_special_tokens=False)
+        assert tokenizer.decode([token_id]) == token
+    text = "<|begin_of_text|>Ünïcode ☂, and\n\nnewlines"
+    assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
+    assert model.config.use_delay_pattern and model.config.audio_num_codebooks == 8
+    assert model.audio_decoder_proj.audio_lm_head.weight.shape == (8 * 1026, 64)
+
+
+BOSON = {  # what Boson's config.json says, but for sizes and for ids, which follow the vocabulary's size
+    "architectures": ["HiggsAudioModel"],
+    "model_type": "higgs_audio",
+    "audio_adapter_type": "dual_ffn_fast_forward",
+    "audio_embed_avg": False,
+    "audio_decoder_proj_num_layers": 0,
+    "audio_num_codebooks": 8,
+    "audio_codebook_size": 1024,
+    "audio_stream_bos_id": 1024,
+    "audio_stream_eos_id": 1025,
+    "audio_tokenizer_config": None,
+    "encode_audio_in_tokens": True,
+    "encode_whisper_embed": False,
+    "skip_audio_tower": True,
+    "use_audio_out_embed_projector": False,
+    "use_audio_out_self_attention": 0,
+    "use_delay_pattern": True,
+    "use_rq_transformer": False,
+    "rq_transformer_num_hidden_layers": 3,
+    "torch_dtype": "bfloat16",
+}
+BOSON_TEXT = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_act": "silu",
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 500000.0,
+    "rope_scaling": {
+        "factor": 32.0,
+        "high_freq_factor": 4.0,
+        "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+}
+BOSON_TOKENS = {  # id in Boson's vocabulary of 128,256
+    "<|begin_of_text|>": 128000,
+    "<|end_of_text|>": 128001,
+    "<|start_header_id|>": 128006,
+    "<|end_header_id|>": 128007,
+    "<|eom_id|>": 128008,
+    "<|eot_id|>": 128009,
+    "<|audio_bos|>": 128011,
+    "<|audio_eos|>": 128012,
+    "<|audio_out_bos|>": 128013,
+    "<|reserved_special_token_6|>": 128014,
+    "<|AUDIO|>": 128015,
+    "<|AUDIO_OUT|>": 128016,
+    "<|recipient|>": 128017,
+    "<|scene_desc_start|>": 128018,
+    "<|scene_desc_end|>": 128019,
+    "<SE>": 128022,
+    "</SE_e>": 128027,
+    "<|reserved_special_token_247|>": 128255,
+}
+
+
+def test_the_tiny_checkpoint_is_of_bosons_kind(tiny_dir):
+    config = json.loads((tiny_dir / "config.json").read_text())
+    assert config | BOSON == config and config["text_config"] | BOSON_TEXT == config["text_config"]
+    assert "tie_word_embeddings" not in config and config["audio_dual_ffn_layers"] == [0, 1]
+    assert config["audio_encoder_config"]["d_model"] == 1280 and config["hidden_size"] == 64
+    tokenizer = AutoTokenizer.from_pretrained(tiny_dir)
+    assert type(tokenizer) is PreTrainedTokenizerFast and len(tokenizer) == config["text_config"]["vocab_size"] == 512
+    shift = 128256 - 512
+    for token, boson_id in BOSON_TOKENS.items():
+        assert tokenizer.convert_tokens_to_ids(token) == boson_id - shift, token
+    ids = {"pad_token_id": 128001, "audio_in_token_idx": 128015, "audio_out_token_idx": 128016}
+    ids |= {"audio_out_bos_token_id": 128013, "audio_eos_token_id": 128012}
+    assert {name: config[name] + shift for name in ids} == ids
+    generation = json.loads((tiny_dir / "generation_config.json").read_text())
+    assert {name: generation[f"{name}_token_id"] + shift for name in ("bos", "eos", "pad")} == {
+        "bos": 128000,
+        "eos": 128001,
+        "pad": 128001,
+    }
+    shards = [f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3)]
+    index = json.loads((tiny_dir / "model.safetensors.index.json").read_text())
+    assert sorted(set(index["weight_map"].values())) == shards
+    weights = {name: tensor for shard in shards for name, tensor in load_file(tiny_dir / shard).items()}
+    assert {name: index["weight_map"][name] for name in weights} == index["weight_map"]
+    assert all(tensor.dtype == torch.bfloat16 for tensor in weights.values())
+    assert index["metadata"]["total_size"] == sum(2 * tensor.numel() for tensor in weights.values())
+
+
+def test_the_same_seed_gives_the_same_checkpoint(tiny_dir, tmp_path):
+    write_tiny(tmp_path / "again", seed=0, hidden_size=64, num_layers=2)
+    write_tiny(tmp_path / "other", seed=1, hidden_size=64, num_layers=2)
+    first = "model-00001-of-00003.safetensors"
+    base, again, other = (load_file(p / first) for p in (tiny_dir, tmp_path / "again", tmp_path / "other"))
+    assert all(torch.equal(base[name], again[name]) for name in base)
+    assert not torch.equal(base["embed_tokens.weight"], other["embed_tokens.weight"])
+    with pytest.raises(FileExistsError, match="holds a checkpoint already"):
+        write_tiny(tmp_path / "again")
+
+
+@pytest.fixture
+def copy(tiny_dir, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(tiny_dir, folder)
+    return folder
+
+
+def refused(folder) -> str:
+    with pytest.raises(ConfigError) as caught:
+        open_base(str(folder))
+    return str(caught.value)
+
+
+def change_weights(folder, change, *, shard_of: str = "embed_tokens.weight"):
+    """Changes the tensors of the shard that holds this one, and has the index say what is where then."""
+    index_file = folder / "model.safetensors.index.json"
+    file = folder / json.loads(index_file.read_text())["weight_map"][shard_of]
+    weights = load_file(file)
+    before = set(weights)
+    change(weights)
+    save_file(weights, file, metadata={"format": "pt"})
+    index = json.loads(index_file.read_text())
+    for name in before - set(weights):
+        del index["weight_map"][name]
+    index["weight_map"] |= dict.fromkeys(weights, file.name)
+    index_file.write_text(json.dumps(index))
+
+
+def test_missing_extra_misshapen_and_quantized_weights_are_refused(copy):
+    change_weights(copy, lambda w: w.pop("norm.weight"), shard_of="norm.weight")
+    change_weights(copy, lambda w: w.update({"stray.weight": torch.zeros(2)}))
+    change_weights(copy, lambda w: w.update({"embed_tokens.weight": torch.zeros(3, 64)}))
+    change_weights(copy, lambda w: w.update({"layers.0.mlp.up_proj.weight": torch.zeros(256, 64, dtype=torch.int8)}))
+    text = refused(copy)
+    assert "missing weight norm.weight [64]" in text
+    assert "extra weight stray.weight [2]" in text
+    assert "embed_tokens.weight has shape [3, 64], the model needs [512, 64]" in text
+    assert "layers.0.mlp.up_proj.weight is I8, expected one of BF16, F16, F32: quantized" in text
+
+
+def test_a_weight_that_the_index_lists_and_no_file_holds_is_a_line(copy):
+    index_file = copy / "model.safetensors.index.json"
+    index = json.loads(index_file.read_text())
+    names = ("ghost.weight", "ghost.bias", "rotary_emb.inv_freq")  # the last of no module anyway
+    index["weight_map"] |= dict.fromkeys(names, "model-00001-of-00003.safetensors")
+    index_file.write_text(json.dumps(index))
+    where = f"--base_ckpt: {copy}: {index_file.name} lists"
+    lines = [f"{where} {name} in model-00001-of-00003.safetensors, which does not hold it" for name in names[:2]]
+    assert refused(copy).splitlines() == lines
+
+
+def test_how_a_checkpoint_would_generate_is_not_read(copy):
+    (copy / "generation_config.json").write_text('{"suppress_tokens": [1], "eos_token_id": "x", "num_beams": []}')
+    found = load_base(copy, read_model_config(copy), "fp32").generation_config
+    assert (found.bos_token_id, found.eos_token_id, found.pad_token_id) == (256, 257, 257)
+    assert found.suppress_tokens is None and found.num_beams == 1
+
+
+def test_files_that_do_not_say_who_wrote_them_are_loaded_all_the_same(copy):
+    """safetensors' own `save_file` leaves the mark out, and transformers' loader ends in a traceback without it."""
+    config = read_model_config(copy)
+    wanted = load_base(copy, config, "fp32").state_dict()
+    for file, metadata in zip(sorted(copy.glob("*.safetensors")), (None, {"format": "tf"}, {"by": "me"}), strict=True):
+        save_file({name: value.clone() for name, value in load_file(file).items()}, file, metadata=metadata)
+    found = load_base(copy, config, "fp32").state_dict()
+    assert found.keys() == wanted.keys() and all(torch.equal(value, wanted[name]) for name, value in found.items())
+
+
+def test_weights_that_this_family_carries_along_are_left_out_and_mentioned_once(copy):
+    strays = {
+        "audio_codebook_weights": torch.ones(8),
+        "rotary_emb.inv_freq": torch.ones(32),
+        "layers.0.self_attn.rotary_emb.original_inv_freq": torch.ones(32),
+    }
+    change_weights(copy, lambda w: w.update(strays))
+    base = open_base(str(copy))
+    (note,) = base.notes
+    assert all(name in note for name in strays)
+    model, info = HiggsAudioForTraining.from_pretrained(copy, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    merging = Base.open(copy)
+    assert merging.notes == [note] and merging.stored.keys() == model.state_dict().keys()
+
+
+def test_split_halves_are_recognised(copy):
+    def split(weights):
+        whole = weights.pop("embed_tokens.weight")
+        weights["embed_tokens.embedding_frozen.weight"] = whole[:500].clone()
+        weights["embed_tokens.embedding_trainable.weight"] = whole[500:].clone()
+
+    change_weights(copy, split)
+    text = refused(copy)
+    assert "holds weights in two halves (embed_tokens.embedding_frozen.weight" in text and "joined" in text
+    assert "missing" not in text and "extra" not in text
+
+
+def test_truncated_absent_and_unnamed_files_are_refused(copy):
+    file = copy / "model-00002-of-00003.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert "model-00002-of-00003.safetensors cannot be read" in refused(copy)
+    file.unlink()
+    assert "model-00002-of-00003.safetensors is missing, the index names it" in refused(copy)
+    index = copy / "model.safetensors.index.json"
+    for content in ("{", "[]", "{}", '{"weight_map": {"a": "../up.safetensors"}}', '{"weight_map": {"a": 1}}'):
+        index.write_text(content)
+        assert "model.safetensors.index.json cannot be used" in refused(copy)
+    index.unlink()
+    assert "but neither model.safetensors nor model.safetensors.index.json" in refused(copy)
+    for shard in copy.glob("*.safetensors"):
+        shard.unlink()
+    torch.save({}, copy / "pytorch_model.bin")
+    assert "no .safetensors file" in refused(copy)
+
+
+def test_a_tokenizer_of_another_model_is_refused(copy):
+    other = byte_tokenizer()
+    other._tokenizer.add_tokens(["one too many"])
+    other.save_pretrained(copy)
+    assert "its tokenizer has 513 tokens, the model 512" in refused(copy)
+    state = json.loads((copy / "tokenizer.json").read_text())
+    state["added_tokens"] = [token for token in state["added_tokens"] if "AUDIO_OUT" not in token["content"]]
+    (copy / "tokenizer.json").write_text(json.dumps(state))
+    (copy / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    assert "its tokenizer cuts <|AUDIO_OUT|> into 13 tokens" in refused(copy)
+    config = json.loads((copy / "config.json").read_text())
+    byte_tokenizer().save_pretrained(copy)
+    (copy / "config.json").write_text(json.dumps(config | {"audio_out_token_idx": 280}))
+    assert "its tokenizer gives <|AUDIO_OUT|> the id 272, config.json 280" in refused(copy)
+    (copy / "tokenizer.json").write_text("{")
+    assert "the tokenizer cannot be loaded" in refused(copy)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model_type": "higgs_audio_v2"}, ["audio_token_id is 128016, the tokenizer's <|AUDIO_OUT|> is 272"]),
+        ({"model_type": "llama"}, ["model_type 'llama', expected 'higgs_audio'"]),
+        ({"skip_audio_tower": False}, ["Whisper audio tower"]),
+    ],
+)
+def test_other_checkpoints_are_refused(changes, words, copy):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(ConfigError) as caught:
+        read_model_config(copy)
+    assert all(word in str(caught.value) for word in words)
+
+
+def test_a_name_that_is_no_utf_8_is_one_line():
+    with pytest.raises(ConfigError, match=r"^--base_ckpt: 'a/\\udcff' is no UTF-8; give the folder another name$"):
+        locate_checkpoint("a/\udcff")
+
+
+@pytest.mark.parametrize("name", ["nowhere", "./nowhere", "/nowhere/at/all", "a/b/c"])
+def test_neither_folder_nor_hub_id(name):
+    with pytest.raises(ConfigError, match="neither a folder nor a hub id"):
+        locate_checkpoint(name)
+
+
+def test_the_sizes_of_a_layer(tiny_dir, tiny_config):
+    weights = [p for p in load_base(tiny_dir, tiny_config, "fp32").layers[0].parameters() if p.ndim == 2]
+    assert ModelFacts.from_config(tiny_config).layer_parameters == sum(weight.numel() for weight in weights)
+    assert ModelFacts.from_config(tiny_config).widest == max(max(weight.shape) for weight in weights)
+
+
+def lora_on(model, **changes):
+    settings = dict(rank=4, alpha=8, dropout=0.0, target_modules=list(DEFAULT_LORA_TARGETS), seed=5, base_name="b")
+    return attach_lora(model, **(settings | changes))
+
+
+def test_lora_starts_from_its_own_generator(tiny_dir, tiny_config):
+    def start(seed, noise):
+        torch.manual_seed(noise)
+        model = lora_on(load_base(tiny_dir, tiny_config, "fp32"), seed=seed)
+        return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+    one, two, other = start(5, 1), start(5, 2), start(6, 1)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert all("lora_" in name for name in one)
+    # Text and audio FFN and the shared attention of both layers, A and B each.
+    assert len(one) == 2 * 2 * (4 + 3 + 3)
+    a = [name for name in one if "lora_A" in name]
+    assert not any(torch.equal(one[name], other[name]) for name in a)
+    assert all(not one[name].any() for name in one if "lora_B" in name)
+    values = initial_lora("x.lora_A.default.weight", (64, 256), 0)
+    assert values.abs().max() <= 1 / 16 and abs(float(values.std()) - 1 / 16 / 3**0.5) < 1e-3
+
+
+def test_a_target_that_names_nothing_is_refused(tiny_dir, tiny_config):
+    with pytest.raises(ConfigError, match="'q_prj' names no linear layer \\(did you mean 'q_proj'"):
+        lora_on(load_base(tiny_dir, tiny_config, "fp32"), target_modules=["q_prj"])
+
+
+@pytest.mark.parametrize(("group", "in_layer"), [("attention", 4), ("text_mlp", 3), ("audio_mlp", 3), ("all", 10)])
+def test_a_group_of_targets_is_its_layers_and_no_others(group, in_layer, tiny_dir, tiny_config):
+    suffixes = LoraOptions(lora_target_modules=[group]).target_suffixes
+    model = lora_on(load_base(tiny_dir, tiny_config, "fp32"), target_modules=suffixes)
+    adapted = [name for name, p in model.named_parameters() if p.requires_grad and "lora_A" in name]
+    assert len(adapted) == 2 * in_layer
+    path = {"attention": ".self_attn.", "text_mlp": ".mlp.", "audio_mlp": ".audio_mlp."}.get(group, ".")
+    assert all(path in name for name in adapted)
+
+
+def test_a_head_that_is_a_target_trains(tiny_dir, tiny_config):
+    model = lora_on(load_base(tiny_dir, tiny_config, "fp32"), target_modules=["text_lm_head", "audio_lm_head"])
+    assert sum("lora_B" in name for name, p in model.named_parameters() if p.requires_grad) == 2
+
+
+@pytest.mark.parametrize(("dtype", "wanted"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
+def test_base_is_frozen_and_in_its_dtype(dtype, wanted, tiny_dir, tiny_config):
+    model = load_base(tiny_dir, tiny_config, dtype)
+    assert {p.dtype for p in model.parameters()} == {wanted}
+    assert not any(p.requires_grad for p in model.parameters())
+    upstream = HiggsAudioModel.from_pretrained(tiny_dir, torch_dtype=wanted)
+    inputs = {"input_ids": torch.arange(16)[None], "attention_mask": torch.ones(1, 16, dtype=torch.long)}
+    assert torch.equal(model.eval()(**inputs).logits, upstream.eval()(**inputs).logits)
+    assert {p.dtype for p in lora_on(model).parameters()} == {wanted}

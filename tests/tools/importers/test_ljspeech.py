@@ -1,0 +1,142 @@
+"""Which column of a table without a header is the text: as trainers of speech publish their file lists."""
+
+import pytest
+
+from higgs_ds.errors import ConfigError
+from higgs_ds.tools.importers.formats import read_foreign
+
+CLIPS = [f"c{i:02}" for i in range(12)]
+TEXTS = [f"This is what sentence {chr(97 + i)} says, in short." for i in range(12)]
+HAN = ["卡尔普陪外孙玩滑梯。", "假语村言别再拥抱我。", "宝马配挂跛骡鞍。"] * 4
+PINYIN = ["ka2 er2 pu3 pei2", "jia2 yu3 cun1 yan2", "bao2 ma3 pei4 gua4"] * 4
+SPANISH = [f"La casa blanca {chr(97 + i)} está vacía." for i in range(12)]
+PHONEMES = [f"la kˈasa βlˈaŋka {chr(97 + i)} estˈa βaθˈia." for i in range(12)]
+NUMBERS = [f"I have {i} of them." for i in range(12)]
+SPELT = [
+    f"I have {'one two three four five six seven eight nine ten eleven none'.split()[i]} of them." for i in range(12)
+]
+NAMES = ["anna", "bert", "anna", "cleo"] * 3
+
+
+@pytest.fixture
+def table(tmp_path):
+    """The rows as (text, speaker), and what was said, of columns behind that of the clips."""
+    (tmp_path / "wavs").mkdir()
+    for clip in CLIPS:
+        (tmp_path / "wavs" / f"{clip}.wav").write_bytes(b"RIFF")
+
+    def read(*columns, count=12, more=()):
+        lines = ["|".join(parts) for parts in list(zip(CLIPS, *columns, strict=True))[:count]]
+        (tmp_path / "metadata.csv").write_text("\n".join([*lines, *more]))
+        _, found = read_foreign(tmp_path, "ljspeech")
+        return [(row["text"], row.get("speaker")) for row in found.rows], found
+
+    return read
+
+
+def alone(texts):
+    return [(text, None) for text in texts]
+
+
+def by(texts, speakers=NAMES):
+    return list(zip(texts, speakers, strict=True))
+
+
+@pytest.mark.parametrize("count", [1, 3, 12])
+@pytest.mark.parametrize(
+    ("columns", "rows"),
+    [
+        ((TEXTS,), alone(TEXTS)),
+        ((NUMBERS, SPELT), alone(SPELT)),
+        ((TEXTS, [text.lower() for text in TEXTS]), alone([text.lower() for text in TEXTS])),
+        ((HAN, PINYIN), alone(HAN)),
+        (([f"{text}{i}" for i, text in enumerate(HAN)], PINYIN), alone([f"{text}{i}" for i, text in enumerate(HAN)])),
+        ((SPANISH, PHONEMES), alone(SPANISH)),
+        ((CLIPS, TEXTS), alone(TEXTS)),  # an id again
+        (
+            (["Yes.", "5.", "6.", "7."] * 3, ["Yes.", "five.", "six.", "seven."] * 3),
+            alone(["Yes.", "five.", "six.", "seven."] * 3),
+        ),
+        (([""] * 12, TEXTS), alone(TEXTS)),
+        ((TEXTS, [""] * 12), alone(TEXTS)),
+    ],
+)
+def test_a_text_is_told_from_its_other_forms(table, columns, rows, count):
+    assert table(*columns, count=count)[0] == rows[:count]
+
+
+@pytest.mark.parametrize("count", [3, 12])
+@pytest.mark.parametrize(
+    ("columns", "rows"),
+    [
+        ((NAMES, TEXTS), by(TEXTS)),
+        ((TEXTS, NAMES), by(TEXTS)),
+        ((TEXTS, ["0"] * 12), by(TEXTS, ["0"] * 12)),
+        ((NAMES, ["en"] * 12, TEXTS), by(TEXTS)),
+        ((["ZH", "EN", "ZH"] * 4, NAMES, HAN), by(HAN)),
+        ((NAMES, NUMBERS, SPELT), by(SPELT)),
+        ((NAMES, ["ZH"] * 12, HAN, PINYIN, ["2 2 3"] * 12, ["1 1 1"] * 12), by(HAN)),
+        ((TEXTS, ["de"] * 12), alone(TEXTS)),
+        ((NUMBERS, SPELT, PHONEMES, ["3.5", "2.25", "3.5"] * 4, TEXTS), alone(SPELT)),  # with lengths and a translation
+    ],
+)
+def test_a_speaker_is_who_comes_again(table, columns, rows, count):
+    assert table(*columns, count=count)[0] == rows[:count]
+
+
+def test_speakers_with_blanks_and_sentences_that_all_say(table):
+    names = ["Anna Berg", "Bert", "Cleo Dahl"] * 4
+    sentences = [text for text in TEXTS[:4] for _ in range(3)]
+    assert table(names, sentences)[0] == by(sentences, names)
+
+
+def test_columns_that_cannot_be_told_apart_are_asked_for(table, tmp_path):
+    people = ["Anna Berg", "Bert", "Cleo", "Dora Eck", "Ernst", "Fay", "Gil", "Hal", "Ines", "Jan", "Kit", "Lea Ott"]
+    sounds = [name.upper() for name in "ɑnə bɚt klio doɹə ɚnst feɪ gɪl hæl ines jæn kɪt leə".split()]
+    for column in (TEXTS, sounds):  # of people, each with one row, or of words with their phonemes
+        with pytest.raises(ConfigError, match="column 2 may hold names or a few words each, so that none is clearly"):
+            table(people, column)
+    words = ["yes", "no"] * 6
+    with pytest.raises(ConfigError, match=r"none is clearly the text; put a first line on top .* `id\|speaker\|text`"):
+        table(NAMES, words)
+    path = tmp_path / "metadata.csv"
+    path.write_text(f"id|speaker|text\n{path.read_text()}")
+    _, found = read_foreign(path, None)
+    assert [(row["text"], row["speaker"]) for row in found.rows] == by(words)
+    assert table(words, [word.title() for word in words])[0] == alone([word.title() for word in words])
+
+
+def test_lines_with_other_columns_are_left_out_and_the_columns_named(table, tmp_path):
+    more = ["c00|Hello | world|x", "c01|two", "none at all"]
+    rows, found = table(NAMES, TEXTS, more=more)
+    assert rows == by(TEXTS)
+    where = f"{tmp_path}/metadata.csv"
+    assert found.lines(tmp_path) == [
+        f"{where}: columns: 1 clip, 2 speaker, 3 text; where that is wrong, put a header on top, as `id|text|speaker`",
+        f"left out: 1 × lines without `|`, e.g. {where}:15",
+        f"left out: 2 × lines with another number of columns than most, e.g. {where}:13: 4 instead of 3",
+    ]
+    rows, found = table(TEXTS, more=["c00|Hello | world"])
+    assert rows == alone(TEXTS) and list(found.left_out.values()) == [1]
+
+
+@pytest.mark.parametrize("header", ["audio_file|text|speaker_name", "ID|Transcription|Speaker ID", "wav|sentence|spk"])
+def test_a_header_is_believed(table, tmp_path, header):
+    table(TEXTS, NAMES)
+    path = tmp_path / "metadata.csv"
+    path.write_text(f"{header}\n{path.read_text()}")
+    for kind in (None, "ljspeech"):
+        _, found = read_foreign(tmp_path, kind)
+        assert [(row["text"], row["speaker"]) for row in found.rows] == by(TEXTS) and not found.left_out
+    path.write_text(f"id|text|text\n{path.read_text()}")
+    with pytest.raises(ConfigError, match="has the column `text` twice"):
+        read_foreign(tmp_path, None)
+
+
+@pytest.mark.parametrize("name", ["a.WAV", "a.opus", "a.Flac", "A.wav"])
+def test_clips_in_other_containers_and_letters(tmp_path, name):
+    (tmp_path / "wavs").mkdir()
+    (tmp_path / "wavs" / name).write_bytes(b"RIFF")
+    (tmp_path / "metadata.csv").write_text("a|One.")
+    _, found = read_foreign(tmp_path, None)
+    assert found.rows == [{"audio": f"{tmp_path}/wavs/{name}", "text": "One."}]

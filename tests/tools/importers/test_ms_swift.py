@@ -1,0 +1,156 @@
+"""ms-swift's rows as its documentation and its users have them; what comes out is read as a manifest."""
+
+import json
+
+import pytest
+
+from higgs_ds.data.manifest import read_manifest
+from higgs_ds.errors import ConfigError
+from higgs_ds.tools.importers.formats import read_foreign
+
+
+@pytest.fixture
+def read(tmp_path):
+    """Rows and the reasons for which others were left out, of rows beside the clips a.wav to c.wav."""
+    for name in "abc":
+        (tmp_path / f"{name}.wav").write_bytes(b"RIFF")
+
+    def read(*rows):
+        (tmp_path / "s.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        _, found = read_foreign(tmp_path / "s.jsonl", "ms-swift")
+        (tmp_path / "out.jsonl").write_text("\n".join(map(json.dumps, found.rows)))
+        if found.rows:
+            assert read_manifest(tmp_path / "out.jsonl")[1] == []
+        for row in found.rows:
+            row |= {"audio": row["audio"].removeprefix(f"{tmp_path}/")} if "audio" in row else {}
+        return found.rows, list(found.left_out), found
+
+    return read
+
+
+def talk(*turns, **more):
+    """A row of (role, content) or whole messages."""
+    messages = [turn if isinstance(turn, dict) else {"role": turn[0], "content": turn[1]} for turn in turns]
+    return {"messages": messages, "audios": ["a.wav"]} | more
+
+
+ASK, ANSWER = ("user", "Hi."), ("assistant", "<audio>")
+SPEECH = {"audio": "a.wav", "text": "Hi."}
+LIST = [{"type": "text", "text": "Hi."}], [{"type": "audio", "audio": "a.wav"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "more"),
+    [
+        (talk(ASK, ANSWER), {}),
+        (talk(ASK, ANSWER, audios="a.wav"), {}),
+        (talk(ASK, ANSWER, audios=[{"path": "a.wav", "bytes": None}]), {}),
+        (talk(("user", LIST[0]), ("assistant", LIST[1])), {}),
+        (talk(("user", LIST[0]), ("assistant", LIST[1]), audios=[]), {}),
+        (talk(ASK, ("assistant", [{"type": "audio_url", "audio_url": {"url": "a.wav"}}]), audios=None), {}),
+        (talk(ASK, ("assistant", [{"type": "audio"}])), {}),
+        (talk(ASK, ANSWER, speaker="anna"), {"speaker": "anna"}),
+        (talk(ASK, ANSWER, speaker=10**20), {"speaker": "1" + "0" * 20}),
+        (talk(("user", "<audio>"), ("assistant", "Hi."), **{"Speaker ID": 7}), {"speaker": "7"}),
+        (talk(ASK, {"role": "assistant", "content": "<audio>", "loss": True}, images=[], tools=""), {}),
+    ],
+)
+def test_a_text_and_its_clip_become_a_speech_row(read, row, more):
+    rows, left_out, found = read(row)
+    assert rows == [SPEECH | more] and left_out == [] and not found.columns.counts
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (talk(("user", "<image>Hi."), ANSWER, images=["x.png"]), "rows with images or videos"),
+        (talk(ASK, ANSWER, videos=["x.mp4"]), "rows with images or videos"),
+        (talk(("user", [{"type": "image", "image": "x.png"}]), ANSWER), "rows with images or videos"),
+        (
+            talk(ASK, ("tool_call", "{}"), ("tool_response", "{}"), ANSWER),
+            "conversations with roles other than system, user and assistant",
+        ),
+        (talk(ASK, ("assistant", [{"type": "audio", "audio": "b.wav"}])), "rows whose messages hold other clips than"),
+        (talk(ASK, ("assistant", 5)), "conversations whose `content` is neither text nor a list of texts and clips"),
+        (talk(ASK, ANSWER, audios=None), "rows without `messages` and `audios`"),
+        (talk(ASK, ANSWER, audios=["a.wav", "b.wav"]), "rows with another number of `<audio>` tags than `audios`"),
+        (talk(ASK, ANSWER, audios=["gone.wav"]), "clips that do not exist"),
+        (
+            talk(("user", "<audio>"), ("assistant", "Hi."), ("user", "So?"), ("assistant", "Well.")),
+            "conversations in which the assistant has no clip",
+        ),
+        (
+            talk(ASK, {"role": "assistant", "content": "<audio>", "loss": False}),
+            "conversations whose `loss` is false everywhere",
+        ),
+        (
+            talk(ASK, ANSWER, ASK, {"role": "assistant", "content": "So.", "loss": False}),
+            "conversations whose `loss` is false behind a turn that is trained on",
+        ),
+        (talk(("user", " "), ANSWER, ASK, ("assistant", "Hi.")), "conversations with an empty turn"),
+        (talk(ASK, ANSWER, start_index=0), "rows that are a manifest's already, and say more than is imported"),
+        (
+            talk(ASK, ("assistant", [{"type": "audio", "audio_url": "a.wav", "offset": 0.5}]), audios=None),
+            "rows that are a manifest's already, and say more than is imported",
+        ),
+        ({"query": "Hi.", "audios": ["a.wav"]}, "rows without `messages` and `audios`"),
+    ],
+)
+def test_what_would_be_trained_falsely_is_left_out(read, row, reason):
+    rows, [found], _ = read(row)
+    assert rows == [] and found.startswith(reason)
+
+
+def test_turns_without_loss_are_context(read):
+    without = {"role": "assistant", "content": "<audio>", "loss": False}
+    rows, _, found = read(talk(ASK, without, ("user", "So?"), ANSWER, audios=["a.wav", "b.wav"], speaker="anna", x=1))
+    assert rows[0]["start_index"] == 2 and rows[0]["speaker"] == "anna" and len(rows[0]["messages"]) == 4
+    assert dict(found.columns.counts) == {"x": 1}
+
+
+def test_what_is_taken_for_a_transcript_and_what_is_not_read_is_said(read, tmp_path):
+    _, _, found = read(talk(("user", "<audio>"), ("assistant", "Hi.")), talk(("system", "Low."), ASK, ANSWER))
+    notes = found.lines(tmp_path)
+    assert "s.jsonl: 1 × a clip of the user's is taken to say what the assistant writes" in notes[0]
+    assert "s.jsonl: 1 × a system turn beside one text and its clip: not read" in notes[1] and len(notes) == 2
+
+
+def test_a_key_that_is_there_twice_is_not_guessed(tmp_path):
+    (tmp_path / "a.wav").write_bytes(b"RIFF")
+    row = json.dumps(talk(ASK, ANSWER))
+    rows = [row, row.replace('"audios"', '"audios": [], "audios"'), row.replace('"content"', '"content": 1, "content"')]
+    (tmp_path / "s.jsonl").write_text("\n".join(rows))
+    _, found = read_foreign(tmp_path / "s.jsonl", None)
+    assert len(found.rows) == 1 and found.left_out == {"rows that have a column twice": 2}
+
+
+def test_a_row_among_a_manifests_is_a_fault_that_names_the_command(tmp_path):
+    (tmp_path / "a.wav").write_bytes(b"RIFF")
+    plain = talk(ASK, ("assistant", [{"type": "audio", "audio_url": "a.wav"}]), audios=[])
+    good = talk(ASK, ("assistant", [{"type": "audio", "audio_url": "a.wav"}]))
+    untagged = talk(ASK, ("assistant", "So."))
+    path = tmp_path / "m.jsonl"
+    path.write_text("\n".join(map(json.dumps, [{"messages": plain["messages"]}, talk(ASK, ANSWER), untagged, good])))
+    rows, faults = read_manifest(path)
+    assert [row.line for row in rows] == [1, 4]
+    command = f"python -m higgs_ds import --from ms-swift {path} --output DIR"
+    assert [str(fault) for fault in faults] == [
+        f"{path}:{line}: audios: is ms-swift's and not read here; this makes a manifest of it: {command}"
+        for line in (2, 3)
+    ]
+    kind, found = read_foreign(path, None)  # though its first row is plain
+    assert kind == "ms-swift" and len(found.rows) == 4
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_the_first_rows_of_an_array_are_looked_at(tmp_path, whole):
+    (tmp_path / "a.wav").write_bytes(b"RIFF")
+    plain = {"messages": talk(ASK, ("assistant", "So."))["messages"]}
+    text = json.dumps([5, *[plain] * 15, talk(ASK, ANSWER)], indent=1)
+    (tmp_path / "s.json").write_text(text if whole else text[:-1])
+    if whole:
+        kind, found = read_foreign(tmp_path / "s.json", None)
+        assert kind == "ms-swift" and len(found.rows) == 1
+    else:
+        with pytest.raises(ConfigError, match="line .* column"):
+            read_foreign(tmp_path / "s.json", None)

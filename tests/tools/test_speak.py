@@ -1,0 +1,386 @@
+"""`generate` and `recite`: what they refuse before anything is loaded, what they write, and where a clip ends."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import soundfile
+
+from higgs_ds.codec.load import load_codec
+from higgs_ds.data.chatml import speech_messages
+from higgs_ds.model.base import open_base
+from higgs_ds.model.higgs_v2 import speaker as speaking
+from higgs_ds.model.higgs_v2 import stop_rules
+from higgs_ds.model.higgs_v2.speaker import Sampling, Speaker
+from higgs_ds.options.sections import BASE_NAMES
+from higgs_ds.tools import speak as speak_cli
+from higgs_ds.tools import speak_flags
+from higgs_ds.tools.cli import main
+from tests.conftest import SPEECH
+from tests.model.files.test_adapter_file import write_adapter
+
+CLIP = SPEECH.parent / json.loads(SPEECH.read_text().splitlines()[0])["audio"]
+
+
+@pytest.fixture(scope="module")
+def voice(tiny_dir, codec_dir):
+    return ["--base_ckpt", str(tiny_dir), "--codec", str(codec_dir)]
+
+
+@pytest.fixture
+def said(capsys):
+    def run(*flags) -> tuple[int, list[str]]:
+        capsys.readouterr()
+        try:
+            code = main([str(flag) for flag in flags])
+        except SystemExit as end:  # argparse
+            code = end.code
+        printed = capsys.readouterr()
+        return code, (printed.out + printed.err).strip().splitlines()
+
+    return run
+
+
+@pytest.fixture
+def nothing_loads(monkeypatch):
+    def loaded(*_, **__):
+        raise AssertionError("it was loaded")
+
+    monkeypatch.setattr(speaking, "load_checkpoint", loaded)
+
+
+def test_the_names_that_the_parser_knows_are_those_that_there_are():
+    assert tuple(speaking.SAMPLERS) == speak_flags.SAMPLERS and speak_cli.STOP_RULES == stop_rules.STOP_RULES
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--text", " "], "--text: is empty"),
+        (["--text", "\u200b \ufeff"], "--text: is empty"),
+        (["--text", "a\0b"], "--text: holds a NUL character"),
+        (["--ref_audio", str(CLIP), "--ref_text", ""], "--ref_text: is empty"),
+        (["--text", " ", "--base_ckpt", "no/where"], "--text: is empty"),
+        (["--text", "a <|eot_id|> b"], "--text: holds <|eot_id|>"),
+        (["--text", "a <|AUDIO_OUT|>"], "--text: holds <|AUDIO_OUT|>, which stands for a clip"),
+        (["--text", "a \udcff"], "--text: holds half a surrogate pair"),
+        (["--scene", "<|scene_desc_end|>"], "--scene: holds <|scene_desc_end|>"),
+        (["--max_row_tokens", "5"], "--text: the prompt takes"),
+        (["--max_row_tokens", "120", "--ref_audio", str(CLIP), "--ref_text", "x"], "--text: the prompt takes 1"),
+        (["--temperature", "nan"], "--temperature: nan must be 0, or 0.001 to 100"),
+        (["--temperature", "-1"], "--temperature: -1.0 must be 0, or 0.001 to 100"),
+        (["--temperature", "1e-40"], "--temperature: 1e-40 must be 0, or 0.001 to 100"),
+        (["--top_p", "0"], "--top_p: 0.0 must be above 0"),
+        (["--top_k", "0"], "--top_k: 0 must be 1 to"),
+        (["--seed", str(1 << 70)], "--seed: "),
+        (["--max_new_tokens", "0"], "--max_new_tokens: 0 must be"),
+        (["--max_new_tokens", "1000000"], "--max_new_tokens: 1000000 is over the model's"),
+        (["--sampler", "served", "--temperature", "0"], "--temperature: 0 and --sampler served exclude"),
+        (["--output_file", "missing/a.wav"], "--output_file: missing is not there; make it first"),
+        (["--format", "mp3"], "--format: mp3 is for --texts; the ending of --output_file is its format"),
+        (["--output_file", "a.aac"], "--output_file: a.aac must end in .wav, .flac, .ogg, .mp3"),
+        (["--output_file", "n" * 300 + ".wav"], "cannot be written: File name too long"),
+        (["--output_file", "folder.wav"], "--output_file: folder.wav is a folder"),
+        (["--output_file", "there.wav"], "--output_file: there.wav exists and is kept; --overwrite"),
+        (["--output_file", "there.wav/a.wav"], "--output_file: there.wav is not a folder"),
+        (["--ref_audio", "there.wav"], "--ref_audio, --ref_text: one needs the other"),
+        (["--ref_audio", "there.wav", "--ref_text", "x"], "--ref_audio: there.wav "),
+        (["--ref_audio", "folder.wav", "--ref_text", "x"], "--ref_audio: folder.wav "),
+        (["--ref_audio", "n" * 300, "--ref_text", "x"], "--ref_audio: nnn"),
+        (["--merged", "nowhere"], "--merged: is base and adapter in one; leave --base_ckpt out"),
+        (["--adapter", "boson", "--prompt_style", "served"], "--prompt_style: served, but boson was trained on boson"),
+        (["--adapter", "odd"], "prompt_style 'x' is not one of served, boson"),
+    ],
+)
+def test_what_cannot_be_spoken_is_one_line_before_anything_is_loaded(
+    flags, words, voice, said, tmp_path, monkeypatch, nothing_loads
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.wav").mkdir()
+    (tmp_path / "there.wav").write_bytes(b"kept")
+    for name, style in (("boson", "boson"), ("odd", "x")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "higgs_ds.json").write_text(json.dumps({"prompt_style": style}))
+    given = dict(zip(flags[::2], flags[1::2], strict=True))
+    flags = [word for flag in ({"--text": "Hello.", "--output_file": "a.wav"} | given).items() for word in flag]
+    code, lines = said("generate", *voice, *flags)
+    assert code == 2 and len(lines) == 1 and words in lines[0], lines
+    assert (tmp_path / "there.wav").read_bytes() == b"kept"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["boson", "folder.wav", "odd", "there.wav"]
+
+
+def test_weights_are_had_last_and_by_export_never(said, codec_dir, tiny_dir, tiny_config, tmp_path, monkeypatch):
+    asked = []
+
+    def snapshot_download(name, *, revision, allow_patterns):
+        asked.append((name, revision, "*.safetensors" in allow_patterns))
+        return str(tiny_dir)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    (tmp_path / "a").mkdir()
+    adapter = write_adapter(tmp_path / "a", tiny_config, revision="one")
+    flags = ["--base_ckpt", "b/ase", "--adapter", adapter, "--codec", codec_dir, "--output_file", tmp_path / "a.wav"]
+    assert said("generate", *flags, "--text", "a <|eot_id|>")[0] == 2
+    assert said("generate", *flags, "--text", "Hello.", "--max_new_tokens", 10)[0] == 0
+    assert asked == [("b/ase", "one", False), ("b/ase", "one", False), ("b/ase", "one", True)]
+    asked.clear()
+    assert said("export", "--adapter", adapter, "--layout", "transformers")[0] == 0
+    assert asked == [("b/ase", "one", False)]
+
+
+@pytest.mark.parametrize("verb", ["generate", "recite", "merge"])
+def test_an_adapter_of_another_base_is_refused_before_that_is_had(verb, said, tiny_config, tmp_path, monkeypatch):
+    def fetched(*_, **__):
+        raise AssertionError("the base was looked for")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetched)
+    other = {"base_model_name_or_path": BASE_NAMES[1], "revision": "f" * 40}
+    (tmp_path / "a").mkdir()
+    adapter = write_adapter(tmp_path / "a", tiny_config, **other)
+    flags = {
+        "generate": ["--text", "Hello.", "--output_file", tmp_path / "a.wav"],
+        "recite": ["--train_manifest", SPEECH, "--output_dir", tmp_path / "out"],
+        "merge": ["--layout", "boson", "--output_dir", tmp_path / "out"],
+    }[verb]
+    code, lines = said(verb, "--adapter", adapter, *flags)
+    assert code == 2 and len(lines) == 1 and f"--base_revision {'f' * 40} loads that; --other_base" in lines[0], lines
+    code, lines = said(verb, "--adapter", tmp_path, *flags)
+    assert code == 2 and lines == [f"--adapter: {tmp_path} holds no adapter_config.json"]
+    with pytest.raises(AssertionError, match="the base was looked for"):
+        said(verb, "--adapter", adapter, "--base_revision", "f" * 40, *flags)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "holds no text"),
+        (b"one\n\nthree\n", "t.txt:2: is empty"),
+        ("one\n\u200b\ufeff\nthree".encode(), "t.txt:2: is empty"),
+        ("\ufeff\n\u200b\n".encode(), "holds no text"),
+        (b"one\na\0b\n", "t.txt:2: holds a NUL character"),
+        (b"one\n<|eot_id|>\n", "t.txt:2: holds <|eot_id|>"),
+        (b"\xff\xfe", "is not UTF-8"),
+        (None, "cannot be read: No such file"),
+    ],
+)
+def test_a_file_of_texts_is_checked_whole(content, words, voice, said, tmp_path, nothing_loads):
+    file = tmp_path / "t.txt"
+    if content is not None:
+        file.write_bytes(content)
+    code, lines = said("generate", *voice, "--texts", file, "--output_dir", tmp_path / "out")
+    assert code == 2 and len(lines) == 1 and words in lines[0], lines
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_a_link_to_nowhere_is_refused_before_anything_is_loaded(voice, said, tmp_path, nothing_loads):
+    (tmp_path / "t.txt").write_text("Hello.")
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    words = f"--output_dir: {tmp_path / 'link'} is a link to what is not there; name another folder"
+    for verb, more in (
+        ("generate", ["--texts", tmp_path / "t.txt", *voice[2:]]),
+        ("recite", ["--train_manifest", SPEECH, *voice[2:]]),
+        ("merge", ["--layout", "boson"]),
+    ):
+        code, lines = said(verb, *voice[:2], *more, "--output_dir", tmp_path / "link")
+        assert code == 2 and lines == [words]
+    assert not (tmp_path / "gone").exists()
+
+
+@pytest.mark.parametrize("ending", ["wav", "flac", "ogg", "mp3"])
+def test_every_text_becomes_a_file_of_its_format(ending, voice, said, tmp_path):
+    """An untrained model never ends by itself; the same seed gives the same samples."""
+    (tmp_path / "t.txt").write_text(" Hello. \nWhere is the café?\n\n", encoding="utf-8")
+    out = tmp_path / "made" / "here"
+    flags = [*voice, "--texts", tmp_path / "t.txt", "--output_dir", out, "--format", ending, "--seed", 0]
+    flags += ["--sampler", "served", "--max_new_tokens", 30]
+    code, lines = said("generate", *flags)
+    assert code == 0, lines
+    assert lines[0].startswith(f"[1/2] {out / '0001'}.{ending}: ") and lines[1].startswith("[2/2] ")
+    assert "cut off at --max_new_tokens 30, not ended by itself" in lines[0]
+    files = sorted(out.iterdir())
+    assert [file.name for file in files] == [f"0001.{ending}", f"0002.{ending}"]
+    assert soundfile.info(files[0]).format == {"wav": "WAV", "flac": "FLAC", "ogg": "OGG", "mp3": "MP3"}[ending]
+    assert soundfile.info(files[0]).frames > 1000
+    code, lines = said("generate", *flags)
+    assert code == 2 and "0001" in lines[0] and "and 1 more exists and is kept" in lines[0]
+    before = soundfile.read(files[1])[0]
+    assert said("generate", *flags, "--overwrite")[0] == 0
+    assert np.array_equal(before, soundfile.read(files[1])[0])
+
+
+@pytest.mark.parametrize("flag", ["base_ckpt", "adapter", "merged", "codec", "ref_audio", "output_file", "output_dir"])
+@pytest.mark.parametrize("verb", ["generate", "recite", "merge", "export"])
+def test_an_empty_word_is_no_name(verb, flag, said):
+    """pathlib takes it for the working folder, and a default must not stand in for it."""
+    known = {"merge": ("base_ckpt", "adapter", "codec", "output_dir"), "export": ("base_ckpt", "adapter", "output_dir")}
+    known["recite"] = ("base_ckpt", "adapter", "merged", "codec", "ref_audio", "output_dir")
+    if flag not in known.get(verb, [flag]):
+        return
+    code, lines = said(verb, f"--{flag}", "")
+    assert code == 2 and lines[-1].endswith(f"error: argument --{flag}: is empty; give a value, or leave it out")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), "config.json cannot be read"),
+        (lambda folder: [file.unlink() for file in folder.iterdir()], "config.json cannot be read"),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "the tokenizer cannot be loaded"),
+        (lambda folder: [file.unlink() for file in folder.glob("*.safetensors")], "model-00001-of-0000"),
+    ],
+)
+def test_what_a_merged_folder_lacks_is_said_of_the_flag_that_named_it(
+    change, words, voice, said, tiny_dir, tmp_path, nothing_loads
+):
+    change(shutil.copytree(tiny_dir, tmp_path / "m"))
+    flags = ["--merged", tmp_path / "m", *voice[2:], "--text", "Hello.", "--output_file", tmp_path / "a.wav"]
+    code, lines = said("generate", *flags)
+    assert code == 2 and lines[0].startswith(f"--merged: {tmp_path / 'm'}") and words in lines[0], lines
+    assert not any("--base_ckpt" in line for line in lines)
+
+
+@pytest.mark.parametrize("layout", ["boson", "transformers"])
+def test_a_merged_folder_speaks_as_its_base(layout, voice, said, codec_dir, tmp_path):
+    code, lines = said("merge", *voice[:2], "--layout", layout, "--output_dir", tmp_path / "m")
+    assert code == 0, lines
+    clip = json.loads(SPEECH.read_text().splitlines()[0])
+    more = ["--text", "Hello.", "--ref_audio", SPEECH.parent / clip["audio"], "--ref_text", clip["text"]]
+    more += ["--max_new_tokens", 30, "--sampler", "served", "--seed", 0]
+    code, lines = said("generate", *voice, *more, "--output_file", tmp_path / "base.wav")
+    assert code == 0, lines
+    merged = ["--merged", tmp_path / "m", "--codec", codec_dir]
+    assert said("generate", *merged, *more, "--output_file", tmp_path / "merged.wav")[0] == 0
+    assert (tmp_path / "base.wav").read_bytes() == (tmp_path / "merged.wav").read_bytes()
+    code, lines = said("generate", *merged, *more, "--output_file", tmp_path / "unknown.wav")
+    assert code == 0 and lines[0].startswith(f"{tmp_path / 'm'} does not say what prompts it was trained on")
+    (tmp_path / "m/higgs_ds.json").write_text('{"prompt_style": "boson"}')
+    code, lines = said("generate", *merged, *more, "--output_file", tmp_path / "boson.wav")
+    assert code == 0 and lines[0] == f"prompt style boson, as {tmp_path / 'm'} was trained"
+    assert (tmp_path / "boson.wav").read_bytes() != (tmp_path / "merged.wav").read_bytes()
+    code, lines = said("generate", "--merged", tmp_path / "no", *more, "--output_file", tmp_path / "x.wav")
+    assert code == 2 and lines == [f"--merged: {tmp_path / 'no'} is not a folder; `merge` makes one"]
+
+
+@pytest.fixture(scope="module")
+def untrained(tiny_dir, codec_dir):
+    return Speaker(open_base(str(tiny_dir)), None, load_codec(str(codec_dir)))
+
+
+def endings(speaker, eos_at: dict[int, list[int]]) -> dict[str, tuple[int, bool, bool]]:
+    """Frames, ended, and agreement by stop rule, where codebook k's logits are highest for EOS at the steps given.
+
+    Upstream's own `generate`; the logits that its forward returns are set.
+    """
+    eos, codebooks, found = speaker.facts.stream_eos, speaker.facts.num_codebooks, {}
+    for rule in stop_rules.STOP_RULES:
+        step = iter(range(1000))
+
+        def say(_, __, out, step=step):
+            if out.audio_logits is not None and out.audio_logits.numel():
+                now = next(step)
+                out.audio_logits.zero_()
+                for k in range(codebooks):
+                    out.audio_logits[-1, k, eos if now in eos_at.get(k, ()) else 7] = 9.0
+            return out
+
+        hook = speaker.model.register_forward_hook(say)
+        try:
+            messages, _ = speech_messages("Hello.", None)
+            answer = speaker.speak(messages, [], Sampling(max_new_tokens=80), force_audio=True, stop=rule)
+        finally:
+            hook.remove()
+        found[rule] = (answer.codes.shape[1], answer.ended, answer.rules_agree)
+    assert "_sample_audio_tokens" not in vars(speaker.model)
+    return found
+
+
+def test_a_clip_that_ends_as_it_was_trained_ends_alike_by_every_rule(untrained):
+    assert set(endings(untrained, {k: [20 + k] for k in range(8)}).values()) == {(20, True, True)}
+
+
+def test_each_stop_rule_is_its_stacks(untrained):
+    """Codebook 5 says EOS 10 steps early, which boson and transformers believe, each in its way."""
+    found = endings(untrained, {0: [20], 1: [21], 2: [22], 3: [23], 4: [24], 5: [15, 25], 6: [26], 7: [27]})
+    assert found["vllm"] == (20, True, False)
+    assert found["boson"] == (10, True, False)  # as if codebook 5 ended in its place: 5 frames before what it said
+    assert found["transformers"] == (16, True, False)  # codebook k is forced at step 16 + k
+    # Two at once: boson believes the lowest, as if the other had not spoken.
+    assert endings(untrained, {2: [15], 5: [15]})["boson"] == endings(untrained, {2: [15]})["boson"]
+    never = endings(untrained, {})
+    assert all(not ended for _, ended, _ in never.values())
+
+
+def test_an_answer_that_is_cut_off_before_its_first_frame_is_none(untrained, voice, said, tmp_path):
+    """Eight codebooks begin one after the other, and BOS stands before them."""
+    messages, _ = speech_messages("Hello.", None)
+    for most in range(1, 12):
+        answer = untrained.speak(messages, [], Sampling(max_new_tokens=most), force_audio=True)
+        assert (answer.codes.shape, answer.ended) == ((8, max(0, most - 9)), False), most
+    text = untrained.speak(messages, [], Sampling(max_new_tokens=1), force_audio=False)
+    assert (text.codes, text.ended) == (None, False)
+    file = tmp_path / "a.wav"
+    flags = ["--text", "Hello.", "--output_file", file, "--max_new_tokens", 5, "--seed", 1, "--top_k", 3]
+    code, lines = said("generate", *voice, *flags)
+    words = "cut off at --max_new_tokens 5, before the first frame of audio; give more; nothing was written"
+    unused = "--top_k, --seed: without effect, the likeliest token is taken (--sampler, --temperature)"
+    assert code == 1 and lines == [unused, f"{file}: {words}"] and not file.exists()
+    (tmp_path / "t.txt").write_text(json.loads(SPEECH.read_text().splitlines()[0])["text"])
+    flags = [*voice, "--train_manifest", SPEECH, "--output_dir", tmp_path / "out", "--texts", tmp_path / "t.txt"]
+    code, lines = said("recite", *flags, "--max_new_tokens", 5, "--stop", "boson")
+    assert code == 0 and "(never ended by itself: boson)" in lines[0]
+
+
+def test_a_rule_does_not_outlive_an_error(untrained):
+    with pytest.raises(RuntimeError), stop_rules.stopping(untrained.model, "vllm"):
+        raise RuntimeError
+    assert "_sample_audio_tokens" not in vars(untrained.model)
+    with pytest.raises(ValueError, match="no such stop rule"), stop_rules.stopping(untrained.model, "x"):
+        pass
+
+
+def test_recite_has_a_line_for_each_stop_rule(voice, said, tmp_path):
+    texts = [json.loads(line)["text"] for line in SPEECH.read_text().splitlines()[:3]]
+    (tmp_path / "t.txt").write_text("\n".join(texts[1:]))
+    flags = [*voice, "--train_manifest", SPEECH, "--output_dir", tmp_path / "out", "--texts", tmp_path / "t.txt"]
+    code, lines = said("recite", *flags, "--max_new_tokens", 20, "--at_least", 0.9)
+    assert code == 1, lines
+    rules = [line.split()[2] for line in lines if line.startswith("stop as ")]
+    assert rules == ["boson:", "transformers:", "vllm:"]
+    recitals = json.loads((tmp_path / "out/recital.json").read_text())
+    assert [r["text"] for r in recitals] == texts[1:]
+    assert all(set(r["endings"]) == set(stop_rules.STOP_RULES) for r in recitals)
+    before = (tmp_path / "out/recital.json").read_bytes()
+    code, lines = said("recite", *flags, "--max_new_tokens", 8)
+    assert code == 2 and lines[0].endswith("out/recital.json exists and is kept; --overwrite writes over it")
+    earlier = tmp_path / "out" / recitals[0]["file"]
+    earlier.write_bytes(b"of another voice")
+    code, lines = said("recite", *flags, "--max_new_tokens", 8)
+    assert code == 2 and lines[0].endswith(f"{earlier} and 1 more exists and is kept; --overwrite writes over it")
+    assert (tmp_path / "out/recital.json").read_bytes() == before
+    assert said("recite", *flags, "--max_new_tokens", 8, "--stop", "boson", "--overwrite")[0] == 0
+    assert not earlier.exists()  # the answers were cut off before their first frame
+    flags.append("--overwrite")
+    code, lines = said("recite", *flags, "--sampler", "served", "--stop", "vllm")
+    assert code == 2 and lines[0].startswith("--stop: ")
+    code, lines = said("recite", *flags, "--stop", "vllm", "--at_least", 2)
+    assert code == 2 and lines == ["--at_least: 2.0 is not a share (0 to 1)"]
+
+
+def test_recite_says_which_texts_no_row_speaks_before_anything_is_loaded(voice, said, tmp_path, nothing_loads):
+    (tmp_path / "t.txt").write_text("Nobody says so.\n\nNor so.\n")
+    flags = [*voice, "--train_manifest", SPEECH, "--output_dir", tmp_path / "out", "--texts", tmp_path / "t.txt"]
+    code, lines = said("recite", *flags)
+    assert code == 2 and lines == [f"--texts: {tmp_path}/t.txt:{n}: no row of {SPEECH} speaks it" for n in (1, 3)]
+    (tmp_path / "m.jsonl").write_text('{"messages": [{"role": "assistant", "content": "Hm."}]}\n')
+    code, lines = said("recite", *voice, "--train_manifest", tmp_path / "m.jsonl", "--output_dir", tmp_path / "out")
+    assert code == 2 and lines == [f"{tmp_path}/m.jsonl: no row ends in a clip to speak"]
+
+
+def test_a_folder_that_cannot_be_written_to_is_one_line(said, tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    for verb in (["tiny"], ["sample-codec", "--train_manifest", SPEECH]):
+        code, lines = said(*verb, "--output_dir", tmp_path / "file" / "x")
+        assert code == 2 and lines == [f"--output_dir: {tmp_path}/file/x cannot be written to: Not a directory"]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from enum import IntEnum
 
 _SHORT = reprlib.Repr()
@@ -30,6 +31,35 @@ class ConfigError(ValueError):
     def __init__(self, problems: list[str]):
         self.problems = problems
         super().__init__("\n".join(problems))
+
+
+@contextlib.contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Turns whatever a library raises inside into one line, so that no room foresees what may be wrong with a file.
+
+    Args:
+        what: the flag with the file, folder or line, as `--adapter: /x/adapter_config.json`; the line begins with it.
+
+    Raises:
+        ConfigError: `what: the library's own words`; a ConfigError from inside passes as it is. `--debug` shows the
+            traceback of what was raised.
+    """
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError([f"{what}: {words_of(error)}"]) from error
+
+
+def words_of(error: BaseException) -> str:
+    """What a library says, in one line of at most 300 characters; led by the error's type unless a file is at fault."""
+    reason = getattr(error, "strerror", None)
+    text = " ".join((reason or str(error)).split())
+    text = text if len(text) <= 300 else f"{text[:299]}…"
+    if reason or (isinstance(error, (ValueError, UnicodeError)) and text):
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def shown(value: object) -> str:

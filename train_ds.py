@@ -5,7 +5,6 @@ Numbered stages only; what each of them builds stands in `higgs_ds/run.py`.
 
 from __future__ import annotations
 
-import os
 import sys
 
 from higgs_ds.distributed.allocator import grow_segments
@@ -15,7 +14,7 @@ from higgs_ds.distributed.stop import StopRequest
 from higgs_ds.errors import ConfigError, ExitCode
 from higgs_ds.options.parse import parse_args
 from higgs_ds.options.sections import TrainConfig
-from higgs_ds.process import end_process, lasting_console, say
+from higgs_ds.process import end_process, lasting_console, say, tell
 
 
 def main(argv: list[str]) -> int:
@@ -29,9 +28,7 @@ def main(argv: list[str]) -> int:
         with lasting_console():
             return train(config, ds_raw, StopRequest())
     except ConfigError as error:
-        if os.environ.get("RANK", "0") == "0":
-            say("\n".join(error.problems), error=True)
-        return ExitCode.CONFIG
+        return tell(error, argv)
 
 
 def train(config: TrainConfig, ds_raw: dict, stop: StopRequest) -> int:

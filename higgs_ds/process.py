@@ -9,8 +9,11 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Iterator
 from typing import NoReturn, TextIO
+
+from .errors import ExitCode
 
 END_SEC = 25.0  # from the last line to the end; launchers kill what takes half a minute
 
@@ -88,6 +91,18 @@ def say(text: str, *, error: bool = False) -> None:
     with contextlib.suppress(OSError, ValueError):
         stream.write(f"{text}\n")
         stream.flush()
+
+
+def tell(error: Exception, argv: list[str]) -> int:
+    """Says on rank 0 what is wrong with a user's flags or files, a line a fault; returns `ExitCode.CONFIG`.
+
+    The one door of every command: `--debug` among `argv` has the traceback before it, of what a library raised too.
+    """
+    if os.environ.get("RANK", "0") == "0":
+        if "--debug" in argv:
+            say("".join(traceback.format_exception(error)), error=True)
+        say(str(error), error=True)
+    return ExitCode.CONFIG
 
 
 def loss_text(loss: float) -> str:

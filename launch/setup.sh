@@ -1,16 +1,21 @@
 #!/usr/bin/env bash
 # The environment of every script here: sourced, it leaves $PYTHON and the PATH set.
 # Uses the active environment where it satisfies requirements.txt, else makes .venv; the second time it does nothing.
+# With HIGGS_DS_DEV=1 the tools of requirements-dev.txt are asked for too.
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
-satisfied() { # is every pin of requirements.txt installed in this python?
-  "$1" - "$ROOT/requirements.txt" <<'PY' 2>/dev/null
+REQUIREMENTS=("$ROOT/requirements.txt")
+if [ "${HIGGS_DS_DEV:-}" = 1 ]; then REQUIREMENTS+=("$ROOT/requirements-dev.txt"); fi
+
+satisfied() { # is every pin installed in this python?
+  "$1" - "${REQUIREMENTS[@]}" <<'PY' 2>/dev/null
 import re, sys
 from importlib.metadata import PackageNotFoundError, version
 if not (3, 10) <= sys.version_info[:2] <= (3, 12):
     sys.exit(1)
-pins = [line.strip().split("==") for line in open(sys.argv[1]) if "==" in line and not line.startswith("#")]
+lines = [line for file in sys.argv[1:] for line in open(file)]
+pins = [line.strip().split("==") for line in lines if "==" in line and not line.startswith("#")]
 try:
     wrong = [name for name, pin in pins if version(name).split("+")[0] != pin]
 except PackageNotFoundError:
@@ -42,7 +47,7 @@ else
   fi
   if ! satisfied "$ROOT/.venv/bin/python"; then
     echo "setup: installing requirements.txt into .venv (about 4 minutes and 6 GB, once)"
-    "$ROOT/.venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$ROOT/requirements.txt"
+    "$ROOT/.venv/bin/python" -m pip install --quiet --disable-pip-version-check "${REQUIREMENTS[@]/#/-r}"
     satisfied "$ROOT/.venv/bin/python" || { echo "setup: .venv does not hold the pins; remove .venv and try again" >&2; exit 1; }
     echo "setup: done"
   fi

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
 from ..data.audio import AudioError
 from ..distributed.launch_env import enter_launch
-from ..errors import ConfigError, ExitCode, reason_of
+from ..errors import ConfigError, ExitCode, reason_of, words_of
 from ..files import check_writable
 from ..options.parse import parse_args, path_flag, text_flag
-from ..process import say
+from ..process import say, tell
 from .merge import add_export, add_merge
 from .speak import add_generate, add_recite
 
@@ -32,9 +32,12 @@ def main(argv: list[str]) -> int:
         args = build_parser().parse_args(argv)
         return args.verb(args)
     except (ConfigError, AudioError, FileExistsError) as error:
-        if os.environ.get("RANK", "0") == "0":
-            say(str(error), error=True)
-        return ExitCode.CONFIG
+        return tell(error, argv)
+    except Exception as error:  # nobody foresaw it: a damaged file that nobody named, a full disk, or a bug
+        tell(ConfigError([f"{' '.join(argv[:1])}: {words_of(error)} (--debug shows where)"]), [])
+        if "--debug" in argv:
+            traceback.print_exception(error)
+        return ExitCode.FAILED
 
 
 def _check(argv: list[str]) -> int:
@@ -90,6 +93,9 @@ def build_parser() -> argparse.ArgumentParser:
     add_recite(verbs)
     add_merge(verbs)
     add_export(verbs)
+    for name, verb in verbs.choices.items():
+        if name not in ("check", "prepare"):  # which have it from the options of a run
+            verb.add_argument("--debug", action="store_true", help="show the traceback behind an error line")
     return parser
 
 

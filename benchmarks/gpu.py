@@ -215,8 +215,8 @@ def engine_of(case: Case, config, ranks, zero: dict | None = None):
     from higgs_ds import run
     from higgs_ds.distributed.engine import loading
     from higgs_ds.model.base import BaseCheckpoint
-    from higgs_ds.model.facts import ModelFacts
     from higgs_ds.model.files.layouts import BOSON
+    from higgs_ds.model.higgs_v2.facts import HiggsV2Facts
     from higgs_ds.model.higgs_v2.upstream import HiggsAudioForTraining
     from higgs_ds.options.parse import parse_args
 
@@ -228,7 +228,7 @@ def engine_of(case: Case, config, ranks, zero: dict | None = None):
     raw = json.loads((ROOT / f"ds_configs/zero{case.stage}.json").read_text())
     raw["zero_optimization"] |= zero or {}
     # Of no file: its weights are drawn on the device.
-    base = BaseCheckpoint("random", None, ROOT, BOSON, config, None, ModelFacts.from_config(config), ())
+    base = BaseCheckpoint("random", None, ROOT, BOSON, config, None, HiggsV2Facts.from_config(config), ())
     setup = run.settle(parse_args(words), raw, base, ranks)
     torch.manual_seed(0)
     with loading(setup.ds_config), ranks.device:
@@ -245,13 +245,13 @@ def batches_of(case: Case, config, tokenizer, ranks, most: int, steps: int):
     from benchmarks.step import make_samples
     from higgs_ds.batching.batch_plan import TokenPlan
     from higgs_ds.batching.collate import Collator
-    from higgs_ds.model.facts import ModelFacts
+    from higgs_ds.model.higgs_v2.facts import HiggsV2Facts
 
     samples = make_samples(max(64, steps * most // 100) * ranks.world_size, config, tokenizer, None)
-    count = Collator(ModelFacts.from_config(config))
+    count = Collator(HiggsV2Facts.from_config(config))
     tokens = np.array([count([sample]).num_tokens for sample in samples])
     plan = TokenPlan(tokens, max_tokens=max(most, int(tokens.max())), grad_accum=1, world_size=ranks.world_size, seed=0)
-    collator = Collator(ModelFacts.from_config(config), with_layout=case.forward != "upstream")
+    collator = Collator(HiggsV2Facts.from_config(config), with_layout=case.forward != "upstream")
     plans = plan.steps(ranks.rank, 1, min(plan.steps_per_epoch - 1, steps + 2) or 1)
     micro_batches = [micro for plan in plans for micro in plan.micro_batches]
     return [collator([samples[i] for i in micro.rows], filler=micro.filler) for micro in micro_batches], tokens
@@ -263,8 +263,8 @@ def run_one(args: argparse.Namespace) -> None:
     from benchmarks.step import Peak, learned_tokens, wait_for
     from higgs_ds.distributed.engine import leave_ranks, start_ranks
     from higgs_ds.loss import LossWeights, loss_scales
-    from higgs_ds.model.facts import ModelFacts
     from higgs_ds.model.flops import flop_per_token, mean_row_tokens, touched_parameters
+    from higgs_ds.model.higgs_v2.facts import HiggsV2Facts
     from higgs_ds.model.higgs_v2.modules import DEFAULT_LORA_TARGETS
     from higgs_ds.options.sections import LossOptions
     from higgs_ds.process import end_process
@@ -273,7 +273,7 @@ def run_one(args: argparse.Namespace) -> None:
     ranks = start_ranks()
     on_gpu = ranks.device.type == "cuda"
     config, tokenizer = config_of(on_gpu)
-    facts = ModelFacts.from_config(config)
+    facts = HiggsV2Facts.from_config(config)
     with Peak(ranks.device) as whole:
         engine, parameters = engine_of(case, config, ranks)
         batches, lengths = batches_of(case, config, tokenizer, ranks, case.times * args.tokens, args.steps)

@@ -103,11 +103,11 @@ class SmallModel:
         """Micro-batches with audio, without, and with both kinds of rows."""
         from benchmarks.step import make_samples
         from higgs_ds.batching.collate import Collator, Sample
-        from higgs_ds.model.facts import ModelFacts
+        from higgs_ds.model.higgs_v2.facts import HiggsV2Facts
 
         speech, ids = make_samples(4, self.config, self.tokenizer, 1.5), torch.arange(20)
         text = [Sample(ids, ids, (), "text:1")]
-        collate = Collator(ModelFacts.from_config(self.config), with_layout=True)
+        collate = Collator(HiggsV2Facts.from_config(self.config), with_layout=True)
         return {"speech": collate(speech), "text alone": collate(text), "both": collate(speech + text)}
 
 

@@ -33,7 +33,7 @@ from higgs_ds.batching.collate import Batch, Collator, Sample  # noqa: E402
 from higgs_ds.distributed.ds_config import LayerSizes, resolve  # noqa: E402
 from higgs_ds.distributed.engine import Engine, leave_ranks, loading, start_ranks  # noqa: E402
 from higgs_ds.model.base import attach_lora, load_base, load_tokenizer, read_model_config  # noqa: E402
-from higgs_ds.model.facts import ModelFacts  # noqa: E402
+from higgs_ds.model.higgs_v2.facts import HiggsV2Facts  # noqa: E402
 from higgs_ds.model.higgs_v2.forward import training_forward  # noqa: E402
 from higgs_ds.model.higgs_v2.modules import DEFAULT_LORA_TARGETS  # noqa: E402
 from higgs_ds.model.higgs_v2.tiny import write_tiny  # noqa: E402
@@ -129,7 +129,7 @@ def make_batch(config, tokenizer, *, with_layout: bool) -> Batch:
         labels = ids.clone()
         labels[: len(ids) - 6] = -100
         samples.append(Sample(ids, labels, codes, f"row:{number}"))
-    return Collator(ModelFacts.from_config(config), with_layout=with_layout)(samples)
+    return Collator(HiggsV2Facts.from_config(config), with_layout=with_layout)(samples)
 
 
 class AskedDevice:
@@ -242,7 +242,7 @@ class Bench:
         raw = json.loads((ROOT / f"ds_configs/zero{stage}.json").read_text(encoding="utf-8"))
         # Resolved as for a GPU, whatever this is.
         ds_config = resolve(
-            raw, flags, world_size=1, on_cpu=False, layer=LayerSizes.from_facts(ModelFacts.from_config(self.config))
+            raw, flags, world_size=1, on_cpu=False, layer=LayerSizes.from_facts(HiggsV2Facts.from_config(self.config))
         )
         for section, values in (overrides or {}).items():
             ds_config[section] = ds_config[section] | values

@@ -13,7 +13,7 @@ from pathlib import Path
 from . import checkpoint, schedule
 from . import memory_check as rehearsal
 from .batching.batch_plan import MicroBatch, Plan, StepPlan, evaluation_plans, make_plan, total_steps
-from .batching.collate import Batch, Collator, tokenize
+from .batching.collate import Batch, Collator
 from .batching.loader import MicroBatches, load_steps
 from .batching.mixture import Mixture, rows_taken
 from .batching.references import References, in_epochs
@@ -201,7 +201,7 @@ def load_data(setup: Setup, ranks: Ranks, watch: Watch | Unwatched, *, only_one_
     references = _references(setup, rows)
     if only_one_step:
         ranks.say("\n".join([*rows.summary, *corpus.val_rows.summary]))
-        ranks.say(shown_prompt(rows[0], setup.base.tokenizer))
+        ranks.say(shown_prompt(rows[0], setup.base))
     portions = config.data.portions
     mixture = Mixture(
         rows.counts,
@@ -243,9 +243,10 @@ def _round_to(setup: Setup, collator: Collator) -> int:
     return 1 if setup.padding_free else collator.round_to
 
 
-def shown_prompt(row: Row, tokenizer) -> str:
+def shown_prompt(row: Row, base: BaseCheckpoint) -> str:
     """A row as the tokenizer reads its tokens back, special tokens visible; all it learns to say stands at its end."""
-    text = tokenizer.decode(tokenize(row.messages, row.start_index, tokenizer)[0], clean_up_tokenization_spaces=False)
+    input_ids, _, _ = base.facts.family.tokenize(row.messages, row.start_index, base.tokenizer)
+    text = base.tokenizer.decode(input_ids, clean_up_tokenization_spaces=False)
     if len(text) > SHOWN_CHARACTERS:
         text = f"{text[:SHOWN_CHARACTERS]}… ({len(text) - SHOWN_CHARACTERS:,} more characters)"
     return f"the first row's prompt ({row.origin}):\n{text}"
@@ -262,7 +263,7 @@ def _references(setup: Setup, rows: RowSet) -> References | None:
         rate=config.data.reference_rate,
         seed=config.optim.seed,
         max_tokens=min(limit for limit in limits if limit is not None),
-        tokenizer=base.tokenizer,
+        tokenize=lambda turns: base.facts.family.tokenize(turns, None, base.tokenizer)[0],
     )
     rows.tokens = references.longest
     return references

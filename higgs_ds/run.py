@@ -30,8 +30,7 @@ from .guard import BadLossError, Guard
 from .load_data import Data, codes_folder
 from .load_data import load_data as load_data
 from .model import flops
-from .model.base import attach_lora, load_base, set_lora
-from .model.higgs_v2.forward import training_forward
+from .model.base import attach_lora, set_lora
 from .options.sections import TrainConfig
 from .report.cards import pinned
 from .report.tracking import Tracker
@@ -104,7 +103,7 @@ def load_model(
     watch.untimed("loading the model")
     with loading(setup.ds_config):
         quantize_on = ranks.device if config.model.base_dtype else None
-        model = load_base(base.folder, base.config, config.model.dtype, quantize_on=quantize_on)
+        model = base.facts.family.load_base(base.folder, base.config, config.model.dtype, quantize_on=quantize_on)
     engine = adapt(setup, model, ranks, wrap=wrap)
     if setup.resumed:
         engine.load_state(setup.resumed.state, first_inputs())
@@ -146,7 +145,7 @@ def adapt(
     elif setup.initial is not None:
         ranks.each(lambda: set_lora(lora_model, setup.initial, f"--init_adapter {config.lora.init_adapter}"))
     forward = forward or partial(
-        training_forward,
+        setup.base.facts.family.training_forward,
         config=setup.base.config,
         forward_impl=config.model.forward_impl,
         loss_impl=config.loss.loss_impl,
@@ -206,7 +205,7 @@ def rehearse(setup: Setup, data: Data, engine: Engine, guard: Guard, ranks: Rank
     if took:
         ranks.say(took)
     if config.model.compile:
-        from .model.higgs_v2.compiled import seconds_compiling
+        from .model.compiler import seconds_compiling
 
         slowest = max(row[0] for row in ranks.table([seconds_compiling()]))
         ranks.say(f"compiled the decoder layers: {slowest:.0f} s on the slowest rank")

@@ -18,9 +18,8 @@ from .distributed.engine import Ranks, check_config
 from .distributed.rank_watch import Watch
 from .errors import ConfigError
 from .loss import LossWeights
-from .model.base import BaseCheckpoint, open_base
-from .model.higgs_v2.layers import check_supported
-from .model.init_adapter import settle_lora
+from .model.base import BaseCheckpoint
+from .model.family import HIGGS_V2, family_of
 from .options.sections import TrainConfig
 
 
@@ -56,7 +55,9 @@ def open_setup(config: TrainConfig, ds_raw: dict, ranks: Ranks, watch: Watch | U
         ranks.each(lambda: run_dir.refuse_a_result(Path(config.run.output_dir)))
     watch.untimed("finding the base checkpoint")
     base = ranks.each(lambda: open_base_for(config))
-    initial = ranks.each(lambda: settle_lora(config, base.config, resumed.position.config if resumed else None))
+    initial = ranks.each(
+        lambda: base.facts.family.settle_lora(config, base, resumed.position.config if resumed else None)
+    )
     setup = settle(config, ds_raw, base, ranks, resumed, [*notes, *base.notes])
     setup.initial = initial
     check_same(
@@ -134,9 +135,10 @@ def _read_or_why(folder: Path, proven: dict[str, tuple]) -> Checkpoint | str:
 
 def open_base_for(config: TrainConfig) -> BaseCheckpoint:
     """The base checkpoint, refused where the run's forward could not compute it."""
-    base = open_base(config.model.base_ckpt, config.model.base_revision)
+    family = family_of(HIGGS_V2)
+    base = family.open_base(config.model.base_ckpt, config.model.base_revision)
     if config.model.forward_impl == "padding_free":
-        check_supported(base.config)
+        family.check_forward(base)
     return base
 
 
@@ -154,7 +156,7 @@ def settle(
         width = base.facts.hidden_size
         raise ConfigError([f"--lora_r: {config.lora.lora_r} is above {width}, the width of the model's layers"])
     if config.model.compile:
-        from .model.higgs_v2.compiled import check_compiler
+        from .model.compiler import check_compiler
 
         ranks.each(lambda: check_compiler(ranks.device.type))
     weights = LossWeights.from_options(config.loss, base.facts.num_codebooks)

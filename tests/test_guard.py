@@ -12,7 +12,7 @@ from higgs_ds.batching.collate import Collator
 from higgs_ds.guard import CHECKS, HONEST_ZERO_UNITS, LIKELY_CAUSES, Guard, checklist
 from higgs_ds.loss import LossWeights
 from higgs_ds.model.base import load_base
-from higgs_ds.model.facts import ModelFacts
+from higgs_ds.model.higgs_v2.facts import HiggsV2Facts
 from higgs_ds.model.higgs_v2.reference import ReferenceForward
 from higgs_ds.options.sections import LossOptions
 from higgs_ds.step_stats import ForwardReport, MicroBatchStats
@@ -22,7 +22,7 @@ from tests.support.ranks import assert_all, run_ranks
 
 @pytest.fixture
 def batch(tokenizer, tiny_config):
-    return Collator(ModelFacts.from_config(tiny_config))(samples_of(["speech", "clone"], tokenizer))
+    return Collator(HiggsV2Facts.from_config(tiny_config))(samples_of(["speech", "clone"], tokenizer))
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def guard(tmp_path, tiny_config):
     return Guard(
         rank=3,
         output_dir=tmp_path,
-        facts=ModelFacts.from_config(tiny_config),
+        facts=HiggsV2Facts.from_config(tiny_config),
         weights=LossWeights.from_options(LossOptions(1.0, 1.0, None), 8),
     )
 
@@ -135,7 +135,7 @@ def test_a_zero_of_text_that_its_margins_explain_is_honest(guard, batch):
 def test_the_two_zeros_are_told_apart_on_the_models_own_logits(zeroed, guard, tiny_dir, tiny_config, tokenizer):
     """Honest: the logits themselves say 0.0. Not honest: the sum was lost on the way, the logits say otherwise."""
     model = load_base(tiny_dir, tiny_config, "fp32")
-    batch = Collator(ModelFacts.from_config(tiny_config))(samples_of(["text"], tokenizer))
+    batch = Collator(HiggsV2Facts.from_config(tiny_config))(samples_of(["text"], tokenizer))
 
     class Saturated(torch.nn.Module):
         def forward(self, **inputs):

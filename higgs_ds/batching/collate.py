@@ -12,9 +12,10 @@ from dataclasses import dataclass, field, fields
 import torch
 import torch.nn.functional as F
 
-from ..data.manifest import AudioRef, Row, Turn
+from ..data.manifest import AudioRef, Row
 from ..loss import IGNORE, count_audio_labels, count_text_labels
 from ..model.facts import ModelFacts
+from ..model.family import Family
 from .layout import Layout, make_layout
 
 
@@ -95,68 +96,15 @@ class Batch:
         return int(self.attention_mask.sum()) - clips + frames
 
 
-def tokenize(
-    messages: Sequence[Turn], start_index: int | None, tokenizer
-) -> tuple[list[int], list[int], list[AudioRef]]:
-    """Token ids, label ids (-100 where nothing is learned) and clips in reading order: Boson's ChatML.
-
-    A clip is three tokens, the middle one standing for all of its frames: `<|audio_bos|><|AUDIO|><|audio_eos|>` in a
-    user or system turn, `<|audio_out_bos|><|AUDIO_OUT|><|audio_eos|>` in an assistant turn. Assistant turns from
-    `start_index` on are learned, with the token that ends them.
-    """
-    input_ids: list[int] = []
-    label_ids: list[int] = []
-    clips: list[AudioRef] = []
-
-    def add(text: str, learned: bool) -> None:
-        tokens = tokenizer.encode(text, add_special_tokens=False)
-        input_ids.extend(tokens)
-        label_ids.extend(tokens if learned else [IGNORE] * len(tokens))
-
-    for index, turn in enumerate(messages):
-        learned = turn.role == "assistant" and (start_index is None or index >= start_index)
-        begin = "<|begin_of_text|>" if index == 0 else ""
-        add(f"{begin}<|start_header_id|>{turn.role}<|end_header_id|>\n\n", False)
-        if turn.recipient:
-            # Upstream learns the recipient in every assistant turn, context or not.
-            add(f"{turn.recipient}<|recipient|>", True)
-        for piece in turn.content:
-            if isinstance(piece, str):
-                add(piece, learned)
-                continue
-            clips.append(piece)
-            if turn.role == "assistant":
-                add("<|audio_out_bos|><|AUDIO_OUT|><|audio_eos|>", learned)
-            else:
-                add("<|audio_bos|><|AUDIO|><|audio_eos|>", False)
-        follows = messages[index + 1] if index + 1 < len(messages) else None
-        more = turn.role == "assistant" and follows is not None and follows.role == "assistant"
-        add("<|eom_id|>" if more else "<|eot_id|>", learned)
-    return input_ids, label_ids, clips
-
-
-def build_sample(row: Row, tokenizer, codes_of: Callable[[AudioRef], torch.Tensor]) -> Sample:
-    """A manifest row as tokens and codes."""
-    input_ids, label_ids, clips = tokenize(row.messages, row.start_index, tokenizer)
+def build_sample(row: Row, tokenizer, codes_of: Callable[[AudioRef], torch.Tensor], family: Family) -> Sample:
+    """A manifest row as tokens and codes, as the model family reads it."""
+    input_ids, label_ids, clips = family.tokenize(row.messages, row.start_index, tokenizer)
     return Sample(
         input_ids=torch.tensor(input_ids),
         label_ids=torch.tensor(label_ids),
         codes=tuple(codes_of(clip) for clip in clips),
         origin=row.origin,
     )
-
-
-def delay(codes: torch.Tensor, bos: int, eos: int) -> torch.Tensor:
-    """The delay pattern: codebook k starts k frames later, BOS before its codes and EOS after.
-
-    [codebooks, frames] -> [codebooks, frames + codebooks - 1]
-    """
-    num_codebooks, frames = codes.shape
-    out = torch.full((num_codebooks, frames + num_codebooks - 1), eos, dtype=torch.long)
-    for k in range(num_codebooks):
-        out[k, :k] = bos
-        out[k, k : k + frames] = codes[k]
-    return out
 
 
 class Collator:
@@ -189,10 +137,10 @@ class Collator:
             for position_is_out, trained, codes in zip(is_out[is_clip].tolist(), learned, sample.codes, strict=True):
                 codes = codes[: self.facts.num_codebooks].long()
                 if position_is_out:
-                    out_codes.append(self._stream(codes, self.facts.stream_bos, self.facts.stream_eos))
-                    out_labels.append(self._labels(codes, trained and not filler))
+                    out_codes.append(self.facts.stream(codes))
+                    out_labels.append(self.facts.stream_labels(codes, trained and not filler))
                 elif self.facts.audio_in_codes:
-                    in_codes.append(self._stream(codes, self.facts.stream_bos, self.facts.stream_eos))
+                    in_codes.append(self.facts.stream(codes))
             missing = width - len(sample.input_ids)
             input_ids.append(F.pad(sample.input_ids, (0, missing), value=self.facts.pad_token))
             masks.append(F.pad(torch.ones_like(sample.input_ids), (0, missing), value=0))
@@ -230,21 +178,6 @@ class Collator:
                 num_codebooks=self.facts.num_codebooks,
             )
         return batch
-
-    def _stream(self, codes: torch.Tensor, bos: int, eos: int) -> torch.Tensor:
-        """BOS, codes, EOS, with the delay pattern. [codebooks, frames] -> [codebooks, frames + 2 (+ codebooks - 1)]"""
-        framed = F.pad(F.pad(codes, (1, 0), value=bos), (0, 1), value=eos)
-        return delay(framed, bos, eos) if self.facts.use_delay_pattern else framed
-
-    def stream_length(self, frames: int) -> int:
-        """Positions that a clip of so many frames takes: the width of `_stream`."""
-        return frames + 2 + (self.facts.num_codebooks - 1 if self.facts.use_delay_pattern else 0)
-
-    def _labels(self, codes: torch.Tensor, trained: bool) -> torch.Tensor:
-        """The codes and one EOS a codebook, at their delayed places; -100 elsewhere, or everywhere if not trained."""
-        framed = F.pad(F.pad(codes, (1, 0), value=IGNORE), (0, 1), value=self.facts.stream_eos)
-        labels = delay(framed, IGNORE, IGNORE) if self.facts.use_delay_pattern else framed
-        return labels if trained else torch.full_like(labels, IGNORE)
 
     @staticmethod
     def _concatenate(clips: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from ..data.chatml import SYSTEM_PROMPT, Row, Turn
 from ..data.row_set import RowSet
 from .batch_plan import StepPlan
-from .collate import tokenize
 
 
 class References:
@@ -22,7 +21,9 @@ class References:
     take at most is in `longest`, for a plan that holds in every epoch.
     """
 
-    def __init__(self, rows: RowSet, *, rate: float, seed: int, max_tokens: int, tokenizer):
+    def __init__(
+        self, rows: RowSet, *, rate: float, seed: int, max_tokens: int, tokenize: Callable[[Sequence[Turn]], list[int]]
+    ):
         """`rows` with `tokens`, at most `max_tokens` each; `rate`: the share that carries a reference, 0 to 1."""
         self._rows = rows
         self._rate = rate
@@ -44,7 +45,7 @@ class References:
         alone[alone] = self._donors[self._first[alone]] == np.flatnonzero(alone)
         self._behind[alone] = 0  # of the speaker's rows only this one itself fits
         # Without its reference a row gets upstream's system turn, which may be longer than a very short clip.
-        system = len(tokenize((Turn("system", (SYSTEM_PROMPT,)),), None, tokenizer)[0])
+        system = len(tokenize((Turn("system", (SYSTEM_PROMPT,)),)))
         self._optional = own & (tokens + system <= max_tokens)
         self.longest = tokens + np.where(self._optional, system, 0)
         lent = np.flatnonzero(self._behind > self._first)

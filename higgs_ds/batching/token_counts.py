@@ -12,7 +12,7 @@ import numpy as np
 from ..data.code_cache import CodeCache
 from ..data.manifest import Row
 from ..data.records import Records, RecordWriter, record_type
-from .collate import Collator, tokenize
+from .collate import Collator
 
 LENGTH = record_type(("tokens", "<u8"))
 CACHED_TEXTS = 4096
@@ -73,14 +73,15 @@ class LengthIndex:
 
     def tokens(self, row: Row) -> int:
         """Positions that the model computes for a row: text tokens, each clip's placeholder replaced by its frames."""
-        input_ids, _, _ = tokenize(row.messages, row.start_index, self._tokenizer)
+        facts = self._collator.facts
+        input_ids, _, _ = facts.family.tokenize(row.messages, row.start_index, self._tokenizer)
         total = len(input_ids)
         for turn in row.messages:
-            if turn.role != "assistant" and not self._collator.facts.audio_in_codes:
+            if turn.role != "assistant" and not facts.audio_in_codes:
                 continue  # its placeholder stays one token
             for piece in turn.content:
                 if not isinstance(piece, str):
-                    total += self._collator.stream_length(self._cache.frames(piece)) - 1
+                    total += facts.stream_length(self._cache.frames(piece)) - 1
         return total
 
     def _key(self, row: Row) -> bytes:

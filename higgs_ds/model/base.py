@@ -26,6 +26,7 @@ from .files.layout_config import read_checkpoint_config
 from .files.layouts import layout_of
 from .files.load_layout import check_weights, load_checkpoint
 from .files.weight_files import refuse
+from .higgs_v2.facts import HiggsV2Facts
 from .higgs_v2.modules import LORA_TARGET_GROUPS
 from .higgs_v2.upstream import HiggsAudioForTraining
 
@@ -64,7 +65,7 @@ def open_base(name_or_path: str, revision: str | None = None, flag: str = "--bas
     _, notes = check_weights(folder, config, flag)
     tokenizer = load_tokenizer(folder, flag)
     check_tokenizer(folder, tokenizer, config, flag)
-    facts, layout = ModelFacts.from_config(config), layout_of(folder, flag)
+    facts, layout = HiggsV2Facts.from_config(config), layout_of(folder, flag)
     return BaseCheckpoint(name_or_path, revision, folder, layout, config, tokenizer, facts, tuple(notes), flag)
 
 

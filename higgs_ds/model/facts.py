@@ -1,19 +1,20 @@
-"""What a checkpoint says of itself, read once: all that the rest of the program knows of the model.
-
-A second model family begins here: nothing outside `model/` names a class of boson_multimodal's model or a field of its
-config. It brings its own `open_base` and `load_base` (base_checkpoint.py) and training forward (forward.py), chosen
-where `run.py` and `setup.py` call them, and its prompt in `data/chatml.py` and `batching/collate.py`; see
-docs/internals.md.
-"""
+"""What the trainer knows of a checkpoint: sizes, token ids, and how its family writes a row. The family fills it."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+    from .family import Family
 
 
 @dataclass(frozen=True)
-class ModelFacts:
-    """Token ids, codebooks and sizes of one checkpoint."""
+class ModelFacts(ABC):
+    """Token ids, codebooks and sizes of one checkpoint, and its streams of codes."""
 
     num_codebooks: int
     codebook_size: int  # codes are 0 to codebook_size - 1; the stream's BOS and EOS follow them
@@ -32,30 +33,6 @@ class ModelFacts:
     head_dim: int
     vocab_size: int  # text tokens
     max_positions: int
-
-    @classmethod
-    def from_config(cls, config) -> ModelFacts:
-        """From a `HiggsAudioConfig`."""
-        text = config.text_config
-        return cls(
-            num_codebooks=config.audio_num_codebooks,
-            codebook_size=config.audio_codebook_size,
-            stream_bos=config.audio_stream_bos_id,
-            stream_eos=config.audio_stream_eos_id,
-            use_delay_pattern=config.use_delay_pattern,
-            audio_in_token=config.audio_in_token_idx,
-            audio_out_token=config.audio_out_token_idx,
-            audio_in_codes=config.encode_audio_in_tokens,
-            pad_token=config.pad_token_id,
-            hidden_size=text.hidden_size,
-            ffn_size=text.intermediate_size,
-            num_layers=text.num_hidden_layers,
-            num_heads=text.num_attention_heads,
-            num_key_value_heads=text.num_key_value_heads,
-            head_dim=text.head_dim,
-            vocab_size=text.vocab_size,
-            max_positions=text.max_position_embeddings,
-        )
 
     @property
     def num_classes(self) -> int:
@@ -78,21 +55,19 @@ class ModelFacts:
         attention = 2 * self.hidden_size * self.head_dim * (self.num_heads + self.num_key_value_heads)
         return attention + 2 * 3 * self.hidden_size * self.ffn_size
 
+    @property
+    @abstractmethod
+    def family(self) -> Family:
+        """The model family that these facts are of."""
 
-def peculiarities(config) -> list[str]:
-    """What a `HiggsAudioConfig` has that Boson's generation checkpoints have not, in words."""
-    layers = config.text_config.num_hidden_layers
-    # "dual_ffn_fast_forward", as Boson's own says, differs from "dual_ffn" in the layers that are none: here, nowhere.
-    dual = config.audio_adapter_type in ("dual_ffn", "dual_ffn_fast_forward")
-    has = {
-        f"audio_adapter_type {config.audio_adapter_type!r}": not dual,
-        f"a dual FFN in only some of its {layers} layers": (
-            dual and set(config.audio_dual_ffn_layers or ()) != set(range(layers))
-        ),
-        "an audio tower": not config.skip_audio_tower or config.encode_whisper_embed,
-        "its own attention for audio (use_audio_out_self_attention)": config.use_audio_out_self_attention,
-        "a projector of audio embeddings (use_audio_out_embed_projector)": config.use_audio_out_embed_projector,
-        "decoder layers before its heads (audio_decoder_proj_num_layers)": config.audio_decoder_proj_num_layers,
-        "an RQ transformer (use_rq_transformer)": config.use_rq_transformer,
-    }
-    return [what for what, is_so in has.items() if is_so]
+    @abstractmethod
+    def stream(self, codes: torch.Tensor) -> torch.Tensor:
+        """A clip as the model is given it: [codebooks, frames] -> [codebooks, `stream_length(frames)`]"""
+
+    @abstractmethod
+    def stream_labels(self, codes: torch.Tensor, trained: bool) -> torch.Tensor:
+        """What is learned at each place of `stream(codes)`, not shifted; -100 elsewhere, or everywhere."""
+
+    @abstractmethod
+    def stream_length(self, frames: int) -> int:
+        """Positions that a clip of so many frames takes."""

@@ -237,10 +237,10 @@ def check_prompts(args: argparse.Namespace, texts: list[tuple[str, str]], prompt
         ConfigError: with the flag or the line whose text holds control tokens, or is too long together with the
             reference clip.
     """
-    from ..batching.collate import tokenize
     from ..data.audio import duration_sec
     from ..data.controls import control_tokens, find_control
     from ..model.base import load_tokenizer, locate_checkpoint
+    from ..model.family import HIGGS_V2, family_of
     from ..model.files.layouts import layout_of
     from .describe import frames_of
 
@@ -258,7 +258,7 @@ def check_prompts(args: argparse.Namespace, texts: list[tuple[str, str]], prompt
     clips = [piece for turn in (prompts[0] if prompts else ()) for piece in turn.content if not isinstance(piece, str)]
     frames = sum(frames_of(duration_sec(clip)) - 1 for clip in clips)
     for (where, _), prompt in zip(texts if not problems else [], prompts if not problems else [], strict=True):
-        if (count := len(tokenize(prompt, None, tokenizer)[0]) + frames) > args.max_row_tokens:
+        if (count := len(family_of(HIGGS_V2).tokenize(prompt, None, tokenizer)[0]) + frames) > args.max_row_tokens:
             problems.append(f"{where}: the prompt takes {count} tokens, over --max_row_tokens {args.max_row_tokens}")
     refuse(problems)
 
@@ -274,15 +274,15 @@ def _is_text(text: str) -> bool:
 def open_speaker(args: argparse.Namespace):
     """Base, adapter and codec, loaded. Raises ConfigError."""
     from ..codec.load import load_codec
-    from ..model.base import open_base
-    from ..model.higgs_v2.speaker import Speaker
+    from ..model.family import HIGGS_V2, family_of
 
     name, flag = base_of(args)
-    base = open_base(name, args.base_revision, flag)
+    family = family_of(HIGGS_V2)
+    base = family.open_base(name, args.base_revision, flag)
     if base.notes:
         say("\n".join(base.notes))
     if args.max_new_tokens and args.max_new_tokens > base.facts.max_positions:
         most = base.facts.max_positions
         raise ConfigError([f"--max_new_tokens: {args.max_new_tokens} is over the model's {most} positions"])
     codec = load_codec(args.codec, args.codec_revision)
-    return Speaker(base, args.adapter, codec, dtype=args.dtype, other_base=args.other_base)
+    return family.speaker(base, args.adapter, codec, dtype=args.dtype, other_base=args.other_base)

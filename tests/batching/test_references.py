@@ -14,7 +14,8 @@ from higgs_ds.data.chatml import speech_messages
 from higgs_ds.data.code_cache import CodeCache
 from higgs_ds.data.rows import load_rows
 from higgs_ds.distributed.alone import Alone
-from higgs_ds.model.facts import ModelFacts
+from higgs_ds.model.higgs_v2.facts import HiggsV2Facts
+from higgs_ds.model.higgs_v2.family import HiggsV2
 from tests.conftest import SPEECH
 from tests.support.ranks import assert_all
 
@@ -43,7 +44,7 @@ def loaded(codec_dir, tokenizer, tiny_config, tmp_path_factory):
     """(rows, cache, collator)"""
     folder = tmp_path_factory.mktemp("references")
     cache = CodeCache(folder / "codes", load_codec(str(codec_dir)))
-    facts = ModelFacts.from_config(tiny_config)
+    facts = HiggsV2Facts.from_config(tiny_config)
     collator = Collator(facts)
     rows, _ = load_rows(
         [str(write_manifest(folder))],
@@ -60,7 +61,13 @@ def loaded(codec_dir, tokenizer, tiny_config, tmp_path_factory):
 
 
 def references_of(loaded, tokenizer, rate=RATE, seed=0, most=MOST) -> References:
-    return References(loaded[0], rate=rate, seed=seed, max_tokens=most, tokenizer=tokenizer)
+    return References(
+        loaded[0],
+        rate=rate,
+        seed=seed,
+        max_tokens=most,
+        tokenize=lambda turns: HiggsV2().tokenize(turns, None, tokenizer)[0],
+    )
 
 
 def test_a_row_carries_another_clip_of_its_speaker_as_often_as_asked(loaded, tokenizer):

@@ -11,7 +11,8 @@ from higgs_ds.batching.token_counts import LengthIndex
 from higgs_ds.codec.load import load_codec
 from higgs_ds.data.code_cache import CodeCache
 from higgs_ds.data.manifest import Row, Turn, read_manifest
-from higgs_ds.model.facts import ModelFacts
+from higgs_ds.model.higgs_v2.facts import HiggsV2Facts
+from higgs_ds.model.higgs_v2.family import HiggsV2
 from tests.conftest import SPEECH
 
 
@@ -37,7 +38,7 @@ def cache(rows, codec_dir, tmp_path_factory):
 
 
 def collator_of(config, **changes) -> Collator:
-    return Collator(dataclasses.replace(ModelFacts.from_config(config), **changes))
+    return Collator(dataclasses.replace(HiggsV2Facts.from_config(config), **changes))
 
 
 @pytest.mark.parametrize("delay", [True, False])
@@ -49,7 +50,7 @@ def test_a_row_is_as_long_as_the_collator_makes_it(rows, cache, tokenizer, tiny_
     assert counted.dtype == np.int32
 
     def sample(row):
-        return build_sample(row, tokenizer, lambda ref: torch.from_numpy(cache.get(ref).astype("int64")))
+        return build_sample(row, tokenizer, lambda ref: torch.from_numpy(cache.get(ref).astype("int64")), HiggsV2())
 
     assert counted.tolist() == [collator([sample(row)]).num_tokens for row in rows]
     assert counted.sum() == collator([sample(row) for row in rows]).num_tokens
@@ -59,10 +60,10 @@ def test_a_row_is_as_long_as_the_model_computes_it(rows, cache, tokenizer, tiny_
     from higgs_ds.model import base as model
 
     base = model.load_base(tiny_dir, tiny_config, "fp32")
-    collator = Collator(ModelFacts.from_config(tiny_config))
+    collator = Collator(HiggsV2Facts.from_config(tiny_config))
     counted = LengthIndex(cache, tokenizer, collator).count(rows[:6])
     for row, tokens in zip(rows[:6], counted, strict=True):
-        sample = build_sample(row, tokenizer, lambda ref: torch.from_numpy(cache.get(ref).astype("int64")))
+        sample = build_sample(row, tokenizer, lambda ref: torch.from_numpy(cache.get(ref).astype("int64")), HiggsV2())
         with torch.no_grad():
             out = base(**{k: v for k, v in collator([sample]).model_inputs().items() if k not in ("reward",)})
         assert int(out.attention_mask.sum()) == tokens
@@ -115,9 +116,9 @@ def test_another_tokenizer_counts_anew(rows, cache, tokenizer, tiny_config):
         def encode(self, text, add_special_tokens):
             return list(range(len(text) * 2))
 
-    index = LengthIndex(cache, tokenizer, Collator(ModelFacts.from_config(tiny_config)))
-    other = LengthIndex(cache, Other(), Collator(ModelFacts.from_config(tiny_config)))
+    index = LengthIndex(cache, tokenizer, Collator(HiggsV2Facts.from_config(tiny_config)))
+    other = LengthIndex(cache, Other(), Collator(HiggsV2Facts.from_config(tiny_config)))
     assert (other.count(rows) > index.count(rows)).all()
     assert (
-        index.count(rows) == LengthIndex(cache, tokenizer, Collator(ModelFacts.from_config(tiny_config))).count(rows)
+        index.count(rows) == LengthIndex(cache, tokenizer, Collator(HiggsV2Facts.from_config(tiny_config))).count(rows)
     ).all()

@@ -18,7 +18,7 @@ from higgs_ds.data.faults import Fault, grouped, write_faults
 from higgs_ds.data.rows import load_rows
 from higgs_ds.data.transcripts import FACTS, facts_of
 from higgs_ds.errors import ConfigError
-from higgs_ds.model.facts import ModelFacts
+from higgs_ds.model.higgs_v2.facts import HiggsV2Facts
 from higgs_ds.tools.prepare import Alone
 
 WORDS = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen".split()
@@ -61,7 +61,7 @@ def load(tmp_path, codec_dir, tokenizer, tiny_config):
             max_duration_sec=30.0,
             ranks=Alone(),
             warn=said.append,
-            lengths=LengthIndex(cache, tokenizer, Collator(ModelFacts.from_config(tiny_config))),
+            lengths=LengthIndex(cache, tokenizer, Collator(HiggsV2Facts.from_config(tiny_config))),
             faults_dir=tmp_path / "out",
             **{"skip_bad_rows": False, "count_tokens": False} | options,
         )
@@ -197,7 +197,7 @@ def test_the_bound_on_tokens_is_never_below_their_number(tokenizer, tiny_config)
         Turn("assistant", ("Hi.", clip), "someone"),
         Turn("assistant", (clip,)),
     )
-    index = LengthIndex(None, tokenizer, Collator(ModelFacts.from_config(tiny_config)))
+    index = LengthIndex(None, tokenizer, Collator(HiggsV2Facts.from_config(tiny_config)))
     index._cache = type("Frames", (), {"frames": staticmethod(lambda ref: 50)})()
     prompt, start = speech_messages("So.", clip, scene="A room.", ref_text="Well.", ref_audio=clip)
     for messages, start_index in ((talk, None), (prompt, start)):

@@ -14,17 +14,18 @@ import torch
 from boson_multimodal.model.higgs_audio import HiggsAudioModel
 from safetensors.torch import load_file, save_file
 
-from higgs_ds.batching.collate import Collator, Sample, tokenize
+from higgs_ds.batching.collate import Collator, Sample
 from higgs_ds.codec.load import load_codec
 from higgs_ds.data.audio import read_audio
 from higgs_ds.data.manifest import AudioRef, Turn, read_manifest, speech_messages
 from higgs_ds.model.base import load_tokenizer
-from higgs_ds.model.facts import ModelFacts
 from higgs_ds.model.files.adapter_names import WHOLE_MODULES
 from higgs_ds.model.files.config_values import DEFAULT_ROPE
 from higgs_ds.model.files.layout_config import DEFAULTS, read_checkpoint_config
 from higgs_ds.model.files.layouts import transformers_name
 from higgs_ds.model.files.load_layout import wanted_weights
+from higgs_ds.model.higgs_v2.facts import HiggsV2Facts
+from higgs_ds.model.higgs_v2.prompt import tokenize
 from higgs_ds.tools.cli import main
 from higgs_ds.tools.recite import share_given_back
 from tests.conftest import SPEECH
@@ -147,7 +148,7 @@ def bosons_logits(folder, codes):
     inputs, wanted = {}, {}
     for number, (name, clips) in enumerate({"cloned": codes[:1], "two turns": codes}.items()):
         ids = torch.tensor(tokenize(conversations()[name], None, tokenizer)[0])
-        batch = Collator(ModelFacts.from_config(config), round_to=1)(
+        batch = Collator(HiggsV2Facts.from_config(config), round_to=1)(
             [Sample(ids, torch.full_like(ids, -100), tuple(clips), name)]
         )
         with torch.no_grad():

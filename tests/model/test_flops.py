@@ -8,7 +8,6 @@ import torch
 
 from benchmarks.gpu import CASES, config_of, needs
 from benchmarks.memory import batch_of, operations
-from higgs_ds.model.facts import ModelFacts
 from higgs_ds.model.flops import (
     PEAK_FLOPS,
     Utilisation,
@@ -18,6 +17,7 @@ from higgs_ds.model.flops import (
     touched_parameters,
     utilisation,
 )
+from higgs_ds.model.higgs_v2.facts import HiggsV2Facts
 from higgs_ds.model.higgs_v2.modules import DEFAULT_LORA_TARGETS
 from higgs_ds.options.parse import parse_args
 
@@ -30,7 +30,7 @@ def real():
 
 @pytest.fixture(scope="module")
 def facts(real):
-    return ModelFacts.from_config(real[0])
+    return HiggsV2Facts.from_config(real[0])
 
 
 def cost(facts, *, every=0, row_tokens=0.0, rank=16):

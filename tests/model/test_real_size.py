@@ -12,7 +12,7 @@ from benchmarks.roofline import Roofline
 from benchmarks.syncs import dispatched
 from higgs_ds.distributed.ds_config import LayerSizes, read_deepspeed_config, resolve
 from higgs_ds.model.base import attach_lora, open_base
-from higgs_ds.model.facts import ModelFacts
+from higgs_ds.model.higgs_v2.facts import HiggsV2Facts
 from higgs_ds.model.higgs_v2.forward import training_forward
 from higgs_ds.model.higgs_v2.layers import check_supported
 from higgs_ds.model.higgs_v2.tiny import write_zeros
@@ -41,7 +41,7 @@ def test_the_real_files_pass_every_door(tmp_path):
             options,
             world_size=1 if file.stem == "zero0" else 8,  # on more, bf16 gradients would be summed in bf16
             on_cpu=False,
-            layer=LayerSizes.from_facts(ModelFacts.from_config(base.config)),
+            layer=LayerSizes.from_facts(HiggsV2Facts.from_config(base.config)),
         )
     with torch.device("meta"):
         model = HiggsAudioForTraining._from_config(base.config, torch_dtype=torch.bfloat16)

@@ -11,7 +11,7 @@ import soundfile
 
 from higgs_ds.batching.token_counts import LengthIndex
 from higgs_ds.data.transcripts import first_lines
-from higgs_ds.model.facts import ModelFacts
+from higgs_ds.model.higgs_v2.facts import HiggsV2Facts
 from higgs_ds.tools.cli import main
 from higgs_ds.tools.describe import describe
 from higgs_ds.tools.described import oddest
@@ -61,7 +61,7 @@ def test_tokens_are_those_that_training_counts(codec_dir, tokenizer, tiny_config
     found = describe(str(SPEECH), tokenizer=tokenizer)
     cache = CodeCache(tmp_path, load_codec(str(codec_dir)))
     cache.ensure([ref for row in found.rows[:4] for _, ref in row.audio_refs])
-    index = LengthIndex(cache, tokenizer, Collator(ModelFacts.from_config(tiny_config)))
+    index = LengthIndex(cache, tokenizer, Collator(HiggsV2Facts.from_config(tiny_config)))
     assert [index.tokens(row) for row in found.rows[:4]] == pytest.approx(found.tokens[:4], abs=1)
     assert len(first_lines(found.spoken)) == 2
 

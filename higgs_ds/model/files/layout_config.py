@@ -12,8 +12,8 @@ from pathlib import Path
 from boson_multimodal.model.higgs_audio import HiggsAudioConfig
 
 from ...errors import ConfigError
-from ..facts import peculiarities
 from ..higgs_v2.boson_config import config_from_boson, made
+from ..higgs_v2.facts import peculiarities
 from .config_values import (
     LIMITS,
     LLAMA_FIELDS,

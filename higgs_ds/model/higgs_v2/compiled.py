@@ -6,17 +6,12 @@ needs no program of its own, and neither does the last layer, which goes on with
 
 from __future__ import annotations
 
-import os
-import shutil
-import sysconfig
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 import torch._dynamo
 import torch.fx.experimental._config
 
-from ...errors import ConfigError
 from ..fused_mlp import adopt
 from .layers import DecoderLayer
 
@@ -58,26 +53,3 @@ def compile_layers(forward) -> None:
     adopt(forward.model, CompiledDecoderLayer)
     # The first layer's input has a gradient then as the others' has, and so their program.
     forward.input_gradient = True
-
-
-def seconds_compiling() -> float:
-    """How long this process has compiled so far."""
-    return torch._dynamo.utils.calculate_time_spent()["total_wall_time"]
-
-
-def check_compiler(device_type: str) -> None:
-    """Refuses a machine on which torch.compile could not build its kernels.
-
-    Raises:
-        ConfigError: naming what it lacks.
-    """
-    variable, usual = ("CXX", ["g++"]) if device_type == "cpu" else ("CC", ["gcc", "clang"])
-    names = [os.environ[variable]] if os.environ.get(variable) else usual
-    header = Path(sysconfig.get_path("include"), "Python.h")
-    if not any(map(shutil.which, names)):
-        found = f"there is no {' and no '.join(names)} here (apt-get install g++, or its path as {variable})"
-    elif not header.is_file():
-        found = f"{header} is not here (apt-get install python3-dev)"
-    else:
-        return
-    raise ConfigError([f"--compile: torch.compile builds kernels with a compiler, but {found}; or leave it out"])

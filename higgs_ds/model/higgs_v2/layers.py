@@ -20,10 +20,10 @@ from torch.utils.checkpoint import checkpoint
 from ...batching.layout import Layout
 from ...errors import ConfigError
 from ...loss import HeadSums, head_sums, scaled_loss
-from ..facts import peculiarities
 from ..fused_head import LabelledRows, head_sums_of
 from ..fused_lora import project
 from ..fused_mlp import add_mlps
+from .facts import peculiarities
 
 
 def check_supported(config) -> None:

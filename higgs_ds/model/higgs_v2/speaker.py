@@ -11,7 +11,7 @@ import torch
 from boson_multimodal.model.higgs_audio import HiggsAudioModel
 from boson_multimodal.model.higgs_audio.utils import revert_delay_pattern
 
-from ...batching.collate import Collator, Sample, tokenize
+from ...batching.collate import Collator, Sample
 from ...codec.base import Codec, check_fits
 from ...data.manifest import Turn
 from ...distributed.device import pick_device, take_device
@@ -20,6 +20,7 @@ from ..base import DTYPES, BaseCheckpoint
 from ..files.adapter_file import Adapter, attach, check_base, read_adapter, read_adapter_config
 from ..files.load_layout import adaptable_modules, load_checkpoint
 from ..files.weight_files import all_finite
+from .prompt import tokenize
 from .stop_rules import BOSON, stopping
 
 ASSISTANT_HEADER = "<|start_header_id|>assistant<|end_header_id|>\n\n"

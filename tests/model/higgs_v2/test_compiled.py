@@ -10,10 +10,10 @@ import torch
 from torch._dynamo.backends.debugging import aot_eager
 
 from higgs_ds.errors import ConfigError
-from higgs_ds.model import fused_lora
+from higgs_ds.model import compiler, fused_lora
 from higgs_ds.model.base import read_model_config
 from higgs_ds.model.higgs_v2 import compiled
-from higgs_ds.model.higgs_v2.compiled import CompiledDecoderLayer, check_compiler
+from higgs_ds.model.higgs_v2.compiled import CompiledDecoderLayer
 from higgs_ds.model.higgs_v2.forward import training_forward
 from higgs_ds.model.higgs_v2.tiny import write_tiny
 from tests.model.higgs_v2.test_forward import (
@@ -116,14 +116,14 @@ def test_a_run_compiles_before_its_first_step_and_goes_on_to_the_bit(forks, flag
 
 
 def test_a_machine_without_a_compiler_is_told(monkeypatch, tmp_path):
-    check_compiler("cpu")
-    monkeypatch.setattr(compiled.sysconfig, "get_path", lambda name: str(tmp_path))
+    compiler.check_compiler("cpu")
+    monkeypatch.setattr(compiler.sysconfig, "get_path", lambda name: str(tmp_path))
     with pytest.raises(ConfigError, match=f"--compile: .*{tmp_path}/Python.h is not here .*; or leave it out"):
-        check_compiler("cpu")
+        compiler.check_compiler("cpu")
     monkeypatch.setenv("PATH", str(tmp_path))
     for device, names in (("cpu", "no g\\+\\+"), ("cuda", "no gcc and no clang")):
         with pytest.raises(ConfigError, match=f"--compile: .*there is {names} here"):
-            check_compiler(device)
+            compiler.check_compiler(device)
     monkeypatch.setenv("CXX", "/opt/clang++")
     with pytest.raises(ConfigError, match="there is no /opt/clang"):
-        check_compiler("cpu")
+        compiler.check_compiler("cpu")

@@ -14,9 +14,9 @@ from higgs_ds.batching.collate import Collator
 from higgs_ds.errors import ConfigError
 from higgs_ds.model import fused_head
 from higgs_ds.model.base import attach_lora, load_base, read_model_config
-from higgs_ds.model.facts import ModelFacts
 from higgs_ds.model.files.adapter_names import PREFIX, WHOLE_MODULES
 from higgs_ds.model.fused_mlp import FusedRmsNorm
+from higgs_ds.model.higgs_v2.facts import HiggsV2Facts
 from higgs_ds.model.higgs_v2.forward import training_forward
 from higgs_ds.model.higgs_v2.layers import check_supported
 from higgs_ds.model.higgs_v2.modules import DEFAULT_LORA_TARGETS, EMBEDDINGS, HEADS
@@ -91,7 +91,7 @@ def upstreams_on(model, config):
 
 
 def batch_of(names, tokenizer, config, **collate):
-    return Collator(ModelFacts.from_config(config), with_layout=True)(samples_of(names, tokenizer), **collate)
+    return Collator(HiggsV2Facts.from_config(config), with_layout=True)(samples_of(names, tokenizer), **collate)
 
 
 def computed(module, batch, *, layout=True, seed=None):

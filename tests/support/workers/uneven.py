@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 
 from higgs_ds.batching.batch_plan import MicroBatch, StepPlan
-from higgs_ds.batching.collate import Collator, Sample, tokenize
+from higgs_ds.batching.collate import Collator, Sample
 from higgs_ds.data.manifest import AudioRef, Turn, speech_messages
 from higgs_ds.distributed.engine import leave_ranks, start_ranks
 from higgs_ds.model.base import read_model_config
-from higgs_ds.model.facts import ModelFacts
+from higgs_ds.model.higgs_v2.facts import HiggsV2Facts
+from higgs_ds.model.higgs_v2.prompt import tokenize
 from higgs_ds.process import end_process
 from tests.support.workers.common import build, without_text_labels
 
@@ -26,7 +27,7 @@ def main() -> None:
     steps = int(sys.argv[4])
     ranks = start_ranks()
     run = build(ranks, base_dir, codec_dir, out, 2, stage=3, total_steps=steps)
-    collator = Collator(ModelFacts.from_config(read_model_config(base_dir)), with_layout=True)
+    collator = Collator(HiggsV2Facts.from_config(read_model_config(base_dir)), with_layout=True)
     draw = torch.Generator().manual_seed(ranks.rank)
 
     def batch_of(kind: int):

@@ -1,0 +1,64 @@
+"""The seam between the trainer and a model family: what a family gives, and which one a checkpoint is of.
+
+Loop, loss, guard, batching and engine know a model by its `ModelFacts` and by these methods alone. A second family is a
+folder beside `higgs_v2/` with an object like its `HiggsV2`, named in `family_of`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
+    from torch import nn
+
+    from ..data.chatml import AudioRef, Turn
+    from ..options.sections import TrainConfig
+    from .base import BaseCheckpoint
+
+HIGGS_V2 = "higgs_audio"
+
+
+class Family(Protocol):
+    """What one kind of model brings: files, LoRA, rows, the training forward, a voice."""
+
+    name: str
+
+    def open_base(self, name_or_path: str, revision: str | None = None, flag: str = "--base_ckpt") -> BaseCheckpoint:
+        """A checkpoint's config, facts and tokenizer, checked; no weight is read. Raises ConfigError."""
+
+    def check_forward(self, base: BaseCheckpoint) -> None:
+        """Refuses a checkpoint that the default training forward would not compute. Raises ConfigError."""
+
+    def settle_lora(
+        self, config: TrainConfig, base: BaseCheckpoint, resumed: dict | None
+    ) -> dict[str, torch.Tensor] | None:
+        """Fills LoRA's options from `--init_adapter`; its checked weights, None without one. Raises ConfigError."""
+
+    def load_base(self, folder: Path, config: Any, dtype: str, *, quantize_on: torch.device | None = None) -> nn.Module:
+        """The model, frozen, in `dtype`; sharded while it loads where DeepSpeed's stage 3 is told of."""
+
+    def training_forward(self, model: nn.Module, config: Any, **options: Any) -> nn.Module:
+        """What the engine runs: a micro-batch's inputs and scales to (loss, stats, report)."""
+
+    def tokenize(
+        self, messages: Sequence[Turn], start_index: int | None, tokenizer: Any
+    ) -> tuple[list[int], list[int], list[AudioRef]]:
+        """Token ids, label ids (-100 where nothing is learned) and clips of a row, in reading order."""
+
+    def speaker(self, base: BaseCheckpoint, adapter: str | None, codec: Any, **options: Any) -> Any:
+        """A voice to speak with: the base, and an adapter on it. Raises ConfigError."""
+
+
+def family_of(model_type: str) -> Family:
+    """The family of a checkpoint by its config's `model_type`.
+
+    Raises:
+        KeyError: no family has this model type.
+    """
+    from .higgs_v2.family import HiggsV2
+
+    return {HIGGS_V2: HiggsV2()}[model_type]

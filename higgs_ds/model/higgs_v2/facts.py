@@ -1,0 +1,76 @@
+"""The facts of a Higgs Audio v2 checkpoint, out of its `HiggsAudioConfig`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from ..facts import ModelFacts
+from ..family import HIGGS_V2, Family, family_of
+from . import prompt
+
+
+@dataclass(frozen=True)
+class HiggsV2Facts(ModelFacts):
+    """See `ModelFacts`."""
+
+    @classmethod
+    def from_config(cls, config) -> HiggsV2Facts:
+        """From a `HiggsAudioConfig`."""
+        text = config.text_config
+        return cls(
+            num_codebooks=config.audio_num_codebooks,
+            codebook_size=config.audio_codebook_size,
+            stream_bos=config.audio_stream_bos_id,
+            stream_eos=config.audio_stream_eos_id,
+            use_delay_pattern=config.use_delay_pattern,
+            audio_in_token=config.audio_in_token_idx,
+            audio_out_token=config.audio_out_token_idx,
+            audio_in_codes=config.encode_audio_in_tokens,
+            pad_token=config.pad_token_id,
+            hidden_size=text.hidden_size,
+            ffn_size=text.intermediate_size,
+            num_layers=text.num_hidden_layers,
+            num_heads=text.num_attention_heads,
+            num_key_value_heads=text.num_key_value_heads,
+            head_dim=text.head_dim,
+            vocab_size=text.vocab_size,
+            max_positions=text.max_position_embeddings,
+        )
+
+    @property
+    def family(self) -> Family:
+        """Higgs Audio v2."""
+        return family_of(HIGGS_V2)
+
+    def stream(self, codes: torch.Tensor) -> torch.Tensor:
+        """BOS, codes, EOS, with the delay pattern: [codebooks, frames] -> [codebooks, `stream_length(frames)`]"""
+        return prompt.stream(codes, self)
+
+    def stream_labels(self, codes: torch.Tensor, trained: bool) -> torch.Tensor:
+        """The codes and one EOS a codebook, at their delayed places; -100 elsewhere, or everywhere if not trained."""
+        return prompt.stream_labels(codes, self, trained)
+
+    def stream_length(self, frames: int) -> int:
+        """The width of `stream`: BOS, EOS, and the delay of the last codebook."""
+        return frames + 2 + (self.num_codebooks - 1 if self.use_delay_pattern else 0)
+
+
+def peculiarities(config) -> list[str]:
+    """What a `HiggsAudioConfig` has that Boson's generation checkpoints have not, in words."""
+    layers = config.text_config.num_hidden_layers
+    # "dual_ffn_fast_forward", as Boson's own says, differs from "dual_ffn" in the layers that are none: here, nowhere.
+    dual = config.audio_adapter_type in ("dual_ffn", "dual_ffn_fast_forward")
+    has = {
+        f"audio_adapter_type {config.audio_adapter_type!r}": not dual,
+        f"a dual FFN in only some of its {layers} layers": (
+            dual and set(config.audio_dual_ffn_layers or ()) != set(range(layers))
+        ),
+        "an audio tower": not config.skip_audio_tower or config.encode_whisper_embed,
+        "its own attention for audio (use_audio_out_self_attention)": config.use_audio_out_self_attention,
+        "a projector of audio embeddings (use_audio_out_embed_projector)": config.use_audio_out_embed_projector,
+        "decoder layers before its heads (audio_decoder_proj_num_layers)": config.audio_decoder_proj_num_layers,
+        "an RQ transformer (use_rq_transformer)": config.use_rq_transformer,
+    }
+    return [what for what, is_so in has.items() if is_so]

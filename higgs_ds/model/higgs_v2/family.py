@@ -1,0 +1,69 @@
+"""Higgs Audio v2 as the trainer sees it; see `model/family.py`. What takes long to import is imported when called."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..family import HIGGS_V2
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from ...data.chatml import AudioRef, Turn
+    from ...options.sections import TrainConfig
+    from ..base import BaseCheckpoint
+
+
+class HiggsV2:
+    """boson_multimodal's `HiggsAudioModel`: two feed-forward networks a layer, a text head and 8 codebooks."""
+
+    name = HIGGS_V2
+
+    def open_base(self, name_or_path: str, revision: str | None = None, flag: str = "--base_ckpt") -> BaseCheckpoint:
+        """See `Family.open_base`."""
+        from ..base import open_base
+
+        return open_base(name_or_path, revision, flag)
+
+    def check_forward(self, base: BaseCheckpoint) -> None:
+        """Refuses layers or projections that `layers.py` does not compute."""
+        from .layers import check_supported
+
+        check_supported(base.config)
+
+    def settle_lora(
+        self, config: TrainConfig, base: BaseCheckpoint, resumed: dict | None
+    ) -> dict[str, torch.Tensor] | None:
+        """See `Family.settle_lora`."""
+        from ..init_adapter import settle_lora
+
+        return settle_lora(config, base.config, resumed)
+
+    def load_base(self, folder: Path, config: Any, dtype: str, *, quantize_on: torch.device | None = None) -> nn.Module:
+        """See `Family.load_base`."""
+        from ..base import load_base
+
+        return load_base(folder, config, dtype, quantize_on=quantize_on)
+
+    def training_forward(self, model: nn.Module, config: Any, **options: Any) -> nn.Module:
+        """See `forward.training_forward`."""
+        from .forward import training_forward
+
+        return training_forward(model, config, **options)
+
+    def tokenize(
+        self, messages: Sequence[Turn], start_index: int | None, tokenizer: Any
+    ) -> tuple[list[int], list[int], list[AudioRef]]:
+        """Boson's ChatML, see `prompt.tokenize`."""
+        from .prompt import tokenize
+
+        return tokenize(messages, start_index, tokenizer)
+
+    def speaker(self, base: BaseCheckpoint, adapter: str | None, codec: Any, **options: Any) -> Any:
+        """Upstream's own generate, see `speaker.Speaker`."""
+        from .speaker import Speaker
+
+        return Speaker(base, adapter, codec, **options)

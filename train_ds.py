@@ -40,14 +40,17 @@ def train(config: TrainConfig, ds_raw: dict, stop: StopRequest) -> int:
     from higgs_ds import run, run_dir
     from higgs_ds.distributed.engine import leave_ranks
     from higgs_ds.guard import BadLossError
+    from higgs_ds.load_data import load_data
+    from higgs_ds.saver import Saver, choose_wandb
+    from higgs_ds.setup import open_setup
 
     # 2. Join: this process among the other ranks, in a folder that is this run's alone.
     with run.joined(config, stop=stop) as (ranks, watch):
-        wandb = run.choose_wandb(config, ranks)
+        wandb = choose_wandb(config, ranks)
 
         # 3. Data: every row checked and every clip encoded once, before anything large is loaded.
-        setup = run.open_setup(config, ds_raw, ranks, watch)
-        data = run.load_data(setup, ranks, watch)
+        setup = open_setup(config, ds_raw, ranks, watch)
+        data = load_data(setup, ranks, watch)
         if run.is_complete(setup, data, ranks):
             at_end = f"nothing is left to train: {setup.output_dir / 'adapter'} is of the run's last step"
             return leave_ranks(ExitCode.OK, at_end)
@@ -59,12 +62,12 @@ def train(config: TrainConfig, ds_raw: dict, stop: StopRequest) -> int:
         run.rehearse(setup, data, engine, guard, ranks, watch)
 
         # 5. Train, under the guard. The adapter first: nothing stands between the last step and the disk.
-        sinks = run.Sinks(setup, data, engine, ranks, wandb)
-        watch.before_end.insert(0, sinks.writer.finish)  # before stopped.json says what is saved
+        saver = Saver.open(setup, data, engine, ranks, wandb)
+        watch.before_end.insert(0, saver.writer.finish)  # before stopped.json says what is saved
         try:
-            with sinks.open_tracker() as tracker:
+            with saver.open_tracker() as tracker:
                 trainer = run.make_trainer(
-                    setup, data, engine, guard, ranks, watch, tracker=tracker, sinks=sinks, stop=stop
+                    setup, data, engine, guard, ranks, watch, tracker=tracker, saver=saver, stop=stop
                 )
                 stop.training()
                 try:
@@ -72,17 +75,17 @@ def train(config: TrainConfig, ds_raw: dict, stop: StopRequest) -> int:
                         finished = trainer.train(steps)
                 except BadLossError:
                     facts = {"stopped": "by the loss guard, before the failed step was trained"}
-                    saved = sinks.save_adapter("adapter_before_failure", facts)
+                    saved = saver.save_adapter("adapter_before_failure", facts)
                     try:
                         trainer.save_end()
-                        sinks.writer.wait()
+                        saver.writer.wait()
                     except OSError as failed:  # hides no finding: the exit code stays the guard's
                         say(str(failed), error=True)
                     raise
                 if finished:
-                    saved = sinks.save_last(trainer)
+                    saved = saver.save_last(trainer)
                 trainer.save_end()
-                sinks.writer.wait()
+                saver.writer.wait()
                 if not finished:
                     run.say_stopped(setup, ranks, watch, stop.reason, ExitCode.STOPPED)
                 watch.untimed("closing")  # what W&B has yet to upload takes as long as it takes

@@ -219,6 +219,7 @@ def engine_of(case: Case, config, ranks, zero: dict | None = None):
     from higgs_ds.model.higgs_v2.facts import HiggsV2Facts
     from higgs_ds.model.higgs_v2.upstream import HiggsAudioForTraining
     from higgs_ds.options.parse import parse_args
+    from higgs_ds.setup import settle
 
     words = ["--train_manifest", "x", "--output_dir", "x", "--dtype", "bf16", "--base_ckpt", "random"]
     words += ["--activation_checkpointing", str(case.checkpoint_every or "none")]
@@ -229,7 +230,7 @@ def engine_of(case: Case, config, ranks, zero: dict | None = None):
     raw["zero_optimization"] |= zero or {}
     # Of no file: its weights are drawn on the device.
     base = BaseCheckpoint("random", None, ROOT, BOSON, config, None, HiggsV2Facts.from_config(config), ())
-    setup = run.settle(parse_args(words), raw, base, ranks)
+    setup = settle(parse_args(words), raw, base, ranks)
     torch.manual_seed(0)
     with loading(setup.ds_config), ranks.device:
         model = HiggsAudioForTraining._from_config(config, torch_dtype=torch.bfloat16)

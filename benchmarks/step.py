@@ -144,6 +144,7 @@ def work_as_rank(args: argparse.Namespace, work: Path) -> None:
     from higgs_ds.model.base import load_base, open_base
     from higgs_ds.options.parse import parse_args
     from higgs_ds.process import end_process
+    from higgs_ds.setup import settle
     from higgs_ds.trainer import Trainer
 
     ranks = start_ranks()
@@ -151,7 +152,7 @@ def work_as_rank(args: argparse.Namespace, work: Path) -> None:
     checkpointed = ["--activation_checkpointing", str(args.activation_checkpointing or "none")]
     raw = json.loads((ROOT / f"ds_configs/zero{args.stage}.json").read_text())
     base = open_base(str(work / "base"))
-    setup = run.settle(parse_args([*flags.split(), *checkpointed]), raw, base, ranks)
+    setup = settle(parse_args([*flags.split(), *checkpointed]), raw, base, ranks)
     config, tokenizer, facts = base.config, base.tokenizer, base.facts
     samples = make_samples(args.rows, config, tokenizer, args.seconds)
 

@@ -3,7 +3,7 @@
 open_setup    options settled, checkpoint looked at     -> Setup     nothing large is loaded
 load_data     manifests checked, clips encoded, planned -> Data
 load_model    base weights, LoRA, DeepSpeed             -> Engine
-make_trainer  guard, schedule, sinks                    -> Trainer
+make_trainer  guard, schedule, saver                    -> Trainer
 """
 
 from __future__ import annotations
@@ -27,20 +27,15 @@ from .distributed.rank_watch import STALL_TIMEOUT_SEC, Watch, check_stall_timeou
 from .distributed.stop import StopRequest
 from .errors import ConfigError, ExitCode
 from .guard import BadLossError, Guard
-from .load_data import Data, codes_folder
-from .load_data import load_data as load_data
+from .load_data import Data, codes_folder, load_data
 from .model import flops
 from .model.base import attach_lora, set_lora
 from .options.sections import TrainConfig
 from .report.cards import pinned
 from .report.tracking import Tracker
-from .saver import Sinks as Sinks
-from .saver import choose_wandb as choose_wandb
+from .saver import Saver
 from .schedule import schedule
-from .setup import Setup
-from .setup import open_base_for as open_base_for
-from .setup import open_setup as open_setup
-from .setup import settle as settle
+from .setup import Setup, open_setup
 from .trainer import Best, Trainer
 
 
@@ -220,14 +215,14 @@ def make_trainer(
     watch: Watch | Unwatched,
     *,
     tracker: Tracker | None = None,
-    sinks: Sinks | None = None,
+    saver: Saver | None = None,
     stop: StopRequest | None = None,
     on_bad_loss: str | None = None,
 ) -> Trainer:
     """The loop over the engine, under the guard.
 
     Args:
-        sinks: without them nothing is saved.
+        saver: without one nothing is saved.
         stop: without it nobody asks for an end.
         on_bad_loss: what happens whatever the option says.
     """
@@ -245,9 +240,12 @@ def make_trainer(
         eval_every=config.run.eval_every or data.plan.steps_per_epoch,
         validation=data.validation if data.corpus.val_rows else None,
         tracker=tracker,
+        saver=saver,
+        keep_best=config.run.keep_best and len(data.corpus.val_rows) > 0,
         save_every=config.run.save_every,
         save_minutes=config.run.save_minutes,
         early_stop=config.run.early_stop,
+        stop_requested=lambda: stop is not None and stop.reason is not None,
         at=watch.at,
         utilisation=flops.utilisation(
             config,
@@ -260,18 +258,10 @@ def make_trainer(
     if setup.resumed:
         at = setup.resumed.position
         trainer.dropped_steps = at.dropped_steps
-        if sinks is not None:  # `check` takes its one step, whatever validations have said
+        if saver is not None:  # `check` takes its one step, whatever validations have said
             trainer.owes_validation = at.owes_validation and trainer.validation is not None
             trainer.resumed_from = StepPlan(at.step, at.epoch, ())
             trainer.best = Best(at.best_step, at.best_loss, at.validations_since_best)
-    if sinks is not None:
-        trainer.save = partial(sinks.save, trainer=trainer)
-        trainer.save_before_validation = partial(sinks.save_before_validation, trainer=trainer)
-        trainer.raise_if_save_failed = sinks.writer.raise_if_failed
-        if config.run.keep_best and trainer.validation:
-            trainer.save_best = partial(sinks.save_best, trainer=trainer)
-    if stop is not None:
-        trainer.stop_requested = lambda: stop.reason is not None
     return trainer
 
 

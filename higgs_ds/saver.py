@@ -1,10 +1,9 @@
-"""Where a run's numbers and checkpoints go."""
+"""What a run leaves: checkpoints, adapters, numbers."""
 
 from __future__ import annotations
 
 import contextlib
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,27 +42,39 @@ def choose_wandb(config: TrainConfig, ranks: Ranks) -> WandbChoice:
     return choice
 
 
-@dataclass
-class Sinks:
-    """Where a run's numbers and checkpoints go."""
+class Saver:
+    """Everything that a run leaves: checkpoints, adapters, and the tracker's numbers."""
 
-    setup: Setup
-    data: Data
-    engine: Engine
-    ranks: Ranks
-    wandb: WandbChoice
-
-    def __post_init__(self):
+    def __init__(
+        self, setup: Setup, data: Data, engine: Engine, ranks: Ranks, wandb: WandbChoice, writer: CheckpointWriter
+    ):
+        self.setup = setup
+        self.data = data
+        self.engine = engine
+        self.ranks = ranks
+        self.wandb = wandb
+        self.writer = writer
         self._rescues: dict[str, list[Path]] = {}  # where an adapter goes that its folder does not take
-        self.writer = CheckpointWriter(
-            self.setup.output_dir / "checkpoints",
-            keep_last=self.setup.config.run.keep_last,
-            keep_best=self.setup.config.run.keep_best,
-            lora=self.engine.lora_config,
+
+    @classmethod
+    def open(cls, setup: Setup, data: Data, engine: Engine, ranks: Ranks, wandb: WandbChoice) -> Saver:
+        """For a run's folder, in which checkpoints after the one that is gone on with are set aside.
+
+        Every rank must call it. Raises ConfigError on all ranks.
+        """
+        writer = CheckpointWriter(
+            setup.output_dir / "checkpoints",
+            keep_last=setup.config.run.keep_last,
+            keep_best=setup.config.run.keep_best,
+            lora=engine.lora_config,
         )
-        aside = self.ranks.each(lambda: self.writer.clean(self.setup.first_step - 1) if self.ranks.is_main else [])
-        for place in aside:
-            self.ranks.say(f"checkpoints: not gone on with, kept as {place}")
+        for place in ranks.each(lambda: writer.clean(setup.first_step - 1) if ranks.is_main else []):
+            ranks.say(f"checkpoints: not gone on with, kept as {place}")
+        return cls(setup, data, engine, ranks, wandb, writer)
+
+    def raise_if_failed(self) -> None:
+        """Raises the OSError of a checkpoint that could not be written in the background."""
+        self.writer.raise_if_failed()
 
     def open_tracker(self) -> contextlib.AbstractContextManager[Tracker | None]:
         """Metrics, curves and W&B on rank 0, and the resolved options in the run's folder; None elsewhere."""

@@ -23,6 +23,7 @@ from .step_stats import ForwardReport, LabelCounts, MicroBatchStats, RankStep, S
 if TYPE_CHECKING:
     from .model.flops import Utilisation
     from .report.tracking import Tracker
+    from .saver import Saver
 
 
 @dataclass
@@ -70,16 +71,14 @@ class Trainer:
     first_step: int = 1
     validation: Callable[[], AbstractContextManager[Iterable[tuple[StepPlan, list[Batch]]]]] | None = None
     tracker: Tracker | None = None
-    save: Callable[[StepPlan], None] | None = None
-    save_before_validation: Callable[[StepPlan], None] | None = None  # what the last step reached
+    saver: Saver | None = None
     save_every: int | None = None
     save_minutes: float = 0.0  # 0: not by the clock
-    save_best: Callable[[int], None] | None = None  # of the step just validated
+    keep_best: bool = False
     early_stop: int | None = None  # validations without gain that end the run
     best: Best = field(default_factory=Best)
     owes_validation: bool = False  # of the step before the first: a stop came first
     resumed_from: StepPlan | None = None  # that step
-    raise_if_save_failed: Callable[[], None] = lambda: None
     stop_requested: Callable[[], bool] = lambda: False
     at: Callable[[int, str], None] = lambda step, doing: None  # told of every move: a rank that stands still is found
     dropped_steps: int = 0
@@ -115,7 +114,8 @@ class Trainer:
         for plan, batches in steps:
             self._clock.batches_read()
             lr = self.learning_rate(plan.step)
-            self.raise_if_save_failed()
+            if self.saver:
+                self.saver.raise_if_failed()
             result = self.train_step(plan.step, batches, lr)
             if result.failures:
                 self._report(result.failures)
@@ -125,10 +125,10 @@ class Trainer:
             self._last = plan
             last = plan.step == self.total_steps
             if self.validation and (last or plan.step % self.eval_every == 0):
-                if last and not result.stop and self.save_before_validation:
+                if last and not result.stop and self.saver:
                     self.at(plan.step, "saving")
                     self.owes_validation = True
-                    self.save_before_validation(plan)
+                    self.saver.save_before_validation(plan, self)
                 validated = self._validate(plan.step, stopped=result.stop)
                 if not validated or self.is_over():
                     self._log_rest()
@@ -136,11 +136,11 @@ class Trainer:
             if result.stop or last:
                 return last
             by_count = self.save_every and plan.step % self.save_every == 0
-            if self.save and (by_count or self.best_is(plan.step) or any(rank.save_due for rank in result.ranks)):
+            if self.saver and (by_count or self.best_is(plan.step) or any(rank.save_due for rank in result.ranks)):
                 self.at(plan.step, "saving")
                 self._log_rest()  # a run that goes on from here has no other word of these steps
                 began = time.perf_counter()
-                self.save(plan)
+                self.saver.save(plan, self)
                 self._saved_at = time.monotonic()
                 self._save_stall_sec = time.perf_counter() - began
             self._clock.begin()
@@ -154,9 +154,9 @@ class Trainer:
 
     def save_end(self) -> None:
         """A checkpoint of the last step that was done, if one was; every rank must call it."""
-        if self.save and self._last is not None:
+        if self.saver and self._last is not None:
             self.at(self._last.step, "saving")
-            self.save(self._last)
+            self.saver.save(self._last, self)
 
     def is_over(self) -> bool:
         """Whether enough validations went without gain."""
@@ -164,7 +164,7 @@ class Trainer:
 
     def best_is(self, step: int) -> bool:
         """Whether the checkpoint of this step is to be kept as the best."""
-        return self.save_best is not None and self.best.step == step
+        return self.keep_best and self.best.step == step
 
     def _validate(self, step: int, *, stopped: bool = False) -> bool:
         """Validates and keeps the best; False where a stop comes first, which leaves it to the run that goes on."""
@@ -173,9 +173,9 @@ class Trainer:
             losses = self.evaluate(step)
             if self.owes_validation:
                 return False
-            if losses and self.best.take(step, losses["loss"]) and self.save_best:
+            if losses and self.best.take(step, losses["loss"]) and self.saver and self.keep_best:
                 self.at(step, "saving the best adapter")
-                self.save_best(step)
+                self.saver.save_best(step, self)
         return not stopped
 
     def train_step(self, step: int, batches: list[Batch], lr: float) -> StepResult:

@@ -62,7 +62,7 @@ def _prepare(config: TrainConfig, ranks: Ranks | Alone, device: str) -> str:
     from ..batching.collate import Collator
     from ..distributed.agreement import check_shared
     from ..load_data import codes_folder, load_corpus
-    from ..run import open_base_for
+    from ..setup import open_base_for
 
     began = time.monotonic()
     check_shared({"--codes_cache": codes_folder(config)}, ranks)

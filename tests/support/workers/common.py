@@ -17,10 +17,11 @@ from higgs_ds.distributed.alone import Unwatched
 from higgs_ds.distributed.engine import Engine, Ranks
 from higgs_ds.files import write_text
 from higgs_ds.guard import Guard
-from higgs_ds.load_data import Data
+from higgs_ds.load_data import Data, load_data
 from higgs_ds.loss import LossWeights
 from higgs_ds.options.parse import parse_args
 from higgs_ds.options.sections import PROJECT_ROOT
+from higgs_ds.setup import open_setup
 from higgs_ds.trainer import Trainer
 
 SPEECH = PROJECT_ROOT / "examples/speech"
@@ -109,8 +110,8 @@ def build(
     config = parse_args([word for name, value in (settings | flags).items() for word in (f"--{name}", str(value))])
     raw = json.loads((PROJECT_ROOT / (ds_file or f"ds_configs/zero{stage}.json")).read_text())
     watch = Unwatched()
-    setup = assembly.open_setup(config, raw, ranks, watch)
-    data = assembly.load_data(setup, ranks, watch)
+    setup = open_setup(config, raw, ranks, watch)
+    data = load_data(setup, ranks, watch)
     engine = assembly.load_model(setup, ranks, watch, **({"wrap": wrap_model} if wrap_model else {}))
     guard = assembly.make_guard(setup, ranks)
     trainer = assembly.make_trainer(setup, data, engine, guard, ranks, watch)

@@ -187,6 +187,7 @@ BREAKAGES = [
     "label_count",
     "finite",
     "gradient",
+    "gradient_order",
     "text_loss",
     "audio_loss",
     "total",

@@ -245,7 +245,7 @@ def _round_to(setup: Setup, collator: Collator) -> int:
 
 def shown_prompt(row: Row, base: BaseCheckpoint) -> str:
     """A row as the tokenizer reads its tokens back, special tokens visible; all it learns to say stands at its end."""
-    input_ids, _, _ = base.facts.family.tokenize(row.messages, row.start_index, base.tokenizer)
+    input_ids, _, _ = base.facts.tokenize(row.messages, row.start_index, base.tokenizer)
     text = base.tokenizer.decode(input_ids, clean_up_tokenization_spaces=False)
     if len(text) > SHOWN_CHARACTERS:
         text = f"{text[:SHOWN_CHARACTERS]}… ({len(text) - SHOWN_CHARACTERS:,} more characters)"
@@ -263,7 +263,7 @@ def _references(setup: Setup, rows: RowSet) -> References | None:
         rate=config.data.reference_rate,
         seed=config.optim.seed,
         max_tokens=min(limit for limit in limits if limit is not None),
-        tokenize=lambda turns: base.facts.family.tokenize(turns, None, base.tokenizer)[0],
+        tokenize=lambda turns: base.facts.tokenize(turns, None, base.tokenizer)[0],
     )
     rows.tokens = references.longest
     return references

@@ -30,6 +30,7 @@ from .guard import BadLossError, Guard
 from .load_data import Data, codes_folder, load_data
 from .model import flops
 from .model.base import attach_lora, set_lora
+from .model.families import HIGGS_V2, family_of
 from .options.sections import TrainConfig
 from .report.cards import pinned
 from .report.tracking import Tracker
@@ -98,7 +99,7 @@ def load_model(
     watch.untimed("loading the model")
     with loading(setup.ds_config):
         quantize_on = ranks.device if config.model.base_dtype else None
-        model = base.facts.family.load_base(base.folder, base.config, config.model.dtype, quantize_on=quantize_on)
+        model = family_of(HIGGS_V2).load_base(base.folder, base.config, config.model.dtype, quantize_on=quantize_on)
     engine = adapt(setup, model, ranks, wrap=wrap)
     if setup.resumed:
         engine.load_state(setup.resumed.state, first_inputs())
@@ -140,7 +141,7 @@ def adapt(
     elif setup.initial is not None:
         ranks.each(lambda: set_lora(lora_model, setup.initial, f"--init_adapter {config.lora.init_adapter}"))
     forward = forward or partial(
-        setup.base.facts.family.training_forward,
+        family_of(HIGGS_V2).training_forward,
         config=setup.base.config,
         forward_impl=config.model.forward_impl,
         loss_impl=config.loss.loss_impl,

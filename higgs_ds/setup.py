@@ -19,7 +19,7 @@ from .distributed.rank_watch import Watch
 from .errors import ConfigError
 from .loss import LossWeights
 from .model.base import BaseCheckpoint
-from .model.family import HIGGS_V2, family_of
+from .model.families import HIGGS_V2, family_of
 from .options.sections import TrainConfig
 
 
@@ -56,7 +56,7 @@ def open_setup(config: TrainConfig, ds_raw: dict, ranks: Ranks, watch: Watch | U
     watch.untimed("finding the base checkpoint")
     base = ranks.each(lambda: open_base_for(config))
     initial = ranks.each(
-        lambda: base.facts.family.settle_lora(config, base, resumed.position.config if resumed else None)
+        lambda: family_of(HIGGS_V2).settle_lora(config, base, resumed.position.config if resumed else None)
     )
     setup = settle(config, ds_raw, base, ranks, resumed, [*notes, *base.notes])
     setup.initial = initial

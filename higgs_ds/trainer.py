@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -23,7 +23,6 @@ from .step_stats import ForwardReport, LabelCounts, MicroBatchStats, RankStep, S
 if TYPE_CHECKING:
     from .model.flops import Utilisation
     from .report.tracking import Tracker
-    from .saver import Saver
 
 
 @dataclass
@@ -55,6 +54,22 @@ class Best:
         return better
 
 
+class Saves(Protocol):
+    """What the loop saves through: `saver.Saver`. Every rank calls every method."""
+
+    def save(self, step: StepPlan, trainer: Trainer) -> None:
+        """A checkpoint after this step."""
+
+    def save_before_validation(self, step: StepPlan, trainer: Trainer) -> None:
+        """The run's last step, on the disk when this returns."""
+
+    def save_best(self, step: int, trainer: Trainer) -> None:
+        """The adapter of the step just validated."""
+
+    def raise_if_failed(self) -> None:
+        """Raises the OSError of a checkpoint that could not be written in the background."""
+
+
 @dataclass
 class Trainer:
     """Runs optimizer steps through the engine, under the guard. `tracker` is rank 0's, None elsewhere."""
@@ -71,7 +86,7 @@ class Trainer:
     first_step: int = 1
     validation: Callable[[], AbstractContextManager[Iterable[tuple[StepPlan, list[Batch]]]]] | None = None
     tracker: Tracker | None = None
-    saver: Saver | None = None
+    saver: Saves | None = None
     save_every: int | None = None
     save_minutes: float = 0.0  # 0: not by the clock
     keep_best: bool = False

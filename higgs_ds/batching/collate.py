@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from ..data.manifest import AudioRef, Row
 from ..loss import IGNORE, count_audio_labels, count_text_labels
 from ..model.facts import ModelFacts
-from ..model.family import Family
 from .layout import Layout, make_layout
 
 
@@ -96,9 +95,11 @@ class Batch:
         return int(self.attention_mask.sum()) - clips + frames
 
 
-def build_sample(row: Row, tokenizer, codes_of: Callable[[AudioRef], torch.Tensor], family: Family) -> Sample:
-    """A manifest row as tokens and codes, as the model family reads it."""
-    input_ids, label_ids, clips = family.tokenize(row.messages, row.start_index, tokenizer)
+def build_sample(
+    row: Row, tokenizer, codes_of: Callable[[AudioRef], torch.Tensor], tokenize: Callable[..., tuple]
+) -> Sample:
+    """A manifest row as tokens and codes; `tokenize` as of `ModelFacts`."""
+    input_ids, label_ids, clips = tokenize(row.messages, row.start_index, tokenizer)
     return Sample(
         input_ids=torch.tensor(input_ids),
         label_ids=torch.tensor(label_ids),

@@ -74,7 +74,7 @@ class LengthIndex:
     def tokens(self, row: Row) -> int:
         """Positions that the model computes for a row: text tokens, each clip's placeholder replaced by its frames."""
         facts = self._collator.facts
-        input_ids, _, _ = facts.family.tokenize(row.messages, row.start_index, self._tokenizer)
+        input_ids, _, _ = facts.tokenize(row.messages, row.start_index, self._tokenizer)
         total = len(input_ids)
         for turn in row.messages:
             if turn.role != "assistant" and not facts.audio_in_codes:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
 
-    from .family import Family
+    from ..data.chatml import AudioRef, Turn
 
 
 @dataclass(frozen=True)
 class ModelFacts(ABC):
-    """Token ids, codebooks and sizes of one checkpoint, and its streams of codes."""
+    """Token ids, codebooks and sizes of one checkpoint, and how its family writes a row."""
 
     num_codebooks: int
     codebook_size: int  # codes are 0 to codebook_size - 1; the stream's BOS and EOS follow them
@@ -55,10 +56,11 @@ class ModelFacts(ABC):
         attention = 2 * self.hidden_size * self.head_dim * (self.num_heads + self.num_key_value_heads)
         return attention + 2 * 3 * self.hidden_size * self.ffn_size
 
-    @property
     @abstractmethod
-    def family(self) -> Family:
-        """The model family that these facts are of."""
+    def tokenize(
+        self, messages: Sequence[Turn], start_index: int | None, tokenizer: Any
+    ) -> tuple[list[int], list[int], list[AudioRef]]:
+        """Token ids, label ids (-100 where nothing is learned) and clips of a row, in reading order."""
 
     @abstractmethod
     def stream(self, codes: torch.Tensor) -> torch.Tensor:

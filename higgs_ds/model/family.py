@@ -1,7 +1,7 @@
 """The seam between the trainer and a model family: what a family gives, and which one a checkpoint is of.
 
 Loop, loss, guard, batching and engine know a model by its `ModelFacts` and by these methods alone. A second family is a
-folder beside `higgs_v2/` with an object like its `HiggsV2`, named in `family_of`.
+folder beside `higgs_v2/` with an object like its `HiggsV2`, named in `families.py`.
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from ..data.chatml import AudioRef, Turn
     from ..options.sections import TrainConfig
     from .base import BaseCheckpoint
-
-HIGGS_V2 = "higgs_audio"
 
 
 class Family(Protocol):
@@ -51,14 +49,3 @@ class Family(Protocol):
 
     def speaker(self, base: BaseCheckpoint, adapter: str | None, codec: Any, **options: Any) -> Any:
         """A voice to speak with: the base, and an adapter on it. Raises ConfigError."""
-
-
-def family_of(model_type: str) -> Family:
-    """The family of a checkpoint by its config's `model_type`.
-
-    Raises:
-        KeyError: no family has this model type.
-    """
-    from .higgs_v2.family import HiggsV2
-
-    return {HIGGS_V2: HiggsV2()}[model_type]

@@ -89,7 +89,7 @@ def frames_of(seconds: float) -> int:
 def _tokens(row: Row, seconds: list[float], tokenizer) -> int:
     frames = sum(map(frames_of, seconds))
     if tokenizer is not None:
-        from ..model.family import HIGGS_V2, family_of
+        from ..model.families import HIGGS_V2, family_of
 
         return frames - len(seconds) + len(family_of(HIGGS_V2).tokenize(row.messages, row.start_index, tokenizer)[0])
     pieces = [piece for turn in row.messages for piece in turn.content]

@@ -240,7 +240,7 @@ def check_prompts(args: argparse.Namespace, texts: list[tuple[str, str]], prompt
     from ..data.audio import duration_sec
     from ..data.controls import control_tokens, find_control
     from ..model.base import load_tokenizer, locate_checkpoint
-    from ..model.family import HIGGS_V2, family_of
+    from ..model.families import HIGGS_V2, family_of
     from ..model.files.layouts import layout_of
     from .describe import frames_of
 
@@ -274,7 +274,7 @@ def _is_text(text: str) -> bool:
 def open_speaker(args: argparse.Namespace):
     """Base, adapter and codec, loaded. Raises ConfigError."""
     from ..codec.load import load_codec
-    from ..model.family import HIGGS_V2, family_of
+    from ..model.families import HIGGS_V2, family_of
 
     name, flag = base_of(args)
     family = family_of(HIGGS_V2)

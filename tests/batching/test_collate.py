@@ -11,7 +11,6 @@ from boson_multimodal.dataset.chatml_dataset import ChatMLDatasetSample, prepare
 from higgs_ds.batching.collate import Batch, Collator, build_sample
 from higgs_ds.data.manifest import AudioRef, Row, Turn, speech_messages
 from higgs_ds.model.higgs_v2.facts import HiggsV2Facts
-from higgs_ds.model.higgs_v2.family import HiggsV2
 from higgs_ds.model.higgs_v2.prompt import tokenize
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -103,9 +102,7 @@ def upstream_collator(config, **changes) -> HiggsAudioSampleCollator:
 
 
 def samples_of(names, tokenizer):
-    return [
-        build_sample(row(*CASES[name], line=i + 1), tokenizer, codes_for, HiggsV2()) for i, name in enumerate(names)
-    ]
+    return [build_sample(row(*CASES[name], line=i + 1), tokenizer, codes_for, tokenize) for i, name in enumerate(names)]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from higgs_ds.data.code_cache import CodeCache
 from higgs_ds.data.rows import load_rows
 from higgs_ds.distributed.alone import Alone
 from higgs_ds.model.higgs_v2.facts import HiggsV2Facts
-from higgs_ds.model.higgs_v2.family import HiggsV2
+from higgs_ds.model.higgs_v2.prompt import tokenize
 from tests.conftest import SPEECH
 from tests.support.ranks import assert_all
 
@@ -66,7 +66,7 @@ def references_of(loaded, tokenizer, rate=RATE, seed=0, most=MOST) -> References
         rate=rate,
         seed=seed,
         max_tokens=most,
-        tokenize=lambda turns: HiggsV2().tokenize(turns, None, tokenizer)[0],
+        tokenize=lambda turns: tokenize(turns, None, tokenizer)[0],
     )
 
 

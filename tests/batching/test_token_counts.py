@@ -12,7 +12,7 @@ from higgs_ds.codec.load import load_codec
 from higgs_ds.data.code_cache import CodeCache
 from higgs_ds.data.manifest import Row, Turn, read_manifest
 from higgs_ds.model.higgs_v2.facts import HiggsV2Facts
-from higgs_ds.model.higgs_v2.family import HiggsV2
+from higgs_ds.model.higgs_v2.prompt import tokenize
 from tests.conftest import SPEECH
 
 
@@ -50,7 +50,7 @@ def test_a_row_is_as_long_as_the_collator_makes_it(rows, cache, tokenizer, tiny_
     assert counted.dtype == np.int32
 
     def sample(row):
-        return build_sample(row, tokenizer, lambda ref: torch.from_numpy(cache.get(ref).astype("int64")), HiggsV2())
+        return build_sample(row, tokenizer, lambda ref: torch.from_numpy(cache.get(ref).astype("int64")), tokenize)
 
     assert counted.tolist() == [collator([sample(row)]).num_tokens for row in rows]
     assert counted.sum() == collator([sample(row) for row in rows]).num_tokens
@@ -63,7 +63,7 @@ def test_a_row_is_as_long_as_the_model_computes_it(rows, cache, tokenizer, tiny_
     collator = Collator(HiggsV2Facts.from_config(tiny_config))
     counted = LengthIndex(cache, tokenizer, collator).count(rows[:6])
     for row, tokens in zip(rows[:6], counted, strict=True):
-        sample = build_sample(row, tokenizer, lambda ref: torch.from_numpy(cache.get(ref).astype("int64")), HiggsV2())
+        sample = build_sample(row, tokenizer, lambda ref: torch.from_numpy(cache.get(ref).astype("int64")), tokenize)
         with torch.no_grad():
             out = base(**{k: v for k, v in collator([sample]).model_inputs().items() if k not in ("reward",)})
         assert int(out.attention_mask.sum()) == tokens

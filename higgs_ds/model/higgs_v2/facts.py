@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from ...data.chatml import AudioRef, Turn
 from ..facts import ModelFacts
-from ..family import HIGGS_V2, Family, family_of
 from . import prompt
 
 
@@ -39,10 +41,11 @@ class HiggsV2Facts(ModelFacts):
             max_positions=text.max_position_embeddings,
         )
 
-    @property
-    def family(self) -> Family:
-        """Higgs Audio v2."""
-        return family_of(HIGGS_V2)
+    def tokenize(
+        self, messages: Sequence[Turn], start_index: int | None, tokenizer: Any
+    ) -> tuple[list[int], list[int], list[AudioRef]]:
+        """Boson's ChatML, see `prompt.tokenize`."""
+        return prompt.tokenize(messages, start_index, tokenizer)
 
     def stream(self, codes: torch.Tensor) -> torch.Tensor:
         """BOS, codes, EOS, with the delay pattern: [codebooks, frames] -> [codebooks, `stream_length(frames)`]"""

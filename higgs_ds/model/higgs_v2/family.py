@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..family import HIGGS_V2
-
 if TYPE_CHECKING:
     import torch
     from torch import nn
@@ -20,7 +18,7 @@ if TYPE_CHECKING:
 class HiggsV2:
     """boson_multimodal's `HiggsAudioModel`: two feed-forward networks a layer, a text head and 8 codebooks."""
 
-    name = HIGGS_V2
+    name = "higgs_audio"
 
     def open_base(self, name_or_path: str, revision: str | None = None, flag: str = "--base_ckpt") -> BaseCheckpoint:
         """See `Family.open_base`."""

@@ -42,10 +42,14 @@ def option(default: Any, text: str, *, also: str = "", others: dict[str, Other] 
 
 
 class Option(NamedTuple):
-    """One option: the section and the field where it stands, and what pydantic has no place for."""
+    """One option: where it stands, what its type says, and what pydantic has no place for."""
 
     section: str
     field: FieldInfo
+    hint: Any  # the type of its values in JSON; that of a choice is `str`
+    choices: tuple[str, ...]  # its only values; empty where it has others
+    is_list: bool
+    may_be_none: bool
     also: tuple[str, ...]
     others: dict[str, Other]
     resume: str | None = None  # FIXED, SAID, or None: a resumed run may change it
@@ -55,38 +59,17 @@ class Option(NamedTuple):
     @classmethod
     def of(cls, section: str, field: FieldInfo) -> Option:
         """Of a field that `option` made."""
+        arms = (field.annotation, *typing.get_args(field.annotation))
+        choices = next((typing.get_args(arm) for arm in arms if typing.get_origin(arm) is Literal), ())
+        is_list = any(typing.get_origin(arm) is list for arm in arms)
         facts: Any = field.json_schema_extra
-        return cls(section, field, **facts)
-
-    @property
-    def hint(self) -> Any:
-        """The type of its values in JSON; that of a choice is `str`."""
-        return _plain(self.field.annotation)
-
-    @property
-    def may_be_none(self) -> bool:
-        """Whether it may be left open."""
-        return type(None) in self._arms
-
-    @property
-    def is_list(self) -> bool:
-        """Whether it takes several words."""
-        return any(typing.get_origin(arm) is list for arm in self._arms)
-
-    @property
-    def choices(self) -> tuple[str, ...]:
-        """Its only values; empty where it has others."""
-        return next((typing.get_args(arm) for arm in self._arms if typing.get_origin(arm) is Literal), ())
+        return cls(section, field, _plain(arms[0]), choices, is_list, type(None) in arms, **facts)
 
     @property
     def default(self) -> str:
         """As help and documentation show it; empty for none."""
         default = self.field.default
         return "" if default is None else " ".join(default) if isinstance(default, list) else str(default)
-
-    @property
-    def _arms(self) -> tuple:
-        return (self.field.annotation, *typing.get_args(self.field.annotation))
 
 
 class Section(BaseModel):

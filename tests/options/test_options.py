@@ -41,11 +41,10 @@ def test_the_documented_command_parses():
 
 
 def test_the_defaults_are_the_living_names_at_the_pinned_revisions_and_the_old_name_is_the_same():
-    config = parse_args(NEEDED)
-    assert config.model.base_ckpt == "bosonai/higgs-tts-2-3b-base"
-    assert config.model.base_revision == "10840182ca4ad5d9d9113b60b9bb3c1ef1ba3f84"
-    assert config.data.codec == "bosonai/higgs-audio-v2-tokenizer"
-    assert config.data.codec_revision == "9d4988fbd4ad07b4cac3a5fa462741a41810dbec"
+    config, revision = parse_args(NEEDED), "10840182ca4ad5d9d9113b60b9bb3c1ef1ba3f84"
+    assert (config.model.base_ckpt, config.model.base_revision) == ("bosonai/higgs-tts-2-3b-base", revision)
+    codec = ("bosonai/higgs-audio-v2-tokenizer", "9d4988fbd4ad07b4cac3a5fa462741a41810dbec")
+    assert (config.data.codec, config.data.codec_revision) == codec
     old = parse_args([*NEEDED, "--base_ckpt", "bosonai/higgs-audio-v2-generation-3B-base"])
     assert old.model.base_revision == config.model.base_revision
     other = parse_args([*NEEDED, "--base_revision", "main", "--codec_revision", "v1"])
@@ -58,8 +57,7 @@ def test_the_defaults_are_the_living_names_at_the_pinned_revisions_and_the_old_n
     [
         *(("--learning_rate 1e-3", "lr", 1e-3), ("--per_device_train_batch_size 3", "batch_size", 3)),
         *(("--gradient_accumulation_steps 5", "grad_accum", 5), ("--num_train_epochs 7", "epochs", 7.0)),
-        *(("--save_steps 200", "save_every", 200), ("--val_steps 7", "eval_every", 7)),
-        *(("--save_total_limit 2", "keep_last", 2), ("--project_name voices", "wandb_project", "voices")),
+        *(("--save_steps 200", "save_every", 200), ("--project_name voices", "wandb_project", "voices")),
         *(("--resume", "resume", "auto"), ("--resume none", "resume", "none"), ("--resume out/x", "resume", "out/x")),
         *(("--resume_from_checkpoint", "resume", "auto"), ("--resume_from_checkpoint True", "resume", "auto")),
         *(("--resume_from_checkpoint false", "resume", "none"), ("--resume_from_checkpoint a/b", "resume", "a/b")),
@@ -88,7 +86,6 @@ def test_dtype_words_of_flags_and_file_together(parsed):
     assert parsed("fp16: true", "--bf16", "false").model.dtype == "fp16"
     assert parsed("fp16: true", "--fp16", "false").model.dtype == "bf16"
     assert parsed("dtype: fp32", "--fp16", "false").model.dtype == "fp32"
-    assert parsed("dtype: fp32", "--bf16").model.dtype == "bf16"
     assert parsed("bf16: true", "--dtype", "fp32").model.dtype == "fp32"
 
 
@@ -121,8 +118,11 @@ def test_flags_win_over_yaml_and_yaml_over_defaults(parsed):
 def test_a_list_given_twice_adds_up():
     twice = ["--train_manifest", "more.json=2", "--codebook_weights", "1,2", "--codebook_weights", "3"]
     config = parse_args([*NEEDED, *twice])
-    assert config.data.train_manifest == ["train.json", "more.json=2.0"]
-    assert config.loss.codebook_weights == [1.0, 2.0, 3.0]
+    assert config.data.train_manifest == ["train.json", "more.json=2.0"] and config.loss.codebook_weights == [
+        1.0,
+        2.0,
+        3.0,
+    ]
 
 
 @pytest.mark.parametrize("text", ["2026_11_27", "2026-11-27", "0755", "1:30", "1.10", "0x1F", "1_000", "+5", "yes"])
@@ -172,14 +172,11 @@ UPSTREAM = ["--forward_impl", "upstream"]
     ("argv", "words"),
     [
         (["--gradient_cliping", "1"], ["--gradient_cliping: unknown flag"]),
-        (["--batchsize", "2"], ["--batchsize: unknown flag", "'--batch_size'"]),
         (["--save_step", "3"], ["--save_step: unknown flag (did you mean '--save_steps'?)"]),
         (["--lr", "1", "--lr", "2"], ["--lr: given twice; leave one out"]),
         (["--learning_rate", "1", "--lr", "2"], ["--lr: given twice, as learning_rate too; leave one out"]),
-        (["--report_to", "none", "--wandb_mode", "online"], ["given twice, as "]),
         (["--bf16", "--dtype", "bf16"], ["--dtype: given twice, as bf16 too"]),
         (["--bf16", "--fp16"], ["bf16 and fp16 are both true"]),
-        (["--activation_checkpointing", "0"], ["--activation_checkpointing: should be none, full or a whole"]),
         (UPSTREAM, ["--forward_impl upstream", "--loss_impl reference"]),
         ([*UPSTREAM, "--loss_impl", "reference", "--gradient_checkpointing"], ["upstream's forward has none"]),
         ([*UPSTREAM, "--loss_impl", "reference", "--torch_compile"], ["--compile: upstream's forward is not compiled"]),
@@ -192,12 +189,9 @@ UPSTREAM = ["--forward_impl", "upstream"]
         (["--lora_dora"], ["--lora_dora: not supported: DoRA scales each row", "--lora_rslora"]),
         (["--lr", "fast"], ["--lr: should be a valid number", "got 'fast'"]),
         (["--lr", "nan"], ["--lr: should be a finite number, got 'nan'"]),
-        (["--learning_rate", "0"], ["--learning_rate: should be greater than 0, got '0'"]),
         (["--batch_size", "1.5"], ["--batch_size: should be a valid integer", "got '1.5'"]),
-        (["--lora_dropout", "1"], ["--lora_dropout: should be less than 1"]),
         (["--text_loss_weight", "0", "--audio_loss_weight", "0"], ["there is no loss to train on"]),
         (["--codebook_weights", "1,-1"], ["--codebook_weights: should be greater than or equal to 0, got '-1'"]),
-        (["--codebook_weights", "0", "0"], ["--codebook_weights: [0.0, 0.0] sum to 0"]),
         (["--early_stop", "2"], ["--early_stop: there is nothing to validate on; give --val_manifest"]),
         (["--val_manifest", " "], ["--val_manifest: String should have at least 1 character"]),
         (["--report_to", "tensorboard"], ["--report_to: should be wandb or none, got 'tensorboard'"]),
@@ -206,7 +200,6 @@ UPSTREAM = ["--forward_impl", "upstream"]
         (["--warmup_ratio", "none"], ["--warmup_ratio: needs a value, 0 for no warm-up"]),
         (["--batch_size", "2", "--max_tokens_per_batch", "9"], ["one counts rows, the other tokens"]),
         (["--lr"], ["--lr/--learning_rate: expected one argument"]),
-        (["--config", "/dev/zero"], ["--config: /dev/zero: it is larger than 1,000,000 bytes"]),
         (["--config", "nowhere.yaml"], ["--config: nowhere.yaml: No such file"]),
         (["stray"], ["'stray': not a flag"]),
     ],
@@ -236,17 +229,11 @@ def test_all_problems_at_once(tmp_path):
         ("lr: 1e-4\nlr: 2e-4\n", "lr is given twice"),
         ("lr: 1e-4\nlearning_rate: 1e-4\n", "learning_rate: given twice, as lr too"),
         ("run_name: [a]\n", "run.yaml: run_name: should be a valid string"),
-        ("lora_target_modules: [[q_proj]]\n", "lora_target_modules: should be a valid string"),
-        ("lora_target_modules: []\n", "lora_target_modules: List should have at least 1 item"),
         ("codebook_weights: {0: 1}\n", "codebook_weights: should be a valid list"),
         ("a: &a [x, x]\nb: &b [*a, *a]\nlr: *b\n", "a: unknown key"),
         ("lr: " + "[" * 5000, "RecursionError"),
-        ("{[1]: 2}: 3\n", "--config: "),
         ("lr: !!python/object/apply:os.system [ls]\n", "lr: should be a valid number"),
         ("- lr\n", "must hold `name: value` lines, it holds a list"),
-        ("run_name: \x00\n", "--config: "),
-        ("config: other.yaml\n", "config: unknown key"),
-        ("warmup_steps: 3\nwarmup_ratio: 0.1\n", "--warmup_steps, --warmup_ratio: both say"),
     ],
 )
 def test_whatever_stands_in_the_yaml_is_a_line(text, words, tmp_path):

@@ -11,20 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .errors import shown
-from .options.sections import OPTIONS
+from .options.sections import OPTIONS, SHAPE_OPTIONS, TRAJECTORY_OPTIONS
 
 NAME = re.compile(r"step-[0-9]+")
-# A change of these would make another run of it; the adapter's shape cannot change at all.
-SHAPE_OPTIONS = ("lora_r", "lora_target_modules", "train_audio_embeddings", "train_heads")
 # What older runs had, whose checkpoints do not name these options.
 OLDER = {"lora_rslora": False, "train_audio_embeddings": False, "train_heads": "none", "base_dtype": None}
-TRAJECTORY_OPTIONS = (
-    *("lora_alpha", "lora_rslora", "lora_dropout", "train_manifest", "codec", "base_ckpt", "base_revision", "seed"),
-    *("dtype", "base_dtype", "lr", "warmup_steps"),
-    *("lr_scheduler", "warmup_ratio", "weight_decay", "max_grad_norm", "epochs", "max_steps", "text_loss_weight"),
-    *("audio_loss_weight", "codebook_weights", "max_duration_sec", "max_tokens_per_batch", "forward_impl"),
-    *("prompt_style", "reference_rate"),
-)
 READ_OPTIONS = (*SHAPE_OPTIONS, *TRAJECTORY_OPTIONS, "batch_size", "lr_schedule_steps")
 
 

@@ -55,13 +55,12 @@ def open_setup(config: TrainConfig, ds_raw: dict, ranks: Ranks, watch: Watch | U
         ranks.each(lambda: run_dir.refuse_a_result(Path(config.run.output_dir)))
     watch.untimed("finding the base checkpoint")
     base = ranks.each(lambda: open_base_for(config))
-    initial = ranks.each(
-        lambda: family_of(HIGGS_V2).settle_lora(config, base, resumed.position.config if resumed else None)
-    )
+    saved = resumed.position.config if resumed else None
+    config, initial = ranks.each(lambda: family_of(HIGGS_V2).settle_lora(config, base, saved))
     setup = settle(config, ds_raw, base, ranks, resumed, [*notes, *base.notes])
     setup.initial = initial
     check_same(
-        {f"--{name} (as resolved)": value for name, value in config.as_dict().items()}
+        {f"--{name} (as resolved)": value for name, value in setup.config.as_dict().items()}
         | {f"{config.run.deepspeed_config}: {name}": value for name, value in setup.ds_config.items()}
         | {f"--base_ckpt: {name}": value for name, value in asdict(base.facts).items()},
         ranks,
@@ -150,8 +149,7 @@ def settle(
     resumed: Checkpoint | None = None,
     notes: Iterable[str] = (),
 ) -> Setup:
-    """Fills what the options left open; changes `config`. Raises ConfigError for what does not go together."""
-    optim = config.optim
+    """Fills what the options left open. Raises ConfigError for what does not go together."""
     if config.lora.lora_r > base.facts.hidden_size:
         width = base.facts.hidden_size
         raise ConfigError([f"--lora_r: {config.lora.lora_r} is above {width}, the width of the model's layers"])
@@ -160,14 +158,16 @@ def settle(
 
         ranks.each(lambda: check_compiler(ranks.device.type))
     weights = LossWeights.from_options(config.loss, base.facts.num_codebooks)
-    optim.batch_size, optim.max_tokens_per_batch = micro_batches.settle_micro_batches(
-        optim.batch_size,
-        optim.max_tokens_per_batch,
+    batch_size, max_tokens = micro_batches.settle_micro_batches(
+        config.optim.batch_size,
+        config.optim.max_tokens_per_batch,
         device_type=ranks.device.type,
         resumed=resumed.position.config if resumed else None,
     )
+    config = config.settled(batch_size=batch_size, max_tokens_per_batch=max_tokens)
     if resumed:
-        optim.grad_accum = ranks.each(lambda: checkpoint.keep_global_batch(resumed, config, ranks.world_size))
+        accumulated = ranks.each(lambda: checkpoint.keep_global_batch(resumed, config, ranks.world_size))
+        config = config.settled(grad_accum=accumulated)
     ds_config = resolve(
         ds_raw,
         config,

@@ -35,7 +35,7 @@ from higgs_ds.run_dir import prepare_run_dir
 from higgs_ds.tools.cli import main
 from tests.conftest import ROOT
 from tests.distributed.test_engine import distance
-from tests.support.ranks import assert_all, free_port, run_ranks
+from tests.support.ranks import assert_all, changed, free_port, run_ranks
 
 
 def losses(folder) -> list[dict]:
@@ -344,7 +344,7 @@ def test_what_cannot_go_on_is_refused_and_what_changes_is_said(forks, saved, tmp
 
     def resume(*changes):
         words = [str(copy) if word == str(folder) else word for word in flags]
-        (result,) = forks.run([*words, "--resume", "auto", *changes], 1)
+        (result,) = forks.run(changed(words, "--resume", "auto", *changes), 1)
         return result
 
     other_rank = resume("--lora_r", "4")

@@ -10,8 +10,7 @@ import torch
 
 from higgs_ds.batching.layout import make_layout
 from higgs_ds.options.parse import parse_args
-from higgs_ds.options.sections import ALIASES, OPTIONS
-from higgs_ds.options.translate import FOREIGN
+from higgs_ds.options.sections import OPTIONS
 from higgs_ds.tools import cli
 from tests.conftest import ROOT
 
@@ -39,10 +38,11 @@ def test_the_drawing_of_a_layout_is_what_the_code_makes():
 
 FLAGS_HEAD = """# Flags of `train_ds.py`
 
-`prepare` and `check` take them too; `python -m higgs_ds VERB --help` lists those of every other verb. All can stand in
-a YAML file given by `--config`; flags win, also over the file's `warmup_ratio` where they say `--warmup_steps`, its
-`batch_size` where they say `--max_tokens_per_batch`, and the other way round. There a text is as it is
-spelt (`run_name: 2026_11_27`), and a number in plain decimals. Unknown names fail, naming the one that they misspell.
+`prepare` and `check` take the same flags; `python -m higgs_ds VERB --help` lists those of every other verb. All of
+them can also be set in a YAML file (`--config`). Flags override the file: `--warmup_steps` also overrides its
+`warmup_ratio`, `--max_tokens_per_batch` its `batch_size`, and vice versa. YAML values are read as written:
+`run_name: 2026_11_27` is text, `batch_size: 010` is ten. Unknown names are refused, with the closest valid name. A flag
+given twice is refused, unless it takes a list: `--train_manifest a.jsonl --train_manifest b.jsonl` names both.
 
 """
 
@@ -54,16 +54,12 @@ def flags_table() -> str:
         if option.section != section:
             section = option.section
             lines += ["", f"## {section}", "", "| flag | default | |", "|---|---|---|"]
-        rules = option.field.metadata
-        default = option.field.default
-        if default is dataclasses.MISSING:
-            default = " ".join(map(str, option.field.default_factory()))
-        shown = "**required**" if rules.get("required") else "" if default is None else f"`{default}`"
-        choices = f"; one of {', '.join(f'`{choice}`' for choice in rules['choices'])}" if "choices" in rules else ""
-        also = [f"`--{alias}`" for alias, target in ALIASES.items() if target == name]
-        also += [f"`--{other}`: {f.text}" for other, f in FOREIGN.items() if f.target == name and other != name]
-        also = f" (also {', '.join(also)})" if also else ""
-        lines.append(f"| `--{name}` | {shown} | {rules['help']}{choices}{also} |")
+        shown = "**required**" if option.required else f"`{option.default}`" if option.default else ""
+        choices = f" Choices: {', '.join(f'`{choice}`' for choice in option.choices)}." if option.choices else ""
+        also = [f"`--{alias}`" for alias in option.also]
+        also += [f"`--{theirs}` ({other})" for theirs, other in option.others.items() if theirs != name]
+        also = f" Also: {', '.join(also)}." if also else ""
+        lines.append(f"| `--{name}` | {shown} | {option.field.description}{choices}{also} |")
     return "\n".join(lines).strip() + "\n"
 
 

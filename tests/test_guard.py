@@ -31,7 +31,7 @@ def guard(tmp_path, tiny_config):
         rank=3,
         output_dir=tmp_path,
         facts=HiggsV2Facts.from_config(tiny_config),
-        weights=LossWeights.from_options(LossOptions(1.0, 1.0, None), 8),
+        weights=LossWeights.from_options(LossOptions(), 8),
     )
 
 

@@ -64,7 +64,7 @@ def test_shift_asks_each_position_for_the_next():
 
 def test_split_and_scaled_is_the_whole_and_the_mean_of_means_is_not():
     """Two ranks with different counts: world_size × sums / global counts, averaged over ranks, is the loss itself."""
-    weights = LossWeights.from_options(LossOptions(1.0, 2.0, [1, 2, 3, 4, 5, 6, 7, 8]), 8)
+    weights = LossWeights.from_options(LossOptions(audio_loss_weight=2.0, codebook_weights=[1, 2, 3, 4, 5, 6, 7, 8]), 8)
     parts = [random_heads(seed=1, frames=5, length=10), random_heads(seed=2, frames=37, length=90)]
     sums = [head_sums(*part) for part in parts]
     text_count = float(sum(s.text_count for s in sums))
@@ -89,14 +89,14 @@ def test_split_and_scaled_is_the_whole_and_the_mean_of_means_is_not():
 
 
 def test_weights_sum_to_one_and_are_checked():
-    assert LossWeights.from_options(LossOptions(1, 1, None), 8).codebooks == (0.125,) * 8
-    assert LossWeights.from_options(LossOptions(1, 1, [2, 2]), 2).codebooks == (0.5, 0.5)
+    assert LossWeights.from_options(LossOptions(), 8).codebooks == (0.125,) * 8
+    assert LossWeights.from_options(LossOptions(codebook_weights=[2, 2]), 2).codebooks == (0.5, 0.5)
     with pytest.raises(ConfigError, match="3 weights for a model with 8 codebooks"):
-        LossWeights.from_options(LossOptions(1, 1, [1, 1, 1]), 8)
+        LossWeights.from_options(LossOptions(codebook_weights=[1, 1, 1]), 8)
 
 
 def test_a_kind_without_labels_is_left_out():
-    weights = LossWeights.from_options(LossOptions(1, 1, None), 2)
+    weights = LossWeights.from_options(LossOptions(), 2)
     assert mean_losses(weights, 0.0, 0, [2.0, 4.0], [1, 2]) == {
         "codebook_loss/0": 2.0,
         "codebook_loss/1": 2.0,

@@ -96,5 +96,5 @@ def test_tokens_do_not_go_on_with_rows_nor_rows_with_tokens():
 def test_rows_or_tokens_but_not_both():
     with pytest.raises(ConfigError, match="--batch_size, --max_tokens_per_batch: one counts rows"):
         config_of("--batch_size", "2", "--max_tokens_per_batch", "100")
-    with pytest.raises(ConfigError, match="--max_tokens_per_batch: 0 is below 1"):
+    with pytest.raises(ConfigError, match="--max_tokens_per_batch: should be greater than or equal to 1, got '0'"):
         config_of("--max_tokens_per_batch", "0")

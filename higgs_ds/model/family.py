@@ -33,8 +33,8 @@ class Family(Protocol):
 
     def settle_lora(
         self, config: TrainConfig, base: BaseCheckpoint, resumed: dict | None
-    ) -> dict[str, torch.Tensor] | None:
-        """Fills LoRA's options from `--init_adapter`; its checked weights, None without one. Raises ConfigError."""
+    ) -> tuple[TrainConfig, dict[str, torch.Tensor] | None]:
+        """The options with LoRA as `--init_adapter` has it, and its checked weights. Raises ConfigError."""
 
     def load_base(self, folder: Path, config: Any, dtype: str, *, quantize_on: torch.device | None = None) -> nn.Module:
         """The model, frozen, in `dtype`; sharded while it loads where DeepSpeed's stage 3 is told of."""

@@ -22,8 +22,8 @@ FLAG = "--init_adapter"
 
 def settle_lora(
     config: TrainConfig, base: HiggsAudioConfig, resumed: dict | None = None
-) -> dict[str, torch.Tensor] | None:
-    """Fills `OPTIONS` that were not given from the adapter; changes `config`.
+) -> tuple[TrainConfig, dict[str, torch.Tensor] | None]:
+    """Fills `OPTIONS` that were not given from the adapter.
 
     Args:
         config: the run's; nothing happens where it has no `--init_adapter`.
@@ -31,17 +31,17 @@ def settle_lora(
         resumed: all options of the run that is gone on with, which then stand in for the adapter.
 
     Returns:
-        The adapter's checked weights by the keys of its file; None without one, and where a run is gone on with.
+        The options; and the adapter's checked weights by the keys of its file, None without one and where a run is
+        gone on with.
 
     Raises:
         ConfigError: the adapter is not plain LoRA, does not fit the base one to one, was trained on another base, or
             differs from what was given; a line each.
     """
     if config.lora.init_adapter is None:
-        return None
+        return config, None
     if resumed is not None:
-        _fill(config, {name: resumed[name] for name in OPTIONS if name in resumed})
-        return None
+        return _filled(config, {name: resumed[name] for name in OPTIONS if name in resumed}), None
     folder, linears = Path(config.lora.init_adapter), adaptable_modules(base)
     adapter = read_adapter_config(folder, FLAG)
     if not config.lora.other_base:
@@ -49,10 +49,10 @@ def settle_lora(
     if problems := _contradictions(config, adapter, linears):
         raise ConfigError([f"{FLAG}: {problem}" for problem in problems])
     weights = read_adapter(folder, linears, adapter, FLAG).state_dict()
-    _fill(config, _options_of(adapter))
+    config = _filled(config, _options_of(adapter))
     if problems := head_problems(config):
         raise ConfigError([f"{FLAG}: {problem}" for problem in problems])
-    return weights
+    return config, weights
 
 
 def _options_of(adapter: AdapterConfig) -> dict:
@@ -66,10 +66,8 @@ def _options_of(adapter: AdapterConfig) -> dict:
     return dict(zip(OPTIONS, values, strict=True))
 
 
-def _fill(config: TrainConfig, values: dict) -> None:
-    for name, value in values.items():
-        if name not in config.given:
-            config.set(name, value)
+def _filled(config: TrainConfig, values: dict) -> TrainConfig:
+    return config.settled(**{name: value for name, value in values.items() if name not in config.given})
 
 
 def _contradictions(config: TrainConfig, adapter: AdapterConfig, linears: Iterable[str]) -> list[str]:

@@ -1,18 +1,20 @@
 """Every option of a training run, in sections that travel whole; `parse` fills them.
 
-Nothing here imports torch, so that a wrong flag is reported in a fraction of a second.
+An option's type, range, choices, help, other names and what a resumed run may change all stand on its field. Nothing
+here imports torch, so that a wrong flag is reported in a fraction of a second.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import typing
-from dataclasses import dataclass, field
+import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from ..data.portions import Portion, portions_of
 from ..model.higgs_v2.modules import DEFAULT_LORA_TARGETS, EMBEDDINGS, LORA_TARGET_GROUPS, TRAINED_HEADS
+from .option import FIXED, SAID, Other, Section, option, options_of
 
 DEFAULT_BASE = "bosonai/higgs-tts-2-3b-base"
 # One repository, with the same revisions, which the hub knows by its name of today and by the one that it had before.
@@ -24,157 +26,154 @@ DEFAULT_CODEC_REVISION = "9d4988fbd4ad07b4cac3a5fa462741a41810dbec"
 PINNED_REVISIONS = {**dict.fromkeys(BASE_NAMES, DEFAULT_BASE_REVISION), DEFAULT_CODEC: DEFAULT_CODEC_REVISION}
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 
-ALIASES = {
-    "learning_rate": "lr",
-    "per_device_train_batch_size": "batch_size",
-    "micro_batch_size": "batch_size",
-    "gradient_accumulation_steps": "grad_accum",
-    "num_train_epochs": "epochs",
-    "num_epochs": "epochs",
-    "deepspeed": "deepspeed_config",
-    "model_name_or_path": "base_ckpt",
-    "max_grad_norm_clip": "max_grad_norm",
-    "lr_scheduler_type": "lr_scheduler",
-    "logging_steps": "log_every",
-    "eval_steps": "eval_every",
-    "val_steps": "eval_every",
-    "save_steps": "save_every",
-    "save_total_limit": "keep_last",
-    "project_name": "wandb_project",
-    "lora_rank": "lora_r",
-    "dataloader_num_workers": "num_workers",
-    "torch_compile": "compile",
-}
-
 
 def revision_of(name: str, given: str | None) -> str | None:
-    """Which revision of a repository on the hub: the one given, else Boson's pinned one; None is the newest."""
+    """The revision of a repository on the hub: the one given, else Boson's pinned one; None is the newest."""
     return given or PINNED_REVISIONS.get(name)
 
 
-def _option(default, text: str, **rules):
-    """A field with its help and the rules that a value must meet: choices, least, most, above, below, required.
-
-    `whole`: the words of a list are taken as they are, with whatever blanks and commas are in them.
-    """
-    metadata = {"help": text, **rules}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
+def _manifests(words: list[str] | None) -> list[str] | None:
+    """Manifests with their weights, each weight in one spelling."""
+    return words and [str(portion) for portion in portions_of(words)]
 
 
-@dataclass
-class DataOptions:
+def _layers(text: str) -> str:
+    if text in ("none", "full") or re.fullmatch(r"[1-9][0-9]{0,8}", text):
+        return text
+    raise ValueError("should be none, full or a whole number above 0")
+
+
+class DataOptions(Section):
     """What is trained on, and where its codes are kept."""
 
-    train_manifest: list[str] | None = _option(
+    train_manifest: Annotated[list[str] | None, AfterValidator(_manifests)] = option(
         None,
-        "JSON or JSONL manifests of training rows; one of another weight than 1 as PATH=WEIGHT: an epoch takes so "
-        "many times its rows, drawn anew where that is no whole number",
+        "Training manifests, JSON or JSONL. PATH=WEIGHT over- or undersamples a manifest: 0.3 takes a new random 30 % "
+        "each epoch, 2 takes every row twice.",
         required=True,
         whole=True,
+        resume=SAID,
+        min_length=1,
     )
-    val_manifest: str | None = _option(None, "manifest of validation rows")
-    codec: str = _option(DEFAULT_CODEC, "Higgs audio tokenizer (hub id or folder), or a folder of the sample codec")
-    codec_revision: str | None = _option(None, f"revision of a hub codec (Boson's: {DEFAULT_CODEC_REVISION[:12]}…)")
-    codes_cache: str | None = _option(
-        None, "folder of the clips' codes; several runs may share one (default: codes_cache in --output_dir)"
+    val_manifest: str | None = option(None, "Manifest of validation rows.")
+    codec: str = option(
+        DEFAULT_CODEC, "Higgs audio tokenizer (hub id or folder), or a folder with the sample codec.", resume=SAID
     )
-    max_duration_sec: float = _option(30.0, "longest clip that is accepted, seconds", above=0)
-    max_row_tokens: int = _option(
-        8192, "longest row that is accepted, in tokens; never more than the model has positions", least=1
+    codec_revision: str | None = option(None, f"Hub revision of the codec (Boson's: {DEFAULT_CODEC_REVISION[:12]}…).")
+    codes_cache: str | None = option(
+        None, "Cache folder for the encoded clips; runs can share it (default: codes_cache in --output_dir)."
     )
-    reference_rate: float | None = _option(
+    max_duration_sec: float = option(30.0, "Longest accepted clip, in seconds.", gt=0, resume=SAID)
+    max_row_tokens: int = option(8192, "Longest accepted row, in tokens (at most the model's positions).", ge=1)
+    reference_rate: float | None = option(
         None,
-        "share of the speech rows that carry a reference, drawn anew each epoch: another clip of their speaker, or "
-        "their own (default: as the manifest has them)",
-        least=0,
-        most=1,
+        "Fraction of speech rows that get a reference clip, redrawn each epoch: another clip of the same speaker, or "
+        "the row's own ref_audio (default: as in the manifest).",
+        ge=0,
+        le=1,
+        resume=SAID,
     )
-    audio_root: str | None = _option(
-        None, "folder that paths are relative to which are not beside their manifest (default: working folder)"
+    audio_root: str | None = option(
+        None, "Base folder for clips not found next to the manifest (default: working directory)."
     )
-    prompt_style: str = _option(
+    prompt_style: Literal["served", "boson"] = option(
         "served",
-        "prompt of speech rows. served: as transformers and vllm-omni build it, a system turn always; boson: as "
-        "boson_multimodal's example, which has none before a reference clip",
-        choices=("served", "boson"),
+        "Prompt format of speech rows. served: as transformers and vllm-omni build it, always with a system turn; "
+        "boson: as in boson_multimodal's example, without a system turn before a reference clip.",
+        resume=SAID,
     )
-    skip_bad_rows: bool = _option(False, "train without the rows that fail their check, and say which")
-    num_workers: int = _option(2, "processes a rank that prepare batches (0: the training process)", least=0, most=256)
+    skip_bad_rows: bool = option(False, "Skip invalid rows and report them, instead of refusing to train.")
+    num_workers: int = option(
+        2, "Data loading processes per rank (0: the training process).", ge=0, le=256, also="dataloader_num_workers"
+    )
 
     @property
     def portions(self) -> list[Portion]:
         """`train_manifest` read: paths and weights."""
-        return portions_of(self.train_manifest)
+        return portions_of(self.train_manifest or ())
 
 
-@dataclass
-class ModelOptions:
+class ModelOptions(Section):
     """The base checkpoint, and how it is computed."""
 
-    base_ckpt: str = _option(
-        DEFAULT_BASE, "base checkpoint: hub id or folder, in boson_multimodal's or transformers' layout"
+    base_ckpt: str = option(
+        DEFAULT_BASE,
+        "Base checkpoint: hub id or folder, in boson_multimodal's or transformers' layout.",
+        also="model_name_or_path",
+        resume=SAID,
     )
-    base_revision: str | None = _option(None, f"revision of a hub checkpoint (Boson's: {DEFAULT_BASE_REVISION[:12]}…)")
-    dtype: str = _option("bf16", "what the model computes in", choices=("bf16", "fp16", "fp32"))
-    base_dtype: str | None = _option(
+    base_revision: str | None = option(
+        None, f"Hub revision of the base checkpoint (Boson's: {DEFAULT_BASE_REVISION[:12]}…).", resume=SAID
+    )
+    dtype: Literal["bf16", "fp16", "fp32"] = option(
+        "bf16",
+        "Compute precision.",
+        resume=SAID,
+        others={"bf16": Other({"true": "bf16", "false": "fp32 unless --fp16"}), "fp16": Other({"true": "fp16"})},
+    )
+    base_dtype: Literal["nf4"] | None = option(
         None,
-        "how the decoder's frozen layers are kept (default: in --dtype). nf4: in 4.5 bits a weight, for GPUs of 24 GB "
-        "and less; ZeRO stages 0 to 2",
-        choices=("nf4",),
+        "Storage of frozen decoder layers (default: --dtype). nf4: 4-bit, for GPUs up to 24 GB; ZeRO stages 0 to 2.",
+        resume=SAID,
     )
-    forward_impl: str = _option(
+    forward_impl: Literal["padding_free", "upstream"] = option(
         "padding_free",
-        "padding_free: real tokens alone, without waiting for the GPU; upstream: boson_multimodal's own forward",
-        choices=("padding_free", "upstream"),
+        "padding_free: computes real tokens only, without GPU syncs; upstream: boson_multimodal's own forward.",
+        resume=SAID,
     )
-    activation_checkpointing: str = _option(
+    activation_checkpointing: Annotated[str, AfterValidator(_layers)] = option(
         "none",
-        "decoder layers whose activations are recomputed in the backward: none, full, or N for every N-th",
+        "Recompute decoder activations in the backward pass to save memory: none, full, or N for every N-th layer.",
+        others={"gradient_checkpointing": Other({"true": "full", "false": "none"})},
     )
-
-    compile: bool = _option(
+    compile: bool = option(
         False,
-        "torch.compile of the decoder layers (on several ranks: stage 0 or 1); compiling takes a minute or more; "
-        "the gain on a GPU is unmeasured",
+        "torch.compile the decoder layers (with several ranks: ZeRO stage 0 or 1). Compiling takes a minute or more; "
+        "the speed-up on GPUs is not measured.",
+        also="torch_compile",
     )
 
     @property
     def checkpoint_every(self) -> int:
         """`activation_checkpointing` as a number: 0 for none, 1 for every layer, N for every N-th."""
-        return {"none": 0, "full": 1}.get(self.activation_checkpointing) or _whole(self.activation_checkpointing)
+        named = {"none": 0, "full": 1}.get(self.activation_checkpointing)
+        return int(self.activation_checkpointing) if named is None else named
 
 
-@dataclass
-class LoraOptions:
+class LoraOptions(Section):
     """What trains."""
 
-    lora_r: int = _option(16, "LoRA rank", least=1)
-    lora_alpha: float = _option(32.0, "LoRA alpha; updates are scaled by alpha / r", above=0, most=1e6)
-    lora_rslora: bool = _option(False, "rank-stabilised LoRA: updates are scaled by alpha / sqrt(r) instead")
-    lora_dora: bool = _option(False, "not supported: DoRA is refused, with the reason")
-    train_audio_embeddings: bool = _option(
-        False, "train the embeddings of the audio codes whole, beside LoRA, at the same --lr; for sounds that are new"
+    lora_r: int = option(16, "LoRA rank.", ge=1, also="lora_rank", resume=FIXED)
+    lora_alpha: float = option(32.0, "LoRA alpha: updates are scaled by alpha / r.", gt=0, le=1e6, resume=SAID)
+    lora_rslora: bool = option(False, "Rank-stabilised LoRA: scale by alpha / sqrt(r) instead.", resume=SAID)
+    lora_dora: bool = option(False, "DoRA: not supported, always refused.")
+    train_audio_embeddings: bool = option(
+        False,
+        "Also train the audio code embeddings in full, at the same --lr; for sounds the base model does not know.",
+        resume=FIXED,
     )
-    train_heads: str = _option(
+    train_heads: Literal["none", "audio", "text", "both"] = option(
         "none",
-        "train a head whole, beside LoRA, at the same --lr. Alone it means audio, which says the codes. The text head "
-        "is large (394 M values), and a spoken row teaches it no more than to begin and to end a clip",
-        choices=tuple(TRAINED_HEADS),
+        "Also train an output head in full, at the same --lr. Without a value: audio, the head that predicts the audio "
+        "codes. The text head is large (394 M parameters), and from a spoken row it only learns where a clip starts "
+        "and ends.",
+        resume=FIXED,
+        others={"train_heads": Other({"true": "audio", "false": "none"}, only=False)},
     )
-    lora_dropout: float = _option(0.05, "dropout before the LoRA branch", least=0, below=1)
-    lora_target_modules: list[str] = _option(
+    lora_dropout: float = option(0.05, "Dropout on the LoRA input.", ge=0, lt=1, resume=SAID)
+    lora_target_modules: list[str] = option(
         list(DEFAULT_LORA_TARGETS),
-        "linear layers that get LoRA: by the end of their path (q_proj, audio_mlp.up_proj, layers.3.self_attn.o_proj), "
-        "or attention, text_mlp, audio_mlp, all",
+        "Linear layers that get LoRA, by the end of their path (q_proj, audio_mlp.up_proj, layers.3.self_attn.o_proj) "
+        "or by group: attention, text_mlp, audio_mlp, all.",
+        min_length=1,
+        resume=FIXED,
     )
-    init_adapter: str | None = _option(
+    init_adapter: str | None = option(
         None,
-        "start from this adapter's weights, with its rank, alpha, rslora, targets and whole modules: a new run, not a "
-        "resume",
+        "Start a new run from this adapter: its weights, rank, alpha, rslora, targets and fully trained modules. To "
+        "continue a run, use --resume.",
     )
-    other_base: bool = _option(False, "--init_adapter was trained on another base than --base_ckpt")
+    other_base: bool = option(False, "Accept an --init_adapter that was trained on another base than --base_ckpt.")
 
     @property
     def target_suffixes(self) -> list[str]:
@@ -188,144 +187,151 @@ class LoraOptions:
         return ((EMBEDDINGS,) if self.train_audio_embeddings else ()) + TRAINED_HEADS[self.train_heads]
 
 
-@dataclass
-class OptimOptions:
+class OptimOptions(Section):
     """Batches, steps and AdamW."""
 
     # None: not given. Which of the two holds then is settled once the device is known: see `batching/micro_batches.py`.
-    batch_size: int | None = _option(None, "rows a rank and micro-batch (default on a CPU: 1)", least=1)
-    max_tokens_per_batch: int | None = _option(
+    batch_size: int | None = option(
         None,
-        "micro-batches of at most so many tokens, of rows of similar length, instead of --batch_size rows "
-        "(default on a GPU, where --batch_size is not given: 16384)",
-        least=1,
+        "Rows per rank and micro-batch (default on a CPU: 1).",
+        ge=1,
+        also="per_device_train_batch_size micro_batch_size",
     )
-    grad_accum: int = _option(1, "micro-batches an optimizer step", least=1)
-    epochs: float | None = _option(
-        None, "passes over the training rows (default: 1, or as many as --max_steps takes)", above=0, most=1e6
-    )
-    max_steps: int | None = _option(None, "optimizer steps of the run; with --epochs the fewer of both", least=1)
-    lr: float = _option(2e-4, "peak learning rate of AdamW", above=0, most=100)
-    lr_scheduler: str = _option("cosine", "shape after warm-up", choices=("cosine", "linear", "constant"))
-    warmup_ratio: float | None = _option(0.03, "share of the schedule's steps that warm up", least=0, below=1)
-    warmup_steps: int | None = _option(None, "steps that warm up, instead of --warmup_ratio", least=0)
-    lr_schedule_steps: int | None = _option(
+    max_tokens_per_batch: int | None = option(
         None,
-        "steps that the learning rate's schedule spans (default: the run's); after them it stays where it is",
-        least=1,
+        "Token budget per micro-batch of similar-length rows, instead of --batch_size (default on GPUs: 16384).",
+        ge=1,
+        resume=SAID,
     )
-    weight_decay: float = _option(0.0, "AdamW weight decay of what trains", least=0, most=1000)
-    max_grad_norm: float = _option(1.0, "gradient clipping, 0 for none", least=0)
-    seed: int = _option(42, "LoRA initialisation, order of the data, dropout", least=0, most=2**53 - 1)
+    grad_accum: int = option(1, "Micro-batches per optimizer step.", ge=1, also="gradient_accumulation_steps")
+    epochs: float | None = option(
+        None,
+        "Passes over the training rows (default: 1, or as many as --max_steps takes).",
+        gt=0,
+        le=1e6,
+        also="num_train_epochs num_epochs",
+        resume=SAID,
+    )
+    max_steps: int | None = option(
+        None, "Stop after this many optimizer steps, or after --epochs if sooner.", ge=1, resume=SAID
+    )
+    lr: float = option(2e-4, "Peak learning rate of AdamW.", gt=0, le=100, also="learning_rate", resume=SAID)
+    lr_scheduler: Literal["cosine", "linear", "constant"] = option(
+        "cosine", "Learning rate schedule after warm-up.", also="lr_scheduler_type", resume=SAID
+    )
+    warmup_ratio: float | None = option(0.03, "Fraction of the schedule used for warm-up.", ge=0, lt=1, resume=SAID)
+    warmup_steps: int | None = option(None, "Number of warm-up steps, instead of --warmup_ratio.", ge=0, resume=SAID)
+    lr_schedule_steps: int | None = option(
+        None, "Steps of the learning rate schedule (default: the run's); then the rate stays constant.", ge=1
+    )
+    weight_decay: float = option(0.0, "AdamW weight decay of the trained parameters.", ge=0, le=1000, resume=SAID)
+    max_grad_norm: float = option(
+        1.0, "Gradient clipping norm (0: none).", ge=0, also="max_grad_norm_clip", resume=SAID
+    )
+    seed: int = option(42, "Seed of LoRA initialisation, data order and dropout.", ge=0, le=2**53 - 1, resume=SAID)
 
 
-@dataclass
-class LossOptions:
+class LossOptions(Section):
     """Weights of the loss, and what happens where it is not real."""
 
-    text_loss_weight: float = _option(1.0, "weight of the text head's mean cross-entropy", least=0, most=1e6)
-    audio_loss_weight: float = _option(1.0, "weight of the audio head's mean cross-entropy", least=0, most=1e6)
-    codebook_weights: list[float] | None = _option(None, "one weight a codebook, scaled to sum 1 (default: equal)")
-    loss_impl: str = _option(
+    text_loss_weight: float = option(1.0, "Weight of the text head's mean cross-entropy.", ge=0, le=1e6, resume=SAID)
+    audio_loss_weight: float = option(1.0, "Weight of the audio head's mean cross-entropy.", ge=0, le=1e6, resume=SAID)
+    codebook_weights: list[Annotated[float, Field(ge=0, le=1e6)]] | None = option(
+        None, "Loss weight of each codebook, normalised to sum to 1 (default: equal).", min_length=1, resume=SAID
+    )
+    loss_impl: Literal["fused", "reference"] = option(
         "fused",
-        "fused: labelled rows in chunks, for heads without LoRA; reference: plain cross-entropy on their logits",
-        choices=("fused", "reference"),
+        "fused: labelled positions in chunks, for heads without LoRA; reference: plain cross-entropy on their logits.",
     )
-    on_bad_loss: str = _option(
-        "raise", "a failed loss check ends the run (code 3) or drops the step", choices=("raise", "skip")
+    on_bad_loss: Literal["raise", "skip"] = option(
+        "raise", "When a loss check fails: raise ends the run (exit code 3), skip drops the step."
     )
 
 
-@dataclass
-class RunOptions:
+class RunOptions(Section):
     """Files, checkpoints, clocks and curves."""
 
-    deepspeed_config: str = _option("ds_configs/zero2.json", "DeepSpeed JSON; swap the file to swap the ZeRO stage")
-    output_dir: str | None = _option(None, "where the run's files go", required=True)
-    log_every: int = _option(1, "optimizer steps between two logged points", least=1)
-    eval_every: int | None = _option(None, "optimizer steps between two validations (default: once an epoch)", least=1)
-    save_every: int | None = _option(None, "optimizer steps between two checkpoints, beside --save_minutes", least=1)
-    save_minutes: float = _option(15.0, "minutes between two checkpoints, beside --save_every; 0: not by time", least=0)
-    keep_last: int = _option(3, "checkpoints that are kept; older ones are removed", least=1)
-    keep_best: bool = _option(
-        True, "keep the checkpoint with the lowest validation loss too, and its adapter as adapter-best/"
+    deepspeed_config: str = option(
+        "ds_configs/zero2.json", "DeepSpeed JSON file; it sets the ZeRO stage.", also="deepspeed"
     )
-    early_stop: int | None = _option(
-        None, "validations in a row without a lower loss, after which the run ends (default: it does not)", least=1
+    output_dir: str | None = option(None, "Folder for everything the run writes.", required=True)
+    log_every: int = option(1, "Log every N optimizer steps.", ge=1, also="logging_steps")
+    eval_every: int | None = option(
+        None, "Validate every N optimizer steps (default: once per epoch).", ge=1, also="eval_steps val_steps"
     )
-    resume: str = _option(
+    save_every: int | None = option(None, "Save a checkpoint every N optimizer steps too.", ge=1, also="save_steps")
+    save_minutes: float = option(15.0, "Save a checkpoint every N minutes too (0: not by time).", ge=0)
+    keep_last: int = option(3, "Checkpoints to keep; older ones are deleted.", ge=1, also="save_total_limit")
+    keep_best: bool = option(
+        True, "Also keep the checkpoint with the lowest validation loss; its adapter: adapter-best/."
+    )
+    early_stop: int | None = option(
+        None, "Stop after this many validations without improvement (default: never).", ge=1
+    )
+    resume: str = option(
         "none",
-        "auto, or no value: go on from the newest whole checkpoint of --output_dir; none; or a checkpoint's folder",
+        "Continue a run. auto, or no value: from the newest whole checkpoint in --output_dir; or a checkpoint folder.",
+        others=dict.fromkeys(
+            ("resume", "resume_from_checkpoint"), Other({"true": "auto", "false": "none"}, only=False)
+        ),
     )
-    stall_timeout_sec: float | None = _option(
+    stall_timeout_sec: float | None = option(
         None,
-        "seconds without progress on any rank, after which all ranks end and say who is stuck; below 600 on GPUs "
-        "(default: 300 on GPUs, 3600 on CPUs, where a single pass over a large model takes many minutes)",
-        above=0,
+        "End the run, naming the stuck rank, after this many seconds without progress (default: 300 on GPUs, where it "
+        "must be below 600; 3600 on CPUs, where one pass over a large model takes minutes).",
+        gt=0,
     )
-    deterministic: bool = _option(
-        False, "kernels that give the same numbers twice, which a GPU's fastest do not; slower"
-    )
-    run_name: str | None = _option(
-        None, "name of the run in W&B and on the plot (default: WANDB_NAME, or --output_dir's)"
-    )
-    wandb_project: str | None = _option(None, "W&B project (default: WANDB_PROJECT, or higgs-ds)")
-    wandb_mode: str = _option(
+    deterministic: bool = option(False, "Use deterministic GPU kernels, for bit-identical reruns; slower.")
+    debug: bool = option(False, "Show the traceback behind an error line.")
+    run_name: str | None = option(None, "Run name in W&B and plot (default: WANDB_NAME, or --output_dir's).")
+    wandb_project: str | None = option(None, "W&B project (default: WANDB_PROJECT, or higgs-ds).", also="project_name")
+    wandb_mode: Literal["auto", "online", "offline", "disabled"] = option(
         "auto",
-        "auto: WANDB_MODE, or online with a key and a network, else offline",
-        choices=("auto", "online", "offline", "disabled"),
+        "auto: WANDB_MODE if set, else online with an API key and network, else offline.",
+        others={"report_to": Other({"wandb": "auto", "none": "disabled"}, bare=None)},
     )
 
 
-@dataclass
-class TrainConfig:
-    """The options of `train_ds.py` in sections, which travel whole. An option is a flag (`--name`) and a YAML key."""
+class TrainConfig(BaseModel):
+    """The options of `train_ds.py` in sections, which travel whole. An option is a flag (`--name`) and a YAML key.
 
-    data: DataOptions = field(default_factory=DataOptions)
-    model: ModelOptions = field(default_factory=ModelOptions)
-    lora: LoraOptions = field(default_factory=LoraOptions)
-    optim: OptimOptions = field(default_factory=OptimOptions)
-    loss: LossOptions = field(default_factory=LossOptions)
-    run: RunOptions = field(default_factory=RunOptions)
-    # Names of the options that a flag or the YAML file gave; the others may be filled by what a run starts from.
-    given: frozenset[str] = field(default=frozenset(), compare=False)
+    Nothing changes it: what a run settles is in the copy that `settled` makes.
+    """
 
-    def get(self, name: str):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    data: DataOptions = DataOptions()
+    model: ModelOptions = ModelOptions()
+    lora: LoraOptions = LoraOptions()
+    optim: OptimOptions = OptimOptions()
+    loss: LossOptions = LossOptions()
+    run: RunOptions = RunOptions()
+
+    @property
+    def given(self) -> frozenset[str]:
+        """The options that a flag or the YAML file gave; the others may be filled by what a run starts from."""
+        return frozenset().union(*(getattr(self, name).model_fields_set for name in type(self).model_fields))
+
+    def get(self, name: str) -> Any:
         """The value of an option by its flag's name."""
         return getattr(getattr(self, OPTIONS[name].section), name)
 
-    def set(self, name: str, value) -> None:
-        """Sets an option by its flag's name; nothing is checked."""
-        setattr(getattr(self, OPTIONS[name].section), name, value)
+    def settled(self, **values: Any) -> TrainConfig:
+        """A copy with other values of some options, by their flags' names; nothing is checked, `given` stays."""
+        sections: dict[str, Section] = {}
+        for section in {OPTIONS[name].section for name in values}:
+            old: Section = getattr(self, section)
+            own = {name: value for name, value in values.items() if OPTIONS[name].section == section}
+            sections[section] = old.model_construct(set(old.model_fields_set), **{**dict(old), **own})
+        return self.model_copy(update=sections)
 
-    def as_dict(self) -> dict:
+    def as_dict(self) -> dict[str, Any]:
         """All options by their flags' names as plain values, as saved in `config.yaml`."""
         return {name: self.get(name) for name in OPTIONS}
 
 
-class Option(NamedTuple):
-    """One option: where it stands, its type and its rules."""
-
-    section: str
-    hint: object  # as annotated
-    field: dataclasses.Field
-
-
-def _options() -> dict[str, Option]:
-    found: dict[str, Option] = {}
-    for section, kind in typing.get_type_hints(TrainConfig).items():
-        if not dataclasses.is_dataclass(kind):
-            continue
-        hints = typing.get_type_hints(kind)
-        for f in dataclasses.fields(kind):
-            assert f.name not in found, f.name
-            found[f.name] = Option(section, hints[f.name], f)
-    return found
-
-
-OPTIONS = _options()
-
-
-def _whole(text: str) -> int:
-    """The number that a few digits say; 0 for anything else."""
-    return int(text) if text.isascii() and text.isdigit() and len(text) < 10 else 0
+OPTIONS = options_of(TrainConfig)
+ALIASES = {alias: name for name, known in OPTIONS.items() for alias in known.also}
+OTHERS = {theirs: (name, other) for name, known in OPTIONS.items() for theirs, other in known.others.items()}
+SHAPE_OPTIONS = tuple(name for name, known in OPTIONS.items() if known.resume == FIXED)
+TRAJECTORY_OPTIONS = tuple(name for name, known in OPTIONS.items() if known.resume == SAID)

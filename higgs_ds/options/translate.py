@@ -1,130 +1,71 @@
-"""Options as other trainers name them and with their values, in this one's: `--bf16`, `--report_to wandb`, …
-
-A name with the same values is an alias (`config.ALIASES`); those whose values need words of ours stand here.
-"""
+"""Options as other trainers name them and with their words, in this one's: `--bf16`, `--report_to wandb`, …"""
 
 from __future__ import annotations
 
-import contextlib
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from ..errors import nearest, shown
-from .sections import ALIASES, OPTIONS
+from .sections import ALIASES, OPTIONS, OTHERS
+
+YES_OR_NO = {"true": "true", "1": "true", "yes": "true", "false": "false", "0": "false", "no": "false"}
+PRECISIONS = ("bf16", "fp16")
 
 
-def yes_or_no(value: object) -> bool:
-    """true, yes, 1 or their opposites; ValueError for anything else."""
-    words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-    if isinstance(value, bool):
-        return value
-    if str(value).lower() in words:
-        return words[str(value).lower()]
-    raise ValueError(f"expected true or false, got {shown(value)}")
+class Given(NamedTuple):
+    """A value, and the flag or the file's key that it was given by, for errors."""
+
+    where: str
+    value: object
 
 
-class Foreign(NamedTuple):
-    """An option of others: which of ours it stands for, how its value reads there, and the same for people."""
-
-    target: str
-    value: Callable[[object], object]
-    text: str
-    bare: str | None = "true"  # the value of the flag alone; None: it needs one
-
-
-def _recomputed(value: object) -> str:
-    return "full" if yes_or_no(value) else "none"
-
-
-def _resumed(value: object) -> object:
-    """A word for yes or no, or a checkpoint's folder."""
-    try:
-        return "auto" if value is not None and yes_or_no(value) else "none"
-    except ValueError:
-        return value
-
-
-def _heads(value: object) -> object:
-    """A word for yes or no, or which head."""
-    try:
-        return "audio" if yes_or_no(value) else "none"
-    except ValueError:
-        return value
-
-
-def _reported(value: object) -> str:
-    names = re.split(r"[\s,]+", value.strip().lower()) if isinstance(value, str) else value
-    if names in (["wandb"], ["none"]):
-        return {"wandb": "auto", "none": "disabled"}[names[0]]
-    others = [name for name in names if name not in ("wandb", "none")] if isinstance(names, list) else []
-    foreign = ", ".join(shown(name).strip("'") for name in others[:3]) or shown(value)
-    raise ValueError(f"{foreign} is not written here; wandb or none, and metrics.jsonl and loss.png always")
-
-
-FOREIGN = {
-    "resume": Foreign("resume", _resumed, "without a value: auto", bare="auto"),
-    "train_heads": Foreign("train_heads", _heads, "without a value: audio", bare="audio"),
-    "resume_from_checkpoint": Foreign("resume", _resumed, "true: auto, false: none"),
-    "gradient_checkpointing": Foreign("activation_checkpointing", _recomputed, "true: full, false: none"),
-    "report_to": Foreign("wandb_mode", _reported, "wandb: auto, none: disabled", bare=None),
-    "bf16": Foreign("dtype", yes_or_no, "true: bf16, false: fp32 unless --fp16"),
-    "fp16": Foreign("dtype", yes_or_no, "true: fp16"),
-}
-
-
-def in_our_words(
-    given: Mapping[str, object], prefix: str, problems: list[str], beneath: Mapping[str, object] | None = None
-) -> dict[str, tuple[str, object]]:
-    """Options by the names of `OPTIONS`: where each was given, for errors, and its value.
+def in_our_words(given: Mapping[str, object], prefix: str, problems: list[str]) -> dict[str, Given]:
+    """Options by the names of `OPTIONS`; `bf16` and `fp16` stay as they are, for `settle_dtype`.
 
     Args:
         given: what flags or a file hold, by whichever name.
         prefix: what a name is written with, `--` or `run.yaml: `.
-        problems: gets a line for each name that is unknown or given twice and each value that cannot be read.
-        beneath: what the file under the flags holds: `--bf16 false` is fp16 where the file says `fp16: true`.
+        problems: gets a line for each name that is unknown or given twice, and each word that is not known.
     """
-    found: dict[str, tuple[str, object]] = {}
+    found: dict[str, Given] = {}
     for name, value in given.items():
-        foreign = FOREIGN.get(name)
-        own = foreign.target if foreign else ALIASES.get(name, name)
         where = f"{prefix}{shown(name)[1:-1]}"
+        own, other = OTHERS.get(name, (ALIASES.get(name, name), None))
         if own not in OPTIONS:
             problems.append(f"{where}: unknown {'flag' if prefix == '--' else 'key'}{suggestion(name, prefix)}")
             continue
-        before = found[own][0].removeprefix(prefix) if own in found else name
-        if before != name and {before, name} != {"bf16", "fp16"}:
-            problems.append(f"{where}: given twice, as {before} too; leave one out")
-            continue
-        try:
-            found[own] = (where, foreign.value(value) if foreign else value)
-        except ValueError as error:
-            problems.append(f"{where}: {error}")
-    where, _ = found.get("dtype", ("", None))
-    if where in (f"{prefix}bf16", f"{prefix}fp16"):
-        says = _true_or_false(given)
-        if not any(says.values()):
-            says = _true_or_false(beneath or {}) | says
-        if says.get("bf16") and says.get("fp16"):
-            problems.append(f"{where}: bf16 and fp16 are both true; leave one out")
-        del found["dtype"]
-        if says != {"fp16": False}:  # which is not what the default would be
-            found["dtype"] = (where, "fp16" if says.get("fp16") else "bf16" if says.get("bf16") else "fp32")
+        if other is not None:
+            value = value[0] if isinstance(value, list) and len(value) == 1 else value
+            word = value.strip().lower() if isinstance(value, str) else ""
+            word = YES_OR_NO.get(word, word)
+            if word in other.words or (name in PRECISIONS and word == "false"):
+                value = word if name in PRECISIONS else other.words[word]
+            elif other.only:
+                known = "true or false" if "true" in other.words else " or ".join(other.words)
+                problems.append(f"{where}: should be {known}, got {shown(value)}")
+                continue
+        key = name if name in PRECISIONS else own
+        if key in found:
+            problems.append(f"{where}: given twice, as {found[key].where.removeprefix(prefix)} too; leave one out")
+        found[key] = Given(where, value)
+    if "dtype" in found and (twice := [name for name in PRECISIONS if name in found]):
+        problems.append(f"{found['dtype'].where}: given twice, as {twice[0]} too; leave one out")
     return found
 
 
-def _true_or_false(given: Mapping[str, object]) -> dict[str, bool]:
-    """What `bf16` and `fp16` are given as, where that can be read."""
-    says = {}
-    for name in ("bf16", "fp16"):
-        with contextlib.suppress(ValueError, KeyError):
-            says[name] = yes_or_no(given[name])
-    return says
+def settle_dtype(file: dict[str, Given], flags: dict[str, Given], problems: list[str]) -> None:
+    """Puts `dtype` in the place of `bf16` and `fp16`: a true one, or fp32 where `bf16` alone is false; flags win."""
+    of_file, of_flags = ({name: said.pop(name) for name in PRECISIONS if name in said} for said in (file, flags))
+    said = of_flags if any(given.value == "true" for given in of_flags.values()) else of_file | of_flags
+    true = [name for name in said if said[name].value == "true"]
+    if len(true) == 2:
+        problems.append(f"{said[true[1]].where}: bf16 and fp16 are both true; leave one out")
+    if true or "bf16" in said:
+        name = true[0] if true else "bf16"
+        (flags if of_flags else file)["dtype"] = Given(said[name].where, name if true else "fp32")
 
 
 def suggestion(name: str, prefix: str) -> str:
     """The known name that an unknown one misspells, or an empty string."""
-    if prefix != "--" and name == "config":
-        return ", a file of options names no other one"
-    hint = nearest(name, [*OPTIONS, *ALIASES, *FOREIGN, *(["config"] if prefix == "--" else [])])
+    hint = nearest(name, [*OPTIONS, *ALIASES, *OTHERS, *(["config"] if prefix == "--" else [])])
     return hint.replace("'", "'--", 1) if prefix == "--" else hint

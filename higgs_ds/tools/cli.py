@@ -12,8 +12,10 @@ from ..data.audio import AudioError
 from ..distributed.launch_env import enter_launch
 from ..errors import ConfigError, ExitCode, reason_of, words_of
 from ..files import check_writable
-from ..options.parse import parse_args, path_flag, text_flag
+from ..options.parse import parse_args
 from ..process import say, tell
+from .flag_types import name as text_flag
+from .flag_types import path as path_flag
 from .merge import add_export, add_merge
 from .speak import add_generate, add_recite
 

@@ -1,7 +1,7 @@
-"""What argparse makes of the paths of `generate`, `recite`, `merge` and `export`: any that a file system may know.
+"""The types of the verbs' paths for argparse: any that a file system may know.
 
 Only an empty word is refused here, which pathlib takes for the working folder. What else is wrong with a path is said
-by whoever opens it, in one line; `parse.path_flag`, of files that a run is to be written to, is stricter.
+by whoever opens it, in one line.
 """
 
 from __future__ import annotations

@@ -7,16 +7,16 @@ import yaml
 
 from higgs_ds.batching.micro_batches import LAUNCH_BOUND_TOKENS, TOKENS_ON_GPU, launch_bound_note, settle_micro_batches
 from higgs_ds.options.parse import parse_args
-from tests.support.ranks import assert_all
+from tests.support.ranks import assert_all, changed
 
 
 def settled(argv, device_type, resumed=None):
     """The config as `train_ds.py` settles it on such a device."""
     config = parse_args(["--train_manifest", "m", "--output_dir", "o", *argv])
-    config.optim.batch_size, config.optim.max_tokens_per_batch = settle_micro_batches(
+    batch_size, max_tokens = settle_micro_batches(
         config.optim.batch_size, config.optim.max_tokens_per_batch, device_type=device_type, resumed=resumed
     )
-    return config
+    return config.settled(batch_size=batch_size, max_tokens_per_batch=max_tokens)
 
 
 def cut(config) -> tuple:
@@ -57,7 +57,7 @@ def test_a_real_run_by_tokens_goes_on_by_tokens_without_being_told(forks, flags_
     assert_all(forks.run(flags, 1))
     place = flags.index("--max_tokens_per_batch")
     del flags[place : place + 2]
-    (result,) = forks.run([*flags, "--max_steps", "2", "--resume", "auto"], 1)
+    (result,) = forks.run(changed(flags, "--max_steps", "2", "--resume", "auto"), 1)
     assert_all([result])
     assert "up to 700 tokens" in result.output
     assert yaml.safe_load((tmp_path / "run/config.yaml").read_text())["max_tokens_per_batch"] == 700

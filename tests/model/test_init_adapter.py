@@ -24,8 +24,7 @@ def options_of(folder, *flags):
 
 
 def test_what_was_not_given_is_the_adapters(adapter, tiny_config):
-    config = options_of(adapter)
-    weights = settle_lora(config, tiny_config)
+    config, weights = settle_lora(options_of(adapter), tiny_config)
     assert (config.lora.lora_r, config.lora.lora_alpha, config.lora.lora_rslora) == (4, 8.0, False)
     assert config.lora.lora_target_modules == list(DEFAULT_LORA_TARGETS) and len(weights) == 2 * 20
 
@@ -37,8 +36,8 @@ def test_targets_are_compared_by_the_layers_that_they_name(targets, adapter, tin
         with pytest.raises(ConfigError, match="--lora_target_modules is up_proj q_proj .* the adapter has q_proj k_"):
             settle_lora(config, tiny_config)
     else:
-        assert settle_lora(config, tiny_config) is not None
-        assert config.lora.lora_target_modules == targets.split()
+        config, weights = settle_lora(config, tiny_config)
+        assert weights is not None and config.lora.lora_target_modules == targets.split()
 
 
 def test_the_default_given_in_words_is_given(adapter, tiny_config):
@@ -55,10 +54,11 @@ def test_a_head_of_the_adapter_and_the_fused_loss_do_not_go_together(tmp_path, t
     with pytest.raises(ConfigError, match="LoRA on audio_lm_head would get no gradient from the fused loss"):
         settle_lora(options_of(heads), tiny_config)
     config = options_of(heads, "--loss_impl", "reference")
-    assert len(settle_lora(config, tiny_config)) == 2 * 3
+    assert len(settle_lora(config, tiny_config)[1]) == 2 * 3
 
 
 def test_a_run_that_is_gone_on_with_keeps_what_it_had(tmp_path, tiny_config):
     config = options_of(tmp_path / "gone", "--lora_r", "8")
-    assert settle_lora(config, tiny_config, {"lora_r": 4, "lora_alpha": 9.0, "lora_dropout": 0.5}) is None
+    config, weights = settle_lora(config, tiny_config, {"lora_r": 4, "lora_alpha": 9.0, "lora_dropout": 0.5})
+    assert weights is None
     assert (config.lora.lora_r, config.lora.lora_alpha, config.lora.lora_dropout) == (8, 9.0, 0.05)

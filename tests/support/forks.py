@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.support.ranks import ROOT, RankResult, free_port
+from tests.support.ranks import ROOT, RankResult, changed, free_port
 
 
 @dataclass
@@ -76,7 +76,7 @@ class Forks:
             output = self._folder / f"{self._started}.rank{rank}.txt"
             env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_PORT": port}
             env = env_of(rank) if env_of else {"MASTER_ADDR": "127.0.0.1"} | env
-            order = {"start": [*flags, *(more or {}).get(rank, ())], "output": str(output)}
+            order = {"start": changed(flags, *(more or {}).get(rank, ())), "output": str(output)}
             order |= {"env": {name: str(value) for name, value in env.items()}, "patch": (patches or {}).get(rank)}
             pid = self._ask(order)
             ranks.append(Fork(pid, output))

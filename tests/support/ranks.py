@@ -21,6 +21,12 @@ class RankResult:
     ended_after_sec: float
 
 
+def changed(flags: list[str], *changes: str) -> list[str]:
+    """Flags with one value each, and others in the place of those that `changes` gives again."""
+    given = {word for word in changes if word.startswith("--")}
+    return [word for i, word in enumerate(flags) if word not in given and flags[i - 1] not in given] + [*changes]
+
+
 def free_port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))

@@ -18,9 +18,9 @@ NAMES = [
 ]
 
 
-@pytest.mark.parametrize(("value", "why"), [("", "is empty; give a value"), (" ", "is empty"), ("a\0b", "holds a")])
+@pytest.mark.parametrize(("value", "why"), [("", "is empty; give a value"), (" ", "is empty")])
 @pytest.mark.parametrize(("verb", "name"), NAMES)
-def test_a_blank_or_unprintable_name_is_refused_by_its_flag(verb, name, value, why, tmp_path, monkeypatch, capsys):
+def test_a_blank_name_is_refused_by_its_flag(verb, name, value, why, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     words = [value, *RIGHT[verb][1:]] if name == "PATH" else [*RIGHT[verb], f"{name}={value}"]
     with pytest.raises(SystemExit) as ended:

@@ -34,7 +34,7 @@ class HiggsV2:
 
     def settle_lora(
         self, config: TrainConfig, base: BaseCheckpoint, resumed: dict | None
-    ) -> dict[str, torch.Tensor] | None:
+    ) -> tuple[TrainConfig, dict[str, torch.Tensor] | None]:
         """See `Family.settle_lora`."""
         from ..init_adapter import settle_lora
 

@@ -8,6 +8,7 @@ what would train something else is refused, before torch is imported.
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import sys
 from collections.abc import Iterator
@@ -92,7 +93,7 @@ REFUSED = {
     "scheduler": "the learning rate follows --lr_scheduler, --warmup_ratio and --lr; remove the block, or give each of "
     "its params as 'auto'",
     "activation_checkpointing": "it has no effect on this model, --activation_checkpointing has; remove the block",
-    **dict.fromkeys(("wandb", "tensorboard", "csv_monitor", "comet"), "metrics go by --wandb_project; remove it"),
+    **dict.fromkeys(("wandb", "tensorboard", "csv_monitor", "comet"), "give --wandb_project instead; remove it"),
     **dict.fromkeys(("gradient_allreduce_op", "prescale_gradients", "gradient_predivide_factor"), _OTHERWISE),
     "torch_autocast": "the computing dtype is --dtype; remove the block",
     **dict.fromkeys(("data_efficiency", "tensor_parallel", "expert_parallel", "sequence_parallel_size"), _OTHERWISE),
@@ -106,16 +107,29 @@ _STAGE = "zero_optimization.stage"
 # Of what would train something else, or hide an update that was not made, the values that this trainer takes.
 ALLOWED: dict[str, tuple] = {
     _STAGE: (0, 1, 2, 3),
-    "zero_optimization.offload_param.device": ("cpu", "none"),
-    "zero_optimization.offload_optimizer.device": ("cpu", "none"),
+    **{f"zero_optimization.offload_{what}.device": ("cpu", "none") for what in ("param", "optimizer")},
     "zero_optimization.offload_optimizer.ratio": (1,),
     "zero_optimization.offload_optimizer.super_offload": (False,),
     "zero_optimization.compute_grad_norm": (True,),
     "zero_optimization.stage3_module_granularity_threshold": (0,),
     "zero_optimization.parameter_alignment": (False,),
-    **dict.fromkeys(("bf16.bf16_master_weights_and_grads", "bf16.bf16_optimizer_states"), (False,)),
-    **dict.fromkeys(("fp16.fp16_master_weights_and_grads", "fp16.auto_cast"), (False,)),
+    "bf16.bf16_master_weights_and_grads": (False,),
+    "bf16.bf16_optimizer_states": (False,),
+    "fp16.fp16_master_weights_and_grads": (False,),
+    "fp16.auto_cast": (False,),
     "optimizer.type": ("AdamW", "Adam"),
+}
+
+
+# The boundaries of an optimizer step and its optimizer are this trainer's.
+OURS = {
+    "managed_gradient_accumulation": False,
+    "zero_allow_untested_optimizer": True,
+    "zero_force_ds_cpu_optimizer": False,
+    "optimizer.params.betas": [0.9, 0.999],
+    "optimizer.params.eps": 1e-8,
+    **dict.fromkeys(("optimizer.params.adam_w_mode", "optimizer.params.bias_correction"), True),
+    "optimizer.params.amsgrad": False,
 }
 
 
@@ -251,17 +265,22 @@ def _resolve(file: _File, config: TrainConfig, world_size: int, on_cpu: bool, la
     stage = zero["stage"] = int(zero.get("stage", 0))
     _settle_step(file, config, world_size)
     _settle_dtype(file, config, stage, world_size, on_cpu)
-    # The boundaries of an optimizer step, its optimizer and its learning rate are ours.
-    file.settle("managed_gradient_accumulation", False, "this trainer")
-    file.settle("zero_allow_untested_optimizer", True, "this trainer")
-    file.settle("zero_force_ds_cpu_optimizer", False, "this trainer")
+    file.settle("optimizer.params.lr", config.optim.lr, "--lr")
+    file.settle("optimizer.params.weight_decay", config.optim.weight_decay, "--weight_decay")
+    for name, value in OURS.items():
+        file.settle(name, value, "this trainer")
+    del file.content["optimizer"]  # torch's AdamW, which the engine makes
     every = file.content.setdefault("steps_per_print", "auto")
     if every in ("auto", None):
         file.content["steps_per_print"] = None
     elif not (isinstance(every, (int, float)) and every >= 1):  # DeepSpeed divides by it, once it trains
         file.problems.append(f"{file.name}: steps_per_print is {shown(every)}, expected a number from 1")
-    _check_optimizer(file.content.pop("optimizer", {}).get("params", {}), config, file.name, file.problems)
-    _fill_timers(file.section("timers"))
+    throughput = file.section("timers.throughput")
+    for key in (
+        "enabled",
+        "synchronized",
+    ):  # off unless the file asks for it: it waits for the GPU in every micro-batch
+        throughput[key] = False if throughput.get(key, "auto") == "auto" else throughput[key]
     _fill_zero(zero, stage, config, layer, on_cpu)
     _check_offload(file, zero, stage, on_cpu)
     group = zero.get("zero_hpz_partition_size", 1)
@@ -279,9 +298,9 @@ class _File:
     content: dict
     problems: list[str]
 
-    def section(self, key: str) -> dict:
-        """An object of the top level, empty where there is none."""
-        return self.content.setdefault(key, {})
+    def section(self, name: str) -> dict:
+        """An object by its name in full, made where there is none."""
+        return functools.reduce(lambda place, part: place.setdefault(part, {}), name.split("."), self.content)
 
     def settle(self, name: str, value: object, flag: str) -> None:
         """Sets a key, by its name in full: filled where absent, null or "auto", a problem where it is another value."""
@@ -370,29 +389,6 @@ def _check_offload(file: _File, zero: dict, stage: int, on_cpu: bool) -> None:
             block["pin_memory"] = not on_cpu
         if key == "offload_param" and block.get("device") == "cpu" and stage != 3:
             file.problems.append(f"{file.name}: zero_optimization.offload_param needs stage 3, the stage is {stage}")
-
-
-def _fill_timers(timers: dict) -> None:
-    """DeepSpeed's throughput timer is off unless the file asks for it: it waits for the GPU in every micro-batch."""
-    throughput = timers.setdefault("throughput", {})
-    for key in ("enabled", "synchronized"):
-        if throughput.get(key, "auto") == "auto":
-            throughput[key] = False
-
-
-def _check_optimizer(params: dict, config: TrainConfig, name: str, problems: list[str]) -> None:
-    """An `optimizer` block may repeat what the flags say; the optimizer itself is torch's AdamW, made by us."""
-    for key, flag, ours in (
-        ("lr", "--lr", config.optim.lr),
-        ("weight_decay", "--weight_decay", config.optim.weight_decay),
-        ("betas", "this trainer", [0.9, 0.999]),
-        ("eps", "this trainer", 1e-8),
-        *(("adam_w_mode", "this trainer", True), ("bias_correction", "this trainer", True)),
-        ("amsgrad", "this trainer", False),
-    ):
-        given = params.get(key, "auto")
-        if given not in ("auto", ours):
-            problems.append(f"{name}: optimizer.params.{key} is {shown(given)}, but {flag} gives {ours!r}; use 'auto'")
 
 
 def nothing_to_shard_note(ds_config: dict, *, world_size: int) -> str | None:

@@ -52,6 +52,7 @@ def test_the_shipped_files_resolve_from_flags_alone(name):
         assert zero["stage3_param_persistence_threshold"] >= 16 * 8192
         assert zero["stage3_prefetch_bucket_size"] == 176_160_768  # the real model's layer
         assert zero["reduce_scatter"] is False
+    assert resolved(out, name=name, argv=flags) == out  # as --output_dir's ds_config.json is given back
     assert not zero.get("overlap_comm", False)  # on GPUs under stage 3 alone
     assert resolved(name=name, argv=flags, on_cpu=False)["zero_optimization"].get("overlap_comm", False) is (stage == 3)
 

@@ -126,7 +126,6 @@ TWO_HOSTS = {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "MASTER_ADDR": 
     ("environment", "threads"),
     [
         (TWO_HOSTS | {"LOCAL_SIZE": "8"}, "2"),  # of deepspeed
-        (TWO_HOSTS | {"LOCAL_SIZE": "3", "OMP_NUM_THREADS": ""}, "5"),
         (TWO_HOSTS | {"LOCAL_SIZE": "32"}, "1"),
         (TWO_HOSTS | {"LOCAL_SIZE": "8", "OMP_NUM_THREADS": "7"}, "7"),
         (TWO_HOSTS | {"LOCAL_WORLD_SIZE": "4"}, "4"),  # of torchrun, had it not set 1
@@ -138,7 +137,6 @@ TWO_HOSTS = {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "MASTER_ADDR": 
         (OPEN_MPI | {"MASTER_ADDR": "n1"}, "16"),
         (OPEN_MPI | {"MASTER_ADDR": "n1", "OMPI_COMM_WORLD_LOCAL_SIZE": "16", "OMPI_COMM_WORLD_SIZE": "32"}, "4"),
         (BATCH_SCRIPT, None),
-        ({}, None),
     ],
 )
 def test_ranks_of_one_host_share_its_cores(environment, threads, monkeypatch):

@@ -78,7 +78,7 @@ MPI = (
 # a batch script does, and SLURM_PROCID 0.
 SIGNS_OF_OTHERS = {
     **dict.fromkeys(("WORLD_SIZE", "CROSS_SIZE", "LOCAL_WORLD_SIZE", "PET_NNODES", "PET_NPROC_PER_NODE"), 1),
-    **dict.fromkeys((name for names in MPI for name in names.local_size), 1),
+    **dict.fromkeys((name for names in MPI for name in (names.size, *names.local_size)), 1),
     **dict.fromkeys(("FLUX_JOB_SIZE", "JSM_NAMESPACE_SIZE"), 1),
     **dict.fromkeys(("LOCAL_RANK", "SLURM_PROCID", "SLURM_LOCALID", "PMIX_RANK", "PALS_RANKID"), 0),
     **dict.fromkeys(("FLUX_TASK_RANK", "JSM_NAMESPACE_RANK"), 0),
@@ -206,8 +206,10 @@ def _slurm_place(environment: Mapping[str, str]) -> Place | None:
         return None
     size = _first_number(environment, ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")) or 1
     rank, local_rank = _number(environment, "SLURM_PROCID"), _number(environment, "SLURM_LOCALID")
-    if size == 1 or rank is None or local_rank is None:
+    if size == 1:
         return Place("srun", 0, 1, 0)
+    if rank is None or local_rank is None:
+        raise ConfigError([f"Slurm's step has {size} tasks but SLURM_PROCID or SLURM_LOCALID is not set; {HOW}"])
     hosts = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST") or ""
     return Place(
         "srun",

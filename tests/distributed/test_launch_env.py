@@ -185,6 +185,8 @@ def test_deepspeeds_real_launcher_starts_ranks_that_share_the_cores():
         ({"RANK": "x", "WORLD_SIZE": "4"}, "RANK is 'x', expected a number"),
         ({"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "n1"}, "MASTER_PORT is not set"),
         ({"PMI_RANK": "1", "PMI_SIZE": "4"}, "PMI_RANK is 1 of 4 but MPI_LOCALRANKID is not set"),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, "OMPI_COMM_WORLD_SIZE is 4 but RANK is not set"),
+        (SRUN | {"SLURM_PROCID": ""}, "Slurm's step has 8 tasks but SLURM_PROCID or SLURM_LOCALID is not set"),
         (OPEN_MPI, "on several hosts but MASTER_ADDR is not set; set it to the host of rank 0"),
         (SRUN | {"SLURM_DISTRIBUTION": "arbitrary"}, "MASTER_ADDR is not set; set it to the host of rank 0"),
         (SRUN | {"MASTER_ADDR": "localhost"}, "MASTER_ADDR is localhost but the ranks are on several hosts"),

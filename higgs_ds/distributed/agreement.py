@@ -1,7 +1,7 @@
-"""What all ranks must have in common before anything is trained: their options, and the folders that they work in.
+"""Checks that all ranks have the same options and work in the same folders, before anything is trained.
 
-Two hosts with different files and settings would train on, each on its own, and what they trained would be nobody's.
-Every check raises ConfigError on all ranks at once, naming the ranks and their hosts.
+Hosts with different files or settings would each train on something else. Every check raises ConfigError on all ranks
+at once, naming the ranks and their hosts.
 """
 
 from __future__ import annotations
@@ -55,15 +55,15 @@ def check_same(values: Mapping[str, object], ranks: Ranks) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Of the libraries that the ranks speak to each other with, for `check_same`."""
+    """Versions of the libraries that all ranks must share, for `check_same`."""
     return {f"installed {name}": importlib.metadata.version(name) for name in ("torch", "deepspeed", "transformers")}
 
 
 def made_once(files: object, make: Callable[[], T], ranks: Ranks | Alone) -> T:
-    """What `make` gives on the first rank with the same `files`; of those that share them no other reads them.
+    """Calls `make` on the first rank of those with the same `files`, and gives its result to all of them.
 
     Args:
-        files: all that the value follows from, as `files.stamp` tells them apart.
+        files: stamps of the files that the result follows from, see `files.stamp`.
     """
     first = ranks.gather(files).index(files)
     made = ranks.each(lambda: make() if first == ranks.rank else None)
@@ -73,7 +73,7 @@ def made_once(files: object, make: Callable[[], T], ranks: Ranks | Alone) -> T:
 def check_shared(folders: Mapping[str, Path], ranks: Ranks | Alone) -> None:
     """Proves that every rank sees the same folders, by a file that rank 0 writes to each and all others read.
 
-    One that rank 0 may only read is compared by the names in it. Rank 0 makes those that are not there.
+    A folder that rank 0 may only read is compared by the names in it. Rank 0 makes those that are missing.
 
     Args:
         folders: by the flag that names them.
@@ -109,7 +109,7 @@ def check_shared(folders: Mapping[str, Path], ranks: Ranks | Alone) -> None:
 
 
 def patiently(look: Callable[[], T], enough: Callable[[T], bool]) -> T:
-    """What `look` finds, asked again until that is enough or `PATIENCE_SEC` are over."""
+    """Calls `look` until its result is enough or `PATIENCE_SEC` are over; returns the last result."""
     until = time.monotonic() + PATIENCE_SEC
     while not enough(found := look()) and time.monotonic() < until:
         time.sleep(PAUSE_SEC)
@@ -117,13 +117,13 @@ def patiently(look: Callable[[], T], enough: Callable[[T], bool]) -> T:
 
 
 class Mark:
-    """What another rank must find in a folder to know it for rank 0's."""
+    """A sign in a folder, by which another rank knows it for rank 0's."""
 
     def __init__(self, file: str | None, content: str):
         self._file, self._content = file, content
 
     def seen(self, folder: Path) -> bool:
-        """Whether this process finds it in the folder."""
+        """Looks for it in the folder; False where it is not there or cannot be read."""
         with contextlib.suppress(OSError):
             names = os.listdir(folder)  # opens the folder, which has NFS ask the server what is new
             if self._file is None:
@@ -133,12 +133,12 @@ class Mark:
 
 
 def _mark(flag: str, folder: Path, written: contextlib.ExitStack) -> Mark:
-    """Rank 0's, which is removed when the stack closes. Raises ConfigError: the folder can neither be made nor read."""
+    """Leaves rank 0's sign in a folder until the stack closes. Raises ConfigError: it can neither be made nor read."""
     token = secrets.token_hex(16)
     file = folder / f".seen-by-all-{token}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob(".seen-by-all-*"):  # by a run that was killed; another's, which is starting, is younger
+        for left in folder.glob(".seen-by-all-*"):  # of a killed run; one that is starting is younger
             if time.time() - left.stat().st_mtime > LEFTOVER_SEC:
                 left.unlink(missing_ok=True)
         written.callback(_remove, file)

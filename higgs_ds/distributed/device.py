@@ -1,6 +1,6 @@
-"""Which device this process computes on: its GPU, or the CPU where `DS_ACCELERATOR=cpu` says so. One answer for all.
+"""Chooses the device that this process computes on: its GPU, or the CPU where `DS_ACCELERATOR=cpu` says so.
 
-A GPU that cannot be used is said. Survived, it would be a run of weeks on the CPU that looks like any other.
+A GPU that cannot be used is an error, and never a run of weeks on the CPU instead.
 """
 
 from __future__ import annotations
@@ -35,13 +35,12 @@ def pick_device() -> torch.device:
         return torch.device("cpu")
     if wanted not in ("", "cuda"):
         raise _refused(f"DS_ACCELERATOR is {wanted!r}; this program runs on cuda (or leave it out) and on cpu")
-    # DeepSpeed's launcher sets it for its ranks, and with it torch counts the cards that are plugged in, and not those
-    # that this driver can serve.
+    # Set by DeepSpeed's launcher. With it torch counts the cards that are plugged in, even if the driver is too old.
     os.environ.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)
     if not torch.cuda.is_available():
         raise _refused(_no_gpu(torch.version.cuda))
     local_rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-    # torchrun says how many ranks it started on this machine, and DeepSpeed's launcher; others do not.
+    # torchrun and DeepSpeed's launcher say how many ranks they started on this machine, others do not.
     started = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 0)
     if max(started, local_rank + 1) > count:
         raise _refused(
@@ -53,7 +52,7 @@ def pick_device() -> torch.device:
 
 
 def name_accelerator() -> torch.device:
-    """`pick_device`, and DeepSpeed told the same: without a word it guesses, and fails where it guesses wrong."""
+    """Picks the device and tells DeepSpeed, which would otherwise guess, and fail where it guesses wrong."""
     device = pick_device()
     os.environ["DS_ACCELERATOR"] = device.type
     return device
@@ -67,7 +66,7 @@ def take_device(device: torch.device, *, deterministic: bool = False) -> None:
             raises RuntimeError.
 
     Raises:
-        ConfigError: the GPU cannot be started: it is another process's alone, or broken.
+        ConfigError: the GPU cannot be started: another process has it exclusively, or it is broken.
     """
     import torch
 
@@ -77,7 +76,7 @@ def take_device(device: torch.device, *, deterministic: bool = False) -> None:
             os.environ["CUBLAS_WORKSPACE_CONFIG"] = CUBLAS_WORKSPACES[0]
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
-        # What is read before it is written would be a fault of its own; filling all of it with NaN costs a pass each.
+        # Fills new tensors with NaN, one pass over memory each, to find reads before writes.
         torch.utils.deterministic.fill_uninitialized_memory = False
     if device.type == "cuda":
         try:
@@ -86,18 +85,17 @@ def take_device(device: torch.device, *, deterministic: bool = False) -> None:
             versions = f"NVIDIA driver {driver_version()}, torch is built for CUDA {torch.version.cuda}"
             text = f"{device} cannot be used: {first_line(error)}; {versions}; nvidia-smi shows its state"
             raise _refused(text, first_to_know=device.index or 0) from None
-        # On an H100 torch 2.11 would take cuDNN's attention first, which draws up a plan for every new shape (public
-        # figures: a second, forward and backward). With token budgets nearly every step has one. FlashAttention-2,
-        # which is next, has no plans.
+        # On an H100 torch 2.11 prefers cuDNN's attention, which plans each new shape (public figures: a second, forward
+        # and backward). With token budgets nearly every step has one. FlashAttention-2, the next choice, has no plans.
         torch.backends.cuda.enable_cudnn_sdp(False)
-        # LoRA's gradients are sums over all tokens, a few columns wide. cuBLAS cuts such a sum into parts, which torch
-        # would let it round to bf16 or fp16 before it adds them.
+        # LoRA's gradients are sums over all tokens, a few columns wide. cuBLAS splits such a sum, and by default
+        # may round the parts to bf16 or fp16 before adding them.
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 
 def describe_devices(device: torch.device, count: int) -> str:
-    """`cpu`, or how many GPUs of which name."""
+    """`cpu`, or the number of GPUs and their name."""
     if device.type != "cuda":
         return device.type
     import torch
@@ -106,7 +104,7 @@ def describe_devices(device: torch.device, count: int) -> str:
 
 
 def driver_version() -> str | None:
-    """Of NVIDIA's driver, from the kernel or nvidia-smi; None where neither knows one."""
+    """The version of NVIDIA's driver, from the kernel or nvidia-smi; None where neither knows one."""
     try:
         text = DRIVER_FILE.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -121,6 +119,7 @@ def driver_version() -> str | None:
 
 
 def _no_gpu(built_for: str | None) -> str:
+    """Says that no GPU can be used, with the driver, torch's CUDA and the remedy."""
     driver = driver_version()
     found = f"NVIDIA driver {driver}" if driver else "no NVIDIA driver found"
     on_purpose = "or set DS_ACCELERATOR=cpu to run on the CPU on purpose"
@@ -137,13 +136,13 @@ def _no_gpu(built_for: str | None) -> str:
 
 
 def _visible() -> str:
-    """What hides GPUs, where something does."""
+    """CUDA_VISIBLE_DEVICES, where it is set, since it may hide GPUs."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
     return "" if hidden is None else f" (CUDA_VISIBLE_DEVICES is {hidden!r})"
 
 
 def _refused(text: str, *, first_to_know: int = 0) -> ConfigError:
-    """The error. Rank 0 says it for all; where it does not meet it (another machine), the first rank that does."""
+    """Makes the error. Rank 0 prints it for all; on another machine, so does the first rank that meets it."""
     rank, local_rank = os.environ.get("RANK", "0"), os.environ.get("LOCAL_RANK", "0")
     if rank != "0" and local_rank == str(first_to_know):
         say(f"[rank {rank}] {text}", error=True)

@@ -1,22 +1,24 @@
 """DeepSpeed's JSON, resolved strictly: "auto" is filled from the flags, a contradiction or an unknown key is refused.
 
-DeepSpeed 0.19 neither resolves "auto" nor looks at top-level keys that it does not know (`gradient_cliping` ran,
-unclipped), so both are done here, before anything is imported.
+DeepSpeed's own models judge its sections, in `engine.check_config`. Importing them takes 10 s, and they neither resolve
+"auto" nor look at top-level keys that they do not know (`gradient_cliping` ran, unclipped). Both are done here, and
+what would train something else is refused, before torch is imported.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..errors import ConfigError, reason_of, shown
+from ..errors import ConfigError, nearest, reading, shown
 from ..files import read_settings
 from ..options.sections import PROJECT_ROOT, TrainConfig
-from .ds_fields import as_whole, field_faults
 
 if TYPE_CHECKING:
     from ..model.facts import ModelFacts
@@ -39,16 +41,21 @@ IGNORED_KEYS = {
 IGNORED_VALUES = {
     **dict.fromkeys(("prescale_gradients", "sparse_gradients", "disable_allgather", "fp32_allreduce"), (False,)),
     **dict.fromkeys((f"zero_optimization.cpu_offload{end}" for end in ("", "_param", "_params")), (False, None)),
-    "gradient_predivide_factor": (1, 1.0),
+    **dict.fromkeys(("optimizer", "zero_optimization.offload_param", "zero_optimization.offload_optimizer"), (None,)),
+    "gradient_predivide_factor": (1,),
     "sequence_parallel_size": (1,),
     "tensor_parallel": ({"autotp_size": 0}, {"autotp_size": 1}),
     "zero_optimization.mics_shard_size": (-1,),
     "zero_optimization.mics_hierarchical_params_gather": (False,),
     "zero_optimization.zenflow": (None,),
 }
-OFF_BLOCKS = {
-    *("wandb", "tensorboard", "csv_monitor", "comet", "amp", "torch_autocast", "data_efficiency", "elasticity"),
-    *("curriculum_learning", "hybrid_engine", "nebula", "eigenvalue", "progressive_layer_drop", "quantize_training"),
+# Features that DeepSpeed has removed, and refuses in its own words unless they are switched off, which we leave out.
+_REMOVED = {
+    *("amp", "elasticity", "curriculum_learning", "nebula", "eigenvalue", "progressive_layer_drop"),
+    *("quantize_training", "sparse_gradients", "compression_training", "sparse_attention", "graph_harvesting"),
+}
+OFF_BLOCKS = _REMOVED | {
+    *("wandb", "tensorboard", "csv_monitor", "comet", "torch_autocast", "data_efficiency", "hybrid_engine"),
     *("expert_parallel", "fp8"),
 }
 # DeepSpeed's own two names for one thing.
@@ -56,57 +63,135 @@ _PREFIXED = (
     *("prefetch_bucket_size", "param_persistence_threshold", "model_persistence_threshold", "max_live_parameters"),
     *("max_reuse_distance", "module_granularity_threshold", "use_all_reduce_for_fetch_params", "allgather_sequential"),
 )
-OTHER_NAMES = {f"zero_optimization.{key}": f"zero_optimization.stage3_{key}" for key in _PREFIXED}
+
+SECTIONS = {
+    *("zero_optimization", "bf16", "fp16", "data_types", "comms_logger", "flops_profiler", "optimizer", "timers"),
+    *("optimizer.params", "timers.throughput"),
+    *("zero_optimization.offload_param", "zero_optimization.offload_optimizer"),
+}
+# The names of the top level, and of the sections in which DeepSpeed passes over what it does not know.
+KEYS: dict[str, set[str]] = {
+    "": {
+        *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
+        *("managed_gradient_accumulation", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer"),
+        *("communication_data_type", "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state"),
+        *(*(name for name in SECTIONS if "." not in name), *_REMOVED),
+    },
+    "data_types": {"grad_accum_dtype"},
+    "flops_profiler": {
+        *("enabled", "recompute_fwd_factor", "profile_step", "module_depth", "top_modules", "detailed", "output_file"),
+    },
+    "optimizer": {"type", "params", "legacy_fusion"},
+    "optimizer.params": {
+        *("lr", "weight_decay", "betas", "eps", "torch_adam", "adam_w_mode", "bias_correction", "amsgrad"),
+    },
+    "timers": {"throughput"},
+}
+_OTHERWISE = "this trainer has its own way, or none; remove it"
+# What DeepSpeed knows and would train something else, or not what this trainer promises.
+REFUSED = {
+    "scheduler": "the learning rate follows --lr_scheduler, --warmup_ratio and --lr; remove the block, or give each of "
+    "its params as 'auto'",
+    "activation_checkpointing": "it has no effect on this model, --activation_checkpointing has; remove the block",
+    **dict.fromkeys(("wandb", "tensorboard", "csv_monitor", "comet"), "give --wandb_project instead; remove it"),
+    **dict.fromkeys(("gradient_allreduce_op", "prescale_gradients", "gradient_predivide_factor"), _OTHERWISE),
+    "torch_autocast": "the computing dtype is --dtype; remove the block",
+    **dict.fromkeys(("data_efficiency", "tensor_parallel", "expert_parallel", "sequence_parallel_size"), _OTHERWISE),
+    **dict.fromkeys(("hybrid_engine", "fp8", "zero_optimization.zenflow", "zero_optimization.leaf_module"), _OTHERWISE),
+    "bfloat16": "old name of bf16; rename it",
+    "zero_optimization.cpu_offload": 'old name; give "offload_optimizer": {"device": "cpu"}',
+    "zero_optimization.cpu_offload_param": 'old name; give "offload_param": {"device": "cpu"}',
+    "zero_optimization.cpu_offload_params": 'old name; give "offload_param": {"device": "cpu"}',
+}
+_STAGE = "zero_optimization.stage"
+# Of what would train something else, or hide an update that was not made, the values that this trainer takes.
+ALLOWED: dict[str, tuple] = {
+    _STAGE: (0, 1, 2, 3),
+    **{f"zero_optimization.offload_{what}.device": ("cpu", "none") for what in ("param", "optimizer")},
+    "zero_optimization.offload_optimizer.ratio": (1,),
+    "zero_optimization.offload_optimizer.super_offload": (False,),
+    "zero_optimization.compute_grad_norm": (True,),
+    "zero_optimization.stage3_module_granularity_threshold": (0,),
+    "zero_optimization.parameter_alignment": (False,),
+    "bf16.bf16_master_weights_and_grads": (False,),
+    "bf16.bf16_optimizer_states": (False,),
+    "fp16.fp16_master_weights_and_grads": (False,),
+    "fp16.auto_cast": (False,),
+    "optimizer.type": ("AdamW", "Adam"),
+}
 
 
-def _places(raw: dict) -> dict[str, object]:
-    """The values of a file's top level and of its ZeRO section, by their names in full."""
-    zero = raw.get("zero_optimization")
-    return dict(raw) | {f"zero_optimization.{key}": v for key, v in (zero if isinstance(zero, dict) else {}).items()}
+# The boundaries of an optimizer step and its optimizer are this trainer's.
+OURS = {
+    "managed_gradient_accumulation": False,
+    "zero_allow_untested_optimizer": True,
+    "zero_force_ds_cpu_optimizer": False,
+    "optimizer.params.betas": [0.9, 0.999],
+    "optimizer.params.eps": 1e-8,
+    **dict.fromkeys(("optimizer.params.adam_w_mode", "optimizer.params.bias_correction"), True),
+    "optimizer.params.amsgrad": False,
+}
+
+
+def _places(place: dict, section: str = "") -> Iterator[tuple[str, str, str, object]]:
+    """(section, key, both with a dot between, value) of everything in the file's content, objects and their parts."""
+    for key, value in place.items():
+        name = f"{section}.{key}" if section else key
+        yield section, key, name, value
+        if isinstance(value, dict):
+            yield from _places(value, name)
 
 
 def ignored_keys(raw: dict) -> list[str]:
     """The keys of a file, sections written out, that cannot change a run: DeepSpeed is not given them."""
 
-    def means_nothing(key: str, value: object) -> bool:
-        if key in OFF_BLOCKS and isinstance(value, dict):
+    def means_nothing(name: str, value: object) -> bool:
+        if name in OFF_BLOCKS and isinstance(value, dict):
             return value.get("enabled", False) is False
-        if key == "scheduler":
+        if name == "scheduler":
             return _leaves_the_rate_to_flags(value)
-        if key == "activation_checkpointing" and isinstance(value, dict):
+        if name == "activation_checkpointing" and isinstance(value, dict):
             return all(item in (False, None) for item in value.values())
-        same = (v for v in IGNORED_VALUES.get(key, ()) if value is v or (type(value) is not bool and value == v))
-        return key in IGNORED_KEYS or any(True for _ in same)
+        return name in IGNORED_KEYS or value in IGNORED_VALUES.get(name, ())
 
-    return [key for key, value in _places(raw).items() if means_nothing(key, value)]
+    return [name for _, _, name, value in _places(raw) if means_nothing(name, value)]
 
 
 def _leaves_the_rate_to_flags(scheduler: object) -> bool:
-    """Whether each of the block's params is "auto", as in Hugging Face's examples."""
+    """True if each of the block's params is "auto", as in Hugging Face's examples."""
     params = scheduler.get("params") if isinstance(scheduler, dict) and scheduler.keys() <= {"type", "params"} else None
-    named = isinstance(params, dict) and isinstance(scheduler.get("type", ""), str)
-    return named and bool(params) and all(value == "auto" for value in params.values())
+    return isinstance(params, dict) and bool(params) and all(value == "auto" for value in params.values())
 
 
-def _content(raw: dict) -> tuple[dict, list[str]]:
-    """A copy of the file's content without what is ignored and under the names that `FIELDS` has; and what is wrong."""
-    content, problems = _without(raw, ignored_keys(raw)), []
-    for name in [name for name in _places(content) if name in OTHER_NAMES]:
-        (section, _, key), other = name.rpartition("."), OTHER_NAMES[name].rpartition(".")[2]
-        place = content[section] if section else content
-        if other in place:
-            problems.append(f"{name}: given twice, as {OTHER_NAMES[name]} too; leave one out")
-        place.setdefault(other, place.pop(key))
-    return content, problems + field_faults(content)
-
-
-def _without(raw: dict, keys: list[str]) -> dict:
-    """A copy of the file's content without these keys."""
+def _content(raw: dict, file: str) -> dict:
+    """Copies the file's content, without what is ignored. Raises ConfigError: all that can stand in no such file."""
     content = copy.deepcopy(raw)
-    for key in keys:
-        section, _, name = key.rpartition(".")
-        del (content[section] if section else content)[name]
+    for name in ignored_keys(raw):
+        section, _, key = name.rpartition(".")
+        del (content[section] if section else content)[key]
+    zero = content.get("zero_optimization")
+    zero = zero if isinstance(zero, dict) else {}
+    for key in (key for key in _PREFIXED if key in zero):
+        if f"stage3_{key}" in zero:
+            raise ConfigError([f"{file}: zero_optimization.{key}: given twice, as stage3_{key} too; leave one out"])
+        zero[f"stage3_{key}"] = zero.pop(key)
+    if problems := [f"{file}: {fault}" for place in _places(content) if (fault := _fault(*place))]:
+        raise ConfigError(problems)
     return content
+
+
+def _fault(section: str, key: str, name: str, value: object) -> str | None:
+    """A line on a key or value of a file that DeepSpeed's models would let through, or none."""
+    if name in REFUSED:
+        return f"{name}: {REFUSED[name]}"
+    if key not in KEYS.get(section, {key}):
+        return f"{shown(name)[1:-1]}: unknown key{nearest(key, KEYS[section])}"
+    if name in SECTIONS and not isinstance(value, dict):
+        return f"{name}: must be an object, it is {shown(value)}"
+    allowed = ALLOWED.get(name, (value,))
+    if value in allowed or (value == "auto" and name != _STAGE):
+        return None
+    return f"{name} is {shown(value)}, this trainer takes {' or '.join(map(repr, allowed))}"
 
 
 def read_deepspeed_config(path: str) -> dict:
@@ -119,87 +204,90 @@ def read_deepspeed_config(path: str) -> dict:
         ConfigError: missing, not JSON, not an object, a key given twice; a key or value that can stand in no such file.
     """
 
-    def unique(pairs):
-        found = {}
+    def unique(pairs: list[tuple[str, object]]) -> dict:
+        found: dict[str, object] = {}
         for key, value in pairs:
             if key in found:
                 raise ValueError(f"key {shown(key)} stands there twice")
             found[key] = value
         return found
 
-    try:
+    with reading(f"--deepspeed_config: {path}"):
         file = Path(path)
         if not file.is_absolute():
             places = (file, PROJECT_ROOT / file, Path(sys.prefix) / "share" / "higgs_ds" / file)
             file = next((place for place in places if place.exists()), file)
         raw = json.loads(read_settings(file), object_pairs_hook=unique)
-    except OSError as error:
-        raise ConfigError([f"--deepspeed_config: {path} cannot be read: {reason_of(error)}"]) from None
-    except RecursionError:
-        raise ConfigError([f"--deepspeed_config: {path} is nested too deeply for a file of settings"]) from None
-    except ValueError as error:
-        raise ConfigError([f"--deepspeed_config: {path} is not JSON: {error}"]) from None
-    if not isinstance(raw, dict):
-        raise ConfigError([f"--deepspeed_config: {path} must hold a JSON object"])
-    _raise_if(path, _content(raw)[1])
+        if not isinstance(raw, dict):
+            raise ValueError("it must hold a JSON object")
+        _content(raw, path)
     return raw
 
 
-def _raise_if(name: str, problems: list[str]) -> None:
-    if problems:
-        raise ConfigError([f"{name}: {problem}" for problem in problems])
-
-
 class LayerSizes(NamedTuple):
-    """Of a decoder layer: what ZeRO-3's "auto" values follow."""
+    """Sizes of a decoder layer, which ZeRO-3's "auto" values follow."""
 
     widest: int  # largest in- or output width of a projection: a LoRA matrix is at most rank times as large
     parameters: int  # of its projections
 
     @classmethod
     def from_facts(cls, facts: ModelFacts) -> LayerSizes:
-        """Of a checkpoint's decoder layer."""
+        """Sizes of a checkpoint's decoder layer."""
         return cls(facts.widest, facts.layer_parameters)
 
 
 def resolve(raw: dict, config: TrainConfig, *, world_size: int, on_cpu: bool, layer: LayerSizes) -> dict:
-    """What is handed to `deepspeed.initialize`, with every "auto" replaced and every value checked against the flags.
+    """The content for `deepspeed.initialize`, with every "auto" replaced and what the flags say checked against them.
 
     Args:
         raw: the file's content.
         world_size: number of ranks.
-        on_cpu: whether the run is on CPU, where fp16 and pinned memory are not to be had.
+        on_cpu: True on CPU, where fp16 and pinned memory are not to be had.
         layer: sizes of a decoder layer, for stage 3's persistence threshold and prefetching.
 
     Raises:
         ConfigError: every contradiction and unknown key, each with both values or the nearest valid name.
     """
-    content, problems = _content(raw)
-    _raise_if(config.run.deepspeed_config, problems)
-    as_whole(content)
-    file = _File(config.run.deepspeed_config, content, [])
+    name = config.run.deepspeed_config
+    with reading(name):
+        file = _File(name, _content(raw, name), [])
+        _resolve(file, config, world_size, on_cpu, layer)
+        autos = [place for _, _, place, value in _places(file.content) if value == "auto"]
+        file.problems += [f"{name}: {place}: 'auto' has no meaning here; give a value or remove it" for place in autos]
+        if file.problems:
+            raise ConfigError(file.problems)
+    return file.content
+
+
+def _resolve(file: _File, config: TrainConfig, world_size: int, on_cpu: bool, layer: LayerSizes) -> None:
+    """Fills the file's content by the flags, in place."""
     zero = file.section("zero_optimization")
-    stage = zero.setdefault("stage", 0)
+    stage = zero["stage"] = int(zero.get("stage", 0))
     _settle_step(file, config, world_size)
     _settle_dtype(file, config, stage, world_size, on_cpu)
-    # The boundaries of an optimizer step, its optimizer and its learning rate are ours.
-    for key, value in (
-        ("managed_gradient_accumulation", False),
-        ("zero_allow_untested_optimizer", True),
-        ("zero_force_ds_cpu_optimizer", False),
-    ):
-        file.settle(file.content, key, value, "this trainer")
-    if file.content.get("steps_per_print", "auto") == "auto":
+    file.settle("optimizer.params.lr", config.optim.lr, "--lr")
+    file.settle("optimizer.params.weight_decay", config.optim.weight_decay, "--weight_decay")
+    for name, value in OURS.items():
+        file.settle(name, value, "this trainer")
+    del file.content["optimizer"]  # torch's AdamW, which the engine makes
+    every = file.content.setdefault("steps_per_print", "auto")
+    if every in ("auto", None):
         file.content["steps_per_print"] = None
-    _check_optimizer(file.content.pop("optimizer", None), config, file.name, file.problems)
-    _fill_timers(file.section("timers"))
+    elif not (isinstance(every, (int, float)) and every >= 1):  # DeepSpeed divides by it, once it trains
+        file.problems.append(f"{file.name}: steps_per_print is {shown(every)}, expected a number from 1")
+    throughput = file.section("timers.throughput")
+    for key in (
+        "enabled",
+        "synchronized",
+    ):  # off unless the file asks for it: it waits for the GPU in every micro-batch
+        throughput[key] = False if throughput.get(key, "auto") == "auto" else throughput[key]
     _fill_zero(zero, stage, config, layer, on_cpu)
     _check_offload(file, zero, stage, on_cpu)
-    _check_sharding(file, zero, stage, world_size, on_cpu)
-    _find_auto(file.content, file.name, "", file.problems)
-    if file.problems:
-        raise ConfigError(file.problems)
-    return file.content
+    group = zero.get("zero_hpz_partition_size", 1)
+    if stage == 3 and group != "auto" and world_size % min(group, world_size):  # asserted once the model is there
+        file.problems.append(
+            f"{file.name}: zero_optimization.zero_hpz_partition_size is {group}, no divisor of {world_size} ranks"
+        )
 
 
 @dataclass
@@ -210,17 +298,17 @@ class _File:
     content: dict
     problems: list[str]
 
-    def section(self, key: str) -> dict:
-        """An object of the top level, empty where there is none."""
-        return self.content.setdefault(key, {})
+    def section(self, name: str) -> dict:
+        """An object by its name in full, made where there is none."""
+        return functools.reduce(lambda place, part: place.setdefault(part, {}), name.split("."), self.content)
 
-    def settle(self, place: dict, key: str, value, flag: str, prefix: str = "") -> None:
-        """`place[key]` is `value`: filled where absent, null or "auto", refused where it says something else."""
-        given = place.get(key, "auto")
-        if given not in ("auto", None, value):
-            self.problems.append(
-                f"{self.name}: {prefix}{key} is {given!r}, but {flag} gives {value!r}; make them agree or use 'auto'"
-            )
+    def settle(self, name: str, value: object, flag: str) -> None:
+        """Sets a key, by its name in full: filled where absent, null or "auto", a problem where it is another value."""
+        section, _, key = name.rpartition(".")
+        place = self.section(section) if section else self.content
+        if (given := place.get(key, "auto")) not in ("auto", None, value):
+            both = f"{name} is {shown(given)}, but {flag} gives {value!r}"
+            self.problems.append(f"{self.name}: {both}; make them agree or use 'auto'")
         place[key] = value
 
 
@@ -229,20 +317,20 @@ def _settle_step(file: _File, config: TrainConfig, world_size: int) -> None:
     optim = config.optim
     rows = optim.batch_size or 1
     product = f"--batch_size {rows} × --grad_accum {optim.grad_accum} × {world_size} ranks"
-    file.settle(file.content, "train_micro_batch_size_per_gpu", rows, "--batch_size")
-    file.settle(file.content, "gradient_accumulation_steps", optim.grad_accum, "--grad_accum")
-    file.settle(file.content, "train_batch_size", rows * optim.grad_accum * world_size, product)
-    file.settle(file.content, "gradient_clipping", optim.max_grad_norm, "--max_grad_norm")
+    file.settle("train_micro_batch_size_per_gpu", rows, "--batch_size")
+    file.settle("gradient_accumulation_steps", optim.grad_accum, "--grad_accum")
+    file.settle("train_batch_size", rows * optim.grad_accum * world_size, product)
+    file.settle("gradient_clipping", optim.max_grad_norm, "--max_grad_norm")
 
 
 def _settle_dtype(file: _File, config: TrainConfig, stage: int, world_size: int, on_cpu: bool) -> None:
     """The computing dtype is the flag's; LoRA gradients are summed and sent in float32."""
     dtype = config.model.dtype
     for key in ("bf16", "fp16"):
-        file.settle(file.section(key), "enabled", dtype == key, f"--dtype {dtype}", f"{key}.")
+        file.settle(f"{key}.enabled", dtype == key, f"--dtype {dtype}")
     if dtype == "bf16":
         # Switched off, DeepSpeed would apply an update whose gradients are NaN.
-        file.settle(file.section("bf16"), "check_grad_overflow", True, "this trainer", "bf16.")
+        file.settle("bf16.check_grad_overflow", True, "this trainer")
     if dtype == "fp16" and on_cpu:
         file.problems.append("--dtype: fp16 needs a GPU; on CPU use bf16 or fp32")
     if dtype == "fp16" and stage == 0:  # DeepSpeed would unscale gradients there whose loss nobody had scaled
@@ -261,10 +349,10 @@ def _settle_dtype(file: _File, config: TrainConfig, stage: int, world_size: int,
             "rank's rows hold no audio; use zero1.json, which has a fixed order"
         )
     if stage > 0:
-        file.settle(file.section("data_types"), "grad_accum_dtype", "fp32", "this trainer", "data_types.")
-        file.settle(file.content, "communication_data_type", "fp32", "this trainer")
+        file.settle("data_types.grad_accum_dtype", "fp32", "this trainer")
+        file.settle("communication_data_type", "fp32", "this trainer")
     elif "grad_accum_dtype" in file.section("data_types"):  # DeepSpeed has no other without ZeRO
-        file.settle(file.section("data_types"), "grad_accum_dtype", dtype, "stage 0 with --dtype", "data_types.")
+        file.settle("data_types.grad_accum_dtype", dtype, "stage 0 with --dtype")
 
 
 def _fill_zero(zero: dict, stage: int, config: TrainConfig, layer: LayerSizes, on_cpu: bool) -> None:
@@ -290,49 +378,17 @@ def _fill_zero(zero: dict, stage: int, config: TrainConfig, layer: LayerSizes, o
 
 
 def _check_offload(file: _File, zero: dict, stage: int, on_cpu: bool) -> None:
+    """Memory is pinned where there is a GPU; a block that offloads nothing is refused."""
     for key in ("offload_optimizer", "offload_param"):
         block = zero.get(key)
         if block is None:
             continue
         if "device" not in block:
             file.problems.append(f"{file.name}: zero_optimization.{key}: needs {{'device': 'cpu'}} (or 'none')")
-        elif block.get("pin_memory", "auto") == "auto":
+        if block.get("pin_memory", "auto") == "auto":
             block["pin_memory"] = not on_cpu
         if key == "offload_param" and block.get("device") == "cpu" and stage != 3:
             file.problems.append(f"{file.name}: zero_optimization.offload_param needs stage 3, the stage is {stage}")
-
-
-def _check_sharding(file: _File, zero: dict, stage: int, world_size: int, on_cpu: bool) -> None:
-    """Stage 3's second partitioning and its quantised weights, which DeepSpeed asserts once the model is there."""
-    group = zero.get("zero_hpz_partition_size", 1)
-    if stage == 3 and group != "auto" and world_size % min(group, world_size):
-        file.problems.append(
-            f"{file.name}: zero_optimization.zero_hpz_partition_size is {group}, no divisor of {world_size} ranks"
-        )
-    for key in ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients"):
-        if zero.get(key) is True and on_cpu:
-            file.problems.append(f"{file.name}: zero_optimization.{key} needs a GPU's kernels; remove it on CPUs")
-    if stage == 3 and zero.get("zero_quantized_gradients") is True and not zero["reduce_scatter"]:
-        file.problems.append(f"{file.name}: zero_optimization.zero_quantized_gradients needs reduce_scatter true")
-
-
-def _fill_timers(timers: dict) -> None:
-    """DeepSpeed's throughput timer is off unless the file asks for it: it waits for the GPU in every micro-batch."""
-    throughput = timers.setdefault("throughput", {})
-    for key in ("enabled", "synchronized"):
-        if throughput.get(key, "auto") == "auto":
-            throughput[key] = False
-
-
-def _check_optimizer(block: dict | None, config: TrainConfig, name: str, problems: list[str]) -> None:
-    """An `optimizer` block may repeat what the flags say; the optimizer itself is torch's AdamW, made by us."""
-    for key, flag, ours in (
-        ("lr", "--lr", config.optim.lr),
-        ("weight_decay", "--weight_decay", config.optim.weight_decay),
-    ):
-        given = (block or {}).get("params", {}).get(key, "auto")
-        if given not in ("auto", ours):
-            problems.append(f"{name}: optimizer.params.{key} is {given!r}, but {flag} gives {ours!r}; use 'auto'")
 
 
 def nothing_to_shard_note(ds_config: dict, *, world_size: int) -> str | None:
@@ -350,11 +406,3 @@ def nothing_to_shard_note(ds_config: dict, *, world_size: int) -> str | None:
         f"one rank: ZeRO-{zero['stage']} has nobody to share with, and costs {costs[zero['stage']]}; "
         "ds_configs/zero1.json trains the same adapter"
     )
-
-
-def _find_auto(value, name: str, path: str, problems: list[str]) -> None:
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            _find_auto(inner, name, f"{path}.{key}" if path else key, problems)
-    elif value == "auto":
-        problems.append(f"{name}: {path}: 'auto' has no meaning here; give a value or remove the key")

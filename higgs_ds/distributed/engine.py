@@ -22,7 +22,7 @@ import torch.distributed as dist
 from peft import LoraConfig
 from torch import nn
 
-from ..errors import ConfigError
+from ..errors import ConfigError, nearest, reading, shown
 from ..process import end_in_time, say
 from .adamw import DroppableAdamW
 from .device import describe_devices, name_accelerator, take_device
@@ -193,15 +193,22 @@ def check_config(ds_config: dict, name: str) -> None:
         ConfigError: with every field that DeepSpeed refuses, as far as it reads on.
     """
     from deepspeed import DeepSpeedConfig
+    from deepspeed.runtime.config_utils import DeepSpeedConfigModel
     from pydantic import ValidationError
 
-    try:
-        DeepSpeedConfig(copy.deepcopy(ds_config))
-    except ValidationError as error:
-        found = [(".".join(map(str, fault["loc"])), fault["msg"]) for fault in error.errors()]
-        raise ConfigError([f"{name}: DeepSpeed's {error.title}: {place}: {why}" for place, why in found]) from None
-    except Exception as error:  # its own kinds, assertions and whatever a value breaks in it: the file is at fault
-        raise ConfigError([f"{name}: DeepSpeed does not take it: {' '.join(str(error).split())}"]) from None
+    with reading(f"{name}: DeepSpeed does not take it"):
+        try:
+            DeepSpeedConfig(copy.deepcopy(ds_config))
+        except ValidationError as error:
+            models = {model.__name__: model for model in DeepSpeedConfigModel.__subclasses__()}
+            fields = models[error.title].model_fields.items() if error.title in models else ()
+            known = [field.alias or key for key, field in fields]
+            problems = []
+            for fault in error.errors():
+                place, value = ".".join(map(str, fault["loc"])), shown(fault["input"])
+                why = f"{fault['msg']}{nearest(place, known)}" if fault["type"] == "extra_forbidden" else fault["msg"]
+                problems.append(f"{name}: {shown(place)[1:-1]} is {value}; DeepSpeed's {error.title} says: {why}")
+            raise ConfigError(problems) from None
 
 
 @contextlib.contextmanager

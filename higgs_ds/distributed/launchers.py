@@ -1,4 +1,4 @@
-"""The launchers that this process was started by, found in `/proc`: DeepSpeed's, torchrun, accelerate."""
+"""Finds the launchers of this process in `/proc`: DeepSpeed's, torchrun, accelerate."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ LAUNCHER_MODULES = ("deepspeed.launcher", "torch.distributed", "accelerate.comma
 
 
 def find_launchers() -> list[tuple[int, int]]:
-    """(process id, its parent's) from this process up to the topmost launcher; empty without one, or without `/proc`.
+    """Pairs (process id, its parent's) from this process up to the topmost launcher; empty where there is none.
 
-    As long as the launchers live, each process keeps its parent: `gone_launcher` looks at nothing else.
+    As long as the launchers live, each process keeps its parent, which is all that `gone_launcher` looks at.
     """
     chain = []
     pid = os.getpid()
@@ -30,7 +30,7 @@ def find_launchers() -> list[tuple[int, int]]:
 
 
 def gone_launcher(chain: list[tuple[int, int]]) -> int | None:
-    """The process id of a launcher that has ended since `find_launchers` gave this chain; None if all live."""
+    """Returns the process id of a launcher that has ended since `find_launchers` gave this chain; None if all live."""
     for pid, parent in chain:
         if _parent_of(pid) != parent:
             return parent
@@ -38,10 +38,10 @@ def gone_launcher(chain: list[tuple[int, int]]) -> int | None:
 
 
 def resume_command(chain: list[tuple[int, int]], environment: Mapping[str, str] = os.environ) -> str:
-    """What was typed to start this process, its topmost launcher included, with `--resume auto`, for a shell.
+    """The command that started this process, its topmost launcher included, with `--resume auto`, for a shell.
 
-    Where that is not to be seen from here, since a command elsewhere has started this one for each rank or host, it is
-    said which kind of command: the line for this process would start a part of the ranks, or a world of one.
+    Where a command on another host started this process, as srun, mpirun and pdsh do, its command line cannot be read
+    here, and this process's own would start a part of the ranks: the text then names the kind of command.
     """
     words = _words_of(chain[-1][1]) if chain else ["python", *sys.argv]
     elsewhere = _started_elsewhere(words if chain else [], environment)
@@ -55,7 +55,7 @@ def resume_command(chain: list[tuple[int, int]], environment: Mapping[str, str] 
 
 
 def _started_elsewhere(launcher: list[str], environment: Mapping[str, str]) -> str:
-    """The kind of command, on one host, that has started this process and others; empty for one that is seen here.
+    """The kind of command that has started this process from another host; empty for one that is seen here.
 
     Args:
         launcher: the topmost launcher's command line, if there is one.
@@ -87,6 +87,7 @@ def _without(flags: tuple[str, ...], words: list[str]) -> list[str]:
 
 
 def _parent_of(pid: int) -> int | None:
+    """The parent's process id; None where it cannot be read."""
     try:
         with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
             # The program's name stands before it in parentheses, and may hold spaces and parentheses itself.
@@ -96,6 +97,7 @@ def _parent_of(pid: int) -> int | None:
 
 
 def _is_launcher(pid: int) -> bool:
+    """True for a Python process that runs one of the launchers."""
     program, *words = _words_of(pid)
     return os.path.basename(program).startswith("python") and any(
         os.path.basename(word) in LAUNCHER_PROGRAMS or word.startswith(LAUNCHER_MODULES) for word in words[:4]

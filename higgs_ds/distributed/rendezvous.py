@@ -1,4 +1,4 @@
-"""How the ranks find each other, and what keeps them from it: a name, a port, a firewall, said in one line each."""
+"""Brings the ranks together; a host name, a port or a firewall that keeps them apart is said in one line."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from ..errors import ConfigError, reason_of
 from ..process import say
 from .watch_sockets import JsonConnection
 
-# To find each other, the ranks have torch's half an hour. After that one may encode for hours while the others wait for
-# it: who is dead or stuck is for `rank_watch` to find, and not for a collective's timeout.
+# Torch's default. Once they have met, one rank may encode for hours while the others wait: a dead or stuck rank is then
+# found by `rank_watch`, and not by a collective's timeout.
 MEETING_TIMEOUT = timedelta(minutes=30)
 SAID_TO_WAIT_SEC = 60.0
 REACH_TIMEOUT_SEC = 20.0
-HELLO_TIMEOUT_SEC = 10.0  # of what has connected, a stranger perhaps
+HELLO_TIMEOUT_SEC = 10.0  # for a connection to say which rank it is
 SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of a network interface
 
 
 @dataclass(frozen=True)
 class Meeting:
-    """Ranks that have found each other, before their first collective."""
+    """The ranks that have found each other, before their first collective."""
 
     store: dist.Store
     rank: int
@@ -42,10 +42,10 @@ class Meeting:
 
 
 def meet(*, on_cpu: bool) -> Meeting:
-    """Once all ranks are there and each has connected to rank 0; alone without a launcher.
+    """Waits until all ranks are there and each has connected to rank 0; without a launcher there is one rank.
 
     Raises:
-        ConfigError: the meeting place has no address or its port is taken; ranks did not come; or, on all ranks, a
+        ConfigError: MASTER_ADDR has no address or MASTER_PORT is taken; ranks did not come; or, on all ranks, a
             firewall stands between two hosts.
     """
     if not os.environ.get("RANK"):
@@ -74,11 +74,12 @@ def named(ranks: list[int], hosts: tuple[str, ...]) -> str:
 
 
 def _listed(ranks: list[int]) -> str:
+    """`rank 2` or `ranks 2, 3`."""
     return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
 
 
 def _check_address() -> None:
-    """Raises ConfigError, on the rank that cannot say which address MASTER_ADDR is."""
+    """Raises ConfigError on a rank where MASTER_ADDR cannot be resolved."""
     address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
     if not address or not port:
         return
@@ -91,7 +92,7 @@ def _check_address() -> None:
 
 @contextlib.contextmanager
 def _said_to_wait() -> Iterator[None]:
-    """Rank 0 says where it waits, and for how many, once that has taken a minute."""
+    """Has rank 0 say where it waits, and for how many ranks, once that has taken a minute."""
     where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     text = f"still waiting at {where} for all {os.environ.get('WORLD_SIZE')} ranks to come"
     timer = threading.Timer(SAID_TO_WAIT_SEC, say, [text])
@@ -105,7 +106,7 @@ def _said_to_wait() -> Iterator[None]:
 
 
 def _not_met(error: dist.DistError) -> ConfigError:
-    """Torch's error in one line."""
+    """Puts torch's error into one line."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     if os.environ["RANK"] == "0" and "EADDRINUSE" in str(error):
         free = free_port(port + 1)
@@ -118,7 +119,7 @@ def _not_met(error: dist.DistError) -> ConfigError:
 
 
 def _port_option(port: int) -> str:
-    """How the launcher that started this process is given another port."""
+    """The option that gives another port to the launcher that started this process."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return f"torchrun --master_port {port}"
     return f"deepspeed --master_port {port}" if "CROSS_RANK" in os.environ else f"MASTER_PORT={port}"
@@ -136,9 +137,9 @@ def free_port(first: int = 0) -> int:
 def connect(
     store: dist.Store, rank: int, world_size: int
 ) -> tuple[tuple[str, ...], dict[int, JsonConnection], str | None]:
-    """Connects every rank to a port of rank 0's that the system chose, for the watch and as collectives will.
+    """Connects every rank to a port of rank 0 that the system chose, for the watch, and as collectives will do.
 
-    Behind a firewall that lets only the meeting place through, the first collective would wait for hours.
+    Behind a firewall that lets only MASTER_PORT through, the first collective would wait for hours.
 
     Returns:
         every rank's host; the connections, see `Meeting`; and the address of some rank on another host than rank 0's,
@@ -160,7 +161,7 @@ def connect(
         if failed:
             store.set(f"reach/{rank}/told", "")
     if failed:
-        if rank == 0:  # whose end takes the store with it
+        if rank == 0:  # the store ends with this process, so the others must have read it
             with contextlib.suppress(dist.DistError):
                 store.wait([f"reach/{other}/told" for other in range(1, world_size)], timedelta(seconds=10))
         first, last = _ephemeral_ports()
@@ -197,7 +198,7 @@ def _let_in(store: dist.Store, world_size: int) -> tuple[dict[int, JsonConnectio
 
 
 def _reach(store: dist.Store, rank: int) -> dict[int, JsonConnection]:
-    """Another rank's connection to rank 0; nothing where it could not be made, which rank 0 is told."""
+    """Connects another rank to rank 0; an empty dict where that fails, of which rank 0 is told."""
     (port, token), host = json.loads(store.get("reach/at")), socket.gethostname()
     address = os.environ["MASTER_ADDR"]
     try:
@@ -213,8 +214,9 @@ def _reach(store: dist.Store, rank: int) -> dict[int, JsonConnection]:
 
 def listen(backlog: int) -> socket.socket:
     """A socket for other hosts to connect to, on a port that the system chooses."""
-    any_family = {"family": socket.AF_INET6, "dualstack_ipv6": True} if socket.has_dualstack_ipv6() else {}
-    return socket.create_server(("", 0), backlog=backlog, **any_family)
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    return socket.create_server(("", 0), family=family, backlog=backlog, dualstack_ipv6=both)
 
 
 def _is_loopback(address: str) -> bool:
@@ -222,6 +224,7 @@ def _is_loopback(address: str) -> bool:
 
 
 def _ephemeral_ports() -> tuple[str, str]:
+    """The first and last port that this system hands out."""
     try:
         with open("/proc/sys/net/ipv4/ip_local_port_range", encoding="ascii") as file:
             first, last = file.read().split()
@@ -231,9 +234,10 @@ def _ephemeral_ports() -> tuple[str, str]:
 
 
 def _take_the_way_to(other_host: str) -> None:
-    """Has gloo use the network interface that leads to rank 0, or from it to `other_host`, unless one is named.
+    """Has gloo use the network interface that leads to rank 0, or from rank 0 to `other_host`, unless one is named.
 
-    By itself it takes the one of this host's name, which is 127.0.1.1 on many systems: no other host reaches that.
+    By default gloo takes the address of this host's name, which is 127.0.1.1 on many systems, where no other host can
+    reach it.
     """
     if os.environ.get("GLOO_SOCKET_IFNAME"):
         return
@@ -250,16 +254,16 @@ def _take_the_way_to(other_host: str) -> None:
 
 
 def _own_address(other: str) -> str | None:
-    """The IPv4 address from which this host would speak to another; None for itself, or where there is no way."""
+    """This host's IPv4 address on the way to another; None for itself, or where there is no route."""
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((other, 9))  # sends nothing: only the way is looked up
+        probe.connect((other, 9))  # sends nothing, only looks up the route
         mine = probe.getsockname()[0]
         return None if _is_loopback(mine) else mine
     return None
 
 
 def _refused(text: str) -> ConfigError:
-    """The error. `main` says it for rank 0; this rank may be the only one that knows."""
+    """Makes the error, and prints it on any rank but 0, for which `main` does: this may be the only rank to know."""
     if os.environ.get("RANK", "0") != "0":
         say(f"[rank {os.environ['RANK']}] {text}", error=True)
     return ConfigError([text])

@@ -90,7 +90,7 @@ def test_an_export_that_is_broken_off_leaves_nothing(adapter_dir, tmp_path, caps
                 run(capsys, *flags)
         else:
             code, [line] = run(capsys, *flags)
-            assert code == 2 and "mine-transformers cannot be written: No space left on device" in line
+            assert code == 2 and "mine-transformers cannot be written: " in line and "No space left" in line
         assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
@@ -122,10 +122,6 @@ def test_export_renames_and_loses_nothing(adapter_dir, tiny_dir, tmp_path, capsy
     assert code == 0 and len(load_file(tmp_path / "x" / WEIGHTS)) == 44
 
 
-def long_name(adapter):
-    return "x" * 5000
-
-
 def half(adapter):
     weights = {key: value.clone() for key, value in load_file(adapter / WEIGHTS).items()}
     save_file(dict(sorted(weights.items())[::2]), adapter / WEIGHTS)
@@ -152,7 +148,6 @@ def huge(adapter):
     ("damage", "words"),
     [
         (huge, "base + scale · B·A of layers.0.self_attn.q_proj.weight"),
-        (long_name, "cannot be read: File name too long"),
         (half, "missing weight"),
         (foreign, "missing weight"),
         (not_a_number, "holds NaN or infinity"),
@@ -168,7 +163,8 @@ def test_no_verb_speaks_with_an_adapter_that_is_not_whole(
     (tmp_path / "evil.py").write_text("raise SystemExit('it ran')")
     monkeypatch.syspath_prepend(tmp_path)
     copy = shutil.copytree(adapter_dir, tmp_path / "copy")
-    flags = ("--base_ckpt", tiny_dir, "--adapter", damage(copy) or copy)
+    damage(copy)
+    flags = ("--base_ckpt", tiny_dir, "--adapter", copy)
     rest = {
         "merge": ("--layout", "boson", "--output_dir", tmp_path / "out"),
         "generate": ("--codec", codec_dir, "--text", "hello", "--output_file", tmp_path / "out.wav"),

@@ -152,8 +152,8 @@ def test_what_was_written_wrongly_is_found(merged, tiny_dir, adapter_dir, tmp_pa
         return str(caught.value)
 
     layer, head = "layers.0.self_attn.q_proj.weight", "audio_decoder_proj.text_lm_head.weight"
-    assert f"{layer} is not what base and adapter make" in broken(**{layer: was[layer] * 1.001})
-    assert f"{head} is not what base and adapter make" in broken(**{head: base.stored[head].read().float()})
+    assert f"{layer} is not the sum of base and adapter" in broken(**{layer: was[layer] * 1.001})
+    assert f"{head} is not the sum of base and adapter" in broken(**{head: base.stored[head].read().float()})
     assert "embed_tokens.weight is not what" in broken(**{"embed_tokens.weight": was["embed_tokens.weight"] + 1e-3})
     assert "missing weight norm.weight" in broken(**{"norm.weight": None})
     assert "has shape [65]" in broken(**{"norm.weight": torch.ones(65)})
@@ -218,7 +218,7 @@ def test_a_tokenizer_that_is_not_copied_whole_is_found(tiny_dir, tmp_path, capsy
     state = json.loads((other / "tokenizer.json").read_text())
     state["added_tokens"][-1]["content"] = "another"
     (other / "tokenizer.json").write_text(json.dumps(state))
-    with pytest.raises(ConfigError, match="its tokenizer is not the base's"):
+    with pytest.raises(ConfigError, match="its tokenizer differs"):
         prove_tokenizer(base, other)
 
 

@@ -70,7 +70,7 @@ def said(text: str) -> dict:
 
 SLOW_CODEC = """
 import sys, time
-from higgs_ds import cli
+from higgs_ds.tools import cli
 from higgs_ds.codec import sample as sample_codec
 encode = sample_codec.SampleCodec.encode
 sample_codec.SampleCodec.encode = lambda *a: time.sleep(0.05) or encode(*a)

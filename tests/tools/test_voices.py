@@ -35,7 +35,7 @@ def test_generate_speaks_with_a_clip_of_the_speaker(manifest, tiny_dir, codec_di
     [
         (["--speaker", "ana"], "has no usable row of 'ana'"),
         (["--speaker", "zoe"], "it has 7, anna, bert"),
-        (["--speaker", "anna", "--ref_audio", "x.wav", "--ref_text", "x"], "in the place of --ref_audio"),
+        (["--speaker", "anna", "--ref_audio", "x.wav", "--ref_text", "x"], "they replace --ref_audio"),
         ([], "one needs the other"),
     ],
 )

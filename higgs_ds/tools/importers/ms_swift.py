@@ -20,7 +20,7 @@ NO_CONVERSATION = "rows without `messages` and `audios`"
 
 
 class _LeftOut(Exception):
-    """Why a row is; in the words of a count."""
+    """The reason to leave a row out, as it is counted."""
 
 
 def read_ms_swift(path: Path) -> Found:
@@ -126,7 +126,7 @@ def _start_index(messages: list[dict]) -> int | None:
 def _add_talk(
     found: Found, origin: str, messages: list[dict], clips: list[Path], start_index: int | None, speaker: str | None
 ) -> bool:
-    """Whether it became a speech row whose text the assistant writes down."""
+    """Adds a row; True if it is a speech row with the assistant's transcript as its text."""
     tags = [message["content"].count(AUDIO_TAG) for message in messages]
     texts = [message["content"].replace(AUDIO_TAG, "").strip() for message in messages]
     roles = [message["role"] for message in messages]

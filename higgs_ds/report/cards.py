@@ -104,7 +104,7 @@ def _templates() -> jinja2.Environment:
 
 
 def _is_served(codec: str) -> bool:
-    """Whether transformers' processor could load it, which the sample codec and Boson's own folder are not for."""
+    """True if transformers' processor can load the codec, unlike the sample codec and Boson's own folder."""
     from ..model.files.processor_files import codec_reference
 
     try:

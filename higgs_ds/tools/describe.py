@@ -176,5 +176,5 @@ def run_describe(
             output_dir.mkdir(parents=True, exist_ok=True)
             page = write_page(output_dir, described[0], said)
         write_faults(output_dir, [*faults, *warnings])
-        said.append(f"look and listen: {page}")
+        said.append(f"report: {page}")
     return said

@@ -217,4 +217,4 @@ def _take_speaker(args: argparse.Namespace, problems: list[str]) -> None:
         )
         return
     args.ref_audio = ref.path
-    say(f"the voice of {args.speaker}: {ref.path}")
+    say(f"reference clip of {args.speaker}: {ref.path}")

@@ -154,10 +154,12 @@ def test_what_was_written_wrongly_is_found(merged, tiny_dir, adapter_dir, tmp_pa
     layer, head = "layers.0.self_attn.q_proj.weight", "audio_decoder_proj.text_lm_head.weight"
     assert f"{layer} is not the sum of base and adapter" in broken(**{layer: was[layer] * 1.001})
     assert f"{head} is not the sum of base and adapter" in broken(**{head: base.stored[head].read().float()})
-    assert "embed_tokens.weight is not what" in broken(**{"embed_tokens.weight": was["embed_tokens.weight"] + 1e-3})
+    assert "embed_tokens.weight is not the sum" in broken(**{"embed_tokens.weight": was["embed_tokens.weight"] + 1e-3})
     assert "missing weight norm.weight" in broken(**{"norm.weight": None})
     assert "has shape [65]" in broken(**{"norm.weight": torch.ones(65)})
-    assert "embed_tokens.weight is not what" in broken(**{"embed_tokens.weight": was["embed_tokens.weight"].bfloat16()})
+    assert "embed_tokens.weight is not the sum" in broken(
+        **{"embed_tokens.weight": was["embed_tokens.weight"].bfloat16()}
+    )
 
 
 def test_nothing_is_overwritten_and_nothing_half_written_stays(merged, tiny_dir, adapter_dir, tmp_path, capsys):

@@ -25,7 +25,7 @@ def test_generate_speaks_with_a_clip_of_the_speaker(manifest, tiny_dir, codec_di
     common = ["generate", "--base_ckpt", str(tiny_dir), "--codec", str(codec_dir), "--text", "Hello.", "--seed", "1"]
     common += ["--max_new_tokens", "24", "--output_file"]
     assert main([*common, str(tmp_path / "a.wav"), "--speaker", "anna", "--train_manifest", str(manifest)]) == 0
-    assert f"the voice of anna: {clip}" in capsys.readouterr().out
+    assert f"reference clip of anna: {clip}" in capsys.readouterr().out
     assert main([*common, str(tmp_path / "b.wav"), "--ref_audio", clip, "--ref_text", text]) == 0
     assert (tmp_path / "a.wav").read_bytes() == (tmp_path / "b.wav").read_bytes()
 

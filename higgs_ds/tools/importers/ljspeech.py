@@ -21,7 +21,7 @@ MOST_LABEL_CHARS, MOST_LABEL_WORDS = 40, 3
 _LETTERS = r"[A-Za-z\u00c0-\u024f0-9_.'\-]+"
 _NAME = re.compile(rf"{_LETTERS}( {_LETTERS}){{0,2}}")  # of a speaker, an utterance, a file; or a few words of a text
 _ID = re.compile(r"(?=\S*[\d_])[A-Za-z0-9_.\-]+")
-_ASKED = "so that none is clearly the text; put a first line on top that names the columns, such as `id|speaker|text`"
+_ASKED = "so the text column is ambiguous; add a header line, such as `id|speaker|text`"
 _SECONDS = re.compile(r"\d+\.\d+")
 _END = tuple(".!?…。！？،।")
 # Words, and of scripts that put no blanks between them each sign.
@@ -71,7 +71,7 @@ def read_ljspeech(path: Path) -> Found:
     layout, hint = _of_header(rows[0][1], clips), ""
     if layout is None:
         layout = layout_of([parts for _, parts in rows[:MOST_ROWS]])
-        hint = "; where that is wrong, put a header on top, as `id|text|speaker`"
+        hint = "; if that is wrong, add a header line, such as `id|text|speaker`"
     else:
         del rows[0]
     if layout.width > 2:

@@ -48,10 +48,10 @@ def read_ms_swift(path: Path) -> Found:
         if "text" in (found.rows[before:] or [{}])[0]:
             unsaid += any(message["role"] == "system" and clean(message["content"]) for message in messages)
     if written_down:
-        said = f"{written_down:,} × a clip of the user's is taken to say what the assistant writes"
-        found.notes.append(f"{path}: {said}; leave such rows out if the assistant answers it")
+        said = f"{written_down:,} × a user's clip with the assistant's text as its transcript"
+        found.notes.append(f"{path}: {said}; leave such rows out if the text is a reply instead")
     if unsaid:
-        found.notes.append(f"{path}: {unsaid:,} × a system turn beside one text and its clip: not read")
+        found.notes.append(f"{path}: {unsaid:,} × a system turn of a single text and clip: not read")
     return found
 
 

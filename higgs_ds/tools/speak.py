@@ -133,10 +133,10 @@ def run_recite(args: argparse.Namespace) -> int:
     rows = _to_recite(args, rows, wanted)
     replaced = more if ref or more["scene"] else None
     flags.check_adapter(args)
-    writable_folder(args.output_dir)
     name_accelerator()  # refused before anything is downloaded or loaded
     if replaced:
         flags.check_prompts(args, [], [])
+    writable_folder(args.output_dir)
     speaker, sampling = flags.open_speaker(args), flags.sampling_of(args)
     flags.say_unused(args, sampling)
     options = {"rules": rules, "sampling": sampling, "prompt": replaced, "max_new_tokens": args.max_new_tokens}

@@ -10,10 +10,9 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from boson_multimodal.model.higgs_audio import HiggsAudioConfig
-from transformers import PreTrainedTokenizerFast
 
 from ..errors import ConfigError
 from ..files import filling
@@ -35,6 +34,10 @@ from ..model.files.weight_files import (
     write_checkpoint_weights,
 )
 from .outputs import writing
+
+if TYPE_CHECKING:
+    from boson_multimodal.model.higgs_audio import HiggsAudioConfig
+    from transformers import PreTrainedTokenizerFast
 
 SAMPLED_TENSORS = 12  # of the merged and of the others, read back and computed anew
 

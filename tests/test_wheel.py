@@ -36,6 +36,8 @@ def test_the_wheel_holds_every_module_and_every_deepspeed_file(wheel):
     held = set(zipfile.ZipFile(wheel).namelist())
     modules = {str(path.relative_to(ROOT)) for path in (ROOT / "higgs_ds").rglob("*.py")}
     assert len(modules) > 60 and not modules - held
+    templates = {str(path.relative_to(ROOT)) for path in (ROOT / "higgs_ds").rglob("*.j2")}
+    assert templates and not templates - held
     shipped = {path.name for path in (ROOT / "ds_configs").glob("*.json")}
     assert {Path(name).name for name in held if "share/higgs_ds/ds_configs/" in name} == shipped
 

@@ -1,22 +1,18 @@
-"""The verbs beside training: `python -m higgs_ds tiny | sample-codec | import | describe | prepare | check | …`."""
+"""The command line of the verbs other than training: `python -m higgs_ds VERB`."""
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import traceback
-from collections.abc import Iterator
-from pathlib import Path
 
 from ..data.audio import AudioError
 from ..distributed.launch_env import enter_launch
-from ..errors import ConfigError, ExitCode, reason_of, words_of
-from ..files import check_writable
+from ..errors import ConfigError, ExitCode, words_of
 from ..options.parse import parse_args
 from ..process import say, tell
-from .flag_types import name as text_flag
-from .flag_types import path as path_flag
+from . import flag_types
 from .merge import add_export, add_merge
+from .outputs import writable_folder, writing
 from .speak import add_generate, add_recite
 
 
@@ -58,103 +54,88 @@ def _check(argv: list[str]) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Of every verb but `check` and `prepare`, which take the flags of train_ds.py."""
-    parser = argparse.ArgumentParser(prog="python -m higgs_ds", description=__doc__, allow_abbrev=False)
+    """Of every verb; `check` and `prepare` are only listed here, they take the flags of train_ds.py."""
+    about = "Prepare data, check a run, and use a trained voice."
+    parser = argparse.ArgumentParser(prog="python -m higgs_ds", description=about, allow_abbrev=False)
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
-    tiny = verbs.add_parser("tiny", help="write a small random base checkpoint, to try everything with")
-    tiny.add_argument("--output_dir", type=path_flag, required=True)
-    tiny.add_argument("--seed", type=int, default=0)
+    tiny = verbs.add_parser("tiny", help="write a small, randomly initialised base checkpoint for trying things out")
     tiny.set_defaults(verb=_tiny)
-
-    codec = verbs.add_parser("sample-codec", help="fit the sample codec on a manifest's clips")
-    codec.add_argument("--train_manifest", type=text_flag, required=True)
-    codec.add_argument("--output_dir", type=path_flag, required=True)
-    codec.add_argument("--seed", type=int, default=0)
+    codec = verbs.add_parser("sample-codec", help="fit the sample codec to the clips of a manifest")
+    codec.add_argument("--train_manifest", type=flag_types.name, required=True, metavar="FILE", help="names the clips")
     codec.set_defaults(verb=_sample_codec)
-
-    _import_flags(verbs.add_parser("import", help="make a manifest of what other tools write"))
-
-    describe = verbs.add_parser("describe", help="what a manifest holds, and what training on it will take")
-    manifests = "with weights, as train_ds.py takes them"
-    describe.add_argument("--train_manifest", type=text_flag, required=True, nargs="+", help=manifests)
-    describe.add_argument("--val_manifest", type=text_flag)
-    describe.add_argument("--output_dir", type=path_flag, help="where describe.html, describe.png and faults.jsonl go")
-    relative_to = "folder that paths are relative to which are not beside the manifest"
-    describe.add_argument("--audio_root", type=text_flag, help=relative_to)
-    counted_by = "folder of a checkpoint, whose tokenizer counts instead of an estimate"
-    describe.add_argument("--base_ckpt", type=text_flag, help=counted_by)
-    describe.add_argument("--max_tokens_per_batch", type=int, default=16384, help="as of the run (default: 16384)")
-    describe.add_argument("--epochs", type=float, default=1.0)
-    describe.set_defaults(verb=_describe)
-
-    verbs.add_parser("prepare", help="encode all clips and count all tokens ahead; takes the flags of train_ds.py")
-    verbs.add_parser("check", help="the loss checklist on the first batches; takes the flags of train_ds.py")
-
+    for verb in (tiny, codec):
+        verb.add_argument("--output_dir", type=flag_types.path, required=True, metavar="DIR", help="folder to write to")
+        verb.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
+    _import_flags(verbs.add_parser("import", help="convert another tool's data set into a manifest"))
+    _describe_flags(verbs.add_parser("describe", help="summarise a manifest and estimate the training time"))
+    verbs.add_parser("prepare", help="encode all clips and count all tokens in advance; takes the flags of train_ds.py")
+    verbs.add_parser("check", help="run the loss checks on the first batches; takes the flags of train_ds.py")
     add_generate(verbs)
     add_recite(verbs)
     add_merge(verbs)
     add_export(verbs)
     for name, verb in verbs.choices.items():
         if name not in ("check", "prepare"):  # which have it from the options of a run
-            verb.add_argument("--debug", action="store_true", help="show the traceback behind an error line")
+            verb.add_argument("--debug", action="store_true", help="print the traceback behind an error message")
     return parser
 
 
 def _import_flags(parser: argparse.ArgumentParser) -> None:
+    from ..data.audio import MAX_SAMPLE_RATE, MIN_SAMPLE_RATE
     from ..data.foreign import FORMATS
 
+    add, number = parser.add_argument, flag_types.number
+    add("path", type=flag_types.path, metavar="PATH", help="file or folder to import")
     known = "; ".join(f"{name}: {what}" for name, what in FORMATS.items())
-    parser.add_argument("path", type=path_flag, metavar="PATH", help="a file or a folder")
-    parser.add_argument("--from", dest="source", choices=tuple(FORMATS), help=f"{known} (default: guessed)")
-    parser.add_argument("--output", "--output_dir", type=path_flag, required=True, metavar="DIR")
-    parser.add_argument("--val_share", type=float, default=0.02, help="share of the rows in val.jsonl (default: 0.02)")
-    parser.add_argument(
-        "--val_speakers", type=text_flag, nargs="+", help="these speakers, or so many, are val.jsonl instead of a share"
+    add("--from", dest="source", choices=tuple(FORMATS), help=f"format (default: detected). {known}")
+    output_help = "folder for train.jsonl and val.jsonl"
+    add("--output", "--output_dir", type=flag_types.path, required=True, metavar="DIR", help=output_help)
+    share_help = "share of the rows for validation (default: 0.02)"
+    add("--val_share", type=number(float, 0, 0.99), default=0.02, metavar="SHARE", help=share_help)
+    speakers_help = "speakers for validation, or how many to draw; replaces --val_share"
+    add("--val_speakers", type=flag_types.name, nargs="+", metavar="SPEAKER", help=speakers_help)
+    add("--seed", type=int, default=0, help="random seed of the split (default: 0)")
+    add("--trim", action="store_true", help="write new clips without leading and trailing silence")
+    loudness_help = "write new clips at this loudness (-23 if no value is given)"
+    add("--loudness", type=number(float, -70, 0), nargs="?", const=-23.0, metavar="LUFS", help=loudness_help)
+    rate, rate_help = (
+        number(int, MIN_SAMPLE_RATE, MAX_SAMPLE_RATE),
+        "write new clips at this rate (24000 if none is given)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the split")
-    parser.add_argument("--trim", action="store_true", help="write new clips without the silence at both ends")
-    parser.add_argument("--loudness", type=float, nargs="?", const=-23.0, metavar="LUFS", help="write new clips at -23")
-    parser.add_argument("--resample", type=int, nargs="?", const=24000, metavar="HZ", help="write new clips at 24000")
+    add("--resample", type=rate, nargs="?", const=24000, metavar="HZ", help=rate_help)
     parser.set_defaults(verb=_import)
 
 
-@contextlib.contextmanager
-def _writing_to(output_dir: Path) -> Iterator[None]:
-    """Makes the folder, tries whether it can be written to, and has a ConfigError in one line where it cannot."""
-    from safetensors import SafetensorError
-
-    try:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        check_writable(output_dir)
-        yield
-    except (OSError, SafetensorError) as error:  # a full disk is the one or the other
-        reason = reason_of(error)
-        raise ConfigError([f"--output_dir: {output_dir} cannot be written to: {reason}"]) from error
+def _describe_flags(parser: argparse.ArgumentParser) -> None:
+    add, number = parser.add_argument, flag_types.number
+    train_help = "manifests, optionally with weights (FILE=WEIGHT) as in train_ds.py"
+    add("--train_manifest", type=flag_types.name, required=True, nargs="+", metavar="FILE", help=train_help)
+    add("--val_manifest", type=flag_types.name, metavar="FILE", help="validation manifest")
+    output_help = "write describe.html, describe.png and faults.jsonl here (default: print only)"
+    add("--output_dir", type=flag_types.path, metavar="DIR", help=output_help)
+    root_help = "folder for clips that are not beside the manifest"
+    add("--audio_root", type=flag_types.name, metavar="DIR", help=root_help)
+    base_help = "count tokens with this checkpoint's tokenizer (default: estimate them)"
+    add("--base_ckpt", type=flag_types.name, help=base_help)
+    add("--max_tokens_per_batch", type=number(int, 1), default=16384, help="as set for the run (default: 16384)")
+    add("--epochs", type=number(float, 0), default=1.0, help="for the time estimate (default: 1)")
+    parser.set_defaults(verb=_describe)
 
 
 def _tiny(args) -> int:
     from ..model.higgs_v2.tiny import write_tiny
 
-    with _writing_to(args.output_dir):
+    writable_folder(args.output_dir)
+    with writing(f"--output_dir: {args.output_dir}"):
         count = write_tiny(args.output_dir, seed=args.seed)
     say(f"{args.output_dir}: a random base checkpoint of {count:,} parameters")
     return ExitCode.OK
 
 
 def _import(args) -> int:
-    from ..data.audio import MAX_SAMPLE_RATE, MIN_SAMPLE_RATE
     from .importers.ingest import Sound, run_import
 
-    problems = []
-    if not 0 <= args.val_share < 1:
-        problems.append(f"--val_share: {args.val_share} must be 0 or more and below 1")
-    if args.resample is not None and not MIN_SAMPLE_RATE <= args.resample <= MAX_SAMPLE_RATE:
-        problems.append(f"--resample: {args.resample} must be {MIN_SAMPLE_RATE} to {MAX_SAMPLE_RATE} Hz")
-    if args.loudness is not None and not -70 <= args.loudness <= 0:
-        problems.append(f"--loudness: {args.loudness} must be -70 to 0 LUFS")
-    if problems:
-        raise ConfigError(problems)
     lines = run_import(
         args.path,
         args.output,
@@ -177,8 +158,6 @@ def _describe(args) -> int:
         from ..model.base import load_tokenizer, locate_checkpoint
 
         tokenizer = load_tokenizer(locate_checkpoint(args.base_ckpt, weights=False))
-    if args.max_tokens_per_batch < 1 or not 0 < args.epochs < float("inf"):
-        raise ConfigError(["--max_tokens_per_batch, --epochs: must be above 0"])
     lines = run_describe(
         portions_of(args.train_manifest),
         args.val_manifest,
@@ -193,13 +172,16 @@ def _describe(args) -> int:
 
 
 def _sample_codec(args) -> int:
+    import numpy as np
+
     from ..codec.sample import SampleCodec
     from ..data.audio import read_audio
+    from ..data.chatml import AudioRef
     from ..data.faults import grouped
     from ..data.manifest import read_manifest
 
     rows, faults = read_manifest(args.train_manifest)
-    clips = {}
+    clips: dict[AudioRef, tuple[np.ndarray, int]] = {}
     for row in rows:
         for where, ref in row.audio_refs:
             try:
@@ -208,7 +190,9 @@ def _sample_codec(args) -> int:
                 faults.append(row.fault(where, str(error)))
     if faults or not clips:
         raise ConfigError([*grouped(faults), f"{args.train_manifest}: no codec fitted"])
-    with _writing_to(args.output_dir):
-        SampleCodec.fit(clips.values(), seed=args.seed).save(args.output_dir)
+    writable_folder(args.output_dir)
+    codec = SampleCodec.fit(clips.values(), seed=args.seed)
+    with writing(f"--output_dir: {args.output_dir}"):
+        codec.save(args.output_dir)
     say(f"{args.output_dir}: the sample codec, fitted on {len(clips)} clips")
     return ExitCode.OK

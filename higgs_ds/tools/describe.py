@@ -1,11 +1,10 @@
-"""`python -m higgs_ds describe`: what a manifest holds, what training on it will take, and its ten oddest clips.
+"""`python -m higgs_ds describe`: summary of a manifest, estimate of the training time, and the ten oddest clips.
 
 Lengths come from the clips' headers, so that hours of speech take seconds; nothing is decoded but the clips to play.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections import defaultdict
 from pathlib import Path
@@ -20,8 +19,9 @@ from ..data.faults import grouped, plural, write_faults
 from ..data.manifest import Manifest
 from ..data.portions import Portion, names_of
 from ..data.transcripts import FACTS, Spoken, facts_of, first_lines, warnings_of
-from ..errors import ConfigError, reason_of
+from ..errors import ConfigError
 from .described import Described
+from .outputs import writing
 
 # Boson's codec and the model's stream around each clip: BOS, EOS and the delay of 8 codebooks.
 FRAMES_PER_SEC, FRAMES_AROUND = 25, 9
@@ -46,7 +46,9 @@ def describe(path: str, *, audio_root: str | None = None, tokenizer=None) -> Des
         seconds: list[float] = []
         for where, ref in row.audio_refs if row is not None else ():
             try:
-                seconds.append(_seconds(ref, lengths))
+                if ref not in lengths:
+                    lengths[ref] = duration_sec(ref)
+                seconds.append(lengths[ref])
             except AudioError as error:
                 found.append(row.fault(where, str(error)))
         faults += found
@@ -54,11 +56,12 @@ def describe(path: str, *, audio_root: str | None = None, tokenizer=None) -> Des
             rows.append(row)
             of_rows.append(seconds)
     facts = np.array([facts_of(row) for row in rows], FACTS)
-    spoken_sec = [seconds[clip] if clip >= 0 else 0.0 for seconds, clip in zip(of_rows, facts["clip"], strict=True)]
-    clips = np.zeros(len(rows), np.uint64)
-    for i, (row, clip) in enumerate(zip(rows, facts["clip"].tolist(), strict=True)):
-        if clip >= 0:
-            clips[i] = _number(row.audio_refs[clip][1])
+    spoken = [
+        (row.audio_refs[clip][1], seconds[clip]) if clip >= 0 else (None, 0.0)
+        for row, seconds, clip in zip(rows, of_rows, facts["clip"].tolist(), strict=True)
+    ]
+    clips = np.array([0 if ref is None else hash(ref) % 2**64 for ref, _ in spoken], np.uint64)
+    spoken_sec = [seconds for _, seconds in spoken]
     lines, elements = (np.array([getattr(row, name) for row in rows], np.int64) for name in ("line", "element"))
     return Described(
         Spoken(path, lines, elements, facts, clips, np.array(spoken_sec, np.float64)),
@@ -68,17 +71,6 @@ def describe(path: str, *, audio_root: str | None = None, tokenizer=None) -> Des
         manifest.summed_up(faults),
         manifest.notes(),
     )
-
-
-def _seconds(ref: AudioRef, known: dict[AudioRef, float]) -> float:
-    if ref not in known:
-        known[ref] = duration_sec(ref)
-    return known[ref]
-
-
-def _number(ref: AudioRef) -> int:
-    name = f"{ref.path}\0{ref.raw_audio}\0{ref.offset_sec} {ref.duration_sec}"
-    return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little")
 
 
 def frames_of(seconds: float) -> int:
@@ -99,7 +91,7 @@ def _tokens(row: Row, seconds: list[float], tokenizer) -> int:
 
 
 def lines_of(found: Described) -> list[str]:
-    """What stands in a manifest: its first lines, and who speaks how long."""
+    """Summary of a manifest: its size, and the hours of each speaker."""
     lines = first_lines(found.spoken)
     hours: dict[str, float] = defaultdict(float)
     for row, seconds in zip(found.rows, found.spoken.seconds.tolist(), strict=True):
@@ -113,7 +105,7 @@ def lines_of(found: Described) -> list[str]:
 def epoch_lines(
     described: list[Described], portions: list[Portion], *, max_tokens: int, epochs: float | None
 ) -> list[str]:
-    """What an epoch of these manifests takes, each by its weight; no training time without `epochs`."""
+    """Size of an epoch of these manifests by their weights; with `epochs`, the training time."""
     fits = [found.tokens <= max_tokens for found in described]
     tokens = np.concatenate([found.tokens[fit] for found, fit in zip(described, fits, strict=True)])
     counts = [int(fit.sum()) for fit in fits]
@@ -134,11 +126,9 @@ def epoch_lines(
     )
     if epochs is None:
         return lines
-    lines.append(
-        f"{epochs:g} epoch{'s' * (epochs != 1)} on one {CARD}: about {_time(total * epochs / TOKENS_PER_SEC)} at "
-        f"{TOKENS_PER_SEC:,} tokens a second (benchmarks/roofline.py: arithmetic, not measured)"
-    )
-    return lines
+    took = f"{epochs:g} epoch{'s' * (epochs != 1)} on one {CARD}: about {_time(total * epochs / TOKENS_PER_SEC)}"
+    note = f"at {TOKENS_PER_SEC:,} tokens a second (benchmarks/roofline.py: calculated, not measured)"
+    return [*lines, f"{took} {note}"]
 
 
 def _time(seconds: float) -> str:
@@ -182,12 +172,9 @@ def run_describe(
     if output_dir is not None:
         from .describe_page import write_page
 
-        try:
+        with writing(f"--output_dir: {output_dir}"):
             output_dir.mkdir(parents=True, exist_ok=True)
             page = write_page(output_dir, described[0], said)
-        except OSError as error:
-            problem = f"--output_dir: {output_dir} cannot be written to: {reason_of(error)}"
-            raise ConfigError([problem]) from error
         write_faults(output_dir, [*faults, *warnings])
-        said.append(f"look and listen: {page}")
+        said.append(f"report: {page}")
     return said

@@ -1,4 +1,4 @@
-"""What `describe` found in a manifest."""
+"""The result of `describe`."""
 
 from __future__ import annotations
 

@@ -1,22 +1,37 @@
-"""The types of the verbs' paths for argparse: any that a file system may know.
-
-Only an empty word is refused here, which pathlib takes for the working folder. What else is wrong with a path is said
-by whoever opens it, in one line.
-"""
+"""Argument types of the tools' flags, and what several of them share."""
 
 from __future__ import annotations
 
 import argparse
+import math
+from collections.abc import Callable
 from pathlib import Path
+
+DTYPES = ("bf16", "fp16", "fp32")
+OTHER_BASE = "accept an adapter that was trained on another base"
 
 
 def name(text: str) -> str:
-    """A folder, a file or a hub id. Raises ArgumentTypeError for an empty word."""
+    """A name, folder, file or hub id. Raises ArgumentTypeError for an empty one, as an unset shell variable gives."""
     if not text.strip():
         raise argparse.ArgumentTypeError("is empty; give a value, or leave it out")
     return text
 
 
 def path(text: str) -> Path:
-    """A file or a folder. Raises ArgumentTypeError for an empty word."""
+    """A file or a folder. Raises ArgumentTypeError for an empty word, which pathlib takes for the working folder."""
     return Path(name(text))
+
+
+def number(kind: type, least: float, most: float = math.inf) -> Callable[[str], float]:
+    """A type for a number of this range, both ends included."""
+
+    def read(text: str) -> float:
+        value = kind(text)
+        if not least <= value <= most or value == math.inf:
+            limits = f"{least} or more" if most == math.inf else f"{least} to {most}"
+            raise argparse.ArgumentTypeError(f"{text} must be {limits}")
+        return value
+
+    read.__name__ = kind.__name__  # which argparse quotes
+    return read

@@ -4,66 +4,57 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 
-from ..errors import ConfigError, ExitCode, reason_of
+from ..errors import ConfigError, ExitCode
 from ..files import filling
 from ..model.files.layouts import BOSON, LAYOUTS, TRANSFORMERS
 from ..options.sections import DEFAULT_BASE, DEFAULT_CODEC
 from ..process import say
 from . import flag_types
+from .outputs import empty_place, writing
 
 
 def add_merge(verbs) -> None:
     """The flags of `merge`."""
-    parser = verbs.add_parser("merge", help="write base and adapter as one checkpoint, in either layout")
-    parser.add_argument("--base_ckpt", type=flag_types.name, default=DEFAULT_BASE)
-    parser.add_argument("--base_revision")
+    parser = verbs.add_parser("merge", help="merge an adapter into its base and write one checkpoint, in either layout")
     parser.add_argument(
-        "--adapter", type=flag_types.path, help="folder of a LoRA adapter (default: rewrite the base alone)"
+        "--base_ckpt", type=flag_types.name, default=DEFAULT_BASE, help=f"folder or hub id (default: {DEFAULT_BASE})"
     )
-    parser.add_argument("--output_dir", type=flag_types.path, required=True)
-    parser.add_argument("--layout", choices=LAYOUTS, required=True)
-    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="of the weights (default: as the base)")
+    parser.add_argument("--base_revision", help="revision of the base on the hub")
+    parser.add_argument("--adapter", type=flag_types.path, metavar="DIR", help="LoRA adapter (default: none)")
     parser.add_argument(
-        "--codec",
-        type=flag_types.name,
-        default=DEFAULT_CODEC,
-        help="audio tokenizer that the stack loads: hub id, or folder in its layout",
+        "--output_dir",
+        type=flag_types.path,
+        required=True,
+        metavar="DIR",
+        help="new or empty folder for the checkpoint",
     )
-    parser.add_argument("--codec_revision", help="of a codec on the hub, for the commands in README.md")
-    parser.add_argument("--other_base", action="store_true", help="the adapter was trained on another base")
+    parser.add_argument("--layout", choices=LAYOUTS, required=True, help="the library that will load the checkpoint")
+    parser.add_argument("--dtype", choices=flag_types.DTYPES, help="data type of the weights (default: as in the base)")
+    parser.add_argument(
+        "--codec", type=flag_types.name, default=DEFAULT_CODEC,
+        help="audio tokenizer to load with the checkpoint: hub id, or folder in the same layout",
+    )  # fmt: skip
+    parser.add_argument("--codec_revision", help="revision of the codec on the hub, for the commands in README.md")
+    parser.add_argument("--other_base", action="store_true", help=flag_types.OTHER_BASE)
     parser.set_defaults(verb=run_merge)
 
 
 def add_export(verbs) -> None:
     """The flags of `export`."""
-    parser = verbs.add_parser("export", help="write an adapter under transformers' names, for peft there")
-    parser.add_argument("--adapter", type=flag_types.path, required=True)
-    parser.add_argument("--layout", choices=(TRANSFORMERS,), required=True)
+    parser = verbs.add_parser("export", help="rename an adapter's weights for use with transformers and PEFT")
+    parser.add_argument("--adapter", type=flag_types.path, required=True, metavar="DIR", help="LoRA adapter to export")
+    parser.add_argument("--layout", choices=(TRANSFORMERS,), required=True, help="the library that will load it")
     parser.add_argument(
-        "--output_dir", type=flag_types.path, help="default: beside the adapter, its name and -transformers"
+        "--output_dir", type=flag_types.path, metavar="DIR",
+        help="new or empty folder (default: the adapter's, with `-transformers` appended)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--base_ckpt", type=flag_types.name, help="base that the adapter was trained on (default: as recorded in it)"
     )
-    parser.add_argument("--base_ckpt", type=flag_types.name, help="the base it was trained on (default: as it says)")
-    parser.add_argument("--base_revision")
-    parser.add_argument("--other_base", action="store_true", help="the adapter was trained on another base")
+    parser.add_argument("--base_revision", help="revision of the base on the hub")
+    parser.add_argument("--other_base", action="store_true", help=flag_types.OTHER_BASE)
     parser.set_defaults(verb=run_export)
-
-
-def empty_place(output_dir: Path) -> Path:
-    """The whole path of an output folder, links followed.
-
-    Raises:
-        ConfigError: it holds something, is a link to nowhere, or cannot be looked for.
-    """
-    try:
-        if output_dir.is_symlink() and not output_dir.exists():
-            raise ConfigError([f"--output_dir: {output_dir} is a link to what is not there; name another folder"])
-        if output_dir.exists() and (not output_dir.is_dir() or any(output_dir.iterdir())):
-            raise ConfigError([f"--output_dir: {output_dir} exists; it is not overwritten"])
-        return output_dir.resolve()
-    except OSError as error:
-        raise ConfigError([f"--output_dir: {str(output_dir)[:200]} cannot be written: {reason_of(error)}"]) from None
 
 
 def run_merge(args: argparse.Namespace) -> int:
@@ -88,11 +79,7 @@ def run_merge(args: argparse.Namespace) -> int:
     name, revision = pinned(args.base_ckpt, args.base_revision)
     table = {"dtype": args.dtype or "as the base"}
     if lora:
-        table |= {
-            "adapter": f"`{args.adapter.resolve()}`",
-            **lora.describe(),
-            "layers merged": len(adapter.weights),
-        }
+        table |= {"adapter": f"`{args.adapter.resolve()}`", **lora.describe(), "layers merged": len(adapter.weights)}
     table |= record.table() if record else {}
     where = {"base": name, "revision": revision, "layout": args.layout, "folder": args.output_dir}
     where |= {"codec": args.codec, "codec_revision": args.codec_revision}
@@ -101,17 +88,16 @@ def run_merge(args: argparse.Namespace) -> int:
         say(note)
     size = merge(base, adapter, args.output_dir, args.layout, dtype=args.dtype, codec=args.codec, texts=texts)
     merged = f"{len(adapter.weights)} layers merged" if adapter else "nothing merged"
-    merged += f", {' and '.join(adapter.whole)} taken whole" if adapter and adapter.whole else ""
+    merged += f", {' and '.join(adapter.whole)} replaced whole" if adapter and adapter.whole else ""
     say(
-        f"{args.output_dir}: {len(base.stored)} weights, {size / 1e9:.2f} GB, {merged}; read back: every name, shape "
-        "and type, the tokenizer, and a sample of the values"
+        f"{args.output_dir}: {len(base.stored)} weights, {size / 1e9:.2f} GB, {merged}; verified: every name, shape "
+        "and dtype, the tokenizer, and a sample of the values"
     )
     return ExitCode.OK
 
 
 def run_export(args: argparse.Namespace) -> int:
     """Renames a checked adapter's weights and layers."""
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     from ..model.base import locate_checkpoint
@@ -127,7 +113,7 @@ def run_export(args: argparse.Namespace) -> int:
     output_dir = empty_place(args.output_dir or beside)
     base_name = args.base_ckpt or lora.base_name
     if base_name is None:
-        raise ConfigError([f"--base_ckpt: needed, {args.adapter} does not say what it was trained on"])
+        raise ConfigError([f"--base_ckpt: is required, since {args.adapter} does not name its base"])
     given = args.base_revision or (None if args.base_ckpt else lora.base_revision)
     revision = revision_for(lora, base_name, given)
     if not args.other_base:
@@ -151,12 +137,8 @@ def run_export(args: argparse.Namespace) -> int:
     weights = {
         PREFIX + transformers_name(key.removeprefix(PREFIX)): value for key, value in adapter.state_dict().items()
     }
-    try:
-        with filling(output_dir) as beside:
-            (beside / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            save_file(weights, beside / WEIGHTS, metadata={"format": "pt"})
-    except (OSError, SafetensorError) as error:  # a full disk is the one or the other, by which file it hits
-        reason = reason_of(error)
-        raise ConfigError([f"--output_dir: {output_dir} cannot be written: {reason}"]) from error
+    with writing(f"--output_dir: {output_dir}"), filling(output_dir) as beside:
+        (beside / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        save_file(weights, beside / WEIGHTS, metadata={"format": "pt"})
     say(f"{output_dir}: the adapter of {len(adapter.weights)} layers under transformers' names")
     return ExitCode.OK

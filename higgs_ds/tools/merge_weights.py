@@ -10,12 +10,11 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from boson_multimodal.model.higgs_audio import HiggsAudioConfig
-from transformers import PreTrainedTokenizerFast
 
-from ..errors import ConfigError, reason_of
+from ..errors import ConfigError
 from ..files import filling
 from ..model.base import DTYPES, check_tokenizer, load_tokenizer
 from ..model.files.adapter_file import Adapter
@@ -34,6 +33,11 @@ from ..model.files.weight_files import (
     weight_headers,
     write_checkpoint_weights,
 )
+from .outputs import writing
+
+if TYPE_CHECKING:
+    from boson_multimodal.model.higgs_audio import HiggsAudioConfig
+    from transformers import PreTrainedTokenizerFast
 
 SAMPLED_TENSORS = 12  # of the merged and of the others, read back and computed anew
 
@@ -46,7 +50,7 @@ class Base:
     layout: str
     config: HiggsAudioConfig
     stored: dict[str, Stored]  # by boson_multimodal's names, in the model's order
-    notes: list[str]  # what is to be mentioned
+    notes: list[str]  # to be printed
     tokenizer: PreTrainedTokenizerFast
 
     @classmethod
@@ -88,34 +92,32 @@ def merge(
         Bytes of weights written.
 
     Raises:
-        ConfigError: `output_dir` holds something or cannot be written, the model is not one that `layout` has, a
-            weight that would be NaN or infinite, or what was read back is not what was meant.
+        ConfigError: `output_dir` cannot be written, the model does not exist in `layout`, a weight would be NaN or
+            infinite, or the files read back differ from what was computed.
     """
     planned = _plan(base, layout, dtype)
     total = sum(tensor.num_bytes for tensor in planned.values())
-    try:
-        with filling(output_dir) as beside:
-            free = shutil.disk_usage(beside).free
-            if free < total:
-                raise ConfigError([f"--output_dir: {output_dir} needs {total:,} bytes, {free:,} are free there"])
-            _write_files(base, beside, layout, dtype, codec)
-            for name, text in (texts or {}).items():
-                (beside / name).write_text(text, encoding="utf-8")
-            by_name = {tensor.name: name for name, tensor in planned.items()}
-            write_checkpoint_weights(
-                beside,
-                list(planned.values()),
-                lambda tensor: _merged_rows(base.stored[by_name[tensor.name]], by_name[tensor.name], adapter, tensor),
-            )
-            prove(base, adapter, beside, layout, planned)
-            prove_tokenizer(base, beside)
-    except OSError as error:
-        raise ConfigError([f"--output_dir: {output_dir} cannot be written: {reason_of(error)}"]) from error
+    by_name = {tensor.name: name for name, tensor in planned.items()}
+
+    def rows_of(tensor: Planned) -> Iterator[torch.Tensor]:
+        name = by_name[tensor.name]
+        return _merged_rows(base.stored[name], name, adapter, tensor)
+
+    with writing(f"--output_dir: {output_dir}"), filling(output_dir) as beside:
+        free = shutil.disk_usage(beside).free
+        if free < total:
+            raise ConfigError([f"--output_dir: {output_dir} needs {total:,} bytes, {free:,} are free there"])
+        _write_files(base, beside, layout, dtype, codec)
+        for name, text in (texts or {}).items():
+            (beside / name).write_text(text, encoding="utf-8")
+        write_checkpoint_weights(beside, list(planned.values()), rows_of)
+        prove(base, adapter, beside, layout, planned)
+        prove_tokenizer(base, beside)
     return total
 
 
 def _plan(base: Base, layout: str, dtype: str | None) -> dict[str, Planned]:
-    """What is written, in the order of the model, by boson_multimodal's names."""
+    """Tensors to write, in the order of the model, by boson_multimodal's names."""
     return {
         name: Planned(name_in(layout, name), one.shape, DTYPES[dtype] if dtype else DTYPES_BY_NAME[one.dtype])
         for name, one in base.stored.items()
@@ -145,12 +147,12 @@ def _merged_rows(stored: Stored, name: str, adapter: Adapter | None, planned: Pl
 
 
 def _not_finite(rows: torch.Tensor, merged: torch.Tensor, stored: Stored, planned: Planned) -> str:
-    """Whose fault an infinity is: the file's, the adapter's or the dtype's."""
+    """Cause of an infinity: the file, the adapter or the dtype."""
     dtype = str(planned.dtype).removeprefix("torch.")
     if not all_finite(rows):
         return f"{stored.file}: {stored.key} holds NaN or infinity; such a model speaks noise"
     if not all_finite(merged):
-        return f"--adapter: base + scale · B·A of {planned.name} holds NaN or infinity; no training made that"
+        return f"--adapter: base + scale · B·A of {planned.name} holds NaN or infinity; the adapter is damaged"
     return f"--dtype: {planned.name} holds values beyond {dtype}; fp32 holds them"
 
 
@@ -197,7 +199,7 @@ def prove(
     Raises:
         ConfigError: a difference, named.
     """
-    where = f"--output_dir: {folder} was written wrongly (nothing is kept)"
+    where = f"--output_dir: {folder} failed verification (nothing is kept)"
     found = weight_headers(folder, layout)
     wanted = {name: tensor.shape for name, tensor in planned.items()}
     problems = differences(found, wanted, lambda name: name_in(layout, name))
@@ -205,7 +207,7 @@ def prove(
     if not problems and index.is_file():
         listed = read_json(index, "--output_dir")["weight_map"]
         if listed != {one.key: one.file.name for one in found.stored.values()}:
-            problems.append(f"{index.name} lists other weights than the files hold")
+            problems.append(f"{index.name} does not match the weights in the files")
     refuse(problems, where)
     touched = adapter.weights.keys() | adapter.whole.keys() if adapter else set()
     merged = {name for name in planned if name.removesuffix(".weight") in touched}
@@ -221,7 +223,7 @@ def prove(
                 was = was.to(torch.float32) + update
             start += len(was)
             if written.dtype != tensor.dtype or not torch.equal(written, was.to(tensor.dtype)):
-                problems.append(f"{tensor.name} is not what base and adapter make")
+                problems.append(f"{tensor.name} is not the sum of base and adapter")
                 break
     refuse(problems, where)
     return len(_spread(changed)), len(_spread(others))
@@ -231,9 +233,8 @@ def prove_tokenizer(base: Base, folder: Path) -> None:
     """Loads the tokenizer of a written folder. Raises ConfigError where it is not the base's, token for token."""
     was, now = base.tokenizer, load_tokenizer(folder, "--output_dir")
     if was.get_vocab() != now.get_vocab() or was.special_tokens_map != now.special_tokens_map:
-        raise ConfigError(
-            [f"--output_dir: {folder}: its tokenizer is not the base's; {base.folder} needs files that are not copied"]
-        )
+        why = f"its tokenizer differs from the base's; {base.folder} needs files that are not copied"
+        raise ConfigError([f"--output_dir: {folder}: {why}"])
     check_tokenizer(folder, now, base.config, "--output_dir")
 
 

@@ -1,4 +1,4 @@
-"""`python -m higgs_ds prepare`: everything that training would make of the clips before its first step, ahead of it.
+"""`python -m higgs_ds prepare`: encodes the clips and counts the tokens before training needs them.
 
 Alone, or as several ranks under torchrun or the DeepSpeed launcher; DeepSpeed itself is not started.
 """
@@ -19,7 +19,7 @@ from ..process import say
 if TYPE_CHECKING:
     from ..distributed.engine import Ranks
 
-# Ranks wait for the slowest; how long that takes says nothing about whether something hangs.
+# Ranks wait for the slowest, for hours if need be.
 PATIENCE = datetime.timedelta(days=2)
 
 
@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
     """
     config = parse_args(argv, may_lack=("output_dir",), prog="python -m higgs_ds prepare")
     if config.data.codes_cache is None and config.run.output_dir is None:
-        raise ConfigError(["--codes_cache: is required here, or --output_dir, whose codes_cache is taken"])
+        raise ConfigError(["--codes_cache: is required here, or --output_dir, for the codes_cache in it"])
     from ..distributed.device import name_accelerator
 
     device = name_accelerator()
@@ -89,6 +89,6 @@ def _prepare(config: TrainConfig, ranks: Ranks | Alone, device: str) -> str:
     return (
         f"{codes_folder(config)}: {sum(map(len, sets)):,} rows, {len(clips):,} different clips of "
         f"{frames / codec.frame_rate / 3600:,.2f} hours, {frames * codec.num_codebooks * 2:,} bytes of codes, "
-        f"{tokens:,} tokens; {encoded:,} clips were encoded now, the others were there "
+        f"{tokens:,} tokens; {encoded:,} clips were encoded now, the others were cached "
         f"({time.monotonic() - began:.1f} s)"
     )

@@ -1,4 +1,4 @@
-"""The training rows spoken again, and held against their codes."""
+"""Training rows synthesised again and compared with their codes."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from ..model.higgs_v2.speaker import Answer, Sampling, Speaker
 
 @dataclass(frozen=True)
 class Ending:
-    """What a stop rule makes of a clip."""
+    """A clip as one stop rule ends it."""
 
-    share: float  # of the training codes given back, over the longer of the two
+    share: float  # of the training codes reproduced, over the longer of the two
     frames: int
     ended: bool  # by itself, and not at the most frames that it was given
 
 
 @dataclass(frozen=True)
 class Recital:
-    """One training row spoken again; `share` and `spoken_frames` by the first of the stop rules."""
+    """One training row synthesised again; `share` and `spoken_frames` by the first of the stop rules."""
 
     origin: str
     text: str
-    share: float  # of the training codes given back, over the longer of the two
+    share: float  # of the training codes reproduced, over the longer of the two
     frames: int
     spoken_frames: int
     file: str
@@ -43,25 +43,22 @@ def recite(
     rows: Sequence[Row],
     output_dir: Path,
     *,
-    rules: Sequence[str] = ("boson",),
-    sampling: Sampling | None = None,
-    prompt: dict | None = None,
-    max_new_tokens: int | None = None,
-    limit: int | None = None,
+    rules: Sequence[str],
+    sampling: Sampling,
+    prompt: dict | None,
+    max_new_tokens: int | None,
 ) -> list[Recital]:
-    """Lets the model speak the last assistant clip of each row, and compares it with the training codes.
+    """Synthesises the last assistant clip of each row and compares it with the training codes.
 
-    Writes `<n>-<clip>.spoken.wav` beside `<n>-<clip>.original.wav`, and `recital.json`. Raises OSError where it cannot.
+    Writes `<n>-<clip>.spoken.wav`, `<n>-<clip>.original.wav` and `recital.json`. Raises OSError.
 
     Args:
-        rules: stop rules, of `stop_rules.STOP_RULES`; the first one's clip is written.
-        sampling: greedy where left out.
-        prompt: another voice or scene for all rows, as `speech_messages` takes it; a row's own where left out.
-        max_new_tokens: the most that an answer may take; left out, twice the clip's own frames and 64.
+        rules: from `stop_rules.STOP_RULES`; the clip of the first one is written.
+        prompt: voice or scene for all rows, as `speech_messages` takes it; None keeps each row's own.
+        max_new_tokens: longest answer; None is twice the frames of the clip, plus 64.
     """
-    output_dir.mkdir(parents=True, exist_ok=True)
     recitals = []
-    for number, row in enumerate(rows[:limit], 1):
+    for number, row in enumerate(rows, 1):
         target = target_of(row)
         if target is None:
             continue
@@ -72,9 +69,8 @@ def recite(
         original, rate = read_audio(target)
         wanted = speaker.codec.encode(original, rate)[: speaker.facts.num_codebooks]
         longest = max_new_tokens or 2 * wanted.shape[1] + 64
-        answers = _answers(
-            speaker, turns, dataclasses.replace(sampling or Sampling(), max_new_tokens=longest), rules=rules
-        )
+        settings = dataclasses.replace(sampling, max_new_tokens=longest)
+        answers = _answers(speaker, turns, settings, rules=rules)
         endings = {
             rule: Ending(share_given_back(wanted, a.codes), 0 if a.codes is None else a.codes.shape[1], a.ended)
             for rule, a in answers.items()
@@ -94,7 +90,7 @@ def recite(
 
 
 def target_of(row: Row) -> AudioRef | None:
-    """The clip of a row's last assistant turn, where it has one."""
+    """The clip of a row's last assistant turn, or None."""
     return next((piece for piece in row.messages[_answer_of(row)].content if isinstance(piece, AudioRef)), None)
 
 
@@ -103,13 +99,9 @@ def _answer_of(row: Row) -> int:
 
 
 def _answers(speaker: Speaker, turns: Sequence[Turn], sampling: Sampling, *, rules: Sequence[str]) -> dict[str, Answer]:
-    """What the model says to a prompt, by stop rule; spoken once where all rules end it at the same frame."""
-    context = [
-        speaker.codec.encode(*read_audio(piece))
-        for turn in turns
-        for piece in turn.content
-        if isinstance(piece, AudioRef)
-    ]
+    """The answer to a prompt by stop rule; generated once if all rules end it at the same frame."""
+    clips = [piece for turn in turns for piece in turn.content if isinstance(piece, AudioRef)]
+    context = [speaker.codec.encode(*read_audio(clip)) for clip in clips]
     answers: dict[str, Answer] = {}
     for rule in rules:
         same = next((answer for answer in answers.values() if answer.rules_agree), None)
@@ -123,7 +115,7 @@ def table(recitals: Sequence[Recital], rules: Sequence[str]) -> list[str]:
     for r in recitals:
         length = "right length" if r.frames == r.spoken_frames else f"{r.spoken_frames} frames for {r.frames}"
         cut = [rule for rule, ending in r.endings.items() if not ending.ended]
-        note = f"  (never ended by itself: {', '.join(cut)})" if cut else ""
+        note = f"  (not ended by the model: {', '.join(cut)})" if cut else ""
         lines.append(f"{100 * r.share:6.2f} %  {length:<22}  {r.text[:60]}{note}")
     frames = sum(r.frames for r in recitals)
     for rule in rules:
@@ -132,7 +124,7 @@ def table(recitals: Sequence[Recital], rules: Sequence[str]) -> list[str]:
         right = sum(ending.frames == r.frames for ending, r in zip(of_rule, recitals, strict=True))
         worst = min(ending.share for ending in of_rule)
         lines.append(
-            f"stop as {rule + ':':<13} {100 * share:.2f} % of the codes of {len(recitals)} clips given back "
+            f"stop as {rule + ':':<13} {100 * share:.2f} % of the codes of {len(recitals)} clips reproduced "
             f"(worst clip {100 * worst:.2f} %), {right} of {len(recitals)} lengths right"
         )
     return lines

@@ -112,7 +112,7 @@ def test_a_base_is_named_so_that_it_is_found_again(tmp_path, monkeypatch):
     assert shlex.split(serve) == ["vllm", "serve", str(tmp_path / "it's"), "--omni"]
     assert "`a/b` at revision `c`" in card and "| share | 0.5000 |" in card
     compile(*blocks(card, "python"), "card", "exec")
-    assert "Prompts: as boson_multimodal's" in merged_card({"prompt style": "boson"}, **names)
+    assert "Prompts: built as in" in merged_card({"prompt style": "boson"}, **names)
 
 
 def test_a_small_loss_is_not_printed_as_one_that_is_not_there(tmp_path):

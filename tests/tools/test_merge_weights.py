@@ -152,12 +152,14 @@ def test_what_was_written_wrongly_is_found(merged, tiny_dir, adapter_dir, tmp_pa
         return str(caught.value)
 
     layer, head = "layers.0.self_attn.q_proj.weight", "audio_decoder_proj.text_lm_head.weight"
-    assert f"{layer} is not what base and adapter make" in broken(**{layer: was[layer] * 1.001})
-    assert f"{head} is not what base and adapter make" in broken(**{head: base.stored[head].read().float()})
-    assert "embed_tokens.weight is not what" in broken(**{"embed_tokens.weight": was["embed_tokens.weight"] + 1e-3})
+    assert f"{layer} is not the sum of base and adapter" in broken(**{layer: was[layer] * 1.001})
+    assert f"{head} is not the sum of base and adapter" in broken(**{head: base.stored[head].read().float()})
+    assert "embed_tokens.weight is not the sum" in broken(**{"embed_tokens.weight": was["embed_tokens.weight"] + 1e-3})
     assert "missing weight norm.weight" in broken(**{"norm.weight": None})
     assert "has shape [65]" in broken(**{"norm.weight": torch.ones(65)})
-    assert "embed_tokens.weight is not what" in broken(**{"embed_tokens.weight": was["embed_tokens.weight"].bfloat16()})
+    assert "embed_tokens.weight is not the sum" in broken(
+        **{"embed_tokens.weight": was["embed_tokens.weight"].bfloat16()}
+    )
 
 
 def test_nothing_is_overwritten_and_nothing_half_written_stays(merged, tiny_dir, adapter_dir, tmp_path, capsys):
@@ -203,7 +205,7 @@ def test_a_base_without_its_tokenizer_is_not_merged(gone, layout, tiny_dir, tmp_
     (base / gone).unlink()
     flags = ("--base_ckpt", base, "--layout", layout, "--output_dir", tmp_path / "out")
     code, said = run(capsys, "merge", *flags)
-    assert code == 2 and said == [f"--base_ckpt: {base}: the tokenizer cannot be loaded: it lacks {gone}"]
+    assert code == 2 and said[0].startswith(f"--base_ckpt: {base}") and gone in said[0]
     assert not (tmp_path / "out").exists()
 
 
@@ -211,14 +213,14 @@ def test_a_tokenizer_that_is_not_copied_whole_is_found(tiny_dir, tmp_path, capsy
     flags = ("--base_ckpt", tiny_dir, "--layout", "boson", "--output_dir", tmp_path / "out")
     monkeypatch.setattr("higgs_ds.tools.merge_weights.TOKENIZER_FILES", ("tokenizer_config.json",))
     code, said = run(capsys, "merge", *flags)
-    assert code == 2 and "--output_dir: " in said[0] and "the tokenizer cannot be loaded" in said[0]
+    assert code == 2 and said[0].startswith("--output_dir: ") and "tokenizer" in said[0]
     assert not (tmp_path / "out").exists()
     base, other = Base.open(tiny_dir), shutil.copytree(tiny_dir, tmp_path / "other")
     prove_tokenizer(base, other)
     state = json.loads((other / "tokenizer.json").read_text())
     state["added_tokens"][-1]["content"] = "another"
     (other / "tokenizer.json").write_text(json.dumps(state))
-    with pytest.raises(ConfigError, match="its tokenizer is not the base's"):
+    with pytest.raises(ConfigError, match="its tokenizer differs"):
         prove_tokenizer(base, other)
 
 

@@ -25,7 +25,7 @@ def test_generate_speaks_with_a_clip_of_the_speaker(manifest, tiny_dir, codec_di
     common = ["generate", "--base_ckpt", str(tiny_dir), "--codec", str(codec_dir), "--text", "Hello.", "--seed", "1"]
     common += ["--max_new_tokens", "24", "--output_file"]
     assert main([*common, str(tmp_path / "a.wav"), "--speaker", "anna", "--train_manifest", str(manifest)]) == 0
-    assert f"the voice of anna: {clip}" in capsys.readouterr().out
+    assert f"reference clip of anna: {clip}" in capsys.readouterr().out
     assert main([*common, str(tmp_path / "b.wav"), "--ref_audio", clip, "--ref_text", text]) == 0
     assert (tmp_path / "a.wav").read_bytes() == (tmp_path / "b.wav").read_bytes()
 
@@ -35,7 +35,7 @@ def test_generate_speaks_with_a_clip_of_the_speaker(manifest, tiny_dir, codec_di
     [
         (["--speaker", "ana"], "has no usable row of 'ana'"),
         (["--speaker", "zoe"], "it has 7, anna, bert"),
-        (["--speaker", "anna", "--ref_audio", "x.wav", "--ref_text", "x"], "in the place of --ref_audio"),
+        (["--speaker", "anna", "--ref_audio", "x.wav", "--ref_text", "x"], "they replace --ref_audio"),
         ([], "one needs the other"),
     ],
 )

@@ -1,8 +1,7 @@
-"""What other tools write, as rows of a manifest: one reader a format, which leaves every clip where it is."""
+"""Readers of other tools' formats, one each, which make manifest rows; clips stay where they are."""
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import re
@@ -12,7 +11,7 @@ from typing import Any
 
 from ...data.chatml import speech_messages
 from ...data.foreign import FILE_COLUMNS, FORMATS, TABLE_NAMES, TEXT_COLUMNS, guess, with_texts
-from ...errors import ConfigError, reason_of
+from ...errors import ConfigError, reading
 from .found import (
     REF_AUDIO_COLUMNS,
     REF_TEXT_COLUMNS,
@@ -46,24 +45,14 @@ SAMPLE_COLUMNS = frozenset(
 
 
 def read_foreign(path: Path, kind: str | None) -> tuple[str, Found]:
-    """(format, rows) of a file or folder; the format is guessed where none is given.
-
-    Raises:
-        ConfigError: what is not there, cannot be read, or is no format that is known.
-    """
+    """(format, rows) of a file or folder; the format is detected where none is given. Raises ConfigError."""
     if not os.path.exists(path):
-        raise ConfigError([f"{str(path)[:200]}: does not exist; name a file or a folder of {', '.join(FORMATS)}"])
+        raise ConfigError([f"{path}: does not exist; give a file or folder in one of {', '.join(FORMATS)}"])
     kind = kind or guess(path)
     if kind is None:
-        raise ConfigError([f"{path}: holds none of the formats that are known; say --from {'|'.join(FORMATS)}"])
-    try:
+        raise ConfigError([f"{path}: its format is not known; give --from {'|'.join(FORMATS)}"])
+    with reading(f"{path}: cannot be read as {FORMATS[kind]}"):
         return kind, READERS[kind](path)
-    except UnicodeDecodeError as error:
-        raise ConfigError([f"{path}: is not UTF-8 ({error.reason}); save it as UTF-8"]) from error
-    except OSError as error:
-        raise ConfigError([f"{path}: cannot be read: {reason_of(error)}"]) from error
-    except (csv.Error, ValueError, RecursionError) as error:
-        raise ConfigError([f"{path}: is not {FORMATS[kind]}: {error}"]) from error
 
 
 def read_train_higgs_audio(path: Path) -> Found:

@@ -1,4 +1,4 @@
-"""What the readers of other tools' files gather: rows, columns that nobody reads, and what was left out and why."""
+"""Results of an importer: rows, columns that are not read, and rows left out with the reason."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Found:
-    """Rows so far, and what was left out, by reason with an example."""
+    """Rows so far; counts and examples of what was left out, by reason."""
 
     def __init__(self) -> None:
         self.rows: list[dict] = []
@@ -45,7 +45,7 @@ class Found:
         self.rows.append({name: value for name, value in row.items() if value not in (None, "")})
 
     def has_clip(self, origin: str, clip: Path | None) -> bool:
-        """Whether a row's clip can be named in a manifest; counted where it cannot."""
+        """True if a manifest can name the clip; counts it as left out otherwise."""
         example = origin if origin == str(clip) else f"{origin}: {clip}"
         if clip is None:
             self.leave_out("rows that name no clip", origin)
@@ -58,19 +58,19 @@ class Found:
         return False
 
     def leave_out(self, reason: str, example: str) -> None:
-        """Counts what does not become a row."""
+        """Counts something that does not become a row."""
         self.left_out[reason] += 1
         self.examples.setdefault(reason, example.encode("utf-8", "backslashreplace").decode("utf-8"))
 
     def count_unread(self, values: dict[str, Any], known: Collection[str]) -> None:
-        """Counts the columns that hold something which nobody reads."""
+        """Counts the filled columns that are not read."""
         for name, value in values.items():
             if name not in known and value not in (None, "", [], {}):
                 counts, name = self.columns.counts, member("", name)
                 self.columns.add({name if name in counts or len(counts) < MOST_COLUMNS else "and others": 1})
 
     def lines(self, file: Path) -> list[str]:
-        """What was taken as what, what is not read, and what was left out, a line a reason."""
+        """Notes, columns that are not read, and one line for each reason to leave rows out."""
         left_out = [
             f"left out: {count:,} × {reason}, e.g. {self.examples[reason]}" for reason, count in self.left_out.items()
         ]
@@ -110,7 +110,7 @@ class ClipFinder:
         self._listed: dict[Path, dict[str, str]] = {}
 
     def find(self, name: str | None) -> Path | None:
-        """Where the clip is, or where it should be; None for no name."""
+        """The clip's path, or the path it should have; None for no name."""
         if name is None:
             return None
         path = beside(self.folder, name) if os.path.splitext(name)[1] else Path()
@@ -133,7 +133,7 @@ class ClipFinder:
         if folder not in self._listed:
             try:
                 names = sorted(os.listdir(folder))
-            except (OSError, ValueError):  # ValueError: a NUL byte
+            except OSError:
                 names = []
             self._listed[folder] = {n.lower(): n for n in names if os.path.splitext(n)[1].lower() in AUDIO_SUFFIXES}
         return self._listed[folder]

@@ -1,11 +1,10 @@
-"""`python -m higgs_ds import`: what other tools write becomes train.jsonl and val.jsonl, split so that val tests."""
+"""`python -m higgs_ds import`: data sets of other tools become train.jsonl and val.jsonl with no text in both."""
 
 from __future__ import annotations
 
 import json
 import os
 import random
-import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,8 +17,9 @@ from ...data.audio import AudioError, read_audio, write_wav
 from ...data.chatml import AudioRef, Row, Turn
 from ...data.faults import plural
 from ...data.transcripts import text_key
-from ...errors import ConfigError, reason_of
+from ...errors import ConfigError
 from ...files import write_text
+from ..outputs import writing
 from .formats import read_foreign
 from .found import Found
 
@@ -33,7 +33,7 @@ LEAST_BLOCK_SEC, BLOCK_SEC = 0.05, 0.4  # of loudness by ITU-R BS.1770
 
 @dataclass(frozen=True)
 class Sound:
-    """What is done to every clip; None leaves it as it is."""
+    """Processing of every clip; None leaves it as it is."""
 
     trim: bool = False
     loudness: float | None = None  # LUFS
@@ -98,7 +98,7 @@ def run_import(
     """
     for name in ("train.jsonl", "val.jsonl"):
         if os.path.exists(output_dir / name):
-            raise FileExistsError(f"{output_dir} holds {name} already; remove it or name another --output")
+            raise FileExistsError(f"{output_dir} already holds {name}; remove it or give another --output")
     kind, found = read_foreign(path, kind)
 
     def shared_out() -> tuple[list[dict], list[dict], list[str]]:
@@ -106,22 +106,17 @@ def run_import(
             raise ConfigError([*found.lines(path), f"{path}: no row is left, read as {kind}"])
         return split(found.rows, val_share=val_share, val_speakers=val_speakers, seed=seed)
 
-    try:
+    with writing(f"--output: {output_dir}"):
         output_dir.mkdir(parents=True, exist_ok=True)
         train, val, notes = shared_out()
         if sound:  # only now: what cannot be split is said before hours of clips are written
             _write_clips(found, output_dir / "clips", sound)
             train, val, notes = shared_out()
-        for name, rows in (("train.jsonl", train), ("val.jsonl", val)):
-            if rows:
-                _write_rows(output_dir / name, rows)
-    except OSError as error:
-        raise ConfigError([f"--output: {output_dir} cannot be written to: {reason_of(error)}"]) from error
-    said = [f"{path}: read as {kind}", *found.lines(path), *notes]
-    said += [_summary(output_dir / n, rows) for n, rows in (("train.jsonl", train), ("val.jsonl", val)) if rows]
-    flags = f"--train_manifest {output_dir / 'train.jsonl'}" + (
-        f" --val_manifest {output_dir / 'val.jsonl'}" if val else ""
-    )
+        sides = [(output_dir / f"{side}.jsonl", rows) for side, rows in (("train", train), ("val", val)) if rows]
+        for file, rows in sides:
+            write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    said = [f"{path}: read as {kind}", *found.lines(path), *notes, *(_summary(file, rows) for file, rows in sides)]
+    flags = " ".join(f"--{file.stem}_manifest {file}" for file, _ in sides)
     return [*said, f"next: python -m higgs_ds describe {flags}"]
 
 
@@ -150,26 +145,20 @@ def split(
         if len(chosen) + len(groups[key]) <= wanted and len(groups) > 1:
             chosen.update(groups[key])
     train = [row for i, row in enumerate(rows) if i not in chosen]
-    note = "no validation rows: every text is that of too many rows to be set aside"
+    note = "no validation rows: every text is shared by too many rows to be held out"
     return train, [row for i, row in enumerate(rows) if i in chosen], [note] if wanted and not chosen else []
 
 
 def _split_by_speaker(rows: list[dict], named: list[str], seed: int) -> tuple[list[dict], list[dict], list[str]]:
     speakers = sorted({row["speaker"] for row in rows if "speaker" in row})
-    if len(named) == 1 and re.fullmatch("[0-9]{1,9}", named[0]) and named[0] not in speakers:
-        count = int(named[0])
-        if not 0 < count < len(speakers):
-            raise ConfigError(
-                [f"--val_speakers: {count} of {plural(len(speakers), 'speaker')} leaves none to train on"]
-            )
-        named = random.Random(seed).sample(speakers, count)
-    unknown = [name for name in named if name not in speakers]
-    if unknown:
-        shown = ", ".join(speakers[:20]) or "none"
-        raise ConfigError([f"--val_speakers: {', '.join(unknown)}: not there; the speakers are {shown}"])
+    if len(named) == 1 and named[0].isdecimal() and named[0] not in speakers:
+        named = random.Random(seed).sample(speakers, min(int(named[0]), len(speakers)))
+    if unknown := [name for name in named if name not in speakers]:
+        known = ", ".join(speakers[:20]) or "none"
+        raise ConfigError([f"--val_speakers: {', '.join(unknown)}: no such speaker; the speakers are {known}"])
     train = [row for row in rows if row.get("speaker") not in named]
     if not train:
-        raise ConfigError(["--val_speakers: no row is left to train on"])
+        raise ConfigError([f"--val_speakers: no row is left to train on, of {plural(len(speakers), 'speaker')}"])
     keys = text_keys(rows)
     known = {key for row, key in zip(rows, keys, strict=True) if row.get("speaker") not in named}
     val = [(row, key) for row, key in zip(rows, keys, strict=True) if row.get("speaker") in named]
@@ -273,10 +262,6 @@ def _write_clip(clip: AudioRef, folder: Path, taken: dict[str, int], sound: Soun
     stem = _free_name(str(clip.path), taken)
     write_wav(folder / f"{stem}.wav", waveform, sample_rate)
     return f"{folder.name}/{stem}.wav"
-
-
-def _write_rows(path: Path, rows: list[dict]) -> None:
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def _summary(path: Path, rows: list[dict]) -> str:

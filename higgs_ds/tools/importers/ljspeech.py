@@ -21,7 +21,7 @@ MOST_LABEL_CHARS, MOST_LABEL_WORDS = 40, 3
 _LETTERS = r"[A-Za-z\u00c0-\u024f0-9_.'\-]+"
 _NAME = re.compile(rf"{_LETTERS}( {_LETTERS}){{0,2}}")  # of a speaker, an utterance, a file; or a few words of a text
 _ID = re.compile(r"(?=\S*[\d_])[A-Za-z0-9_.\-]+")
-_ASKED = "so that none is clearly the text; put a first line on top that names the columns, such as `id|speaker|text`"
+_ASKED = "so the text column is ambiguous; add a header line, such as `id|speaker|text`"
 _SECONDS = re.compile(r"\d+\.\d+")
 _END = tuple(".!?…。！？،।")
 # Words, and of scripts that put no blanks between them each sign.
@@ -31,7 +31,7 @@ _WORD = re.compile(rf"[{_SIGNS}]|[^\W_{_SIGNS}]+")
 
 @dataclass(frozen=True)
 class Layout:
-    """Which column of a table is what, counted from 0."""
+    """Meaning of a table's columns, counted from 0."""
 
     width: int
     text: int
@@ -40,7 +40,7 @@ class Layout:
     raw: int | None = None  # the text before it was normalised, taken where `text` is empty
 
     def told(self) -> str:
-        """One line that says which column was taken as what."""
+        """One line on the meaning of each column."""
         taken = {self.clip: "clip", self.text: "text"}
         if self.speaker is not None:
             taken[self.speaker] = "speaker"
@@ -71,7 +71,7 @@ def read_ljspeech(path: Path) -> Found:
     layout, hint = _of_header(rows[0][1], clips), ""
     if layout is None:
         layout = layout_of([parts for _, parts in rows[:MOST_ROWS]])
-        hint = "; where that is wrong, put a header on top, as `id|text|speaker`"
+        hint = "; if that is wrong, add a header line, such as `id|text|speaker`"
     else:
         del rows[0]
     if layout.width > 2:
@@ -99,12 +99,12 @@ def _of_header(parts: list[str], clips: ClipFinder) -> Layout | None:
     if text is None or clip is None or os.path.isfile(clips.find(parts[0] or None) or ""):
         return None
     if doubled := next((name for name in names if name and names.count(name) > 1), None):
-        raise ValueError(f"its header has the column `{doubled[:80]}` twice; rename or remove one")
+        raise ValueError(f"its header has the column `{doubled}` twice; rename or remove one")
     return Layout(len(parts), text, clip, place(SPEAKER_COLUMNS))
 
 
 def layout_of(rows: list[list[str]]) -> Layout:
-    """What the columns of rows without a header hold, the clip standing first.
+    """Layout of rows without a header, from their values; the clip comes first.
 
     Raises:
         ValueError: several columns of which each might be the text.
@@ -153,7 +153,7 @@ def _are(kind: re.Pattern[str], values: list[str]) -> bool:
 
 
 def _is_normalised(raw: list[str], other: list[str]) -> bool:
-    """Whether a column says in the same words what the one before says, rather than in phonemes or in pinyin.
+    """True if a column has the words of the one before, rather than its phonemes or its pinyin.
 
     Numbers become words when a text is normalised, so that the others decide.
     """

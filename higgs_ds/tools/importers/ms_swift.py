@@ -20,7 +20,7 @@ NO_CONVERSATION = "rows without `messages` and `audios`"
 
 
 class _LeftOut(Exception):
-    """Why a row is; in the words of a count."""
+    """The reason to leave a row out, as it is counted."""
 
 
 def read_ms_swift(path: Path) -> Found:
@@ -48,10 +48,10 @@ def read_ms_swift(path: Path) -> Found:
         if "text" in (found.rows[before:] or [{}])[0]:
             unsaid += any(message["role"] == "system" and clean(message["content"]) for message in messages)
     if written_down:
-        said = f"{written_down:,} × a clip of the user's is taken to say what the assistant writes"
-        found.notes.append(f"{path}: {said}; leave such rows out if the assistant answers it")
+        said = f"{written_down:,} × a user's clip with the assistant's text as its transcript"
+        found.notes.append(f"{path}: {said}; leave such rows out if the text is a reply instead")
     if unsaid:
-        found.notes.append(f"{path}: {unsaid:,} × a system turn beside one text and its clip: not read")
+        found.notes.append(f"{path}: {unsaid:,} × a system turn of a single text and clip: not read")
     return found
 
 
@@ -126,7 +126,7 @@ def _start_index(messages: list[dict]) -> int | None:
 def _add_talk(
     found: Found, origin: str, messages: list[dict], clips: list[Path], start_index: int | None, speaker: str | None
 ) -> bool:
-    """Whether it became a speech row whose text the assistant writes down."""
+    """Adds a row; True if it is a speech row with the assistant's transcript as its text."""
     tags = [message["content"].count(AUDIO_TAG) for message in messages]
     texts = [message["content"].replace(AUDIO_TAG, "").strip() for message in messages]
     roles = [message["role"] for message in messages]

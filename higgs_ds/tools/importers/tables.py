@@ -1,4 +1,4 @@
-"""Rows of JSON, JSONL and delimited tables that people have: what cannot be told for sure is left out, with a count."""
+"""Rows of JSON, JSONL and delimited tables; ambiguous rows are left out and counted."""
 
 from __future__ import annotations
 
@@ -15,12 +15,8 @@ from ...data.manifest import DECODER as OF_MANIFESTS
 from .found import Found
 
 MOST_LINES = 100  # of one row, whose text may hold line breaks
-MOST_DIGITS = 100  # of a number that stays whole, as that of a speaker must
-# Its objects know which of their keys were given twice.
-DECODER = json.JSONDecoder(
-    object_pairs_hook=OF_MANIFESTS.object_pairs_hook,
-    parse_int=lambda digits: int(digits) if len(digits) <= MOST_DIGITS else float(digits),
-)
+# Its objects know which of their keys were given twice; whole numbers stay whole, as that of a speaker must.
+DECODER = json.JSONDecoder(object_pairs_hook=OF_MANIFESTS.object_pairs_hook)
 
 
 def json_rows(path: Path, found: Found) -> Iterator[tuple[str, dict]]:
@@ -50,8 +46,6 @@ def _json_lines(path: Path, text: str, found: Found) -> Iterator[tuple[str, Any]
             value = DECODER.decode(line)
         except json.JSONDecodeError as error:
             problem = f"{path}:{number}: {error.msg}, column {error.colno}"
-        except RecursionError:
-            problem = f"{path}:{number}: nested too deeply"
         else:
             is_any = True
             yield f"{path}:{number}", value
@@ -81,7 +75,7 @@ def table_rows(path: Path, found: Found) -> Iterator[tuple[str, dict[str, str]]]
     while names and not names[-1]:
         names.pop()
     if doubled := next((name for name in names if name and names.count(name) > 1), None):
-        raise ValueError(f"{path}:{at + 1} has the column `{doubled[:80]}` twice; rename or remove one")
+        raise ValueError(f"{path}:{at + 1} has the column `{doubled}` twice; rename or remove one")
     table = (lines, at + 1, delimiter, len(names))
     encloses = delimiter in ",;" or all(cells is not None for _, cells in _quoted(*table))
     records = _quoted(*table) if encloses else _unquoted(*table[:3])
@@ -125,7 +119,7 @@ def _unquoted(lines: list[str], at: int, delimiter: str) -> Iterator[tuple[int, 
 
 
 def _hold_row(cells: list[str], delimiter: str, width: int) -> bool:
-    """Whether a text over several lines holds another row of the table, as after a quote that nobody closed.
+    """True if a text over several lines holds another row of the table, as after an unclosed quote.
 
     A row is known by the name of its clip; where clips have no endings, and with tabs and `|`, which are rare in texts,
     by its number of cells alone.

@@ -74,10 +74,7 @@ def test_lengths_and_references_are_carried_over_and_other_columns_named(clips):
     own = sample(ref_audio_file="a.wav", ref_transcript_file="a.txt", emotion="")
     found = samples(clips, {"samples": [row, own]})
     speech = {"audio": f"{clips}/a.wav", "text": "Text a."}
-    assert found.rows == [
-        {**speech, "ref_audio": f"{clips}/b.wav", "ref_text": "Text b.", "duration": 2.5},
-        speech,
-    ]
+    assert found.rows == [{**speech, "ref_audio": f"{clips}/b.wav", "ref_text": "Text b.", "duration": 2.5}, speech]
     assert found.lines(clips) == [
         f"{clips}: emotion, language: not read, in 1 row",
         "left out: 1 × references that are the spoken clip itself (their rows are kept), e.g. "

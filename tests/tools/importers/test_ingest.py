@@ -12,7 +12,7 @@ import soundfile
 from higgs_ds.data.chatml import AudioRef, Turn
 from higgs_ds.data.manifest import read_manifest
 from higgs_ds.tools.cli import main
-from higgs_ds.tools.importers.ingest import _free_name, split, text_keys
+from higgs_ds.tools.importers.ingest import split, text_keys
 
 TEXTS = ["One.", "Two, three.", "Four five six.", "Seven.", "Eight, nine.", "Ten."]
 
@@ -231,9 +231,9 @@ def test_by_speaker(corpus, tmp_path, capsys):
     assert "left out of validation: 1 row whose text is trained on too" in said
     train, val, _ = imported(capsys, corpus, tmp_path / "2", "--val_speakers", "1")
     assert len({row.speaker for row in val}) == 1 and not {r.speaker for r in val} & {r.speaker for r in train}
-    for unknown in ("c", "²", "9" * 200):  # of which the second is no number to Python
-        assert main(["import", str(corpus), "--output", str(tmp_path / "3"), "--val_speakers", unknown]) == 2
-        assert f"--val_speakers: {unknown}: not there; the speakers are a, b" in capsys.readouterr().err
+    for named, words in (("c", "c: no such speaker; the speakers are a, b"), ("2", "no row is left to train on")):
+        assert main(["import", str(corpus), "--output", str(tmp_path / "3"), "--val_speakers", named]) == 2
+        assert f"--val_speakers: {words}" in capsys.readouterr().err
 
 
 def test_new_clips_are_trimmed_resampled_and_equally_loud(corpus, tmp_path, capsys):
@@ -287,10 +287,9 @@ def test_texts_and_names_that_cannot_be_read_are_left_out_each(corpus, tmp_path,
     train, _, said = imported(capsys, corpus / "wavs", tmp_path / "1", "--val_share", "0")
     assert len(train) == 5 and "1 × rows whose text file is not UTF-8, e.g. " in said and "a1.txt" in said
     samples = [{"audio_file": f"wavs/{n}.wav", "transcript_file": f"wavs/{n}.txt"} for n in sorted({*names(corpus)})]
-    samples += [{"audio_file": "n" * 300, "transcript": "Long."}]
     (corpus / "metadata.json").write_text(json.dumps({"samples": samples}))
     train, _, said = imported(capsys, corpus, tmp_path / "2", "--val_share", "0")
-    assert len(train) == 5 and "not UTF-8" in said and "1 × clips that do not exist" in said
+    assert len(train) == 5 and "not UTF-8" in said
 
 
 def test_clips_of_one_name_get_numbers_and_nothing_is_written_for_speakers_that_are_not_there(tmp_path, capsys):
@@ -305,27 +304,25 @@ def test_clips_of_one_name_get_numbers_and_nothing_is_written_for_speakers_that_
     assert main([*flags, "--val_share", "0"]) == 0
     clips = sorted(path.name for path in (tmp_path / "out" / "clips").iterdir())
     assert clips == ["x-2-2.wav", "x-2-3.wav", "x-2.wav", "x-3.wav", "x-4.wav", "x.wav"]
-    taken = {}
-    assert len({_free_name("x" * 300, taken) for _ in range(20_000)}) == 20_000  # at once
-    assert max(map(len, taken)) < 210
 
 
 def test_what_cannot_be_imported_is_one_message(corpus, tmp_path, capsys):
     ljspeech(2)(corpus)
-    (tmp_path / "nul.csv").write_bytes(b"file_name,text\n" + b"a" * 200_000 + b",\x00\n")
     (tmp_path / "x.json").write_text(json.dumps({"a": [1, 2]}, indent=1))
     (tmp_path / "half.csv").write_text("gone|a\ngone2|b\n")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "train.jsonl").write_text("")
     for path, output, flags, words in (
         (tmp_path / "none", "o", [], "does not exist"),
-        (tmp_path / "x.json", "o", [], "holds none of the formats that are known"),
-        (tmp_path / "x.json", "o", ["--from", "train-higgs-audio"], "is not train-higgs-audio's metadata.json"),
+        (tmp_path / "x.json", "o", [], "x.json: its format is not known"),
+        (
+            tmp_path / "x.json",
+            "o",
+            ["--from", "train-higgs-audio"],
+            "x.json: cannot be read as train-higgs-audio's metadata.json",
+        ),
         (tmp_path / "half.csv", "o", [], "no row is left, read as ljspeech"),
-        (tmp_path / ("n" * 200), "o", [], "nnn: does not exist"),
-        (tmp_path / "nul.csv", "o", [], "1 × rows whose quotes do not close, or close in another row, e.g. "),
-        (corpus, "o", ["--val_share", "1"], "--val_share: 1.0 must be 0 or more and below 1"),
-        (corpus, "out", [], "holds train.jsonl already"),
+        (corpus, "out", [], "out already holds train.jsonl"),
     ):
         assert main(["import", str(path), "--output", str(tmp_path / output), *flags]) == 2
         assert words in capsys.readouterr().err

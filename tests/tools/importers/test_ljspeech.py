@@ -94,10 +94,10 @@ def test_columns_that_cannot_be_told_apart_are_asked_for(table, tmp_path):
     people = ["Anna Berg", "Bert", "Cleo", "Dora Eck", "Ernst", "Fay", "Gil", "Hal", "Ines", "Jan", "Kit", "Lea Ott"]
     sounds = [name.upper() for name in "ɑnə bɚt klio doɹə ɚnst feɪ gɪl hæl ines jæn kɪt leə".split()]
     for column in (TEXTS, sounds):  # of people, each with one row, or of words with their phonemes
-        with pytest.raises(ConfigError, match="column 2 may hold names or a few words each, so that none is clearly"):
+        with pytest.raises(ConfigError, match="column 2 may hold names or a few words each"):
             table(people, column)
     words = ["yes", "no"] * 6
-    with pytest.raises(ConfigError, match=r"none is clearly the text; put a first line on top .* `id\|speaker\|text`"):
+    with pytest.raises(ConfigError, match=r"the text column is ambiguous; .* `id\|speaker\|text`"):
         table(NAMES, words)
     path = tmp_path / "metadata.csv"
     path.write_text(f"id|speaker|text\n{path.read_text()}")
@@ -112,7 +112,7 @@ def test_lines_with_other_columns_are_left_out_and_the_columns_named(table, tmp_
     assert rows == by(TEXTS)
     where = f"{tmp_path}/metadata.csv"
     assert found.lines(tmp_path) == [
-        f"{where}: columns: 1 clip, 2 speaker, 3 text; where that is wrong, put a header on top, as `id|text|speaker`",
+        f"{where}: columns: 1 clip, 2 speaker, 3 text; if that is wrong, add a header line, such as `id|text|speaker`",
         f"left out: 1 × lines without `|`, e.g. {where}:15",
         f"left out: 2 × lines with another number of columns than most, e.g. {where}:13: 4 instead of 3",
     ]

@@ -1,7 +1,6 @@
 """Tables as people write them by hand and by script: what cannot be told for sure is left out and counted."""
 
 import json
-import re
 
 import pytest
 
@@ -33,99 +32,65 @@ def read(tmp_path, clips):
     return read
 
 
+CSV, TSV = "file_name,text\n", "path\tsentence\n"
+
+
 @pytest.mark.parametrize(
-    ("name", "lines", "rows", "left_out"),
+    ("name", "content", "rows", "left_out"),
     [
-        (  # a quote that is never closed takes no other row with it
-            "m.csv",
-            ["file_name,text", 'a.wav,"Hello there', "b.wav,One", "c.wav,Two"],
-            [("b", "One"), ("c", "Two")],
-            {NEVER_CLOSED: 1},
-        ),
-        (  # nor one that the next quote closes
-            "m.csv",
-            ["file_name,text", 'a.wav,"Hello there', 'b.wav,"One, two"', "c.wav,Two"],
-            [("b", "One, two"), ("c", "Two")],
-            {NEVER_CLOSED: 1},
-        ),
-        (  # nor one that is closed where a row may end
-            "m.csv",
-            ["file_name,text", 'a.wav,"Hello there', 'b.wav,One"', "c.wav,Two"],
-            [("b", 'One"'), ("c", "Two")],
-            {NEVER_CLOSED: 1},
-        ),
-        (  # be it that clips have no endings
-            "m.csv",
-            ["file_name,text", 'a,"Hello there', 'b,One"', 'c,"Two', 'three"'],
-            [("b", 'One"'), ("c", "Two three")],
-            {NEVER_CLOSED: 1},
-        ),
+        # A quote that is never closed takes no other row with it, nor one that the next quote closes, nor one that is
+        # closed where a row may end, be it that clips have no endings.
+        ("m.csv", CSV + 'a.wav,"Hello there\nb.wav,One\nc.wav,Two', {"b": "One", "c": "Two"}, {NEVER_CLOSED: 1}),
+        ("m.csv", CSV + 'a.wav,"So\nb.wav,"One, two"\nc.wav,Two', {"b": "One, two", "c": "Two"}, {NEVER_CLOSED: 1}),
+        ("m.csv", CSV + 'a.wav,"Hello there\nb.wav,One"\nc.wav,Two', {"b": 'One"', "c": "Two"}, {NEVER_CLOSED: 1}),
+        ("m.csv", CSV + 'a,"Hello\nb,One"\nc,"Two\nthree"', {"b": 'One"', "c": "Two three"}, {NEVER_CLOSED: 1}),
+        ("m.csv", 'text,file_name\n"So,a.wav\nOne",b.wav\nTwo,c.wav', {"b": 'One"', "c": "Two"}, {NEVER_CLOSED: 1}),
         (
             "m.csv",
-            ["text,file_name", '"Hello there,a.wav', 'One",b.wav', "Two,c.wav"],
-            [("b", 'One"'), ("c", "Two")],
-            {NEVER_CLOSED: 1},
-        ),
-        (
-            "m.csv",
-            ["file_name,text", 'a.wav,"Hello," he said', 'b.wav,"Quoted, yes"', 'c.wav,"two\r\nlines"', "d.wav,", ""],
-            [("b", "Quoted, yes"), ("c", "two lines")],
+            CSV + 'a.wav,"Hello," he said\nb.wav,"Quoted, yes"\nc.wav,"two\r\nlines"\nd.wav,\n',
+            {"b": "Quoted, yes", "c": "two lines"},
             {NEVER_CLOSED: 1, "rows without a text": 1},
         ),
         (
             "m.csv",
-            ["text,file_name", '"one', "", 'and ""two""",a.wav', '"So, well",b.wav'],
-            [("a", 'one and "two"'), ("b", "So, well")],
+            'text,file_name\n"one\n\nand ""two""",a.wav\n"So, well",b.wav',
+            {"a": 'one and "two"', "b": "So, well"},
             {},
         ),
-        ("m.csv", ["file_name,text", "a.wav," + "x" * 140_000, "b.wav,One"], [("b", "One")], {NEVER_CLOSED: 1}),
-        (  # with tabs, quotes are part of the text
-            "m.tsv",
-            ["path\tsentence", 'a.wav\t"Hello there', "b.wav\tOne", 'c.wav\tTwo "three"'],
-            [("a", '"Hello there'), ("b", "One"), ("c", 'Two "three"')],
-            {},
-        ),
+        ("m.csv", CSV + f"a.wav,{'x' * 140_000}\nb.wav,One", {"b": "One"}, {NEVER_CLOSED: 1}),
+        # With tabs, quotes are part of the text, unless all of them enclose a cell.
+        ("m.tsv", TSV + 'a.wav\t"So\nb.wav\tOne\nc.wav\tTwo "3"', {"a": '"So', "b": "One", "c": 'Two "3"'}, {}),
+        ("m.tsv", TSV + 'a.wav\t"So\nb.wav\tOne"\nc.wav\tTwo', {"a": '"So', "b": 'One"', "c": "Two"}, {}),
         (
             "m.tsv",
-            ["path\tsentence", 'a.wav\t"Hello there', 'b.wav\tOne"', "c.wav\tTwo"],
-            [("a", '"Hello there'), ("b", 'One"'), ("c", "Two")],
+            TSV + 'a.wav\t"He said ""hello"""\nb.wav\t"One\ntwo"\nc.wav\tThree',
+            {"a": 'He said "hello"', "b": "One two", "c": "Three"},
             {},
         ),
-        (  # unless all of them enclose a cell
-            "m.tsv",
-            ["path\tsentence", 'a.wav\t"He said ""hello"""', 'b.wav\t"One', 'two"', "c.wav\tThree"],
-            [("a", 'He said "hello"'), ("b", "One two"), ("c", "Three")],
-            {},
-        ),
+        ("m.csv", CSV + "a.wav,So, so\nb.wav,One\nc.wav\nd.wav,Two,, ", {"b": "One", "d": "Two"}, {OTHER_WIDTH: 2}),
         (
             "m.csv",
-            ["file_name,text", "a.wav,Hello, world", "b.wav,One", "c.wav", "d.wav,Two,, "],
-            [("b", "One"), ("d", "Two")],
-            {OTHER_WIDTH: 2},
-        ),
-        (
-            "m.csv",
-            ["file_name|text|speaker_name", "a.wav|Hello, you|anna", "b.wav|One|two|anna", "c|Three|bert"],
-            [("a", "Hello, you"), ("c", "Three")],
+            "file_name|text|speaker_name\na.wav|Hello, you|anna\nb.wav|One|two|anna\nc|Three|bert",
+            {"a": "Hello, you", "c": "Three"},
             {OTHER_WIDTH: 1},
         ),
-        ("m.csv", ["file_name;text", "a.wav;Hello, you"], [("a", "Hello, you")], {}),
+        ("m.csv", "file_name;text\na.wav;Hello, you", {"a": "Hello, you"}, {}),
         (
             "m.jsonl",
-            ['{"file_name": "a.wav", "text": "One"}', '{"file_name": "b.wav" "text": "Two"}', "5"],
-            [("a", "One")],
+            '{"file_name": "a.wav", "text": "One"}\n{"file_name": "b.wav" "text": "Two"}\n5',
+            {"a": "One"},
             {NO_JSON: 1, "rows that are no JSON objects": 1},
         ),
         (
             "m.jsonl",
-            ['{"file_name": "a.wav", "text": "One", "text": "Two"}', '{"file_name": "b.wav", "text": "Three"}'],
-            [("b", "Three")],
+            '{"file_name": "a.wav", "text": "One", "text": "Two"}\n{"file_name": "b.wav", "text": "Three"}',
+            {"b": "Three"},
             {"rows that have a column twice": 1},
         ),
     ],
 )
-def test_a_row_takes_no_other_row_and_no_cell_is_lost(read, name, lines, rows, left_out):
-    assert read(name, "\n".join(lines)) == (rows, left_out)
+def test_a_row_takes_no_other_row_and_no_cell_is_lost(read, name, content, rows, left_out):
+    assert read(name, content) == (list(rows.items()), left_out)
 
 
 def test_what_is_left_out_is_named_with_its_line(tmp_path, clips):
@@ -139,16 +104,10 @@ def test_what_is_left_out_is_named_with_its_line(tmp_path, clips):
     assert found.lines(tmp_path) == [f"left out: 1 × {OTHER_WIDTH}, e.g. {tmp_path}/m.csv:4: 3 instead of 2"]
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "words"),
-    [
-        ("m.csv", "file_name,text,text\na.wav,One,Two\n", "m.csv:1 has the column `text` twice"),
-        ("m.csv", "file_name,text,Speaker ID,speaker-id\na.wav,One,a,b\n", "has the column `speaker_id` twice"),
-    ],
-)
-def test_a_column_that_is_there_twice(read, name, content, words):
-    with pytest.raises(ConfigError, match=re.escape(words)):
-        read(name, content)
+@pytest.mark.parametrize("header", ["file_name,text,Text", "file_name,text,Speaker ID,speaker-id"])
+def test_a_column_that_is_there_twice(read, header):
+    with pytest.raises(ConfigError, match="m.csv:1 has the column `(text|speaker_id)` twice"):
+        read("m.csv", f"{header}\na.wav,One,a,b\n")
 
 
 def test_columns_are_carried_over_and_the_others_named_once(tmp_path, clips):

@@ -26,8 +26,8 @@ class ClipPaths:
         self.folders = list(dict.fromkeys([folder, *roots, os.getcwd()]))
         self.elsewhere: Counter[str] = Counter()  # paths that were found in another folder than the manifest's
 
-    def find(self, value: str) -> tuple[Path, str | None, bool]:
-        """(path, what is wrong with it, whether it is elsewhere than beside the manifest)."""
+    def find(self, value: str) -> tuple[Path, str | None]:
+        """(path, what is wrong with it); one that is elsewhere than beside the manifest is counted."""
         path = self._join(self.folders[0], value)
         problem = file_problem(path)
         if problem is not None and problem.startswith(MISSING):
@@ -35,14 +35,18 @@ class ClipPaths:
                 other = self._join(folder, value)
                 if other != path and os.path.exists(other):
                     self.elsewhere[folder] += 1
-                    return Path(other), file_problem(other), True
-        return Path(path), problem, False
+                    return Path(other), file_problem(other)
+        return Path(path), problem
 
-    def path(self, value: str, *, elsewhere: bool = False) -> Path:
-        """Beside the manifest; with `elsewhere` the first of the folders that holds it, if one does."""
-        folders = self.folders if elsewhere else ()
+    def path(self, value: str) -> Path:
+        """The same, of a clip that was found before; looked for only where some are not beside the manifest."""
+        folders = self.folders if self.elsewhere else ()
         found = (path for folder in folders if os.path.exists(path := self._join(folder, value)))
         return Path(next(found, None) or self._join(self.folders[0], value))
+
+    def holds(self, value: str) -> bool:
+        """Whether a file of that name is in one of the folders."""
+        return any(os.path.exists(self._join(folder, value)) for folder in self.folders)
 
     @staticmethod
     def _join(folder: str, value: str) -> str:

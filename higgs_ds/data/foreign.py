@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import shlex
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,15 @@ MOST_ENTRIES = 10_000  # of a folder that are looked at, to guess what it is
 TEXT_COLUMNS = ("text", *SYNONYMS["text"].split())
 DELIMITERS = (",", "\t", ";", "|")
 FILE_COLUMNS = ("file_name", "audio", *SYNONYMS["audio"].split())
+
+
+class KeyedOnce(dict):
+    """A JSON object that remembers which of its keys were given more than once."""
+
+    def __init__(self, pairs: list[tuple[str, Any]]):
+        super().__init__(pairs)
+        counts = Counter(key for key, _ in pairs) if len(self) < len(pairs) else {}
+        self.repeated = [key for key, count in counts.items() if count > 1]
 
 
 def import_command(kind: str, path: str | Path) -> str:

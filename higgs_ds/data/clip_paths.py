@@ -14,7 +14,6 @@ from ..errors import reason_of
 
 URL = re.compile(r"[a-z][a-z0-9+.-]*://|data:", re.IGNORECASE)
 MISSING = "does not exist"
-_AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a")
 
 
 class ClipPaths:
@@ -77,24 +76,15 @@ class ClipPaths:
         for folder in self.folders:
             roots += [str(parent) for parent in list(Path(folder).parents)[:3]]
             roots += [*_subfolders(folder), *_subfolders(os.path.dirname(folder))]
-        stems = (value, *(str(Path(value).with_suffix(suffix)) for suffix in _AUDIO_SUFFIXES))
-        for name in dict.fromkeys(stems):
-            tails = [os.path.join(*Path(name).parts[i:]) for i in range(len(parts)) if Path(name).parts[i] != os.sep]
-            for tail in tails:
-                for root in dict.fromkeys(roots):
-                    path = os.path.join(root, tail)
-                    if os.path.isfile(path):
-                        return _advice(value, name, tail, root, path)
+        for tail in (os.path.join(*parts[i:]) for i in range(len(parts)) if parts[i] != os.sep):
+            for root in dict.fromkeys(roots):
+                if not os.path.isfile(path := os.path.join(root, tail)):
+                    continue
+                if tail == value:
+                    return f"{shown_path(value)} exists in {root}: give --audio_root {root}"
+                before = value[: len(value) - len(tail)]
+                return f"{shown_path(value)} exists as {path}: put {root}{os.sep} in the place of {before!r}"
         return None
-
-
-def _advice(value: str, name: str, tail: str, root: str, path: str) -> str:
-    if tail == value:
-        return f"{shown_path(value)} exists in {root}: give --audio_root {root}"
-    if name != value:
-        return f"{shown_path(value)} is not there, {path} is: correct the paths"
-    before = value[: len(value) - len(tail)]
-    return f"{shown_path(value)} exists as {path}: put {root}{os.sep} in the place of {before!r}"
 
 
 def _subfolders(folder: str) -> list[str]:

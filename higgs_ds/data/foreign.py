@@ -117,25 +117,15 @@ def no_manifest(path: str, content: bytes) -> str | None:
         return f"is {FORMATS[kind]}, not a manifest; this makes one of it: {import_command(kind, path)}"
     if _begins_with(content, b"["):
         return None
-    lines = list(_filled_lines(content))
+    lines = lines_in(content[:HEAD_BYTES].decode("utf-8", "replace"))
+    if len(content) > HEAD_BYTES:
+        del lines[-1]  # which may be cut off
+    lines = [line for line in lines if line.strip()][:HEAD_LINES]
     if len(lines) < 2 or any(isinstance(_json(line), dict) for line in lines):
         return None
     if _begins_with(content, b"{") and isinstance(_json(content.decode("utf-8", "replace")), dict):
         return "is one JSON object over many lines, not a manifest; write one row a line, or an array of rows"
     return f"none of its first {len(lines)} lines is a JSON object, so it is no manifest; write one row a line"
-
-
-def _filled_lines(content: bytes) -> Iterator[str]:
-    start = 0
-    found = 0
-    while start < len(content) and found < HEAD_LINES:
-        end = content.find(b"\n", start)
-        end = len(content) if end < 0 else end
-        line = content[start:end]
-        start = end + 1
-        if line.strip():
-            found += 1
-            yield line.decode("utf-8", "replace")
 
 
 def _begins_with(content: bytes, sign: bytes) -> bool:

@@ -120,16 +120,12 @@ def _text(value: str, info: ValidationInfo[Rules]) -> str:
 
 
 def _base64(value: Any) -> str:
-    if not isinstance(value, str):
-        raise fault(f"must be text in base64, found {shown(value)}")
     try:
         if base64.b64decode(value, validate=True):
             return value
-        raise fault("is empty; give the bytes of an audio file in base64, or leave it out")
-    except ValueError as error:  # PydanticCustomError is one too
-        if isinstance(error, PydanticCustomError):
-            raise
+    except (TypeError, ValueError) as error:
         raise fault(f"is not base64 ({error}); give the bytes of an audio file, without line breaks") from error
+    raise fault("is empty; give the bytes of an audio file in base64, or leave it out")
 
 
 def _clip(value: Any, info: ValidationInfo[Rules]) -> AudioRef:

@@ -14,7 +14,7 @@ from higgs_ds.batching.token_counts import LengthIndex
 from higgs_ds.codec.load import load_codec
 from higgs_ds.data import rows as rows_module
 from higgs_ds.data.code_cache import CodeCache, CodeStore
-from higgs_ds.data.manifest import Manifest, read_manifest
+from higgs_ds.data.manifest import read_manifest
 from higgs_ds.data.rows import RowOptions, load_rows
 from higgs_ds.distributed.engine import Ranks
 from higgs_ds.errors import ConfigError
@@ -243,18 +243,6 @@ def test_a_manifest_may_change_once_it_is_read(load, manifests):
         with open(manifest, "r+b") as file:
             file.truncate(10)
     assert [list(train), list(val)] == before
-
-
-def test_a_row_is_the_same_when_it_is_read_again(manifests):
-    for path in manifests:
-        manifest = Manifest(path)
-        checked = [manifest.check(number)[0] for number in range(len(manifest))]
-        assert sum(row is not None for row in checked) > 2
-        for number, row in enumerate(checked):
-            if row is not None:
-                assert manifest.row(number) == row
-        lines = [row.line for row in checked if row is not None]
-        assert lines == [row.line for row in read_manifest(path)[0]] == sorted(lines)
 
 
 def test_the_clip_that_all_rows_name_and_those_at_the_end_are_shared_out():

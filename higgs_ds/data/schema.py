@@ -286,7 +286,7 @@ class TalkRow(BaseModel):
     """A conversation, as upstream's `ChatMLSample`."""
 
     messages: Annotated[list[TurnPart], Field(min_length=1)]
-    start_index: Annotated[int | None, Field(ge=0), Maybe] = None
+    start_index: Annotated[int | None, Field(ge=0, strict=True), Maybe] = None
     speaker: Speaker = None
     misc: Annotated[dict[str, Any] | None, BeforeValidator(_misc)] = None
 

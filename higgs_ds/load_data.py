@@ -19,13 +19,14 @@ from .batching.mixture import Mixture, rows_taken
 from .batching.references import References, in_epochs
 from .batching.shared_memory import check_shared_memory
 from .batching.token_counts import LengthIndex
-from .codec.base import Codec
+from .codec.base import Codec, check_fits
 from .codec.load import load_codec
 from .data.chatml import Row
 from .data.code_cache import CodeCache
 from .data.controls import control_tokens
 from .data.portions import names_of, portions_of
-from .data.rows import RowSet, load_rows
+from .data.row_set import RowSet
+from .data.rows import RowOptions, load_rows
 from .distributed.agreement import check_same, made_once
 from .distributed.alone import Alone, Unwatched
 from .distributed.engine import Ranks
@@ -75,33 +76,34 @@ def load_corpus(
         count_tokens: whether the rows' tokens are counted.
         outcome: what a list of faults ends with.
     """
-    data = config.data
+    data, facts = config.data, base.facts
     watch.untimed("opening the codec")
     codec = ranks.each(lambda: load_codec(data.codec, data.codec_revision, device=device, warn=ranks.say))
     _agree_on_fingerprint(codec, ranks)
+    check_fits(codec, facts.num_codebooks, facts.codebook_size)
     cache = ranks.each(lambda: CodeCache(codes_folder(config), codec))
     watch.at(0, "reading manifests, encoding clips")
-    train = [portion.path for portion in data.portions]
-    train_rows, val_rows = load_rows(
-        [*train, *([data.val_manifest] if data.val_manifest else [])],
-        trained=len(train),
-        cache=cache,
-        num_codebooks=base.facts.num_codebooks,
-        codebook_size=base.facts.codebook_size,
+    options = RowOptions(
         max_duration_sec=data.max_duration_sec,
         skip_bad_rows=data.skip_bad_rows,
-        ranks=ranks,
-        warn=ranks.say,
-        on_progress=watch.progressed,
-        lengths=LengthIndex(cache, base.tokenizer, collator),
         count_tokens=count_tokens,
         max_tokens=config.optim.max_tokens_per_batch,
-        max_row_tokens=min(data.max_row_tokens, base.facts.max_positions),
+        max_row_tokens=min(data.max_row_tokens, facts.max_positions),
         audio_root=data.audio_root,
         controls=control_tokens(base.tokenizer),
         prompt_style=data.prompt_style,
         faults_dir=Path(config.run.output_dir or codes_folder(config)),
         outcome=outcome,
+    )
+    train = [portion.path for portion in data.portions]
+    train_rows, val_rows = load_rows(
+        [*train, *([data.val_manifest] if data.val_manifest else [])],
+        options,
+        trained=len(train),
+        cache=cache,
+        ranks=ranks,
+        lengths=LengthIndex(cache, base.tokenizer, collator),
+        on_progress=watch.progressed,
     )
     codec.release()
     return Corpus(train_rows, val_rows, cache, codec)

@@ -15,8 +15,8 @@ import soundfile
 from ..errors import reason_of
 from ..files import replacing
 from .chatml import AudioRef
-from .containers import LENGTH_TOLERANCE_SEC, ContainerError, ContainerFile
-from .sound_headers import CUT_OFF_SEC, promise_of
+from .containers import LENGTH_TOLERANCE_SEC, ContainerFile
+from .sound_headers import CUT_OFF_SEC, AudioError, mended, share_there
 
 # A header may claim any rate; resampling from 1 Hz would turn a small file into more than memory holds.
 MIN_SAMPLE_RATE, MAX_SAMPLE_RATE = 4000, 768_000
@@ -36,10 +36,7 @@ SOUND_FORMATS = {
 # A WAV of another encoding than these counts its samples by the block, more than its decoder gives.
 WHOLE_SAMPLES = ("PCM_", "FLOAT", "DOUBLE", "ULAW", "ALAW")
 HASH_BYTES = 1 << 20
-
-
-class AudioError(ValueError):
-    """What is wrong with a clip, as a short text to stand after its name: `is empty`, `cannot be decoded: ...`."""
+MALFORMED = 3  # libsndfile's SF_ERR_MALFORMED_FILE
 
 
 def read_audio(ref: AudioRef) -> tuple[np.ndarray, int]:
@@ -57,7 +54,8 @@ def read_audio(ref: AudioRef) -> tuple[np.ndarray, int]:
         _go_to(file, start)
         # In blocks, so that memory follows what is there and not what the header claims.
         block = max(1, READ_SAMPLES // file.channels)
-        mono, left, channel_peak = [], stop - start, 0.0
+        mono: list[np.ndarray] = []
+        left, channel_peak = stop - start, 0.0
         while left > 0:
             samples = file.read(min(left, block), dtype="float32", always_2d=True)  # [samples, channels]
             if len(samples) == 0 and mono and left / file.samplerate <= _rounded_sec(file):
@@ -147,41 +145,40 @@ def _opened(ref: AudioRef) -> Iterator[soundfile.SoundFile | ContainerFile]:
     """The clip's file; what is said against it, also while it is read, becomes an AudioError."""
     source = io.BytesIO(_decoded_base64(ref.raw_audio)) if ref.raw_audio is not None else _existing(ref.path)
     try:
-        promise = promise_of(source)
-    except OSError as error:
-        raise AudioError(f"cannot be read: {reason_of(error)}") from error
-    if promise.problem is not None:
-        raise AudioError(promise.problem)
-    try:
-        with _sound(promise.mended or source) as file:
+        with _sound(mended(source)) as file:
             if not MIN_SAMPLE_RATE <= file.samplerate <= MAX_SAMPLE_RATE:
                 raise AudioError(
                     f"has a sample rate of {file.samplerate} Hz, must be {MIN_SAMPLE_RATE} to {MAX_SAMPLE_RATE}"
                 )
             if file.frames >= UNKNOWN_LENGTH:
                 raise AudioError("does not say in its header how long it is; write it anew as a plain WAV or FLAC")
-            if file.frames / file.samplerate * (1 - promise.share) > CUT_OFF_SEC * promise.share:
-                raise AudioError(f"cannot be decoded: it ends after {100 * promise.share:.3g} % of its sound")
+            if isinstance(file, soundfile.SoundFile) and file.format not in ("WAV", "WAVEX"):
+                share = share_there(file.extra_info)
+                if file.frames / file.samplerate * (1 - share) > CUT_OFF_SEC * share:
+                    raise AudioError(f"cannot be decoded: it ends after {100 * share:.3g} % of its sound")
             yield file
     except soundfile.SoundFileError as error:
         raise AudioError(f"cannot be decoded: {_reason(error)}") from error
-    except ContainerError as error:
-        raise AudioError(f"cannot be decoded: {error}") from error
+    except OSError as error:
+        raise AudioError(f"cannot be read: {reason_of(error)}") from error
 
 
 def _sound(source: Path | io.BytesIO) -> soundfile.SoundFile | ContainerFile:
     """By libsndfile, or by PyAV where libsndfile knows not the container, or not what is in it.
 
-    Whatever neither reads is libsndfile's error.
+    Whatever PyAV cannot open either is libsndfile's error, and so is a file that it knows and finds malformed: of one
+    that was cut off PyAV would give what is left.
     """
     try:
         return soundfile.SoundFile(source)
     except soundfile.LibsndfileError as error:
+        if error.code == MALFORMED:
+            raise
         if not isinstance(source, Path):
             source.seek(0)
         try:
             return ContainerFile(source)
-        except ContainerError:
+        except AudioError:
             raise error from None
 
 

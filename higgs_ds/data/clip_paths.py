@@ -14,7 +14,6 @@ from ..errors import reason_of
 
 URL = re.compile(r"[a-z][a-z0-9+.-]*://|data:", re.IGNORECASE)
 MISSING = "does not exist"
-_AUDIO_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".m4a")
 
 
 class ClipPaths:
@@ -26,8 +25,8 @@ class ClipPaths:
         self.folders = list(dict.fromkeys([folder, *roots, os.getcwd()]))
         self.elsewhere: Counter[str] = Counter()  # paths that were found in another folder than the manifest's
 
-    def find(self, value: str) -> tuple[Path, str | None, bool]:
-        """(path, what is wrong with it, whether it is elsewhere than beside the manifest)."""
+    def find(self, value: str) -> tuple[Path, str | None]:
+        """(path, what is wrong with it); one that is elsewhere than beside the manifest is counted."""
         path = self._join(self.folders[0], value)
         problem = file_problem(path)
         if problem is not None and problem.startswith(MISSING):
@@ -35,14 +34,18 @@ class ClipPaths:
                 other = self._join(folder, value)
                 if other != path and os.path.exists(other):
                     self.elsewhere[folder] += 1
-                    return Path(other), file_problem(other), True
-        return Path(path), problem, False
+                    return Path(other), file_problem(other)
+        return Path(path), problem
 
-    def path(self, value: str, *, elsewhere: bool = False) -> Path:
-        """Beside the manifest; with `elsewhere` the first of the folders that holds it, if one does."""
-        folders = self.folders if elsewhere else ()
+    def path(self, value: str) -> Path:
+        """The same, of a clip that was found before; looked for only where some are not beside the manifest."""
+        folders = self.folders if self.elsewhere else ()
         found = (path for folder in folders if os.path.exists(path := self._join(folder, value)))
         return Path(next(found, None) or self._join(self.folders[0], value))
+
+    def holds(self, value: str) -> bool:
+        """Whether a file of that name is in one of the folders."""
+        return any(os.path.exists(self._join(folder, value)) for folder in self.folders)
 
     @staticmethod
     def _join(folder: str, value: str) -> str:
@@ -73,24 +76,15 @@ class ClipPaths:
         for folder in self.folders:
             roots += [str(parent) for parent in list(Path(folder).parents)[:3]]
             roots += [*_subfolders(folder), *_subfolders(os.path.dirname(folder))]
-        stems = (value, *(str(Path(value).with_suffix(suffix)) for suffix in _AUDIO_SUFFIXES))
-        for name in dict.fromkeys(stems):
-            tails = [os.path.join(*Path(name).parts[i:]) for i in range(len(parts)) if Path(name).parts[i] != os.sep]
-            for tail in tails:
-                for root in dict.fromkeys(roots):
-                    path = os.path.join(root, tail)
-                    if os.path.isfile(path):
-                        return _advice(value, name, tail, root, path)
+        for tail in (os.path.join(*parts[i:]) for i in range(len(parts)) if parts[i] != os.sep):
+            for root in dict.fromkeys(roots):
+                if not os.path.isfile(path := os.path.join(root, tail)):
+                    continue
+                if tail == value:
+                    return f"{shown_path(value)} exists in {root}: give --audio_root {root}"
+                before = value[: len(value) - len(tail)]
+                return f"{shown_path(value)} exists as {path}: put {root}{os.sep} in the place of {before!r}"
         return None
-
-
-def _advice(value: str, name: str, tail: str, root: str, path: str) -> str:
-    if tail == value:
-        return f"{shown_path(value)} exists in {root}: give --audio_root {root}"
-    if name != value:
-        return f"{shown_path(value)} is not there, {path} is: correct the paths"
-    before = value[: len(value) - len(tail)]
-    return f"{shown_path(value)} exists as {path}: put {root}{os.sep} in the place of {before!r}"
 
 
 def _subfolders(folder: str) -> list[str]:

@@ -11,10 +11,7 @@ from dataclasses import dataclass, field
 # `id`, the last of both, is known and not read.
 CHATML_FIELDS = ("messages", "start_index", "speaker", "misc", "id")
 SPEECH_FIELDS = ("audio", "text", "speaker", "ref_audio", "ref_text", "scene", "offset", "duration", "id")
-TURN_FIELDS = ("role", "content", "recipient")
-TEXT_FIELDS = ("type", "text")
-AUDIO_FIELDS = ("type", "audio_url", "raw_audio", "offset", "duration", "row_id")
-ITEM_FIELDS = frozenset(TEXT_FIELDS + AUDIO_FIELDS)
+ITEM_FIELDS = ("type", "text", "audio_url", "raw_audio", "offset", "duration", "row_id")  # of a turn's texts and clips
 # What other tools call the fields of a speech row; `file_name` is not here: it marks an audiofolder, which is imported.
 SYNONYMS = {
     "audio": "audio_path audio_file audio_filepath audio_filename audio_file_path path file filename filepath "
@@ -39,8 +36,7 @@ class Reading:
     """How rows with the same columns are read."""
 
     kind: str | None  # chatml, speech, or None where it is neither
-    column: dict[str, str] = field(default_factory=dict)  # of each field of a speech row that has synonyms
-    used: tuple[str, ...] = ()  # the columns that are read
+    column: dict[str, str] = field(default_factory=dict)  # of each field of a speech row
     unread: tuple[str, ...] = ()
     faults: tuple[tuple[str, str], ...] = ()  # (field, problem)
     missing: dict[str, str] = field(default_factory=dict)  # field: what to say where it is not there
@@ -51,7 +47,7 @@ def reading(columns: tuple[str, ...]) -> Reading:
     """From the names of a row's columns alone."""
     if "messages" in columns:
         faults, unread = _others(columns, CHATML_FIELDS)
-        return Reading("chatml", {}, CHATML_FIELDS[:-1], unread, faults)
+        return Reading("chatml", {}, unread, faults)
     held: dict[str, list[str]] = {}
     for column in columns:
         if column not in SPEECH_FIELDS and (canonical := _CANONICAL.get(plain(column))):
@@ -68,13 +64,12 @@ def reading(columns: tuple[str, ...]) -> Reading:
         missing = "has neither `messages` (a ChatML row) nor `audio` and `text` (a speech row)"
         hints = [hint for name in ("messages", "audio", "text") if (hint := _misspelt(name, columns))]
         more, unread = _others(columns, tuple(dict.fromkeys(CHATML_FIELDS + SPEECH_FIELDS)))
-        return Reading(None, {}, (), unread, (("row", missing + "".join(f"; {hint}" for hint in hints[:1])), *more))
+        return Reading(None, {}, unread, (("row", missing + "".join(f"; {hint}" for hint in hints[:1])), *more))
     known = (*SPEECH_FIELDS, *names.values())
     more, unread = _others(tuple(c for c in columns if c not in known), SPEECH_FIELDS)
     missing = {name: _missing(name, columns) for name in ("audio", "text")}
-    column = {name: names.get(name, name) for name in SYNONYMS}
-    used = (*column.values(), "scene", "offset", "duration")
-    return Reading("speech", column, used, unread, (*faults, *more), missing)
+    of_field = {name: names.get(name, name) for name in SPEECH_FIELDS[:-1]}
+    return Reading("speech", of_field, unread, (*faults, *more), missing)
 
 
 @functools.lru_cache(1024)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shlex
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,43 @@ MOST_ENTRIES = 10_000  # of a folder that are looked at, to guess what it is
 TEXT_COLUMNS = ("text", *SYNONYMS["text"].split())
 DELIMITERS = (",", "\t", ";", "|")
 FILE_COLUMNS = ("file_name", "audio", *SYNONYMS["audio"].split())
+
+
+class KeyedOnce(dict):
+    """A JSON object that remembers which of its keys were given more than once."""
+
+    def __init__(self, pairs: list[tuple[str, Any]]):
+        super().__init__(pairs)
+        counts = Counter(key for key, _ in pairs) if len(self) < len(pairs) else {}
+        self.repeated = [key for key, count in counts.items() if count > 1]
+
+
+_KEY = re.compile(rb'"\s*:')
+
+
+def keys_given_twice(content: bytes, value: object) -> list[str]:
+    """Keys that stand twice in one object of `content`, of which a JSON reader keeps the last in silence.
+
+    Args:
+        value: what the reader made of it. Only where more keys may stand in the text than in `value` is it read again.
+    """
+    if len(_KEY.findall(content)) == _count_keys(value):
+        return []
+    repeated: list[str] = []
+
+    def noted(pairs: list[tuple[str, Any]]) -> KeyedOnce:
+        found = KeyedOnce(pairs)
+        repeated.extend(found.repeated)
+        return found
+
+    json.loads(content, object_pairs_hook=noted)
+    return repeated
+
+
+def _count_keys(value: object) -> int:
+    if isinstance(value, dict):
+        return len(value) + sum(map(_count_keys, value.values()))
+    return sum(map(_count_keys, value)) if isinstance(value, list) else 0
 
 
 def import_command(kind: str, path: str | Path) -> str:
@@ -107,25 +146,15 @@ def no_manifest(path: str, content: bytes) -> str | None:
         return f"is {FORMATS[kind]}, not a manifest; this makes one of it: {import_command(kind, path)}"
     if _begins_with(content, b"["):
         return None
-    lines = list(_filled_lines(content))
+    lines = lines_in(content[:HEAD_BYTES].decode("utf-8", "replace"))
+    if len(content) > HEAD_BYTES:
+        del lines[-1]  # which may be cut off
+    lines = [line for line in lines if line.strip()][:HEAD_LINES]
     if len(lines) < 2 or any(isinstance(_json(line), dict) for line in lines):
         return None
     if _begins_with(content, b"{") and isinstance(_json(content.decode("utf-8", "replace")), dict):
         return "is one JSON object over many lines, not a manifest; write one row a line, or an array of rows"
     return f"none of its first {len(lines)} lines is a JSON object, so it is no manifest; write one row a line"
-
-
-def _filled_lines(content: bytes) -> Iterator[str]:
-    start = 0
-    found = 0
-    while start < len(content) and found < HEAD_LINES:
-        end = content.find(b"\n", start)
-        end = len(content) if end < 0 else end
-        line = content[start:end]
-        start = end + 1
-        if line.strip():
-            found += 1
-            yield line.decode("utf-8", "replace")
 
 
 def _begins_with(content: bytes, sign: bytes) -> bool:

@@ -6,29 +6,29 @@ A manifest is JSONL or a JSON array, decided by its content. Two kinds of rows m
 - speech: `audio`, `text`, and optionally `speaker`, `ref_audio` + `ref_text`, `scene`, `offset`, `duration`.
 
 Paths are relative to the manifest's folder, else to `audio_root` or the working folder. Columns that nobody reads are
-counted and named; `columns` holds the names that are understood, `row_check` what a row must be.
+counted and named; `columns` holds the names that are understood, `schema` what a row must be.
 """
 
 from __future__ import annotations
 
 import codecs
 import copy
+import dataclasses
 import hashlib
 import json
 import re
 from pathlib import Path
 
 import numpy as np
+from pydantic_core import from_json
 
 from ..errors import reason_of
 from .chatml import SERVED, SYSTEM_PROMPT, AudioRef, Row, Turn, speech_messages
 from .clip_paths import ClipPaths
 from .controls import AUDIO_PLACEHOLDERS, DEFAULT_CONTROLS
 from .faults import Fault
-from .file_kinds import no_text
-from .foreign import FORMATS, guess, import_command, no_manifest
-from .json_values import DECODER, TOO_DEEP, parse_int
-from .row_check import RowCheck, Rules
+from .foreign import FORMATS, guess, import_command, keys_given_twice, no_manifest
+from .schema import Rules, read_row
 
 __all__ = [
     "AUDIO_PLACEHOLDERS",
@@ -42,9 +42,11 @@ __all__ = [
     "speech_messages",
 ]
 
+_INSTEAD = "name a JSONL file or a JSON array, in UTF-8"
 _BLANKS = b" \t\r\n"
 _SPACE = re.compile(r"[ \t\r\n]*")
-_SCANNER = json.JSONDecoder(parse_int=parse_int)  # finds where a value ends
+_SCANNER = json.JSONDecoder(parse_int=float)  # finds where a value ends
+_COLUMN = re.compile(r" at line \d+ column (\d+)$")
 
 
 class Manifest:
@@ -70,20 +72,17 @@ class Manifest:
         self.file = str(path)
         self.faults: list[Fault] = []  # of the file as a whole; those of rows come from `check`
         self._rules = Rules(self.file, ClipPaths(path, audio_root), controls, prompt_style)
+        self._known = dataclasses.replace(self._rules, again=True)  # of rows that were checked
         self._content = b""
         self._spans = np.zeros((0, 2), np.int64)  # bytes of `_content`, first and behind the last
         self._lines = np.zeros(0, np.int64)  # 1-based
         self._shared = False  # whether rows share lines, as elements of an array
-        self._elsewhere = np.zeros(0, bool)  # [rows], whether a clip was found outside of the manifest's folder
         try:
             content = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8)
-            if problem := no_text(content):
-                self._fault(1, "manifest", problem)
-                return
             text = content.decode("utf-8")
         except UnicodeDecodeError as error:
             line = error.object.count(b"\n", 0, error.start) + 1
-            problem = f"is not UTF-8 (byte 0x{error.object[error.start]:02x}: {error.reason}); save it as UTF-8"
+            problem = f"is not UTF-8 (byte 0x{error.object[error.start]:02x}: {error.reason}); {_INSTEAD}"
             self._fault(line, "manifest", problem)
             return
         except (OSError, ValueError) as error:  # ValueError: a NUL byte in the path
@@ -98,7 +97,6 @@ class Manifest:
             self._find_array_elements(text)
         else:
             self._find_lines()
-        self._elsewhere = np.zeros(len(self), bool)
         if not len(self) and not self.faults:
             self._fault(1, "manifest", "holds no rows; put one JSON object on each line")
 
@@ -120,55 +118,52 @@ class Manifest:
 
     def check(self, number: int) -> tuple[Row | None, list[Fault]]:
         """A row, or all that is wrong with it. Its clips are looked for (a file with bytes in it), not decoded."""
-        line, element = self._place(number)
-        try:
-            value = DECODER.decode(self._text(number))
-        except json.JSONDecodeError as error:
-            problem = f"not JSON ({error.msg}, column {error.colno}); write one whole object on each line"
-            return None, [Fault(self.file, line, "row", problem, element=element)]
-        except RecursionError:
-            return None, [Fault(self.file, line, "row", TOO_DEEP, element=element)]
-        check = RowCheck(self._rules, line, element)
-        row = check.row(value)
-        self._elsewhere[number] = check.found_elsewhere
-        if check.faults:
-            return None, check.faults
-        self._rules.scenes += row.has_scene
-        return row, []
+        row, faults = self._read(number, self._rules)
+        self._rules.scenes += row is not None and row.has_scene
+        return row, faults
 
     def row(self, number: int) -> Row:
         """A row that `check` found no fault in; its clips are not looked for again."""
-        check = RowCheck(self._rules, *self._place(number), again=True, elsewhere=bool(self._elsewhere[number]))
-        row = check.row(DECODER.decode(self._text(number)))
-        assert not check.faults, check.faults
+        row, faults = self._read(number, self._known)
+        assert row is not None, faults
         return row
 
     def clips_here(self, number: int) -> str:
         """What this process finds of a row's clips, as text: their sizes, or what is wrong; nothing is counted."""
-        check = RowCheck(copy.deepcopy(self._rules), *self._place(number))
+        row, faults = self._read(number, copy.deepcopy(self._rules))
         try:
-            row = check.row(DECODER.decode(self._text(number)))
             sizes = [ref.path.stat().st_size for _, ref in row.audio_refs if ref.path] if row is not None else []
-        except (json.JSONDecodeError, RecursionError):
-            return "no row"  # for all alike; `check` says what is wrong
         except OSError as error:
             return f"{error.filename} cannot be read ({reason_of(error)})"
-        return "; ".join([*(f"{size:,} bytes" for size in sizes), *(fault.problem for fault in check.faults)])
+        return "; ".join([*(f"{size:,} bytes" for size in sizes), *(fault.problem for fault in faults)])
+
+    def _read(self, number: int, rules: Rules) -> tuple[Row | None, list[Fault]]:
+        line, element = int(self._lines[number]), number if self._shared else -1
+        first, behind = self._spans[number]
+        content = self._content[first:behind]
+        try:
+            value = from_json(content, cache_strings="keys")
+        except ValueError as error:
+            reason = _COLUMN.sub(r", column \1", str(error))
+            problem = f"not JSON ({reason}); write one whole object on each line"
+            return None, [Fault(self.file, line, "row", problem, element=element)]
+        if repeated := keys_given_twice(content, value):
+            problem = "stands twice in one object; keep one"
+            return None, [Fault(self.file, line, key, problem, element=element) for key in repeated]
+        return read_row(value, rules, line, element)
 
     def seen(self) -> tuple:
         """What `check` has counted in this process over the rows given to it, for everybody's `set_seen`."""
-        numbers = np.flatnonzero(self._elsewhere)
-        return dict(self._rules.columns.counts), dict(self._rules.paths.elsewhere), numbers, self._rules.scenes
+        return dict(self._rules.columns.counts), dict(self._rules.paths.elsewhere), self._rules.scenes
 
     def set_seen(self, of_ranks: list[tuple]) -> None:
         """All ranks' `seen` together in the place of this process's own."""
         self._rules.columns.counts.clear()
         self._rules.paths.elsewhere.clear()
         self._rules.scenes = sum(seen[-1] for seen in of_ranks)
-        for columns, elsewhere, numbers, _ in of_ranks:
+        for columns, elsewhere, _ in of_ranks:
             self._rules.columns.add(columns)
             self._rules.paths.elsewhere.update(elsewhere)
-            self._elsewhere[numbers] = True
 
     def notes(self) -> list[str]:
         """One line for each thing that concerns many rows and hurts none: columns not read, clips found elsewhere."""
@@ -188,14 +183,6 @@ class Manifest:
             self.file, missing[0].line, missing[0].field, f"none of the {len(self):,} rows' clips exists; {where}"
         )
         return [first, *(fault for fault in faults if fault.missing is None)]
-
-    def _place(self, number: int) -> tuple[int, int]:
-        """(line, element) of a row."""
-        return int(self._lines[number]), number if self._shared else -1
-
-    def _text(self, number: int) -> str:
-        first, behind = self._spans[number]
-        return self._content[first:behind].decode("utf-8")
 
     def _fault(self, line: int, field: str, problem: str) -> None:
         self.faults.append(Fault(self.file, line, field, problem))
@@ -239,7 +226,7 @@ class Manifest:
         except json.JSONDecodeError as error:
             self._fault(error.lineno, "row", f"not JSON ({error.msg}, column {error.colno}); nothing after it was read")
         except RecursionError:
-            self._fault(line, "row", f"{TOO_DEEP}; nothing after it was read")
+            self._fault(line, "row", "nested too deeply to be read; nothing after it was read")
         self._spans = _in_bytes(text, np.array(spans, np.int64).reshape(-1, 2))
         self._lines = np.array(lines, np.int64)
         self._shared = len(set(lines)) < len(lines)
@@ -261,7 +248,7 @@ def _instead(path: str | Path, error: Exception) -> str:
     """What to do about a manifest that cannot be read."""
     if isinstance(error, IsADirectoryError) and (kind := guess(Path(path))):
         return f"it is {FORMATS[kind]}; this makes a manifest of it: {import_command(kind, path)}"
-    return "name a JSONL file or a JSON array"
+    return _INSTEAD
 
 
 def _after_space(text: str, at: int) -> int:

@@ -20,20 +20,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
-from ..codec.base import check_fits
 from ..errors import ConfigError, reason_of
 from .chatml import SERVED, AudioRef, Row
 from .code_cache import CodeCache
 from .controls import DEFAULT_CONTROLS
 from .faults import SHOWN_OF_A_KIND, Fault, grouped, plural, write_faults
 from .manifest import Manifest
-from .row_check import OWN_REFERENCE
 from .row_set import Part, RowSet, as_array, joined, put_together
 from .same_files import check_same_files
+from .schema import OWN_REFERENCE
 from .transcripts import FACTS, VOICE, Spoken, facts_of, first_lines, voice_of, warnings_of
 
 if TYPE_CHECKING:
     from ..batching.token_counts import LengthIndex
+    from ..distributed.alone import Alone
     from ..distributed.engine import Ranks
 
 CHUNK_ROWS = 16384  # rows of a rank that are objects at a time
@@ -42,27 +42,35 @@ BLOCK_ROWS = 64  # rows in a line that one rank takes, so that what stands toget
 EXCHANGE_SEC = 16.0
 
 
+@dataclass(frozen=True)
+class RowOptions:
+    """How rows are read, what is too long for one, and how faults are told; None for no limit."""
+
+    max_duration_sec: float
+    skip_bad_rows: bool = False
+    count_tokens: bool = True
+    max_tokens: int | None = None  # of a batch; where tokens are counted, a row of more is a fault
+    max_row_tokens: int | None = None
+    audio_root: str | None = None  # where paths are looked for that are not beside the manifest
+    controls: re.Pattern[str] = DEFAULT_CONTROLS  # tokens that no text may hold; see `controls.control_tokens`
+    prompt_style: str = SERVED  # of speech rows; see `chatml.speech_messages`
+    faults_dir: Path | None = None  # where all faults and warnings go, as `faults.jsonl`
+    outcome: str = "nothing was trained (--skip_bad_rows trains without them)"  # a list of faults ends with it
+
+    def open(self, manifest: str) -> Manifest:
+        """A manifest whose rows are read so."""
+        return Manifest(manifest, audio_root=self.audio_root, controls=self.controls, prompt_style=self.prompt_style)
+
+
 def load_rows(
     manifests: list[str],
+    options: RowOptions,
     *,
     trained: int = 1,
     cache: CodeCache,
-    num_codebooks: int,
-    codebook_size: int,
-    max_duration_sec: float,
-    skip_bad_rows: bool,
-    ranks: Ranks,
-    warn: Callable[[str], None],
-    on_progress: Callable[[], None] = lambda: None,
+    ranks: Ranks | Alone,
     lengths: LengthIndex | None = None,
-    count_tokens: bool = True,
-    max_tokens: int | None = None,
-    max_row_tokens: int | None = None,
-    audio_root: str | None = None,
-    controls: re.Pattern[str] = DEFAULT_CONTROLS,
-    prompt_style: str = SERVED,
-    faults_dir: Path | None = None,
-    outcome: str = "nothing was trained (--skip_bad_rows trains without them)",
+    on_progress: Callable[[], None] = lambda: None,
 ) -> tuple[RowSet, RowSet]:
     """The usable rows of the training manifests, joined, and of the validation manifest where there is one.
 
@@ -70,31 +78,22 @@ def load_rows(
 
     Args:
         trained: how many of `manifests`, from the first on, are trained on.
-        lengths: counts tokens, where they are wanted: of every row with `count_tokens`, else only where a row may have
-            more than `max_row_tokens`.
+        lengths: counts rows' tokens.
         on_progress: called for each clip and row that is done, by this rank.
-        max_tokens, max_row_tokens: with `lengths`, a row of more tokens is a fault.
-        audio_root: where paths are looked for that are not beside the manifest.
-        controls: finds tokens that no text may hold; see `controls.control_tokens`.
-        prompt_style: of speech rows; see `chatml.speech_messages`.
-        faults_dir: where all faults and warnings go, as `faults.jsonl`.
 
     Raises:
         ConfigError: all faults of all manifests without `skip_bad_rows`, a manifest without a usable row, or a cache
             that cannot be written to.
     """
-    check_fits(cache.codec, num_codebooks, codebook_size)
-    rules = {"audio_root": audio_root, "controls": controls, "prompt_style": prompt_style}
-    read = [Manifest(manifest, **rules) for manifest in manifests]
+    read = [options.open(manifest) for manifest in manifests]
     check_same_files(read, ranks)
-    limits = Limits(max_duration_sec, max_tokens if count_tokens else None, max_row_tokens)
-    loader = _Loader(cache, ranks, limits, lengths, count_tokens, on_progress)
+    loader = _Loader(cache, ranks, options, lengths, on_progress)
     total = sum(map(len, read))
     bar = tqdm(total=total, desc="rows", unit="row", disable=not ranks.is_main, mininterval=1.0)
     with bar, _few_objects_to_collect():
         sets = [loader.load(manifest, bar) for manifest in read]
     loader.read_what_others_encoded()  # here, for data workers to share instead of each reading it for itself
-    _tell(read, trained, loader, ranks, skip_bad_rows, warn, faults_dir, outcome)
+    _tell(read, trained, loader, options, ranks)
     for manifest, rows, faults in zip(read, sets, loader.faults, strict=True):
         if not rows:
             raise ConfigError([*grouped(manifest.summed_up(faults)), f"{manifest.file}: no usable row is left"])
@@ -103,16 +102,7 @@ def load_rows(
     return joined(sets[:trained]), sets[trained] if len(sets) > trained else RowSet()
 
 
-def _tell(
-    read: list[Manifest],
-    trained: int,
-    loader: _Loader,
-    ranks: Ranks,
-    skip_bad_rows: bool,
-    warn: Callable[[str], None],
-    faults_dir: Path | None,
-    outcome: str,
-) -> None:
+def _tell(read: list[Manifest], trained: int, loader: _Loader, options: RowOptions, ranks: Ranks | Alone) -> None:
     """Says what was found, by kind, and leaves all of it in `faults_dir`.
 
     Raises:
@@ -121,7 +111,9 @@ def _tell(
     bad_rows = plural(len({f.row for found in loader.faults for f in found}), "bad row")
     faults = [f for manifest, found in zip(read, loader.faults, strict=True) for f in manifest.summed_up(found)]
     warnings = warnings_of(loader.spoken, trained) if ranks.is_main else []
-    path = write_faults(faults_dir, [*faults, *warnings]) if ranks.is_main and faults_dir is not None else None
+    path = None
+    if ranks.is_main and options.faults_dir is not None:
+        path = write_faults(options.faults_dir, [*faults, *warnings])
     notes = [note for manifest in read for note in manifest.notes()]
     if warnings:
         rows = plural(len({f.row for f in warnings}), "row")
@@ -130,11 +122,11 @@ def _tell(
     if path is not None and len(faults) + len(warnings) > SHOWN_OF_A_KIND:
         (lines if faults else notes).append(f"all of it, one a line: {path}")
     if notes:
-        warn("\n".join(notes))
-    if faults and not skip_bad_rows:
-        raise ConfigError([*lines, f"{bad_rows}; {outcome}"])
+        ranks.say("\n".join(notes))
+    if faults and not options.skip_bad_rows:
+        raise ConfigError([*lines, f"{bad_rows}; {options.outcome}"])
     if faults:
-        warn("\n".join([f"--skip_bad_rows: training without {bad_rows}:", *lines]))
+        ranks.say("\n".join([f"--skip_bad_rows: training without {bad_rows}:", *lines]))
 
 
 @contextlib.contextmanager
@@ -148,32 +140,21 @@ def _few_objects_to_collect() -> Iterator[None]:
         gc.unfreeze()
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What is too long; None for no limit."""
-
-    duration_sec: float
-    batch_tokens: int | None
-    row_tokens: int | None
-
-
 class _Loader:
     """All ranks go through the manifests together, a chunk of rows at a time."""
 
     def __init__(
         self,
         cache: CodeCache,
-        ranks: Ranks,
-        limits: Limits,
+        ranks: Ranks | Alone,
+        options: RowOptions,
         lengths: LengthIndex | None,
-        count_tokens: bool,
         on_progress: Callable[[], None],
     ):
         self._cache = cache
         self._ranks = ranks
-        self._limits = limits
+        self._options = options
         self._lengths = lengths
-        self._count_tokens = count_tokens and lengths is not None
         self._on_progress = on_progress
         self._others_encoded = True  # since this rank last looked
         self.faults: list[list[Fault]] = []  # of each manifest
@@ -226,7 +207,7 @@ class _Loader:
         self, rows: RowSet, facts: np.ndarray, clip_frames: np.ndarray, first_clip: np.ndarray
     ) -> Iterator[tuple[int, str]]:
         """(row, problem) of each over the limit on a row; counts only what its bytes and frames leave in doubt."""
-        limit = self._limits.row_tokens
+        limit = self._options.max_row_tokens
         if limit is None or self._lengths is None:
             return
         frames = np.r_[0, np.cumsum(clip_frames)]
@@ -268,13 +249,13 @@ class _Loader:
                 faults.append(rows[i].fault(where, f"has the content of {OWN_REFERENCE}"))
                 usable[i] = False
         tokens = None
-        if self._count_tokens:
+        if self._options.count_tokens and self._lengths is not None:
             counted = np.flatnonzero(usable)
             keyed = [rows[i].with_keys(keys[ends[i] - clips[i] : ends[i]]) for i in counted.tolist()]
             tokens = self._lengths.count(keyed, self._on_progress)
-            too_long = tokens > (self._limits.batch_tokens or np.inf)
+            too_long = tokens > (self._options.max_tokens or np.inf)
             for i, count in zip(counted[too_long].tolist(), tokens[too_long].tolist(), strict=True):
-                problem = f"takes {count} tokens, over --max_tokens_per_batch {self._limits.batch_tokens}"
+                problem = f"takes {count} tokens, over --max_tokens_per_batch {self._options.max_tokens}"
                 faults.append(rows[i].fault("row", problem))
             usable[counted[too_long]] = False
             tokens = tokens[~too_long]
@@ -306,7 +287,7 @@ class _Loader:
         found: list[bytes] = []
         problems: dict[int, str] = {}
         encoded_before = cache.encoded
-        work = cache.ensure_each([refs[i] for i in (owner[mine] - start).tolist()], self._limits.duration_sec)
+        work = cache.ensure_each([refs[i] for i in (owner[mine] - start).tolist()], self._options.max_duration_sec)
         more, pause = True, 0.5
         while more:
             go_on = partial(self._go_on, work, mine, found, problems, time.monotonic() + pause)

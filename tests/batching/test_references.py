@@ -12,7 +12,7 @@ from higgs_ds.batching.token_counts import LengthIndex
 from higgs_ds.codec.load import load_codec
 from higgs_ds.data.chatml import speech_messages
 from higgs_ds.data.code_cache import CodeCache
-from higgs_ds.data.rows import load_rows
+from higgs_ds.data.rows import RowOptions, load_rows
 from higgs_ds.distributed.alone import Alone
 from higgs_ds.model.higgs_v2.facts import HiggsV2Facts
 from higgs_ds.model.higgs_v2.prompt import tokenize
@@ -48,13 +48,9 @@ def loaded(codec_dir, tokenizer, tiny_config, tmp_path_factory):
     collator = Collator(facts)
     rows, _ = load_rows(
         [str(write_manifest(folder))],
+        RowOptions(max_duration_sec=30),
         cache=cache,
-        num_codebooks=facts.num_codebooks,
-        codebook_size=facts.codebook_size,
-        max_duration_sec=30,
-        skip_bad_rows=False,
         ranks=Alone(),
-        warn=print,
         lengths=LengthIndex(cache, tokenizer, collator),
     )
     return rows, cache, collator

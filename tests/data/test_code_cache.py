@@ -78,14 +78,6 @@ def test_codes_of_another_codec_are_not_taken(tmp_path, codec):
         CodeCache(tmp_path, other).get(REFS[0])
 
 
-def damage_empty(codes, index):
-    codes.write_bytes(b"")
-
-
-def damage_gone(codes, index):
-    codes.unlink()
-
-
 def damage_cut_off(codes, index):
     codes.write_bytes(codes.read_bytes()[: 8 * 10 * 2])
 
@@ -96,17 +88,9 @@ def damage_a_bit(codes, index):
     codes.write_bytes(content)
 
 
-def damage_shifted(codes, index):
-    codes.write_bytes(codes.read_bytes()[2:])
-
-
 def damage_range(codes, index):
     """Codes that the codec does not have, under a checksum that fits."""
     rewrite(codes, index, np.fromfile(codes, "<i2") + np.int16(16))
-
-
-def damage_negative(codes, index):
-    rewrite(codes, index, np.fromfile(codes, "<i2") - np.int16(16))
 
 
 def rewrite(codes, index, values):
@@ -182,31 +166,6 @@ def test_a_writer_killed_before_its_first_record_is_nothing(tmp_path, codec, siz
     cache = CodeCache(tmp_path, codec)
     assert cache.ensure(REFS[:2]) == {} and cache.encoded == 2
     assert CodeCache(tmp_path, codec).get(REFS[0]).shape == cache.get(REFS[0]).shape
-
-
-def test_hostile_files_in_the_folder_are_left_alone(tmp_path, codec):
-    cache = CodeCache(tmp_path, codec)
-    cache.ensure(REFS[:1])
-    rng = np.random.default_rng(0)
-    for name in ("a.index", "b.codes", "c.lengths"):
-        (cache.folder / name).write_bytes(rng.bytes(1000))
-    (tmp_path / "d.hashes").write_bytes(rng.bytes(1000))
-    huge = CodeStore(cache.folder, codec)
-    huge.add(bytes(range(32)), np.zeros((8, 1), np.int16))
-    huge.close_writer()
-    (path,) = {p for p in cache.folder.glob("*.index") if p.stat().st_size == INDEX.itemsize} - {
-        p for p in cache.folder.glob("*.index") if cache.key(REFS[0]) in p.read_bytes()
-    }
-    record = np.fromfile(path, INDEX)
-    record["frames"], record["offset"] = 2**32 - 1, 2**62
-    record["check"] = records.checksums(record)
-    path.write_bytes(record.tobytes())
-    with pytest.raises(ValueError, match="is damaged"):
-        CodeStore(cache.folder, codec).get(bytes(range(32)))
-    codec.encoded = 0
-    again = CodeCache(tmp_path, codec)
-    assert again.ensure(REFS[:1]) == {} and codec.encoded == 0
-    assert np.array_equal(again.get(REFS[0]), cache.get(REFS[0]))
 
 
 def test_a_disk_that_is_full_says_so_and_what_was_there_stays(tmp_path, codec, monkeypatch):

@@ -1,19 +1,19 @@
-"""Which rows a manifest may hold, and what each faulty one is answered with."""
+"""A manifest: where its rows stand, which it may hold, and what is faulty, with how that is answered."""
 
 import base64
+import gzip
 import json
 import os
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from higgs_ds.data.manifest import AudioRef, Fault, Manifest, Turn, read_manifest, speech_messages
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "speech"
 CLIP = {"type": "audio", "audio_url": "a.wav"}
-NO_URL = {"type": "audio", "audio_url": "placeholder"}
-AT = "messages[1].content"
 RAW = base64.b64encode(b"RIFF").decode()
 SPEECH = {"audio": "a.wav", "text": "Hello."}
 
@@ -47,159 +47,42 @@ def manifest(tmp_path, monkeypatch):
     return read
 
 
-def deep(levels):
-    return '{"audio": "a.wav", "text": "Hi.", "id": ' + "[" * levels + "]" * levels + "}"
+BAD_ROWS = json.loads((Path(__file__).parent / "bad_rows.json").read_text(encoding="utf-8"))
 
 
-def without(row, key):
-    return {name: value for name, value in row.items() if name != key}
-
-
-BAD_ROWS = [
-    # The row as a whole.
-    ('{"audio": "a.wav", "text": }', "row", "not JSON (Expecting value, column 28)"),
-    ("{", "row", "not JSON (Expecting property name"),
-    (deep(200_000), "row", "nested too deeply to be read"),
-    ('"text"', "row", "must be a JSON object, found 'text'"),
-    ("null", "row", "must be a JSON object, found null"),
-    ('{"id": 1}', "row", "has neither `messages` (a ChatML row) nor `audio` and `text` (a speech row)"),
-    ('{"audio": "a.wav", "text": "Hi.", "text": "Ho."}', "text", "given more than once"),
-    (json.dumps(chatml("Hi."))[:-1] + ', "misc": {"speaker": "a", "speaker": "b"}}', "misc.speaker", "given more than"),
-    (json.dumps(chatml(CLIP)).replace('"type"', '"offset": 1, "offset": 2, "type"'), f"{AT}.offset", "more than once"),
-    ('{"audio": {"path": "b.wav", "path": "a.wav"}, "text": "Hi."}', "audio.path", "given more than once"),
-    ('{"audio": "a.wav", "text": "Hi.", "duration": 1e999}', "duration", "must be a finite number"),
-    ('{"audio": "a.wav", "text": "Hi.", "duration": 1%s}' % ("0" * 5000), "duration", "must be a finite number"),
-    ({**SPEECH, "text": "Hi \ud83d"}, "text", r"half a surrogate pair ('\ud83d')"),
-    ({**SPEECH, "audio": "\ud83d.wav"}, "audio", r"half a surrogate pair ('\ud83d')"),
-    ({**SPEECH, "speaker": "\ud83d"}, "speaker", r"half a surrogate pair ('\ud83d')"),
-    (chatml("Hi.", misc={"speaker": "\ud83d"}), "misc.speaker", r"half a surrogate pair ('\ud83d')"),
-    # Unknown fields that would change what is trained; others are only counted.
-    ({**SPEECH, "ref_txt": "Hi."}, "ref_txt", "unknown field; did you mean `ref_text`?"),
-    ({**SPEECH, "ofset": 1}, "ofset", "unknown field; did you mean `offset`?"),
-    (chatml("Hi.", startindex=1), "startindex", "did you mean `start_index`?"),
-    (chatml([{**CLIP, "raw_adio": RAW}]), "messages[1].content[0].raw_adio", "did you mean `raw_audio`?"),
-    # Speech rows.
-    (without(SPEECH, "audio"), "audio", "is missing"),
-    ({"audo": "a.wav", "text": "Hi."}, "audio", "is missing; did you mean `audio` by `audo`?"),
-    ({"audio": "a.wav", "txet": "Hi."}, "text", "is missing; did you mean `text` by `txet`?"),
-    (
-        {"mesages": []},
-        "row",
-        "has neither `messages` (a ChatML row) nor `audio` and `text` (a speech row); did you mean",
-    ),
-    (
-        {"audio": "a.wav", "sentence": "Hi.", "transcript": "Ho."},
-        "sentence",
-        "which is the text? rename that to `text`",
-    ),
-    ({"path": "b.wav", "text": "Hi."}, "path", "'b.wav' does not exist"),
-    (without(SPEECH, "text"), "text", "is missing"),
-    ({**SPEECH, "text": None}, "text", "is missing"),
-    ({**SPEECH, "text": " \n"}, "text", "is empty"),
-    ({**SPEECH, "text": 7}, "text", "must be text, found 7"),
-    ({**SPEECH, "text": "a <|AUDIO|>"}, "text", "holds <|AUDIO|>, which stands for a clip"),
-    ({**SPEECH, "scene": "<|AUDIO_OUT|>"}, "scene", "holds <|AUDIO_OUT|>"),
-    ({**SPEECH, "speaker": ["x"]}, "speaker", "must be text, found a list"),
-    ({**SPEECH, "speaker": True}, "speaker", "must be text, found true"),
-    ({**SPEECH, "speaker": 1e16}, "speaker", "must be text, found 1e+16"),  # which of two speakers?
-    ({**SPEECH, "duration": "1,0"}, "duration", "must be a number of seconds, found '1,0'"),
-    ({**SPEECH, "offset": 1, "duration": 0}, "duration", "must be above 0 seconds, found 0"),
-    ({**SPEECH, "offset": 1, "duration": "-1"}, "duration", "must be above 0 seconds, found -1.0"),
-    ({**SPEECH, "text": float("nan")}, "text", "is missing"),
-    ({**SPEECH, "ref_audio": "a.wav"}, "ref_text", "is missing; it is the transcript of ref_audio"),
-    ({**SPEECH, "ref_text": "Hi."}, "ref_audio", "is missing; ref_text is its transcript"),
-    ({**SPEECH, "ref_audio": "a.wav", "ref_text": "Hi."}, "ref_audio", "is the clip that is to be spoken"),
-    ({**SPEECH, "ref_audio": "./a.wav", "ref_text": "Hi.", "offset": 0}, "ref_audio", "is the clip that is to be"),
-    ({**SPEECH, "ref_audio": "a.wav", "ref_text": "Hi.", "offset": 1, "duration": 2}, "ref_audio", "holds the clip"),
-    ({"messages": [turn("user", [CLIP]), *chatml(CLIP)["messages"]]}, "messages[0].content[0]", "is the clip that"),
-    # Clips.
-    ({**SPEECH, "audio": "b.wav"}, "audio", "'b.wav' does not exist; paths are relative to the manifest's folder"),
-    ({**SPEECH, "audio": "folder"}, "audio", "'folder' is a directory"),
-    ({**SPEECH, "audio": "pipe"}, "audio", "'pipe' is not a regular file"),
-    ({**SPEECH, "audio": "empty.wav"}, "audio", "'empty.wav' is empty (0 bytes)"),
-    ({**SPEECH, "audio": "a.wav/b"}, "audio", "cannot be read (Not a directory)"),
-    ({**SPEECH, "audio": "x" * 5000}, "audio", "x...' cannot be read (File name too long)"),
-    ({**SPEECH, "audio": ""}, "audio", "is empty; give the path of an audio file"),
-    ({**SPEECH, "audio": "a\0.wav"}, "audio", r"holds a NUL byte: 'a\x00.wav'"),
-    ({**SPEECH, "audio": {"array": [0.0]}}, "audio", "found an object without `path` or `bytes`"),
-    ({**SPEECH, "audio": {"path": "b.wav", "bytes": None}}, "audio.path", "'b.wav' does not exist"),
-    ({**SPEECH, "audio": {"bytes": "a-b="}}, "audio.bytes", "is not base64"),
-    ({**SPEECH, "audio": "https://host/a.wav"}, "audio", "nothing is fetched from a manifest"),
-    ({**SPEECH, "audio": "data:audio/wav;base64,UklG"}, "audio", "nothing is fetched from a manifest"),
-    (chatml({**CLIP, "audio_url": "S3://b/a.wav"}), "messages[1].content.audio_url", "nothing is fetched"),
-    (chatml({"type": "audio"}), "messages[1].content.audio_url", "is missing"),
-    (chatml(NO_URL), "messages[1].content", "audio_url is 'placeholder' and there is no raw_audio"),
-    (
-        chatml({**CLIP, "audio_url": "", "raw_audio": ""}),
-        "messages[1].content",
-        "audio_url is '' and there is no raw_au",
-    ),
-    (chatml([{**NO_URL, "raw_audio": "a-b="}]), "messages[1].content[0].raw_audio", "is not base64"),
-    (chatml([{**NO_URL, "raw_audio": "é"}]), "messages[1].content[0].raw_audio", "is not base64"),
-    (chatml([{**NO_URL, "raw_audio": 5}]), "messages[1].content[0].raw_audio", "must be text in base64, found 5"),
-    (chatml({**CLIP, "offset": -0.5}), "messages[1].content.offset", "must be 0 or more seconds, found -0.5"),
-    (chatml({**CLIP, "offset": 0.1, "duration": 0.0}), f"{AT}.duration", "must be above 0 seconds, found 0.0"),
-    (chatml({**CLIP, "audio_url": "b.wav", "raw_audio": "placeholder"}), f"{AT}.audio_url", "'b.wav' does not exist"),
-    (chatml({**NO_URL, "raw_audio": "placeholder"}), AT, "audio_url is 'placeholder' and there is no raw_audio"),
-    (chatml({**CLIP, "duration": True}), "messages[1].content.duration", "must be a number of seconds, found true"),
-    # Messages.
-    ({"messages": {}}, "messages", "must be a list of at least one message, found an object"),
-    ({"messages": [], "start_index": 1}, "messages", "must be a list of at least one message, found an empty list"),
-    ({"messages": ["Hi."]}, "messages[0]", "must be an object with `role` and `content`, found 'Hi.'"),
-    ({"messages": [turn("bot", "Hi.")]}, "messages[0].role", "found 'bot'; must be system, user or assistant"),
-    ({"messages": [{"content": "Hi."}]}, "messages[0].role", "is missing; must be system, user or assistant"),
-    ({"messages": [{"role": "assistant"}]}, "messages[0].content", "is missing"),
-    (chatml(""), "messages[1].content", "is empty"),
-    (chatml([]), "messages[1].content", "is an empty list"),
-    (chatml(["", {"type": "text", "text": " \n"}]), "messages[1].content", "is empty"),
-    (chatml({"type": "text", "text": {"type": "text", "text": "Hi."}}), f"{AT}.text", "must be text, found an object"),
-    (chatml(["Hi.", 5]), "messages[1].content[1]", "must be text or an object of type text or audio, found 5"),
-    (chatml([{"text": "Hi."}]), "messages[1].content[0].type", "is missing; must be text or audio"),
-    (chatml({"type": "image"}), "messages[1].content.type", "found 'image'; must be text or audio"),
-    (chatml({"type": "text"}), "messages[1].content.text", "is missing"),
-    (chatml(["Hi.", "<|AUDIO_OUT|>"]), "messages[1].content[1]", "holds <|AUDIO_OUT|>, which stands for a clip"),
-    (
-        {"messages": [turn("user", "Hi.", recipient="x"), turn("assistant", "Ho.")]},
-        "messages[0].recipient",
-        "only an assistant turn has a recipient, this one is user",
-    ),
-    ({"messages": [turn("assistant", "Hi.", recipient="<|AUDIO|>")]}, "messages[0].recipient", "holds <|AUDIO|>"),
-    (chatml("Hi.", misc="x"), "misc", "must be an object, found 'x'"),
-    # What is trained.
-    ({"messages": [turn("user", "Hi.")]}, "messages", "has no assistant turn, so nothing to train on"),
-    (chatml("Hi.", start_index=2), "start_index", "must be 0 to 1 (the index of a message), found 2"),
-    (chatml("Hi.", start_index=-1), "start_index", "must be 0 to 1 (the index of a message), found -1"),
-    (chatml("Hi.", start_index=True), "start_index", "must be a whole number, found true"),
-    (chatml("Hi.", start_index=1.0), "start_index", "must be a whole number, found 1.0"),
-    (
-        {"messages": [turn("assistant", "Hi."), turn("user", "Ho.")], "start_index": 1},
-        "start_index",
-        "leaves nothing to train on: the last assistant turn is 0, found 1",
-    ),
-]
-
-
-@pytest.mark.parametrize(("row", "field", "words"), BAD_ROWS)
-def test_a_fault_names_line_and_field_and_other_rows_survive(manifest, row, field, words):
+@pytest.mark.parametrize(("row", "words"), BAD_ROWS)
+def test_a_fault_names_line_and_field_and_other_rows_survive(manifest, row, words):
+    row = row if isinstance(row, str) and row.startswith("{") else json.dumps(row)
     rows, faults = manifest([SPEECH, "", row, chatml(CLIP)])
-    assert len(faults) == 1
-    assert faults[0].startswith(f"m.jsonl:3: {field}: ")
-    assert words in faults[0]
+    assert len(faults) == 1 and faults[0].startswith(f"m.jsonl:3: {words}")
     assert faults[0].isprintable() and len(faults[0]) < 300
     assert [row.origin for row in rows] == ["m.jsonl:1", "m.jsonl:4"]
+
+
+def test_a_damaged_manifest_is_faults_and_no_traceback(manifest):
+    rng = np.random.default_rng(0)
+    whole = "\n".join(map(json.dumps, [SPEECH, chatml([CLIP, "So."], start_index=0, misc={"speaker": "x"})] * 3))
+    for text in (whole, f"[{whole}]".replace("\n", ",")):
+        for _ in range(300):
+            content = bytearray(text.encode())
+            for place in rng.integers(len(content), size=3):
+                content[place : place + rng.integers(3)] = rng.choice([b"", b'"', b"{", b"[", b"1", b"\xff", b"null"])
+            manifest(bytes(content))
+    for value in ("[" * 10_000, '{"audio": ' * 10_000, "9" * 5000, r'{"text": "\ud83d"}', '{"audio": "\\u0000"}'):
+        rows, faults = manifest(f"{json.dumps(SPEECH)}\n{value}\n")
+        assert len(rows) == 1 and len(faults) >= 1
 
 
 def test_all_faults_are_listed_together_and_sorted(manifest):
     clips = [{**CLIP, "offset": -1, "duration": -2}, {"type": "audio", "audio_url": "http://x/y"}]
     rows, faults = manifest(
-        [SPEECH, "{", {"audio": "b.wav", "text": "", "extra": 1}, chatml(clips, start_index="0", misc=1)]
+        [SPEECH, "{", {"audio": "b.wav", "text": "", "extra": 1}, chatml(clips, start_index="x", misc=1)]
     )
     assert len(rows) == 1
     assert [fault.rsplit(": ", 1)[0] if "fetched" in fault else fault.split(" ")[:2] for fault in faults] == [
         ["m.jsonl:2:", "row:"],
         ["m.jsonl:3:", "audio:"],
         ["m.jsonl:3:", "text:"],
-        ["m.jsonl:4:", "messages[1].content[0].duration:"],
         ["m.jsonl:4:", "messages[1].content[0].offset:"],
         "m.jsonl:4: messages[1].content[1].audio_url: nothing is fetched from a manifest",
         ["m.jsonl:4:", "misc:"],
@@ -345,3 +228,85 @@ def test_the_shipped_speech():
         for line in (EXAMPLES / name).read_text(encoding="utf-8").splitlines()
     ]
     assert stated == pytest.approx(seconds, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("content", "line", "words"),
+    [
+        ("", 1, "holds no rows"),
+        (" \r\n\n", 1, "holds no rows"),
+        ("[ ]", 1, "holds no rows"),
+        (b'{"audio": "a.wav", "text": "Hi."}\n\n{"text": "caf\xe9"}', 3, "is not UTF-8 (byte 0xe9"),
+        (gzip.compress(json.dumps(SPEECH).encode()), 1, "is not UTF-8 (byte 0x8b"),
+        (b"PAR1\x15\x04\x15\xff", 1, "is not UTF-8 (byte 0xff"),
+    ],
+)
+def test_a_file_without_rows(manifest, content, line, words):
+    rows, faults = manifest(content)
+    assert rows == [] and len(faults) == 1
+    assert faults[0].startswith(f"m.jsonl:{line}: manifest: {words}")
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("none.jsonl", "cannot be read (No such file or directory)"),
+        ("folder", "cannot be read (Is a directory)"),
+    ],
+)
+def test_a_manifest_that_cannot_be_read(manifest, path, words):
+    rows, [fault] = read_manifest(path)
+    assert rows == []
+    assert str(fault).startswith(f"{path}:1: manifest: {words}")
+
+
+def test_line_numbers_in_a_pretty_printed_array(manifest):
+    rows, faults = manifest("\n" + json.dumps([SPEECH, {**SPEECH, "text": ""}, chatml("Hi."), 5], indent=2))
+    assert [row.line for row in rows] == [3, 11]
+    assert faults == ["m.jsonl:7: text: is empty", "m.jsonl:23: row: must be a JSON object, found 5"]
+
+
+def test_rows_that_share_a_line_are_told_apart_by_their_number(manifest):
+    """json.dump writes an array on one line."""
+    broken = chatml("Hi.", start_index=9)
+    rows, faults = manifest(json.dumps([SPEECH, {**SPEECH, "text": ""}, chatml("Hi."), 5, broken]))
+    assert [row.origin for row in rows] == ["m.jsonl:1[0]", "m.jsonl:1[2]"]
+    assert faults == [
+        "m.jsonl:1[1]: text: is empty",
+        "m.jsonl:1[3]: row: must be a JSON object, found 5",
+        "m.jsonl:1[4]: start_index: must be 0 to 1 (the index of a message), found 9",
+    ]
+    assert Manifest("m.jsonl").row(2) == rows[1]
+
+
+@pytest.mark.parametrize(
+    ("tail", "line", "words"),
+    [
+        (",\n {'a': 1}]", 3, "Expecting property name enclosed in double quotes, column 3"),
+        (",\n]", 3, "column 1"),
+        ("\n {}]", 3, "Expecting ',' or ']', column 2"),
+        ("", 2, "Expecting ',' or ']', column 38"),
+        ("]\n\n[]", 4, "Extra data after the array, column 1"),
+    ],
+)
+def test_a_broken_array_keeps_what_stands_before(manifest, tail, line, words):
+    rows, faults = manifest("[\n " + json.dumps(SPEECH) + tail)
+    assert [row.line for row in rows] == [2]
+    [fault] = faults
+    assert fault.startswith(f"m.jsonl:{line}: row: not JSON (") and words in fault
+    assert fault.endswith("nothing after it was read")
+
+
+@pytest.mark.parametrize(
+    ("row", "key"),
+    [
+        ('{"audio": "a.wav", "text": "One.", "text": "Two."}', "text"),
+        ('{"text": "One.", "audio": "a.wav", "aud\\\\u0069o" : "b.wav"}', "audio"),
+        ('{"messages": [{"role": "user", "content": "Hi.", "role": "assistant"}]}', "role"),
+    ],
+)
+def test_a_key_that_stands_twice_is_a_fault(row, key, tmp_path):
+    """A reader of JSON keeps the last one and says nothing."""
+    (tmp_path / "m.jsonl").write_text(row.replace("\\\\u", "\\u") + "\n")
+    _, faults = read_manifest(tmp_path / "m.jsonl")
+    assert [(fault.line, fault.field) for fault in faults] == [(1, key)]

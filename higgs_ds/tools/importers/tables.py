@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from ...data.columns import plain
-from ...data.foreign import AUDIO_SUFFIXES, DELIMITERS, lines_in, table_delimiter
-from ...data.manifest import DECODER as OF_MANIFESTS
+from ...data.foreign import AUDIO_SUFFIXES, DELIMITERS, KeyedOnce, lines_in, table_delimiter
 from .found import Found
 
 MOST_LINES = 100  # of one row, whose text may hold line breaks
-# Its objects know which of their keys were given twice; whole numbers stay whole, as that of a speaker must.
-DECODER = json.JSONDecoder(object_pairs_hook=OF_MANIFESTS.object_pairs_hook)
+MOST_DIGITS = 100  # of a number that stays whole, as that of a speaker must
+# Its objects know which of their keys were given twice.
+DECODER = json.JSONDecoder(
+    object_pairs_hook=KeyedOnce,
+    parse_int=lambda digits: int(digits) if len(digits) <= MOST_DIGITS else float(digits),
+)
 
 
 def json_rows(path: Path, found: Found) -> Iterator[tuple[str, dict]]:

@@ -1,0 +1,433 @@
+"""A row's schema: one JSON object in, a `Row` or all that is wrong with it out. Nothing is decoded.
+
+`columns` first gives other tools' columns the names of our fields; then one model checks types, values, texts and
+clips at once, in pydantic's words where no better ones are known.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PlainValidator,
+    Tag,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+from pydantic_core import ErrorDetails, PydanticCustomError
+
+from .chatml import SERVED, AudioRef, Row, Turn, speech_messages
+from .clip_paths import MISSING, URL, ClipPaths
+from .columns import ITEM_FIELDS, Columns, Reading, member, reading, unread_name, weighty_misspelling
+from .controls import DEFAULT_CONTROLS, find_control
+from .faults import Fault
+from .foreign import swift_audios
+
+NOT_THERE = ("", "placeholder", None)  # what upstream's dataclasses hold where there is no clip
+_AN_OBJECT = re.compile(r"a valid dictionary( or instance of \w+)?")
+OWN_REFERENCE = "the clip that is to be spoken; give another clip of the voice, or none"
+
+
+@dataclass
+class Rules:
+    """What all rows of a manifest are checked by, and what is counted over them."""
+
+    file: str
+    paths: ClipPaths
+    controls: re.Pattern[str] = DEFAULT_CONTROLS
+    prompt_style: str = SERVED  # of speech rows
+    again: bool = False  # rows without faults: nothing is counted, and clips are not looked for
+    columns: Columns = field(default_factory=Columns)
+    scenes: int = 0  # rows without faults that have one
+
+
+def read_row(value: Any, rules: Rules, line: int, element: int = -1) -> tuple[Row | None, list[Fault]]:
+    """The row that a JSON value is, or its faults."""
+    if not isinstance(value, dict):
+        return None, [Fault(rules.file, line, "row", f"must be a JSON object, found {shown(value)}", element=element)]
+    read = reading(tuple(value))
+    faults: list[tuple[str, str, str | None]] = [(name, problem, None) for name, problem in read.faults]
+    unread = {unread_name("", column): None for column in read.unread}
+    row = None
+    try:
+        if read.kind == "speech":
+            speech = SpeechRow.model_validate(_translated(value, read), context=rules)
+            row = _of_speech(speech, read.column, rules, line, element)
+        elif read.kind == "chatml":
+            if problem := swift_audios(value, rules.file):
+                faults.append(("audios", problem, None))
+            talk = TalkRow.model_validate(value, context=rules)
+            row = _of_talk(talk, rules, line, element)
+            if not rules.again:
+                faults += [(name, problem, None) for name, problem in _unknown(talk, unread)]
+    except ValidationError as error:
+        faults += _problems(error, read)
+    if row is not None and not rules.again:
+        faults += [(name, problem, None) for name, problem in _own_reference(row)]
+    if not rules.again:
+        for name in unread:
+            rules.columns.count(name)
+    if faults:
+        return None, [
+            Fault(rules.file, line, name, problem, missing=missing, element=element)
+            for name, problem, missing in faults
+        ]
+    return row, []
+
+
+def fault(problem: str, missing: str | None = None) -> PydanticCustomError:
+    """What a validator raises; `missing` is a path, as given, that is not there."""
+    return PydanticCustomError("fault", "{problem}", {"problem": problem, "missing": missing})
+
+
+def _given(value: Any) -> Any:
+    """None where a field stands and says nothing: null, blanks, and the NaN that pandas writes for either."""
+    if isinstance(value, str):
+        return value if value and not value.isspace() else None
+    return None if value != value else value
+
+
+def _misc(value: Any) -> Any:
+    return _given(value) or None
+
+
+def _name(value: Any) -> Any:
+    """A speaker: no model reads it. A number may have become a float beside rows without one."""
+    value = _given(value)
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        value = int(value)
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+def _text(value: str, info: ValidationInfo[Rules]) -> str:
+    if value.isspace() or not value:
+        raise fault("is empty")
+    if problem := find_control(value, info.context.controls):
+        raise fault(problem)
+    return value
+
+
+def _base64(value: Any) -> str:
+    try:
+        if base64.b64decode(value, validate=True):
+            return value
+    except (TypeError, ValueError) as error:
+        raise fault(f"is not base64 ({error}); give the bytes of an audio file, without line breaks") from error
+    raise fault("is empty; give the bytes of an audio file in base64, or leave it out")
+
+
+def _clip(value: Any, info: ValidationInfo[Rules]) -> AudioRef:
+    """A path, or Hugging Face's `{"path", "bytes"}`, of which the bytes win as they do there."""
+    if isinstance(value, dict):
+        if value.get("bytes"):
+            return AudioRef(raw_audio=_base64(value["bytes"]))
+        value = value.get("path") or value
+    if not isinstance(value, str):
+        raise fault(f"must be the path of an audio file, found {shown(value)}" if value is not None else "is missing")
+    if not value.strip():
+        raise fault("is empty; give the path of an audio file")
+    if URL.match(value):
+        raise fault(f"nothing is fetched from a manifest: give a path instead of {shown(value)}")
+    paths = info.context.paths
+    if info.context.again:
+        return AudioRef(paths.path(value))
+    path, problem = paths.find(value)
+    if problem:
+        raise fault(f"{shown(value)} {problem}", value if problem.startswith(MISSING) else None)
+    return AudioRef(path)
+
+
+Text = Annotated[str, AfterValidator(_text)]
+Maybe = BeforeValidator(_given)
+Seconds = Annotated[float | None, Field(allow_inf_nan=False), Maybe]
+Offset = Annotated[float | None, Field(ge=0, allow_inf_nan=False), Maybe]
+Speaker = Annotated[str | None, BeforeValidator(_name)]
+Clip = Annotated[AudioRef, PlainValidator(_clip)]
+
+
+class _Slice(BaseModel):
+    """Fields of a clip's part. A duration without an offset cuts nothing: it only states, as upstream's files have it.
+
+    Zeros for both are how tables without nulls write neither.
+    """
+
+    offset: Offset = None
+    duration: Seconds = None
+
+    @field_validator("duration")
+    @classmethod
+    def _above_zero(cls, value: float | None, info: ValidationInfo[Rules]) -> float | None:
+        if value is not None and value <= 0:
+            if info.data.get("offset"):
+                raise fault(f"must be above 0 seconds, found {value}")
+            return None
+        return value
+
+    def of(self, clip: AudioRef, name: str) -> AudioRef:
+        """The clip's part, under the field that a fault in it is reported by."""
+        if self.offset is None or (self.offset == 0 and self.duration is None):
+            return AudioRef(clip.path, clip.raw_audio, field=name)
+        return AudioRef(clip.path, clip.raw_audio, self.offset, self.duration, name)
+
+
+class SpeechRow(_Slice):
+    """A clip and its transcript."""
+
+    audio: Clip
+    text: Text
+    speaker: Speaker = None
+    scene: Text | None = None
+    ref_audio: Clip | None = None
+    ref_text: Annotated[Text | None, Field(validate_default=True)] = None
+
+    @field_validator("ref_text")
+    @classmethod
+    def _together(cls, value: str | None, info: ValidationInfo[Rules]) -> str | None:
+        if "ref_audio" in info.data and (info.data["ref_audio"] is None) != (value is None):
+            raise fault(
+                "is missing; it is the transcript of ref_audio" if value is None else "is given without its ref_audio"
+            )
+        return value
+
+
+class _Part(BaseModel):
+    """A part of a conversation; fields that are not read are counted, or faults."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class TextPiece(_Part):
+    """A text within a turn."""
+
+    type: Literal["text"]
+    text: str
+
+
+class AudioPiece(_Part, _Slice):
+    """A clip as upstream's `AudioContent`: an `audio_url` that is there wins over `raw_audio`, as in its engine."""
+
+    type: Literal["audio"]
+    raw_audio: Any = None
+    audio_url: Annotated[Any, Field(validate_default=True)] = None
+    row_id: Any = None
+
+    @field_validator("audio_url", mode="plain")
+    @classmethod
+    def _one_of_two(cls, url: Any, info: ValidationInfo[Rules]) -> AudioRef:
+        raw_audio = _given(info.data.get("raw_audio"))
+        if isinstance(url, dict) or raw_audio in NOT_THERE:
+            if url == "placeholder" or (url == "" and info.data.get("raw_audio") is not None):
+                raise fault(f"is {shown(url)} and there is no raw_audio; give one of the two")
+            return _clip(url, info)
+        is_file = isinstance(url, str) and url not in NOT_THERE and not URL.match(url)
+        return _clip(url, info) if is_file and info.context.paths.holds(url) else AudioRef(raw_audio=_base64(raw_audio))
+
+
+def _kind_of(value: Any) -> str | None:
+    if isinstance(value, str):
+        return "#str"
+    if isinstance(value, dict):
+        return {"text": "#text", "audio": "#audio"}.get(str(value.get("type")))
+    return {list: "#list", type(None): "#none"}.get(type(value))
+
+
+_A_PIECE = Annotated[str, Tag("#str")] | Annotated[TextPiece, Tag("#text")] | Annotated[AudioPiece, Tag("#audio")]
+_KIND = Discriminator(
+    _kind_of,
+    custom_error_type="piece",
+    custom_error_message="must be text, or an object whose `type` is text or audio, or a list of these",
+)
+Piece = Annotated[_A_PIECE, _KIND]
+Content = Annotated[_A_PIECE | Annotated[list[Piece], Tag("#list")] | Annotated[None, Tag("#none")], _KIND]
+
+
+class TurnPart(_Part):
+    """A turn of a conversation."""
+
+    role: Literal["system", "user", "assistant"]
+    content: Content
+    recipient: Annotated[Text | None, Maybe] = None
+
+    @field_validator("content")
+    @classmethod
+    def _says_something(cls, content: Any, info: ValidationInfo[Rules]) -> Any:
+        role = info.data.get("role")
+        pieces = content if isinstance(content, list) else [content]
+        texts = [piece.text if isinstance(piece, TextPiece) else piece for piece in pieces]
+        texts = [text for text in texts if isinstance(text, str)]
+        if role != "system" and not any(isinstance(p, AudioPiece) for p in pieces) and not "".join(texts).strip():
+            raise fault("is missing" if content is None else "is empty; give text or audio")
+        for text in texts:
+            if problem := find_control(text, info.context.controls, markup=role != "assistant"):
+                raise fault(problem)
+        return content
+
+    @field_validator("recipient")
+    @classmethod
+    def _of_an_assistant(cls, value: str | None, info: ValidationInfo[Rules]) -> str | None:
+        if value and (role := info.data.get("role")) in ("system", "user"):
+            raise fault(f"only an assistant turn has a recipient, this one is {role}")
+        return value
+
+
+class TalkRow(BaseModel):
+    """A conversation, as upstream's `ChatMLSample`."""
+
+    messages: Annotated[list[TurnPart], Field(min_length=1)]
+    start_index: Annotated[int | None, Field(ge=0, strict=True), Maybe] = None
+    speaker: Speaker = None
+    misc: Annotated[dict[str, Any] | None, BeforeValidator(_misc)] = None
+
+    @field_validator("messages")
+    @classmethod
+    def _trains(cls, messages: list[TurnPart]) -> list[TurnPart]:
+        if all(turn.role != "assistant" for turn in messages):
+            raise fault("has no assistant turn, so nothing to train on")
+        return messages
+
+    @field_validator("start_index")
+    @classmethod
+    def _trains_from(cls, start: int | None, info: ValidationInfo[Rules]) -> int | None:
+        roles = [turn.role for turn in info.data.get("messages", ())]
+        if start is None or not roles:
+            return start
+        if start >= len(roles):
+            raise fault(f"must be 0 to {len(roles) - 1} (the index of a message), found {start}")
+        if "assistant" not in roles[start:]:
+            last = max(i for i, role in enumerate(roles) if role == "assistant")
+            raise fault(f"leaves nothing to train on: the last assistant turn is {last}, found {start}")
+        return start
+
+
+def _translated(value: dict[str, Any], read: Reading) -> dict[str, Any]:
+    """A speech row under the names of our fields, without those that say nothing."""
+    named = {}
+    for name, column in read.column.items():
+        found = value.get(column)
+        if found is not None and found == found and (name in ("audio", "text") or _given(found) is not None):
+            named[name] = found
+    return named
+
+
+def _of_speech(speech: SpeechRow, column: dict[str, str], rules: Rules, line: int, element: int) -> Row:
+    reference = speech.ref_audio
+    if reference is not None:
+        reference = AudioRef(reference.path, reference.raw_audio, field=column["ref_audio"])
+    turns, start_index = speech_messages(
+        speech.text,
+        speech.of(speech.audio, column["audio"]),
+        scene=speech.scene,
+        ref_text=speech.ref_text,
+        ref_audio=reference,
+        prompt_style=rules.prompt_style,
+    )
+    scene = speech.scene and speech.scene.strip()
+    place = (rules.file, line, speech.duration)
+    return Row(turns, start_index, speech.speaker, *place, True, scene, rules.prompt_style, element)
+
+
+def _of_talk(talk: TalkRow, rules: Rules, line: int, element: int) -> Row:
+    turns = []
+    stated_sec: float | None = None  # of the clip that the last turn speaks
+    for i, turn in enumerate(talk.messages):
+        pieces: list[str | AudioRef] = []
+        clips = []
+        for where, piece in _pieces(turn, f"messages[{i}].content"):
+            if isinstance(piece, AudioPiece):
+                pieces.append(piece.of(piece.audio_url, where))
+                clips.append(piece)
+            else:
+                pieces.append(piece.text if isinstance(piece, TextPiece) else piece or "")
+        turns.append(Turn(turn.role, _without_blanks(pieces) or ("",), turn.recipient))
+        stated_sec = clips[0].duration if turn.role == "assistant" and len(clips) == 1 else None
+    speaker = talk.speaker
+    if speaker is None and talk.misc and isinstance(named := talk.misc.get("speaker"), str):
+        speaker = _given(named)
+    return Row(tuple(turns), talk.start_index, speaker, rules.file, line, stated_sec, element=element)
+
+
+def _pieces(turn: TurnPart, where: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(turn.content, list):
+        yield from ((f"{where}[{i}]", piece) for i, piece in enumerate(turn.content))
+    else:
+        yield where, turn.content
+
+
+def _without_blanks(pieces: list[str | AudioRef]) -> tuple[str | AudioRef, ...]:
+    """A turn's content without the blanks at its two ends, as servers trim texts; those within it stay."""
+    for end, trimmed in ((0, str.lstrip), (-1, str.rstrip)):
+        while pieces and isinstance(text := pieces[end], str):
+            pieces[end] = trimmed(text)
+            if pieces[end]:
+                break
+            del pieces[end]
+    return tuple(piece for piece in pieces if piece != "")
+
+
+def _unknown(talk: TalkRow, unread: dict[str, None]) -> Iterator[tuple[str, str]]:
+    """Faults of fields that look like ones which change the training; the others are added to `unread`."""
+    for i, turn in enumerate(talk.messages):
+        parts: list[tuple[str, Any]] = [(f"messages[{i}]", turn)] if turn.__pydantic_extra__ else []
+        for piece in turn.content if isinstance(turn.content, list) else (turn.content,):
+            if isinstance(piece, _Part) and piece.__pydantic_extra__:
+                parts += [found for found in _pieces(turn, f"messages[{i}].content") if found[1] is piece]
+        for where, part in parts:
+            for key, value in part.__pydantic_extra__.items():
+                if problem := weighty_misspelling(key, tuple(type(part).model_fields)):
+                    yield member(where, key), problem
+                elif value or key not in ITEM_FIELDS:  # in a table each item has all of them
+                    unread[unread_name(where, key)] = None
+
+
+def _own_reference(row: Row) -> Iterator[tuple[str, str]]:
+    """Faults of earlier clips that hold the one to be spoken; that a copy does is known once contents are."""
+    if (clip := row.spoken_clip()) is None or clip == 0:
+        return
+    *earlier, (_, spoken) = row.audio_refs
+    for where, ref in earlier:
+        if ref.holds(spoken):
+            yield where, f"{'is' if ref == spoken else 'holds'} {OWN_REFERENCE}"
+
+
+def _problems(error: ValidationError, read: Reading) -> Iterator[tuple[str, str, str | None]]:
+    """(field, problem, path that is missing) of each; a field is named as the row has it."""
+    for found in error.errors(include_url=False):
+        name = ""
+        for part in found["loc"]:
+            if isinstance(part, int):
+                name += f"[{part}]"
+            elif not part.startswith("#"):
+                name += f".{part}" if name else read.column.get(part, part)
+        yield name, _words(found, read.missing.get(name)), found.get("ctx", {}).get("missing")
+
+
+def _words(found: ErrorDetails, missing: str | None) -> str:
+    if found["type"] == "fault":
+        return found["msg"]
+    if found["type"] == "missing":
+        return missing or "is missing"
+    wanted = found["msg"].replace("Input should be", "must be").replace("a valid string", "text")
+    return f"{_AN_OBJECT.sub('an object', wanted)}, found {shown(found['input'])}"
+
+
+def shown(value: Any) -> str:
+    """A JSON value in a few printable characters."""
+    if isinstance(value, dict):
+        return "an object"
+    if isinstance(value, list):
+        return "a list" if value else "an empty list"
+    if isinstance(value, str):
+        return repr(value if len(value) <= 80 else value[:80] + "...")
+    return json.dumps(value)[:60]

@@ -87,5 +87,4 @@ def _contradictions(config: TrainConfig, adapter: AdapterConfig, linears: Iterab
 
 
 def _shown(value) -> str:
-    text = " ".join(value) if isinstance(value, list) else f"{value:g}" if isinstance(value, float) else str(value)
-    return text if len(text) <= 200 else text[:199] + "…"
+    return " ".join(value) if isinstance(value, list) else f"{value:g}" if isinstance(value, float) else str(value)

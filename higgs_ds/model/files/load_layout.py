@@ -19,7 +19,7 @@ from transformers import GenerationConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.utils.logging import disable_progress_bar
 
-from ...errors import ConfigError
+from ...errors import ConfigError, reading
 from ..quantized import QuantizedLinear
 from .adapter_names import WHOLE_MODULES
 from .layouts import CARRIED_ALONG, TRANSFORMERS, layout_of, name_in
@@ -49,12 +49,8 @@ def _without_memory(config: HiggsAudioConfig, flag: str = "--base_ckpt") -> Higg
     Raises:
         ConfigError: its classes make no model of this config; one line.
     """
-    try:
-        with torch.device("meta"):
-            return HiggsAudioModel(copy.deepcopy(config))  # which writes into its config
-    except Exception as error:  # whatever a value does that nobody has thought of, in upstream's code or torch's
-        reason = " ".join(str(error).split())[:300]
-        raise ConfigError([f"{flag}: config.json describes no model: {type(error).__name__}: {reason}"]) from error
+    with reading(f"{flag}: config.json describes no model"), torch.device("meta"):
+        return HiggsAudioModel(copy.deepcopy(config))  # which writes into its config
 
 
 # Halves of one weight, as a training of Boson's with frozen and trained rows leaves them.
@@ -75,25 +71,22 @@ def check_weights(
             does not fit its files.
     """
     layout, wanted = layout_of(folder, flag), wanted_weights(config, flag)
-    found = weight_headers(folder, layout)
-    strange = [name for name in found.stored if name not in wanted]
-    left_out = [name for name in strange if re.search(CARRIED_ALONG, name)]
+    found, where = weight_headers(folder, layout, flag), f"{flag}: {folder}"
+    left_out = [name for name in found.stored if name not in wanted and re.search(CARRIED_ALONG, name)]
+    found.stored = {name: one for name, one in found.stored.items() if name not in left_out}
     left_out += [one.key for one in found.foreign if re.search(CARRIED_ALONG, one.key)]
     found.foreign = [one for one in found.foreign if one.key not in left_out]
-    halves = [name for name in strange if _SPLIT_HALF.search(name)]
-    for name in (*left_out, *halves):
-        found.stored.pop(name, None)
-    if halves:
-        joined = {_SPLIT_HALF.sub("", name).rsplit(".", 1)[0] for name in halves}
-        wanted = {name: shape for name, shape in wanted.items() if not any(name.startswith(half) for half in joined)}
-        found.problems.append(
-            f"holds weights in two halves ({', '.join(halves[:4])}): rows that a training of Boson's kept frozen and "
-            "rows that it trained, to be joined before any program can load them; export the checkpoint joined"
+    if halves := [name for name in found.stored if name not in wanted and _SPLIT_HALF.search(name)]:
+        raise ConfigError(
+            [
+                f"{where}: holds weights in two halves ({', '.join(halves[:4])}): rows that a training of Boson's kept "
+                "frozen and rows that it trained; export the checkpoint joined"
+            ]
         )
     problems = differences(found, wanted, lambda name: name_in(layout, name))
-    if layout == TRANSFORMERS and not found.problems and TEXT_HEAD not in found.stored:
+    if layout == TRANSFORMERS and TEXT_HEAD not in found.stored:
         problems.append("without text_lm_head.weight it speaks in transformers alone, and cannot be trained")
-    refuse(problems, f"{flag}: {folder}")
+    refuse(problems, where)
     notes = []
     if left_out:
         more = f" and {len(left_out) - 4} more" if len(left_out) > 4 else ""

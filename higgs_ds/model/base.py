@@ -92,8 +92,11 @@ def locate_checkpoint(
 
     revision = revision_of(name_or_path, revision)
     patterns = ["*.json", "tokenizer*", "*.txt", *(["*.safetensors"] if weights else [])]
-    with reading(f"{flag}: {name_or_path} (revision {revision}) cannot be had from the hub"):
+    try:
         return Path(snapshot_download(name_or_path, revision=revision, allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        where = f"{flag}: {name_or_path} (revision {revision})"
+        raise ConfigError([f"{where} cannot be had from the hub: {error}"]) from error
 
 
 def read_model_config(folder: Path, flag: str = "--base_ckpt") -> HiggsAudioConfig:

@@ -175,7 +175,7 @@ def prove(
     index = folder / INDEX
     if not problems and index.is_file():
         listed = read_json(index, "--output_dir")["weight_map"]
-        if listed != {one.key: one.file.name for one in found.stored.values()}:
+        if listed != {one.key: one.file.name for one in found.values()}:
             problems.append(f"{index.name} lists other weights than the files hold")
     refuse(problems, where)
     touched = adapter.weights.keys() | adapter.whole.keys() if adapter else set()
@@ -185,7 +185,7 @@ def prove(
         module, tensor = name.removesuffix(".weight"), planned[name]
         source = adapter.whole[module] if adapter and module in adapter.whole else base.stored[name]
         start = 0
-        for written, was in zip(found.stored[name].rows(), source.rows(), strict=True):
+        for written, was in zip(found[name].rows(), source.rows(), strict=True):
             if adapter and module in adapter.weights:
                 a, b = adapter.weights[module]
                 update = torch.matmul(b[start : start + len(was)], a) * adapter.config.scale

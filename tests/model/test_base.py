@@ -201,18 +201,6 @@ def test_weights_that_this_family_carries_along_are_left_out_and_mentioned_once(
     assert base.stored.keys() == model.state_dict().keys()
 
 
-def test_split_halves_are_recognised(copy):
-    def split(weights):
-        whole = weights.pop("embed_tokens.weight")
-        weights["embed_tokens.embedding_frozen.weight"] = whole[:500].clone()
-        weights["embed_tokens.embedding_trainable.weight"] = whole[500:].clone()
-
-    change_weights(copy, split)
-    text = refused(copy)
-    assert "holds weights in two halves (embed_tokens.embedding_frozen.weight" in text and "joined" in text
-    assert "missing" not in text and "extra" not in text
-
-
 def test_two_weights_of_one_name_are_refused(copy):
     file = copy / "model-00001-of-00003.safetensors"
     weights = load_file(file)

@@ -178,7 +178,7 @@ def test_nothing_is_overwritten_and_nothing_half_written_stays(merged, tiny_dir,
     with pytest.raises(RuntimeError):
         merge(base, lora, tmp_path / "half", "boson", dtype=None, codec="a/b")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
-    assert len(weight_headers(merged / "boson").stored) == len(base.stored)
+    assert len(weight_headers(merged / "boson")) == len(base.stored)
 
 
 def test_wrong_bases_are_listed_by_their_own_names(merged, tmp_path, capsys):
@@ -240,7 +240,7 @@ def test_weights_that_are_not_finite_are_neither_written_nor_spoken_with(
     name, value, dtype, words, tiny_dir, codec_dir, tmp_path, capsys
 ):
     base = shutil.copytree(tiny_dir, tmp_path / "base")
-    file = weight_headers(base).stored[name].file
+    file = weight_headers(base)[name].file
     weights = {key: tensor.clone().float() for key, tensor in load_file(file).items()}
     weights[name].view(-1)[0] = value
     save_file(weights, file, metadata={"format": "pt"})

@@ -23,7 +23,7 @@ from ..higgs_v2.modules import EMBEDDINGS
 from .adapter_names import PREFIX, WHOLE_MODULES, layers_named, names_layer, naming_nothing, peft_key
 from .config_values import checked
 from .layouts import read_json
-from .weight_files import Stored, WeightFiles, all_finite, differences, header_of, refuse
+from .weight_files import Stored, all_finite, differences, header_of, refuse
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -255,7 +255,7 @@ def read_adapter(
         hint = f"; {others[0]} is a pickle and is not loaded" if others else ""
         raise ConfigError([f"{where} is not there{hint}"])
     stored = header_of(file, where)
-    refuse(differences(WeightFiles(stored), wanted | shapes, needs="the base and r need"), where)
+    refuse(differences(stored, wanted | shapes, needs="the base and r need"), where)
     tensors = {key: stored[key].read().to(torch.float32, copy=True) for key in wanted}
     broken = [key for key, value in tensors.items() if not all_finite(value)]
     broken += [key for key in shapes if not all(map(all_finite, stored[key].rows()))]

@@ -10,7 +10,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -59,14 +59,6 @@ def all_finite(values: torch.Tensor) -> bool:
     return values.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(values))).all())
 
 
-@dataclass
-class WeightFiles:
-    """The weights of a checkpoint's folder."""
-
-    stored: dict[str, Stored] = field(default_factory=dict)  # by boson_multimodal's names
-    foreign: list[Stored] = field(default_factory=list)  # names that transformers' layout does not have
-
-
 def header_of(file: Path, where: str) -> dict[str, Stored]:
     """The tensors of a safetensors file by their names in it, from its header alone.
 
@@ -78,29 +70,23 @@ def header_of(file: Path, where: str) -> dict[str, Stored]:
         return {key: Stored(file, key, tuple(one.get_shape()), one.get_dtype()) for key, one in slices.items()}
 
 
-def weight_headers(folder: Path, layout: str = BOSON, flag: str = "--base_ckpt") -> WeightFiles:
-    """What the folder's safetensors files hold, from their headers alone, by boson_multimodal's names.
+def weight_headers(folder: Path, layout: str = BOSON, flag: str = "--base_ckpt") -> dict[str, Stored]:
+    """What the folder's safetensors files hold, from their headers alone.
+
+    Returns:
+        weights by boson_multimodal's names; one that has none there by "foreign" and its own.
 
     Raises:
         ConfigError: files that are missing or cannot be read; two weights of one name.
     """
-    found = WeightFiles()
+    found: dict[str, Stored] = {}
     for file in _weight_files(folder, f"{flag}: {folder}"):
         for key, stored in header_of(file, f"{flag}: {file}").items():
-            name = key if layout == BOSON else boson_name(key)
-            if name is None:
-                found.foreign.append(stored)
-            elif name in found.stored:
-                raise ConfigError([f"{flag}: {file}: {key} stands in {found.stored[name].file.name} too"])
-            else:
-                found.stored[name] = stored
+            name = key if layout == BOSON else boson_name(key) or f"foreign {key}"
+            if name in found:
+                raise ConfigError([f"{flag}: {file}: {key} stands in {found[name].file.name} too"])
+            found[name] = stored
     return found
-
-
-def is_marked(file: Path) -> bool:
-    """Whether a safetensors file says that torch wrote it, as most writers have it do; transformers reads no other."""
-    with safe_open(file, framework="pt") as tensors:
-        return (tensors.metadata() or {}).get("format") == "pt"
 
 
 def _weight_files(folder: Path, where: str) -> list[Path]:
@@ -117,12 +103,12 @@ def _weight_files(folder: Path, where: str) -> list[Path]:
         names = sorted(set(from_json(index.read_bytes())["weight_map"].values()))
         if not names or not all(re.fullmatch(r"[^/\\]+\.safetensors", name) for name in names):
             raise ValueError("its weight_map must name .safetensors files of the same folder")
-    refuse([f"{name} is missing, the index names it" for name in names if not (folder / name).is_file()], where)
+        refuse([f"{name} is missing, the index names it" for name in names if not (folder / name).is_file()], where)
     return [folder / name for name in names]
 
 
 def differences(
-    found: WeightFiles,
+    stored: dict[str, Stored],
     wanted: dict[str, tuple[int, ...]],
     name_of: Callable[[str], str] = lambda name: name,
     needs: str = "the model needs",
@@ -130,17 +116,16 @@ def differences(
     """What is missing, extra, misshapen or quantized, each a line.
 
     Args:
-        found: what the files hold.
-        wanted: shapes by boson_multimodal's names.
+        stored: what the files hold, by the names of `wanted`.
+        wanted: shapes by name.
         name_of: gives a missing weight's name in these files.
         needs: says who needs a shape.
     """
-    stored, floats = found.stored, ", ".join(sorted(DTYPES_BY_NAME))
+    floats = ", ".join(sorted(DTYPES_BY_NAME))
     problems = [f"missing weight {name_of(name)} {list(wanted[name])}" for name in wanted if name not in stored]
-    extra = [stored[name] for name in stored if name not in wanted] + found.foreign
-    problems += [f"extra weight {repr(one.key)[1:-1]} {list(one.shape)}" for one in extra]
     for name, one in stored.items():
         if name not in wanted:
+            problems.append(f"extra weight {repr(one.key)[1:-1]} {list(one.shape)}")
             continue
         if one.shape != wanted[name]:
             problems.append(f"weight {one.key} has shape {list(one.shape)}, {needs} {list(wanted[name])}")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict
 
 from ...errors import ConfigError, first_of, shown
@@ -48,29 +48,29 @@ class Llama3Rope(TypedDict):
     original_max_position_embeddings: Size
 
 
-@with_config(ConfigDict(strict=True))
-class LlamaFields(TypedDict, total=False):
-    """Llama's own fields, under the same names in both layouts."""
+class LlamaFields(BaseModel):
+    """Llama's own fields, under the same names in both layouts; left out, they are as in transformers' layout."""
 
-    vocab_size: Size
-    hidden_size: Size
-    intermediate_size: Size
-    num_hidden_layers: Count
-    num_attention_heads: Count
-    num_key_value_heads: Count
-    head_dim: Size
-    hidden_act: str
-    max_position_embeddings: Size
-    initializer_range: float
-    rms_norm_eps: Annotated[float, Field(gt=0, le=1)]
-    use_cache: bool
-    pretraining_tp: Literal[1]  # the projections are computed whole
-    attention_bias: bool
-    attention_dropout: Annotated[float, Field(ge=0, le=1)]
-    mlp_bias: bool
+    model_config = ConfigDict(strict=True)
+    vocab_size: Size = 128256
+    hidden_size: Size = 3072
+    intermediate_size: Size = 8192
+    num_hidden_layers: Count = 28
+    num_attention_heads: Count = 24
+    num_key_value_heads: Count = 8
+    head_dim: Size = 128
+    hidden_act: str = "silu"
+    max_position_embeddings: Size = 2048
+    initializer_range: float = 0.02
+    rms_norm_eps: Annotated[float, Field(gt=0, le=1)] = 1e-5
+    use_cache: bool = True
+    pretraining_tp: Literal[1] = 1  # the projections are computed whole
+    attention_bias: bool = False
+    attention_dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
+    mlp_bias: bool = False
 
 
-LLAMA_FIELDS = tuple(LlamaFields.__annotations__)
+LLAMA_FIELDS = tuple(LlamaFields.model_fields)
 ROPE: TypeAdapter = TypeAdapter(Annotated[DefaultRope | Llama3Rope, Field(discriminator="rope_type")])
 
 

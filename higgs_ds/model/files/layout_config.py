@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from boson_multimodal.model.higgs_audio import HiggsAudioConfig
-from pydantic import ConfigDict, TypeAdapter, with_config
+from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
 from ..facts import peculiarities
@@ -32,56 +32,28 @@ TOKENS = {
 }
 DELAY_TOKEN = "<|reserved_special_token_6|>"
 
-# What transformers' HiggsAudioV2Config takes for a key that config.json leaves out.
-DEFAULTS = {
-    "vocab_size": 128256,
-    "hidden_size": 3072,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 24,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "hidden_act": "silu",
-    "max_position_embeddings": 2048,
-    "initializer_range": 0.02,
-    "rms_norm_eps": 1e-5,
-    "use_cache": True,
-    "pad_token_id": 128001,
-    "pretraining_tp": 1,
-    "tie_word_embeddings": False,
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "mlp_bias": False,
-    "num_codebooks": 8,
-    "codebook_size": 1024,
-    "audio_token_id": 128016,
-    "audio_bos_token_id": 128013,
-    "audio_delay_token_id": 128014,
-    "audio_stream_bos_id": 1024,
-    "audio_stream_eos_id": 1025,
-}
+
+class TransformersFields(LlamaFields):
+    """Fields of config.json in transformers' layout; left out, they are as in its HiggsAudioV2Config."""
+
+    pad_token_id: TokenId = 128001
+    tie_word_embeddings: bool = False
+    num_codebooks: Count = 8
+    codebook_size: Size = 1024
+    audio_token_id: TokenId = 128016
+    audio_bos_token_id: TokenId = 128013
+    audio_delay_token_id: TokenId = 128014
+    audio_stream_bos_id: TokenId = 1024
+    audio_stream_eos_id: TokenId = 1025
+    dtype: Dtype | None = None
+    torch_dtype: Dtype | None = None
+    quantization_config: None = None
+    rope_parameters: dict | None = None
+    rope_scaling: dict | None = None
+    rope_theta: float | None = None
 
 
-@with_config(ConfigDict(strict=True))
-class TransformersFields(LlamaFields, total=False):
-    """Fields of config.json in transformers' layout."""
-
-    audio_bos_token_id: TokenId
-    audio_stream_bos_id: TokenId
-    audio_stream_eos_id: TokenId
-    audio_token_id: TokenId
-    codebook_size: Size
-    dtype: Dtype | None
-    num_codebooks: Count
-    pad_token_id: TokenId
-    quantization_config: None
-    rope_parameters: dict | None
-    rope_scaling: dict | None
-    rope_theta: float
-    tie_word_embeddings: bool
-    torch_dtype: Dtype | None
-
-
+DEFAULTS = TransformersFields().model_dump(exclude_none=True)
 _FIELDS: TypeAdapter = TypeAdapter(TransformersFields)
 
 
@@ -139,7 +111,7 @@ def config_from_transformers(raw: dict, tokens: dict[str, int], where: str) -> H
     Raises:
         ConfigError: every value that Boson's model does not have, a line each.
     """
-    values: dict[str, Any] = DEFAULTS | checked(_FIELDS, raw, where)
+    values: dict[str, Any] = checked(_FIELDS, raw, where).model_dump()
     rope = _rope_of(values, where)
     problems = _not_bosons(values)
     ids = {name: tokens.get(text) for name, text in TOKENS.items()}
@@ -155,7 +127,7 @@ def config_from_transformers(raw: dict, tokens: dict[str, int], where: str) -> H
         "eos_token_id": ids["end_of_text"],
         "rope_theta": rope.pop("rope_theta"),
         "rope_scaling": None if rope["rope_type"] == "default" else rope,
-        "torch_dtype": values.get("dtype") or values.get("torch_dtype"),
+        "torch_dtype": values["dtype"] or values["torch_dtype"],
     }
     fields = dict(
         architectures=["HiggsAudioModel"],
@@ -200,11 +172,11 @@ def _not_bosons(values: dict[str, Any]) -> list[str]:
 
 def _rope_of(values: dict[str, Any], where: str) -> dict[str, Any]:
     """Rotary parameters, from either of the two ways that transformers' config.json says them."""
-    found = values.get("rope_parameters")
-    if found is None and not values.get("rope_scaling") and "rope_theta" not in values:
+    found, scaling, theta = (values[key] for key in ("rope_parameters", "rope_scaling", "rope_theta"))
+    if found is None and not scaling and theta is None:
         found = DEFAULT_ROPE
     if found is None:
-        found = {"rope_theta": values.get("rope_theta", 10000.0), **(values.get("rope_scaling") or {})}
+        found = {"rope_theta": 10000.0 if theta is None else theta, **(scaling or {})}
         found.setdefault("rope_type", found.get("type", "default"))
     return rope_of(found, found.get("rope_theta"), where)
 

@@ -13,20 +13,19 @@ from ..files.config_values import Count, Dtype, LlamaFields, Size, TokenId, chec
 from ..files.weight_files import refuse
 
 
-@with_config(ConfigDict(strict=True))
-class TextFields(LlamaFields, total=False):
-    """The language model's fields in Boson's config.json."""
+class TextFields(LlamaFields):
+    """The language model's fields in Boson's config.json; left out, they are as in transformers' LlamaConfig."""
 
-    model_type: Literal["llama"]
-    architectures: list[str] | None
-    bos_token_id: TokenId | None
-    eos_token_id: TokenId | list[TokenId] | None
-    pad_token_id: TokenId | None
-    quantization_config: None
-    rope_scaling: dict | None
-    rope_theta: float
-    tie_word_embeddings: bool
-    torch_dtype: Dtype | None
+    model_type: Literal["llama"] = "llama"
+    architectures: list[str] | None = None
+    bos_token_id: TokenId | None = None
+    eos_token_id: TokenId | list[TokenId] | None = None
+    pad_token_id: TokenId | None = None
+    quantization_config: None = None
+    rope_scaling: dict | None = None
+    rope_theta: float = 10000.0
+    tie_word_embeddings: bool = False
+    torch_dtype: Dtype | None = None
 
 
 @with_config(ConfigDict(strict=True))
@@ -83,7 +82,8 @@ def config_from_boson(raw: dict, where: str) -> HiggsAudioConfig:
         ConfigError: values that are of another type or range, that upstream's class refuses, or that do not fit one
             another, a line each.
     """
-    return made(checked(_FIELDS, {"text_config": None, **raw}, where), where)
+    fields = checked(_FIELDS, {"text_config": None, **raw}, where)
+    return made(fields | {"text_config": fields["text_config"].model_dump(exclude_unset=True)}, where)
 
 
 def made(fields: dict, where: str) -> HiggsAudioConfig:

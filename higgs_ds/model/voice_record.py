@@ -24,7 +24,7 @@ _PLAIN = re.compile(r"[A-Za-z0-9 ]{1,80}")
 
 @dataclass(frozen=True)
 class VoiceRecord:
-    """What a voice was trained on."""
+    """Prompts and base that a voice was trained on."""
 
     prompt_style: str
     facts: dict[str, str] = field(default_factory=dict)  # lines of a card

@@ -62,7 +62,7 @@ _FIELDS: TypeAdapter = TypeAdapter(PlainLora)
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What plain LoRA says of itself, and the modules of the base that were trained whole beside it."""
+    """Settings of plain LoRA, and the modules of the base that were trained whole beside it."""
 
     rank: int
     alpha: float
@@ -200,7 +200,7 @@ _RENAMED = {old.lower(): DEFAULT_BASE for old in BASE_NAMES}
 
 
 def same_base(one: str, other: str) -> bool:
-    """Whether two values of --base_ckpt mean the same: folders by their place, hub ids by any name of theirs.
+    """True where two values of --base_ckpt mean the same: folders by their place, hub ids by any name of theirs.
 
     Two snapshots in the hub's cache are two bases, where their revisions are two.
     """
@@ -209,7 +209,7 @@ def same_base(one: str, other: str) -> bool:
 
 
 def _place(name: str) -> tuple[str, str | None]:
-    """Where a base is; a snapshot in the hub's cache stands for the repository that it is of, at its revision."""
+    """Place of a base; a snapshot in the hub's cache stands for the repository that it is of, at its revision."""
     parts, revision = Path(name).parts, None
     for at, part in enumerate(parts):
         if part.startswith("models--") and part.count("--") == 2:

@@ -58,7 +58,7 @@ _FIELDS: TypeAdapter = TypeAdapter(TransformersFields)
 
 
 class AddedToken(TypedDict):
-    """What is read of a tokenizer's added token."""
+    """Fields that are read of a tokenizer's added token."""
 
     content: str
     id: TokenId
@@ -157,7 +157,7 @@ def config_from_transformers(raw: dict, tokens: dict[str, int], where: str) -> H
 
 
 def _not_bosons(values: dict[str, Any]) -> list[str]:
-    """What Boson's model cannot be, a line each."""
+    """Lists what Boson's model cannot be, a line each."""
     size, begin, end = values["codebook_size"], values["audio_stream_bos_id"], values["audio_stream_eos_id"]
     problems = []
     if values["tie_word_embeddings"]:

@@ -34,7 +34,7 @@ def transformers_name(boson_name: str) -> str | None:
 
 
 def boson_name(transformers_name: str) -> str | None:
-    """The inverse of `transformers_name`."""
+    """Inverse of `transformers_name`."""
     return _renamed(transformers_name, [(new, old) for old, new in _PREFIXES])
 
 

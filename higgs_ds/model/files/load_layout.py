@@ -34,7 +34,7 @@ def wanted_weights(config: HiggsAudioConfig, flag: str = "--base_ckpt") -> dict[
 
 
 def adaptable_modules(config: HiggsAudioConfig) -> dict[str, tuple[int, int]]:
-    """What an adapter may change: the linear layers, and all that can be trained whole; name to its weight's shape."""
+    """Modules that an adapter may change, the linear layers and all that can be trained whole, with their shapes."""
     return {
         name: tuple(module.weight.shape)
         for name, module in _without_memory(config).named_modules()

@@ -55,7 +55,7 @@ class Stored:
 
 
 def all_finite(values: torch.Tensor) -> bool:
-    """Whether no value is NaN or infinite; NaN is the least and the largest of all, and one pass finds both."""
+    """True where no value is NaN or infinite; NaN is the least and the largest of all, and one pass finds both."""
     return values.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(values))).all())
 
 
@@ -71,7 +71,7 @@ def header_of(file: Path, where: str) -> dict[str, Stored]:
 
 
 def weight_headers(folder: Path, layout: str = BOSON, flag: str = "--base_ckpt") -> dict[str, Stored]:
-    """What the folder's safetensors files hold, from their headers alone.
+    """Weights in the folder's safetensors files, from their headers alone.
 
     Returns:
         weights by boson_multimodal's names; one that has none there by "foreign" and its own.
@@ -113,7 +113,7 @@ def differences(
     name_of: Callable[[str], str] = lambda name: name,
     needs: str = "the model needs",
 ) -> list[str]:
-    """What is missing, extra, misshapen or quantized, each a line.
+    """Lists what is missing, extra, misshapen or quantized, each a line.
 
     Args:
         stored: what the files hold, by the names of `wanted`.
@@ -201,7 +201,7 @@ def write_zeros(file: Path, planned: list[Planned]) -> None:
 
 
 def _head(planned: list[Planned]) -> bytes:
-    """What stands in a safetensors file before the values: the header and its length."""
+    """Bytes of a safetensors file before the values: the header's length and the header."""
     header: dict = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor in planned:
@@ -217,7 +217,7 @@ def _head(planned: list[Planned]) -> bytes:
 
 
 def write_checkpoint_weights(folder: Path, planned: list[Planned], pieces_of, *, limit: int = SHARD_BYTES) -> None:
-    """`model.safetensors`, or numbered shards and `model.safetensors.index.json`, as the hub has them."""
+    """Writes `model.safetensors`, or numbered shards and `model.safetensors.index.json`, as the hub has them."""
     files = shards(planned, limit)
     if len(files) == 1:
         write_safetensors(folder / SINGLE, files[0], pieces_of)
@@ -226,7 +226,7 @@ def write_checkpoint_weights(folder: Path, planned: list[Planned], pieces_of, *,
 
 
 def write_shards(folder: Path, files: list[list[Planned]], write) -> None:
-    """Numbered files, each by `write(file, tensors)`, and `model.safetensors.index.json`."""
+    """Writes numbered files, each by `write(file, tensors)`, and `model.safetensors.index.json`."""
     weight_map: dict[str, str] = {}
     for number, tensors in enumerate(files, 1):
         name = f"model-{number:05d}-of-{len(files):05d}.safetensors"

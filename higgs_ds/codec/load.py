@@ -44,12 +44,8 @@ def load_codec(
             raise ValueError(f"codec {name_or_path!r} is a local folder, which has no revision: leave {revision!r} out")
         return _load_folder(folder, device, warn)
     except OSError as error:
-        raise ConfigError(
-            [
-                f"--codec: {name_or_path!r} cannot be loaded: {error}. A folder is looked for first, then the hub or "
-                "its cache"
-            ]
-        ) from error
+        hint = "A folder is looked for first, then the hub or its cache"
+        raise ConfigError([f"--codec: {name_or_path!r} cannot be loaded: {error}. {hint}"]) from error
     except ValueError as error:
         raise ConfigError([f"--codec: {error}"]) from error
 
@@ -70,7 +66,7 @@ def _download(repo: str, revision: str | None) -> Path:
 
 
 def _is_renamed(folder: Path) -> bool:
-    """Whether the folder's config.json is of transformers' layout; one that cannot be read is not."""
+    """True where the folder's config.json is of transformers' layout; one that cannot be read is not."""
     try:
         raw = json.loads((folder / "config.json").read_bytes())
     except (OSError, ValueError, RecursionError):

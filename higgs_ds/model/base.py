@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from ..errors import ConfigError, first_of, nearest, reason_of
+from ..errors import ConfigError, first_of, nearest, reading
 from ..options.sections import revision_of
 from .facts import ModelFacts
 from .files.adapter_file import with_lora
@@ -25,7 +25,7 @@ from .files.adapter_names import WHOLE_MODULES, layers_named, naming_nothing, pe
 from .files.layout_config import read_checkpoint_config
 from .files.layouts import layout_of
 from .files.load_layout import check_weights, load_checkpoint
-from .files.weight_files import refuse
+from .files.weight_files import Stored, refuse
 from .higgs_v2.facts import HiggsV2Facts
 from .higgs_v2.modules import LORA_TARGET_GROUPS
 from .higgs_v2.upstream import HiggsAudioForTraining
@@ -46,6 +46,7 @@ class BaseCheckpoint:
     facts: ModelFacts
     notes: tuple[str, ...]  # what the user should read once, a line each
     flag: str = "--base_ckpt"  # that named it
+    stored: dict[str, Stored] = field(default_factory=dict)  # weights by boson_multimodal's names, in the model's order
 
 
 def open_base(name_or_path: str, revision: str | None = None, flag: str = "--base_ckpt") -> BaseCheckpoint:
@@ -61,12 +62,13 @@ def open_base(name_or_path: str, revision: str | None = None, flag: str = "--bas
             that is wrong with it, a line each.
     """
     folder = locate_checkpoint(name_or_path, revision, flag)
-    config = read_model_config(folder, flag)
-    _, notes = check_weights(folder, config, flag)
+    config = read_checkpoint_config(folder, flag)
+    stored, notes = check_weights(folder, config, flag)
     tokenizer = load_tokenizer(folder, flag)
     check_tokenizer(folder, tokenizer, config, flag)
     facts, layout = HiggsV2Facts.from_config(config), layout_of(folder, flag)
-    return BaseCheckpoint(name_or_path, revision, folder, layout, config, tokenizer, facts, tuple(notes), flag)
+    known = (folder, layout, config, tokenizer, facts, tuple(notes), flag, stored)
+    return BaseCheckpoint(name_or_path, revision, *known)
 
 
 def locate_checkpoint(
@@ -80,15 +82,11 @@ def locate_checkpoint(
     Raises:
         ConfigError: neither a folder nor a hub id that can be had.
     """
-    folder = Path(name_or_path)
-    try:
+    with reading(f"{flag}: {name_or_path!r}"):
         name_or_path.encode()  # it is to stand in configs and cards
+        folder = Path(name_or_path)
         if folder.is_dir():
             return folder
-    except UnicodeEncodeError:
-        raise ConfigError([f"{flag}: {ascii(name_or_path)[:200]} is no UTF-8; give the folder another name"]) from None
-    except OSError as error:  # a name too long, a folder that may not be looked into
-        raise ConfigError([f"{flag}: {name_or_path[:200]} cannot be read: {reason_of(error)}"]) from None
     if folder.is_absolute() or name_or_path.startswith(".") or name_or_path.count("/") != 1:
         raise ConfigError([f"{flag}: {name_or_path} is neither a folder nor a hub id (owner/name)"])
     from huggingface_hub import snapshot_download
@@ -98,39 +96,23 @@ def locate_checkpoint(
     try:
         return Path(snapshot_download(name_or_path, revision=revision, allow_patterns=patterns))
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            [f"{flag}: {name_or_path} (revision {revision}) cannot be had from the hub: {error}"]
-        ) from error
+        where = f"{flag}: {name_or_path} (revision {revision})"
+        raise ConfigError([f"{where} cannot be had from the hub: {error}"]) from error
 
 
 def read_model_config(folder: Path, flag: str = "--base_ckpt") -> HiggsAudioConfig:
-    """The checkpoint's `config.json`, refused where this trainer would train something else than the model is.
-
-    Raises:
-        ConfigError: not a Higgs Audio checkpoint in either layout, with an audio tower, or with values that no such
-            model has.
-    """
-    config = read_checkpoint_config(folder, flag)
-    if config.encode_whisper_embed or not config.skip_audio_tower:
-        raise ConfigError(
-            [
-                f"{flag}: {folder} has a Whisper audio tower (encode_whisper_embed or not skip_audio_tower); "
-                "this trainer covers the generation checkpoints, which have none"
-            ]
-        )
-    return config
+    """The config of a checkpoint in either layout. Raises ConfigError for what this trainer does not train."""
+    return read_checkpoint_config(folder, flag)
 
 
 def load_tokenizer(folder: Path, flag: str = "--base_ckpt") -> PreTrainedTokenizerFast:
     """The checkpoint's own tokenizer; nothing in the checkpoint is run."""
     from transformers import AutoTokenizer
 
-    try:
+    with reading(f"{flag}: {folder}: the tokenizer cannot be loaded"):
+        if lacks := [name for name in ("tokenizer.json", "tokenizer_config.json") if not (folder / name).is_file()]:
+            raise ValueError(f"it lacks {' and '.join(lacks)}")
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises plain Exceptions for a file that it cannot read
-        lacks = [name for name in ("tokenizer.json", "tokenizer_config.json") if not (folder / name).is_file()]
-        reason = f"it lacks {' and '.join(lacks)}" if lacks else " ".join(str(error).split())[:300]
-        raise ConfigError([f"{flag}: {folder}: the tokenizer cannot be loaded: {reason}"]) from error
 
 
 # What the prompt is written with: a tokenizer that cuts one of these to pieces would train another prompt.
@@ -141,7 +123,7 @@ _PROMPT_TOKENS = (
 
 
 def check_tokenizer(folder: Path, tokenizer, config: HiggsAudioConfig, flag: str = "--base_ckpt") -> None:
-    """Whether the tokenizer's special tokens are those of the config.
+    """Compares the tokenizer's special tokens with those of the config.
 
     Raises:
         ConfigError: a special token that is none, or has another id; ids beyond the model's vocabulary.

@@ -1,4 +1,4 @@
-"""`--init_adapter`: the adapter that a new run starts from, and that says what the run's LoRA is."""
+"""Settling `--init_adapter`: the adapter that a new run starts from, and that says what the run's LoRA is."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def settle_lora(
 
 
 def _options_of(adapter: AdapterConfig) -> dict:
-    """What an adapter's config says, by our flags' names."""
+    """Settings of an adapter by our flags' names."""
     targets = sorted(adapter.target_modules)  # PEFT writes a set, in any order
     if targets == sorted(DEFAULT_LORA_TARGETS):
         targets = list(DEFAULT_LORA_TARGETS)
@@ -85,5 +85,4 @@ def _contradictions(config: TrainConfig, adapter: AdapterConfig, linears: Iterab
 
 
 def _shown(value) -> str:
-    text = " ".join(value) if isinstance(value, list) else f"{value:g}" if isinstance(value, float) else str(value)
-    return text if len(text) <= 200 else text[:199] + "…"
+    return " ".join(value) if isinstance(value, list) else f"{value:g}" if isinstance(value, float) else str(value)

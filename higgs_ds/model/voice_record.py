@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..data.chatml import PROMPT_STYLES, SERVED
-from ..errors import ConfigError
+from ..errors import ConfigError, shown
 from ..files import write_text
 from .files.layouts import read_json
 
@@ -23,7 +24,7 @@ _PLAIN = re.compile(r"[A-Za-z0-9 ]{1,80}")
 
 @dataclass(frozen=True)
 class VoiceRecord:
-    """What a voice was trained on."""
+    """Prompts and base that a voice was trained on."""
 
     prompt_style: str
     facts: dict[str, str] = field(default_factory=dict)  # lines of a card
@@ -67,16 +68,12 @@ def read_record(folder: Path, flag: str) -> VoiceRecord | None:
         ConfigError: it cannot be read, or names a prompt style that there is not.
     """
     file = Path(folder) / RECORD
-    try:
-        if not file.is_file():
-            return None
-    except OSError:  # whoever reads the folder itself says what is wrong with it
+    if not os.path.isfile(file):  # whoever reads the folder itself says what is wrong with it
         return None
     raw = read_json(file, flag)
     style = raw.get("prompt_style")
     if style not in PROMPT_STYLES:
-        found = repr(style)[:80]
-        raise ConfigError([f"{flag}: {file}: prompt_style {found} is not one of {', '.join(PROMPT_STYLES)}"])
+        raise ConfigError([f"{flag}: {file}: prompt_style {shown(style)} is not one of {', '.join(PROMPT_STYLES)}"])
     facts = {name: raw[name] for name in FACTS if isinstance(raw.get(name), str)}
     # A card is a table: what would end its cell or its line was not written by `write_record`.
     return VoiceRecord(style, {name: fact for name, fact in facts.items() if _PLAIN.fullmatch(fact)})

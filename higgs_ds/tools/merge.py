@@ -59,13 +59,13 @@ def add_export(verbs) -> None:
 
 def run_merge(args: argparse.Namespace) -> int:
     """Checks the adapter's config before the base is looked for, and its weights before anything is written."""
-    from ..model.base import locate_checkpoint
+    from ..model.base import open_base
     from ..model.files.adapter_file import check_base, read_adapter, read_adapter_config, revision_for
     from ..model.files.load_layout import adaptable_modules
     from ..model.files.processor_files import codec_reference
     from ..model.voice_record import RECORD, base_note, read_record, record_text
     from ..report.cards import merged_card, pinned
-    from .merge_weights import Base, merge
+    from .merge_weights import merge
 
     args.output_dir = empty_place(args.output_dir)
     lora = read_adapter_config(args.adapter) if args.adapter else None
@@ -73,7 +73,7 @@ def run_merge(args: argparse.Namespace) -> int:
     if lora and not args.other_base:
         check_base(lora, args.base_ckpt, args.base_revision)
     codec_reference(args.codec, args.layout)
-    base = Base.open(locate_checkpoint(args.base_ckpt, args.base_revision))
+    base = open_base(args.base_ckpt, args.base_revision)
     adapter = read_adapter(args.adapter, adaptable_modules(base.config), lora) if lora else None
     record = read_record(args.adapter, "--adapter") if lora else None
     name, revision = pinned(args.base_ckpt, args.base_revision)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,11 +15,10 @@ import torch
 
 from ..errors import ConfigError
 from ..files import filling
-from ..model.base import DTYPES, check_tokenizer, load_tokenizer
+from ..model.base import DTYPES, BaseCheckpoint, check_tokenizer, load_tokenizer
 from ..model.files.adapter_file import Adapter
-from ..model.files.layout_config import read_checkpoint_config, token_ids, transformers_config, without_private
-from ..model.files.layouts import BOSON, TRANSFORMERS, layout_of, name_in, read_json
-from ..model.files.load_layout import check_weights
+from ..model.files.layout_config import token_ids, transformers_config, without_private
+from ..model.files.layouts import BOSON, TRANSFORMERS, name_in, read_json
 from ..model.files.processor_files import TOKENIZER_FILES, generation_config, write_processor
 from ..model.files.weight_files import (
     DTYPES_BY_NAME,
@@ -36,39 +34,13 @@ from ..model.files.weight_files import (
 from .outputs import writing
 
 if TYPE_CHECKING:
-    from boson_multimodal.model.higgs_audio import HiggsAudioConfig
-    from transformers import PreTrainedTokenizerFast
+    pass
 
 SAMPLED_TENSORS = 12  # of the merged and of the others, read back and computed anew
 
 
-@dataclass(frozen=True)
-class Base:
-    """A base checkpoint whose weights and tokenizer were checked."""
-
-    folder: Path
-    layout: str
-    config: HiggsAudioConfig
-    stored: dict[str, Stored]  # by boson_multimodal's names, in the model's order
-    notes: list[str]  # to be printed
-    tokenizer: PreTrainedTokenizerFast
-
-    @classmethod
-    def open(cls, folder: Path) -> Base:
-        """A folder in either layout.
-
-        Raises:
-            ConfigError: a config, weights or a tokenizer that no such model has, each named.
-        """
-        config = read_checkpoint_config(folder)
-        stored, notes = check_weights(folder, config)
-        tokenizer = load_tokenizer(folder)
-        check_tokenizer(folder, tokenizer, config)
-        return cls(folder, layout_of(folder), config, stored, notes, tokenizer)
-
-
 def merge(
-    base: Base,
+    base: BaseCheckpoint,
     adapter: Adapter | None,
     output_dir: Path,
     layout: str,
@@ -116,8 +88,8 @@ def merge(
     return total
 
 
-def _plan(base: Base, layout: str, dtype: str | None) -> dict[str, Planned]:
-    """Tensors to write, in the order of the model, by boson_multimodal's names."""
+def _plan(base: BaseCheckpoint, layout: str, dtype: str | None) -> dict[str, Planned]:
+    """What is written, in the order of the model, by boson_multimodal's names."""
     return {
         name: Planned(name_in(layout, name), one.shape, DTYPES[dtype] if dtype else DTYPES_BY_NAME[one.dtype])
         for name, one in base.stored.items()
@@ -156,7 +128,7 @@ def _not_finite(rows: torch.Tensor, merged: torch.Tensor, stored: Stored, planne
     return f"--dtype: {planned.name} holds values beyond {dtype}; fp32 holds them"
 
 
-def _write_files(base: Base, folder: Path, layout: str, dtype: str | None, codec: str) -> None:
+def _write_files(base: BaseCheckpoint, folder: Path, layout: str, dtype: str | None, codec: str) -> None:
     """Everything but the weights."""
     for name in TOKENIZER_FILES:
         if (base.folder / name).is_file():
@@ -189,7 +161,7 @@ def _write_json(file: Path, values: dict) -> None:
 
 
 def prove(
-    base: Base, adapter: Adapter | None, folder: Path, layout: str, planned: dict[str, Planned]
+    base: BaseCheckpoint, adapter: Adapter | None, folder: Path, layout: str, planned: dict[str, Planned]
 ) -> tuple[int, int]:
     """Reads a written folder: every name, shape and dtype, and the values of a sample, computed anew in one piece.
 
@@ -200,13 +172,13 @@ def prove(
         ConfigError: a difference, named.
     """
     where = f"--output_dir: {folder} failed verification (nothing is kept)"
-    found = weight_headers(folder, layout)
+    found = weight_headers(folder, layout, "--output_dir")
     wanted = {name: tensor.shape for name, tensor in planned.items()}
     problems = differences(found, wanted, lambda name: name_in(layout, name))
     index = folder / INDEX
     if not problems and index.is_file():
         listed = read_json(index, "--output_dir")["weight_map"]
-        if listed != {one.key: one.file.name for one in found.stored.values()}:
+        if listed != {one.key: one.file.name for one in found.values()}:
             problems.append(f"{index.name} does not match the weights in the files")
     refuse(problems, where)
     touched = adapter.weights.keys() | adapter.whole.keys() if adapter else set()
@@ -216,7 +188,7 @@ def prove(
         module, tensor = name.removesuffix(".weight"), planned[name]
         source = adapter.whole[module] if adapter and module in adapter.whole else base.stored[name]
         start = 0
-        for written, was in zip(found.stored[name].rows(), source.rows(), strict=True):
+        for written, was in zip(found[name].rows(), source.rows(), strict=True):
             if adapter and module in adapter.weights:
                 a, b = adapter.weights[module]
                 update = torch.matmul(b[start : start + len(was)], a) * adapter.config.scale
@@ -229,7 +201,7 @@ def prove(
     return len(_spread(changed)), len(_spread(others))
 
 
-def prove_tokenizer(base: Base, folder: Path) -> None:
+def prove_tokenizer(base: BaseCheckpoint, folder: Path) -> None:
     """Loads the tokenizer of a written folder. Raises ConfigError where it is not the base's, token for token."""
     was, now = base.tokenizer, load_tokenizer(folder, "--output_dir")
     if was.get_vocab() != now.get_vocab() or was.special_tokens_map != now.special_tokens_map:

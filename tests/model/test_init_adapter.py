@@ -1,4 +1,4 @@
-"""What `--init_adapter` fills in, and what it does not let pass."""
+"""Options that `--init_adapter` fills in, and those that it does not let pass."""
 
 from __future__ import annotations
 

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from higgs_ds.errors import ConfigError
+from higgs_ds.model.base import open_base
 from higgs_ds.model.files.adapter_file import attach, read_adapter, read_adapter_config
 from higgs_ds.model.files.adapter_names import WHOLE_MODULES
 from higgs_ds.model.files.layout_config import read_checkpoint_config
@@ -21,7 +22,7 @@ from higgs_ds.model.files.load_layout import adaptable_modules, load_checkpoint,
 from higgs_ds.model.files.weight_files import Planned, shards, weight_headers, write_checkpoint_weights
 from higgs_ds.model.higgs_v2.modules import DEFAULT_LORA_TARGETS
 from higgs_ds.tools.cli import main
-from higgs_ds.tools.merge_weights import Base, merge, prove, prove_tokenizer
+from higgs_ds.tools.merge_weights import merge, prove, prove_tokenizer
 from tests.model.files.test_adapter_file import edit, write_adapter
 from tests.model.files.test_layouts import translated
 
@@ -73,7 +74,7 @@ def test_both_layouts_hold_the_same_values(merged, tiny_config):
     one, two = load_file(merged / "boson/model.safetensors"), load_file(merged / "transformers/model.safetensors")
     assert {transformers_name(name) for name in one} == set(two)
     assert all(torch.equal(value, two[transformers_name(name)]) for name, value in one.items())
-    assert len(Base.open(merged / "transformers").stored) == len(one)
+    assert len(open_base(str(merged / "transformers")).stored) == len(one)
     names = {path.name for path in (merged / "transformers").iterdir()}
     assert names >= {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
     assert names >= {"processor_config.json", "preprocessor_config.json", "chat_template.jinja", "model.safetensors"}
@@ -136,7 +137,7 @@ def test_shards_and_index_are_the_hubs(tmp_path):
 
 def test_what_was_written_wrongly_is_found(merged, tiny_dir, adapter_dir, tmp_path):
     """A value that was changed or left, a name that is missing, a shape and a dtype: in what a sample looks at."""
-    base = Base.open(tiny_dir)
+    base = open_base(str(tiny_dir))
     adapter = read_adapter(adapter_dir, adaptable_modules(base.config), read_adapter_config(adapter_dir))
     plan = {name: Planned(name, one.shape, torch.float32) for name, one in base.stored.items()}
     assert prove(base, adapter, merged / "boson", "boson", plan) == (12, 10)
@@ -173,13 +174,13 @@ def test_nothing_is_overwritten_and_nothing_half_written_stays(merged, tiny_dir,
     code, said = run(capsys, *flags, tmp_path / "file" / "out")
     assert code == 2 and len(said) == 1 and "cannot be written" in said[0]
 
-    base = Base.open(tiny_dir)
+    base = open_base(str(tiny_dir))
     lora = read_adapter(adapter_dir, adaptable_modules(base.config), read_adapter_config(adapter_dir))
     lora.weights["layers.0.mlp.up_proj"] = lora.weights["layers.0.self_attn.k_proj"]
     with pytest.raises(RuntimeError):
         merge(base, lora, tmp_path / "half", "boson", dtype=None, codec="a/b")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
-    assert len(weight_headers(merged / "boson").stored) == len(base.stored)
+    assert len(weight_headers(merged / "boson")) == len(base.stored)
 
 
 def test_wrong_bases_are_listed_by_their_own_names(merged, tmp_path, capsys):
@@ -215,7 +216,7 @@ def test_a_tokenizer_that_is_not_copied_whole_is_found(tiny_dir, tmp_path, capsy
     code, said = run(capsys, "merge", *flags)
     assert code == 2 and said[0].startswith("--output_dir: ") and "tokenizer" in said[0]
     assert not (tmp_path / "out").exists()
-    base, other = Base.open(tiny_dir), shutil.copytree(tiny_dir, tmp_path / "other")
+    base, other = open_base(str(tiny_dir)), shutil.copytree(tiny_dir, tmp_path / "other")
     prove_tokenizer(base, other)
     state = json.loads((other / "tokenizer.json").read_text())
     state["added_tokens"][-1]["content"] = "another"
@@ -241,7 +242,7 @@ def test_weights_that_are_not_finite_are_neither_written_nor_spoken_with(
     name, value, dtype, words, tiny_dir, codec_dir, tmp_path, capsys
 ):
     base = shutil.copytree(tiny_dir, tmp_path / "base")
-    file = weight_headers(base).stored[name].file
+    file = weight_headers(base)[name].file
     weights = {key: tensor.clone().float() for key, tensor in load_file(file).items()}
     weights[name].view(-1)[0] = value
     save_file(weights, file, metadata={"format": "pt"})

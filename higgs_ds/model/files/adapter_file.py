@@ -10,22 +10,22 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
-from safetensors import safe_open
+from pydantic import ConfigDict, Field, TypeAdapter, with_config
 from safetensors.torch import save_file
+from typing_extensions import NotRequired, TypedDict
 
-from ...errors import ConfigError, reason_of
+from ...errors import ConfigError, shown
 from ...options.sections import BASE_NAMES, DEFAULT_BASE, revision_of
 from ..higgs_v2.modules import EMBEDDINGS
 from .adapter_names import PREFIX, WHOLE_MODULES, layers_named, names_layer, naming_nothing, peft_key
+from .config_values import checked
 from .layouts import read_json
-from .weight_files import DTYPES_BY_NAME, Stored, refuse
+from .weight_files import Stored, all_finite, differences, header_of, refuse
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-MAX_RANK = 8192
-MAX_CONFIG_BYTES = 1 << 20
-MAX_TARGETS = 1000
 
 # Ways of beginning that leave the base as it is. PiSSA, OLoRA, CorDA and LoftQ take from it what A and B began with.
 _BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal")
@@ -40,13 +40,29 @@ _IGNORED = {
     "qalora_group_size",
     "task_type",
 }
-_READ = {"r", "lora_alpha", "target_modules", "modules_to_save", "use_rslora", "base_model_name_or_path", "revision"}
-_READ |= {"init_lora_weights"}
+
+
+@with_config(ConfigDict(strict=True))
+class PlainLora(TypedDict):
+    """The fields of adapter_config.json that are read."""
+
+    peft_type: Literal["LORA"]
+    r: Annotated[int, Field(ge=1, le=8192)]
+    # 1e6 times an update is no training any more, and an infinity would be written into every merged weight.
+    lora_alpha: Annotated[float, Field(gt=0, le=1e6)]
+    target_modules: Annotated[list[str], Field(min_length=1)]
+    modules_to_save: NotRequired[list[str] | None]
+    use_rslora: NotRequired[bool]
+    base_model_name_or_path: NotRequired[str | None]
+    revision: NotRequired[str | None]
+
+
+_FIELDS: TypeAdapter = TypeAdapter(PlainLora)
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What plain LoRA says of itself, and the modules of the base that were trained whole beside it."""
+    """Settings of plain LoRA, and the modules of the base that were trained whole beside it."""
 
     rank: int
     alpha: float
@@ -100,28 +116,23 @@ def read_adapter_config(folder: Path, flag: str = "--adapter") -> AdapterConfig:
         ConfigError: every field that is wrong, or that makes it something else than plain LoRA, a line each.
     """
     file = folder / CONFIG
-    try:
-        if not file.is_file():
-            raise ConfigError([f"{flag}: {folder} holds no {CONFIG}"])
-        size = file.stat().st_size
-    except OSError as error:
-        raise ConfigError([f"{flag}: {_short(str(folder))} cannot be read: {reason_of(error)}"]) from None
-    if size > MAX_CONFIG_BYTES:
-        raise ConfigError([f"{flag}: {file} has {size} bytes, a config has a few thousand"])
-    raw = read_json(file, flag)
-    problems = _more_than_plain_lora(raw)
-    if not raw.get("peft_type"):
-        problems.append("peft_type is missing")
-    problems += _wrong_fields(raw)
-    refuse(problems, f"{flag}: {file}")
+    if os.path.isdir(folder) and not os.path.isfile(file):
+        raise ConfigError([f"{flag}: {folder} holds no {CONFIG}"])
+    raw, where = read_json(file, flag), f"{flag}: {file}"
+    fields = checked(_FIELDS, raw, where)
+    problems, saved = _more_than_plain_lora(raw), fields.get("modules_to_save") or []
+    if strange := naming_nothing(saved, WHOLE_MODULES):
+        known = ", ".join(name.rsplit(".", 1)[-1] for name in WHOLE_MODULES)
+        problems.append(f"modules_to_save: {shown(strange[0])} is not one that is trained whole here: {known}")
+    refuse(problems, where)
     return AdapterConfig(
-        rank=raw["r"],
-        alpha=float(raw["lora_alpha"]),
-        rslora=raw.get("use_rslora", False),
-        target_modules=tuple(raw["target_modules"]),
-        base_name=raw.get("base_model_name_or_path"),
-        base_revision=raw.get("revision"),
-        whole=tuple(layers_named(raw.get("modules_to_save") or (), WHOLE_MODULES)),
+        rank=fields["r"],
+        alpha=fields["lora_alpha"],
+        rslora=fields.get("use_rslora", False),
+        target_modules=tuple(fields["target_modules"]),
+        base_name=fields.get("base_model_name_or_path"),
+        base_revision=fields.get("revision"),
+        whole=tuple(layers_named(saved, WHOLE_MODULES)),
     )
 
 
@@ -135,52 +146,20 @@ def _more_than_plain_lora(raw: dict) -> list[str]:
     defaults = peft.LoraConfig().to_dict()
     problems = []
     for key, value in raw.items():
-        if key in _IGNORED or key in _READ or not value or value == defaults.get(key):
+        if key == "init_lora_weights":
+            if value not in _BEGINNINGS:
+                problems.append(
+                    f"{key} is {shown(value)}, expected true, false, null, gaussian, eva or orthogonal: others change "
+                    "the base; save the adapter as plain LoRA (PEFT: path_initial_model_for_weight_conversion)"
+                )
+            continue
+        if key in _IGNORED or key in PlainLora.__annotations__ or not value or value == defaults.get(key):
             continue
         if key in defaults:
-            problems.append(f"{key} is {_short(value)}: not plain LoRA, it is not loaded")
+            problems.append(f"{key} is {shown(value)}: not plain LoRA, it is not loaded")
         else:
-            problems.append(f"{_short(key)} is {_short(value)}: PEFT {peft.__version__} does not know this field")
+            problems.append(f"{shown(key)} is {shown(value)}: PEFT {peft.__version__} does not know this field")
     return problems
-
-
-def _wrong_fields(raw: dict) -> list[str]:
-    """Types and bounds of the fields that are read."""
-    rank, alpha, targets = raw.get("r"), raw.get("lora_alpha"), raw.get("target_modules")
-    problems = []
-    if type(rank) is not int or not 1 <= rank <= MAX_RANK:
-        problems.append(f"r is {_short(rank)}, expected a whole number from 1 to {MAX_RANK}")
-    # 1e6 times an update is no training any more, and an infinity would be written into every merged weight.
-    if type(alpha) not in (int, float) or not 0 < alpha <= 1e6:
-        problems.append(f"lora_alpha is {_short(alpha)}, expected a number above 0, up to 1000000")
-    is_list = isinstance(targets, list) and 0 < len(targets) <= MAX_TARGETS
-    if not is_list or not all(isinstance(name, str) and 0 < len(name) <= 200 for name in targets):
-        problems.append(f"target_modules is {_short(targets)}, expected a list of names of layers")
-    saved = raw.get("modules_to_save")
-    if saved is not None:
-        if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
-            problems.append(f"modules_to_save is {_short(saved)}, expected a list of names of modules")
-        elif strange := naming_nothing(saved, WHOLE_MODULES):
-            known = ", ".join(name.rsplit(".", 1)[-1] for name in WHOLE_MODULES)
-            problems.append(f"modules_to_save: {_short(strange[0])} is not one that is trained whole here: {known}")
-    if type(raw.get("use_rslora", False)) is not bool:
-        problems.append(f"use_rslora is {_short(raw['use_rslora'])}, expected true or false")
-    began = raw.get("init_lora_weights")
-    if not any(type(began) is type(one) and began == one for one in _BEGINNINGS):
-        problems.append(
-            f"init_lora_weights is {_short(began)}, expected true, false, null, gaussian, eva or orthogonal: others "
-            "change the base; save the adapter as plain LoRA (PEFT: path_initial_model_for_weight_conversion)"
-        )
-    for key in ("base_model_name_or_path", "revision"):
-        value = raw.get(key)
-        if value is not None and (not isinstance(value, str) or len(value) > 4096 or not value.isprintable()):
-            problems.append(f"{key} is {_short(value)}, expected text")
-    return problems
-
-
-def _short(value) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "…"
 
 
 def check_base(config: AdapterConfig, base_name: str, base_revision: str | None, flag: str = "--adapter") -> None:
@@ -201,16 +180,10 @@ def check_base(config: AdapterConfig, base_name: str, base_revision: str | None,
         now_at = now_at or (None if os.path.isdir(given) else revision_of(given, base_revision))
         if was_at is None or now_at is None or was_at == now_at:
             return
-        trained, given, hint = (
-            f"{trained} at {was_at}",
-            f"{given} at {now_at}",
-            f"--base_revision {was_at} loads that; ",
-        )
+        trained, given = f"{trained} at {was_at}", f"{given} at {now_at}"
+        hint = f"--base_revision {was_at} loads that; "
     raise ConfigError(
-        [
-            f"{flag}: trained on {_short(trained)}, --base_ckpt is {_short(given)}; {hint}--other_base takes it all "
-            "the same"
-        ]
+        [f"{flag}: trained on {trained!r}, --base_ckpt is {given!r}; {hint}--other_base takes it all the same"]
     )
 
 
@@ -227,7 +200,7 @@ _RENAMED = {old.lower(): DEFAULT_BASE for old in BASE_NAMES}
 
 
 def same_base(one: str, other: str) -> bool:
-    """Whether two values of --base_ckpt mean the same: folders by their place, hub ids by any name of theirs.
+    """True where two values of --base_ckpt mean the same: folders by their place, hub ids by any name of theirs.
 
     Two snapshots in the hub's cache are two bases, where their revisions are two.
     """
@@ -236,7 +209,7 @@ def same_base(one: str, other: str) -> bool:
 
 
 def _place(name: str) -> tuple[str, str | None]:
-    """Where a base is; a snapshot in the hub's cache stands for the repository that it is of, at its revision."""
+    """Place of a base; a snapshot in the hub's cache stands for the repository that it is of, at its revision."""
     parts, revision = Path(name).parts, None
     for at, part in enumerate(parts):
         if part.startswith("models--") and part.count("--") == 2:
@@ -265,22 +238,31 @@ def read_adapter(
     linears = [name for name in modules if not names_layer(EMBEDDINGS, name)]
     adapted = layers_named(config.target_modules, linears)
     problems = [
-        f"target_modules: {_short(target)} names no linear layer of the base"
+        f"target_modules: {shown(target)} names no linear layer of the base"
         for target in naming_nothing(config.target_modules, linears)
     ]
     problems += [f"{name} has LoRA and stands in modules_to_save too" for name in config.whole if name in adapted]
-    wanted: dict[str, tuple[int, int]] = {}
+    refuse(problems, f"{flag}: {folder / CONFIG}")
+    wanted: dict[str, tuple[int, ...]] = {}
     for name in adapted:
         out, width = modules[name]
         wanted[f"{PREFIX}{name}.lora_A.weight"] = (config.rank, width)
         wanted[f"{PREFIX}{name}.lora_B.weight"] = (out, config.rank)
-    file = folder / WEIGHTS
     shapes = {f"{PREFIX}{name}.weight": modules[name] for name in config.whole}
-    refuse(problems, f"{flag}: {folder / CONFIG}")
-    tensors, whole, problems = _read_weights(file, wanted, shapes)
-    refuse(problems, f"{flag}: {file}")
-    pairs = {name: tuple(tensors[f"{PREFIX}{name}.lora_{part}.weight"] for part in "AB") for name in adapted}
-    return Adapter(config, pairs, {name: whole[f"{PREFIX}{name}.weight"] for name in config.whole})
+    file, where = folder / WEIGHTS, f"{flag}: {folder / WEIGHTS}"
+    if not os.path.isfile(file):
+        others = [name for name in ("adapter_model.bin", "adapter_model.pt") if (folder / name).exists()]
+        hint = f"; {others[0]} is a pickle and is not loaded" if others else ""
+        raise ConfigError([f"{where} is not there{hint}"])
+    stored = header_of(file, where)
+    refuse(differences(stored, wanted | shapes, needs="the base and r need"), where)
+    tensors = {key: stored[key].read().to(torch.float32, copy=True) for key in wanted}
+    broken = [key for key, value in tensors.items() if not all_finite(value)]
+    broken += [key for key in shapes if not all(map(all_finite, stored[key].rows()))]
+    refuse([f"{key} holds NaN or infinity" for key in broken], where)
+    a_of, b_of = ({name: tensors[f"{PREFIX}{name}.lora_{part}.weight"] for name in adapted} for part in "AB")
+    pairs = {name: (a_of[name], b_of[name]) for name in adapted}
+    return Adapter(config, pairs, {name: stored[f"{PREFIX}{name}.weight"] for name in config.whole})
 
 
 def attach(model, adapter: Adapter):
@@ -321,51 +303,6 @@ def with_lora(model, config):
 
     pefts.is_bnb_available = pefts.is_bnb_4bit_available = lambda: False
     return get_peft_model(model, config, autocast_adapter_dtype=False)
-
-
-def _read_weights(
-    file: Path, wanted: dict[str, tuple[int, int]], whole: dict[str, tuple[int, int]]
-) -> tuple[dict[str, torch.Tensor], dict[str, Stored], list[str]]:
-    """The wanted tensors in float32, places of the whole ones, both by key; and what is wrong with the file.
-
-    Names and shapes come before any value.
-    """
-    if not file.is_file():
-        others = [name for name in ("adapter_model.bin", "adapter_model.pt") if (file.parent / name).exists()]
-        pickled = f"; {others[0]} is a pickle and is not loaded" if others else ""
-        return {}, {}, [f"is not there{pickled}"]
-    tensors: dict[str, torch.Tensor] = {}
-    found: dict[str, Stored] = {}
-    try:
-        with safe_open(file, framework="pt") as stored:
-            for key in stored.keys():  # noqa: SIM118 - safe_open is not a mapping
-                part = stored.get_slice(key)
-                found[key] = Stored(file, key, tuple(part.get_shape()), part.get_dtype())
-            shapes = wanted | whole
-            problems = [f"missing weight {key}" for key in shapes if key not in found]
-            extra = [one for key, one in found.items() if key not in shapes]
-            problems += [f"extra weight {_short(one.key)[1:-1]} {list(one.shape)}" for one in extra]
-            problems += [
-                f"{key} has shape {list(found[key].shape)}, the base and r need {list(shape)}"
-                for key, shape in shapes.items()
-                if key in found and found[key].shape != shape
-            ]
-            for key in () if problems else wanted:
-                value = stored.get_tensor(key)
-                if not value.is_floating_point():
-                    problems.append(f"{key} is {value.dtype}, expected floating point")
-                    continue
-                tensors[key] = value.to(torch.float32, copy=True)
-                if not bool(torch.isfinite(tensors[key]).all()):
-                    problems.append(f"{key} holds NaN or infinity")
-        for key in () if problems else whole:
-            if found[key].dtype not in DTYPES_BY_NAME:
-                problems.append(f"{key} is {found[key].dtype}, expected one of {', '.join(sorted(DTYPES_BY_NAME))}")
-            elif not all(bool(torch.isfinite(rows).all()) for rows in found[key].rows()):
-                problems.append(f"{key} holds NaN or infinity")
-    except Exception as error:  # the safetensors reader raises its own SafetensorError, OSError or ValueError
-        problems = [f"cannot be read: {error}"]
-    return tensors, {key: found[key] for key in whole if key in found}, problems
 
 
 def write_adapter(folder: Path, config, weights: dict[str, torch.Tensor]) -> None:

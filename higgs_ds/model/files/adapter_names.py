@@ -24,17 +24,17 @@ def peft_key(name: str) -> str:
 
 
 def names_layer(target: str, module: str) -> bool:
-    """Whether a target, as in `target_modules`, means a module: its name, or the end of its path."""
+    """True where a target, as in `target_modules`, means a module: its name, or the end of its path."""
     return module == target or module.endswith("." + target)
 
 
 def layers_named(targets: Iterable[str], modules: Iterable[str]) -> list[str]:
-    """Those of the modules that one of the targets means, in their order."""
+    """Modules that one of the targets means, in their order."""
     targets = list(targets)
     return [module for module in modules if any(names_layer(target, module) for target in targets)]
 
 
 def naming_nothing(targets: Iterable[str], modules: Iterable[str]) -> list[str]:
-    """Those of the targets that mean none of the modules, in their order."""
+    """Targets that mean none of the modules, in their order."""
     modules = list(modules)
     return [target for target in targets if not any(names_layer(target, module) for module in modules)]

@@ -8,21 +8,15 @@ stand in the checkpoint's tokenizer.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from boson_multimodal.model.higgs_audio import HiggsAudioConfig
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict
 
-from ...errors import ConfigError
 from ..higgs_v2.boson_config import config_from_boson, made
 from ..higgs_v2.facts import peculiarities
-from .config_values import (
-    LIMITS,
-    LLAMA_FIELDS,
-    dtype_problems,
-    kind_problem,
-    limit_problem,
-    quantization_problems,
-    rope_of,
-)
+from .config_values import DEFAULT_ROPE, LLAMA_FIELDS, Count, Dtype, LlamaFields, Size, TokenId, checked, rope_of
 from .layouts import TRANSFORMERS, layout_of, read_json
 from .weight_files import refuse
 
@@ -38,42 +32,39 @@ TOKENS = {
 }
 DELAY_TOKEN = "<|reserved_special_token_6|>"
 
-# What transformers' HiggsAudioV2Config takes for a key that config.json leaves out.
-DEFAULTS = {
-    "vocab_size": 128256,
-    "hidden_size": 3072,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 24,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "hidden_act": "silu",
-    "max_position_embeddings": 2048,
-    "initializer_range": 0.02,
-    "rms_norm_eps": 1e-5,
-    "use_cache": True,
-    "pad_token_id": 128001,
-    "pretraining_tp": 1,
-    "tie_word_embeddings": False,
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "mlp_bias": False,
-    "num_codebooks": 8,
-    "codebook_size": 1024,
-    "audio_token_id": 128016,
-    "audio_bos_token_id": 128013,
-    "audio_delay_token_id": 128014,
-    "audio_stream_bos_id": 1024,
-    "audio_stream_eos_id": 1025,
-}
-# transformers' names of them, where they are others.
-_RENAMED_LIMITS = {
-    "num_codebooks": "audio_num_codebooks",
-    "codebook_size": "audio_codebook_size",
-    "audio_token_id": "audio_out_token_idx",
-    "audio_bos_token_id": "audio_out_bos_token_id",
-    "audio_delay_token_id": "audio_out_token_idx",
-}
+
+class TransformersFields(LlamaFields):
+    """Fields of config.json in transformers' layout; left out, they are as in its HiggsAudioV2Config."""
+
+    pad_token_id: TokenId = 128001
+    tie_word_embeddings: bool = False
+    num_codebooks: Count = 8
+    codebook_size: Size = 1024
+    audio_token_id: TokenId = 128016
+    audio_bos_token_id: TokenId = 128013
+    audio_delay_token_id: TokenId = 128014
+    audio_stream_bos_id: TokenId = 1024
+    audio_stream_eos_id: TokenId = 1025
+    dtype: Dtype | None = None
+    torch_dtype: Dtype | None = None
+    quantization_config: None = None
+    rope_parameters: dict | None = None
+    rope_scaling: dict | None = None
+    rope_theta: float | None = None
+
+
+DEFAULTS = TransformersFields().model_dump(exclude_none=True)
+_FIELDS: TypeAdapter = TypeAdapter(TransformersFields)
+
+
+class AddedToken(TypedDict):
+    """Fields that are read of a tokenizer's added token."""
+
+    content: str
+    id: TokenId
+
+
+_ADDED_TOKENS: TypeAdapter = TypeAdapter(list[AddedToken])
 
 
 def read_checkpoint_config(folder: Path, flag: str = "--base_ckpt") -> HiggsAudioConfig:
@@ -84,9 +75,7 @@ def read_checkpoint_config(folder: Path, flag: str = "--base_ckpt") -> HiggsAudi
     """
     file = folder / "config.json"
     where, raw = f"{flag}: {file}", read_json(file, flag)
-    layout = layout_of(folder, flag)
-    refuse(quantization_problems(raw), where)
-    if layout == TRANSFORMERS:
+    if layout_of(folder, flag) == TRANSFORMERS:
         return config_from_transformers(raw, token_ids(folder, flag), where)
     return config_from_boson(raw, where)
 
@@ -108,13 +97,7 @@ def token_ids(folder: Path, flag: str = "--base_ckpt") -> dict[str, int]:
     """
     file = folder / "tokenizer.json"
     added = read_json(file, flag).get("added_tokens")
-    try:
-        ids = {str(token["content"]): token["id"] for token in added}
-    except (TypeError, KeyError):
-        ids = {"": None}
-    if not all(type(one) is int and 0 <= one < 1 << 24 for one in ids.values()):
-        raise ConfigError([f"{flag}: {file}: added_tokens is no list of tokens with content and id"])
-    return ids
+    return {one["content"]: one["id"] for one in checked(_ADDED_TOKENS, added, f"{flag}: {file}: added_tokens")}
 
 
 def config_from_transformers(raw: dict, tokens: dict[str, int], where: str) -> HiggsAudioConfig:
@@ -128,10 +111,9 @@ def config_from_transformers(raw: dict, tokens: dict[str, int], where: str) -> H
     Raises:
         ConfigError: every value that Boson's model does not have, a line each.
     """
-    values = {key: raw.get(key, default) for key, default in DEFAULTS.items()}
-    problems = _wrong_values(values)
-    rope = rope_of(_rope_parameters(raw), problems, "rope_parameters")
-    problems += dtype_problems({key: raw.get(key) for key in ("dtype", "torch_dtype")})
+    values: dict[str, Any] = checked(_FIELDS, raw, where).model_dump()
+    rope = _rope_of(values, where)
+    problems = _not_bosons(values)
     ids = {name: tokens.get(text) for name, text in TOKENS.items()}
     problems += [f"the tokenizer has no {TOKENS[name]}" for name, found in ids.items() if found is None]
     for key, name in (("audio_token_id", "audio_out"), ("audio_bos_token_id", "audio_out_bos")):
@@ -145,7 +127,7 @@ def config_from_transformers(raw: dict, tokens: dict[str, int], where: str) -> H
         "eos_token_id": ids["end_of_text"],
         "rope_theta": rope.pop("rope_theta"),
         "rope_scaling": None if rope["rope_type"] == "default" else rope,
-        "torch_dtype": raw.get("dtype") or raw.get("torch_dtype"),
+        "torch_dtype": values["dtype"] or values["torch_dtype"],
     }
     fields = dict(
         architectures=["HiggsAudioModel"],
@@ -171,21 +153,15 @@ def config_from_transformers(raw: dict, tokens: dict[str, int], where: str) -> H
         pad_token_id=values["pad_token_id"],
         torch_dtype=text["torch_dtype"],
     )
-    return made(lambda: HiggsAudioConfig(**fields), where)
+    return made(fields, where)
 
 
-def _wrong_values(values: dict) -> list[str]:
-    """Of `DEFAULTS`' keys: types, bounds, and what Boson's model cannot be."""
-    found = [kind_problem(key, type(default), values[key]) for key, default in DEFAULTS.items()]
-    problems = [problem for problem in found if problem]
-    if problems:
-        return problems
-    limits = {key: _RENAMED_LIMITS.get(key, key if key in LIMITS else f"text_config.{key}") for key in values}
-    found = [limit_problem(key, limit, values[key]) for key, limit in limits.items() if limit in LIMITS]
-    problems += [problem for problem in found if problem]
+def _not_bosons(values: dict[str, Any]) -> list[str]:
+    """Lists what Boson's model cannot be, a line each."""
+    size, begin, end = values["codebook_size"], values["audio_stream_bos_id"], values["audio_stream_eos_id"]
+    problems = []
     if values["tie_word_embeddings"]:
         problems.append("tie_word_embeddings is true: this model's heads and embeddings are weights of their own")
-    size, begin, end = values["codebook_size"], values["audio_stream_bos_id"], values["audio_stream_eos_id"]
     if (begin, end) != (size - 2, size - 1):
         problems.append(
             f"codebook_size is {size}, with audio_stream_bos_id {begin} and audio_stream_eos_id {end}: expected the "
@@ -194,14 +170,15 @@ def _wrong_values(values: dict) -> list[str]:
     return problems
 
 
-def _rope_parameters(raw: dict) -> object:
-    """What transformers' config.json says of them, in either of its two ways; None for nothing."""
-    found, scaling = raw.get("rope_parameters"), raw.get("rope_scaling")
-    if found is None and isinstance(scaling, dict | None) and ("rope_theta" in raw or scaling):
-        return {"rope_theta": raw.get("rope_theta", 10000.0), **(scaling or {"rope_type": "default"})}
-    if found is None and scaling is not None:
-        return {"rope_type": scaling}  # which is none
-    return found
+def _rope_of(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """Rotary parameters, from either of the two ways that transformers' config.json says them."""
+    found, scaling, theta = (values[key] for key in ("rope_parameters", "rope_scaling", "rope_theta"))
+    if found is None and not scaling and theta is None:
+        found = DEFAULT_ROPE
+    if found is None:
+        found = {"rope_theta": 10000.0 if theta is None else theta, **(scaling or {})}
+        found.setdefault("rope_type", found.get("type", "default"))
+    return rope_of(found, found.get("rope_theta"), where)
 
 
 def transformers_config(config: HiggsAudioConfig, tokens: dict[str, int], dtype: str, where: str) -> dict:
@@ -229,10 +206,8 @@ def transformers_config(config: HiggsAudioConfig, tokens: dict[str, int], dtype:
     for token in (DELAY_TOKEN, TOKENS["eot"]):
         if token not in tokens:
             problems.append(f"the tokenizer has no {token}, which transformers' generation writes")
-    scaling = dict(text.rope_scaling or {"rope_type": "default"})
-    scaling.setdefault("rope_type", scaling.pop("type", None))
-    rope = rope_of({**scaling, "rope_theta": text.rope_theta}, problems, "rope_parameters")
     refuse(problems, where)
+    rope = rope_of(text.rope_scaling, text.rope_theta, where)
     values = {key: getattr(text, key) for key in LLAMA_FIELDS}
     return {
         "architectures": ["HiggsAudioV2ForConditionalGeneration"],

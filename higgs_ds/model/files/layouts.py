@@ -5,10 +5,11 @@ The tensors are the same, bit for bit; their names and the config differ. Everyt
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from ...errors import ConfigError
+from pydantic_core import from_json
+
+from ...errors import ConfigError, reading, shown
 
 BOSON, TRANSFORMERS = "boson", "transformers"
 LAYOUTS = (BOSON, TRANSFORMERS)
@@ -33,7 +34,7 @@ def transformers_name(boson_name: str) -> str | None:
 
 
 def boson_name(transformers_name: str) -> str | None:
-    """The inverse of `transformers_name`."""
+    """Inverse of `transformers_name`."""
     return _renamed(transformers_name, [(new, old) for old, new in _PREFIXES])
 
 
@@ -60,14 +61,10 @@ def read_json(file: Path, flag: str) -> dict:
     Raises:
         ConfigError: the file cannot be read, or holds something else.
     """
-    try:
-        raw = json.loads(text := file.read_text(encoding="utf-8"))
-        if "\\ud" in text.lower():
-            json.dumps(raw, ensure_ascii=False).encode()  # half a pair of escapes is a ValueError here, and not later
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError([f"{flag}: {file} cannot be read: {error}"]) from None
-    if not isinstance(raw, dict):
-        raise ConfigError([f"{flag}: {file} holds {type(raw).__name__}, expected a JSON object"])
+    with reading(f"{flag}: {file} cannot be read"):
+        raw = from_json(file.read_bytes())
+        if not isinstance(raw, dict):
+            raise ValueError(f"it holds {type(raw).__name__}, expected a JSON object")
     return raw
 
 
@@ -81,9 +78,6 @@ def layout_of(folder: Path, flag: str = "--base_ckpt") -> str:
     for layout, model_type in MODEL_TYPES.items():
         if found == model_type:
             return layout
-    file, hint = folder / "config.json", ""
-    if isinstance(found, str) and found.startswith("higgs_audio"):
-        hint = f"; {found} is another model of that family" + (
-            ", the codec: give it to --codec" if found.endswith("tokenizer") else ""
-        )
-    raise ConfigError([f"{flag}: {file} says model_type {found!r}, expected 'higgs_audio' or 'higgs_audio_v2'{hint}"])
+    hint = "; it is the codec's: give it to --codec" if found == "higgs_audio_v2_tokenizer" else ""
+    expected = f"expected {' or '.join(map(repr, MODEL_TYPES.values()))}"
+    raise ConfigError([f"{flag}: {folder / 'config.json'} says model_type {shown(found)}, {expected}{hint}"])

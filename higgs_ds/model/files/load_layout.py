@@ -1,4 +1,4 @@
-"""Loading a checkpoint in transformers' layout into boson_multimodal's model, tensor by tensor.
+"""Loading a checkpoint in either layout into boson_multimodal's model, tensor by tensor.
 
 transformers 4.46 cannot rename weights while it loads them. Outside ZeRO-3 the model is built without memory and takes
 over tensors that are mapped from the files, so that the processes of a node share one copy in its page cache. Under
@@ -17,13 +17,12 @@ from accelerate import init_empty_weights
 from boson_multimodal.model.higgs_audio import HiggsAudioConfig, HiggsAudioModel
 from transformers import GenerationConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.utils.logging import disable_progress_bar
 
-from ...errors import ConfigError
+from ...errors import reading
 from ..quantized import QuantizedLinear
 from .adapter_names import WHOLE_MODULES
 from .layouts import CARRIED_ALONG, TRANSFORMERS, layout_of, name_in
-from .weight_files import Stored, differences, is_marked, refuse, weight_headers
+from .weight_files import Stored, differences, refuse, weight_headers
 
 TEXT_HEAD = "audio_decoder_proj.text_lm_head.weight"
 Model = TypeVar("Model", bound=HiggsAudioModel)
@@ -35,7 +34,7 @@ def wanted_weights(config: HiggsAudioConfig, flag: str = "--base_ckpt") -> dict[
 
 
 def adaptable_modules(config: HiggsAudioConfig) -> dict[str, tuple[int, int]]:
-    """What an adapter may change: the linear layers, and all that can be trained whole; name to its weight's shape."""
+    """Modules that an adapter may change, the linear layers and all that can be trained whole, with their shapes."""
     return {
         name: tuple(module.weight.shape)
         for name, module in _without_memory(config).named_modules()
@@ -49,16 +48,8 @@ def _without_memory(config: HiggsAudioConfig, flag: str = "--base_ckpt") -> Higg
     Raises:
         ConfigError: its classes make no model of this config; one line.
     """
-    try:
-        with torch.device("meta"):
-            return HiggsAudioModel(copy.deepcopy(config))  # which writes into its config
-    except Exception as error:  # whatever a value does that nobody has thought of, in upstream's code or torch's
-        reason = " ".join(str(error).split())[:300]
-        raise ConfigError([f"{flag}: config.json describes no model: {type(error).__name__}: {reason}"]) from error
-
-
-# Halves of one weight, as a training of Boson's with frozen and trained rows leaves them.
-_SPLIT_HALF = re.compile(r"_(frozen|trainable)(\.weight)?$")
+    with reading(f"{flag}: config.json describes no model"), torch.device("meta"):
+        return HiggsAudioModel(copy.deepcopy(config))  # which writes into its config
 
 
 def check_weights(
@@ -71,34 +62,22 @@ def check_weights(
         family is known to carry along, which are left out.
 
     Raises:
-        ConfigError: missing, extra, misshapen, quantized or split weights, each under its name there; an index that
-            does not fit its files.
+        ConfigError: missing, extra, misshapen or quantized weights, each under its name there; files that are missing
+            or cannot be read.
     """
     layout, wanted = layout_of(folder, flag), wanted_weights(config, flag)
-    found = weight_headers(folder, layout)
-    strange = [name for name in found.stored if name not in wanted]
-    left_out = [name for name in strange if re.search(CARRIED_ALONG, name)]
-    left_out += [one.key for one in found.foreign if re.search(CARRIED_ALONG, one.key)]
-    found.foreign = [one for one in found.foreign if one.key not in left_out]
-    halves = [name for name in strange if _SPLIT_HALF.search(name)]
-    for name in (*left_out, *halves):
-        found.stored.pop(name, None)
-    if halves:
-        joined = {_SPLIT_HALF.sub("", name).rsplit(".", 1)[0] for name in halves}
-        wanted = {name: shape for name, shape in wanted.items() if not any(name.startswith(half) for half in joined)}
-        found.problems.append(
-            f"holds weights in two halves ({', '.join(halves[:4])}): rows that a training of Boson's kept frozen and "
-            "rows that it trained, to be joined before any program can load them; export the checkpoint joined"
-        )
-    problems = differences(found, wanted, lambda name: name_in(layout, name))
-    if layout == TRANSFORMERS and not found.problems and TEXT_HEAD not in found.stored:
+    stored = weight_headers(folder, layout, flag)
+    left_out = [one.key for one in stored.values() if re.search(CARRIED_ALONG, one.key)]
+    stored = {name: one for name, one in stored.items() if one.key not in left_out}
+    problems = differences(stored, wanted, lambda name: name_in(layout, name))
+    if layout == TRANSFORMERS and TEXT_HEAD not in stored:
         problems.append("without text_lm_head.weight it speaks in transformers alone, and cannot be trained")
     refuse(problems, f"{flag}: {folder}")
     notes = []
     if left_out:
         more = f" and {len(left_out) - 4} more" if len(left_out) > 4 else ""
         notes = [f"{folder}: left out what no module of this model has: {', '.join(left_out[:4])}{more}"]
-    return {name: found.stored[name] for name in wanted}, notes
+    return {name: stored[name] for name in wanted}, notes
 
 
 def load_checkpoint(
@@ -118,47 +97,24 @@ def load_checkpoint(
         dtype: of the weights in the model.
         quantize_on: keeps the linear layers of the decoder in NF4, made on this device; not under ZeRO-3.
     """
-    layout = layout_of(folder)
-    if quantize_on is not None:
-        return load_mapped(cls, folder, config, dtype, layout, quantize_on)
-    if layout == TRANSFORMERS or not all(map(is_marked, {one.file for one in weight_headers(folder).stored.values()})):
-        return load_mapped(cls, folder, config, dtype, layout)
-    disable_progress_bar()  # a bar for three files, from every rank
-    text = config.text_config
-    ids = {"bos_token_id": text.bos_token_id, "eos_token_id": text.eos_token_id, "pad_token_id": config.pad_token_id}
-    return cls.from_pretrained(
-        folder,
-        config=config,
-        # As Boson's file says. Any other would be a sampler that nobody asked for, or a traceback of its values.
-        generation_config=GenerationConfig(**ids),
-        torch_dtype=dtype,
-        use_safetensors=True,
-        # Without it every rank would hold the weights twice for a moment; with stage 3 it is not to be had.
-        low_cpu_mem_usage=not is_deepspeed_zero3_enabled(),
-    )
-
-
-def load_mapped(
-    cls: type[Model],
-    folder: Path,
-    config: HiggsAudioConfig,
-    dtype: torch.dtype,
-    layout: str,
-    quantize_on: torch.device | None = None,
-) -> Model:
-    """`load_checkpoint` of a folder that transformers' own loader cannot read, or not as wanted."""
-    stored = weight_headers(folder, layout).stored
-    stored = {name: one for name, one in stored.items() if not re.search(CARRIED_ALONG, name)}
+    stored = weight_headers(folder, layout_of(folder))
+    stored = {name: one for name, one in stored.items() if not re.search(CARRIED_ALONG, one.key)}
     if is_deepspeed_zero3_enabled():
         mapped = {name: one.read() for name, one in stored.items()}
-        return cls.from_pretrained(None, config=config, state_dict=mapped, torch_dtype=dtype)
-    with init_empty_weights(include_buffers=False):  # rotary tables are computed, they stand in no file
-        model = cls(copy.deepcopy(config))
-    model.config.torch_dtype = dtype
-    if quantize_on is not None:
-        _quantize_decoder(model, stored, dtype, quantize_on)
-    # Where the dtype is the file's, `to` gives the mapped tensor itself.
-    model.load_state_dict({name: one.read().to(dtype) for name, one in stored.items()}, strict=True, assign=True)
+        model = cls.from_pretrained(None, config=config, state_dict=mapped, torch_dtype=dtype)
+    else:
+        with init_empty_weights(include_buffers=False):  # rotary tables are computed, they stand in no file
+            model = cls(copy.deepcopy(config))
+        model.config.torch_dtype = dtype
+        if quantize_on is not None:
+            _quantize_decoder(model, stored, dtype, quantize_on)
+        # Where the dtype is the file's, `to` gives the mapped tensor itself.
+        model.load_state_dict({name: one.read().to(dtype) for name, one in stored.items()}, strict=True, assign=True)
+    text = config.text_config
+    # As Boson's file says. Any other would be a sampler that nobody asked for, or a traceback of its values.
+    model.generation_config = GenerationConfig(
+        bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id, pad_token_id=config.pad_token_id
+    )
     return model.eval()
 
 

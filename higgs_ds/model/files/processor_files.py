@@ -1,4 +1,4 @@
-"""What transformers' `AutoProcessor.from_pretrained` needs beside a model: processor, feature extractor, chat template.
+"""Files that transformers' `AutoProcessor` needs beside a model: processor, feature extractor, chat template.
 
 The template builds the same tokens as `collate.tokenize` makes of a row: Boson's ChatML, every text trimmed, a system
 turn first. A scene is a message of its own (role "scene") after the system turn.

@@ -9,20 +9,20 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from pydantic_core import from_json
 from safetensors import safe_open
 
-from ...errors import ConfigError, first_of
-from .layouts import BOSON, CARRIED_ALONG, boson_name
+from ...errors import ConfigError, first_of, reading
+from .layouts import BOSON, boson_name
 
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 DTYPES_BY_NAME = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-FILE_NAME = re.compile(r"[^/\\\0]{1,200}\.safetensors")
 SHARD_BYTES = 5_000_000_000  # what the hub's files hold at most
 ROWS_AT_ONCE_BYTES = 64 << 20
 
@@ -55,99 +55,84 @@ class Stored:
 
 
 def all_finite(values: torch.Tensor) -> bool:
-    """Whether no value is NaN or infinite; NaN is the least and the largest of all, and one pass finds both."""
+    """True where no value is NaN or infinite; NaN is the least and the largest of all, and one pass finds both."""
     return values.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(values))).all())
 
 
-@dataclass
-class WeightFiles:
-    """The weights of a checkpoint's folder."""
+def header_of(file: Path, where: str) -> dict[str, Stored]:
+    """The tensors of a safetensors file by their names in it, from its header alone.
 
-    stored: dict[str, Stored] = field(default_factory=dict)  # by boson_multimodal's names
-    foreign: list[Stored] = field(default_factory=list)  # names that transformers' layout does not have
-    problems: list[str] = field(default_factory=list)
+    Raises:
+        ConfigError: it cannot be read; the line begins with `where`.
+    """
+    with reading(f"{where} cannot be read"), safe_open(file, framework="pt") as tensors:
+        slices = {key: tensors.get_slice(key) for key in tensors.keys()}  # noqa: SIM118 - safe_open is not a mapping
+        return {key: Stored(file, key, tuple(one.get_shape()), one.get_dtype()) for key, one in slices.items()}
 
 
-def weight_headers(folder: Path, layout: str = BOSON) -> WeightFiles:
-    """What the folder's safetensors files hold, from their headers alone, by boson_multimodal's names."""
-    files, index, problems = _weight_files(folder)
-    found = WeightFiles(problems=problems)
-    for file in files:
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for key in tensors.keys():  # noqa: SIM118 - safe_open is not a mapping
-                    if index and index.get(key) != file.name:
-                        said = index.get(key, "nothing of it")
-                        found.problems.append(f"{file.name}: {key} is there, the index says {said}")
-                    part = tensors.get_slice(key)
-                    stored = Stored(file, key, tuple(part.get_shape()), part.get_dtype())
-                    name = key if layout == BOSON else boson_name(key)
-                    if name is None:
-                        found.foreign.append(stored)
-                    elif name in found.stored:
-                        found.problems.append(f"{file.name}: {key} stands in two files")
-                    else:
-                        found.stored[name] = stored
-        except Exception as error:  # the safetensors reader raises its own SafetensorError, OSError or ValueError
-            found.problems.append(f"{file.name} cannot be read: {error}")
-    held = {one.key for one in (*found.stored.values(), *found.foreign)}
-    ghosts = [key for key in index if key not in held and not re.search(CARRIED_ALONG, key)]
-    if not found.problems:
-        found.problems += [f"{INDEX} lists {key} in {index[key]}, which does not hold it" for key in ghosts]
+def weight_headers(folder: Path, layout: str = BOSON, flag: str = "--base_ckpt") -> dict[str, Stored]:
+    """Weights in the folder's safetensors files, from their headers alone.
+
+    Returns:
+        weights by boson_multimodal's names; one that has none there by "foreign" and its own.
+
+    Raises:
+        ConfigError: files that are missing or cannot be read; two weights of one name.
+    """
+    found: dict[str, Stored] = {}
+    for file in _weight_files(folder, f"{flag}: {folder}"):
+        for key, stored in header_of(file, f"{flag}: {file}").items():
+            name = key if layout == BOSON else boson_name(key) or f"foreign {key}"
+            if name in found:
+                raise ConfigError([f"{flag}: {file}: {key} stands in {found[name].file.name} too"])
+            found[name] = stored
     return found
 
 
-def is_marked(file: Path) -> bool:
-    """Whether a safetensors file says that torch wrote it, as most writers have it do; transformers reads no other."""
-    with safe_open(file, framework="pt") as tensors:
-        return (tensors.metadata() or {}).get("format") == "pt"
-
-
-def _weight_files(folder: Path) -> tuple[list[Path], dict[str, str], list[str]]:
-    """The files that transformers would load, by the index where there is one, and what is wrong with the index."""
-    single, index_file = folder / SINGLE, folder / INDEX
+def _weight_files(folder: Path, where: str) -> list[Path]:
+    """The files that transformers would load: the whole checkpoint, or the shards that the index names."""
+    single, index = folder / SINGLE, folder / INDEX
     if single.exists():
-        return [single], {}, []
-    if not index_file.exists():
-        shards = sorted(folder.glob("*.safetensors"))
-        if shards:
-            named = ", ".join(shard.name for shard in shards[:3])
-            return (
-                [],
-                {},
-                [f"holds {named} but neither {single.name} nor {index_file.name}, which names the shards"],
-            )
-        return [], {}, ["holds no .safetensors file (pickled checkpoints are not loaded: convert it)"]
-    try:
-        weight_map = json.loads(index_file.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(weight_map.values()))
-        if not names or not all(FILE_NAME.fullmatch(name) for name in names):
+        return [single]
+    if not index.exists():
+        if found := sorted(file.name for file in folder.glob("*.safetensors")):
+            named = ", ".join(found[:3])
+            raise ConfigError([f"{where}: holds {named} but neither {SINGLE} nor {INDEX}, which names the shards"])
+        raise ConfigError([f"{where}: holds no .safetensors file (pickled checkpoints are not loaded: convert it)"])
+    with reading(f"{where}: {INDEX} cannot be used"):
+        names = sorted(set(from_json(index.read_bytes())["weight_map"].values()))
+        if not names or not all(re.fullmatch(r"[^/\\]+\.safetensors", name) for name in names):
             raise ValueError("its weight_map must name .safetensors files of the same folder")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        return [], {}, [f"{index_file.name} cannot be used: {error}"]
-    missing = [f"{name} is missing, the index names it" for name in names if not (folder / name).is_file()]
-    return [folder / name for name in names if (folder / name).is_file()], weight_map, missing
+        refuse([f"{name} is missing, the index names it" for name in names if not (folder / name).is_file()], where)
+    return [folder / name for name in names]
 
 
-def differences(found: WeightFiles, wanted: dict[str, tuple[int, ...]], name_of=lambda name: name) -> list[str]:
-    """What is missing, extra or misshapen, each a line; `name_of` gives a missing weight's name in these files."""
-    problems, floats = list(found.problems), ", ".join(sorted(DTYPES_BY_NAME))
-    if problems:
-        return problems
-    stored = found.stored
-    problems += [f"missing weight {name_of(name)} {list(wanted[name])}" for name in wanted if name not in stored]
-    extra = [stored[name] for name in stored if name not in wanted] + found.foreign
-    problems += [f"extra weight {one.key} {list(one.shape)}" for one in extra]
-    problems += [
-        f"weight {one.key} has shape {list(one.shape)}, the model needs {list(wanted[name])}"
-        for name, one in stored.items()
-        if name in wanted and one.shape != wanted[name]
-    ]
-    problems += [
-        f"weight {one.key} is {one.dtype}, expected one of {floats}: quantized weights are not trained on"
-        for name, one in stored.items()
-        if name in wanted and one.dtype not in DTYPES_BY_NAME
-    ]
+def differences(
+    stored: dict[str, Stored],
+    wanted: dict[str, tuple[int, ...]],
+    name_of: Callable[[str], str] = lambda name: name,
+    needs: str = "the model needs",
+) -> list[str]:
+    """Lists what is missing, extra, misshapen or quantized, each a line.
+
+    Args:
+        stored: what the files hold, by the names of `wanted`.
+        wanted: shapes by name.
+        name_of: gives a missing weight's name in these files.
+        needs: says who needs a shape.
+    """
+    floats = ", ".join(sorted(DTYPES_BY_NAME))
+    problems = [f"missing weight {name_of(name)} {list(wanted[name])}" for name in wanted if name not in stored]
+    for name, one in stored.items():
+        if name not in wanted:
+            problems.append(f"extra weight {repr(one.key)[1:-1]} {list(one.shape)}")
+            continue
+        if one.shape != wanted[name]:
+            problems.append(f"weight {one.key} has shape {list(one.shape)}, {needs} {list(wanted[name])}")
+        if one.dtype not in DTYPES_BY_NAME:
+            problems.append(
+                f"weight {one.key} is {one.dtype}, expected one of {floats}: quantized weights do not train"
+            )
     return problems
 
 
@@ -216,7 +201,7 @@ def write_zeros(file: Path, planned: list[Planned]) -> None:
 
 
 def _head(planned: list[Planned]) -> bytes:
-    """What stands in a safetensors file before the values: the header and its length."""
+    """Bytes of a safetensors file before the values: the header's length and the header."""
     header: dict = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor in planned:
@@ -232,7 +217,7 @@ def _head(planned: list[Planned]) -> bytes:
 
 
 def write_checkpoint_weights(folder: Path, planned: list[Planned], pieces_of, *, limit: int = SHARD_BYTES) -> None:
-    """`model.safetensors`, or numbered shards and `model.safetensors.index.json`, as the hub has them."""
+    """Writes `model.safetensors`, or numbered shards and `model.safetensors.index.json`, as the hub has them."""
     files = shards(planned, limit)
     if len(files) == 1:
         write_safetensors(folder / SINGLE, files[0], pieces_of)
@@ -241,7 +226,7 @@ def write_checkpoint_weights(folder: Path, planned: list[Planned], pieces_of, *,
 
 
 def write_shards(folder: Path, files: list[list[Planned]], write) -> None:
-    """Numbered files, each by `write(file, tensors)`, and `model.safetensors.index.json`."""
+    """Writes numbered files, each by `write(file, tensors)`, and `model.safetensors.index.json`."""
     weight_map: dict[str, str] = {}
     for number, tensors in enumerate(files, 1):
         name = f"model-{number:05d}-of-{len(files):05d}.safetensors"

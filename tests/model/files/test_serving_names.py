@@ -27,7 +27,7 @@ ALONE += [f"{kind}{where}_layernorm" for kind in ("", "audio_") for where in ("i
 
 
 def served(shapes: dict[str, tuple[int, ...]], config) -> tuple[set[str], list[str]]:
-    """What the server's model lacks after it was given these weights, and which of them it left over."""
+    """Weights that the server's model lacks after it was given these, and those of them that it left over."""
     text = config.text_config
     hidden, ffn, heads = text.hidden_size, text.intermediate_size, text.num_attention_heads * text.head_dim
     kv = text.num_key_value_heads * text.head_dim

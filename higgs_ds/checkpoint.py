@@ -275,7 +275,7 @@ def find_checkpoint(resume: str, output_dir: Path) -> tuple[Checkpoint | None, l
             return read_checkpoint(Path(resume)), []
         except CheckpointError as error:
             raise ConfigError([f"--resume: {error}"]) from error
-    passed_over = []
+    passed_over: list[str] = []
     for folder in reversed(list_checkpoints(output_dir / "checkpoints")):
         try:
             return read_checkpoint(folder), passed_over
@@ -292,6 +292,7 @@ def keep_global_batch(resumed: Checkpoint, config: TrainConfig, world_size: int)
     """
     position = resumed.position
     saved = OLDER | position.config
+    rows_at_once = (config.optim.batch_size or 0) * world_size  # 0 beside a token budget alone
     problems = [
         f"--resume: --{name} is {config.get(name)}, the checkpoint has {saved.get(name)}; it cannot change"
         for name in SHAPE_OPTIONS
@@ -309,7 +310,7 @@ def keep_global_batch(resumed: Checkpoint, config: TrainConfig, world_size: int)
                 f"--resume: the checkpoint's global batch of {position.micro_batches_per_step} micro-batches is no "
                 f"multiple of {world_size} ranks"
             )
-    elif not position.rows_per_step or position.rows_per_step % (config.optim.batch_size * world_size):
+    elif not position.rows_per_step or position.rows_per_step % rows_at_once:
         problems.append(
             f"--resume: the checkpoint's global batch of {position.rows_per_step} rows is no multiple of "
             f"--batch_size {config.optim.batch_size} × {world_size} ranks"
@@ -318,7 +319,7 @@ def keep_global_batch(resumed: Checkpoint, config: TrainConfig, world_size: int)
         raise ConfigError(problems)
     if config.optim.max_tokens_per_batch is not None:
         return position.micro_batches_per_step // world_size
-    return position.rows_per_step // (config.optim.batch_size * world_size)
+    return position.rows_per_step // rows_at_once
 
 
 def changed_settings(

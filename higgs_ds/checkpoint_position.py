@@ -132,5 +132,5 @@ def _is_of(hint: object, value: object) -> bool:
     if typing.get_origin(hint) is list:
         return isinstance(value, list) and all(_is_of(typing.get_args(hint)[0], item) for item in value)
     if hint in (int, float):
-        return type(value) in (int, hint) and abs(value) < 2.0**64
+        return isinstance(value, (int, float)) and type(value) in (int, hint) and abs(value) < 2.0**64
     return type(value) is hint

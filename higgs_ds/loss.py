@@ -127,7 +127,7 @@ def _saturation(rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return (exact / resolution).max()
 
 
-def scaled_loss(sums: HeadSums, text_scale: torch.Tensor, codebook_scales: torch.Tensor) -> torch.Tensor:
+def scaled_loss(sums: HeadSums, text_scale: float, codebook_scales: torch.Tensor) -> torch.Tensor:
     """The scalar for the engine's backward; `scales` come from `loss_scales`."""
     return text_scale * sums.text_sum + (codebook_scales * sums.codebook_sums).sum()
 

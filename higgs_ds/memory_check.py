@@ -42,7 +42,7 @@ class DoesNotFitError(RuntimeError):
 class Advice:
     """The settings that decide how much memory a micro-batch takes, as they are."""
 
-    batch_size: int
+    batch_size: int | None
     max_tokens: int | None
     checkpoint_every: int
     stage: int
@@ -51,7 +51,7 @@ class Advice:
     def __str__(self) -> str:
         if self.max_tokens is not None:
             changes = [f"a --max_tokens_per_batch below {self.max_tokens}"]
-        elif self.batch_size > 1:
+        elif self.batch_size is not None and self.batch_size > 1:
             changes = [f"a --batch_size below {self.batch_size}"]
         else:
             changes = ["shorter rows (--max_duration_sec)"]

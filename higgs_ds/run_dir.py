@@ -8,6 +8,7 @@ import json
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -194,13 +195,13 @@ def save_adapter(
     return ranks.gather(saved)[0]
 
 
-def _model_card(lora: LoraConfig, facts: dict[str, object], folder: Path, **origin: str | None) -> str:
-    base, revision = pinned(lora.base_model_name_or_path, lora.revision)
+def _model_card(lora: LoraConfig, facts: dict[str, object], folder: Path, **origin: Any) -> str:
+    base, revision = pinned(lora.base_model_name_or_path or "", lora.revision)
     table = {
         "base": f"`{base}`" + (f" at revision `{revision}`" if revision else ""),
         "LoRA rank / alpha / dropout": f"{lora.r} / {lora.lora_alpha:g} / {lora.lora_dropout:g}"
         + (", scaled by the root" if lora.use_rslora else ""),
-        "layers": ", ".join(sorted(lora.target_modules)),
+        "layers": ", ".join(sorted(lora.target_modules or ())),
         **({"trained whole": ", ".join(lora.modules_to_save)} if lora.modules_to_save else {}),
         **facts,
     }

@@ -9,7 +9,7 @@ fields follow each other in their order.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -18,6 +18,7 @@ from .loss import HeadSums, LossWeights, mean_losses
 P = TypeVar("P", bound="Packed")
 
 
+@dataclass
 class Packed:
     """A dataclass that can be flattened for a collective and put together again."""
 
@@ -42,7 +43,8 @@ class Packed:
         """
         if len(flat) != len(self.pack()):
             raise ValueError(f"{len(flat)} values for a {type(self).__name__} of {len(self.pack())}")
-        values, at = {}, 0
+        values: dict[str, Any] = {}
+        at = 0
         for f in fields(self):
             own = getattr(self, f.name)
             if isinstance(own, (Packed, list)):
@@ -75,7 +77,8 @@ class HeadTotals(Packed):
     @classmethod
     def empty(cls: type[H], num_codebooks: int) -> H:
         """Zeros; lists have a value a codebook."""
-        return cls(**{f.name: [0.0] * num_codebooks if f.type == "list[float]" else 0.0 for f in fields(cls)})
+        zeros: dict[str, Any] = {f.name: [0.0] * num_codebooks if f.type == "list[float]" else 0.0 for f in fields(cls)}
+        return cls(**zeros)
 
     def losses(self, weights: LossWeights) -> dict[str, float]:
         """Mean losses over what is summed here."""

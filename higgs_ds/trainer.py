@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -280,6 +280,7 @@ class Trainer:
         sums = StepSums.empty(books)
         ones = torch.ones(books, device=self.ranks.device)
         failures: list[Failure] = []
+        assert self.validation is not None
         with self.validation() as steps:
             for _, batches in steps:
                 failures += [f for i, batch in enumerate(batches) for f in self.guard.check_batch(batch, step, i)]
@@ -344,7 +345,11 @@ class Trainer:
 
     def _log_point(self, plan: StepPlan, result: StepResult, lr: float) -> None:
         self._unlogged = None
-        metrics = self._window.take(self.weights, learning_rate=lr, epoch=plan.epoch, utilisation=self.utilisation)
+        if not self.tracker:
+            return
+        metrics: dict[str, Any] = self._window.take(
+            self.weights, learning_rate=lr, epoch=plan.epoch, utilisation=self.utilisation
+        )
         if not result.failures:
             metrics |= {f"data/share/{name}": share for name, share in plan.shares.items()}
         if self._save_stall_sec is not None:

@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -236,9 +237,10 @@ def make_plan(
     mixture: Mixture | None = None,
 ) -> Plan:
     """By token budget where there is one, else of `batch_size` rows a micro-batch."""
-    shared = {"grad_accum": grad_accum, "world_size": world_size, "seed": seed, "mixture": mixture}
+    shared: dict[str, Any] = dict(grad_accum=grad_accum, world_size=world_size, seed=seed, mixture=mixture)
     if max_tokens is None:
         return Plan(num_rows, batch_size=batch_size, **shared)
+    assert tokens is not None, "a token budget needs the rows' tokens"
     return TokenPlan(tokens, max_tokens=max_tokens, round_to=round_to, **shared)
 
 
@@ -273,8 +275,7 @@ def evaluation_plans(
 ) -> Iterator[StepPlan]:
     """All rows once, one micro-batch a step; as many steps on every rank. With `tokens` [rows], by token budget."""
     if tokens is not None and max_tokens is not None:
-        by_tokens = {"max_tokens": max_tokens, "round_to": round_to}
-        plan = TokenPlan(tokens, **by_tokens, grad_accum=1, world_size=world_size, seed=0)
+        plan = TokenPlan(tokens, max_tokens=max_tokens, round_to=round_to, grad_accum=1, world_size=world_size, seed=0)
         yield from plan.steps(rank, 1, plan.steps_per_epoch)
         return
     for i, micro_batch in enumerate(split(list(range(num_rows)), batch_size, rank, world_size)):

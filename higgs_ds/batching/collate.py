@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -75,8 +76,9 @@ class Batch:
 
     def pin_memory(self) -> Batch:
         """For the data loader: tensors in page-locked memory, from where a GPU copies without waiting."""
-        pinned = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Batch(**{k: v.pin_memory() if isinstance(v, (torch.Tensor, Layout)) else v for k, v in pinned.items()})
+        held: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        held |= {k: v.pin_memory() for k, v in held.items() if isinstance(v, (torch.Tensor, Layout))}
+        return Batch(**held)
 
     @property
     def text_count(self) -> int:
@@ -92,7 +94,8 @@ class Batch:
     def num_tokens(self) -> int:
         """Positions that are computed and are not padding: text tokens and audio frames."""
         frames = self.audio_out_ids.shape[-1] + (0 if self.audio_in_ids is None else self.audio_in_ids.shape[-1])
-        clips = len(self.audio_out_ids_start) + (0 if self.audio_in_ids is None else len(self.audio_in_ids_start))
+        starts = self.audio_in_ids_start
+        clips = len(self.audio_out_ids_start) + (0 if starts is None else len(starts))
         return int(self.attention_mask.sum()) - clips + frames
 
 

@@ -94,7 +94,7 @@ def load_steps(
             _end_workers(batches, workers)
 
 
-def _end_workers(batches, workers: list[multiprocessing.Process]) -> None:
+def _end_workers(batches, workers: list[multiprocessing.process.BaseProcess]) -> None:
     """Ends a loader and its workers; those that have not gone WORKERS_END_SEC later are killed.
 
     Torch's own end of a loader comes down to SIGTERM, which they ignore, and Python at exit waits for them for good. It

@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -67,7 +67,8 @@ class Ranks:
 
     def each(self, function: Callable[[], T]) -> T:
         """`function()` on every rank; a ConfigError on any rank becomes one on all of them, so that none waits."""
-        value, problems = None, []
+        value: Any = None
+        problems: list[str] = []
         try:
             value = function()
         except ConfigError as error:
@@ -238,7 +239,7 @@ class Engine:
             deepspeed.utils.set_z3_leaf_modules(module, whole)
             # DeepSpeed reduces such a module's gradients once the one of its input is there. Without one it would do so
             # before the module's backward, and take the gradients for zero.
-            module.input_gradient = True
+            module.input_gradient = True  # type: ignore[assignment]  # a flag of the training forward's
         # DeepSpeed's own groups keep NCCL's ten minutes. A rank that reads the base from a slower disk may take longer
         # than that, so the ranks meet before there are any, on the group that has a day's patience.
         dist.barrier()
@@ -250,8 +251,8 @@ class Engine:
         self._layout_is_known = False  # until the first state was gathered and held against the module
 
     @property
-    def module(self) -> nn.Module:
-        """The wrapped module."""
+    def module(self) -> Any:
+        """The wrapped module, an `nn.Module` with `model` and `num_codebooks`: see `Family.training_forward`."""
         return self._engine.module
 
     @property
@@ -323,11 +324,11 @@ class Engine:
         this. Training may go on before the result is called, in another thread too: all of it is on the host by then.
         Three collectives in all: gathered tensor by tensor, a large adapter would hold up training for seconds.
         """
-        gathered = [self._gather(parts) for parts in self._local_state()]  # weights, exp_avg, exp_avg_sq
+        weights, exp_avg, exp_avg_sq = [self._gather(parts) for parts in self._local_state()]
         if dist.get_rank() != 0:
             return None
         shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in _trained(self.module).items()}
-        state = GatheredState(*gathered, self._adam_steps(), shapes, by_parameter=self.stage == 3)
+        state = GatheredState(weights, exp_avg, exp_avg_sq, self._adam_steps(), shapes, by_parameter=self.stage == 3)
         if not self._layout_is_known:
             self._check_layout(state)
         return state
@@ -393,7 +394,7 @@ class Engine:
         masters = self._optimizer.parameters if self.stage == 0 else [None] * len(trained)
         for (name, parameter), master in zip(trained.items(), masters, strict=True):
             values = [part[name].to(device) for part in (state.weights, state.exp_avg, state.exp_avg_sq)]
-            if self.stage == 0:
+            if master is not None:
                 own = self._optimizer.state[master]
                 for target, value in zip((master.data, own["exp_avg"], own["exp_avg_sq"]), values, strict=True):
                     target.copy_(value)

@@ -33,8 +33,8 @@ class GatheredState:
 
     def __call__(self) -> OptimizerState:
         """The whole tensors, each in memory of its own."""
-        kinds = (self.weights, self.exp_avg, self.exp_avg_sq)
-        return OptimizerState(*(self._whole(shares) for shares in kinds), self.adam_steps)
+        weights, exp_avg, exp_avg_sq = map(self._whole, (self.weights, self.exp_avg, self.exp_avg_sq))
+        return OptimizerState(weights, exp_avg, exp_avg_sq, self.adam_steps)
 
     def whole_weights(self) -> dict[str, torch.Tensor]:
         """The weights alone."""

@@ -74,10 +74,11 @@ class FusedHead(nn.Linear):
 
     def forward(self, hidden: torch.Tensor | LabelledRows, rows: LabelledRows | None = None):
         """[R, hidden] -> logits, or with rows `(HeadLoss,)`, or with both `(loss, HeadLoss)`: see `loss_of`."""
-        if rows is None and isinstance(hidden, torch.Tensor):
-            return super().forward(hidden)
         seen = rows is not None
-        rows, hidden = (rows, hidden) if seen else (hidden, hidden.hidden)
+        if isinstance(hidden, LabelledRows):
+            rows, hidden = hidden, hidden.hidden
+        elif rows is None:
+            return super().forward(hidden)
         if self.weight.requires_grad and not seen:
             raise RuntimeError("a trained head that is taken for a frozen one would get no gradient")
         if self.bias is not None:

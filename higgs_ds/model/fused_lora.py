@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -50,9 +50,9 @@ class Projection(NamedTuple):
         return self.layer.weight
 
     @classmethod
-    def from_layer(cls, layer: nn.Module) -> Projection | None:
-        """None for whatever is not such a layer, alone or with one plain LoRA adapter."""
-        base, names = layer, []
+    def from_layer(cls, layer: Any) -> Projection | None:
+        """None for whatever module is not such a layer, alone or with one plain LoRA adapter."""
+        base, names = layer, ()
         if type(layer) in (PeftLinear, LoraHead) and not (layer.disable_adapters or layer.merged):
             base, names = layer.base_layer, layer.active_adapters
         dense = type(base) in (nn.Linear, FusedHead) and not base.weight.requires_grad
@@ -85,7 +85,7 @@ class ProjectionGroup:
     @classmethod
     def from_layers(cls, layers: Sequence[nn.Module]) -> ProjectionGroup | None:
         """None where one of them is no `Projection`, or drops out with another probability."""
-        projections = tuple(Projection.from_layer(layer) for layer in layers)
+        projections: tuple[Any, ...] = tuple(Projection.from_layer(layer) for layer in layers)
         if None in projections or len({p.dropout for p in projections if p.lora_A is not None}) > 1:
             return None
         return cls(projections)
@@ -96,7 +96,8 @@ class ProjectionGroup:
         return [weight for p in self._adapted for weight in (p.lora_A, p.lora_B)]
 
     @property
-    def _adapted(self) -> list[Projection]:
+    def _adapted(self) -> list[Any]:
+        # Of `Projection`, both of whose LoRA weights are there.
         return [p for p in self.projections if p.lora_A is not None]
 
     def _stacked_lora_A(self) -> torch.Tensor:
@@ -135,7 +136,7 @@ class ProjectionGroup:
         joined = torch.cat([hidden, F.pad(rank_columns, (0, width - rank_columns.shape[1]))], dim=1)
         before = 0
         for p in self.projections:
-            if p.lora_A is None:
+            if p.lora_A is None or p.lora_B is None:
                 yield hidden, p.weight
                 continue
             behind = width - before - p.lora_A.shape[0]
@@ -160,7 +161,7 @@ class ProjectionGroup:
         *,
         needs_grad_hidden: bool = True,
         out: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
+    ) -> tuple[Any, list[torch.Tensor]]:
         """Gradients of the hidden states and of `lora_weights`, with H = dropout(x) · Aᵀ:
 
             grad_H = scaling · grad_y · B        grad_B = scaling · grad_yᵀ · H
@@ -168,16 +169,16 @@ class ProjectionGroup:
 
         The first is None without `needs_grad_hidden`, and written to `out` where it is given.
         """
-        grad_columns, grad_Bs, grad_lora_weights = [], [], []
+        grads_of_columns, grad_Bs, grad_lora_weights = [], [], []
         columns_of = self._split_columns(saved.rank_columns)
         for p, grad_output, columns in zip(self.projections, grad_outputs, columns_of, strict=True):
-            if columns is not None:
+            if columns is not None and p.lora_B is not None:
                 # Dropout's factor goes here: nowhere else is it a smaller product.
                 factor = 1.0 if saved.dropout_mask is None else dropout_factor(p.dropout, hidden.device.type)
-                grad_columns.append((grad_output @ p.lora_B).mul_(p.scaling * factor))
+                grads_of_columns.append((grad_output @ p.lora_B).mul_(p.scaling * factor))
                 grad_Bs.append((grad_output.t() @ columns).mul_(p.scaling))
         if grad_Bs:
-            grad_columns = torch.cat(grad_columns, dim=1)
+            grad_columns = torch.cat(grads_of_columns, dim=1)
             grad_As = grad_columns.t() @ (hidden if saved.dropout_mask is None else kept(hidden, saved.dropout_mask))
             grad_As = grad_As.split([grad_B.shape[1] for grad_B in grad_Bs])
             grad_lora_weights = [grad for pair in zip(grad_As, grad_Bs, strict=True) for grad in pair]

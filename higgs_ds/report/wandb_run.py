@@ -20,7 +20,7 @@ import json
 import os
 import shlex
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,8 +132,8 @@ def answers(url: str, proxies: dict[str, str] | None = None, *, within_sec: floa
         with contextlib.suppress(requests.RequestException, OSError, ValueError):
             # Whether its certificate is one that Python knows is wandb's to judge, which reads other settings.
             with contextlib.suppress(requests.exceptions.SSLError):
-                options = {"timeout": within_sec, "proxies": proxies or None}
-                requests.get(url, allow_redirects=False, stream=True, **options).close()
+                given = proxies or None
+                requests.get(url, allow_redirects=False, stream=True, timeout=within_sec, proxies=given).close()
             heard.set()
 
     # A thread, because nothing bounds the time that a name takes to be resolved.
@@ -229,7 +229,7 @@ class WandbRun:
                 earlier.mkdir(exist_ok=True)
                 folder.rename(earlier / folder.name)
 
-    def log(self, row: dict[str, Any], step: int, *, owed: bool = False) -> None:
+    def log(self, row: Mapping[str, Any], step: int, *, owed: bool = False) -> None:
         """The metrics of a step, a list as one series a rank; nothing of a step that W&B has from an earlier part.
 
         `owed`: they are of an earlier part's step, but were never logged; W&B gets them with its next step.
@@ -313,7 +313,7 @@ def _keep_error(errors: list[Exception], action, *args) -> None:
         errors.append(error)
 
 
-def _series(row: dict[str, Any]) -> dict[str, float]:
+def _series(row: Mapping[str, Any]) -> dict[str, float]:
     """`row` with a list, which has a value a rank, as series of its own; of checks those ranks that ever failed one."""
     series: dict[str, float] = {}
     for name, value in row.items():

@@ -194,10 +194,10 @@ def _sample_codec(args) -> int:
     from ..codec.sample import SampleCodec
     from ..data.audio import read_audio
     from ..data.faults import grouped
-    from ..data.manifest import read_manifest
+    from ..data.manifest import AudioRef, read_manifest
 
     rows, faults = read_manifest(args.train_manifest)
-    clips = {}
+    clips: dict[AudioRef, tuple] = {}
     for row in rows:
         for where, ref in row.audio_refs:
             try:

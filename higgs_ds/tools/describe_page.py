@@ -75,7 +75,7 @@ def draw_histograms(found: Described) -> bytes:
 def _played(found: Described, i: int) -> str:
     """A row of the page's table."""
     spoken, row = found.spoken, found.rows[i]
-    text, clip = row.spoken()
+    text, clip = row.spoken() or ("", 0)  # never: only rows that speak are counted
     numbers = f"{int(spoken.facts['chars'][i])} characters in {spoken.seconds[i]:.2f} s"
     try:
         waveform, sample_rate = read_audio(row.audio_refs[clip][1])

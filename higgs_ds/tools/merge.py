@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from ..errors import ConfigError, ExitCode, reason_of
 from ..files import filling
@@ -86,8 +87,8 @@ def run_merge(args: argparse.Namespace) -> int:
     adapter = read_adapter(args.adapter, adaptable_modules(base.config), lora) if lora else None
     record = read_record(args.adapter, "--adapter") if lora else None
     name, revision = pinned(args.base_ckpt, args.base_revision)
-    table = {"dtype": args.dtype or "as the base"}
-    if lora:
+    table: dict[str, Any] = {"dtype": args.dtype or "as the base"}
+    if lora and adapter:
         table |= {
             "adapter": f"`{args.adapter.resolve()}`",
             **lora.describe(),
@@ -97,8 +98,9 @@ def run_merge(args: argparse.Namespace) -> int:
     where = {"base": name, "revision": revision, "layout": args.layout, "folder": args.output_dir}
     where |= {"codec": args.codec, "codec_revision": args.codec_revision}
     texts = {"README.md": merged_card(table, **where)} | ({RECORD: record_text(record)} if record else {})
-    for note in [*base.notes, *filter(None, [lora and base_note(args.adapter, "--adapter")])]:
-        say(note)
+    note = base_note(args.adapter, "--adapter") if lora else None
+    for line in [*base.notes, *([note] if note else [])]:
+        say(line)
     size = merge(base, adapter, args.output_dir, args.layout, dtype=args.dtype, codec=args.codec, texts=texts)
     merged = f"{len(adapter.weights)} layers merged" if adapter else "nothing merged"
     merged += f", {' and '.join(adapter.whole)} taken whole" if adapter and adapter.whole else ""

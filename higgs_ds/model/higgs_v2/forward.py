@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -50,7 +52,7 @@ class TrainingForward(nn.Module):
         self.gathered_whole = tuple(kind for kind in (DecoderLayer, LoraHead) if kind in kinds)
 
     def forward(
-        self, inputs: dict[str, torch.Tensor | Layout | None], text_scale: float, codebook_scales: torch.Tensor
+        self, inputs: dict[str, Any], text_scale: float, codebook_scales: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, ForwardReport]:
         """One micro-batch.
 

@@ -9,7 +9,7 @@ from the batch's `Layout`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +25,13 @@ from ..fused_lora import project
 from ..fused_mlp import add_mlps
 from .facts import peculiarities
 
+if TYPE_CHECKING:
+    from boson_multimodal.model.higgs_audio import HiggsAudioConfig, HiggsAudioModel
+    from boson_multimodal.model.higgs_audio.audio_head import HiggsAudioDecoderProjector
+    from transformers.models.llama.modeling_llama import LlamaAttention
 
-def check_supported(config) -> None:
+
+def check_supported(config: HiggsAudioConfig) -> None:
     """Refuses a `HiggsAudioConfig` whose layers or projections are not those computed here.
 
     Raises:
@@ -60,7 +65,7 @@ class PaddingFreeOutput(NamedTuple):
 
 
 def padding_free_forward(
-    model: nn.Module,
+    model: HiggsAudioModel,
     layout: Layout,
     objective: Objective,
     *,
@@ -100,20 +105,22 @@ def padding_free_forward(
             outputs_only=number == last,
             recompute=bool(checkpoint_every) and number % checkpoint_every == 0 and torch.is_grad_enabled(),
         )
-    rows = model.norm(hidden.index_select(0, layout.head_rows)).split(layout.num_head_rows)
-    loss, sums, shape = _heads(model.audio_decoder_proj, *rows, layout, objective)
+    text, audio = model.norm(hidden.index_select(0, layout.head_rows)).split(layout.num_head_rows)
+    loss, sums, shape = _heads(model.audio_decoder_proj, text, audio, layout, objective)
     if not arrived:
         shape = (0, *shape[1:])  # nothing was computed from the frames that were meant
     return PaddingFreeOutput(loss, sums, num_rows, num_frames, shape)
 
 
-def _codes(model, audio_out_ids, audio_in_ids, like: torch.Tensor) -> torch.Tensor:
+def _codes(
+    model: HiggsAudioModel, audio_out_ids: torch.Tensor | None, audio_in_ids: torch.Tensor | None, like: torch.Tensor
+) -> torch.Tensor:
     """Audio-out frames, then audio-in frames where the model takes them. [codebooks, frames]
 
     Nothing is asked of a weight here, not even its device: under ZeRO-3 that alone would gather it, on this rank only.
     """
-    parts = [audio_out_ids, audio_in_ids if model.config.encode_audio_in_tokens else None]
-    parts = [part for part in parts if part is not None and part.shape[-1]]
+    given = (audio_out_ids, audio_in_ids if model.config.encode_audio_in_tokens else None)
+    parts = [part for part in given if part is not None and part.shape[-1]]
     if not parts:
         return like.new_zeros((model.audio_num_codebooks, 0))
     return torch.cat(parts, dim=1)
@@ -123,7 +130,7 @@ def _of_shape(ids: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     return ids if tuple(ids.shape) == tuple(shape) else ids.new_zeros(shape)
 
 
-def _embed_codes(model, codes: torch.Tensor) -> torch.Tensor:
+def _embed_codes(model: HiggsAudioModel, codes: torch.Tensor) -> torch.Tensor:
     """Sum (or mean) of a frame's codes, each in its codebook's own range. [codebooks, frames] -> [frames, hidden]"""
     first = torch.arange(codes.shape[0], device=codes.device) * model.audio_codebook_size
     embedded = model.audio_codebook_embeddings(codes + first[:, None])
@@ -182,7 +189,7 @@ def _normed(norms: list[nn.Module], rows: torch.Tensor, num_text: int) -> torch.
     return torch.cat([text(rows[:num_text]), audio(rows[num_text:])])
 
 
-def _attention(attn: nn.Module, heads: tuple[torch.Tensor, ...], layout: Layout) -> torch.Tensor:
+def _attention(attn: LlamaAttention, heads: tuple[torch.Tensor, ...], layout: Layout) -> torch.Tensor:
     """Causal self-attention within each sequence. [places, heads, head_dim] each -> [places, hidden]
 
     Padding stands to the right of all that a sequence holds, so that causality alone keeps it from being seen.
@@ -269,7 +276,7 @@ class _Ungroup(torch.autograd.Function):
 
 
 def _heads(
-    heads: nn.Module, text: torch.Tensor, audio: torch.Tensor, layout: Layout, objective: Objective
+    heads: HiggsAudioDecoderProjector, text: torch.Tensor, audio: torch.Tensor, layout: Layout, objective: Objective
 ) -> tuple[torch.Tensor, HeadSums, tuple[int, ...]]:
     """Loss, sums and the shape of what the audio head computed, from labelled rows after the last norm."""
     scales = objective.codebook_scales

@@ -103,10 +103,12 @@ class Speaker:
         take_device(self.device)
         dtype = dtype or default_dtype(self.device)
         self.facts, self.tokenizer = base.facts, base.tokenizer
-        lora = None if adapter is None else read_adapter_config(Path(adapter))
-        if lora and not other_base:
-            check_base(lora, base.name, base.revision)
-        weights = lora and read_adapter(Path(adapter), adaptable_modules(base.config), lora)
+        weights = None
+        if adapter is not None:
+            lora = read_adapter_config(Path(adapter))
+            if not other_base:
+                check_base(lora, base.name, base.revision)
+            weights = read_adapter(Path(adapter), adaptable_modules(base.config), lora)
         check_fits(codec, self.facts.num_codebooks, self.facts.codebook_size)
         codec.build()  # what is wrong with it is said before the base is loaded
         self.codec = codec
@@ -160,9 +162,9 @@ class Speaker:
         """
         if stop != BOSON and sampling.temperature:
             raise ValueError(f"the stop rule {stop} is greedy")
-        input_ids, _, clips = tokenize(messages, None, self.tokenizer)
+        prompt, _, clips = tokenize(messages, None, self.tokenizer)
         header = ASSISTANT_HEADER + ("<|audio_out_bos|>" if force_audio else "")
-        input_ids = torch.tensor(input_ids + self.tokenizer.encode(header, add_special_tokens=False))
+        input_ids = torch.tensor(prompt + self.tokenizer.encode(header, add_special_tokens=False))
         if len(clips) != len(context):
             raise ValueError(f"the prompt has {len(clips)} clips, codes were given for {len(context)}")
         codes = tuple(torch.from_numpy(np.asarray(c, dtype=np.int64)) for c in context)
@@ -180,8 +182,8 @@ class Speaker:
             )
         if not sequences:
             return Answer(None, said.shape[1] - len(input_ids) < sampling.max_new_tokens)
-        codes, ended = self._codes_of(sequences[-1])
-        return Answer(codes.cpu().numpy().astype(np.int16), ended, ending.rules_agree)
+        spoken, ended = self._codes_of(sequences[-1])
+        return Answer(spoken.cpu().numpy().astype(np.int16), ended, ending.rules_agree)
 
     def _codes_of(self, stream: torch.Tensor) -> tuple[torch.Tensor, bool]:
         """Codes [codebooks, frames] of a stream [codebooks, columns] with BOS first and EOS last, delayed; whether it

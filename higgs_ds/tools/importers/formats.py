@@ -138,9 +138,9 @@ def _add_dialogue(
         references.append((clean(said) if clean(said).startswith(tag) else f"{tag} {clean(said)}", clip))
     if not text or not clean(text):
         found.leave_out("rows without a text", origin)
-    elif found.has_clip(origin, audio):
+    elif found.has_clip(origin, audio) and audio is not None:
         [(system, *_), _] = speech_messages("-", None, scene=more["scene"])
-        messages = [{"role": "system", "content": system.content[0]}]
+        messages: list[dict[str, Any]] = [{"role": "system", "content": system.content[0]}]
         for said, clip in [*references, (clean(text), audio)]:
             answer = [{"type": "audio", "audio_url": os.path.abspath(clip)}]
             messages += [{"role": "user", "content": said}, {"role": "assistant", "content": answer}]

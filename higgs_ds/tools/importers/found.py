@@ -36,7 +36,7 @@ class Found:
 
     def add(self, origin: str, audio: Path | None, text: Any, **more: Any) -> None:
         """One speech row; left out where its clip or its text is not there."""
-        if not self.has_clip(origin, audio):
+        if not self.has_clip(origin, audio) or audio is None:
             return
         if not isinstance(text, str) or not clean(text):
             self.leave_out("rows without a text", origin)

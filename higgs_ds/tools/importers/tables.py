@@ -31,7 +31,7 @@ def json_rows(path: Path, found: Found) -> Iterator[tuple[str, dict]]:
     """
     text = path.read_text(encoding="utf-8-sig")
     if text.lstrip().startswith("["):
-        values = ((f"{path}: [{i}]", value) for i, value in enumerate(DECODER.decode(text)))
+        values: Iterator[tuple[str, Any]] = ((f"{path}: [{i}]", value) for i, value in enumerate(DECODER.decode(text)))
     else:
         values = _json_lines(path, text, found)
     for origin, value in values:

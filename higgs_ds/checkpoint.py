@@ -133,7 +133,7 @@ class CheckpointWriter:
             finally:
                 self._pending = None  # only now: `finish`, in the watch's thread, must find it
 
-    def finish(self, *_) -> None:
+    def finish(self, *_: object) -> None:
         """`wait`, but not longer than a queue would: for a run that is ending anyway, whatever ends it."""
         if (pending := self._pending) is not None:
             pending.result(timeout=LAST_WRITE_SEC)
@@ -206,7 +206,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted((path for path in named if path.is_dir() and not path.is_symlink()), key=step_of)
 
 
-def _say_not_removed(_, path: str, error: tuple) -> None:
+def _say_not_removed(_: object, path: str, error: tuple) -> None:
     say(f"WARNING: {path} of an old checkpoint cannot be removed: {error[1]}", error=True)
 
 
@@ -325,7 +325,7 @@ def keep_global_batch(resumed: Checkpoint, config: TrainConfig, world_size: int)
 def changed_settings(
     resumed: Checkpoint | None, config: dict, num_rows: int, manifest_rows: list[int] | None = None
 ) -> list[str]:
-    """What differs from the checkpoint's settings and makes another trajectory, a line each."""
+    """Differences from the checkpoint's settings that make another trajectory, a line each."""
     if resumed is None:
         return []
     saved = _spelt_out(OLDER | resumed.position.config)

@@ -43,7 +43,7 @@ LoadedSteps = AbstractContextManager[Iterator[tuple[StepPlan, list[Batch]]]]
 
 
 def codes_folder(config: TrainConfig) -> Path:
-    """Where the clips' codes are kept."""
+    """The folder of the clips' codes."""
     return Path(config.data.codes_cache or Path(config.run.output_dir) / "codes_cache")
 
 
@@ -239,7 +239,7 @@ def load_data(setup: Setup, ranks: Ranks, watch: Watch | Unwatched, *, only_one_
 
 
 def _round_to(setup: Setup, collator: Collator) -> int:
-    """What the forward rounds the longest row of a micro-batch up to."""
+    """Tokens to a multiple of which the forward rounds the longest row of a micro-batch up."""
     return 1 if setup.padding_free else collator.round_to
 
 

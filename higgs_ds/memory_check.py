@@ -22,7 +22,7 @@ ROWS_SHOWN = 8
 
 
 def is_wanted(device: torch.device, *, compiled: bool) -> bool:
-    """Whether a run on this device has a rehearsal, with `--compile` or without.
+    """True if a run on this device has a rehearsal, with `--compile` or without.
 
     Compiling takes longer than a rank may stand still in a step, so that it is done here, whatever the device.
     """
@@ -94,7 +94,7 @@ def rehearse(engine: Engine, ranks: Ranks, guard: Guard, batch: Batch, advice: A
 
 
 def _out_of_memory(engine: Engine, device: torch.device, batch: Batch) -> str | None:
-    """What the allocator said if it had no more."""
+    """The allocator's words if it had no more."""
     try:
         # Scales of 0 make every gradient 0, at the same cost.
         no_scales = torch.zeros(engine.module.num_codebooks, device=device)

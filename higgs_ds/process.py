@@ -1,4 +1,4 @@
-"""How a process ends that has had a process group, and how it speaks where several share a console."""
+"""The end of a process that has had a process group, and its lines where several share a console."""
 
 from __future__ import annotations
 

@@ -269,7 +269,7 @@ def make_trainer(
 
 
 def is_complete(setup: Setup, data: Data, ranks: Ranks) -> bool:
-    """Whether the run that is gone on with was at its end, and left its adapter."""
+    """True if the run that is gone on with was at its end, and left its adapter."""
     if setup.resumed is None:
         return False
     at, patience = setup.resumed.position, setup.config.run.early_stop

@@ -1,4 +1,4 @@
-"""What a run leaves in its folder, written so that a reader never sees half of it."""
+"""The files of a run's folder, written so that a reader never sees half of one."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def write_resolved(output_dir: Path, config: dict, ds_config: dict) -> None:
 
 
 def listen_command(config: TrainConfig, adapter: Path, device: torch.device) -> str:
-    """What to type to hear the adapter."""
+    """The command to hear the adapter."""
     on_cpu = "DS_ACCELERATOR=cpu " if device.type == "cpu" else ""
     named = (
         ("base", config.model.base_ckpt, config.model.base_revision),

@@ -1,4 +1,4 @@
-"""What a run leaves: checkpoints, adapters, numbers."""
+"""All that a run leaves: checkpoints, adapters, numbers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def choose_wandb(config: TrainConfig, ranks: Ranks) -> WandbChoice:
-    """How rank 0 will use W&B, settled within seconds and before anything takes long; the other ranks do not.
+    """Settles how rank 0 will use W&B, within seconds and before anything takes long; the other ranks do not.
 
     Raises:
         ConfigError: on all ranks; see `wandb_run.choose_wandb`.

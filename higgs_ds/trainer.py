@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class StepResult:
-    """What one optimizer step gave, the same on every rank. Where something failed, nothing was trained."""
+    """The outcome of one optimizer step, the same on every rank. Where something failed, nothing was trained."""
 
     ranks: list[RankStep]
     failures: list[Failure]
@@ -36,7 +36,7 @@ class StepResult:
 
     @property
     def stop(self) -> bool:
-        """Whether some rank was asked to stop."""
+        """True if some rank was asked to stop."""
         return any(rank.stop for rank in self.ranks)
 
 
@@ -159,11 +159,11 @@ class Trainer:
             self.saver.save(self._last, self)
 
     def is_over(self) -> bool:
-        """Whether enough validations went without gain."""
+        """True once enough validations went without gain."""
         return self.early_stop is not None and self.best.since >= self.early_stop
 
     def best_is(self, step: int) -> bool:
-        """Whether the checkpoint of this step is to be kept as the best."""
+        """True if the checkpoint of this step is to be kept as the best."""
         return self.keep_best and self.best.step == step
 
     def _validate(self, step: int, *, stopped: bool = False) -> bool:
@@ -243,7 +243,7 @@ class Trainer:
         on_device: list[torch.Tensor],
         sums: StepSums,
     ) -> tuple[list[MicroBatchStats], list[Failure]]:
-        """What the forwards of one plan gave, by micro-batch, and what the guard says of it; adds it up in `sums`."""
+        """Reads what the forwards of one plan gave, by micro-batch, asks the guard, and adds it up in `sums`."""
         empty = MicroBatchStats.empty(len(self.weights.codebooks))
         stats = [empty.unpack(values) for values in torch.stack(on_device).tolist()]  # the plan's one copy
         failures: list[Failure] = []

@@ -1,4 +1,4 @@
-"""Which rows make up which optimizer step: drawn from (seed, epoch), the same global batches at every world size."""
+"""The rows of every optimizer step: drawn from (seed, epoch), the same global batches at every world size."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ class Plan:
         return None if of_epoch is None else float(of_epoch.sum()) / math.ceil(self.num_rows / self.batch_size)
 
     def first_epoch(self, values: np.ndarray | None) -> np.ndarray | None:
-        """What is known of each row, [rows], for the rows of the first epoch; None where it is not known."""
+        """Values of each row, [rows], for the rows of the first epoch; None where they are not known."""
         return None if values is None else values[self.mixture.rows(0)]
 
     def dearest(self, tokens: np.ndarray, first_step: int, last_step: int, *, padded: bool = False) -> tuple[int, ...]:

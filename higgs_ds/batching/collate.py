@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,9 @@ from ..loss import IGNORE, count_audio_labels, count_text_labels
 from ..model.facts import ModelFacts
 from ..model.family import Family
 from .layout import Layout, make_layout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,9 @@ class Batch:
         return int(self.attention_mask.sum()) - clips + frames
 
 
-def build_sample(row: Row, tokenizer, codes_of: Callable[[AudioRef], torch.Tensor], family: Family) -> Sample:
+def build_sample(
+    row: Row, tokenizer: PreTrainedTokenizerBase, codes_of: Callable[[AudioRef], torch.Tensor], family: Family
+) -> Sample:
     """A manifest row as tokens and codes, as the model family reads it."""
     input_ids, label_ids, clips = family.tokenize(row.messages, row.start_index, tokenizer)
     return Sample(

@@ -23,7 +23,7 @@ CANDIDATES = 8
 
 @dataclass(frozen=True)
 class Packing:
-    """How an epoch's rows are cut; the same for all epochs, so that each has as many steps.
+    """The cut of an epoch's rows; the same for all epochs, so that each has as many steps.
 
     Positions are places in the order of rows from long to short. A cell is a run of positions of nearly one length;
     its micro-batches hold the same number of rows, each. `steps × micro_batches_per_step` may be more than there are

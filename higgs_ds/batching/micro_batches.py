@@ -1,4 +1,4 @@
-"""How micro-batches are cut where nobody said so, and whether they are too small for a GPU."""
+"""The cut of micro-batches where nobody said one, and a note where they are too small for a GPU."""
 
 from __future__ import annotations
 

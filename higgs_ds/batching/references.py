@@ -1,4 +1,4 @@
-"""Which reference a speech row carries in which epoch: drawn from (seed, epoch, row), the same at every world size."""
+"""The reference of a speech row in an epoch: drawn from (seed, epoch, row), the same at every world size."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class References:
         return int.from_bytes(drawn[:6], "little") / 2**48, int.from_bytes(drawn[8:16], "little")
 
     def describe(self) -> str:
-        """What takes part, as text."""
+        """The rows that take part, as text."""
         own, lent = int(self._optional.sum()), int((self._behind > self._first).sum())
         return (
             f"references: {self._rate:g} of {own + lent} rows an epoch ({lent} with another clip of their speaker, "

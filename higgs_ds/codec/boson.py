@@ -118,7 +118,7 @@ class BosonCodec:
             return self._model.decode(torch.from_numpy(codes.astype(np.int64))[None])[0, 0]
 
     def _files_now(self) -> list[tuple[int, ...]]:
-        """What tells another content of the files, or other files in their place."""
+        """Marks of the files as they are: another content, or other files in their place, has others."""
         stats = [path.stat() for path in (self._config_path, self._weights_path)]
         return [(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats]
 

@@ -15,6 +15,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
@@ -34,7 +35,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """Where this process stands among the others; `device` is what it computes on."""
+    """This process's place among the others; `device` is what it computes on."""
 
     rank: int
     world_size: int
@@ -83,7 +84,7 @@ class Ranks:
         return named(ranks, self.hosts)
 
     def host_of(self, rank: int) -> str:
-        """Where it is, in a run on several hosts; empty otherwise."""
+        """The host of a rank, in a run on several; empty otherwise."""
         return self.hosts[rank] if len(set(self.hosts)) > 1 else ""
 
     def seed(self, seed: int) -> None:
@@ -147,7 +148,7 @@ def join_group(ranks: Ranks, meeting: Meeting) -> None:
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
 
 
-def _without_kernel_build(deepspeed) -> None:
+def _without_kernel_build(deepspeed: ModuleType) -> None:
     """Keeps DeepSpeed from compiling its shared-memory kernel (65 s) on CPU, where it serves inference alone.
 
     `deepspeed.ops.__compatible_ops__` is what `deepspeed.comm.torch.build_shm_op` asks;
@@ -156,7 +157,7 @@ def _without_kernel_build(deepspeed) -> None:
     deepspeed.ops.__compatible_ops__ = {}
 
 
-def _without_pynvml(deepspeed) -> None:
+def _without_pynvml(deepspeed: ModuleType) -> None:
     """Has CUDA say how much of the GPU's memory is free, which DeepSpeed asks at stages 1 and 2, the model loaded.
 
     Where pynvml is installed DeepSpeed would ask that, by the number in CUDA_VISIBLE_DEVICES, and fail where Kubernetes
@@ -273,7 +274,7 @@ class Engine:
         """Dropout on or off."""
         self._engine.train(mode)
 
-    def forward(self, *args):
+    def forward(self, *args: Any) -> Any:
         """The module's forward, with the stage's gathering of weights."""
         return self._engine(*args)
 
@@ -288,7 +289,7 @@ class Engine:
         self._came = [count + 1, zlib.crc32(number.to_bytes(4, "little"), order)]
 
     def gradient_order(self) -> list[float]:
-        """How many gradients have come since the last step, and a checksum of their order.
+        """The number of gradients that have come since the last step, and a checksum of their order.
 
         Stages 2 and 3 lay them into one buffer as they come and add the ranks' buffers up, whatever lies where: ranks
         whose backward goes another way would train each weight on others' gradients. The other stages have an order of
@@ -418,7 +419,7 @@ class Engine:
 
 
 def _trained(module: nn.Module) -> dict[str, nn.Parameter]:
-    """What trains, by its name in the module and in its order, which every list of it keeps."""
+    """The trained parameters by name, in the module's order, which every list of them keeps."""
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 

@@ -1,4 +1,4 @@
-"""What trains, whole: float32 weights and Adam's moments by name, put together from every rank's share on the host."""
+"""The trained state, whole: float32 weights and Adam's moments by name, from every rank's share on the host."""
 
 from __future__ import annotations
 

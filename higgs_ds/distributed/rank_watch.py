@@ -162,7 +162,7 @@ class Watch:
         self._connection.leave()
 
     def _asked_to_end(self) -> Verdict | None:
-        """Whether this rank was asked for an end that need not wait for a step."""
+        """True if this rank was asked for an end that need not wait for a step."""
         launcher = gone_launcher(self._launchers)
         gone = None if launcher is None else f"the launcher (process {launcher}) is gone"
         if self._stop is None:

@@ -70,7 +70,7 @@ class Projection(NamedTuple):
 
 
 class SavedLora(NamedTuple):
-    """What a group's forward leaves for its backward, beside the input."""
+    """A group's tensors that its forward leaves for its backward, beside the input."""
 
     rank_columns: torch.Tensor | None  # [rows, ranks of all], dropout(x) · Aᵀ; None without LoRA
     dropout_mask: torch.Tensor | None  # [rows, in] bool, True where a value stayed; None without dropout
@@ -218,7 +218,7 @@ def add_product(residual: torch.Tensor, hidden: torch.Tensor, weight: torch.Tens
 
 
 def project(layers: Sequence[nn.Module], hidden: torch.Tensor) -> list[torch.Tensor]:
-    """What the linear layers, with LoRA or without, make of the hidden states. [rows, in] -> [rows, out] each
+    """The hidden states through the linear layers, with LoRA or without. [rows, in] -> [rows, out] each
 
     Layers that are something else compute themselves.
     """
@@ -258,7 +258,7 @@ class _Project(torch.autograd.Function):
 
 
 def dropout_by_kernel(hidden: torch.Tensor, probability: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """What dropout leaves of the values, scaled, and its mask (bool, True where a value stayed)."""
+    """The values after dropout, scaled, and its mask (bool, True where a value stayed)."""
     return torch.native_dropout(hidden, probability, True)
 
 
@@ -273,12 +273,12 @@ def dropout_by_bits(hidden: torch.Tensor, probability: float) -> tuple[torch.Ten
 
 
 def drops_by_bits(device_type: str) -> bool:
-    """Where `dropout_by_bits` is the faster one. A compiler traces nothing that draws in place."""
+    """True where `dropout_by_bits` is the faster one. A compiler traces nothing that draws in place."""
     return device_type == "cpu" and not torch.compiler.is_compiling()
 
 
 def dropout_factor(probability: float, device_type: str) -> float:
-    """What the values that dropout leaves are multiplied by on such a device."""
+    """The factor of the values that dropout leaves, on such a device."""
     by_bits = drops_by_bits(device_type)
     return 2**16 / (2**16 - _dropped_of_65536(probability)) if by_bits else 1.0 / (1.0 - probability)
 

@@ -51,7 +51,7 @@ class QuantizedLinear(nn.Linear):
 
     @property
     def quantized_values(self) -> int:
-        """How many weights there are, which are no parameters."""
+        """The number of weights, which are no parameters."""
         return self.out_features * self.in_features
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -194,7 +194,7 @@ soundfile.write("speech.wav", said.audio, said.sampling_rate)
 
 
 def _prompt_note(table: dict[str, object]) -> str:
-    """What a voice trained on boson_multimodal's prompts must not be served as."""
+    """A warning of how a voice trained on boson_multimodal's prompts must not be served."""
     if table.get("prompt style") != BOSON_EXAMPLE:
         return ""
     return (
@@ -213,7 +213,7 @@ def _codec_flags(codec: str, revision: str | None) -> str:
 
 
 def _is_served(codec: str) -> bool:
-    """Whether transformers' processor could load it, which the sample codec and Boson's own folder are not for."""
+    """True where transformers' processor could load it, which the sample codec and Boson's own folder are not for."""
     from ..model.files.processor_files import codec_reference
 
     try:

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: JSON lines, a plot, the console, and Weights & Biases. Used on rank 0 only."""
+"""The sinks of a run's numbers: JSON lines, a plot, the console, and Weights & Biases. Used on rank 0 only."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ class Tracker:
         self._failed: dict[str, str] = {}  # sinks that are left out, and why
 
     def go_on_from(self, history: History, failures: deque[dict], kept: dict[str, Kept]) -> None:
-        """What the files hold of an earlier part of the run, to which they are cut; W&B gets what it lacks of it."""
+        """Takes what the files hold of an earlier part of a run, and cuts them to it; W&B gets what it lacks of it."""
         for path in (self.metrics_path, self.failures_path):
             self._sink(path.name, cut, path, kept[path.name].end)
         self._history, self._failure_rows = history, failures
@@ -301,7 +301,7 @@ class Tracker:
 
 
 def _exit_code(exception: BaseException | None) -> int:
-    """What W&B is told of how the run ended: 0, or 1 for an exception, or SystemExit's own code."""
+    """The run's exit code for W&B: 0, or 1 for an exception, or SystemExit's own code."""
     if exception is None:
         return 0
     if isinstance(exception, SystemExit) and isinstance(exception.code, (int, type(None))):

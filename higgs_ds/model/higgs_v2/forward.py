@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -20,6 +20,9 @@ from ..fused_mlp import FusedRmsNorm, adopt
 from .layers import DecoderLayer, Objective, PaddingFreeOutput, check_supported
 from .modules import HEADS
 from .reference import ReferenceForward
+
+if TYPE_CHECKING:
+    from boson_multimodal.model.higgs_audio import HiggsAudioConfig
 
 
 class TrainingForward(nn.Module):
@@ -103,14 +106,14 @@ class TrainingForward(nn.Module):
 
 def training_forward(
     model: nn.Module,
-    config,
+    config: HiggsAudioConfig,
     *,
     forward_impl: str = "padding_free",
     loss_impl: str = "fused",
     checkpoint_every: int = 0,
     compiled: bool = False,
 ) -> nn.Module:
-    """What the engine runs, for a model with this `HiggsAudioConfig`; see the options of the same names.
+    """The module that the engine runs, for a model with this `HiggsAudioConfig`; see the options of the same names.
 
     Raises:
         ConfigError: LoRA on a head, to which the fused loss would give no gradient.

@@ -9,7 +9,7 @@ from the batch's `Layout`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from boson_multimodal.model.higgs_audio.audio_head import HiggsAudioDecoderProjector
     from transformers.models.llama.modeling_llama import LlamaAttention
 
+    Rope = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, [N, 1, head_dim] each
+
 
 def check_supported(config: HiggsAudioConfig) -> None:
     """Refuses a `HiggsAudioConfig` whose layers or projections are not those computed here.
@@ -47,7 +49,7 @@ def check_supported(config: HiggsAudioConfig) -> None:
 
 @dataclass(frozen=True)
 class Objective:
-    """How the heads' sums become a loss: `impl` "fused" or "reference", factors from `loss_scales`."""
+    """The way from the heads' sums to a loss: `impl` "fused" or "reference", factors from `loss_scales`."""
 
     impl: str
     text_scale: float
@@ -143,7 +145,9 @@ class DecoderLayer(HiggsAudioDualFFNDecoderLayer):
     Weights of several of its modules are used at once, so that under ZeRO-3 it is gathered as a whole (a leaf module).
     """
 
-    def forward(self, hidden, *args, layout: Layout | None = None, recompute: bool = False, **kwargs):
+    def forward(
+        self, hidden: torch.Tensor, *args: Any, layout: Layout | None = None, recompute: bool = False, **kwargs: Any
+    ) -> Any:
         """[N, hidden] -> [N, hidden], or with `outputs_only` the layout's output rows alone, [K, hidden].
 
         With `recompute`, what is computed in between is made again in the backward.
@@ -155,7 +159,7 @@ class DecoderLayer(HiggsAudioDualFFNDecoderLayer):
             return checkpoint(self.on_rows, hidden, layout=layout, **kwargs, use_reentrant=False)
         return self.on_rows(hidden, layout=layout, **kwargs)
 
-    def on_rows(self, hidden: torch.Tensor, *, layout: Layout, rope, outputs_only: bool) -> torch.Tensor:
+    def on_rows(self, hidden: torch.Tensor, *, layout: Layout, rope: Rope, outputs_only: bool) -> torch.Tensor:
         """The computation itself, see `forward`."""
         places, num_text = layout.unpack_index, layout.num_text
         heads = self.before_attention(hidden, num_text, rope, layout.pack_index, places)
@@ -165,7 +169,9 @@ class DecoderLayer(HiggsAudioDualFFNDecoderLayer):
         attended = _Ungroup.apply(_attention(self.self_attn, heads, layout), places)
         return self.after_attention(hidden, attended, num_text)
 
-    def before_attention(self, hidden: torch.Tensor, num_text: int, rope, pack_index, unpack_index) -> tuple:
+    def before_attention(
+        self, hidden: torch.Tensor, num_text: int, rope: Rope, pack_index: torch.Tensor, unpack_index: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
         """Query, key and value at padded places: [N, hidden] -> [places, heads, head_dim] each."""
         attn = self.self_attn
         normed = _normed([self.input_layernorm, self.audio_input_layernorm], hidden, num_text)
@@ -218,7 +224,7 @@ class _Rotate(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, rows, cos, sin):
+    def forward(ctx: Any, rows: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(cos, sin)
         sin_first, sin_second = sin.chunk(2, dim=-1)
         first, second = rows.chunk(2, dim=-1)
@@ -229,7 +235,7 @@ class _Rotate(torch.autograd.Function):
         return rotated
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         cos, sin = ctx.saved_tensors
         sin_first, sin_second = sin.chunk(2, dim=-1)
         first, second = grad.chunk(2, dim=-1)
@@ -249,12 +255,12 @@ class _Regroup(torch.autograd.Function):
     """Flat rows to padded places. The gradient of padding is zero, so that a gather takes each row's gradient back."""
 
     @staticmethod
-    def forward(ctx, rows, pack_index, unpack_index):
+    def forward(ctx: Any, rows: torch.Tensor, pack_index: torch.Tensor, unpack_index: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(unpack_index)
         return rows.index_select(0, pack_index)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (unpack_index,) = ctx.saved_tensors
         return grad.index_select(0, unpack_index), None, None
 
@@ -263,13 +269,13 @@ class _Ungroup(torch.autograd.Function):
     """Padded places to flat rows; padding is left out, and its gradient is zero."""
 
     @staticmethod
-    def forward(ctx, places, unpack_index):
+    def forward(ctx: Any, places: torch.Tensor, unpack_index: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(unpack_index)
         ctx.num_places = places.shape[0]
         return places.index_select(0, unpack_index)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         (unpack_index,) = ctx.saved_tensors
         places = grad.new_zeros((ctx.num_places, *grad.shape[1:]))
         return places.index_copy_(0, unpack_index, grad), None

@@ -30,7 +30,7 @@ STOP_STRINGS = ["<|end_of_text|>", "<|eot_id|>", "<|audio_eos|>"]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen; temperature 0 takes the likeliest one."""
+    """The choice of tokens; temperature 0 takes the likeliest one."""
 
     temperature: float = 0.0
     top_k: int | None = None
@@ -66,7 +66,7 @@ SAMPLERS = {
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said to a prompt."""
+    """The model's answer to a prompt."""
 
     codes: np.ndarray | None  # int16 [codebooks, frames]; None if it answered without audio
     ended: bool = True  # by itself, and not at `max_new_tokens`
@@ -74,7 +74,7 @@ class Answer:
 
 
 def default_dtype(device: torch.device) -> str:
-    """What the model speaks in: a GPU is made for bf16, and a CPU slower in it."""
+    """The dtype to speak in: a GPU is made for bf16, and a CPU slower in it."""
     return "bf16" if device.type == "cuda" else "fp32"
 
 
@@ -149,7 +149,7 @@ class Speaker:
         force_audio: bool,
         stop: str = BOSON,
     ) -> Answer:
-        """What the model answers a prompt with.
+        """Answers a prompt.
 
         Args:
             messages: the prompt's turns; the assistant's turn follows.

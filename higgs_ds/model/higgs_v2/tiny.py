@@ -63,7 +63,7 @@ EMBEDDING_STD = 0.5
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """What a checkpoint of this family may differ in; everything else is Boson's."""
+    """Sizes in which a checkpoint of this family may differ; everything else is Boson's."""
 
     hidden_size: int
     num_layers: int

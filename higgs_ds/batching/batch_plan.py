@@ -107,11 +107,13 @@ class Plan:
         Of a very long run its beginning is looked at: as many epochs as hold `ROWS_LOOKED_AT` rows.
         """
         first_epoch, last_epoch = (first_step - 1) // self.steps_per_epoch, (last_step - 1) // self.steps_per_epoch
+        # Epoch by epoch the rows in the order of training, those before and behind the run's steps left out.
         most, dearest = -1, ()
         for epoch in range(first_epoch, min(last_epoch, first_epoch + ROWS_LOOKED_AT // self.num_rows) + 1):
             first = max(0, first_step - 1 - epoch * self.steps_per_epoch) * self.rows_per_step
             behind = min(self.steps_per_epoch, last_step - epoch * self.steps_per_epoch) * self.rows_per_step
             rows = np.array(self.order(epoch)[first:behind])
+            # Micro-batches are cut alike at every world size, so that one look serves all ranks.
             starts = np.arange(0, len(rows), self.batch_size)
             costs = micro_batch_costs(np.asarray(tokens, np.int64)[rows], starts, padded=padded)
             place = int(costs.argmax())
@@ -139,6 +141,7 @@ class Plan:
             epoch, place = divmod(step - 1, self.steps_per_epoch)
             if epoch != epoch_drawn:
                 epoch_drawn, order = epoch, self.order(epoch)
+            # The global batch, the same at every world size, and this rank's micro-batches of it.
             first = place * self.rows_per_step
             rows = order[first : first + self.rows_per_step]
             done = epoch + min(1.0, (first + len(rows)) / self.num_rows)
@@ -176,6 +179,7 @@ class TokenPlan(Plan):
         self.seed = seed
         self.micro_batches_per_step = grad_accum * world_size
         self.rows_per_step = 0
+        # Once for all epochs: the longest rows that each place of the mixture may hold.
         self._packing = pack(
             np.asarray(tokens)[self.mixture.longest],
             max_tokens=max_tokens,
@@ -218,6 +222,7 @@ class TokenPlan(Plan):
                 epoch_drawn, drawn, rows = epoch, self.epoch(epoch), self.mixture.rows(epoch)
                 rows_done = drawn.rows_done()
             filler = (int(rows[self._packing.order[-1]]),)  # the shortest row there is
+            # Slots of the packing to rows of this epoch; then they are dealt out over the ranks.
             micro_batches = [tuple(rows[list(slots)].tolist()) for slots in drawn.step(place)]
             mine = spread(micro_batches, filler, rank, self.world_size)
             shares = self.mixture.shares([row for batch in micro_batches for row in batch])
@@ -258,6 +263,7 @@ def spread(
     chunks: list[tuple[int, ...]], filler: tuple[int, ...], rank: int, world_size: int
 ) -> tuple[MicroBatch, ...]:
     """One rank's share of a step's micro-batches; as many on every rank, filled up with fillers."""
+    # Chunk i goes to rank i mod world_size; in the last round some ranks have none, and compute a filler.
     rounds = math.ceil(len(chunks) / world_size)
     mine = [chunks[i] if i < len(chunks) else None for i in range(rank, rounds * world_size, world_size)]
     return tuple(MicroBatch(chunk) if chunk else MicroBatch(filler, filler=True) for chunk in mine)

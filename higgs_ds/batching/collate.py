@@ -130,17 +130,20 @@ class Collator:
 
     def __call__(self, samples: Sequence[Sample], filler: bool = False) -> Batch:
         """One micro-batch, padded on the right; with `filler` every label is -100."""
+        # All rows as wide as the longest, rounded up.
         width = -(-max(len(sample.input_ids) for sample in samples) // self.round_to) * self.round_to
         input_ids, masks, label_ids = [], [], []
         out_codes: list[torch.Tensor] = []
         out_labels: list[torch.Tensor] = []
         in_codes: list[torch.Tensor] = []
         for sample in samples:
+            # No text is learned at the placeholder of an assistant's clip: its codes are, by the audio head.
             is_out = sample.input_ids == self.facts.audio_out_token
             is_clip = is_out | (sample.input_ids == self.facts.audio_in_token)
             labels = sample.label_ids.masked_fill(is_out, IGNORE)  # a new tensor: the sample stays as it is
             if filler:
                 labels = torch.full_like(labels, IGNORE)
+            # Codes to streams, in reading order; the row's own labels say whether a clip is learned.
             learned = (sample.label_ids[is_clip] >= 0).tolist()
             for position_is_out, trained, codes in zip(is_out[is_clip].tolist(), learned, sample.codes, strict=True):
                 codes = codes[: self.facts.num_codebooks].long()
@@ -149,10 +152,12 @@ class Collator:
                     out_labels.append(self.facts.stream_labels(codes, trained and not filler))
                 elif self.facts.audio_in_codes:
                     in_codes.append(self.facts.stream(codes))
+            # Padding on the right, as upstream's.
             missing = width - len(sample.input_ids)
             input_ids.append(F.pad(sample.input_ids, (0, missing), value=self.facts.pad_token))
             masks.append(F.pad(torch.ones_like(sample.input_ids), (0, missing), value=0))
             label_ids.append(F.pad(labels, (0, missing), value=IGNORE))
+        # Clips of all rows stand in one line, with where each starts.
         audio_out_ids, audio_out_ids_start = self._concatenate(out_codes)
         audio_in_ids, audio_in_ids_start = self._concatenate(in_codes)
         batch = Batch(
@@ -169,6 +174,7 @@ class Collator:
             origins=[sample.origin for sample in samples],
             filler=filler,
         )
+        # The forward's indices are made here, by a data worker, where no device waits.
         if self.with_layout:
             batch.layout = make_layout(
                 batch.input_ids,

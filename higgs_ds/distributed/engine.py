@@ -68,6 +68,7 @@ class Ranks:
 
     def each(self, function: Callable[[], T]) -> T:
         """`function()` on every rank; a ConfigError on any rank becomes one on all of them, so that none waits."""
+        # Whatever else is raised ends this rank at once; the watch then ends the others.
         value: Any = None
         problems: list[str] = []
         try:
@@ -229,6 +230,7 @@ class Engine:
         self.overflows_by_design: bool = ds_config["fp16"]["enabled"]
         self.stage: int = ds_config["zero_optimization"]["stage"]
         self._optimizer = DroppableAdamW(list(_trained(module).values()), lr=0.0, weight_decay=weight_decay)
+        # In float32 at stage 0 DeepSpeed reports no norm: the optimizer clips and measures itself.
         if self.stage == 0 and not ds_config["bf16"]["enabled"] and not ds_config["fp16"]["enabled"]:
             self._optimizer.clip_norm = max_grad_norm
             ds_config = {**ds_config, "gradient_clipping": 0.0}
@@ -246,6 +248,7 @@ class Engine:
         dist.barrier()
         self._engine, *_ = deepspeed.initialize(model=module, optimizer=self._optimizer, config=ds_config)
         self._optimizer.drop_next = False
+        # At stages 2 and 3 the order in which gradients come must be every rank's: it is noted, and compared each step.
         self._came = [0, 0]  # gradients since the last step, and a checksum of their order
         for number, parameter in enumerate(_trained(module).values() if self.stage >= 2 else ()):
             parameter.register_post_accumulate_grad_hook(functools.partial(self._note_gradient, number))
@@ -325,6 +328,7 @@ class Engine:
         this. Training may go on before the result is called, in another thread too: all of it is on the host by then.
         Three collectives in all: gathered tensor by tensor, a large adapter would hold up training for seconds.
         """
+        # On every rank: these are the collectives.
         weights, exp_avg, exp_avg_sq = [self._gather(parts) for parts in self._local_state()]
         if dist.get_rank() != 0:
             return None
@@ -386,11 +390,13 @@ class Engine:
         """
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
+        # A step that changes nothing, for the moments that it makes.
         books = self.module.num_codebooks
         device = next(value for value in first_inputs.values() if value is not None).device
         loss, _, _ = self.forward(first_inputs, 0.0, torch.zeros(books, device=device))
         self.backward(loss)
         self.step(0.0)
+        # Then the saved values: at stage 0 into the optimizer's own tensors, else through DeepSpeed, which cuts them.
         trained = _trained(self.module)
         masters = self._optimizer.parameters if self.stage == 0 else [None] * len(trained)
         for (name, parameter), master in zip(trained.items(), masters, strict=True):
@@ -403,6 +409,7 @@ class Engine:
                 safe_set_full_fp32_param(parameter, values[0])
                 safe_set_full_optimizer_state(parameter, values[1], "exp_avg")
                 safe_set_full_optimizer_state(parameter, values[2], "exp_avg_sq")
+        # Adam's count last: the step above has raised it.
         for own in self._optimizer.state.values():
             own["step"].fill_(state.adam_steps)
 

@@ -55,11 +55,13 @@ class Projection(NamedTuple):
         base, names = layer, ()
         if type(layer) in (PeftLinear, LoraHead) and not (layer.disable_adapters or layer.merged):
             base, names = layer.base_layer, layer.active_adapters
+        # Frozen and without a bias; any other layer computes itself.
         dense = type(base) in (nn.Linear, FusedHead) and not base.weight.requires_grad
         if not (dense or type(base) is QuantizedLinear) or base.bias is not None:
             return None
         if not names:
             return cls(base, None, None, 0.0, 0.0)
+        # One adapter, plain: no DoRA or other variant, no bias in its matrices.
         name, *others = names
         lora_A, lora_B, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
         plain = all(type(part) is nn.Linear and part.bias is None for part in (lora_A, lora_B))
@@ -132,6 +134,7 @@ class ProjectionGroup:
         if rank_columns is None:
             yield from ((hidden, p.weight) for p in self.projections)
             return
+        # [x ‖ c] once for all projections, with c widened to what kernels like.
         width = rank_columns.shape[1] + -rank_columns.shape[1] % ALIGNMENT
         joined = torch.cat([hidden, F.pad(rank_columns, (0, width - rank_columns.shape[1]))], dim=1)
         before = 0
@@ -147,6 +150,7 @@ class ProjectionGroup:
     def _rank_columns(self, hidden: torch.Tensor) -> SavedLora:
         if not self._adapted:
             return SavedLora(None, None)
+        # One mask for all projections of this input, as they share the probability.
         mask, probability = None, self._adapted[0].dropout
         if probability:
             drop = dropout_by_bits if drops_by_bits(hidden.device.type) else dropout_by_kernel
@@ -169,6 +173,7 @@ class ProjectionGroup:
 
         The first is None without `needs_grad_hidden`, and written to `out` where it is given.
         """
+        # By projection: the gradient of its rank columns, and of its B.
         grads_of_columns, grad_Bs, grad_lora_weights = [], [], []
         columns_of = self._split_columns(saved.rank_columns)
         for p, grad_output, columns in zip(self.projections, grad_outputs, columns_of, strict=True):
@@ -178,12 +183,14 @@ class ProjectionGroup:
                 grads_of_columns.append((grad_output @ p.lora_B).mul_(p.scaling * factor))
                 grad_Bs.append((grad_output.t() @ columns).mul_(p.scaling))
         if grad_Bs:
+            # All A at once, as one product made all columns.
             grad_columns = torch.cat(grads_of_columns, dim=1)
             grad_As = grad_columns.t() @ (hidden if saved.dropout_mask is None else kept(hidden, saved.dropout_mask))
             grad_As = grad_As.split([grad_B.shape[1] for grad_B in grad_Bs])
             grad_lora_weights = [grad for pair in zip(grad_As, grad_Bs, strict=True) for grad in pair]
         if not needs_grad_hidden:
             return None, grad_lora_weights
+        # The input's gradient: LoRA's part first, or the first product without LoRA; the others are added in place.
         products = list(zip(grad_outputs, self.projections, strict=True))
         if grad_Bs:
             grad_hidden = torch.mm(grad_columns, self._stacked_lora_A())

@@ -85,16 +85,19 @@ def padding_free_forward(
         checkpoint_every: N recomputes every N-th layer in the backward, from the first on; 0 for none.
         input_gradient: whether the backward goes on to what enters the first layer, where nothing learns.
     """
+    # Inputs: token ids and codes, of the shapes that the layout was made for.
     codes = _codes(model, audio_out_ids, audio_in_ids, input_ids)
     num_frames = codes.shape[1]
     arrived = num_frames == layout.num_frames
     # What did not arrive is the guard's to report. Until it has, this rank computes as much as the others wait for.
     codes = _of_shape(codes, (codes.shape[0], layout.num_frames))
     input_ids = _of_shape(input_ids, layout.input_shape)
+    # Embeddings: text rows first, audio rows behind them, and so through all layers.
     text = model.embed_tokens(input_ids.flatten().index_select(0, layout.text_index))
     hidden = torch.cat([text, _embed_codes(model, codes)])
     if input_gradient and torch.is_grad_enabled():
         hidden.requires_grad_()
+    # Rotary factors once for all layers, by each row's place in its own sequence.
     cos, sin = model.rotary_emb(hidden, layout.positions[None])
     rope = cos.transpose(0, 1), sin.transpose(0, 1)  # [N, 1, head_dim]
     num_rows, last = hidden.shape[0], len(model.layers) - 1
@@ -107,6 +110,7 @@ def padding_free_forward(
             outputs_only=number == last,
             recompute=bool(checkpoint_every) and number % checkpoint_every == 0 and torch.is_grad_enabled(),
         )
+    # Heads: only rows with a label, and the loss of both.
     text, audio = model.norm(hidden.index_select(0, layout.head_rows)).split(layout.num_head_rows)
     loss, sums, shape = _heads(model.audio_decoder_proj, text, audio, layout, objective)
     if not arrived:
@@ -161,6 +165,7 @@ class DecoderLayer(HiggsAudioDualFFNDecoderLayer):
 
     def on_rows(self, hidden: torch.Tensor, *, layout: Layout, rope: Rope, outputs_only: bool) -> torch.Tensor:
         """The computation itself, see `forward`."""
+        # Flat rows to padded sequences, attention, and back to flat rows.
         places, num_text = layout.unpack_index, layout.num_text
         heads = self.before_attention(hidden, num_text, rope, layout.pack_index, places)
         if outputs_only:
@@ -177,6 +182,7 @@ class DecoderLayer(HiggsAudioDualFFNDecoderLayer):
         normed = _normed([self.input_layernorm, self.audio_input_layernorm], hidden, num_text)
         projected = project([attn.q_proj, attn.k_proj, attn.v_proj], normed)
         query, key, value = (rows.unflatten(1, (-1, attn.head_dim)) for rows in projected)  # [N, heads, head_dim]
+        # Rotated while the rows are flat: padding needs no rotation.
         query, key = _Rotate.apply(query, *rope), _Rotate.apply(key, *rope)
         return tuple(_Regroup.apply(rows, pack_index, unpack_index) for rows in (query, key, value))
 
@@ -184,6 +190,7 @@ class DecoderLayer(HiggsAudioDualFFNDecoderLayer):
         """The layer's output for rows of its input and what attention made of them: [N, hidden] each -> [N, hidden]"""
         (out,) = project([self.self_attn.o_proj], attended)
         hidden = hidden + out
+        # Two networks, one for text rows and one for audio rows, each added to its own slice.
         norms = [self.post_attention_layernorm, self.audio_post_attention_layernorm]
         sizes = [num_text, hidden.shape[0] - num_text]
         return add_mlps([self.mlp, self.audio_mlp], _normed(norms, hidden, num_text), hidden, sizes)
@@ -286,12 +293,14 @@ def _heads(
 ) -> tuple[torch.Tensor, HeadSums, tuple[int, ...]]:
     """Loss, sums and the shape of what the audio head computed, from labelled rows after the last norm."""
     scales = objective.codebook_scales
+    # The reference: logits as a whole, and plain cross-entropy.
     if objective.impl == "reference":
         text_logits = heads.text_lm_head(text)
         audio_logits = heads.audio_lm_head(audio).unflatten(1, (scales.shape[0], -1))
         sums = head_sums(text_logits[None], audio_logits, layout.text_targets[None], layout.audio_targets)
         loss = scaled_loss(sums, objective.text_scale, scales)
         return loss, sums, tuple(audio_logits.shape)
+    # Fused: each head gives its loss by itself, see `FusedHead.loss_of`.
     text_scale = torch.full((1,), objective.text_scale, dtype=scales.dtype, device=scales.device)
     of_text = heads.text_lm_head.loss_of(LabelledRows(text, layout.text_targets[:, None], text_scale))
     of_audio = heads.audio_lm_head.loss_of(LabelledRows(audio, layout.audio_targets, scales))

@@ -23,7 +23,7 @@ MAX_LINE = 65536
 
 @dataclass
 class RankState:
-    """A rank's doing."""
+    """The step that a rank is at, and what it is doing there."""
 
     rank: int
     progress: int = 0  # how often it has begun something new; all ranks begin the same things in the same order

@@ -40,7 +40,7 @@ class Projection(NamedTuple):
 
     layer: nn.Linear
     lora_A: torch.Tensor | None  # [rank, in]
-    lora_B: torch.Tensor | None  # [out, rank]
+    lora_B: Any  # [out, rank], a tensor wherever `lora_A` is one
     scaling: float
     dropout: float  # probability, of the input of `lora_A`
 
@@ -139,7 +139,7 @@ class ProjectionGroup:
         joined = torch.cat([hidden, F.pad(rank_columns, (0, width - rank_columns.shape[1]))], dim=1)
         before = 0
         for p in self.projections:
-            if p.lora_A is None or p.lora_B is None:
+            if p.lora_A is None:
                 yield hidden, p.weight
                 continue
             behind = width - before - p.lora_A.shape[0]
@@ -177,7 +177,7 @@ class ProjectionGroup:
         grads_of_columns, grad_Bs, grad_lora_weights = [], [], []
         columns_of = self._split_columns(saved.rank_columns)
         for p, grad_output, columns in zip(self.projections, grad_outputs, columns_of, strict=True):
-            if columns is not None and p.lora_B is not None:
+            if columns is not None:
                 # Dropout's factor goes here: nowhere else is it a smaller product.
                 factor = 1.0 if saved.dropout_mask is None else dropout_factor(p.dropout, hidden.device.type)
                 grads_of_columns.append((grad_output @ p.lora_B).mul_(p.scaling * factor))

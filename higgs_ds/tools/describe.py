@@ -102,7 +102,7 @@ def _tokens(row: Row, seconds: list[float], tokenizer) -> int:
 
 
 def lines_of(found: Described) -> list[str]:
-    """What stands in a manifest: its first lines, and who speaks how long."""
+    """The content of a manifest: its first lines, and who speaks how long."""
     lines = first_lines(found.spoken)
     hours: dict[str, float] = defaultdict(float)
     for row, seconds in zip(found.rows, found.spoken.seconds.tolist(), strict=True):
@@ -116,7 +116,7 @@ def lines_of(found: Described) -> list[str]:
 def epoch_lines(
     described: list[Described], portions: list[Portion], *, max_tokens: int, epochs: float | None
 ) -> list[str]:
-    """What an epoch of these manifests takes, each by its weight; no training time without `epochs`."""
+    """The cost of an epoch of these manifests, each by its weight; no training time without `epochs`."""
     fits = [found.tokens <= max_tokens for found in described]
     tokens = np.concatenate([found.tokens[fit] for found, fit in zip(described, fits, strict=True)])
     counts = [int(fit.sum()) for fit in fits]

@@ -1,4 +1,4 @@
-"""What `describe` found in a manifest."""
+"""The findings of `describe` in a manifest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What argparse makes of the paths of `generate`, `recite`, `merge` and `export`: any that a file system may know.
+"""Types of the paths of `generate`, `recite`, `merge` and `export` for argparse: any that a file system may know.
 
 Only an empty word is refused here, which pathlib takes for the working folder. What else is wrong with a path is said
 by whoever opens it, in one line; `parse.path_flag`, of files that a run is to be written to, is stricter.

@@ -136,23 +136,27 @@ def run_export(args: argparse.Namespace) -> int:
         check_base(lora, base_name, revision)
     folder = locate_checkpoint(base_name, revision, weights=False)
     adapter = read_adapter(args.adapter, adaptable_modules(read_checkpoint_config(folder)), lora)
+
+    def renamed(name: str) -> str:
+        theirs = transformers_name(name)
+        assert theirs is not None, name  # of a layer of the model, as `read_adapter` has found
+        return theirs
+
     config = {
         "base_model_name_or_path": None if layout_of(folder) == BOSON else base_name,
         "bias": "none",
         "inference_mode": True,
         "lora_alpha": lora.alpha,
         "lora_dropout": 0.0,
-        "modules_to_save": [transformers_name(name) for name in adapter.whole] or None,
+        "modules_to_save": [renamed(name) for name in adapter.whole] or None,
         "peft_type": "LORA",
         "r": lora.rank,
         # Whole names: a suffix that boson_multimodal's names have may mean other layers there.
-        "target_modules": sorted(transformers_name(name) for name in adapter.weights),
+        "target_modules": sorted(map(renamed, adapter.weights)),
         "task_type": None,  # PEFT's wrapper for language models passes arguments that this model does not take
         "use_rslora": lora.rslora,
     }
-    weights = {
-        PREFIX + transformers_name(key.removeprefix(PREFIX)): value for key, value in adapter.state_dict().items()
-    }
+    weights = {PREFIX + renamed(key.removeprefix(PREFIX)): value for key, value in adapter.state_dict().items()}
     try:
         with filling(output_dir) as beside:
             (beside / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

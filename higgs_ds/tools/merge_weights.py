@@ -115,7 +115,7 @@ def merge(
 
 
 def _plan(base: Base, layout: str, dtype: str | None) -> dict[str, Planned]:
-    """What is written, in the order of the model, by boson_multimodal's names."""
+    """The tensors to write, in the order of the model, by boson_multimodal's names."""
     return {
         name: Planned(name_in(layout, name), one.shape, DTYPES[dtype] if dtype else DTYPES_BY_NAME[one.dtype])
         for name, one in base.stored.items()
@@ -145,7 +145,7 @@ def _merged_rows(stored: Stored, name: str, adapter: Adapter | None, planned: Pl
 
 
 def _not_finite(rows: torch.Tensor, merged: torch.Tensor, stored: Stored, planned: Planned) -> str:
-    """Whose fault an infinity is: the file's, the adapter's or the dtype's."""
+    """A line on the culprit of an infinity: the file, the adapter or the dtype."""
     dtype = str(planned.dtype).removeprefix("torch.")
     if not all_finite(rows):
         return f"{stored.file}: {stored.key} holds NaN or infinity; such a model speaks noise"

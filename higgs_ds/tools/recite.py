@@ -18,7 +18,7 @@ from ..model.higgs_v2.speaker import Answer, Sampling, Speaker
 
 @dataclass(frozen=True)
 class Ending:
-    """What a stop rule makes of a clip."""
+    """A clip as a stop rule ends it."""
 
     share: float  # of the training codes given back, over the longer of the two
     frames: int
@@ -103,7 +103,7 @@ def _answer_of(row: Row) -> int:
 
 
 def _answers(speaker: Speaker, turns: Sequence[Turn], sampling: Sampling, *, rules: Sequence[str]) -> dict[str, Answer]:
-    """What the model says to a prompt, by stop rule; spoken once where all rules end it at the same frame."""
+    """The model's answers to a prompt, by stop rule; spoken once where all rules end it at the same frame."""
     context = [
         speaker.codec.encode(*read_audio(piece))
         for turn in turns

@@ -185,7 +185,7 @@ def _to_recite(args: argparse.Namespace, rows: list, wanted: list[tuple[str, str
 
 
 def _outputs(args: argparse.Namespace, texts: list[tuple[str, str]], problems: list[str]) -> list[Path]:
-    """Where each text goes; what hinders that."""
+    """The file of each text; what hinders that."""
     if args.texts:
         if args.output_file is not None or args.output_dir is None:
             problems.append("--texts: needs --output_dir, and no --output_file")

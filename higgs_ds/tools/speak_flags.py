@@ -1,4 +1,4 @@
-"""What `generate` and `recite` share: flags, what is refused before anything is loaded, and who speaks."""
+"""The common part of `generate` and `recite`: flags, what is refused before anything is loaded, and who speaks."""
 
 from __future__ import annotations
 
@@ -137,12 +137,12 @@ def say_unused(args: argparse.Namespace, sampling) -> None:
 
 
 def says_something(text: str) -> bool:
-    """Whether a text holds more than blanks, control characters and such as have no width (U+200B, U+FEFF)."""
+    """True if a text holds more than blanks, control characters and such as have no width (U+200B, U+FEFF)."""
     return not all(unicodedata.category(char) in ("Cc", "Cf", "Zs", "Zl", "Zp") for char in text)
 
 
 def text_problems(args: argparse.Namespace, texts: list[tuple[str, str]]) -> list[str]:
-    """What can be said of the texts without a tokenizer, each with its flag or line."""
+    """Faults of the texts that show without a tokenizer, each with its flag or line."""
     asked = [*texts, *([("--scene", args.scene)] if args.scene else [])]
     asked += [("--ref_text", args.ref_text)] if args.ref_text is not None else []
     problems = []
@@ -179,7 +179,7 @@ def texts_of(args: argparse.Namespace, problems: list[str]) -> list[tuple[str, s
 
 
 def ask_writable(folder: Path, flag: str, problems: list[str], *, make: bool = True) -> None:
-    """Whether files can be written there; with `make`, a folder that is yet to be made is asked of the one above."""
+    """True if files can be written there; with `make`, a folder that is yet to be made is asked of the one above."""
     try:
         while make and not folder.exists() and folder != folder.parent:
             if folder.is_symlink():

@@ -1,4 +1,4 @@
-"""What other tools write, as rows of a manifest: one reader a format, which leaves every clip where it is."""
+"""Other tools' files, as rows of a manifest: one reader a format, which leaves every clip where it is."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the readers of other tools' files gather: rows, columns that nobody reads, and what was left out and why."""
+"""The yield of the readers of other tools' files: rows, columns that nobody reads, and what was left out and why."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Found:
         self.rows.append({name: value for name, value in row.items() if value not in (None, "")})
 
     def has_clip(self, origin: str, clip: Path | None) -> bool:
-        """Whether a row's clip can be named in a manifest; counted where it cannot."""
+        """True if a row's clip can be named in a manifest; counted where it cannot."""
         example = origin if origin == str(clip) else f"{origin}: {clip}"
         if clip is None:
             self.leave_out("rows that name no clip", origin)
@@ -70,7 +70,7 @@ class Found:
                 self.columns.add({name if name in counts or len(counts) < MOST_COLUMNS else "and others": 1})
 
     def lines(self, file: Path) -> list[str]:
-        """What was taken as what, what is not read, and what was left out, a line a reason."""
+        """Lines on what was taken as what, what is not read, and what was left out, one a reason."""
         left_out = [
             f"left out: {count:,} × {reason}, e.g. {self.examples[reason]}" for reason, count in self.left_out.items()
         ]
@@ -110,7 +110,7 @@ class ClipFinder:
         self._listed: dict[Path, dict[str, str]] = {}
 
     def find(self, name: str | None) -> Path | None:
-        """Where the clip is, or where it should be; None for no name."""
+        """The path of a clip, or where it should be; None for no name."""
         if name is None:
             return None
         path = beside(self.folder, name) if os.path.splitext(name)[1] else Path()

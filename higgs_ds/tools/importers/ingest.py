@@ -33,7 +33,7 @@ LEAST_BLOCK_SEC, BLOCK_SEC = 0.05, 0.4  # of loudness by ITU-R BS.1770
 
 @dataclass(frozen=True)
 class Sound:
-    """What is done to every clip; None leaves it as it is."""
+    """The treatment of every clip; None leaves it as it is."""
 
     trim: bool = False
     loudness: float | None = None  # LUFS

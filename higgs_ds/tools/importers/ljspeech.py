@@ -31,7 +31,7 @@ _WORD = re.compile(rf"[{_SIGNS}]|[^\W_{_SIGNS}]+")
 
 @dataclass(frozen=True)
 class Layout:
-    """Which column of a table is what, counted from 0."""
+    """The columns of a table by their meaning, counted from 0."""
 
     width: int
     text: int
@@ -104,7 +104,7 @@ def _of_header(parts: list[str], clips: ClipFinder) -> Layout | None:
 
 
 def layout_of(rows: list[list[str]]) -> Layout:
-    """What the columns of rows without a header hold, the clip standing first.
+    """The meaning of the columns of rows without a header, the clip standing first.
 
     Raises:
         ValueError: several columns of which each might be the text.
@@ -153,7 +153,7 @@ def _are(kind: re.Pattern[str], values: list[str]) -> bool:
 
 
 def _is_normalised(raw: list[str], other: list[str]) -> bool:
-    """Whether a column says in the same words what the one before says, rather than in phonemes or in pinyin.
+    """True if a column says in the same words what the one before says, rather than in phonemes or in pinyin.
 
     Numbers become words when a text is normalised, so that the others decide.
     """

@@ -128,7 +128,7 @@ def _start_index(messages: list[dict]) -> int | None:
 def _add_talk(
     found: Found, origin: str, messages: list[dict], clips: list[Path], start_index: int | None, speaker: str | None
 ) -> bool:
-    """Whether it became a speech row whose text the assistant writes down."""
+    """Adds a row; true if it became a speech row whose text the assistant writes down."""
     tags = [message["content"].count(AUDIO_TAG) for message in messages]
     texts = [message["content"].replace(AUDIO_TAG, "").strip() for message in messages]
     roles = [message["role"] for message in messages]

@@ -125,7 +125,7 @@ def _unquoted(lines: list[str], at: int, delimiter: str) -> Iterator[tuple[int, 
 
 
 def _hold_row(cells: list[str], delimiter: str, width: int) -> bool:
-    """Whether a text over several lines holds another row of the table, as after a quote that nobody closed.
+    """True if a text over several lines holds another row of the table, as after a quote that nobody closed.
 
     A row is known by the name of its clip; where clips have no endings, and with tabs and `|`, which are rare in texts,
     by its number of cells alone.

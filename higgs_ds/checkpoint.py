@@ -133,7 +133,7 @@ class CheckpointWriter:
             finally:
                 self._pending = None  # only now: `finish`, in the watch's thread, must find it
 
-    def finish(self, *_) -> None:
+    def finish(self, *_: object) -> None:
         """`wait`, but not longer than a queue would: for a run that is ending anyway, whatever ends it."""
         if (pending := self._pending) is not None:
             pending.result(timeout=LAST_WRITE_SEC)
@@ -206,7 +206,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted((path for path in named if path.is_dir() and not path.is_symlink()), key=step_of)
 
 
-def _say_not_removed(_, path: str, error: tuple) -> None:
+def _say_not_removed(_: object, path: str, error: tuple) -> None:
     say(f"WARNING: {path} of an old checkpoint cannot be removed: {error[1]}", error=True)
 
 
@@ -275,7 +275,7 @@ def find_checkpoint(resume: str, output_dir: Path) -> tuple[Checkpoint | None, l
             return read_checkpoint(Path(resume)), []
         except CheckpointError as error:
             raise ConfigError([f"--resume: {error}"]) from error
-    passed_over = []
+    passed_over: list[str] = []
     for folder in reversed(list_checkpoints(output_dir / "checkpoints")):
         try:
             return read_checkpoint(folder), passed_over
@@ -292,6 +292,7 @@ def keep_global_batch(resumed: Checkpoint, config: TrainConfig, world_size: int)
     """
     position = resumed.position
     saved = OLDER | position.config
+    rows_at_once = (config.optim.batch_size or 0) * world_size  # 0 beside a token budget alone
     problems = [
         f"--resume: --{name} is {config.get(name)}, the checkpoint has {saved.get(name)}; it cannot change"
         for name in SHAPE_OPTIONS
@@ -309,7 +310,7 @@ def keep_global_batch(resumed: Checkpoint, config: TrainConfig, world_size: int)
                 f"--resume: the checkpoint's global batch of {position.micro_batches_per_step} micro-batches is no "
                 f"multiple of {world_size} ranks"
             )
-    elif not position.rows_per_step or position.rows_per_step % (config.optim.batch_size * world_size):
+    elif not position.rows_per_step or position.rows_per_step % rows_at_once:
         problems.append(
             f"--resume: the checkpoint's global batch of {position.rows_per_step} rows is no multiple of "
             f"--batch_size {config.optim.batch_size} × {world_size} ranks"
@@ -318,13 +319,13 @@ def keep_global_batch(resumed: Checkpoint, config: TrainConfig, world_size: int)
         raise ConfigError(problems)
     if config.optim.max_tokens_per_batch is not None:
         return position.micro_batches_per_step // world_size
-    return position.rows_per_step // (config.optim.batch_size * world_size)
+    return position.rows_per_step // rows_at_once
 
 
 def changed_settings(
     resumed: Checkpoint | None, config: dict, num_rows: int, manifest_rows: list[int] | None = None
 ) -> list[str]:
-    """What differs from the checkpoint's settings and makes another trajectory, a line each."""
+    """Differences from the checkpoint's settings that make another trajectory, a line each."""
     if resumed is None:
         return []
     saved = _spelt_out(OLDER | resumed.position.config)

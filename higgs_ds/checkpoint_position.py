@@ -1,4 +1,4 @@
-"""Where in a run a checkpoint stands, as its `state.json` says it, and whether any run can stand there."""
+"""A checkpoint's place in its run, as its `state.json` says it, and a check that any run can stand there."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ READ_OPTIONS = (*SHAPE_OPTIONS, *TRAJECTORY_OPTIONS, "batch_size", "lr_schedule_
 
 @dataclass
 class Position:
-    """Where in the run a checkpoint stands; with the seed, that fixes every batch to come."""
+    """A checkpoint's place in the run; with the seed, that fixes every batch to come."""
 
     step: int  # optimizer steps done
     epoch: float
@@ -68,7 +68,7 @@ def read_position(folder: Path) -> Position:
 
 
 def _fault(at: Position) -> str | None:
-    """What cannot be in it; None where nothing is."""
+    """A value that cannot be in it, in words; None where there is none."""
     counts = {
         **{name: getattr(at, name) for name in ("step", "dropped_steps", "rows_per_step", "num_rows", "world_size")},
         **{name: getattr(at, name) for name in ("adam_steps", "micro_batches_per_step", "best_step")},
@@ -95,7 +95,7 @@ def _fault(at: Position) -> str | None:
 
 
 def _settings_fault(settings: object) -> str | None:
-    """What a run that goes on could not read of the settings; what older runs did not write yet may be missing."""
+    """A setting that a run that goes on could not read; what older runs did not write yet may be missing."""
     if not isinstance(settings, dict):
         return f"config is {type(settings).__name__}, not the settings by name"
     missing = [name for name in SHAPE_OPTIONS if name not in settings and name not in OLDER]
@@ -117,11 +117,11 @@ def _is_count(value: object, least: int = 0) -> bool:
 
 
 def _is_of(hint: object, value: object) -> bool:
-    """Whether a value of JSON is of an option's type, and a number of any use."""
+    """True if a value of JSON is of an option's type, and a number of any use."""
     if isinstance(hint, types.UnionType):
         return any(_is_of(arm, value) for arm in typing.get_args(hint))
     if typing.get_origin(hint) is list:
         return isinstance(value, list) and all(_is_of(typing.get_args(hint)[0], item) for item in value)
     if hint in (int, float):
-        return type(value) in (int, hint) and abs(value) < 2.0**64
+        return isinstance(value, (int, float)) and type(value) in (int, hint) and abs(value) < 2.0**64
     return type(value) is hint

@@ -26,7 +26,7 @@ def _stem(path: Path) -> str:
 
 
 def name_beside(path: Path) -> Path:
-    """What `replacing` writes to meanwhile: of this process alone, as the ids of two hosts' processes may be equal."""
+    """The name that `replacing` writes to: this process's alone, as the ids of two hosts' processes may be equal."""
     return path.with_name(f".{_stem(path)}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
@@ -88,7 +88,7 @@ def _move_up(beside: Path, folder: Path) -> None:
 
 
 def remove_leftovers(path: Path) -> None:
-    """What `replacing` was writing of `path` in a process that was killed; for whoever alone writes there."""
+    """Removes what `replacing` was writing of `path` in a killed process; for whoever alone writes there."""
     made = re.compile(rf"\.{re.escape(_stem(path))}\.[0-9]+-[0-9a-f]{{8}}\.tmp")
     with contextlib.suppress(OSError):
         for left in [left for left in path.parent.iterdir() if made.fullmatch(left.name)]:

@@ -107,7 +107,7 @@ class Guard:
         self.honest_zeros = 0
 
     def check_batch(self, batch: Batch, step: int, micro_batch: int) -> list[Failure]:
-        """What can be known before the forward: keys, placeholders, codes."""
+        """Checks what can be known before the forward: keys, placeholders, codes."""
         problems: list[tuple[str, str]] = []
         missing = [
             name for name in ("label_ids", "label_audio_ids", "audio_out_ids") if getattr(batch, name, None) is None
@@ -153,19 +153,19 @@ class Guard:
     def check_result(
         self, batch: Batch, report: ForwardReport, stats: MicroBatchStats, step: int, micro_batch: int
     ) -> list[Failure]:
-        """What the forward gave."""
+        """Checks what the forward gave."""
         problems = list(report.problems)
         if not problems:
             problems = self._result_problems(batch, stats)
         return self._failures(problems, batch, step, micro_batch)
 
     def check_gradient(self, batches: list[Batch], grad_norm: float, step: int) -> list[Failure]:
-        """What the engine found after backward: a norm over all ranks, so that every rank reports its own rows."""
+        """Reports what the engine found after backward: a norm over all ranks, so every rank names its own rows."""
         found = [("gradient", f"gradient norm {grad_norm} over all ranks, while every loss was finite")]
         return self._failures(found, batches[0], step, 0)
 
     def check_gradient_order(self, batches: list[Batch], orders: list[list[float]], step: int) -> list[Failure]:
-        """What `Engine.gradient_order` gave on each rank, where it differs; the ranks other than rank 0 report."""
+        """Reports what `Engine.gradient_order` gave on each rank, where it differs; ranks other than rank 0 do."""
         if orders[self.rank] == orders[0]:
             return []
         (mine, _), (first, _) = orders[self.rank], orders[0]
@@ -205,7 +205,7 @@ class Guard:
             problems.append(("total", f"total {loss} with {text_count:.0f} text labels and audio labels {counts}"))
         return problems
 
-    def _failures(self, problems, batch: Batch, step: int, micro_batch: int) -> list[Failure]:
+    def _failures(self, problems: list[tuple[str, str]], batch: Batch, step: int, micro_batch: int) -> list[Failure]:
         if not problems:
             return []
         saved = self._save(batch, problems, step, micro_batch)
@@ -214,8 +214,8 @@ class Guard:
         self.failed.update(failure.check for failure in failures)
         return failures
 
-    def _save(self, batch: Batch, problems, step: int, micro_batch: int) -> str:
-        """Where the batch is now; a disk that takes nothing does not hide what was found."""
+    def _save(self, batch: Batch, problems: list[tuple[str, str]], step: int, micro_batch: int) -> str:
+        """Saves the batch and says where; a disk that takes nothing does not hide what was found."""
         folder = self.output_dir / "bad_batches"
         stem = folder / f"step-{step:06d}-rank-{self.rank}-micro-{micro_batch}"
         facts = {"step": step, "rank": self.rank, "micro_batch": micro_batch, "rows": batch.origins, "failed": problems}
@@ -231,7 +231,7 @@ class Guard:
 def checklist(
     rank: int, batch: Batch, report: ForwardReport, losses: dict[str, float], failures: list[Failure]
 ) -> list[tuple[bool, str]]:
-    """What each rank says of its first batch: (passed, line)."""
+    """Each rank's lines on its first batch: (passed, line)."""
     failed = {failure.check for failure in failures}
     keys = [name for name in batch.MODEL_KEYS if getattr(batch, name) is not None]
     books = "  ".join(

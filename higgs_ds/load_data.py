@@ -44,7 +44,7 @@ LoadedSteps = AbstractContextManager[Iterator[tuple[StepPlan, list[Batch]]]]
 
 
 def codes_folder(config: TrainConfig) -> Path:
-    """Where the clips' codes are kept."""
+    """The folder of the clips' codes."""
     return Path(config.data.codes_cache or Path(config.run.output_dir) / "codes_cache")
 
 
@@ -149,12 +149,12 @@ class Data:
     def validation(self) -> LoadedSteps:
         """This rank's share of all validation rows, as many batches on every rank."""
         rows, optim = self.corpus.val_rows, self.setup.config.optim
-        budget = {
-            "tokens": rows.tokens,
-            "max_tokens": optim.max_tokens_per_batch,
-            "round_to": _round_to(self.setup, self.collator),
-        }
-        plans = evaluation_plans(len(rows), optim.batch_size, self.ranks.rank, self.ranks.world_size, **budget)
+        plans = evaluation_plans(
+            *(len(rows), optim.batch_size, self.ranks.rank, self.ranks.world_size),
+            tokens=rows.tokens,
+            max_tokens=optim.max_tokens_per_batch,
+            round_to=_round_to(self.setup, self.collator),
+        )
         return self._load(rows, plans)
 
     def facts(self) -> dict[str, object]:
@@ -241,7 +241,7 @@ def load_data(setup: Setup, ranks: Ranks, watch: Watch | Unwatched, *, only_one_
 
 
 def _round_to(setup: Setup, collator: Collator) -> int:
-    """What the forward rounds the longest row of a micro-batch up to."""
+    """Tokens to a multiple of which the forward rounds the longest row of a micro-batch up."""
     return 1 if setup.padding_free else collator.round_to
 
 
@@ -277,14 +277,14 @@ def _say_how_it_begins(setup: Setup, data: Data, ranks: Ranks) -> None:
     mixed = [f"manifest {name}: {text}" for name, text in data.plan.mixture.lines().items()]
     begins = f"resuming after step {setup.first_step - 1}" if setup.resumed else "a fresh start"
     if setup.resumed:
-        changed += _another_rate(setup, data.plan)
+        changed += _another_rate(setup, setup.resumed.position, data.plan)
     drawn = [data.references.describe()] if data.references is not None else []
     ranks.say("\n".join([*setup.notes, *mixed, *drawn, *changed, begins]))
 
 
-def _another_rate(setup: Setup, plan: Plan) -> list[str]:
+def _another_rate(setup: Setup, position: checkpoint.Position, plan: Plan) -> list[str]:
     """See `schedule.jump`; the checkpoint's run had as many steps an epoch as its own rows make."""
-    position, optim, now = setup.resumed.position, setup.config.optim, setup.config.as_dict()
+    optim, now = setup.config.optim, setup.config.as_dict()
     saved = now | {"warmup_steps": None, "lr_schedule_steps": None} | position.config
     per_epoch = plan.steps_per_epoch
     if position.rows_per_step:

@@ -56,7 +56,7 @@ class LossWeights:
 
 
 def text_targets(expanded_labels: torch.Tensor) -> torch.Tensor:
-    """What each position predicts: the label one to the right; the last position predicts nothing. [batch, length]"""
+    """The target of each position: the label one to the right; the last position predicts nothing. [batch, length]"""
     return F.pad(expanded_labels[:, 1:], (0, 1), value=IGNORE)
 
 
@@ -72,7 +72,7 @@ def flat_text_targets(labels: torch.Tensor, sequence: torch.Tensor) -> torch.Ten
 
 
 def audio_targets(label_audio_ids: torch.Tensor) -> torch.Tensor:
-    """What each audio row predicts: the next frame's code in its codebook. [codebooks, frames] -> [frames, codebooks]
+    """The targets of each audio row: the next frame's code in its codebook. [codebooks, frames] -> [frames, codebooks]
 
     The first frame of every clip is unlabelled, so that the shift over the concatenation crosses no clip's border.
     """
@@ -127,7 +127,7 @@ def _saturation(rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return (exact / resolution).max()
 
 
-def scaled_loss(sums: HeadSums, text_scale: torch.Tensor, codebook_scales: torch.Tensor) -> torch.Tensor:
+def scaled_loss(sums: HeadSums, text_scale: float, codebook_scales: torch.Tensor) -> torch.Tensor:
     """The scalar for the engine's backward; `scales` come from `loss_scales`."""
     return text_scale * sums.text_sum + (codebook_scales * sums.codebook_sums).sum()
 

@@ -22,7 +22,7 @@ ROWS_SHOWN = 8
 
 
 def is_wanted(device: torch.device, *, compiled: bool) -> bool:
-    """Whether a run on this device has a rehearsal, with `--compile` or without.
+    """True if a run on this device has a rehearsal, with `--compile` or without.
 
     Compiling takes longer than a rank may stand still in a step, so that it is done here, whatever the device.
     """
@@ -42,7 +42,7 @@ class DoesNotFitError(RuntimeError):
 class Advice:
     """The settings that decide how much memory a micro-batch takes, as they are."""
 
-    batch_size: int
+    batch_size: int | None
     max_tokens: int | None
     checkpoint_every: int
     stage: int
@@ -51,7 +51,7 @@ class Advice:
     def __str__(self) -> str:
         if self.max_tokens is not None:
             changes = [f"a --max_tokens_per_batch below {self.max_tokens}"]
-        elif self.batch_size > 1:
+        elif self.batch_size is not None and self.batch_size > 1:
             changes = [f"a --batch_size below {self.batch_size}"]
         else:
             changes = ["shorter rows (--max_duration_sec)"]
@@ -94,7 +94,7 @@ def rehearse(engine: Engine, ranks: Ranks, guard: Guard, batch: Batch, advice: A
 
 
 def _out_of_memory(engine: Engine, device: torch.device, batch: Batch) -> str | None:
-    """What the allocator said if it had no more."""
+    """The allocator's words if it had no more."""
     try:
         # Scales of 0 make every gradient 0, at the same cost.
         no_scales = torch.zeros(engine.module.num_codebooks, device=device)

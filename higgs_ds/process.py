@@ -1,4 +1,4 @@
-"""How a process ends that has had a process group, and how it speaks where several share a console."""
+"""The end of a process that has had a process group, and its lines where several share a console."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def end_process(exit_code: int) -> NoReturn:
     """
     end_in_time(exit_code)
     # Neither has a public name; it is what the standard library's own multiprocessing does before it leaves this way.
-    threading._shutdown()  # tells thread pools to end, and waits for all threads but daemons
+    threading._shutdown()  # type: ignore[attr-defined]  # tells thread pools to end, and waits for all threads but daemons
     atexit._run_exitfuncs()  # removes temporary folders
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):

@@ -102,6 +102,7 @@ def load_model(
         model = family_of(HIGGS_V2).load_base(base.folder, base.config, config.model.dtype, quantize_on=quantize_on)
     engine = adapt(setup, model, ranks, wrap=wrap)
     if setup.resumed:
+        assert first_inputs is not None, "a run that is gone on with"
         engine.load_state(setup.resumed.state, first_inputs())
         checkpoint.restore_rng(setup.resumed.rng, ranks, config.optim.seed + setup.resumed.position.step)
     return engine
@@ -136,10 +137,11 @@ def adapt(
         base_name=base_name,
         base_revision=base_revision,
     )
-    if setup.resumed:
-        ranks.each(lambda: set_lora(lora_model, setup.resumed.adapter, str(setup.resumed.folder)))
-    elif setup.initial is not None:
-        ranks.each(lambda: set_lora(lora_model, setup.initial, f"--init_adapter {config.lora.init_adapter}"))
+    resumed, initial = setup.resumed, setup.initial
+    if resumed is not None:
+        ranks.each(lambda: set_lora(lora_model, resumed.adapter, str(resumed.folder)))
+    elif initial is not None:
+        ranks.each(lambda: set_lora(lora_model, initial, f"--init_adapter {config.lora.init_adapter}"))
     forward = forward or partial(
         family_of(HIGGS_V2).training_forward,
         config=setup.base.config,
@@ -186,6 +188,7 @@ def rehearse(setup: Setup, data: Data, engine: Engine, guard: Guard, ranks: Rank
         watch.untimed("compiling the decoder layers")
     else:
         watch.at(setup.first_step - 1, "rehearsing the dearest micro-batch")
+    assert tokens is not None, "counted wherever there is a rehearsal"
     # The whole run's, also where only one step is checked.
     last_step = max(setup.first_step, data.plan.total_steps(config.optim.epochs, config.optim.max_steps))
     rows = data.plan.dearest(tokens, setup.first_step, last_step, padded=not setup.padding_free)
@@ -267,7 +270,7 @@ def make_trainer(
 
 
 def is_complete(setup: Setup, data: Data, ranks: Ranks) -> bool:
-    """Whether the run that is gone on with was at its end, and left its adapter."""
+    """True if the run that is gone on with was at its end, and left its adapter."""
     if setup.resumed is None:
         return False
     at, patience = setup.resumed.position, setup.config.run.early_stop

@@ -1,4 +1,4 @@
-"""What a run leaves in its folder, written so that a reader never sees half of it."""
+"""The files of a run's folder, written so that a reader never sees half of one."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import json
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -132,7 +133,7 @@ def write_resolved(output_dir: Path, config: dict, ds_config: dict) -> None:
 
 
 def listen_command(config: TrainConfig, adapter: Path, device: torch.device) -> str:
-    """What to type to hear the adapter."""
+    """The command to hear the adapter."""
     on_cpu = "DS_ACCELERATOR=cpu " if device.type == "cpu" else ""
     named = (
         ("base", config.model.base_ckpt, config.model.base_revision),
@@ -194,13 +195,13 @@ def save_adapter(
     return ranks.gather(saved)[0]
 
 
-def _model_card(lora: LoraConfig, facts: dict[str, object], folder: Path, **origin: str | None) -> str:
-    base, revision = pinned(lora.base_model_name_or_path, lora.revision)
+def _model_card(lora: LoraConfig, facts: dict[str, object], folder: Path, **origin: Any) -> str:
+    base, revision = pinned(lora.base_model_name_or_path or "", lora.revision)
     table = {
         "base": f"`{base}`" + (f" at revision `{revision}`" if revision else ""),
         "LoRA rank / alpha / dropout": f"{lora.r} / {lora.lora_alpha:g} / {lora.lora_dropout:g}"
         + (", scaled by the root" if lora.use_rslora else ""),
-        "layers": ", ".join(sorted(lora.target_modules)),
+        "layers": ", ".join(sorted(lora.target_modules or ())),
         **({"trained whole": ", ".join(lora.modules_to_save)} if lora.modules_to_save else {}),
         **facts,
     }

@@ -1,4 +1,4 @@
-"""What a run leaves: checkpoints, adapters, numbers."""
+"""All that a run leaves: checkpoints, adapters, numbers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def choose_wandb(config: TrainConfig, ranks: Ranks) -> WandbChoice:
-    """How rank 0 will use W&B, settled within seconds and before anything takes long; the other ranks do not.
+    """Settles how rank 0 will use W&B, within seconds and before anything takes long; the other ranks do not.
 
     Raises:
         ConfigError: on all ranks; see `wandb_run.choose_wandb`.
@@ -138,15 +138,19 @@ class Saver:
             OSError: no place takes it.
         """
         data, output_dir = self.setup.config.data, self.setup.output_dir
-        origin = {"layout": self.setup.base.layout, "codec": data.codec, "codec_revision": data.codec_revision}
-        origin["prompt_style"] = data.prompt_style
         places = [output_dir / name]
         if elsewhere:
             if name not in self._rescues:  # the same ones when it is saved again
                 rescued = f"{output_dir.resolve().name}-{name}"
                 self._rescues[name] = [first_free(Path(at) / rescued) for at in (".", tempfile.gettempdir())]
             places += self._rescues[name]
-        saved = run_dir.save_adapter(self.engine, places, self.ranks, facts, **origin)
+        saved = run_dir.save_adapter(
+            *(self.engine, places, self.ranks, facts),
+            layout=self.setup.base.layout,
+            codec=data.codec,
+            codec_revision=data.codec_revision,
+            prompt_style=data.prompt_style,
+        )
         if saved is None and elsewhere:
             raise OSError(f"the adapter could be written nowhere: neither to {', nor to '.join(map(str, places))}")
         return saved
@@ -156,9 +160,9 @@ class Saver:
         validated = {name: loss for name, loss in trainer.last_losses.items() if name.startswith("validation ")}
         self.save_adapter("adapter-best", self.data.facts() | {"optimizer steps": step} | validated, elsewhere=False)
 
-    def save_last(self, trainer: Trainer) -> Path:
+    def save_last(self, trainer: Trainer) -> Path | None:
         """`adapter/`, of the run's last step; every rank must call it."""
         facts = self.data.facts() | {"optimizer steps": trainer.steps_done} | trainer.last_losses
-        if trainer.best.step:
+        if trainer.best.loss is not None:
             facts["lowest validation loss"] = f"{loss_text(trainer.best.loss)} at step {trainer.best.step}"
         return self.save_adapter("adapter", facts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 
 def learning_rate(
@@ -17,18 +18,20 @@ def learning_rate(
         warmup_ratio: share of the schedule that warms up, where `warmup_steps` does not say it.
         shape: "cosine", "linear" or "constant".
     """
-    warmup = math.ceil(total_steps * warmup_ratio) if warmup_steps is None else warmup_steps
-    if step <= warmup:
-        return peak * step / warmup
+    if warmup_steps is None:
+        assert warmup_ratio is not None, "one of the two is given"
+        warmup_steps = math.ceil(total_steps * warmup_ratio)
+    if step <= warmup_steps:
+        return peak * step / warmup_steps
     if shape == "constant":
         return peak
-    progress = max(0, min(step, total_steps) - warmup - 1) / max(1, total_steps - warmup)
+    progress = max(0, min(step, total_steps) - warmup_steps - 1) / max(1, total_steps - warmup_steps)
     if shape == "linear":
         return peak * (1 - progress)
     return peak * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def schedule(settings: Mapping[str, object], run_steps: int) -> partial[float]:
+def schedule(settings: Mapping[str, Any], run_steps: int) -> partial[float]:
     """The learning rate of a run by its step.
 
     Args:
@@ -45,7 +48,7 @@ def schedule(settings: Mapping[str, object], run_steps: int) -> partial[float]:
     )
 
 
-def jump(saved: Mapping[str, object], saved_steps: int, now: Mapping[str, object], steps: int, done: int) -> list[str]:
+def jump(saved: Mapping[str, Any], saved_steps: int, now: Mapping[str, Any], steps: int, done: int) -> list[str]:
     """A line if a resumed run goes on with another learning rate than the run before would have: from where to where.
 
     Args:

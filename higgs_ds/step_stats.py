@@ -9,7 +9,7 @@ fields follow each other in their order.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -18,6 +18,7 @@ from .loss import HeadSums, LossWeights, mean_losses
 P = TypeVar("P", bound="Packed")
 
 
+@dataclass
 class Packed:
     """A dataclass that can be flattened for a collective and put together again."""
 
@@ -42,7 +43,8 @@ class Packed:
         """
         if len(flat) != len(self.pack()):
             raise ValueError(f"{len(flat)} values for a {type(self).__name__} of {len(self.pack())}")
-        values, at = {}, 0
+        values: dict[str, Any] = {}
+        at = 0
         for f in fields(self):
             own = getattr(self, f.name)
             if isinstance(own, (Packed, list)):
@@ -65,7 +67,7 @@ H = TypeVar("H", bound="HeadTotals")
 
 @dataclass(kw_only=True)
 class HeadTotals(Packed):
-    """What adds up of `HeadSums`, over micro-batches and ranks."""
+    """The part of `HeadSums` that adds up over micro-batches and ranks."""
 
     text_sum: float
     text_count: float
@@ -75,7 +77,8 @@ class HeadTotals(Packed):
     @classmethod
     def empty(cls: type[H], num_codebooks: int) -> H:
         """Zeros; lists have a value a codebook."""
-        return cls(**{f.name: [0.0] * num_codebooks if f.type == "list[float]" else 0.0 for f in fields(cls)})
+        zeros: dict[str, Any] = {f.name: [0.0] * num_codebooks if f.type == "list[float]" else 0.0 for f in fields(cls)}
+        return cls(**zeros)
 
     def losses(self, weights: LossWeights) -> dict[str, float]:
         """Mean losses over what is summed here."""
@@ -84,7 +87,7 @@ class HeadTotals(Packed):
 
 @dataclass(kw_only=True)
 class MicroBatchStats(HeadTotals):
-    """What a training forward says of one micro-batch, on the host; see `HeadSums`. `empty` unpacks `on_device`."""
+    """A training forward's numbers of one micro-batch, on the host; see `HeadSums`. `empty` unpacks `on_device`."""
 
     text_saturation: float
     loss: float  # the scaled one, for backward
@@ -103,7 +106,7 @@ class MicroBatchStats(HeadTotals):
 
 @dataclass
 class ForwardReport:
-    """What one micro-batch's forward saw, on the host, known without reading a value from the device."""
+    """Shapes that one micro-batch's forward saw, known on the host without reading a value from the device."""
 
     expanded_labels_shape: tuple[int, ...] | None = None
     audio_logits_shape: tuple[int, ...] | None = None
@@ -113,7 +116,7 @@ class ForwardReport:
 
 @dataclass
 class LabelCounts(Packed):
-    """What is summed over the ranks before the first forward of an optimizer step."""
+    """Counts that are summed over the ranks before the first forward of an optimizer step."""
 
     failures: float  # checks that a batch did not pass
     text: float
@@ -156,7 +159,7 @@ class StepSums(HeadTotals):
 
 @dataclass
 class RankStep(Packed):
-    """What a rank tells all others of an optimizer step, in the one exchange after its backward."""
+    """A rank's word to all others on an optimizer step, in the one exchange after its backward."""
 
     failures: float  # checks that failed in this step
     gradients: list[float]  # how many came, and a checksum of their order: see `Engine.gradient_order`

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class StepResult:
-    """What one optimizer step gave, the same on every rank. Where something failed, nothing was trained."""
+    """The outcome of one optimizer step, the same on every rank. Where something failed, nothing was trained."""
 
     ranks: list[RankStep]
     failures: list[Failure]
@@ -35,7 +35,7 @@ class StepResult:
 
     @property
     def stop(self) -> bool:
-        """Whether some rank was asked to stop."""
+        """True if some rank was asked to stop."""
         return any(rank.stop for rank in self.ranks)
 
 
@@ -118,6 +118,7 @@ class Trainer:
             BadLossError: on every rank, when a check failed on some rank and `on_bad_loss` is "raise".
         """
         self.engine.train()
+        # A run that goes on may owe its last step a validation, and may be over by it.
         if self.owes_validation:
             if not self._validate(self.first_step - 1):
                 return False
@@ -129,6 +130,7 @@ class Trainer:
         for plan, batches in steps:
             self._clock.batches_read()
             lr = self.learning_rate(plan.step)
+            # The checkpoint before may still be written; one that failed ends the run before more work stands on it.
             if self.saver:
                 self.saver.raise_if_failed()
             result = self.train_step(plan.step, batches, lr)
@@ -136,6 +138,7 @@ class Trainer:
                 self._report(result.failures)
                 self.dropped_steps += 1
             self._clock.end()
+            # The step is done: log it, validate where it is time, then save.
             self._log(plan, result, lr)
             self._last = plan
             last = plan.step == self.total_steps
@@ -149,7 +152,8 @@ class Trainer:
                     self._log_rest()
                     return validated
             if result.stop or last:
-                return last
+                return last  # `save_end` saves it
+            # By count, by the clock of rank 0, or because it is the best: all ranks come to the same answer.
             by_count = self.save_every and plan.step % self.save_every == 0
             if self.saver and (by_count or self.best_is(plan.step) or any(rank.save_due for rank in result.ranks)):
                 self.at(plan.step, "saving")
@@ -174,11 +178,11 @@ class Trainer:
             self.saver.save(self._last, self)
 
     def is_over(self) -> bool:
-        """Whether enough validations went without gain."""
+        """True once enough validations went without gain."""
         return self.early_stop is not None and self.best.since >= self.early_stop
 
     def best_is(self, step: int) -> bool:
-        """Whether the checkpoint of this step is to be kept as the best."""
+        """True if the checkpoint of this step is to be kept as the best."""
         return self.keep_best and self.best.step == step
 
     def _validate(self, step: int, *, stopped: bool = False) -> bool:
@@ -199,11 +203,12 @@ class Trainer:
         The ranks meet twice for host values: before the first forward for the counts of labels, and after the last
         backward for the verdict, with which everything else travels that is logged of the step.
         """
+        # 1. The batches, before any forward: are they sound, and how many labels has the whole step?
         self.at(step, "counting labels")
         books = len(self.weights.codebooks)
         sums = StepSums.empty(books)
         failures = [f for i, batch in enumerate(batches) for f in self.guard.check_batch(batch, step, i)]
-        # The labels of the whole step are counted before its first forward, and the verdict on the batches with them.
+        # First meeting: the counts of labels, and the verdict on the batches with them.
         mine = LabelCounts.from_batches(batches, len(failures), books)
         counts = mine.unpack(self.ranks.sum(mine.pack()))
         if counts.failures:
@@ -215,6 +220,7 @@ class Trainer:
         text_scale, scales = loss_scales(self.weights, counts.text, counts.codebooks, self.ranks.world_size)
         codebook_scales = torch.tensor(scales, device=self.ranks.device)
 
+        # 2. Forward and backward of each micro-batch. No value is read from the device: the host runs ahead of it.
         on_device: list[torch.Tensor] = []
         reports: list[ForwardReport] = []
         for i, batch in enumerate(batches):
@@ -225,21 +231,25 @@ class Trainer:
             self.engine.backward(loss)
             on_device.append(values)
             reports.append(report)
+        # 3. The losses, in one copy to the host, and the guard's word on them.
         self.at(step, "checking the losses")
         stats, found = self._check_results(step, batches, reports, on_device, sums)
         failures += found
         if self._checklist_due:
             self._say_checklist(batches[0], reports[0], stats[0], failures)
+        # Second meeting: every rank's verdict. One failure anywhere, and nobody updates.
         ranks = self._exchange(failures, sums)
         if any(rank.failures for rank in ranks):
             self.engine.drop_step()
             return StepResult(ranks, self._all_failures(failures))
+        # Gradients that came in another order than elsewhere were summed with others': see `Engine.gradient_order`.
         orders = [rank.gradients for rank in ranks]
         if orders.count(orders[0]) < len(orders):
             self.engine.drop_step()
             failures = self.guard.check_gradient_order(batches, orders, step)
             return StepResult(self._exchange(failures, sums), self._all_failures(failures))
         self._say_oddities(step, sums)
+        # 4. The update. A norm that is not finite means that it was not made.
         self.at(step, "updating the weights")
         grad_norm = self.engine.step(lr)
         if not math.isfinite(grad_norm):
@@ -258,7 +268,7 @@ class Trainer:
         on_device: list[torch.Tensor],
         sums: StepSums,
     ) -> tuple[list[MicroBatchStats], list[Failure]]:
-        """What the forwards of one plan gave, by micro-batch, and what the guard says of it; adds it up in `sums`."""
+        """Reads what the forwards of one plan gave, by micro-batch, asks the guard, and adds it up in `sums`."""
         empty = MicroBatchStats.empty(len(self.weights.codebooks))
         stats = [empty.unpack(values) for values in torch.stack(on_device).tolist()]  # the plan's one copy
         failures: list[Failure] = []
@@ -295,9 +305,11 @@ class Trainer:
         sums = StepSums.empty(books)
         ones = torch.ones(books, device=self.ranks.device)
         failures: list[Failure] = []
+        assert self.validation is not None
         with self.validation() as steps:
             for _, batches in steps:
                 failures += [f for i, batch in enumerate(batches) for f in self.guard.check_batch(batch, step, i)]
+                # Before a plan's forwards, so that all ranks leave the loop at the same one.
                 failed, stopped = self.ranks.sum([len(failures), self.stop_requested()])
                 self.owes_validation = bool(stopped)
                 if failed or stopped:
@@ -310,6 +322,7 @@ class Trainer:
                     reports.append(report)
                 failures += self._check_results(step, batches, reports, on_device, sums)[1]
         self.engine.train()
+        # The sums of all ranks and, with them, whether a result failed on any.
         table = self.ranks.table([len(failures), *sums.pack()])
         if any(row[0] for row in table):
             self.owes_validation = False
@@ -359,7 +372,11 @@ class Trainer:
 
     def _log_point(self, plan: StepPlan, result: StepResult, lr: float) -> None:
         self._unlogged = None
-        metrics = self._window.take(self.weights, learning_rate=lr, epoch=plan.epoch, utilisation=self.utilisation)
+        if not self.tracker:
+            return
+        metrics: dict[str, Any] = self._window.take(
+            self.weights, learning_rate=lr, epoch=plan.epoch, utilisation=self.utilisation
+        )
         if not result.failures:
             metrics |= {f"data/share/{name}": share for name, share in plan.shares.items()}
         if self._save_stall_sec is not None:
@@ -368,6 +385,7 @@ class Trainer:
         metrics["train/dropped_steps"] = float(self.dropped_steps)
         metrics |= guard_metrics(result.ranks)
         self.tracker.log(metrics, plan.step)
+        # The progress bar shows headlines and speed; the adapter's card keeps the last headlines.
         figures = {name: metrics[f"train/{name}"] for name in HEADLINES if f"train/{name}" in metrics}
         self.last_losses |= {f"training {name}": value for name, value in figures.items()}
         if "perf/tokens_per_sec" in metrics:

@@ -1,1 +1,1 @@
-"""Which rows make up which step, and how they become tensors."""
+"""The way from rows to steps, and to their tensors."""

@@ -1,4 +1,4 @@
-"""Which rows make up which optimizer step: drawn from (seed, epoch), the same global batches at every world size."""
+"""The rows of every optimizer step: drawn from (seed, epoch), the same global batches at every world size."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -97,7 +98,7 @@ class Plan:
         return None if of_epoch is None else float(of_epoch.sum()) / math.ceil(self.num_rows / self.batch_size)
 
     def first_epoch(self, values: np.ndarray | None) -> np.ndarray | None:
-        """What is known of each row, [rows], for the rows of the first epoch; None where it is not known."""
+        """Values of each row, [rows], for the rows of the first epoch; None where they are not known."""
         return None if values is None else values[self.mixture.rows(0)]
 
     def dearest(self, tokens: np.ndarray, first_step: int, last_step: int, *, padded: bool = False) -> tuple[int, ...]:
@@ -106,11 +107,13 @@ class Plan:
         Of a very long run its beginning is looked at: as many epochs as hold `ROWS_LOOKED_AT` rows.
         """
         first_epoch, last_epoch = (first_step - 1) // self.steps_per_epoch, (last_step - 1) // self.steps_per_epoch
+        # Epoch by epoch the rows in the order of training, those before and behind the run's steps left out.
         most, dearest = -1, ()
         for epoch in range(first_epoch, min(last_epoch, first_epoch + ROWS_LOOKED_AT // self.num_rows) + 1):
             first = max(0, first_step - 1 - epoch * self.steps_per_epoch) * self.rows_per_step
             behind = min(self.steps_per_epoch, last_step - epoch * self.steps_per_epoch) * self.rows_per_step
             rows = np.array(self.order(epoch)[first:behind])
+            # Micro-batches are cut alike at every world size, so that one look serves all ranks.
             starts = np.arange(0, len(rows), self.batch_size)
             costs = micro_batch_costs(np.asarray(tokens, np.int64)[rows], starts, padded=padded)
             place = int(costs.argmax())
@@ -138,6 +141,7 @@ class Plan:
             epoch, place = divmod(step - 1, self.steps_per_epoch)
             if epoch != epoch_drawn:
                 epoch_drawn, order = epoch, self.order(epoch)
+            # The global batch, the same at every world size, and this rank's micro-batches of it.
             first = place * self.rows_per_step
             rows = order[first : first + self.rows_per_step]
             done = epoch + min(1.0, (first + len(rows)) / self.num_rows)
@@ -175,6 +179,7 @@ class TokenPlan(Plan):
         self.seed = seed
         self.micro_batches_per_step = grad_accum * world_size
         self.rows_per_step = 0
+        # Once for all epochs: the longest rows that each place of the mixture may hold.
         self._packing = pack(
             np.asarray(tokens)[self.mixture.longest],
             max_tokens=max_tokens,
@@ -217,6 +222,7 @@ class TokenPlan(Plan):
                 epoch_drawn, drawn, rows = epoch, self.epoch(epoch), self.mixture.rows(epoch)
                 rows_done = drawn.rows_done()
             filler = (int(rows[self._packing.order[-1]]),)  # the shortest row there is
+            # Slots of the packing to rows of this epoch; then they are dealt out over the ranks.
             micro_batches = [tuple(rows[list(slots)].tolist()) for slots in drawn.step(place)]
             mine = spread(micro_batches, filler, rank, self.world_size)
             shares = self.mixture.shares([row for batch in micro_batches for row in batch])
@@ -236,9 +242,10 @@ def make_plan(
     mixture: Mixture | None = None,
 ) -> Plan:
     """By token budget where there is one, else of `batch_size` rows a micro-batch."""
-    shared = {"grad_accum": grad_accum, "world_size": world_size, "seed": seed, "mixture": mixture}
+    shared: dict[str, Any] = dict(grad_accum=grad_accum, world_size=world_size, seed=seed, mixture=mixture)
     if max_tokens is None:
         return Plan(num_rows, batch_size=batch_size, **shared)
+    assert tokens is not None, "a token budget needs the rows' tokens"
     return TokenPlan(tokens, max_tokens=max_tokens, round_to=round_to, **shared)
 
 
@@ -256,6 +263,7 @@ def spread(
     chunks: list[tuple[int, ...]], filler: tuple[int, ...], rank: int, world_size: int
 ) -> tuple[MicroBatch, ...]:
     """One rank's share of a step's micro-batches; as many on every rank, filled up with fillers."""
+    # Chunk i goes to rank i mod world_size; in the last round some ranks have none, and compute a filler.
     rounds = math.ceil(len(chunks) / world_size)
     mine = [chunks[i] if i < len(chunks) else None for i in range(rank, rounds * world_size, world_size)]
     return tuple(MicroBatch(chunk) if chunk else MicroBatch(filler, filler=True) for chunk in mine)
@@ -273,8 +281,7 @@ def evaluation_plans(
 ) -> Iterator[StepPlan]:
     """All rows once, one micro-batch a step; as many steps on every rank. With `tokens` [rows], by token budget."""
     if tokens is not None and max_tokens is not None:
-        by_tokens = {"max_tokens": max_tokens, "round_to": round_to}
-        plan = TokenPlan(tokens, **by_tokens, grad_accum=1, world_size=world_size, seed=0)
+        plan = TokenPlan(tokens, max_tokens=max_tokens, round_to=round_to, grad_accum=1, world_size=world_size, seed=0)
         yield from plan.steps(rank, 1, plan.steps_per_epoch)
         return
     for i, micro_batch in enumerate(split(list(range(num_rows)), batch_size, rank, world_size)):

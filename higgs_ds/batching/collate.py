@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,9 @@ from ..data.manifest import AudioRef, Row
 from ..loss import IGNORE, count_audio_labels, count_text_labels
 from ..model.facts import ModelFacts
 from .layout import Layout, make_layout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -74,8 +78,9 @@ class Batch:
 
     def pin_memory(self) -> Batch:
         """For the data loader: tensors in page-locked memory, from where a GPU copies without waiting."""
-        pinned = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Batch(**{k: v.pin_memory() if isinstance(v, (torch.Tensor, Layout)) else v for k, v in pinned.items()})
+        held: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        held |= {k: v.pin_memory() for k, v in held.items() if isinstance(v, (torch.Tensor, Layout))}
+        return Batch(**held)
 
     @property
     def text_count(self) -> int:
@@ -91,12 +96,16 @@ class Batch:
     def num_tokens(self) -> int:
         """Positions that are computed and are not padding: text tokens and audio frames."""
         frames = self.audio_out_ids.shape[-1] + (0 if self.audio_in_ids is None else self.audio_in_ids.shape[-1])
-        clips = len(self.audio_out_ids_start) + (0 if self.audio_in_ids is None else len(self.audio_in_ids_start))
+        starts = self.audio_in_ids_start
+        clips = len(self.audio_out_ids_start) + (0 if starts is None else len(starts))
         return int(self.attention_mask.sum()) - clips + frames
 
 
 def build_sample(
-    row: Row, tokenizer, codes_of: Callable[[AudioRef], torch.Tensor], tokenize: Callable[..., tuple]
+    row: Row,
+    tokenizer: PreTrainedTokenizerBase,
+    codes_of: Callable[[AudioRef], torch.Tensor],
+    tokenize: Callable[..., tuple],
 ) -> Sample:
     """A manifest row as tokens and codes; `tokenize` as of `ModelFacts`."""
     input_ids, label_ids, clips = tokenize(row.messages, row.start_index, tokenizer)
@@ -123,17 +132,20 @@ class Collator:
 
     def __call__(self, samples: Sequence[Sample], filler: bool = False) -> Batch:
         """One micro-batch, padded on the right; with `filler` every label is -100."""
+        # All rows as wide as the longest, rounded up.
         width = -(-max(len(sample.input_ids) for sample in samples) // self.round_to) * self.round_to
         input_ids, masks, label_ids = [], [], []
         out_codes: list[torch.Tensor] = []
         out_labels: list[torch.Tensor] = []
         in_codes: list[torch.Tensor] = []
         for sample in samples:
+            # No text is learned at the placeholder of an assistant's clip: its codes are, by the audio head.
             is_out = sample.input_ids == self.facts.audio_out_token
             is_clip = is_out | (sample.input_ids == self.facts.audio_in_token)
             labels = sample.label_ids.masked_fill(is_out, IGNORE)  # a new tensor: the sample stays as it is
             if filler:
                 labels = torch.full_like(labels, IGNORE)
+            # Codes to streams, in reading order; the row's own labels say whether a clip is learned.
             learned = (sample.label_ids[is_clip] >= 0).tolist()
             for position_is_out, trained, codes in zip(is_out[is_clip].tolist(), learned, sample.codes, strict=True):
                 codes = codes[: self.facts.num_codebooks].long()
@@ -142,10 +154,12 @@ class Collator:
                     out_labels.append(self.facts.stream_labels(codes, trained and not filler))
                 elif self.facts.audio_in_codes:
                     in_codes.append(self.facts.stream(codes))
+            # Padding on the right, as upstream's.
             missing = width - len(sample.input_ids)
             input_ids.append(F.pad(sample.input_ids, (0, missing), value=self.facts.pad_token))
             masks.append(F.pad(torch.ones_like(sample.input_ids), (0, missing), value=0))
             label_ids.append(F.pad(labels, (0, missing), value=IGNORE))
+        # Clips of all rows stand in one line, with where each starts.
         audio_out_ids, audio_out_ids_start = self._concatenate(out_codes)
         audio_in_ids, audio_in_ids_start = self._concatenate(in_codes)
         batch = Batch(
@@ -162,6 +176,7 @@ class Collator:
             origins=[sample.origin for sample in samples],
             filler=filler,
         )
+        # The forward's indices are made here, by a data worker, where no device waits.
         if self.with_layout:
             batch.layout = make_layout(
                 batch.input_ids,

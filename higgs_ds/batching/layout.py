@@ -1,4 +1,4 @@
-"""Where every token of a micro-batch stands, made on the CPU beside the batch, so that the forward asks no tensor.
+"""The place of every token of a micro-batch, made on the CPU beside the batch, so that the forward asks no tensor.
 
 Hidden states of the padding-free forward are flat, [rows, hidden], without padding: first all text tokens, then all
 audio-out frames, then all audio-in frames, each in reading order. A dual-FFN layer splits them in two slices whose
@@ -7,7 +7,9 @@ sizes the host knows; attention alone needs sequences, and gets them by an index
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 
@@ -56,9 +58,10 @@ class Layout:
         """In page-locked memory."""
         return self._each(lambda tensor: tensor.pin_memory())
 
-    def _each(self, change) -> Layout:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Layout(**{k: change(v) if isinstance(v, torch.Tensor) else v for k, v in values.items()})
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Layout:
+        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
+        values |= {k: change(v) for k, v in values.items() if isinstance(v, torch.Tensor)}
+        return Layout(**values)
 
 
 def make_layout(

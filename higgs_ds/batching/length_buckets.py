@@ -23,7 +23,7 @@ CANDIDATES = 8
 
 @dataclass(frozen=True)
 class Packing:
-    """How an epoch's rows are cut; the same for all epochs, so that each has as many steps.
+    """The cut of an epoch's rows; the same for all epochs, so that each has as many steps.
 
     Positions are places in the order of rows from long to short. A cell is a run of positions of nearly one length;
     its micro-batches hold the same number of rows, each. `steps × micro_batches_per_step` may be more than there are
@@ -119,16 +119,15 @@ def pack(tokens: np.ndarray, *, max_tokens: int, micro_batches_per_step: int, ro
     longest_first = tokens[order]
     limit = max(1, int(max_tokens / (1 + BLUR)))
     fewest = -(-_count(longest_first, limit) // micro_batches_per_step)
-    best: tuple[float, int, int] | None = None
+    least, best = math.inf, limit
     for steps in range(fewest, fewest + CANDIDATES):
         budget = _smallest_budget(longest_first, limit, steps * micro_batches_per_step)
-        if best is not None and budget < LEAST_FILL * limit:
+        if least < math.inf and budget < LEAST_FILL * limit:
             break
         waste = _waste(longest_first, budget, micro_batches_per_step)
-        if best is None or waste < best[0]:
-            best = (waste, budget, steps)
-    _, budget, _ = best
-    cells = _cells(longest_first, budget)
+        if waste < least:
+            least, best = waste, budget
+    cells = _cells(longest_first, best)
     starts = _starts(cells)
     lengths = np.array([stop - first for first, _, stop in cells])
     return Packing(

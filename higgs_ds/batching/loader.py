@@ -10,6 +10,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -22,6 +23,9 @@ from .batch_plan import MicroBatch, StepPlan
 from .collate import Batch, Collator, build_sample
 from .references import References
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 PREFETCH = 4  # micro-batches that a data worker builds ahead
 WORKERS_END_SEC = 5.0  # for what a worker has in hand
 
@@ -32,7 +36,7 @@ class MicroBatches(Dataset):
     def __init__(
         self,
         rows: Sequence[Row],
-        tokenizer,
+        tokenizer: PreTrainedTokenizerBase,
         cache: CodeCache,
         collator: Collator,
         references: References | None = None,
@@ -94,7 +98,7 @@ def load_steps(
             _end_workers(batches, workers)
 
 
-def _end_workers(batches, workers: list[multiprocessing.Process]) -> None:
+def _end_workers(batches: Any, workers: list[multiprocessing.process.BaseProcess]) -> None:
     """Ends a loader and its workers; those that have not gone WORKERS_END_SEC later are killed.
 
     Torch's own end of a loader comes down to SIGTERM, which they ignore, and Python at exit waits for them for good. It

@@ -1,4 +1,4 @@
-"""How micro-batches are cut where nobody said so, and whether they are too small for a GPU."""
+"""The cut of micro-batches where nobody said one, and a note where they are too small for a GPU."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def settle_micro_batches(
 
 
 def launch_bound_note(
-    mean_tokens: float | None, *, device_type: str, batch_size: int, max_tokens: int | None, grad_accum: int
+    mean_tokens: float | None, *, device_type: str, batch_size: int | None, max_tokens: int | None, grad_accum: int
 ) -> str | None:
     """A sentence for a run on a GPU whose micro-batches hold too few tokens, on average over the plan; else None."""
     if device_type != "cuda" or mean_tokens is None or mean_tokens >= LAUNCH_BOUND_TOKENS:

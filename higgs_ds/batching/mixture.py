@@ -1,4 +1,4 @@
-"""Which rows of several manifests make up an epoch: drawn from (seed, epoch), as many and as long in each of them.
+"""The rows of several manifests in an epoch: drawn from (seed, epoch), as many and as long in each of them.
 
 A manifest of weight 1 gives every row once. Of one with another weight an epoch takes `weight × rows` rows: whole
 copies, and for the rest of it rows that are drawn. For batches by token budget the draw goes through the rows from

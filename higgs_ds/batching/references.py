@@ -1,4 +1,4 @@
-"""Which reference a speech row carries in which epoch: drawn from (seed, epoch, row), the same at every world size."""
+"""The reference of a speech row in an epoch: drawn from (seed, epoch, row), the same at every world size."""
 
 from __future__ import annotations
 
@@ -65,7 +65,9 @@ class References:
         for more in range(count):  # past the row itself, and past others that speak the same clip
             place = count - 1 - more if epoch is None else (choice + more) % count
             donor = self._rows[int(self._donors[self._first[i] + place])]
-            text, clip = donor.spoken()
+            spoken = donor.spoken()
+            assert spoken is not None  # a speech row: no other has a speaker's number
+            text, clip = spoken
             reference = donor.audio_refs[clip][1]
             if reference.key != target.key:
                 return row.with_reference((text, reference))
@@ -79,7 +81,7 @@ class References:
         return int.from_bytes(drawn[:6], "little") / 2**48, int.from_bytes(drawn[8:16], "little")
 
     def describe(self) -> str:
-        """What takes part, as text."""
+        """The rows that take part, as text."""
         own, lent = int(self._optional.sum()), int((self._behind > self._first).sum())
         return (
             f"references: {self._rate:g} of {own + lent} rows an epoch ({lent} with another clip of their speaker, "

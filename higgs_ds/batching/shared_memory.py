@@ -1,4 +1,4 @@
-"""Whether /dev/shm has room for what the data workers hand over in it; without, they die of a bus error."""
+"""A check that /dev/shm has room for what the data workers hand over in it; without, they die of a bus error."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def check_shared_memory(
     rows = {len(dataset) * i // LOOKED_AT for i in range(LOOKED_AT)}
     batches = [dataset[MicroBatch((row,))] for row in sorted(rows)]
     if max_tokens is None:
-        size = batch_size * max(map(_bytes_of, batches))
+        size: float = batch_size * max(map(_bytes_of, batches))
     else:
         size = max_tokens * max(_bytes_of(batch) / batch.num_tokens for batch in batches)
     needed = size * ranks_here * (num_workers * PREFETCH + kept)

@@ -1,4 +1,4 @@
-"""How many tokens each row takes, counted once and kept beside the codes: batches by token budget are made from it."""
+"""The tokens of each row, counted once and kept beside the codes: batches by token budget are made from them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,14 +15,17 @@ from ..data.manifest import Row
 from ..data.records import Records, RecordWriter, record_type
 from .collate import Collator
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 LENGTH = record_type(("tokens", "<u8"))
 CACHED_TEXTS = 4096
 
 
 class LengthIndex:
-    """How many tokens rows take, kept on disk by their content (roles, texts, clips), tokenizer, codec and collator."""
+    """The tokens of rows, kept on disk by their content (roles, texts, clips), tokenizer, codec and collator."""
 
-    def __init__(self, cache: CodeCache, tokenizer, collator: Collator):
+    def __init__(self, cache: CodeCache, tokenizer: PreTrainedTokenizerBase, collator: Collator):
         self._cache = cache
         self._tokenizer = _CachingTokenizer(tokenizer)
         self._collator = collator
@@ -95,7 +99,7 @@ class LengthIndex:
 class _CachingTokenizer:
     """A tokenizer that remembers the last few thousand texts: headers and scenes are the same in every row."""
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self._encode = functools.lru_cache(CACHED_TEXTS)(lambda text: tokenizer.encode(text, add_special_tokens=False))
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
@@ -104,7 +108,7 @@ class _CachingTokenizer:
         return self._encode(text)
 
 
-def _fingerprint(tokenizer) -> str:
+def _fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Changes whenever the number of tokens of a text might."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:

@@ -1,4 +1,4 @@
-"""What a codec is: audio to codes and back."""
+"""The interface of a codec: audio to codes and back."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..process import say
 
 
 def to_stderr(line: str) -> None:
-    """Where what a codec has to mention goes, unless the caller says otherwise."""
+    """Says a line of a codec's on stderr, where they go unless the caller says otherwise."""
     say(line, error=True)
 
 

@@ -9,7 +9,7 @@ import gc
 import hashlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
@@ -17,9 +17,6 @@ from ..errors import ConfigError
 from ..files import stamp
 from ..options.sections import DEFAULT_CODEC, DEFAULT_CODEC_REVISION
 from .base import check_codes, to_stderr
-
-if TYPE_CHECKING:
-    import torch
 
 
 class BosonCodec:
@@ -47,7 +44,7 @@ class BosonCodec:
         self.files = (stamp(self._config_path), stamp(self._weights_path))  # all that the fingerprint follows from
         self._config = read_tokenizer_config(self._config_path)
         read_weights(self._weights_path)
-        self._model: torch.nn.Module | None = None
+        self._model: Any = None  # upstream's `HiggsAudioTokenizer`, once built
         self.num_codebooks = self._config.num_codebooks
         self.codebook_size = self._config.codebook_size
         self.frame_rate = self._config.frame_rate
@@ -115,13 +112,13 @@ class BosonCodec:
 
         from .boson_tokenizer import exact_float32
 
-        check_codes(codes, self)
+        check_codes(codes, self)  # type: ignore[arg-type]  # a cached property can be set, as `Codec` wants it
         self.build()
         with exact_float32(self._device):
             return self._model.decode(torch.from_numpy(codes.astype(np.int64))[None])[0, 0]
 
     def _files_now(self) -> list[tuple[int, ...]]:
-        """What tells another content of the files, or other files in their place."""
+        """Marks of the files as they are: another content, or other files in their place, has others."""
         stats = [path.stat() for path in (self._config_path, self._weights_path)]
         return [(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats]
 

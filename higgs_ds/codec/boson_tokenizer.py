@@ -13,7 +13,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import first_line
 from . import codec_layout
@@ -87,7 +87,7 @@ def read_tokenizer_config(path: Path) -> TokenizerConfig:
     unknown = sorted(given.keys() - DEFAULTS.keys())
     if unknown:
         raise ValueError(f"{path} is no config of Boson's codec: upstream knows no {listed(unknown)}")
-    config = DEFAULTS | given
+    config: dict[str, Any] = DEFAULTS | given
     if config["semantic_techer"] != TEACHER:
         raise ValueError(
             f"{path}: semantic_techer {config['semantic_techer']!r} would be fetched from the hub; only {TEACHER}, "

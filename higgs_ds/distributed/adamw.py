@@ -20,7 +20,7 @@ class DroppableAdamW(torch.optim.AdamW):
 
     @property
     def parameters(self) -> list[torch.Tensor]:
-        """What it steps, in order; at stages 1 and 2 that is this rank's partition of everything, as one."""
+        """The tensors that it steps, in order; at stages 1 and 2 this rank's partition of everything, as one."""
         return [parameter for group in self.param_groups for parameter in group["params"]]
 
     @torch.no_grad()

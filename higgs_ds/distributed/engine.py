@@ -15,7 +15,8 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from types import ModuleType
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -34,7 +35,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """Where this process stands among the others; `device` is what it computes on."""
+    """This process's place among the others; `device` is what it computes on."""
 
     rank: int
     world_size: int
@@ -67,7 +68,9 @@ class Ranks:
 
     def each(self, function: Callable[[], T]) -> T:
         """`function()` on every rank; a ConfigError on any rank becomes one on all of them, so that none waits."""
-        value, problems = None, []
+        # Whatever else is raised ends this rank at once; the watch then ends the others.
+        value: Any = None
+        problems: list[str] = []
         try:
             value = function()
         except ConfigError as error:
@@ -82,7 +85,7 @@ class Ranks:
         return named(ranks, self.hosts)
 
     def host_of(self, rank: int) -> str:
-        """Where it is, in a run on several hosts; empty otherwise."""
+        """The host of a rank, in a run on several; empty otherwise."""
         return self.hosts[rank] if len(set(self.hosts)) > 1 else ""
 
     def seed(self, seed: int) -> None:
@@ -146,7 +149,7 @@ def join_group(ranks: Ranks, meeting: Meeting) -> None:
     deepspeed.init_distributed(dist_backend=backend, verbose=False)
 
 
-def _without_kernel_build(deepspeed) -> None:
+def _without_kernel_build(deepspeed: ModuleType) -> None:
     """Keeps DeepSpeed from compiling its shared-memory kernel (65 s) on CPU, where it serves inference alone.
 
     `deepspeed.ops.__compatible_ops__` is what `deepspeed.comm.torch.build_shm_op` asks;
@@ -155,7 +158,7 @@ def _without_kernel_build(deepspeed) -> None:
     deepspeed.ops.__compatible_ops__ = {}
 
 
-def _without_pynvml(deepspeed) -> None:
+def _without_pynvml(deepspeed: ModuleType) -> None:
     """Has CUDA say how much of the GPU's memory is free, which DeepSpeed asks at stages 1 and 2, the model loaded.
 
     Where pynvml is installed DeepSpeed would ask that, by the number in CUDA_VISIBLE_DEVICES, and fail where Kubernetes
@@ -234,6 +237,7 @@ class Engine:
         self.overflows_by_design: bool = ds_config["fp16"]["enabled"]
         self.stage: int = ds_config["zero_optimization"]["stage"]
         self._optimizer = DroppableAdamW(list(_trained(module).values()), lr=0.0, weight_decay=weight_decay)
+        # In float32 at stage 0 DeepSpeed reports no norm: the optimizer clips and measures itself.
         if self.stage == 0 and not ds_config["bf16"]["enabled"] and not ds_config["fp16"]["enabled"]:
             self._optimizer.clip_norm = max_grad_norm
             ds_config = {**ds_config, "gradient_clipping": 0.0}
@@ -245,20 +249,21 @@ class Engine:
             deepspeed.utils.set_z3_leaf_modules(module, whole)
             # DeepSpeed reduces such a module's gradients once the one of its input is there. Without one it would do so
             # before the module's backward, and take the gradients for zero.
-            module.input_gradient = True
+            module.input_gradient = True  # type: ignore[assignment]  # a flag of the training forward's
         # DeepSpeed's own groups keep NCCL's ten minutes. A rank that reads the base from a slower disk may take longer
         # than that, so the ranks meet before there are any, on the group that has a day's patience.
         dist.barrier()
         self._engine, *_ = deepspeed.initialize(model=module, optimizer=self._optimizer, config=ds_config)
         self._optimizer.drop_next = False
+        # At stages 2 and 3 the order in which gradients come must be every rank's: it is noted, and compared each step.
         self._came = [0, 0]  # gradients since the last step, and a checksum of their order
         for number, parameter in enumerate(_trained(module).values() if self.stage >= 2 else ()):
             parameter.register_post_accumulate_grad_hook(functools.partial(self._note_gradient, number))
         self._layout_is_known = False  # until the first state was gathered and held against the module
 
     @property
-    def module(self) -> nn.Module:
-        """The wrapped module."""
+    def module(self) -> Any:
+        """The wrapped module, an `nn.Module` with `model` and `num_codebooks`: see `Family.training_forward`."""
         return self._engine.module
 
     @property
@@ -279,7 +284,7 @@ class Engine:
         """Dropout on or off."""
         self._engine.train(mode)
 
-    def forward(self, *args):
+    def forward(self, *args: Any) -> Any:
         """The module's forward, with the stage's gathering of weights."""
         return self._engine(*args)
 
@@ -294,7 +299,7 @@ class Engine:
         self._came = [count + 1, zlib.crc32(number.to_bytes(4, "little"), order)]
 
     def gradient_order(self) -> list[float]:
-        """How many gradients have come since the last step, and a checksum of their order.
+        """The number of gradients that have come since the last step, and a checksum of their order.
 
         Stages 2 and 3 lay them into one buffer as they come and add the ranks' buffers up, whatever lies where: ranks
         whose backward goes another way would train each weight on others' gradients. The other stages have an order of
@@ -330,11 +335,12 @@ class Engine:
         this. Training may go on before the result is called, in another thread too: all of it is on the host by then.
         Three collectives in all: gathered tensor by tensor, a large adapter would hold up training for seconds.
         """
-        gathered = [self._gather(parts) for parts in self._local_state()]  # weights, exp_avg, exp_avg_sq
+        # On every rank: these are the collectives.
+        weights, exp_avg, exp_avg_sq = [self._gather(parts) for parts in self._local_state()]
         if dist.get_rank() != 0:
             return None
         shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in _trained(self.module).items()}
-        state = GatheredState(*gathered, self._adam_steps(), shapes, by_parameter=self.stage == 3)
+        state = GatheredState(weights, exp_avg, exp_avg_sq, self._adam_steps(), shapes, by_parameter=self.stage == 3)
         if not self._layout_is_known:
             self._check_layout(state)
         return state
@@ -391,16 +397,18 @@ class Engine:
         """
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
+        # A step that changes nothing, for the moments that it makes.
         books = self.module.num_codebooks
         device = next(value for value in first_inputs.values() if value is not None).device
         loss, _, _ = self.forward(first_inputs, 0.0, torch.zeros(books, device=device))
         self.backward(loss)
         self.step(0.0)
+        # Then the saved values: at stage 0 into the optimizer's own tensors, else through DeepSpeed, which cuts them.
         trained = _trained(self.module)
         masters = self._optimizer.parameters if self.stage == 0 else [None] * len(trained)
         for (name, parameter), master in zip(trained.items(), masters, strict=True):
             values = [part[name].to(device) for part in (state.weights, state.exp_avg, state.exp_avg_sq)]
-            if self.stage == 0:
+            if master is not None:
                 own = self._optimizer.state[master]
                 for target, value in zip((master.data, own["exp_avg"], own["exp_avg_sq"]), values, strict=True):
                     target.copy_(value)
@@ -408,6 +416,7 @@ class Engine:
                 safe_set_full_fp32_param(parameter, values[0])
                 safe_set_full_optimizer_state(parameter, values[1], "exp_avg")
                 safe_set_full_optimizer_state(parameter, values[2], "exp_avg_sq")
+        # Adam's count last: the step above has raised it.
         for own in self._optimizer.state.values():
             own["step"].fill_(state.adam_steps)
 
@@ -424,7 +433,7 @@ class Engine:
 
 
 def _trained(module: nn.Module) -> dict[str, nn.Parameter]:
-    """What trains, by its name in the module and in its order, which every list of it keeps."""
+    """The trained parameters by name, in the module's order, which every list of them keeps."""
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 

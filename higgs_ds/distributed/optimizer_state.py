@@ -1,4 +1,4 @@
-"""What trains, whole: float32 weights and Adam's moments by name, put together from every rank's share on the host."""
+"""The trained state, whole: float32 weights and Adam's moments by name, from every rank's share on the host."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class GatheredState:
 
     def __call__(self) -> OptimizerState:
         """The whole tensors, each in memory of its own."""
-        kinds = (self.weights, self.exp_avg, self.exp_avg_sq)
-        return OptimizerState(*(self._whole(shares) for shares in kinds), self.adam_steps)
+        weights, exp_avg, exp_avg_sq = map(self._whole, (self.weights, self.exp_avg, self.exp_avg_sq))
+        return OptimizerState(weights, exp_avg, exp_avg_sq, self.adam_steps)
 
     def whole_weights(self) -> dict[str, torch.Tensor]:
         """The weights alone."""

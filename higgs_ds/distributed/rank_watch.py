@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 from ..errors import ConfigError, ExitCode
 from ..process import END_SEC, leave_now, say
@@ -78,7 +79,7 @@ class Watch:
             WatchServer(connections, hosts) if ranks.is_main else WatchClient(connections[0], host_of_0=hosts[0])
         )
         # A data worker may outlive its rank, and must not hold the connection by whose end that rank is missed.
-        os.register_at_fork(after_in_child=lambda: [connection.close() for connection in connections.values()])
+        os.register_at_fork(after_in_child=partial(_close_all, connections))
         if stop is not None:
             stop.joined()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
@@ -161,7 +162,7 @@ class Watch:
         self._connection.leave()
 
     def _asked_to_end(self) -> Verdict | None:
-        """Whether this rank was asked for an end that need not wait for a step."""
+        """True if this rank was asked for an end that need not wait for a step."""
         launcher = gone_launcher(self._launchers)
         gone = None if launcher is None else f"the launcher (process {launcher}) is gone"
         if self._stop is None:
@@ -193,3 +194,8 @@ def _first_line(error: BaseException) -> str:
     text = str(error).strip().splitlines()
     name = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
     return name + (text[0] if text else "")
+
+
+def _close_all(connections: dict[int, JsonConnection]) -> None:
+    for connection in connections.values():
+        connection.close()

@@ -1,4 +1,4 @@
-"""What the ranks tell each other to find one that died or is stuck: JSON lines over one TCP connection a rank.
+"""The ranks' word to each other, to find one that died or is stuck: JSON lines over one TCP connection a rank.
 
 Rank 0 is the server. Every other rank is a client, which sends its state each half second and believes the server's
 verdict. They are connected before the first collective (`rendezvous.meet`). A process that dies closes its connection
@@ -23,7 +23,7 @@ MAX_LINE = 65536
 
 @dataclass
 class RankState:
-    """What a rank is doing."""
+    """The step that a rank is at, and what it is doing there."""
 
     rank: int
     progress: int = 0  # how often it has begun something new; all ranks begin the same things in the same order

@@ -1,4 +1,4 @@
-"""How many floating-point operations a token costs, and what share of a card's peak a run makes of them."""
+"""Floating-point operations of a token, and the share of a card's peak that a run makes of them."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def _projections(facts) -> list[tuple[str, int, int]]:
 
 @dataclass(frozen=True)
 class Utilisation:
-    """What a run's speed is of the peak of all its cards."""
+    """A run's speed as a share of the peak of all its cards."""
 
     flop_per_token: float
     peak_flops: float  # of all ranks together

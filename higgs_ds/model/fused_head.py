@@ -20,7 +20,7 @@ BLOCK_BYTES = 4 * 2**20  # of the float32 logits that a CPU turns into a gradien
 
 @dataclass
 class LabelledRows:
-    """What a head is asked: R rows, each with one target in each of G groups of classes (1 for text, codebooks)."""
+    """A question to a head: R rows, each with one target in each of G groups of classes (1 for text, codebooks)."""
 
     hidden: torch.Tensor  # [R, hidden]
     targets: torch.Tensor  # [R, G], -100 where a group has no label
@@ -29,7 +29,7 @@ class LabelledRows:
 
 @dataclass
 class HeadLoss:
-    """What a head answers. Only `loss` is in the graph."""
+    """A head's answer. Only `loss` is in the graph."""
 
     loss: torch.Tensor  # [] float32, Σ scales · sums
     sums: torch.Tensor  # [G] float32, cross-entropy in nats
@@ -39,7 +39,7 @@ class HeadLoss:
 
 
 def head_sums_of(text: HeadLoss, audio: HeadLoss) -> HeadSums:
-    """What both heads answered, as `loss.head_sums` says it of their logits."""
+    """Both heads' answers, as `loss.head_sums` says it of their logits."""
     return HeadSums(
         text_sum=text.sums[0],
         text_count=text.counts[0],
@@ -60,7 +60,7 @@ class FusedHead(nn.Linear):
         head.__class__ = FusedHead
 
     def loss_of(self, rows: LabelledRows) -> HeadLoss:
-        """What the head answers.
+        """The head's answer.
 
         A frozen head's rows and loss come and go inside containers that DeepSpeed does not look into: under ZeRO-3 the
         weight is gathered for the forward by the module's own hook, and not again for a backward that does not need
@@ -74,10 +74,11 @@ class FusedHead(nn.Linear):
 
     def forward(self, hidden: torch.Tensor | LabelledRows, rows: LabelledRows | None = None):
         """[R, hidden] -> logits, or with rows `(HeadLoss,)`, or with both `(loss, HeadLoss)`: see `loss_of`."""
-        if rows is None and isinstance(hidden, torch.Tensor):
-            return super().forward(hidden)
         seen = rows is not None
-        rows, hidden = (rows, hidden) if seen else (hidden, hidden.hidden)
+        if isinstance(hidden, LabelledRows):
+            rows, hidden = hidden, hidden.hidden
+        elif rows is None:
+            return super().forward(hidden)
         if self.weight.requires_grad and not seen:
             raise RuntimeError("a trained head that is taken for a frozen one would get no gradient")
         if self.bias is not None:

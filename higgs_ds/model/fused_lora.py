@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +40,7 @@ class Projection(NamedTuple):
 
     layer: nn.Linear
     lora_A: torch.Tensor | None  # [rank, in]
-    lora_B: torch.Tensor | None  # [out, rank]
+    lora_B: Any  # [out, rank], a tensor wherever `lora_A` is one
     scaling: float
     dropout: float  # probability, of the input of `lora_A`
 
@@ -50,16 +50,18 @@ class Projection(NamedTuple):
         return self.layer.weight
 
     @classmethod
-    def from_layer(cls, layer: nn.Module) -> Projection | None:
-        """None for whatever is not such a layer, alone or with one plain LoRA adapter."""
-        base, names = layer, []
+    def from_layer(cls, layer: Any) -> Projection | None:
+        """None for whatever module is not such a layer, alone or with one plain LoRA adapter."""
+        base, names = layer, ()
         if type(layer) in (PeftLinear, LoraHead) and not (layer.disable_adapters or layer.merged):
             base, names = layer.base_layer, layer.active_adapters
+        # Frozen and without a bias; any other layer computes itself.
         dense = type(base) in (nn.Linear, FusedHead) and not base.weight.requires_grad
         if not (dense or type(base) is QuantizedLinear) or base.bias is not None:
             return None
         if not names:
             return cls(base, None, None, 0.0, 0.0)
+        # One adapter, plain: no DoRA or other variant, no bias in its matrices.
         name, *others = names
         lora_A, lora_B, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
         plain = all(type(part) is nn.Linear and part.bias is None for part in (lora_A, lora_B))
@@ -70,7 +72,7 @@ class Projection(NamedTuple):
 
 
 class SavedLora(NamedTuple):
-    """What a group's forward leaves for its backward, beside the input."""
+    """A group's tensors that its forward leaves for its backward, beside the input."""
 
     rank_columns: torch.Tensor | None  # [rows, ranks of all], dropout(x) · Aᵀ; None without LoRA
     dropout_mask: torch.Tensor | None  # [rows, in] bool, True where a value stayed; None without dropout
@@ -85,7 +87,7 @@ class ProjectionGroup:
     @classmethod
     def from_layers(cls, layers: Sequence[nn.Module]) -> ProjectionGroup | None:
         """None where one of them is no `Projection`, or drops out with another probability."""
-        projections = tuple(Projection.from_layer(layer) for layer in layers)
+        projections: tuple[Any, ...] = tuple(Projection.from_layer(layer) for layer in layers)
         if None in projections or len({p.dropout for p in projections if p.lora_A is not None}) > 1:
             return None
         return cls(projections)
@@ -96,7 +98,8 @@ class ProjectionGroup:
         return [weight for p in self._adapted for weight in (p.lora_A, p.lora_B)]
 
     @property
-    def _adapted(self) -> list[Projection]:
+    def _adapted(self) -> list[Any]:
+        # Of `Projection`, both of whose LoRA weights are there.
         return [p for p in self.projections if p.lora_A is not None]
 
     def _stacked_lora_A(self) -> torch.Tensor:
@@ -131,6 +134,7 @@ class ProjectionGroup:
         if rank_columns is None:
             yield from ((hidden, p.weight) for p in self.projections)
             return
+        # [x ‖ c] once for all projections, with c widened to what kernels like.
         width = rank_columns.shape[1] + -rank_columns.shape[1] % ALIGNMENT
         joined = torch.cat([hidden, F.pad(rank_columns, (0, width - rank_columns.shape[1]))], dim=1)
         before = 0
@@ -146,6 +150,7 @@ class ProjectionGroup:
     def _rank_columns(self, hidden: torch.Tensor) -> SavedLora:
         if not self._adapted:
             return SavedLora(None, None)
+        # One mask for all projections of this input, as they share the probability.
         mask, probability = None, self._adapted[0].dropout
         if probability:
             drop = dropout_by_bits if drops_by_bits(hidden.device.type) else dropout_by_kernel
@@ -160,7 +165,7 @@ class ProjectionGroup:
         *,
         needs_grad_hidden: bool = True,
         out: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
+    ) -> tuple[Any, list[torch.Tensor]]:
         """Gradients of the hidden states and of `lora_weights`, with H = dropout(x) · Aᵀ:
 
             grad_H = scaling · grad_y · B        grad_B = scaling · grad_yᵀ · H
@@ -168,21 +173,24 @@ class ProjectionGroup:
 
         The first is None without `needs_grad_hidden`, and written to `out` where it is given.
         """
-        grad_columns, grad_Bs, grad_lora_weights = [], [], []
+        # By projection: the gradient of its rank columns, and of its B.
+        grads_of_columns, grad_Bs, grad_lora_weights = [], [], []
         columns_of = self._split_columns(saved.rank_columns)
         for p, grad_output, columns in zip(self.projections, grad_outputs, columns_of, strict=True):
             if columns is not None:
                 # Dropout's factor goes here: nowhere else is it a smaller product.
                 factor = 1.0 if saved.dropout_mask is None else dropout_factor(p.dropout, hidden.device.type)
-                grad_columns.append((grad_output @ p.lora_B).mul_(p.scaling * factor))
+                grads_of_columns.append((grad_output @ p.lora_B).mul_(p.scaling * factor))
                 grad_Bs.append((grad_output.t() @ columns).mul_(p.scaling))
         if grad_Bs:
-            grad_columns = torch.cat(grad_columns, dim=1)
+            # All A at once, as one product made all columns.
+            grad_columns = torch.cat(grads_of_columns, dim=1)
             grad_As = grad_columns.t() @ (hidden if saved.dropout_mask is None else kept(hidden, saved.dropout_mask))
             grad_As = grad_As.split([grad_B.shape[1] for grad_B in grad_Bs])
             grad_lora_weights = [grad for pair in zip(grad_As, grad_Bs, strict=True) for grad in pair]
         if not needs_grad_hidden:
             return None, grad_lora_weights
+        # The input's gradient: LoRA's part first, or the first product without LoRA; the others are added in place.
         products = list(zip(grad_outputs, self.projections, strict=True))
         if grad_Bs:
             grad_hidden = torch.mm(grad_columns, self._stacked_lora_A())
@@ -217,7 +225,7 @@ def add_product(residual: torch.Tensor, hidden: torch.Tensor, weight: torch.Tens
 
 
 def project(layers: Sequence[nn.Module], hidden: torch.Tensor) -> list[torch.Tensor]:
-    """What the linear layers, with LoRA or without, make of the hidden states. [rows, in] -> [rows, out] each
+    """The hidden states through the linear layers, with LoRA or without. [rows, in] -> [rows, out] each
 
     Layers that are something else compute themselves.
     """
@@ -257,7 +265,7 @@ class _Project(torch.autograd.Function):
 
 
 def dropout_by_kernel(hidden: torch.Tensor, probability: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """What dropout leaves of the values, scaled, and its mask (bool, True where a value stayed)."""
+    """The values after dropout, scaled, and its mask (bool, True where a value stayed)."""
     return torch.native_dropout(hidden, probability, True)
 
 
@@ -272,12 +280,12 @@ def dropout_by_bits(hidden: torch.Tensor, probability: float) -> tuple[torch.Ten
 
 
 def drops_by_bits(device_type: str) -> bool:
-    """Where `dropout_by_bits` is the faster one. A compiler traces nothing that draws in place."""
+    """True where `dropout_by_bits` is the faster one. A compiler traces nothing that draws in place."""
     return device_type == "cpu" and not torch.compiler.is_compiling()
 
 
 def dropout_factor(probability: float, device_type: str) -> float:
-    """What the values that dropout leaves are multiplied by on such a device."""
+    """The factor of the values that dropout leaves, on such a device."""
     by_bits = drops_by_bits(device_type)
     return 2**16 / (2**16 - _dropped_of_65536(probability)) if by_bits else 1.0 / (1.0 - probability)
 

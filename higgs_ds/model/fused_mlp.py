@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,8 +38,8 @@ class GatedMlp(NamedTuple):
     down: ProjectionGroup
 
     @classmethod
-    def from_module(cls, mlp: nn.Module) -> GatedMlp | None:
-        """None for whatever is not exactly upstream's, with its projections frozen but for LoRA."""
+    def from_module(cls, mlp: Any) -> GatedMlp | None:
+        """None for whatever module is not exactly upstream's, with its projections frozen but for LoRA."""
         if type(mlp) is not LlamaMLP or not isinstance(mlp.act_fn, nn.SiLU):
             return None
         gate_up = ProjectionGroup.from_layers([mlp.gate_proj, mlp.up_proj])
@@ -82,7 +82,7 @@ def add_mlps(
         mlps: upstream's `LlamaMLP`, with LoRA or without; where one is something else, they compute themselves.
         sizes: how many rows are each network's, in order.
     """
-    gated = [GatedMlp.from_module(mlp) for mlp in mlps]
+    gated: list[Any] = [GatedMlp.from_module(mlp) for mlp in mlps]
     if None in gated:
         return residual + torch.cat([mlp(part) for mlp, part in zip(mlps, hidden.split(sizes), strict=True)])
     return _AddMlps.apply(hidden, residual, gated, sizes, *(weight for mlp in gated for weight in mlp.lora_weights))

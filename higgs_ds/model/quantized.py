@@ -19,6 +19,10 @@ class QuantizedLinear(nn.Linear):
     `weight` is the dense matrix, made anew wherever it is asked for and kept by nobody: not for the backward either.
     """
 
+    packed: torch.Tensor
+    scales: torch.Tensor
+    bias: nn.Parameter | None  # type: ignore[assignment]  # torch's stubs know no layer without one
+
     def __init__(self, weight: torch.Tensor, bias: nn.Parameter | None, dtype: torch.dtype, device: torch.device):
         """
         Args:
@@ -38,7 +42,7 @@ class QuantizedLinear(nn.Linear):
         self.register_buffer("scales", scales.view(torch.uint8), persistent=False)
 
     @property
-    def weight(self) -> torch.Tensor:
+    def weight(self) -> torch.Tensor:  # type: ignore[override]  # nobody may set it
         """The dense matrix, [out, in]."""
         # As one row: the kernel for CPUs takes rows that are no multiple of a block for ones that are.
         flat, scales = [self.quantized_values], self.scales.view(torch.float32)
@@ -47,7 +51,7 @@ class QuantizedLinear(nn.Linear):
 
     @property
     def quantized_values(self) -> int:
-        """How many weights there are, which are no parameters."""
+        """The number of weights, which are no parameters."""
         return self.out_features * self.in_features
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -72,7 +76,7 @@ def import_bitsandbytes() -> None:
     """Brings `torch.ops.bitsandbytes`; without the kernel that its import fetches from the hub on some CPUs."""
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # that it cannot be had
     fetcher = sys.modules.get("kernels")
-    sys.modules["kernels"] = None
+    sys.modules["kernels"] = None  # type: ignore[assignment]  # how an import is forbidden
     try:
         import bitsandbytes  # noqa: F401
     finally:

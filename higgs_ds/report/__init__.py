@@ -1,1 +1,1 @@
-"""Where numbers go: JSON lines, curves, the console, Weights & Biases."""
+"""The ways that numbers take: JSON lines, curves, the console, Weights & Biases."""

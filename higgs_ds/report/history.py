@@ -1,4 +1,4 @@
-"""What the picture of a run is drawn from: its losses over optimizer steps, in bounded memory however long it is."""
+"""The source of a run's picture: its losses over optimizer steps, in bounded memory however long it is."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class History:
         self._ranks: list[Series] = []
 
     def add(self, row: dict) -> None:
-        """What one row of metrics.jsonl has for the plot."""
+        """Takes what one row of metrics.jsonl has for the plot."""
         step = row["global_step"]
         if RESUMED in row:
             self.resumed_after.append(row[RESUMED])

@@ -13,7 +13,7 @@ from typing import Any
 
 @dataclass
 class Kept:
-    """What `rows_until` found of a file."""
+    """The part of a file that `rows_until` found."""
 
     rows: int = 0  # that are kept
     end: int = 0  # bytes of the file up to the last of them

@@ -16,7 +16,7 @@ from ..step_stats import RankStep, StepSums
 
 
 class StepClock:
-    """How long a step takes on this rank, so that one exchange before its update can carry it.
+    """Times a step on this rank, so that one exchange before its update can carry it.
 
     A step's time is that up to its own exchange, from the reading of its batches on, and that of the update of the
     step before it: every second of the loop once, but for what is between steps (logging, validating, saving).
@@ -115,7 +115,7 @@ def _seven_digits(loss: float | None) -> float | None:
 
 
 def guard_metrics(ranks: list[RankStep]) -> dict[str, float | list]:
-    """What the guards of all ranks have seen since the run began.
+    """Counts of what the guards of all ranks have seen since the run began.
 
     Their failed checks together, 0 where every loss on every rank was real, and by rank those that ever failed.
     """

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: JSON lines, a plot, the console, and Weights & Biases. Used on rank 0 only."""
+"""The sinks of a run's numbers: JSON lines, a plot, the console, and Weights & Biases. Used on rank 0 only."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from ..errors import ConfigError
@@ -59,7 +59,8 @@ def open_tracker(
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     title = run_name or os.environ.get("WANDB_NAME") or output_dir.resolve().name
-    history, failures = History(), deque(maxlen=TABLE_ROWS)
+    history = History()
+    failures: deque[dict] = deque(maxlen=TABLE_ROWS)
     kept, validated_step = {METRICS_FILE: Kept(), FAILURES_FILE: Kept()}, 0
     try:
         for row in rows_until(output_dir / METRICS_FILE, first_step, kept[METRICS_FILE]):
@@ -135,17 +136,18 @@ class Tracker:
         self._failed: dict[str, str] = {}  # sinks that are left out, and why
 
     def go_on_from(self, history: History, failures: deque[dict], kept: dict[str, Kept]) -> None:
-        """What the files hold of an earlier part of the run, to which they are cut; W&B gets what it lacks of it."""
+        """Takes what the files hold of an earlier part of a run, and cuts them to it; W&B gets what it lacks of it."""
         for path in (self.metrics_path, self.failures_path):
             self._sink(path.name, cut, path, kept[path.name].end)
         self._history, self._failure_rows = history, failures
-        if self._wandb_run:
-            if self._wandb_run.note:
-                self.message(self._wandb_run.note)
-            if self._wandb_run.is_behind(self._first_step):
-                self._sink("W&B", self._catch_up, kept[METRICS_FILE].rows)
+        wandb_run = self._wandb_run
+        if wandb_run:
+            if wandb_run.note:
+                self.message(wandb_run.note)
+            if wandb_run.is_behind(self._first_step):
+                self._sink("W&B", self._catch_up, wandb_run, kept[METRICS_FILE].rows)
 
-    def _catch_up(self, rows: int) -> None:
+    def _catch_up(self, wandb_run: WandbRun, rows: int) -> None:
         """Gives W&B the steps that it lacks, or, of very many, every so manieth and all validations."""
         stride = 1
         for number, row in enumerate(read_rows(self.metrics_path)):
@@ -155,8 +157,8 @@ class Tracker:
             step = row.pop("global_step")
             if number % stride == 0 or any(name.startswith("eval/") for name in row):
                 metrics = {name: value for name, value in row.items() if name not in (RESUMED, "time")}
-                self._wandb_run.log(metrics, step)
-        self._wandb_run.has_caught_up()
+                wandb_run.log(metrics, step)
+        wandb_run.has_caught_up()
 
     def _sink(self, name: str, action: Callable[..., object], *args: object) -> None:
         """`action(*args)`, once more a sink that has not failed yet."""
@@ -172,7 +174,7 @@ class Tracker:
         self._failed[name] = reason
         self.message(f"WARNING: {name} failed and is left out from here on: {reason}")
 
-    def log(self, metrics: dict[str, float | list], step: int) -> None:
+    def log(self, metrics: Mapping[str, float | list], step: int) -> None:
         """Send the metrics of optimizer step `step`, or of those up to it since the last call, to every sink.
 
         The JSONL line is {"global_step", *metrics, "time" in unix seconds}; in the first one of a resumed run,
@@ -197,10 +199,11 @@ class Tracker:
         row["time"] = round(time.time(), 3)
         self._sink(METRICS_FILE, append_rows, self.metrics_path, [row])
         self._history.add(row)
-        if self._wandb_run:
+        wandb_run = self._wandb_run
+        if wandb_run:
             # Of the step that the run was resumed after there is a validation that a stop had broken off.
             owed = step == self._first_step
-            self._sink("W&B", lambda: self._wandb_run.log(metrics, step, owed=owed))
+            self._sink("W&B", lambda: wandb_run.log(metrics, step, owed=owed))
         now = time.monotonic()
         if now >= self._next_plot_time:
             self._draw()
@@ -290,14 +293,15 @@ class Tracker:
             self.message(f"curves: {self.plot_path}")
         if self._failure_rows:
             self.message(f"guard failures: {self.failures_path} ({len(self._failure_rows)} rows)")
-        if self._wandb_run:
-            self._sink("W&B", lambda: self.message(self._wandb_run.where_to_look()))
+        wandb_run = self._wandb_run
+        if wandb_run:
+            self._sink("W&B", lambda: self.message(wandb_run.where_to_look()))
         for name, reason in self._failed.items():
             self.message(f"WARNING: {name} failed during the run and is not complete: {reason}")
 
 
 def _exit_code(exception: BaseException | None) -> int:
-    """What W&B is told of how the run ended: 0, or 1 for an exception, or SystemExit's own code."""
+    """The run's exit code for W&B: 0, or 1 for an exception, or SystemExit's own code."""
     if exception is None:
         return 0
     if isinstance(exception, SystemExit) and isinstance(exception.code, (int, type(None))):

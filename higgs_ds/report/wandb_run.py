@@ -20,7 +20,7 @@ import json
 import os
 import shlex
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,7 @@ FINISH_SEC = 20.0  # then the server is asked whether it is still there
 
 @dataclass(frozen=True)
 class WandbChoice:
-    """How a run uses W&B, once the environment was asked."""
+    """A run's use of W&B, once the environment was asked."""
 
     mode: str  # online, offline or disabled
     may_fall_back: bool = False  # to offline, where the server does not open the run
@@ -123,7 +123,7 @@ def _proxies(settings) -> dict[str, str]:
 
 
 def answers(url: str, proxies: dict[str, str] | None = None, *, within_sec: float = PROBE_SEC) -> bool:
-    """Whether a server says anything at all at this address."""
+    """True if a server says anything at all at this address."""
     import requests
 
     heard = threading.Event()
@@ -132,8 +132,8 @@ def answers(url: str, proxies: dict[str, str] | None = None, *, within_sec: floa
         with contextlib.suppress(requests.RequestException, OSError, ValueError):
             # Whether its certificate is one that Python knows is wandb's to judge, which reads other settings.
             with contextlib.suppress(requests.exceptions.SSLError):
-                options = {"timeout": within_sec, "proxies": proxies or None}
-                requests.get(url, allow_redirects=False, stream=True, **options).close()
+                given = proxies or None
+                requests.get(url, allow_redirects=False, stream=True, timeout=within_sec, proxies=given).close()
             heard.set()
 
     # A thread, because nothing bounds the time that a name takes to be resolved.
@@ -217,7 +217,7 @@ class WandbRun:
         write_text(self._output_dir / IDENTITY_FILE, json.dumps(identity) + "\n")
 
     def is_behind(self, step: int) -> bool:
-        """Whether this run lacks steps up to this one."""
+        """True if this run lacks steps up to this one."""
         return self._resumed and self._had < step
 
     def has_caught_up(self) -> None:
@@ -229,7 +229,7 @@ class WandbRun:
                 earlier.mkdir(exist_ok=True)
                 folder.rename(earlier / folder.name)
 
-    def log(self, row: dict[str, Any], step: int, *, owed: bool = False) -> None:
+    def log(self, row: Mapping[str, Any], step: int, *, owed: bool = False) -> None:
         """The metrics of a step, a list as one series a rank; nothing of a step that W&B has from an earlier part.
 
         `owed`: they are of an earlier part's step, but were never logged; W&B gets them with its next step.
@@ -248,7 +248,7 @@ class WandbRun:
             self._run.log({"global_step": step, **series}, step=step)
 
     def takes_tables(self) -> bool:
-        """Whether a table or a chart can be sent now: wandb asks the server first, and waits minutes for a dead one."""
+        """True if a table or a chart can be sent now: wandb asks the server first, and waits minutes for a dead one."""
         return self.mode == "offline" or answers(*self._server, within_sec=TABLE_PROBE_SEC)
 
     def log_table(self, name: str, rows: list[dict], step: int) -> None:
@@ -272,7 +272,7 @@ class WandbRun:
             self._log_late("rank/losses", chart, step)
 
     def _log_late(self, name: str, value: Any, step: int) -> None:
-        """What says how things stand rather than what a step was: with the step that W&B is at, if that is later."""
+        """Logs how things stand rather than what a step was: with the step that W&B is at, if that is later."""
         self.last_step = max(step, self.last_step)
         self._run.log({"global_step": self.last_step, name: value}, step=self.last_step)
 
@@ -313,7 +313,7 @@ def _keep_error(errors: list[Exception], action, *args) -> None:
         errors.append(error)
 
 
-def _series(row: dict[str, Any]) -> dict[str, float]:
+def _series(row: Mapping[str, Any]) -> dict[str, float]:
     """`row` with a list, which has a value a rank, as series of its own; of checks those ranks that ever failed one."""
     series: dict[str, float] = {}
     for name, value in row.items():
@@ -330,7 +330,7 @@ def _series(row: dict[str, Any]) -> dict[str, float]:
 
 
 def _read_identity(output_dir: Path) -> dict:
-    """What `wandb_run.json` says; {} where it is not there or is no longer what was written."""
+    """The content of `wandb_run.json`; {} where it is not there or is no longer what was written."""
     try:
         kept = json.loads((output_dir / IDENTITY_FILE).read_text(encoding="utf-8"))
         return kept if isinstance(kept["id"], str) else {}

@@ -61,7 +61,7 @@ class HiggsV2Facts(ModelFacts):
 
 
 def peculiarities(config) -> list[str]:
-    """What a `HiggsAudioConfig` has that Boson's generation checkpoints have not, in words."""
+    """Parts of a `HiggsAudioConfig` that Boson's generation checkpoints have not, in words."""
     layers = config.text_config.num_hidden_layers
     # "dual_ffn_fast_forward", as Boson's own says, differs from "dual_ffn" in the layers that are none: here, nowhere.
     dual = config.audio_adapter_type in ("dual_ffn", "dual_ffn_fast_forward")

@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import nn
 
@@ -18,6 +20,9 @@ from ..fused_mlp import FusedRmsNorm, adopt
 from .layers import DecoderLayer, Objective, PaddingFreeOutput, check_supported
 from .modules import HEADS
 from .reference import ReferenceForward
+
+if TYPE_CHECKING:
+    from boson_multimodal.model.higgs_audio import HiggsAudioConfig
 
 
 class TrainingForward(nn.Module):
@@ -50,7 +55,7 @@ class TrainingForward(nn.Module):
         self.gathered_whole = tuple(kind for kind in (DecoderLayer, LoraHead) if kind in kinds)
 
     def forward(
-        self, inputs: dict[str, torch.Tensor | Layout | None], text_scale: float, codebook_scales: torch.Tensor
+        self, inputs: dict[str, Any], text_scale: float, codebook_scales: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, ForwardReport]:
         """One micro-batch.
 
@@ -101,14 +106,14 @@ class TrainingForward(nn.Module):
 
 def training_forward(
     model: nn.Module,
-    config,
+    config: HiggsAudioConfig,
     *,
     forward_impl: str = "padding_free",
     loss_impl: str = "fused",
     checkpoint_every: int = 0,
     compiled: bool = False,
 ) -> nn.Module:
-    """What the engine runs, for a model with this `HiggsAudioConfig`; see the options of the same names.
+    """The module that the engine runs, for a model with this `HiggsAudioConfig`; see the options of the same names.
 
     Raises:
         ConfigError: LoRA on a head, to which the fused loss would give no gradient.

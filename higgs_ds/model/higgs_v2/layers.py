@@ -9,7 +9,7 @@ from the batch's `Layout`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +25,15 @@ from ..fused_lora import project
 from ..fused_mlp import add_mlps
 from .facts import peculiarities
 
+if TYPE_CHECKING:
+    from boson_multimodal.model.higgs_audio import HiggsAudioConfig, HiggsAudioModel
+    from boson_multimodal.model.higgs_audio.audio_head import HiggsAudioDecoderProjector
+    from transformers.models.llama.modeling_llama import LlamaAttention
 
-def check_supported(config) -> None:
+    Rope = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, [N, 1, head_dim] each
+
+
+def check_supported(config: HiggsAudioConfig) -> None:
     """Refuses a `HiggsAudioConfig` whose layers or projections are not those computed here.
 
     Raises:
@@ -42,7 +49,7 @@ def check_supported(config) -> None:
 
 @dataclass(frozen=True)
 class Objective:
-    """How the heads' sums become a loss: `impl` "fused" or "reference", factors from `loss_scales`."""
+    """The way from the heads' sums to a loss: `impl` "fused" or "reference", factors from `loss_scales`."""
 
     impl: str
     text_scale: float
@@ -60,7 +67,7 @@ class PaddingFreeOutput(NamedTuple):
 
 
 def padding_free_forward(
-    model: nn.Module,
+    model: HiggsAudioModel,
     layout: Layout,
     objective: Objective,
     *,
@@ -78,16 +85,19 @@ def padding_free_forward(
         checkpoint_every: N recomputes every N-th layer in the backward, from the first on; 0 for none.
         input_gradient: whether the backward goes on to what enters the first layer, where nothing learns.
     """
+    # Inputs: token ids and codes, of the shapes that the layout was made for.
     codes = _codes(model, audio_out_ids, audio_in_ids, input_ids)
     num_frames = codes.shape[1]
     arrived = num_frames == layout.num_frames
     # What did not arrive is the guard's to report. Until it has, this rank computes as much as the others wait for.
     codes = _of_shape(codes, (codes.shape[0], layout.num_frames))
     input_ids = _of_shape(input_ids, layout.input_shape)
+    # Embeddings: text rows first, audio rows behind them, and so through all layers.
     text = model.embed_tokens(input_ids.flatten().index_select(0, layout.text_index))
     hidden = torch.cat([text, _embed_codes(model, codes)])
     if input_gradient and torch.is_grad_enabled():
         hidden.requires_grad_()
+    # Rotary factors once for all layers, by each row's place in its own sequence.
     cos, sin = model.rotary_emb(hidden, layout.positions[None])
     rope = cos.transpose(0, 1), sin.transpose(0, 1)  # [N, 1, head_dim]
     num_rows, last = hidden.shape[0], len(model.layers) - 1
@@ -100,20 +110,23 @@ def padding_free_forward(
             outputs_only=number == last,
             recompute=bool(checkpoint_every) and number % checkpoint_every == 0 and torch.is_grad_enabled(),
         )
-    rows = model.norm(hidden.index_select(0, layout.head_rows)).split(layout.num_head_rows)
-    loss, sums, shape = _heads(model.audio_decoder_proj, *rows, layout, objective)
+    # Heads: only rows with a label, and the loss of both.
+    text, audio = model.norm(hidden.index_select(0, layout.head_rows)).split(layout.num_head_rows)
+    loss, sums, shape = _heads(model.audio_decoder_proj, text, audio, layout, objective)
     if not arrived:
         shape = (0, *shape[1:])  # nothing was computed from the frames that were meant
     return PaddingFreeOutput(loss, sums, num_rows, num_frames, shape)
 
 
-def _codes(model, audio_out_ids, audio_in_ids, like: torch.Tensor) -> torch.Tensor:
+def _codes(
+    model: HiggsAudioModel, audio_out_ids: torch.Tensor | None, audio_in_ids: torch.Tensor | None, like: torch.Tensor
+) -> torch.Tensor:
     """Audio-out frames, then audio-in frames where the model takes them. [codebooks, frames]
 
     Nothing is asked of a weight here, not even its device: under ZeRO-3 that alone would gather it, on this rank only.
     """
-    parts = [audio_out_ids, audio_in_ids if model.config.encode_audio_in_tokens else None]
-    parts = [part for part in parts if part is not None and part.shape[-1]]
+    given = (audio_out_ids, audio_in_ids if model.config.encode_audio_in_tokens else None)
+    parts = [part for part in given if part is not None and part.shape[-1]]
     if not parts:
         return like.new_zeros((model.audio_num_codebooks, 0))
     return torch.cat(parts, dim=1)
@@ -123,7 +136,7 @@ def _of_shape(ids: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     return ids if tuple(ids.shape) == tuple(shape) else ids.new_zeros(shape)
 
 
-def _embed_codes(model, codes: torch.Tensor) -> torch.Tensor:
+def _embed_codes(model: HiggsAudioModel, codes: torch.Tensor) -> torch.Tensor:
     """Sum (or mean) of a frame's codes, each in its codebook's own range. [codebooks, frames] -> [frames, hidden]"""
     first = torch.arange(codes.shape[0], device=codes.device) * model.audio_codebook_size
     embedded = model.audio_codebook_embeddings(codes + first[:, None])
@@ -136,7 +149,9 @@ class DecoderLayer(HiggsAudioDualFFNDecoderLayer):
     Weights of several of its modules are used at once, so that under ZeRO-3 it is gathered as a whole (a leaf module).
     """
 
-    def forward(self, hidden, *args, layout: Layout | None = None, recompute: bool = False, **kwargs):
+    def forward(
+        self, hidden: torch.Tensor, *args: Any, layout: Layout | None = None, recompute: bool = False, **kwargs: Any
+    ) -> Any:
         """[N, hidden] -> [N, hidden], or with `outputs_only` the layout's output rows alone, [K, hidden].
 
         With `recompute`, what is computed in between is made again in the backward.
@@ -148,8 +163,9 @@ class DecoderLayer(HiggsAudioDualFFNDecoderLayer):
             return checkpoint(self.on_rows, hidden, layout=layout, **kwargs, use_reentrant=False)
         return self.on_rows(hidden, layout=layout, **kwargs)
 
-    def on_rows(self, hidden: torch.Tensor, *, layout: Layout, rope, outputs_only: bool) -> torch.Tensor:
+    def on_rows(self, hidden: torch.Tensor, *, layout: Layout, rope: Rope, outputs_only: bool) -> torch.Tensor:
         """The computation itself, see `forward`."""
+        # Flat rows to padded sequences, attention, and back to flat rows.
         places, num_text = layout.unpack_index, layout.num_text
         heads = self.before_attention(hidden, num_text, rope, layout.pack_index, places)
         if outputs_only:
@@ -158,12 +174,15 @@ class DecoderLayer(HiggsAudioDualFFNDecoderLayer):
         attended = _Ungroup.apply(_attention(self.self_attn, heads, layout), places)
         return self.after_attention(hidden, attended, num_text)
 
-    def before_attention(self, hidden: torch.Tensor, num_text: int, rope, pack_index, unpack_index) -> tuple:
+    def before_attention(
+        self, hidden: torch.Tensor, num_text: int, rope: Rope, pack_index: torch.Tensor, unpack_index: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
         """Query, key and value at padded places: [N, hidden] -> [places, heads, head_dim] each."""
         attn = self.self_attn
         normed = _normed([self.input_layernorm, self.audio_input_layernorm], hidden, num_text)
         projected = project([attn.q_proj, attn.k_proj, attn.v_proj], normed)
         query, key, value = (rows.unflatten(1, (-1, attn.head_dim)) for rows in projected)  # [N, heads, head_dim]
+        # Rotated while the rows are flat: padding needs no rotation.
         query, key = _Rotate.apply(query, *rope), _Rotate.apply(key, *rope)
         return tuple(_Regroup.apply(rows, pack_index, unpack_index) for rows in (query, key, value))
 
@@ -171,6 +190,7 @@ class DecoderLayer(HiggsAudioDualFFNDecoderLayer):
         """The layer's output for rows of its input and what attention made of them: [N, hidden] each -> [N, hidden]"""
         (out,) = project([self.self_attn.o_proj], attended)
         hidden = hidden + out
+        # Two networks, one for text rows and one for audio rows, each added to its own slice.
         norms = [self.post_attention_layernorm, self.audio_post_attention_layernorm]
         sizes = [num_text, hidden.shape[0] - num_text]
         return add_mlps([self.mlp, self.audio_mlp], _normed(norms, hidden, num_text), hidden, sizes)
@@ -182,7 +202,7 @@ def _normed(norms: list[nn.Module], rows: torch.Tensor, num_text: int) -> torch.
     return torch.cat([text(rows[:num_text]), audio(rows[num_text:])])
 
 
-def _attention(attn: nn.Module, heads: tuple[torch.Tensor, ...], layout: Layout) -> torch.Tensor:
+def _attention(attn: LlamaAttention, heads: tuple[torch.Tensor, ...], layout: Layout) -> torch.Tensor:
     """Causal self-attention within each sequence. [places, heads, head_dim] each -> [places, hidden]
 
     Padding stands to the right of all that a sequence holds, so that causality alone keeps it from being seen.
@@ -211,7 +231,7 @@ class _Rotate(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, rows, cos, sin):
+    def forward(ctx: Any, rows: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(cos, sin)
         sin_first, sin_second = sin.chunk(2, dim=-1)
         first, second = rows.chunk(2, dim=-1)
@@ -222,7 +242,7 @@ class _Rotate(torch.autograd.Function):
         return rotated
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         cos, sin = ctx.saved_tensors
         sin_first, sin_second = sin.chunk(2, dim=-1)
         first, second = grad.chunk(2, dim=-1)
@@ -242,12 +262,12 @@ class _Regroup(torch.autograd.Function):
     """Flat rows to padded places. The gradient of padding is zero, so that a gather takes each row's gradient back."""
 
     @staticmethod
-    def forward(ctx, rows, pack_index, unpack_index):
+    def forward(ctx: Any, rows: torch.Tensor, pack_index: torch.Tensor, unpack_index: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(unpack_index)
         return rows.index_select(0, pack_index)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (unpack_index,) = ctx.saved_tensors
         return grad.index_select(0, unpack_index), None, None
 
@@ -256,29 +276,31 @@ class _Ungroup(torch.autograd.Function):
     """Padded places to flat rows; padding is left out, and its gradient is zero."""
 
     @staticmethod
-    def forward(ctx, places, unpack_index):
+    def forward(ctx: Any, places: torch.Tensor, unpack_index: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(unpack_index)
         ctx.num_places = places.shape[0]
         return places.index_select(0, unpack_index)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         (unpack_index,) = ctx.saved_tensors
         places = grad.new_zeros((ctx.num_places, *grad.shape[1:]))
         return places.index_copy_(0, unpack_index, grad), None
 
 
 def _heads(
-    heads: nn.Module, text: torch.Tensor, audio: torch.Tensor, layout: Layout, objective: Objective
+    heads: HiggsAudioDecoderProjector, text: torch.Tensor, audio: torch.Tensor, layout: Layout, objective: Objective
 ) -> tuple[torch.Tensor, HeadSums, tuple[int, ...]]:
     """Loss, sums and the shape of what the audio head computed, from labelled rows after the last norm."""
     scales = objective.codebook_scales
+    # The reference: logits as a whole, and plain cross-entropy.
     if objective.impl == "reference":
         text_logits = heads.text_lm_head(text)
         audio_logits = heads.audio_lm_head(audio).unflatten(1, (scales.shape[0], -1))
         sums = head_sums(text_logits[None], audio_logits, layout.text_targets[None], layout.audio_targets)
         loss = scaled_loss(sums, objective.text_scale, scales)
         return loss, sums, tuple(audio_logits.shape)
+    # Fused: each head gives its loss by itself, see `FusedHead.loss_of`.
     text_scale = torch.full((1,), objective.text_scale, dtype=scales.dtype, device=scales.device)
     of_text = heads.text_lm_head.loss_of(LabelledRows(text, layout.text_targets[:, None], text_scale))
     of_audio = heads.audio_lm_head.loss_of(LabelledRows(audio, layout.audio_targets, scales))

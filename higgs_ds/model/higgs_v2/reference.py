@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -108,7 +110,7 @@ class ReferenceForward(nn.Module):
         )
 
     def forward(
-        self, inputs: dict[str, torch.Tensor | None], text_scale: float, codebook_scales: torch.Tensor
+        self, inputs: dict[str, Any], text_scale: float, codebook_scales: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, ForwardReport]:
         """One micro-batch.
 
@@ -129,7 +131,7 @@ class ReferenceForward(nn.Module):
                     f"({frames}, {self.num_codebooks}, {self.classes})",
                 )
             )
-        if report.problems:
+        if report.problems or labels is None:
             # The step will not be taken (guard); this keeps every collective of backward in step with other ranks.
             loss = sum(out.float().sum() * 0 for out in (outputs.logits, audio_logits) if out is not None)
             return loss, MicroBatchStats.unknown(loss, self.num_codebooks), report

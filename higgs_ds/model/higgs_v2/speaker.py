@@ -30,7 +30,7 @@ STOP_STRINGS = ["<|end_of_text|>", "<|eot_id|>", "<|audio_eos|>"]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen; temperature 0 takes the likeliest one."""
+    """The choice of tokens; temperature 0 takes the likeliest one."""
 
     temperature: float = 0.0
     top_k: int | None = None
@@ -66,7 +66,7 @@ SAMPLERS = {
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said to a prompt."""
+    """The model's answer to a prompt."""
 
     codes: np.ndarray | None  # int16 [codebooks, frames]; None if it answered without audio
     ended: bool = True  # by itself, and not at `max_new_tokens`
@@ -74,7 +74,7 @@ class Answer:
 
 
 def default_dtype(device: torch.device) -> str:
-    """What the model speaks in: a GPU is made for bf16, and a CPU slower in it."""
+    """The dtype to speak in: a GPU is made for bf16, and a CPU slower in it."""
     return "bf16" if device.type == "cuda" else "fp32"
 
 
@@ -103,10 +103,12 @@ class Speaker:
         take_device(self.device)
         dtype = dtype or default_dtype(self.device)
         self.facts, self.tokenizer = base.facts, base.tokenizer
-        lora = None if adapter is None else read_adapter_config(Path(adapter))
-        if lora and not other_base:
-            check_base(lora, base.name, base.revision)
-        weights = lora and read_adapter(Path(adapter), adaptable_modules(base.config), lora)
+        weights = None
+        if adapter is not None:
+            lora = read_adapter_config(Path(adapter))
+            if not other_base:
+                check_base(lora, base.name, base.revision)
+            weights = read_adapter(Path(adapter), adaptable_modules(base.config), lora)
         check_fits(codec, self.facts.num_codebooks, self.facts.codebook_size)
         codec.build()  # what is wrong with it is said before the base is loaded
         self.codec = codec
@@ -147,7 +149,7 @@ class Speaker:
         force_audio: bool,
         stop: str = BOSON,
     ) -> Answer:
-        """What the model answers a prompt with.
+        """Answers a prompt.
 
         Args:
             messages: the prompt's turns; the assistant's turn follows.
@@ -160,9 +162,9 @@ class Speaker:
         """
         if stop != BOSON and sampling.temperature:
             raise ValueError(f"the stop rule {stop} is greedy")
-        input_ids, _, clips = tokenize(messages, None, self.tokenizer)
+        prompt, _, clips = tokenize(messages, None, self.tokenizer)
         header = ASSISTANT_HEADER + ("<|audio_out_bos|>" if force_audio else "")
-        input_ids = torch.tensor(input_ids + self.tokenizer.encode(header, add_special_tokens=False))
+        input_ids = torch.tensor(prompt + self.tokenizer.encode(header, add_special_tokens=False))
         if len(clips) != len(context):
             raise ValueError(f"the prompt has {len(clips)} clips, codes were given for {len(context)}")
         codes = tuple(torch.from_numpy(np.asarray(c, dtype=np.int64)) for c in context)
@@ -180,8 +182,8 @@ class Speaker:
             )
         if not sequences:
             return Answer(None, said.shape[1] - len(input_ids) < sampling.max_new_tokens)
-        codes, ended = self._codes_of(sequences[-1])
-        return Answer(codes.cpu().numpy().astype(np.int16), ended, ending.rules_agree)
+        spoken, ended = self._codes_of(sequences[-1])
+        return Answer(spoken.cpu().numpy().astype(np.int16), ended, ending.rules_agree)
 
     def _codes_of(self, stream: torch.Tensor) -> tuple[torch.Tensor, bool]:
         """Codes [codebooks, frames] of a stream [codebooks, columns] with BOS first and EOS last, delayed; whether it

@@ -1,4 +1,4 @@
-"""When a clip ends: each stack's rule over the same logits, by upstream's own `generate` with another choice of codes.
+"""The end of a clip: each stack's rule over the same logits, by upstream's own `generate` with another choice of codes.
 
 boson         the lowest codebook of those that say EOS first; those below it are ended with it, and those above it one
               after the other (upstream as it is)
@@ -22,14 +22,14 @@ STOP_RULES = BOSON, TRANSFORMERS, VLLM = ("boson", "transformers", "vllm")
 
 @dataclass
 class Ending:
-    """What the codebooks said of a clip's end."""
+    """The codebooks' word on a clip's end."""
 
     first: tuple[int, ...] = ()  # the codebooks that said EOS at the first step at which any did
     last: bool = False  # whether the last codebook said EOS at the last step
 
     @property
     def rules_agree(self) -> bool:
-        """Whether every rule ends the clip here."""
+        """True where every rule ends the clip here."""
         return self.first == (0,) and self.last
 
 

@@ -63,7 +63,7 @@ EMBEDDING_STD = 0.5
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """What a checkpoint of this family may differ in; everything else is Boson's."""
+    """Sizes in which a checkpoint of this family may differ; everything else is Boson's."""
 
     hidden_size: int
     num_layers: int
@@ -198,9 +198,7 @@ def base_config(sizes: ModelSizes) -> HiggsAudioConfig:
     )
 
 
-def write_tiny(
-    output_dir: Path, *, seed: int = 0, hidden_size: int = 256, num_layers: int = 4, **sizes: int | None
-) -> int:
+def write_tiny(output_dir: Path, *, seed: int = 0, hidden_size: int = 256, num_layers: int = 4, **sizes: int) -> int:
     """Writes a small random checkpoint; returns the number of parameters.
 
     `sizes` are those of `small_sizes`: another `vocab_size` or `ffn_size`.
@@ -216,7 +214,10 @@ def write_tiny(
         std = HEAD_STD if "lm_head" in name else EMBEDDING_STD if "embed" in name else shape[1] ** -0.5
         return torch.empty(shape).normal_(0, std, generator=generator)
 
-    count = _write_checkpoint(output_dir, small_sizes(hidden_size, num_layers, **sizes), draw)
+    def write(file: Path, tensors: list[Planned]) -> None:
+        write_safetensors(file, tensors, lambda one: iter([draw(one.name, one.shape).to(one.dtype)]))
+
+    count = _write_checkpoint(output_dir, small_sizes(hidden_size, num_layers, **sizes), write)
     (output_dir / "README.md").write_text(
         f"A random base checkpoint of {count:,} parameters (seed {seed}), for trying higgs_ds.\n"
     )
@@ -232,13 +233,11 @@ def write_zeros(output_dir: Path, sizes: ModelSizes = REAL_SIZES) -> int:
     Raises:
         FileExistsError: the folder holds a checkpoint already.
     """
-    return _write_checkpoint(output_dir, sizes, None)
+    return _write_checkpoint(output_dir, sizes, weight_files.write_zeros)
 
 
-def _write_checkpoint(
-    output_dir: Path, sizes: ModelSizes, draw: Callable[[str, tuple[int, ...]], torch.Tensor] | None
-) -> int:
-    """Config, tokenizer and shards, whose values come from `draw`, or are holes in sparse files without it."""
+def _write_checkpoint(output_dir: Path, sizes: ModelSizes, write: Callable[[Path, list[Planned]], None]) -> int:
+    """Config, tokenizer and shards, each of which `write` makes."""
     if (output_dir / "config.json").exists():
         raise FileExistsError(f"{output_dir} holds a checkpoint already; remove it or name another --output_dir")
     config = base_config(sizes)
@@ -247,10 +246,7 @@ def _write_checkpoint(
     byte_tokenizer(sizes.vocab_size).save_pretrained(output_dir)
     GenerationConfig.from_model_config(config).save_pretrained(output_dir)
 
-    def drawn(file: Path, tensors: list[Planned]) -> None:
-        write_safetensors(file, tensors, lambda one: iter([draw(one.name, one.shape).to(one.dtype)]))
-
-    write_shards(output_dir, _shards(planned), weight_files.write_zeros if draw is None else drawn)
+    write_shards(output_dir, _shards(planned), write)
     # Last: a folder with a config is whole.
     fields = without_private(config.to_diff_dict())
     (output_dir / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import torch
 from boson_multimodal.model.higgs_audio import HiggsAudioModel
@@ -10,7 +11,7 @@ from boson_multimodal.model.higgs_audio import HiggsAudioModel
 from ...batching.layout import Layout
 from ..files.layouts import CARRIED_ALONG
 from ..fused_head import FusedHead
-from .layers import Objective, padding_free_forward
+from .layers import padding_free_forward
 
 FORWARD_KEYS = frozenset(inspect.signature(HiggsAudioModel.forward).parameters) - {"self"}
 
@@ -37,7 +38,7 @@ class HiggsAudioForTraining(HiggsAudioModel):
         *args,
         labels=None,
         layout: Layout | None = None,
-        objective: Objective | None = None,
+        objective: Any = None,  # an `Objective`, where there is a layout
         checkpoint_every: int = 0,
         input_gradient: bool = False,
         **kwargs,

@@ -128,7 +128,8 @@ def manifest_tokens(manifest: Path) -> np.ndarray:
     from higgs_ds.data.audio import read_audio
     from higgs_ds.data.code_cache import CodeCache
     from higgs_ds.data.manifest import read_manifest
-    from higgs_ds.model.base import load_tokenizer, read_model_config
+    from higgs_ds.model.base import load_tokenizer
+    from higgs_ds.model.higgs_v2.checkpoint import read_model_config
     from higgs_ds.model.higgs_v2.tiny import write_tiny
 
     rows, faults = read_manifest(manifest)

@@ -215,8 +215,8 @@ def engine_of(case: Case, config, ranks, zero: dict | None = None):
     from higgs_ds import run
     from higgs_ds.distributed.engine import loading
     from higgs_ds.model.base import BaseCheckpoint
-    from higgs_ds.model.files.layouts import BOSON
     from higgs_ds.model.higgs_v2.facts import HiggsV2Facts
+    from higgs_ds.model.higgs_v2.layouts import BOSON
     from higgs_ds.model.higgs_v2.upstream import HiggsAudioForTraining
     from higgs_ds.options.parse import parse_args
     from higgs_ds.setup import settle

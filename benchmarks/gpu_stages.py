@@ -69,7 +69,8 @@ class SmallModel:
     """A random model with LoRA on all projections, whose values are the same in every dtype."""
 
     def __init__(self, folder: Path, hidden_size: int, num_layers: int):
-        from higgs_ds.model.base import load_base, load_tokenizer, read_model_config
+        from higgs_ds.model.base import load_tokenizer
+        from higgs_ds.model.higgs_v2.checkpoint import load_base, read_model_config
         from higgs_ds.model.higgs_v2.tiny import write_tiny
 
         write_tiny(folder, hidden_size=hidden_size, num_layers=num_layers)
@@ -78,9 +79,9 @@ class SmallModel:
 
     def module(self, dtype: str, device: torch.device, *, dropout: float = 0.0, **settings):
         """The training forward in `dtype`, "fp64", "fp32" or "bf16"."""
-        from higgs_ds.model.base import attach_lora
         from higgs_ds.model.higgs_v2.forward import training_forward
         from higgs_ds.model.higgs_v2.modules import DEFAULT_LORA_TARGETS
+        from higgs_ds.model.lora import attach_lora
 
         model = attach_lora(
             copy.deepcopy(self.bases["bf16" if dtype == "bf16" else "fp32"]),

@@ -141,7 +141,7 @@ def work_as_rank(args: argparse.Namespace, work: Path) -> None:
     from higgs_ds.batching.batch_plan import TokenPlan
     from higgs_ds.batching.collate import Collator
     from higgs_ds.distributed.engine import Engine, leave_ranks, loading, start_ranks
-    from higgs_ds.model.base import load_base, open_base
+    from higgs_ds.model.higgs_v2.checkpoint import load_base, open_base
     from higgs_ds.options.parse import parse_args
     from higgs_ds.process import end_process
     from higgs_ds.setup import settle

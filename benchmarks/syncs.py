@@ -32,11 +32,13 @@ from benchmarks.report import measuring_device, report  # noqa: E402
 from higgs_ds.batching.collate import Batch, Collator, Sample  # noqa: E402
 from higgs_ds.distributed.ds_config import LayerSizes, resolve  # noqa: E402
 from higgs_ds.distributed.engine import Engine, leave_ranks, loading, start_ranks  # noqa: E402
-from higgs_ds.model.base import attach_lora, load_base, load_tokenizer, read_model_config  # noqa: E402
+from higgs_ds.model.base import load_tokenizer  # noqa: E402
+from higgs_ds.model.higgs_v2.checkpoint import load_base, read_model_config  # noqa: E402
 from higgs_ds.model.higgs_v2.facts import HiggsV2Facts  # noqa: E402
 from higgs_ds.model.higgs_v2.forward import training_forward  # noqa: E402
 from higgs_ds.model.higgs_v2.modules import DEFAULT_LORA_TARGETS  # noqa: E402
 from higgs_ds.model.higgs_v2.tiny import write_tiny  # noqa: E402
+from higgs_ds.model.lora import attach_lora  # noqa: E402
 from higgs_ds.options.parse import parse_args  # noqa: E402
 from higgs_ds.process import end_process  # noqa: E402
 

@@ -14,7 +14,9 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from .errors import reason_of
+from safetensors import SafetensorError
+
+from .errors import ConfigError, reason_of, words_of
 from .process import say
 
 # Bytes of a name that are kept of it in the name beside, so that this too is no longer than 255.
@@ -183,3 +185,12 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writing(what: str) -> Iterator[None]:
+    """Turns an error of the disk into one ConfigError; `what` is the flag with its file or folder."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:  # a full disk is either one
+        raise ConfigError([f"{what} cannot be written: {words_of(error)}"]) from error

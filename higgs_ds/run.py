@@ -29,8 +29,8 @@ from .errors import ConfigError, ExitCode
 from .guard import BadLossError, Guard
 from .load_data import Data, codes_folder, load_data
 from .model import flops
-from .model.base import attach_lora, set_lora
 from .model.families import HIGGS_V2, family_of
+from .model.lora import attach_lora, set_lora
 from .options.sections import TrainConfig
 from .report.cards import pinned
 from .report.tracking import Tracker

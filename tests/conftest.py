@@ -46,7 +46,7 @@ def codec_dir(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_config(tiny_dir):
-    from higgs_ds.model.base import read_model_config
+    from higgs_ds.model.higgs_v2.checkpoint import read_model_config
 
     return read_model_config(tiny_dir)
 

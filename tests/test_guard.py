@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from higgs_ds.batching.collate import Collator
 from higgs_ds.guard import CHECKS, HONEST_ZERO_UNITS, LIKELY_CAUSES, Guard, checklist
 from higgs_ds.loss import LossWeights
-from higgs_ds.model.base import load_base
+from higgs_ds.model.higgs_v2.checkpoint import load_base
 from higgs_ds.model.higgs_v2.facts import HiggsV2Facts
 from higgs_ds.model.higgs_v2.reference import ReferenceForward
 from higgs_ds.options.sections import LossOptions

@@ -20,10 +20,11 @@ from higgs_ds.data.manifest import read_manifest
 from higgs_ds.distributed.ds_config import LayerSizes, read_deepspeed_config, resolve
 from higgs_ds.distributed.engine import check_config
 from higgs_ds.errors import ConfigError
-from higgs_ds.model.base import attach_lora, load_base
 from higgs_ds.model.files.adapter_file import read_adapter, read_adapter_config, write_adapter
-from higgs_ds.model.files.load_layout import adaptable_modules
+from higgs_ds.model.higgs_v2.checkpoint import load_base
+from higgs_ds.model.higgs_v2.load import adaptable_modules
 from higgs_ds.model.higgs_v2.modules import DEFAULT_LORA_TARGETS
+from higgs_ds.model.lora import attach_lora
 from higgs_ds.options.parse import parse_args
 from higgs_ds.tools import cli
 from tests.conftest import ROOT, SPEECH
@@ -263,7 +264,7 @@ def test_nothing_in_a_file_is_executed(adapter, tiny_dir, tmp_path, monkeypatch)
             return eval, (EVIL.format(str(ran)),)
 
     (base / "pytorch_model.bin").write_bytes(pickle.dumps(Evil()))
-    from higgs_ds.model.base import open_base
+    from higgs_ds.model.higgs_v2.checkpoint import open_base
 
     try:
         open_base(str(base))

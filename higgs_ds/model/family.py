@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ..data.chatml import AudioRef, Turn
     from ..options.sections import TrainConfig
     from .base import BaseCheckpoint
+    from .files.adapter_file import Adapter
 
 
 class Family(Protocol):
@@ -46,6 +47,14 @@ class Family(Protocol):
         self, messages: Sequence[Turn], start_index: int | None, tokenizer: Any
     ) -> tuple[list[int], list[int], list[AudioRef]]:
         """Token ids, label ids (-100 where nothing is learned) and clips of a row, in reading order."""
+
+    def adaptable_modules(self, base: BaseCheckpoint) -> dict[str, tuple[int, int]]:
+        """(outputs, inputs) of every linear layer that LoRA may stand on, by its name in the model."""
+
+    def merge(
+        self, base: BaseCheckpoint, adapter: Adapter | None, output_dir: Path, layout: str, **options: Any
+    ) -> int:
+        """Writes the merged checkpoint and reads it back; its size in bytes. Raises ConfigError."""
 
     def speaker(self, base: BaseCheckpoint, adapter: str | None, codec: Any, **options: Any) -> Any:
         """A voice to speak with: the base, and an adapter on it. Raises ConfigError."""

@@ -17,7 +17,7 @@ import jinja2
 
 from ..data.chatml import SYSTEM_PROMPT, AudioRef, Row
 from ..errors import ConfigError
-from ..model.files.layouts import TRANSFORMERS
+from ..model.higgs_v2.layouts import TRANSFORMERS
 from ..model.voice_record import PROMPT_FACTS
 from ..options.sections import revision_of
 from ..process import loss_text
@@ -105,7 +105,7 @@ def _templates() -> jinja2.Environment:
 
 def _is_served(codec: str) -> bool:
     """True if transformers' processor can load the codec, unlike the sample codec and Boson's own folder."""
-    from ..model.files.processor_files import codec_reference
+    from ..model.higgs_v2.processor_files import codec_reference
 
     try:
         codec_reference(codec, TRANSFORMERS)

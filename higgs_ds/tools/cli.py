@@ -8,11 +8,12 @@ import traceback
 from ..data.audio import AudioError
 from ..distributed.launch_env import enter_launch
 from ..errors import ConfigError, ExitCode, words_of
+from ..files import writing
 from ..options.parse import parse_args
 from ..process import say, tell
 from . import flag_types
 from .merge import add_export, add_merge
-from .outputs import writable_folder, writing
+from .outputs import writable_folder
 from .speak import add_generate, add_recite
 
 

@@ -20,8 +20,8 @@ from ..data.manifest import Manifest
 from ..data.portions import Portion, names_of
 from ..data.transcripts import FACTS, Spoken, facts_of, first_lines, warnings_of
 from ..errors import ConfigError
+from ..files import writing
 from .described import Described
-from .outputs import writing
 
 # Boson's codec and the model's stream around each clip: BOS, EOS and the delay of 8 codebooks.
 FRAMES_PER_SEC, FRAMES_AROUND = 25, 9

@@ -6,12 +6,12 @@ import argparse
 import json
 
 from ..errors import ConfigError, ExitCode
-from ..files import filling
-from ..model.files.layouts import BOSON, LAYOUTS, TRANSFORMERS
+from ..files import filling, writing
+from ..model.higgs_v2.layouts import BOSON, LAYOUTS, TRANSFORMERS
 from ..options.sections import DEFAULT_BASE, DEFAULT_CODEC
 from ..process import say
 from . import flag_types
-from .outputs import empty_place, writing
+from .outputs import empty_place
 
 
 def add_merge(verbs) -> None:
@@ -59,13 +59,11 @@ def add_export(verbs) -> None:
 
 def run_merge(args: argparse.Namespace) -> int:
     """Checks the adapter's config before the base is looked for, and its weights before anything is written."""
-    from ..model.base import open_base
+    from ..model.families import HIGGS_V2, family_of
     from ..model.files.adapter_file import check_base, read_adapter, read_adapter_config, revision_for
-    from ..model.files.load_layout import adaptable_modules
-    from ..model.files.processor_files import codec_reference
+    from ..model.higgs_v2.processor_files import codec_reference
     from ..model.voice_record import RECORD, base_note, read_record, record_text
     from ..report.cards import merged_card, pinned
-    from .merge_weights import merge
 
     args.output_dir = empty_place(args.output_dir)
     lora = read_adapter_config(args.adapter) if args.adapter else None
@@ -73,8 +71,9 @@ def run_merge(args: argparse.Namespace) -> int:
     if lora and not args.other_base:
         check_base(lora, args.base_ckpt, args.base_revision)
     codec_reference(args.codec, args.layout)
-    base = open_base(args.base_ckpt, args.base_revision)
-    adapter = read_adapter(args.adapter, adaptable_modules(base.config), lora) if lora else None
+    family = family_of(HIGGS_V2)
+    base = family.open_base(args.base_ckpt, args.base_revision)
+    adapter = read_adapter(args.adapter, family.adaptable_modules(base), lora) if lora else None
     record = read_record(args.adapter, "--adapter") if lora else None
     name, revision = pinned(args.base_ckpt, args.base_revision)
     table = {"dtype": args.dtype or "as the base"}
@@ -86,7 +85,7 @@ def run_merge(args: argparse.Namespace) -> int:
     texts = {"README.md": merged_card(table, **where)} | ({RECORD: record_text(record)} if record else {})
     for note in [*base.notes, *filter(None, [lora and base_note(args.adapter, "--adapter")])]:
         say(note)
-    size = merge(base, adapter, args.output_dir, args.layout, dtype=args.dtype, codec=args.codec, texts=texts)
+    size = family.merge(base, adapter, args.output_dir, args.layout, dtype=args.dtype, codec=args.codec, texts=texts)
     merged = f"{len(adapter.weights)} layers merged" if adapter else "nothing merged"
     merged += f", {' and '.join(adapter.whole)} replaced whole" if adapter and adapter.whole else ""
     say(
@@ -103,9 +102,9 @@ def run_export(args: argparse.Namespace) -> int:
     from ..model.base import locate_checkpoint
     from ..model.files.adapter_file import CONFIG, WEIGHTS, check_base, read_adapter, read_adapter_config, revision_for
     from ..model.files.adapter_names import PREFIX
-    from ..model.files.layout_config import read_checkpoint_config
-    from ..model.files.layouts import layout_of, transformers_name
-    from ..model.files.load_layout import adaptable_modules
+    from ..model.higgs_v2.config import read_checkpoint_config
+    from ..model.higgs_v2.layouts import layout_of, transformers_name
+    from ..model.higgs_v2.load import adaptable_modules
 
     lora = read_adapter_config(args.adapter)
     adapter_dir = args.adapter if args.adapter.name not in ("", "..") else args.adapter.resolve()  # of `.`

@@ -2,23 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 
-from safetensors import SafetensorError
-
-from ..errors import ConfigError, words_of
-from ..files import check_writable
-
-
-@contextlib.contextmanager
-def writing(what: str) -> Iterator[None]:
-    """Turns an error of the disk into one ConfigError; `what` is the flag with its file or folder."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:  # a full disk is either one
-        raise ConfigError([f"{what} cannot be written: {words_of(error)}"]) from error
+from ..errors import ConfigError
+from ..files import check_writable, writing
 
 
 def writable_folder(folder: Path) -> None:

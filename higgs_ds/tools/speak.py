@@ -7,11 +7,11 @@ import os
 from pathlib import Path
 
 from ..errors import ConfigError, ExitCode, first_of
-from ..files import check_writable
+from ..files import check_writable, writing
 from ..process import say
 from . import flag_types
 from . import speak_flags as flags
-from .outputs import writable_folder, writing
+from .outputs import writable_folder
 
 STOP_RULES = ("boson", "transformers", "vllm")
 ENDINGS = ("wav", "flac", "ogg", "mp3")

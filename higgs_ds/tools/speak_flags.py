@@ -172,7 +172,7 @@ def check_prompts(args: argparse.Namespace, texts: list[tuple[str, str]], prompt
     from ..data.controls import control_tokens, find_control
     from ..model.base import load_tokenizer, locate_checkpoint
     from ..model.families import HIGGS_V2, family_of
-    from ..model.files.layouts import layout_of
+    from ..model.higgs_v2.layouts import layout_of
     from .describe import frames_of
 
     name, flag = base_of(args)

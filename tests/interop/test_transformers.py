@@ -21,16 +21,16 @@ from higgs_ds.data.manifest import AudioRef, Turn, read_manifest, speech_message
 from higgs_ds.model.base import load_tokenizer
 from higgs_ds.model.files.adapter_names import WHOLE_MODULES
 from higgs_ds.model.files.config_values import DEFAULT_ROPE
-from higgs_ds.model.files.layout_config import DEFAULTS, read_checkpoint_config
-from higgs_ds.model.files.layouts import transformers_name
-from higgs_ds.model.files.load_layout import wanted_weights
+from higgs_ds.model.higgs_v2.config import DEFAULTS, read_checkpoint_config
 from higgs_ds.model.higgs_v2.facts import HiggsV2Facts
+from higgs_ds.model.higgs_v2.layouts import transformers_name
+from higgs_ds.model.higgs_v2.load import wanted_weights
 from higgs_ds.model.higgs_v2.prompt import tokenize
 from higgs_ds.tools.cli import main
 from higgs_ds.tools.recite import share_given_back
 from tests.conftest import SPEECH
 from tests.model.files.test_adapter_file import write_adapter
-from tests.model.files.test_layouts import translated
+from tests.model.higgs_v2.test_layouts import translated
 
 SYSTEM, SCENE = "Generate audio following instruction.", "Two people in a small kitchen.\nA clock ticks."
 CLIP = AudioRef(None, None, None, None)

@@ -14,11 +14,12 @@ from safetensors.torch import load_file
 from torch import nn
 
 from higgs_ds.checkpoint import changed_settings, read_checkpoint
-from higgs_ds.model.base import attach_lora, load_base
 from higgs_ds.model.files.adapter_names import PREFIX
+from higgs_ds.model.higgs_v2.checkpoint import load_base
 from higgs_ds.model.higgs_v2.compiled import CompiledDecoderLayer, programs
 from higgs_ds.model.higgs_v2.forward import training_forward
 from higgs_ds.model.higgs_v2.modules import DEFAULT_LORA_TARGETS
+from higgs_ds.model.lora import attach_lora
 from higgs_ds.model.quantized import QuantizedLinear
 from higgs_ds.tools.cli import main
 from tests.conftest import ROOT

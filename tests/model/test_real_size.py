@@ -11,12 +11,13 @@ from benchmarks.memory import KEPT_BAR, batch_of, kept_bytes, lora_model, meta_h
 from benchmarks.roofline import Roofline
 from benchmarks.syncs import dispatched
 from higgs_ds.distributed.ds_config import LayerSizes, read_deepspeed_config, resolve
-from higgs_ds.model.base import attach_lora, open_base
+from higgs_ds.model.higgs_v2.checkpoint import open_base
 from higgs_ds.model.higgs_v2.facts import HiggsV2Facts
 from higgs_ds.model.higgs_v2.forward import training_forward
 from higgs_ds.model.higgs_v2.layers import check_supported
 from higgs_ds.model.higgs_v2.tiny import write_zeros
 from higgs_ds.model.higgs_v2.upstream import HiggsAudioForTraining
+from higgs_ds.model.lora import attach_lora
 from higgs_ds.options.parse import parse_args
 from higgs_ds.options.sections import PROJECT_ROOT
 

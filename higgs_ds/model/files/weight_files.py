@@ -18,7 +18,7 @@ from pydantic_core import from_json
 from safetensors import safe_open
 
 from ...errors import ConfigError, first_of, reading
-from .layouts import BOSON, boson_name
+from ..higgs_v2.layouts import BOSON, boson_name
 
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 DTYPES_BY_NAME = {name: dtype for dtype, name in DTYPE_NAMES.items()}

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ...data.chatml import AudioRef, Turn
     from ...options.sections import TrainConfig
     from ..base import BaseCheckpoint
+    from ..files.adapter_file import Adapter
 
 
 class HiggsV2:
@@ -22,7 +23,7 @@ class HiggsV2:
 
     def open_base(self, name_or_path: str, revision: str | None = None, flag: str = "--base_ckpt") -> BaseCheckpoint:
         """See `Family.open_base`."""
-        from ..base import open_base
+        from .checkpoint import open_base
 
         return open_base(name_or_path, revision, flag)
 
@@ -36,13 +37,13 @@ class HiggsV2:
         self, config: TrainConfig, base: BaseCheckpoint, resumed: dict | None
     ) -> tuple[TrainConfig, dict[str, torch.Tensor] | None]:
         """See `Family.settle_lora`."""
-        from ..init_adapter import settle_lora
+        from .init_adapter import settle_lora
 
         return settle_lora(config, base.config, resumed)
 
     def load_base(self, folder: Path, config: Any, dtype: str, *, quantize_on: torch.device | None = None) -> nn.Module:
         """See `Family.load_base`."""
-        from ..base import load_base
+        from .checkpoint import load_base
 
         return load_base(folder, config, dtype, quantize_on=quantize_on)
 
@@ -59,6 +60,20 @@ class HiggsV2:
         from .prompt import tokenize
 
         return tokenize(messages, start_index, tokenizer)
+
+    def adaptable_modules(self, base: BaseCheckpoint) -> dict[str, tuple[int, int]]:
+        """See `load.adaptable_modules`."""
+        from .load import adaptable_modules
+
+        return adaptable_modules(base.config)
+
+    def merge(
+        self, base: BaseCheckpoint, adapter: Adapter | None, output_dir: Path, layout: str, **options: Any
+    ) -> int:
+        """See `merge.merge`."""
+        from .merge import merge
+
+        return merge(base, adapter, output_dir, layout, **options)
 
     def speaker(self, base: BaseCheckpoint, adapter: str | None, codec: Any, **options: Any) -> Any:
         """Upstream's own generate, see `speaker.Speaker`."""

@@ -18,8 +18,8 @@ from ...distributed.device import pick_device, take_device
 from ...errors import ConfigError
 from ..base import DTYPES, BaseCheckpoint
 from ..files.adapter_file import Adapter, attach, check_base, read_adapter, read_adapter_config
-from ..files.load_layout import adaptable_modules, load_checkpoint
 from ..files.weight_files import all_finite
+from .load import adaptable_modules, load_checkpoint
 from .prompt import tokenize
 from .stop_rules import BOSON, stopping
 

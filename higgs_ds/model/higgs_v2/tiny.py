@@ -22,9 +22,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from ..files import weight_files
-from ..files.layout_config import without_private
-from ..files.load_layout import wanted_weights
 from ..files.weight_files import Planned, write_safetensors, write_shards
+from .config import without_private
+from .load import wanted_weights
 
 # Llama 3 has 256 special tokens behind its vocabulary; these are their places among them. Boson gave new names to
 # reserved ones. What is not named here is `<|reserved_special_token_N|>`.

@@ -9,9 +9,9 @@ import torch
 from boson_multimodal.model.higgs_audio import HiggsAudioModel
 
 from ...batching.layout import Layout
-from ..files.layouts import CARRIED_ALONG
 from ..fused_head import FusedHead
 from .layers import padding_free_forward
+from .layouts import CARRIED_ALONG
 
 FORWARD_KEYS = frozenset(inspect.signature(HiggsAudioModel.forward).parameters) - {"self"}
 

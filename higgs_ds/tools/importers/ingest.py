@@ -18,8 +18,7 @@ from ...data.chatml import AudioRef, Row, Turn
 from ...data.faults import plural
 from ...data.transcripts import text_key
 from ...errors import ConfigError
-from ...files import write_text
-from ..outputs import writing
+from ...files import write_text, writing
 from .formats import read_foreign
 from .found import Found
 

@@ -22,7 +22,7 @@ from higgs_ds.model.files.adapter_file import (
     revision_for,
     same_base,
 )
-from higgs_ds.model.files.load_layout import adaptable_modules
+from higgs_ds.model.higgs_v2.load import adaptable_modules
 from higgs_ds.options.sections import BASE_NAMES, DEFAULT_BASE, DEFAULT_BASE_REVISION
 
 

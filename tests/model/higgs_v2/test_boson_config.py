@@ -9,7 +9,7 @@ import shutil
 import pytest
 
 from higgs_ds.errors import ConfigError
-from higgs_ds.model.base import open_base, read_model_config
+from higgs_ds.model.higgs_v2.checkpoint import open_base, read_model_config
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from torch._dynamo.backends.debugging import aot_eager
 
 from higgs_ds.errors import ConfigError
 from higgs_ds.model import compiler, fused_lora
-from higgs_ds.model.base import read_model_config
 from higgs_ds.model.higgs_v2 import compiled
+from higgs_ds.model.higgs_v2.checkpoint import read_model_config
 from higgs_ds.model.higgs_v2.compiled import CompiledDecoderLayer
 from higgs_ds.model.higgs_v2.forward import training_forward
 from higgs_ds.model.higgs_v2.tiny import write_tiny

@@ -13,14 +13,15 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from higgs_ds.batching.collate import Collator
 from higgs_ds.errors import ConfigError
 from higgs_ds.model import fused_head
-from higgs_ds.model.base import attach_lora, load_base, read_model_config
 from higgs_ds.model.files.adapter_names import PREFIX, WHOLE_MODULES
 from higgs_ds.model.fused_mlp import FusedRmsNorm
+from higgs_ds.model.higgs_v2.checkpoint import load_base, read_model_config
 from higgs_ds.model.higgs_v2.facts import HiggsV2Facts
 from higgs_ds.model.higgs_v2.forward import training_forward
 from higgs_ds.model.higgs_v2.layers import check_supported
 from higgs_ds.model.higgs_v2.modules import DEFAULT_LORA_TARGETS, EMBEDDINGS, HEADS
 from higgs_ds.model.higgs_v2.tiny import write_tiny
+from higgs_ds.model.lora import attach_lora
 from higgs_ds.step_stats import MicroBatchStats
 from tests.batching.test_collate import samples_of
 from tests.support.ranks import assert_all, run_ranks

@@ -8,10 +8,11 @@ from peft import LoraConfig, get_peft_model
 
 from higgs_ds.batching.collate import Collator
 from higgs_ds.loss import audio_targets, text_targets
-from higgs_ds.model.base import attach_lora, load_base
+from higgs_ds.model.higgs_v2.checkpoint import load_base
 from higgs_ds.model.higgs_v2.facts import HiggsV2Facts
 from higgs_ds.model.higgs_v2.reference import AlignmentError, ReferenceForward, clip_lengths, expand_labels
 from higgs_ds.model.higgs_v2.upstream import HiggsAudioForTraining
+from higgs_ds.model.lora import attach_lora
 from higgs_ds.step_stats import MicroBatchStats
 from tests.batching.test_collate import samples_of
 from tests.test_loss import reference_sum

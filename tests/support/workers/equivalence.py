@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from higgs_ds.distributed.engine import leave_ranks, start_ranks
 from higgs_ds.loss import loss_scales
-from higgs_ds.model.base import read_model_config
+from higgs_ds.model.higgs_v2.checkpoint import read_model_config
 from higgs_ds.model.higgs_v2.forward import training_forward
 from higgs_ds.process import end_process
 from tests.support.workers.common import build, with_lora_b

@@ -12,7 +12,7 @@ from higgs_ds.batching.batch_plan import MicroBatch, StepPlan
 from higgs_ds.batching.collate import Collator, Sample
 from higgs_ds.data.manifest import AudioRef, Turn, speech_messages
 from higgs_ds.distributed.engine import leave_ranks, start_ranks
-from higgs_ds.model.base import read_model_config
+from higgs_ds.model.higgs_v2.checkpoint import read_model_config
 from higgs_ds.model.higgs_v2.facts import HiggsV2Facts
 from higgs_ds.model.higgs_v2.prompt import tokenize
 from higgs_ds.process import end_process

@@ -9,18 +9,14 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
-from ..errors import ConfigError
-from ..files import filling
-from ..model.base import DTYPES, BaseCheckpoint, check_tokenizer, load_tokenizer
-from ..model.files.adapter_file import Adapter
-from ..model.files.layout_config import token_ids, transformers_config, without_private
-from ..model.files.layouts import BOSON, TRANSFORMERS, name_in, read_json
-from ..model.files.processor_files import TOKENIZER_FILES, generation_config, write_processor
-from ..model.files.weight_files import (
+from ...errors import ConfigError
+from ...files import filling, writing
+from ..base import DTYPES, BaseCheckpoint, load_tokenizer
+from ..files.adapter_file import Adapter
+from ..files.weight_files import (
     DTYPES_BY_NAME,
     INDEX,
     Planned,
@@ -31,10 +27,10 @@ from ..model.files.weight_files import (
     weight_headers,
     write_checkpoint_weights,
 )
-from .outputs import writing
-
-if TYPE_CHECKING:
-    pass
+from .checkpoint import check_tokenizer
+from .config import token_ids, transformers_config, without_private
+from .layouts import BOSON, TRANSFORMERS, name_in, read_json
+from .processor_files import TOKENIZER_FILES, generation_config, write_processor
 
 SAMPLED_TENSORS = 12  # of the merged and of the others, read back and computed anew
 

@@ -13,18 +13,18 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from higgs_ds.errors import ConfigError
-from higgs_ds.model.base import open_base
 from higgs_ds.model.files.adapter_file import attach, read_adapter, read_adapter_config
 from higgs_ds.model.files.adapter_names import WHOLE_MODULES
-from higgs_ds.model.files.layout_config import read_checkpoint_config
-from higgs_ds.model.files.layouts import transformers_name
-from higgs_ds.model.files.load_layout import adaptable_modules, load_checkpoint, wanted_weights
 from higgs_ds.model.files.weight_files import Planned, shards, weight_headers, write_checkpoint_weights
+from higgs_ds.model.higgs_v2.checkpoint import open_base
+from higgs_ds.model.higgs_v2.config import read_checkpoint_config
+from higgs_ds.model.higgs_v2.layouts import transformers_name
+from higgs_ds.model.higgs_v2.load import adaptable_modules, load_checkpoint, wanted_weights
+from higgs_ds.model.higgs_v2.merge import merge, prove, prove_tokenizer
 from higgs_ds.model.higgs_v2.modules import DEFAULT_LORA_TARGETS
 from higgs_ds.tools.cli import main
-from higgs_ds.tools.merge_weights import merge, prove, prove_tokenizer
 from tests.model.files.test_adapter_file import edit, write_adapter
-from tests.model.files.test_layouts import translated
+from tests.model.higgs_v2.test_layouts import translated
 
 PROJECTIONS = [f"self_attn.{one}_proj" for one in "qkvo"]
 PROJECTIONS += [f"{mlp}.{one}_proj" for mlp in ("mlp", "audio_mlp") for one in ("gate", "up", "down")]
@@ -212,7 +212,7 @@ def test_a_base_without_its_tokenizer_is_not_merged(gone, layout, tiny_dir, tmp_
 
 def test_a_tokenizer_that_is_not_copied_whole_is_found(tiny_dir, tmp_path, capsys, monkeypatch):
     flags = ("--base_ckpt", tiny_dir, "--layout", "boson", "--output_dir", tmp_path / "out")
-    monkeypatch.setattr("higgs_ds.tools.merge_weights.TOKENIZER_FILES", ("tokenizer_config.json",))
+    monkeypatch.setattr("higgs_ds.model.higgs_v2.merge.TOKENIZER_FILES", ("tokenizer_config.json",))
     code, said = run(capsys, "merge", *flags)
     assert code == 2 and said[0].startswith("--output_dir: ") and "tokenizer" in said[0]
     assert not (tmp_path / "out").exists()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from higgs_ds.errors import ConfigError
+from higgs_ds.model.higgs_v2.init_adapter import settle_lora
 from higgs_ds.model.higgs_v2.modules import DEFAULT_LORA_TARGETS
-from higgs_ds.model.init_adapter import settle_lora
 from higgs_ds.options.parse import parse_args
 from tests.model.files.test_adapter_file import write_adapter
 

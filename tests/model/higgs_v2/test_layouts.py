@@ -10,9 +10,9 @@ from boson_multimodal.model.higgs_audio import HiggsAudioConfig
 
 from higgs_ds.errors import ConfigError
 from higgs_ds.model.files.config_values import DEFAULT_ROPE
-from higgs_ds.model.files.layout_config import config_from_transformers, read_checkpoint_config, transformers_config
-from higgs_ds.model.files.layouts import boson_name, layout_of, transformers_name
-from higgs_ds.model.files.load_layout import adaptable_modules, wanted_weights
+from higgs_ds.model.higgs_v2.config import config_from_transformers, read_checkpoint_config, transformers_config
+from higgs_ds.model.higgs_v2.layouts import boson_name, layout_of, transformers_name
+from higgs_ds.model.higgs_v2.load import adaptable_modules, wanted_weights
 
 # Boson's real sizes and token ids.
 TOKENS = {

@@ -10,11 +10,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from higgs_ds.errors import ConfigError
-from higgs_ds.model.base import attach_lora, initial_lora, load_base, locate_checkpoint, open_base, read_model_config
+from higgs_ds.model.base import locate_checkpoint
+from higgs_ds.model.higgs_v2.checkpoint import load_base, open_base, read_model_config
 from higgs_ds.model.higgs_v2.facts import HiggsV2Facts
 from higgs_ds.model.higgs_v2.modules import DEFAULT_LORA_TARGETS
 from higgs_ds.model.higgs_v2.tiny import SPECIAL_TOKENS, byte_tokenizer, write_tiny
 from higgs_ds.model.higgs_v2.upstream import HiggsAudioForTraining
+from higgs_ds.model.lora import attach_lora, initial_lora
 from higgs_ds.options.sections import LoraOptions
 
 

@@ -19,10 +19,10 @@ from transformers import GenerationConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ...errors import reading
+from ..files.adapter_names import WHOLE_MODULES
+from ..files.weight_files import Stored, differences, refuse, weight_headers
 from ..quantized import QuantizedLinear
-from .adapter_names import WHOLE_MODULES
 from .layouts import CARRIED_ALONG, TRANSFORMERS, layout_of, name_in
-from .weight_files import Stored, differences, refuse, weight_headers
 
 TEXT_HEAD = "audio_decoder_proj.text_lm_head.weight"
 Model = TypeVar("Model", bound=HiggsAudioModel)

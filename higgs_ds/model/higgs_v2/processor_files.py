@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ...codec.codec_layout import MODEL_TYPE, is_renamed
 from ...errors import ConfigError
-from .layout_config import DELAY_TOKEN, TOKENS
+from .config import DELAY_TOKEN, TOKENS
 from .layouts import BOSON, TRANSFORMERS, read_json
 
 TOKENIZER_FILES = (

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import pytest
 
-from higgs_ds.model.files.layouts import transformers_name
-from higgs_ds.model.files.load_layout import wanted_weights
-from tests.model.files.test_layouts import translated
+from higgs_ds.model.higgs_v2.layouts import transformers_name
+from higgs_ds.model.higgs_v2.load import wanted_weights
+from tests.model.higgs_v2.test_layouts import translated
 
 # Weights of the server's model that have another name than after `model.` is dropped.
 ALIASES = {

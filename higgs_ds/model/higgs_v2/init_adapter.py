@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 from boson_multimodal.model.higgs_audio import HiggsAudioConfig
 
-from ..errors import ConfigError
-from ..options.checks import head_problems
-from ..options.sections import TrainConfig
-from .files.adapter_file import AdapterConfig, check_base, read_adapter, read_adapter_config
-from .files.adapter_names import layers_named
-from .files.load_layout import adaptable_modules
-from .higgs_v2.modules import DEFAULT_LORA_TARGETS, EMBEDDINGS, TRAINED_HEADS
+from ...errors import ConfigError
+from ...options.checks import head_problems
+from ...options.sections import TrainConfig
+from ..files.adapter_file import AdapterConfig, check_base, read_adapter, read_adapter_config
+from ..files.adapter_names import layers_named
+from .load import adaptable_modules
+from .modules import DEFAULT_LORA_TARGETS, EMBEDDINGS, TRAINED_HEADS
 
 OPTIONS = ("lora_r", "lora_alpha", "lora_rslora", "lora_target_modules", "train_audio_embeddings", "train_heads")
 FLAG = "--init_adapter"

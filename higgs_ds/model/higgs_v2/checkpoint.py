@@ -1,0 +1,91 @@
+"""A base checkpoint of Higgs Audio v2, every weight accounted for.
+
+What the checkpoint holds is compared with what the model needs from the files' headers alone, before anything is
+loaded: the same verdict on every rank and under every ZeRO stage, where loading itself would leave random weights.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from boson_multimodal.model.higgs_audio import HiggsAudioConfig
+
+from ..base import DTYPES, BaseCheckpoint, load_tokenizer, locate_checkpoint
+from ..files.weight_files import refuse
+from .config import read_checkpoint_config
+from .facts import HiggsV2Facts
+from .layouts import layout_of
+from .load import check_weights, load_checkpoint
+from .upstream import HiggsAudioForTraining
+
+
+def open_base(name_or_path: str, revision: str | None = None, flag: str = "--base_ckpt") -> BaseCheckpoint:
+    """Finds a checkpoint and asks it everything that can be asked without loading it; the same for every verb.
+
+    Args:
+        name_or_path: a folder, or a hub id, which is downloaded.
+        revision: of the hub; None means the pinned one for Boson's own, the newest for any other.
+        flag: that named it, for the messages.
+
+    Raises:
+        ConfigError: not to be had, of another kind or layout, weights or a tokenizer that do not fit its config; all
+            that is wrong with it, a line each.
+    """
+    folder = locate_checkpoint(name_or_path, revision, flag)
+    config = read_checkpoint_config(folder, flag)
+    stored, notes = check_weights(folder, config, flag)
+    tokenizer = load_tokenizer(folder, flag)
+    check_tokenizer(folder, tokenizer, config, flag)
+    facts, layout = HiggsV2Facts.from_config(config), layout_of(folder, flag)
+    known = (folder, layout, config, tokenizer, facts, tuple(notes), flag, stored)
+    return BaseCheckpoint(name_or_path, revision, *known)
+
+
+def read_model_config(folder: Path, flag: str = "--base_ckpt") -> HiggsAudioConfig:
+    """The config of a checkpoint in either layout. Raises ConfigError for what this trainer does not train."""
+    return read_checkpoint_config(folder, flag)
+
+
+# What the prompt is written with: a tokenizer that cuts one of these to pieces would train another prompt.
+_PROMPT_TOKENS = (
+    *("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>", "<|recipient|>"),
+    *("<|audio_bos|>", "<|audio_eos|>", "<|audio_out_bos|>", "<|scene_desc_start|>", "<|scene_desc_end|>"),
+)
+
+
+def check_tokenizer(folder: Path, tokenizer, config: HiggsAudioConfig, flag: str = "--base_ckpt") -> None:
+    """Compares the tokenizer's special tokens with those of the config.
+
+    Raises:
+        ConfigError: a special token that is none, or has another id; ids beyond the model's vocabulary.
+    """
+    ids = {
+        config.audio_in_token: config.audio_in_token_idx,
+        config.audio_out_token: config.audio_out_token_idx,
+        config.audio_out_bos_token: config.audio_out_bos_token_id,
+        config.audio_eos_token: config.audio_eos_token_id,
+    }
+    problems = []
+    for token in dict.fromkeys([*_PROMPT_TOKENS, *ids]):
+        encoded = tokenizer.encode(token, add_special_tokens=False)
+        wanted = ids.get(token)
+        if len(encoded) != 1:
+            problems.append(f"its tokenizer cuts {token} into {len(encoded)} tokens; it must be one special token")
+        elif wanted is not None and encoded[0] != wanted:
+            problems.append(f"its tokenizer gives {token} the id {encoded[0]}, config.json {wanted}")
+    if len(tokenizer) > config.text_config.vocab_size:
+        problems.append(f"its tokenizer has {len(tokenizer)} tokens, the model {config.text_config.vocab_size}")
+    refuse(problems, f"{flag}: {folder}")
+
+
+def load_base(
+    folder: Path, config: HiggsAudioConfig, dtype: str, *, quantize_on: torch.device | None = None
+) -> HiggsAudioForTraining:
+    """The base model, all parameters frozen, in `dtype` ("bf16", "fp16", "fp32"); after `check_weights`.
+
+    With `quantize_on` the decoder's linear layers are kept in NF4, made on that device, see `load_checkpoint`.
+    """
+    model = load_checkpoint(HiggsAudioForTraining, folder, config, DTYPES[dtype], quantize_on=quantize_on)
+    model.requires_grad_(False)
+    return model

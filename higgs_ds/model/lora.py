@@ -1,0 +1,101 @@
+"""LoRA on a base model: attached, drawn from a seed, set."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+
+import torch
+from peft import LoraConfig, PeftModel
+from torch import nn
+
+from ..errors import ConfigError, first_of, nearest
+from .files.adapter_file import with_lora
+from .files.adapter_names import WHOLE_MODULES, layers_named, naming_nothing, peft_key
+from .higgs_v2.modules import LORA_TARGET_GROUPS
+
+
+def attach_lora(
+    model: nn.Module,
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    target_modules: list[str],
+    seed: int,
+    base_name: str,
+    base_revision: str | None = None,
+    rslora: bool = False,
+    whole_modules: Sequence[str] = (),
+    whole: Callable[[nn.Parameter], torch.Tensor] = lambda parameter: parameter.detach().clone(),
+) -> PeftModel:
+    """LoRA on every linear layer whose name ends in one of `target_modules`, A drawn from our own generator, B zero.
+
+    The draw depends on the seed and the weight's name alone: the same start under every ZeRO stage and world size.
+
+    Args:
+        whole_modules: ends of names from `WHOLE_MODULES`; the weights of these train themselves, from the base's on.
+        whole: gives a copy of a base weight, which ZeRO-3 has cut.
+
+    Raises:
+        ConfigError: a target that names no linear layer.
+    """
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    suffixes = {name.rsplit(".", 1)[-1] for name in linears}
+    problems = [
+        f"--lora_target_modules: {target!r} names no linear layer{nearest(target, [*suffixes, *LORA_TARGET_GROUPS])}"
+        for target in naming_nothing(target_modules, linears)
+    ]
+    if problems:
+        raise ConfigError(problems)
+    lora = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        use_rslora=rslora,
+        lora_dropout=dropout,
+        target_modules=list(target_modules),
+        bias="none",
+        task_type="CAUSAL_LM",
+        revision=base_revision,
+    )
+    peft_model = with_lora(model, lora)
+    peft_model.peft_config["default"].base_model_name_or_path = base_name
+    for name, parameter in peft_model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data.copy_(initial_lora(name, tuple(parameter.shape), seed))
+    # Not by PEFT, whose wrapper would keep the frozen weight beside a copy: its file and config say the same without.
+    for name in layers_named(whole_modules, WHOLE_MODULES):
+        module = model.get_submodule(name)
+        module.weight = nn.Parameter(whole(module.weight))
+    peft_model.peft_config["default"].modules_to_save = list(whole_modules) or None
+    return peft_model
+
+
+def set_lora(model: PeftModel, weights: dict[str, torch.Tensor], source: str) -> None:
+    """Takes over what trains, keyed as in PEFT's files; before the engine, which makes its masters of it.
+
+    Raises:
+        ConfigError: weights that are missing, extra or of another shape, each named.
+    """
+    own = {peft_key(name): p for name, p in model.named_parameters() if p.requires_grad}
+    problems = [f"{source}: missing weight {key}" for key in own if key not in weights]
+    problems += [f"{source}: extra weight {key}" for key in weights if key not in own]
+    problems += [
+        f"{source}: {key} has shape {list(weights[key].shape)}, this run needs {list(p.shape)}"
+        for key, p in own.items()
+        if key in weights and weights[key].shape != p.shape
+    ]
+    if problems:
+        raise ConfigError(first_of(problems))
+    for key, parameter in own.items():
+        parameter.data.copy_(weights[key])
+
+
+def initial_lora(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    """B is zero; A is uniform in ±1/sqrt(fan_in), peft's kaiming_uniform(a=sqrt(5)), from (seed, name) alone."""
+    if "lora_B" in name:
+        return torch.zeros(shape)
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+    bound = shape[-1] ** -0.5
+    return torch.rand(shape, generator=generator) * (2 * bound) - bound

@@ -50,7 +50,7 @@ def attach_lora(
         raise ConfigError(problems)
     lora = LoraConfig(
         r=rank,
-        lora_alpha=alpha,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # PEFT computes with it as with any number
         use_rslora=rslora,
         lora_dropout=dropout,
         target_modules=list(target_modules),
@@ -66,7 +66,7 @@ def attach_lora(
     # Not by PEFT, whose wrapper would keep the frozen weight beside a copy: its file and config say the same without.
     for name in layers_named(whole_modules, WHOLE_MODULES):
         module = model.get_submodule(name)
-        module.weight = nn.Parameter(whole(module.weight))
+        module.weight = nn.Parameter(whole(module.get_parameter("weight")))
     peft_model.peft_config["default"].modules_to_save = list(whole_modules) or None
     return peft_model
 

@@ -276,7 +276,7 @@ def attach(model, adapter: Adapter):
 
     lora = LoraConfig(
         r=adapter.config.rank,
-        lora_alpha=adapter.config.alpha,
+        lora_alpha=adapter.config.alpha,  # type: ignore[arg-type]  # PEFT computes with it as with any number
         use_rslora=adapter.config.rslora,
         target_modules=list(adapter.weights),
         task_type="CAUSAL_LM",

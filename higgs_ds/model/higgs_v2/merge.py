@@ -105,7 +105,7 @@ def _merged_rows(stored: Stored, name: str, adapter: Adapter | None, planned: Pl
     start = 0
     for rows in stored.rows():
         merged = rows
-        if changed:
+        if adapter is not None and changed:
             merged = rows.float() + adapter.delta_rows(module, start, start + rows.shape[0])
         start += rows.shape[0]
         written = merged.to(planned.dtype)
@@ -130,7 +130,7 @@ def _write_files(base: BaseCheckpoint, folder: Path, layout: str, dtype: str | N
         if (base.folder / name).is_file():
             shutil.copyfile(base.folder / name, folder / name)
     kinds = {one.dtype for one in base.stored.values()}
-    torch_dtype = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}.get(dtype) or (
+    torch_dtype = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}.get(dtype or "") or (
         str(DTYPES_BY_NAME[kinds.pop()]).removeprefix("torch.") if len(kinds) == 1 else "float32"
     )
     same = layout == base.layout

@@ -252,7 +252,7 @@ def batches_of(case: Case, config, tokenizer, ranks, most: int, steps: int):
     count = Collator(HiggsV2Facts.from_config(config))
     tokens = np.array([count([sample]).num_tokens for sample in samples])
     plan = TokenPlan(tokens, max_tokens=max(most, int(tokens.max())), grad_accum=1, world_size=ranks.world_size, seed=0)
-    collator = Collator(HiggsV2Facts.from_config(config), with_layout=case.forward != "upstream")
+    collator = Collator(HiggsV2Facts.from_config(config), with_index=case.forward != "upstream")
     plans = plan.steps(ranks.rank, 1, min(plan.steps_per_epoch - 1, steps + 2) or 1)
     micro_batches = [micro for plan in plans for micro in plan.micro_batches]
     return [collator([samples[i] for i in micro.rows], filler=micro.filler) for micro in micro_batches], tokens

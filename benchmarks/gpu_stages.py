@@ -108,16 +108,16 @@ class SmallModel:
 
         speech, ids = make_samples(4, self.config, self.tokenizer, 1.5), torch.arange(20)
         text = [Sample(ids, ids, (), "text:1")]
-        collate = Collator(HiggsV2Facts.from_config(self.config), with_layout=True)
+        collate = Collator(HiggsV2Facts.from_config(self.config), with_index=True)
         return {"speech": collate(speech), "text alone": collate(text), "both": collate(speech + text)}
 
 
-def gradients(module, batch, device: torch.device, *, layout: bool = True, seed: int = 0) -> torch.Tensor:
+def gradients(module, batch, device: torch.device, *, index: bool = True, seed: int = 0) -> torch.Tensor:
     """The loss and the gradients of all LoRA weights of one micro-batch, in one row, float64 on the CPU."""
     torch.manual_seed(seed)
     inputs = batch.model_inputs(device)
-    if not layout:
-        inputs.pop("layout")
+    if not index:
+        inputs.pop("index")
     counts = batch.codebook_counts or [0] * module.num_codebooks
     scales = torch.tensor([1 / (len(counts) * count) if count else 0.0 for count in counts], device=device)
     loss, _, report = module(inputs, 1 / max(1, batch.text_count), scales)
@@ -142,7 +142,7 @@ def right(checks: Checks, work: Path) -> None:
     for name, batch in model.batches().items():
         exact = gradients(model.module("fp64", cpu), batch, cpu)
         upstream = {"forward_impl": "upstream", "loss_impl": "reference"}
-        theirs = distance(gradients(model.module("bf16", device, **upstream), batch, device, layout=False), exact)
+        theirs = distance(gradients(model.module("bf16", device, **upstream), batch, device, index=False), exact)
         limits = {"fp32": (1e-5, "1e-5", 1e-5), "bf16": (1.1 * theirs, f"1.1 × upstream's {theirs:.2e}", 1e-2)}
         for dtype, (limit, said, of_loss) in limits.items():
             ours = gradients(model.module(dtype, device), batch, device)

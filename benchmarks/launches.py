@@ -62,7 +62,7 @@ def measure(stage: int, zero: dict, config, tokenizer, ranks) -> tuple[dict, dic
     engine, _ = engine_of(Case(stage), config, ranks, zero)
     engine.train()
     ranks.seed(0)
-    batch = make_batch(config, tokenizer, with_layout=True).model_inputs(ranks.device)
+    batch = make_batch(config, tokenizer, with_index=True).model_inputs(ranks.device)
     scales = torch.full((config.audio_num_codebooks,), 0.01, device=ranks.device)
 
     def micro_batch() -> None:

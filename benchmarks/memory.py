@@ -64,7 +64,7 @@ def lora_model(config, dropout: float = 0.05, quantized: bool = False):
 def batch_of(config, tokenizer, tokens: int) -> Batch:
     """A micro-batch of about so many tokens, of rows of about one length."""
     samples = make_samples(tokens // 4, config, tokenizer, None)
-    collator = Collator(HiggsV2Facts.from_config(config), with_layout=True)
+    collator = Collator(HiggsV2Facts.from_config(config), with_index=True)
     lengths = torch.tensor([collator([sample]).num_tokens for sample in samples]).numpy()
     plan = TokenPlan(lengths, max_tokens=tokens, grad_accum=1, world_size=1, seed=0)
     (step,) = plan.steps(0, 1, 1)
@@ -126,7 +126,7 @@ def kept_bytes(config, batch: Batch, every: int, quantized: bool = False) -> tup
                 if value is not None:
                     part._buffers[name] = on_gpu(value)
         inputs = {
-            name: value if value is None else value._each(on_gpu) if name == "layout" else on_gpu(value)
+            name: value if value is None else value._each(on_gpu) if name == "index" else on_gpu(value)
             for name, value in batch.model_inputs().items()
         }
         hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)

@@ -167,7 +167,7 @@ def work_as_rank(args: argparse.Namespace, work: Path) -> None:
     one_model = resident() - before
     naive = None if args.no_naive else engine_for(lambda m: naive_forward(m, facts.num_codebooks))
 
-    plain, flat = Collator(facts), Collator(facts, with_layout=True)
+    plain, flat = Collator(facts), Collator(facts, with_index=True)
     tokens = torch.tensor([flat([sample]).num_tokens for sample in samples]).numpy()
     budget = args.max_tokens or int(NAIVE_ROWS * tokens.mean())
     plan = TokenPlan(tokens, max_tokens=max(budget, tokens.max()), grad_accum=1, world_size=ranks.world_size, seed=0)

@@ -114,7 +114,7 @@ def profiled(run, activities: tuple[str, ...] = ("CPU", "CUDA")) -> Counter[str]
     return found
 
 
-def make_batch(config, tokenizer, *, with_layout: bool) -> Batch:
+def make_batch(config, tokenizer, *, with_index: bool) -> Batch:
     """Three rows of several lengths: reference audio, speech, and text alone."""
     draw = torch.Generator().manual_seed(0)
     speech = "<|audio_out_bos|><|AUDIO_OUT|><|audio_eos|><|eot_id|>"
@@ -131,7 +131,7 @@ def make_batch(config, tokenizer, *, with_layout: bool) -> Batch:
         labels = ids.clone()
         labels[: len(ids) - 6] = -100
         samples.append(Sample(ids, labels, codes, f"row:{number}"))
-    return Collator(HiggsV2Facts.from_config(config), with_layout=with_layout)(samples)
+    return Collator(HiggsV2Facts.from_config(config), with_index=with_index)(samples)
 
 
 class AskedDevice:
@@ -216,15 +216,15 @@ class Bench:
             base_name="tiny",
         )
 
-    def inputs(self, *, with_layout: bool = True) -> dict:
+    def inputs(self, *, with_index: bool = True) -> dict:
         """A micro-batch on the device."""
-        return make_batch(self.config, self.tokenizer, with_layout=with_layout).model_inputs(self.device)
+        return make_batch(self.config, self.tokenizer, with_index=with_index).model_inputs(self.device)
 
     def module_waits(self, **settings) -> Counter[str]:
         """Counts of one micro-batch through the bare module."""
         dtype = "bf16" if self.device.type == "cuda" else "fp32"
         module = training_forward(self.lora(dtype).to(self.device).train(), self.config, **settings)
-        inputs = self.inputs(with_layout=settings.get("forward_impl") != "upstream")
+        inputs = self.inputs(with_index=settings.get("forward_impl") != "upstream")
 
         def micro_batch() -> None:
             loss, _, report = module(inputs, 0.1, self.scales)

@@ -186,7 +186,7 @@ def load_data(setup: Setup, ranks: Ranks, watch: Watch | Unwatched, *, only_one_
         ConfigError: bad rows (without --skip_bad_rows), or too little shared memory for the data workers.
     """
     config, base = setup.config, setup.base
-    collator = Collator(base.facts, with_layout=setup.padding_free)
+    collator = Collator(base.facts, with_index=setup.padding_free)
     corpus = load_corpus(
         config,
         base,

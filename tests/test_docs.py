@@ -1,4 +1,4 @@
-"""What the documentation says: every flag, the drawing of a layout, and that its commands parse."""
+"""What the documentation says: every flag, the drawing of a index, and that its commands parse."""
 
 import argparse
 import dataclasses
@@ -8,7 +8,7 @@ import shlex
 import pytest
 import torch
 
-from higgs_ds.batching.layout import make_layout
+from higgs_ds.batching.batch_index import make_batch_index
 from higgs_ds.options.parse import parse_args
 from higgs_ds.options.sections import OPTIONS
 from higgs_ds.tools import cli
@@ -18,7 +18,7 @@ AUDIO_OUT, AUDIO_IN, NONE = 90, 91, -100
 
 
 def test_the_drawing_of_a_layout_is_what_the_code_makes():
-    layout = make_layout(
+    index = make_batch_index(
         torch.tensor([[1, 2, AUDIO_OUT, 3], [4, AUDIO_OUT, 5, 0]]),
         torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]),
         torch.tensor([[NONE, NONE, NONE, 3], [NONE, NONE, 5, NONE]]),
@@ -31,7 +31,7 @@ def test_the_drawing_of_a_layout_is_what_the_code_makes():
     )
     text = (ROOT / "docs/internals.md").read_text()
     drawn = dict(re.findall(r"^\| `(\w+)` \| `(\[.*?\])` \|", text, flags=re.M))
-    tensors = {f.name: getattr(layout, f.name) for f in dataclasses.fields(layout)}
+    tensors = {f.name: getattr(index, f.name) for f in dataclasses.fields(index)}
     tensors = {name: value for name, value in tensors.items() if isinstance(value, torch.Tensor)}
     assert drawn == {name: str(value.tolist()) for name, value in tensors.items()}
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from ..data.manifest import AudioRef, Row
 from ..loss import IGNORE, count_audio_labels, count_text_labels
 from ..model.facts import ModelFacts
-from .layout import Layout, make_layout
+from .batch_index import BatchIndex, make_batch_index
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,7 +50,7 @@ class Batch:
     audio_feature_attention_mask: torch.Tensor | None = None
     origins: list[str] = field(default_factory=list)
     filler: bool = False  # computed so that ranks stay in step; nothing in it is learned
-    layout: Layout | None = None  # for the padding-free forward
+    index: BatchIndex | None = None  # for the padding-free forward
 
     MODEL_KEYS = (
         "input_ids",
@@ -67,19 +67,19 @@ class Batch:
         "reward",
     )
 
-    def model_inputs(self, device: torch.device | str = "cpu") -> dict[str, torch.Tensor | Layout | None]:
-        """Every field of upstream's batch, and the layout where there is one, on the device."""
+    def model_inputs(self, device: torch.device | str = "cpu") -> dict[str, torch.Tensor | BatchIndex | None]:
+        """Every field of upstream's batch, and the index where there is one, on the device."""
         inputs = {
             key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
             for key in self.MODEL_KEYS
             for value in (getattr(self, key),)
         }
-        return inputs if self.layout is None else {**inputs, "layout": self.layout.to(device)}
+        return inputs if self.index is None else {**inputs, "index": self.index.to(device)}
 
     def pin_memory(self) -> Batch:
         """For the data loader: tensors in page-locked memory, from where a GPU copies without waiting."""
         held: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        held |= {k: v.pin_memory() for k, v in held.items() if isinstance(v, (torch.Tensor, Layout))}
+        held |= {k: v.pin_memory() for k, v in held.items() if isinstance(v, (torch.Tensor, BatchIndex))}
         return Batch(**held)
 
     @property
@@ -120,15 +120,15 @@ def build_sample(
 class Collator:
     """Samples to a `Batch`, as a checkpoint's facts ask for it."""
 
-    def __init__(self, facts: ModelFacts, *, round_to: int = 8, with_layout: bool = False):
+    def __init__(self, facts: ModelFacts, *, round_to: int = 8, with_index: bool = False):
         """
         Args:
             round_to: rows are padded to a multiple of so many tokens.
-            with_layout: adds to every batch what the padding-free forward needs.
+            with_index: adds to every batch what the padding-free forward needs.
         """
         self.facts = facts
         self.round_to = round_to
-        self.with_layout = with_layout
+        self.with_index = with_index
 
     def __call__(self, samples: Sequence[Sample], filler: bool = False) -> Batch:
         """One micro-batch, padded on the right; with `filler` every label is -100."""
@@ -177,8 +177,8 @@ class Collator:
             filler=filler,
         )
         # The forward's indices are made here, by a data worker, where no device waits.
-        if self.with_layout:
-            batch.layout = make_layout(
+        if self.with_index:
+            batch.index = make_batch_index(
                 batch.input_ids,
                 batch.attention_mask,
                 batch.label_ids,

@@ -20,7 +20,7 @@ def dataset(codec_dir, tiny_config, tokenizer, tmp_path_factory):
     rows = speech_rows(12)
     cache = CodeCache(tmp_path_factory.mktemp("codes"), load_codec(str(codec_dir)))
     assert not any(cache.ensure([ref for row in rows for _, ref in row.audio_refs]))
-    return MicroBatches(rows, tokenizer, cache, Collator(HiggsV2Facts.from_config(tiny_config), with_layout=True))
+    return MicroBatches(rows, tokenizer, cache, Collator(HiggsV2Facts.from_config(tiny_config), with_index=True))
 
 
 MANY = 10_000_000

@@ -86,7 +86,7 @@ def test_a_quantized_base_trains_as_the_dense_base_of_the_same_values(tiny_dir, 
     monkeypatch.setattr(CompiledDecoderLayer, "programs", programs("aot_eager"))
     for options in ({}, {"checkpoint_every": 1}, upstream, {"compiled": True}):
         modules = [training_forward(copy.deepcopy(model), tiny_config, **options) for model in models]
-        found, wanted = (computed(module, batch, layout=options != upstream) for module in modules)
+        found, wanted = (computed(module, batch, index=options != upstream) for module in modules)
         assert_close(found, wanted)
         assert len(found[3]) == 40 and all(gradient.any() for gradient in found[3].values())
 
@@ -141,7 +141,7 @@ def test_a_run_goes_on_to_the_bit_and_its_adapter_says_what_it_was_trained_on(
     assert line in (adapter / "README.md").read_text()
     if stage == 2:
         where = f"--base_ckpt {tiny_dir} --adapter {adapter} --output_dir {tmp_path / 'voice'}"
-        assert main(["merge", "--layout", "boson", *where.split()]) == 0
+        assert main(["merge", "--index", "boson", *where.split()]) == 0
         assert f"{adapter} {NOTE}" in capsys.readouterr().out and line in (tmp_path / "voice/README.md").read_text()
         base = HiggsAudioModel.from_pretrained(tiny_dir, torch_dtype=torch.bfloat16)
         was = base.layers[0].self_attn.q_proj.weight.detach().float()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ...batching.layout import Layout
+from ...batching.batch_index import BatchIndex
 from ...errors import ConfigError
 from ...step_stats import ForwardReport, MicroBatchStats
 from ..fused_head import FusedHead
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 class TrainingForward(nn.Module):
     """The training forward that everybody runs: one micro-batch, no padding, to loss and stats.
 
-    The batch's `Layout` holds every index, so that nothing here waits for the device. Both heads see labelled rows
-    alone, and give loss and gradient in one pass.
+    The batch's `BatchIndex` holds every position, so that nothing here waits for the device. Both heads see labelled
+    rows alone, and give loss and gradient in one pass.
     """
 
     input_gradient = False
@@ -60,13 +60,13 @@ class TrainingForward(nn.Module):
         """One micro-batch.
 
         Args:
-            inputs: `Batch.model_inputs`, its layout among them.
+            inputs: `Batch.model_inputs`, its index among them.
             text_scale, codebook_scales: factors of the sums in the loss, from `loss_scales`; a number, and [codebooks].
 
         Returns:
             the loss for backward ([], float32); `MicroBatchStats`, flat, on the device; the report.
         """
-        layout: Layout = inputs["layout"]
+        index: BatchIndex = inputs["index"]
         objective = Objective(self.loss_impl, text_scale, codebook_scales)
         # Out through PEFT, which adds `labels` and calls HiggsAudioForTraining.forward (higgs.py); back from
         # padding_free_forward, which computes the loss.
@@ -77,24 +77,24 @@ class TrainingForward(nn.Module):
             input_gradient=self.input_gradient,
         )
         report = ForwardReport(
-            expanded_labels_shape=(layout.num_sequences, layout.longest),
+            expanded_labels_shape=(index.num_sequences, index.longest),
             audio_logits_shape=outputs.audio_logits_shape,
             path="collator",
         )
-        if layout.num_labels != outputs.num_rows:
+        if index.num_labels != outputs.num_rows:
             report.problems.append(
                 (
                     "expanded_labels",
-                    f"text labels expand to {layout.num_labels} positions, {outputs.num_rows} were computed",
+                    f"text labels expand to {index.num_labels} positions, {outputs.num_rows} were computed",
                 )
             )
-        expected = (layout.audio_targets.shape[0], self.num_codebooks, self.classes)
-        if outputs.audio_logits_shape != expected or outputs.num_frames != layout.num_frames:
+        expected = (index.audio_targets.shape[0], self.num_codebooks, self.classes)
+        if outputs.audio_logits_shape != expected or outputs.num_frames != index.num_frames:
             report.problems.append(
                 (
                     "audio_logits",
                     f"audio logits have shape {outputs.audio_logits_shape}, expected {expected}; {outputs.num_frames} "
-                    f"audio frames reached the model, expected {layout.num_frames}",
+                    f"audio frames reached the model, expected {index.num_frames}",
                 )
             )
         if report.problems:

@@ -3,7 +3,7 @@
 The same mathematics as upstream's forward, through upstream's own modules (so that ZeRO-3 gathers each weight when it
 is used, and LoRA is where it was): text rows and audio rows go through their own norms and feed-forward networks as
 two slices, attention sees right-padded sequences and no mask, and heads see labelled rows alone. All indices come
-from the batch's `Layout`.
+from the batch's `BatchIndex`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from boson_multimodal.model.higgs_audio.modeling_higgs_audio import HiggsAudioDu
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ...batching.layout import Layout
+from ...batching.batch_index import BatchIndex
 from ...errors import ConfigError
 from ...loss import HeadSums, head_sums, scaled_loss
 from ..fused_head import LabelledRows, head_sums_of
@@ -68,7 +68,7 @@ class PaddingFreeOutput(NamedTuple):
 
 def padding_free_forward(
     model: HiggsAudioModel,
-    layout: Layout,
+    index: BatchIndex,
     objective: Objective,
     *,
     input_ids: torch.Tensor,
@@ -80,39 +80,39 @@ def padding_free_forward(
     """One micro-batch through upstream's `HiggsAudioModel`.
 
     Args:
-        input_ids: [batch, tokens], read at `layout.text_index`.
+        input_ids: [batch, tokens], read at `index.text_index`.
         audio_out_ids, audio_in_ids: [codebooks, frames].
         checkpoint_every: N recomputes every N-th layer in the backward, from the first on; 0 for none.
         input_gradient: whether the backward goes on to what enters the first layer, where nothing learns.
     """
-    # Inputs: token ids and codes, of the shapes that the layout was made for.
+    # Inputs: token ids and codes, of the shapes that the index was made for.
     codes = _codes(model, audio_out_ids, audio_in_ids, input_ids)
     num_frames = codes.shape[1]
-    arrived = num_frames == layout.num_frames
+    arrived = num_frames == index.num_frames
     # What did not arrive is the guard's to report. Until it has, this rank computes as much as the others wait for.
-    codes = _of_shape(codes, (codes.shape[0], layout.num_frames))
-    input_ids = _of_shape(input_ids, layout.input_shape)
+    codes = _of_shape(codes, (codes.shape[0], index.num_frames))
+    input_ids = _of_shape(input_ids, index.input_shape)
     # Embeddings: text rows first, audio rows behind them, and so through all layers.
-    text = model.embed_tokens(input_ids.flatten().index_select(0, layout.text_index))
+    text = model.embed_tokens(input_ids.flatten().index_select(0, index.text_index))
     hidden = torch.cat([text, _embed_codes(model, codes)])
     if input_gradient and torch.is_grad_enabled():
         hidden.requires_grad_()
     # Rotary factors once for all layers, by each row's place in its own sequence.
-    cos, sin = model.rotary_emb(hidden, layout.positions[None])
+    cos, sin = model.rotary_emb(hidden, index.positions[None])
     rope = cos.transpose(0, 1), sin.transpose(0, 1)  # [N, 1, head_dim]
     num_rows, last = hidden.shape[0], len(model.layers) - 1
     for number, layer in enumerate(model.layers):
         hidden = layer(
             hidden,
-            layout=layout,
+            index=index,
             rope=rope,
             # Behind the last attention nobody looks at a row that no head predicts from.
             outputs_only=number == last,
             recompute=bool(checkpoint_every) and number % checkpoint_every == 0 and torch.is_grad_enabled(),
         )
     # Heads: only rows with a label, and the loss of both.
-    text, audio = model.norm(hidden.index_select(0, layout.head_rows)).split(layout.num_head_rows)
-    loss, sums, shape = _heads(model.audio_decoder_proj, text, audio, layout, objective)
+    text, audio = model.norm(hidden.index_select(0, index.head_rows)).split(index.num_head_rows)
+    loss, sums, shape = _heads(model.audio_decoder_proj, text, audio, index, objective)
     if not arrived:
         shape = (0, *shape[1:])  # nothing was computed from the frames that were meant
     return PaddingFreeOutput(loss, sums, num_rows, num_frames, shape)
@@ -150,28 +150,28 @@ class DecoderLayer(HiggsAudioDualFFNDecoderLayer):
     """
 
     def forward(
-        self, hidden: torch.Tensor, *args: Any, layout: Layout | None = None, recompute: bool = False, **kwargs: Any
+        self, hidden: torch.Tensor, *args: Any, index: BatchIndex | None = None, recompute: bool = False, **kwargs: Any
     ) -> Any:
-        """[N, hidden] -> [N, hidden], or with `outputs_only` the layout's output rows alone, [K, hidden].
+        """[N, hidden] -> [N, hidden], or with `outputs_only` the index's output rows alone, [K, hidden].
 
         With `recompute`, what is computed in between is made again in the backward.
         """
-        if layout is None:
+        if index is None:
             return super().forward(hidden, *args, **kwargs)
         if recompute:
             # Within the module: no hook of ZeRO-3's, which would give the weights back, between this and the gradients.
-            return checkpoint(self.on_rows, hidden, layout=layout, **kwargs, use_reentrant=False)
-        return self.on_rows(hidden, layout=layout, **kwargs)
+            return checkpoint(self.on_rows, hidden, index=index, **kwargs, use_reentrant=False)
+        return self.on_rows(hidden, index=index, **kwargs)
 
-    def on_rows(self, hidden: torch.Tensor, *, layout: Layout, rope: Rope, outputs_only: bool) -> torch.Tensor:
+    def on_rows(self, hidden: torch.Tensor, *, index: BatchIndex, rope: Rope, outputs_only: bool) -> torch.Tensor:
         """The computation itself, see `forward`."""
         # Flat rows to padded sequences, attention, and back to flat rows.
-        places, num_text = layout.unpack_index, layout.num_text
-        heads = self.before_attention(hidden, num_text, rope, layout.pack_index, places)
+        places, num_text = index.unpack_index, index.num_text
+        heads = self.before_attention(hidden, num_text, rope, index.pack_index, places)
         if outputs_only:
-            hidden, places = (rows.index_select(0, layout.output_rows) for rows in (hidden, places))
-            num_text = layout.num_output_text
-        attended = _Ungroup.apply(_attention(self.self_attn, heads, layout), places)
+            hidden, places = (rows.index_select(0, index.output_rows) for rows in (hidden, places))
+            num_text = index.num_output_text
+        attended = _Ungroup.apply(_attention(self.self_attn, heads, index), places)
         return self.after_attention(hidden, attended, num_text)
 
     def before_attention(
@@ -202,12 +202,12 @@ def _normed(norms: list[nn.Module], rows: torch.Tensor, num_text: int) -> torch.
     return torch.cat([text(rows[:num_text]), audio(rows[num_text:])])
 
 
-def _attention(attn: LlamaAttention, heads: tuple[torch.Tensor, ...], layout: Layout) -> torch.Tensor:
+def _attention(attn: LlamaAttention, heads: tuple[torch.Tensor, ...], index: BatchIndex) -> torch.Tensor:
     """Causal self-attention within each sequence. [places, heads, head_dim] each -> [places, hidden]
 
     Padding stands to the right of all that a sequence holds, so that causality alone keeps it from being seen.
     """
-    shape = (layout.num_sequences, layout.longest, -1, attn.head_dim)
+    shape = (index.num_sequences, index.longest, -1, attn.head_dim)
     query, key, value = (part.view(shape).transpose(1, 2) for part in heads)  # [batch, heads, longest, head_dim]
     # Kernels in half precision share key heads among query heads by themselves; in float32 only the slow one does.
     shares = query.is_cuda and query.dtype != torch.float32
@@ -289,7 +289,7 @@ class _Ungroup(torch.autograd.Function):
 
 
 def _heads(
-    heads: HiggsAudioDecoderProjector, text: torch.Tensor, audio: torch.Tensor, layout: Layout, objective: Objective
+    heads: HiggsAudioDecoderProjector, text: torch.Tensor, audio: torch.Tensor, index: BatchIndex, objective: Objective
 ) -> tuple[torch.Tensor, HeadSums, tuple[int, ...]]:
     """Loss, sums and the shape of what the audio head computed, from labelled rows after the last norm."""
     scales = objective.codebook_scales
@@ -297,12 +297,12 @@ def _heads(
     if objective.impl == "reference":
         text_logits = heads.text_lm_head(text)
         audio_logits = heads.audio_lm_head(audio).unflatten(1, (scales.shape[0], -1))
-        sums = head_sums(text_logits[None], audio_logits, layout.text_targets[None], layout.audio_targets)
+        sums = head_sums(text_logits[None], audio_logits, index.text_targets[None], index.audio_targets)
         loss = scaled_loss(sums, objective.text_scale, scales)
         return loss, sums, tuple(audio_logits.shape)
     # Fused: each head gives its loss by itself, see `FusedHead.loss_of`.
     text_scale = torch.full((1,), objective.text_scale, dtype=scales.dtype, device=scales.device)
-    of_text = heads.text_lm_head.loss_of(LabelledRows(text, layout.text_targets[:, None], text_scale))
-    of_audio = heads.audio_lm_head.loss_of(LabelledRows(audio, layout.audio_targets, scales))
+    of_text = heads.text_lm_head.loss_of(LabelledRows(text, index.text_targets[:, None], text_scale))
+    of_audio = heads.audio_lm_head.loss_of(LabelledRows(audio, index.audio_targets, scales))
     sums = head_sums_of(of_text, of_audio)
     return of_text.loss + of_audio.loss, sums, of_audio.shape

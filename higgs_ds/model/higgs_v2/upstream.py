@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from boson_multimodal.model.higgs_audio import HiggsAudioModel
 
-from ...batching.layout import Layout
+from ...batching.batch_index import BatchIndex
 from ..fused_head import FusedHead
 from .layers import padding_free_forward
 from .layouts import CARRIED_ALONG
@@ -22,7 +22,7 @@ class HiggsAudioForTraining(HiggsAudioModel):
     That one key is dropped. Everything else reaches the model, and a key that it does not know is an error: dropping
     more than `labels` is how a trainer ends up with a loss of 0.0000. Weights keep upstream's names.
 
-    With a `layout` the batch goes through the padding-free forward, which gives a loss instead of logits.
+    With a `index` the batch goes through the padding-free forward, which gives a loss instead of logits.
     """
 
     _keys_to_ignore_on_load_unexpected = (CARRIED_ALONG,)  # `check_weights` has said so once
@@ -37,8 +37,8 @@ class HiggsAudioForTraining(HiggsAudioModel):
         self,
         *args,
         labels=None,
-        layout: Layout | None = None,
-        objective: Any = None,  # an `Objective`, where there is a layout
+        index: BatchIndex | None = None,
+        objective: Any = None,  # an `Objective`, where there is a index
         checkpoint_every: int = 0,
         input_gradient: bool = False,
         **kwargs,
@@ -46,12 +46,12 @@ class HiggsAudioForTraining(HiggsAudioModel):
         unknown = sorted(kwargs.keys() - FORWARD_KEYS)
         if unknown:
             raise TypeError(f"unknown keys in the batch: {', '.join(unknown)}; the model takes {sorted(FORWARD_KEYS)}")
-        if layout is None:
+        if index is None:
             self._embedded = []
             return super().forward(*args, **kwargs)
         return padding_free_forward(
             self,
-            layout,
+            index,
             objective,
             input_ids=kwargs["input_ids"],
             audio_out_ids=kwargs.get("audio_out_ids"),

@@ -92,16 +92,16 @@ def upstreams_on(model, config):
 
 
 def batch_of(names, tokenizer, config, **collate):
-    return Collator(HiggsV2Facts.from_config(config), with_layout=True)(samples_of(names, tokenizer), **collate)
+    return Collator(HiggsV2Facts.from_config(config), with_index=True)(samples_of(names, tokenizer), **collate)
 
 
-def computed(module, batch, *, layout=True, seed=None):
+def computed(module, batch, *, index=True, seed=None):
     """(loss, stats, report, gradients by name)"""
     if seed is not None:
         torch.manual_seed(seed)
     inputs = batch.model_inputs()
-    if not layout:
-        inputs.pop("layout", None)
+    if not index:
+        inputs.pop("index", None)
     counts = batch.codebook_counts
     scales = torch.tensor([0.3 / (8 * count) if count else 0.0 for count in counts]) if counts else torch.zeros(8)
     loss, stats, report = module(inputs, 0.7 / max(1, batch.text_count), scales)
@@ -177,7 +177,7 @@ ALL_BATCHES = [*BATCHES, "no text labels", "a filler"]
 def test_agrees_with_upstream_in_loss_and_every_gradient(name, loss_impl, model, config, tokenizer):
     batch = batch_called(name, tokenizer, config)
     ours = computed(ours_on(model, config, loss_impl=loss_impl), batch)
-    wanted = computed(upstreams_on(model, config), batch, layout=False)
+    wanted = computed(upstreams_on(model, config), batch, index=False)
     assert_agree(ours, wanted, exact_on(model, config, batch))
     assert ours[2].path == "collator"
     moved = [bool(gradient.any()) for gradient in ours[3].values()]
@@ -190,7 +190,7 @@ def test_rslora_agrees_too_and_is_not_plain_lora(model, base_dir, config, tokeni
     rooted = lora_on(base_dir, config, rslora=True)
     batch = batch_of(["dialog", "speech"], tokenizer, config)
     ours, plain = computed(ours_on(rooted, config), batch), computed(ours_on(model, config), batch)
-    assert_agree(ours, computed(upstreams_on(rooted, config), batch, layout=False), exact_on(rooted, config, batch))
+    assert_agree(ours, computed(upstreams_on(rooted, config), batch, index=False), exact_on(rooted, config, batch))
     assert distance(joined(ours[3]), joined(plain[3])) > 0.1
 
 
@@ -212,7 +212,7 @@ def test_embeddings_and_heads_that_are_trained_whole_get_upstreams_gradient(
         monkeypatch.setattr(fused_head, "CHUNK_BYTES", 5 * 4 * 8 * 1026)
     batch = batch_called(name, tokenizer, config)
     ours = computed(ours_on(with_whole, config, loss_impl=loss_impl.split(",")[0]), batch)
-    wanted = computed(upstreams_on(with_whole, config), batch, layout=False)
+    wanted = computed(upstreams_on(with_whole, config), batch, index=False)
     assert_agree(ours, wanted, exact_on(with_whole, config, batch))
     assert len(ours[3]) == 2 * 20 + 3
     if name in ("mixed lengths", "several clips a row"):
@@ -227,7 +227,7 @@ def test_is_the_same_mathematics_in_float64(name, with_whole, config, tokenizer,
     ours = computed(ours_on(exact, config, loss_impl="reference"), batch)
     # Upstream's norm rounds to float32 whatever it is given; ours, which does not, has tests of its own.
     monkeypatch.setattr(LlamaRMSNorm, "forward", FusedRmsNorm.forward)
-    wanted = computed(upstreams_on(exact, config), batch, layout=False)
+    wanted = computed(upstreams_on(exact, config), batch, index=False)
     assert_same_losses(ours, wanted, each=EACH_FLOAT64)
     assert worst_distance(ours[3], wanted[3]) <= EACH_FLOAT64
 
@@ -239,17 +239,17 @@ def test_without_audio_in_codes_the_placeholder_is_seen_by_nobody(base_dir, conf
     model = lora_on(base_dir, other)
     batch = batch_of(["dialog", "speech"], tokenizer, other)
     ours = computed(ours_on(model, other), batch)
-    assert_agree(ours, computed(upstreams_on(model, other), batch, layout=False), exact_on(model, other, batch))
+    assert_agree(ours, computed(upstreams_on(model, other), batch, index=False), exact_on(model, other, batch))
 
 
 def test_rows_are_counted_without_padding(tokenizer, config):
     batch = batch_of(["text", "dialog", "speech"], tokenizer, config)
-    layout = batch.layout
-    assert layout.num_rows == layout.num_labels == batch.num_tokens == layout.num_text + layout.num_frames
-    assert len(layout.text_targets) == batch.text_count
-    assert (layout.audio_targets != -100).sum(0).tolist() == batch.codebook_counts
-    moved = layout.to("meta")
-    assert moved.positions.device.type == "meta" and moved.longest == layout.longest
+    index = batch.index
+    assert index.num_rows == index.num_labels == batch.num_tokens == index.num_text + index.num_frames
+    assert len(index.text_targets) == batch.text_count
+    assert (index.audio_targets != -100).sum(0).tolist() == batch.codebook_counts
+    moved = index.to("meta")
+    assert moved.positions.device.type == "meta" and moved.longest == index.longest
 
 
 @pytest.mark.parametrize("loss_impl", ["fused", "reference"])
@@ -294,7 +294,7 @@ def test_bf16_is_as_near_to_float64_as_upstream_with_peft(deep, tokenizer):
     for names in (["dialog", "speech", "text"], ["clone", "dialog"], ["speech"], ["dialog from turn 3"], ["dialog"]):
         batch = batch_of(names, tokenizer, config)
         exact = exact_on(model, config, batch)
-        both = computed(ours_on(half, config), batch), computed(upstreams_on(half, config), batch, layout=False)
+        both = computed(ours_on(half, config), batch), computed(upstreams_on(half, config), batch, index=False)
         assert float(both[0][0]) == pytest.approx(float(exact[0]), rel=2**-8)  # one step of bf16
         for kind in kinds:
             true, *results = (
@@ -322,7 +322,7 @@ def test_lora_on_a_head_needs_the_reference_loss(head, base_dir, config, tokeniz
         training_forward(model, config)
     batch = batch_of(["dialog", "speech"], tokenizer, config)
     ours = computed(ours_on(model, config, loss_impl="reference"), batch)
-    wanted = computed(upstreams_on(model, config), batch, layout=False)
+    wanted = computed(upstreams_on(model, config), batch, index=False)
     assert_agree(ours, wanted, exact_on(model, config, batch))
     assert all(gradient.any() for gradient in ours[3].values())
 
@@ -356,7 +356,7 @@ def test_a_dual_ffn_in_every_layer_is_what_counts_not_the_adapters_name(name, co
 
 
 def broken(batch, **changes):
-    return dataclasses.replace(batch, layout=dataclasses.replace(batch.layout, **changes))
+    return dataclasses.replace(batch, index=dataclasses.replace(batch.index, **changes))
 
 
 def test_what_did_not_reach_the_model_is_a_problem(model, config, tokenizer):
@@ -364,13 +364,13 @@ def test_what_did_not_reach_the_model_is_a_problem(model, config, tokenizer):
     module = training_forward(model, config)
     cases = {
         "audio_logits": dataclasses.replace(batch, audio_out_ids=batch.audio_out_ids[:, :0]),
-        "expanded_labels": broken(batch, num_labels=batch.layout.num_labels - 3),
+        "expanded_labels": broken(batch, num_labels=batch.index.num_labels - 3),
     }
     for check, spoiled in cases.items():
         loss, stats, report = module(spoiled.model_inputs(), 1.0, torch.ones(8))
         assert [name for name, _ in report.problems] == [check]
         assert torch.isnan(stats).all()
-        assert report.audio_logits_shape == (0 if check == "audio_logits" else len(batch.layout.audio_targets), 8, 1026)
+        assert report.audio_logits_shape == (0 if check == "audio_logits" else len(batch.index.audio_targets), 8, 1026)
         loss.backward()  # ranks stay in step
     module.zero_grad()
 

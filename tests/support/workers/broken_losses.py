@@ -44,7 +44,7 @@ class Breaker(torch.nn.Module):
         self.model, self.check = model, None
 
     def forward(self, **inputs):
-        if self.check == "audio_logits" and "layout" in inputs:
+        if self.check == "audio_logits" and "index" in inputs:
             inputs["audio_out_ids"] = None
         outputs = self.model(**inputs)
         if isinstance(outputs, PaddingFreeOutput):

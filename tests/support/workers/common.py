@@ -36,10 +36,10 @@ def speech_rows(count: int) -> list[Row]:
 def without_text_labels(batch):
     """The same batch where nothing of the text is learned."""
     batch = dataclasses.replace(batch, label_ids=torch.full_like(batch.label_ids, -100))
-    if batch.layout is not None:
-        layout = batch.layout
-        rows = layout.head_rows[len(layout.text_targets) :]
-        batch.layout = dataclasses.replace(layout, head_rows=rows, text_targets=layout.text_targets[:0])
+    if batch.index is not None:
+        index = batch.index
+        rows = index.head_rows[len(index.text_targets) :]
+        batch.index = dataclasses.replace(index, head_rows=rows, text_targets=index.text_targets[:0])
     return batch
 
 

@@ -19,7 +19,7 @@ from higgs_ds import checkpoint, run, trainer
 from higgs_ds import load_data as data
 from higgs_ds import memory_check as rehearsal
 from higgs_ds import setup as run_setup
-from higgs_ds.batching import collate, layout
+from higgs_ds.batching import batch_index, collate
 from higgs_ds.batching import loader as dataset
 from higgs_ds.codec import boson_tokenizer
 from higgs_ds.distributed import agreement, engine, rank_watch, rendezvous
@@ -270,7 +270,7 @@ def lost_audio() -> None:
     original = higgs.HiggsAudioForTraining.forward
 
     def call(self, *args, **kwargs):
-        if "layout" in kwargs:
+        if "index" in kwargs:
             return original(self, *args, **{**kwargs, "audio_out_ids": None})
         outputs = original(self, *args, **kwargs)
         outputs.audio_logits = outputs.audio_logits[:0] + outputs.audio_logits.sum() * 0
@@ -286,7 +286,7 @@ def lost_audio_from(step: int) -> None:
 
 def unshifted_audio() -> None:
     """Position t is asked for its own code: the loss falls, and the model is silent."""
-    reference.audio_targets = layout.audio_targets = lambda label_audio_ids: label_audio_ids.t()
+    reference.audio_targets = batch_index.audio_targets = lambda label_audio_ids: label_audio_ids.t()
 
 
 def no_expanded_labels() -> None:

@@ -27,7 +27,7 @@ def main() -> None:
     steps = int(sys.argv[4])
     ranks = start_ranks()
     run = build(ranks, base_dir, codec_dir, out, 2, stage=3, total_steps=steps)
-    collator = Collator(HiggsV2Facts.from_config(read_model_config(base_dir)), with_layout=True)
+    collator = Collator(HiggsV2Facts.from_config(read_model_config(base_dir)), with_index=True)
     draw = torch.Generator().manual_seed(ranks.rank)
 
     def batch_of(kind: int):

@@ -17,7 +17,7 @@ from ..loss import IGNORE, audio_targets, flat_text_targets
 
 
 @dataclass(frozen=True)
-class Layout:
+class BatchIndex:
     """Index tensors (int64) and sizes of one micro-batch; N rows in all, in B sequences of at most `longest` rows."""
 
     text_index: torch.Tensor  # [text tokens], places in input_ids.flatten()
@@ -50,21 +50,21 @@ class Layout:
         """Rows of the text head and of the audio head."""
         return [self.text_targets.shape[0], self.audio_targets.shape[0]]
 
-    def to(self, device: torch.device | str) -> Layout:
+    def to(self, device: torch.device | str) -> BatchIndex:
         """On the device, by copies that nothing waits for."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def pin_memory(self) -> Layout:
+    def pin_memory(self) -> BatchIndex:
         """In page-locked memory."""
         return self._each(lambda tensor: tensor.pin_memory())
 
-    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Layout:
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> BatchIndex:
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         values |= {k: change(v) for k, v in values.items() if isinstance(v, torch.Tensor)}
-        return Layout(**values)
+        return BatchIndex(**values)
 
 
-def make_layout(
+def make_batch_index(
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor,
     label_ids: torch.Tensor,
@@ -75,8 +75,8 @@ def make_layout(
     out_lengths: torch.Tensor,
     in_lengths: torch.Tensor | None,
     num_codebooks: int,
-) -> Layout:
-    """The layout of a batch as the collator makes it.
+) -> BatchIndex:
+    """The index of a batch as the collator makes it.
 
     Args:
         input_ids, attention_mask, label_ids: [batch, tokens].
@@ -114,7 +114,7 @@ def make_layout(
     # A clip's last frame may be both heads': its text label is the token that follows the clip.
     head_rows = torch.cat([row_of[text_places], num_text + frames])
     output_rows, head_rows = torch.unique(head_rows, return_inverse=True)
-    return Layout(
+    return BatchIndex(
         text_index=token[order[:num_text]],
         positions=position[order],
         pack_index=row_of[place.flatten()],

@@ -57,7 +57,7 @@ def test_a_row_is_as_long_as_the_collator_makes_it(rows, cache, tokenizer, tiny_
 
 
 def test_a_row_is_as_long_as_the_model_computes_it(rows, cache, tokenizer, tiny_dir, tiny_config):
-    from higgs_ds.model import base as model
+    from higgs_ds.model.higgs_v2 import checkpoint as model
 
     base = model.load_base(tiny_dir, tiny_config, "fp32")
     collator = Collator(HiggsV2Facts.from_config(tiny_config))

@@ -94,7 +94,8 @@ def test_a_quantized_base_trains_as_the_dense_base_of_the_same_values(tiny_dir, 
 IMPORTS = """
 import sys, types, torch
 from pathlib import Path
-from higgs_ds.model.base import attach_lora, load_base, read_model_config
+from higgs_ds.model.higgs_v2.checkpoint import load_base, read_model_config
+from higgs_ds.model.lora import attach_lora
 folder, hub = Path(sys.argv[1]), types.ModuleType("kernels")
 hub.get_kernel = lambda *_, **__: print("fetched")
 sys.modules["kernels"] = hub

@@ -29,7 +29,7 @@ from benchmarks.report import report  # noqa: E402
 from benchmarks.step import make_samples  # noqa: E402
 from higgs_ds.batching.batch_plan import TokenPlan  # noqa: E402
 from higgs_ds.batching.collate import Batch, Collator  # noqa: E402
-from higgs_ds.model import base as model  # noqa: E402
+from higgs_ds.model import lora as model  # noqa: E402
 from higgs_ds.model.higgs_v2.facts import HiggsV2Facts  # noqa: E402
 from higgs_ds.model.higgs_v2.forward import training_forward  # noqa: E402
 from higgs_ds.model.higgs_v2.modules import DEFAULT_LORA_TARGETS  # noqa: E402

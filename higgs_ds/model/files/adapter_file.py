@@ -227,7 +227,7 @@ def read_adapter(
 
     Args:
         folder: holds adapter_model.safetensors, by PEFT's names.
-        modules: shapes of the weights that an adapter may change, from `load_layout.adaptable_modules`.
+        modules: shapes of the weights that an adapter may change, from `Family.adaptable_modules`.
         config: from `read_adapter_config`.
         flag: begins each message.
 

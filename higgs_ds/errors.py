@@ -1,4 +1,4 @@
-"""What a user can get wrong, how it is told, and the exit codes of every command."""
+"""Errors that a user can make, how they are told, and the exit codes of every command."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
 
 
 class ExitCode(IntEnum):
-    """What a process ends with; a queue decides by it."""
+    """Number that a process ends with; a queue decides by it."""
 
     OK = 0
     FAILED = 1  # a checklist with a failure, an unexpected error, another rank that died or got stuck
@@ -23,7 +23,7 @@ class ExitCode(IntEnum):
 
 
 class ConfigError(ValueError):
-    """What is wrong with flags, YAML, DeepSpeed's JSON, a checkpoint or data: all problems at once, one a line.
+    """Faults of flags, YAML, DeepSpeed's JSON, a checkpoint or data: all problems at once, one a line.
 
     The commands print it and end with `ExitCode.CONFIG`.
     """
@@ -53,7 +53,7 @@ def reading(what: str) -> Iterator[None]:
 
 
 def words_of(error: BaseException) -> str:
-    """What a library says, in one line of at most 300 characters; led by the error's type unless a file is at fault."""
+    """Words of a library, in one line of at most 300 characters; led by the error's type unless a file is at fault."""
     reason = getattr(error, "strerror", None)
     text = " ".join((reason or str(error)).split())
     text = text if len(text) <= 300 else f"{text[:299]}…"
@@ -68,7 +68,7 @@ def shown(value: object) -> str:
 
 
 def reason_of(error: Exception) -> str:
-    """What the system says of a file that it refuses, without number and path; any other error's own words."""
+    """Words of the system on a file that it refuses, without number and path; any other error's own words."""
     return getattr(error, "strerror", None) or str(error)
 
 
@@ -88,7 +88,7 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 
 
 def _alike(name: str, other: str) -> bool:
-    """Whether every word of one is a word of the other, or nearly; a word and a longer form of it count as one."""
+    """True if every word of one is a word of the other, or nearly; a word and a longer form of it count as one."""
     words, others = (text.lower().replace("-", "_").split("_") for text in (name, other))
     if len(words) != len(others):
         words, others = ["".join(words)], ["".join(others)]

@@ -20,6 +20,7 @@ from .batching.references import References, in_epochs
 from .batching.shared_memory import check_shared_memory
 from .batching.token_counts import LengthIndex
 from .codec.base import Codec, check_fits
+from .codec.boson import BosonCodec
 from .codec.load import load_codec
 from .data.chatml import Row
 from .data.code_cache import CodeCache
@@ -45,7 +46,7 @@ LoadedSteps = AbstractContextManager[Iterator[tuple[StepPlan, list[Batch]]]]
 
 def codes_folder(config: TrainConfig) -> Path:
     """The folder of the clips' codes."""
-    return Path(config.data.codes_cache or Path(config.run.output_dir) / "codes_cache")
+    return Path(config.data.codes_cache or config.output_dir / "codes_cache")
 
 
 @dataclass
@@ -115,9 +116,10 @@ def _agree_on_fingerprint(codec: Codec, ranks: Ranks | Alone) -> None:
     Raises:
         ConfigError: on all ranks, naming those that have another codec.
     """
-    files = getattr(codec, "files", None)  # where making the fingerprint is dear
-    fingerprint = made_once(files or codec.fingerprint, lambda: codec.fingerprint, ranks)
-    if files:
+    # Boson's is dear: the files' stamps tell who shares it.
+    same_for: object = codec.files if isinstance(codec, BosonCodec) else codec.fingerprint
+    fingerprint = made_once(same_for, lambda: codec.fingerprint, ranks)
+    if isinstance(codec, BosonCodec):
         codec.fingerprint = fingerprint
     check_same({"--codec, by its content": fingerprint}, ranks)
 
@@ -150,7 +152,10 @@ class Data:
         """This rank's share of all validation rows, as many batches on every rank."""
         rows, optim = self.corpus.val_rows, self.setup.config.optim
         plans = evaluation_plans(
-            *(len(rows), optim.batch_size, self.ranks.rank, self.ranks.world_size),
+            len(rows),
+            self.setup.batch_size,
+            self.ranks.rank,
+            self.ranks.world_size,
             tokens=rows.tokens,
             max_tokens=optim.max_tokens_per_batch,
             round_to=_round_to(self.setup, self.collator),
@@ -216,7 +221,7 @@ def load_data(setup: Setup, ranks: Ranks, watch: Watch | Unwatched, *, only_one_
         len(rows),
         rows.tokens,
         mixture=mixture,
-        batch_size=config.optim.batch_size,
+        batch_size=setup.batch_size,
         max_tokens=config.optim.max_tokens_per_batch,
         grad_accum=config.optim.grad_accum,
         world_size=ranks.world_size,
@@ -231,7 +236,7 @@ def load_data(setup: Setup, ranks: Ranks, watch: Watch | Unwatched, *, only_one_
         check_shared_memory,
         data.dataset(rows),
         num_workers=config.data.num_workers * (2 if corpus.val_rows else 1),
-        batch_size=config.optim.batch_size,
+        batch_size=setup.batch_size,
         max_tokens=config.optim.max_tokens_per_batch,
         kept=0 if ranks.device.type == "cuda" else config.optim.grad_accum,
         ranks_here=ranks.gather(host).count(host),

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 
 from torch import nn
 
@@ -55,7 +54,7 @@ def joined(
     """
     ranks, meeting = meet_ranks(deterministic=config.run.deterministic)
     ranks.seed(config.optim.seed)
-    output_dir = Path(config.run.output_dir)
+    output_dir = config.output_dir
     is_new = not keeps_nothing and config.run.resume == "none"
     alone = ranks.is_main and not keeps_nothing
     seconds = config.run.stall_timeout_sec or STALL_TIMEOUT_SEC[ranks.device.type]

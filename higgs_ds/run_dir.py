@@ -183,7 +183,7 @@ def save_adapter(
                 with replacing(folder) as beside:
                     beside.mkdir(parents=True)
                     write_adapter(beside, lora, weights)
-                    write_record(beside, VoiceRecord(prompt_style, facts))
+                    write_record(beside, VoiceRecord(prompt_style, {name: str(fact) for name, fact in facts.items()}))
                     origin = {"layout": layout, "codec": codec, "codec_revision": codec_revision}
                     card = _model_card(lora, facts, folder, **origin)
                     (beside / "README.md").write_text(card, encoding="utf-8")

@@ -37,7 +37,12 @@ class Setup:
 
     @property
     def output_dir(self) -> Path:
-        return Path(self.config.run.output_dir)
+        return self.config.output_dir
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of a micro-batch, as `settle` has them."""
+        return self.config.optim.batch_size or 1
 
     @property
     def padding_free(self) -> bool:
@@ -52,7 +57,7 @@ def open_setup(config: TrainConfig, ds_raw: dict, ranks: Ranks, watch: Watch | U
     """Finds the checkpoint to go on from and the base, asks both everything, and settles the options by them."""
     resumed, notes = find_together(config, ranks)
     if resumed is None and config.run.resume == "auto":
-        ranks.each(lambda: run_dir.refuse_a_result(Path(config.run.output_dir)))
+        ranks.each(lambda: run_dir.refuse_a_result(config.output_dir))
     watch.untimed("finding the base checkpoint")
     base = ranks.each(lambda: open_base_for(config))
     saved = resumed.position.config if resumed else None
@@ -76,7 +81,7 @@ def find_together(config: TrainConfig, ranks: Ranks) -> tuple[Checkpoint | None,
     Raises:
         ConfigError: on all ranks, naming those that cannot read it, or read another one there.
     """
-    resume, output_dir = config.run.resume, Path(config.run.output_dir)
+    resume, output_dir = config.run.resume, config.output_dir
     if resume == "auto":
         _wait_for_the_newest(output_dir / "checkpoints", ranks)
     resumed, notes = ranks.each(lambda: checkpoint.find_checkpoint(resume, output_dir) if ranks.is_main else (None, []))

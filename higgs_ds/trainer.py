@@ -55,7 +55,7 @@ class Best:
 
 
 class Saves(Protocol):
-    """What the loop saves through: `saver.Saver`. Every rank calls every method."""
+    """Interface that the loop saves through: `saver.Saver`. Every rank calls every method."""
 
     def save(self, step: StepPlan, trainer: Trainer) -> None:
         """A checkpoint after this step."""

@@ -22,7 +22,10 @@ class Codec(Protocol):
     codebook_size: int  # codes are 0..codebook_size - 1
     frame_rate: float  # frames a second
     sample_rate: int  # of what decode returns
-    fingerprint: str  # changes whenever the codes would
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes whenever the codes would."""
 
     def encode(self, waveform: np.ndarray, sample_rate: int) -> np.ndarray:
         """Codes int16 [num_codebooks, frames] of a mono waveform float32 [samples]."""

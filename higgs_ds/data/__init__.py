@@ -1,1 +1,1 @@
-"""What there is to train on, looked at before the first step: manifests, rows, clips and their codes. No torch."""
+"""Data to train on, looked at before the first step: manifests, rows, clips and their codes. No torch."""

@@ -99,7 +99,7 @@ def content_hash(ref: AudioRef) -> str:
     else:
         content = hashlib.sha256()
         try:
-            with _existing(ref.path).open("rb") as file:
+            with _existing(ref).open("rb") as file:
                 while chunk := file.read(HASH_BYTES):
                     content.update(chunk)
         except OSError as error:
@@ -143,7 +143,7 @@ def _write(path: str | Path, waveform: np.ndarray, sample_rate: int, kind: str, 
 @contextmanager
 def _opened(ref: AudioRef) -> Iterator[soundfile.SoundFile | ContainerFile]:
     """The clip's file; what is said against it, also while it is read, becomes an AudioError."""
-    source = io.BytesIO(_decoded_base64(ref.raw_audio)) if ref.raw_audio is not None else _existing(ref.path)
+    source = io.BytesIO(_decoded_base64(ref.raw_audio)) if ref.raw_audio is not None else _existing(ref)
     try:
         with _sound(mended(source)) as file:
             if not MIN_SAMPLE_RATE <= file.samplerate <= MAX_SAMPLE_RATE:
@@ -196,8 +196,9 @@ def _go_to(file: soundfile.SoundFile | ContainerFile, frame: int) -> None:
 
 def _rounded_sec(file: soundfile.SoundFile | ContainerFile) -> float:
     """By how much a whole file may end before its header says."""
-    of_blocks = isinstance(file, soundfile.SoundFile) and file.format in ("WAV", "WAVEX", "W64", "RF64")
-    return LENGTH_TOLERANCE_SEC if of_blocks and not file.subtype.startswith(WHOLE_SAMPLES) else 0.0
+    if not isinstance(file, soundfile.SoundFile) or file.format not in ("WAV", "WAVEX", "W64", "RF64"):
+        return 0.0
+    return 0.0 if file.subtype.startswith(WHOLE_SAMPLES) else LENGTH_TOLERANCE_SEC
 
 
 def _reason(error: soundfile.SoundFileError) -> str:
@@ -221,9 +222,10 @@ def _slice(file: soundfile.SoundFile | ContainerFile, ref: AudioRef) -> tuple[in
     return start, stop
 
 
-def _existing(path: Path) -> Path:
-    if not os.path.isfile(path):  # a pipe would block whoever opens it
-        raise AudioError("is missing" if not os.path.exists(path) else "is not a file")
+def _existing(ref: AudioRef) -> Path:
+    path = ref.path
+    if path is None or not os.path.isfile(path):  # a pipe would block whoever opens it
+        raise AudioError("is missing" if path is None or not os.path.exists(path) else "is not a file")
     if path.suffix.lower() == ".raw":
         raise AudioError("cannot be decoded: .raw has no header; write it anew as WAV or FLAC")
     return path

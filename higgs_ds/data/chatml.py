@@ -31,7 +31,7 @@ class AudioRef:
     key: bytes | None = dataclasses.field(default=None, compare=False)
 
     def holds(self, other: AudioRef) -> bool:
-        """Whether it is the same file from no later on, to no earlier an end."""
+        """True for the same file from no later on, to no earlier an end."""
         if (self.path, self.raw_audio) != (other.path, other.raw_audio):
             return False
         start, other_start = self.offset_sec or 0.0, other.offset_sec or 0.0
@@ -80,7 +80,7 @@ class Row:
 
     @property
     def has_scene(self) -> bool:
-        """Whether its first turn describes a scene."""
+        """True if its first turn describes a scene."""
         return any(isinstance(piece, str) and SCENE_START in piece for piece in self.messages[0].content)
 
     def with_keys(self, keys: np.ndarray) -> Row:
@@ -98,8 +98,8 @@ class Row:
 
     def with_reference(self, reference: tuple[str, AudioRef] | None) -> Row:
         """The same speech row with this transcript and clip as its earlier turns, or with none."""
-        assert self.is_speech
         text, clip = self.messages[-2].content[0], self.messages[-1].content[0]
+        assert self.is_speech and isinstance(text, str) and isinstance(clip, AudioRef)
         ref_text, ref_audio = reference or (None, None)
         turns, start_index = speech_messages(
             text,
@@ -161,7 +161,7 @@ def speech_messages(
     elif ref_audio is None or prompt_style == SERVED:
         turns.append(Turn("system", (SYSTEM_PROMPT,)))
     start_index = None
-    if ref_audio is not None:
+    if ref_text is not None and ref_audio is not None:
         turns += [Turn("user", (ref_text,)), Turn("assistant", (ref_audio,))]
         start_index = len(turns)
     turns.append(Turn("user", (text,)))

@@ -1,4 +1,4 @@
-"""Where a manifest's clips are: beside it, else under `--audio_root` or the working folder."""
+"""Places of a manifest's clips: beside it, else under `--audio_root` or the working folder."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class ClipPaths:
         return Path(next(found, None) or self._join(self.folders[0], value))
 
     def holds(self, value: str) -> bool:
-        """Whether a file of that name is in one of the folders."""
+        """True if a file of that name is in one of the folders."""
         return any(os.path.exists(self._join(folder, value)) for folder in self.folders)
 
     @staticmethod
@@ -70,7 +70,7 @@ class ClipPaths:
         )
 
     def _search(self, value: str) -> str | None:
-        """Where a file of the same name is: its last parts, under the folders known, those above and those within."""
+        """Looks for a file of the same name: its last parts, under the folders known, those above and those within."""
         parts = Path(os.path.expanduser(value)).parts
         roots = [*self.folders]
         for folder in self.folders:
@@ -96,7 +96,7 @@ def _subfolders(folder: str) -> list[str]:
 
 
 def file_problem(path: str | Path) -> str | None:
-    """What keeps a path from being an audio file, without opening it."""
+    """Reason why a path is no audio file, without opening it."""
     try:
         status = os.stat(path)
     except FileNotFoundError:

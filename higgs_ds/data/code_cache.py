@@ -89,7 +89,7 @@ class CodeCache:
         for ref, key, problem in self.ensure_each(list(dict.fromkeys(refs)), max_duration_sec):
             if problem is not None:
                 problems[ref] = problem
-            else:
+            elif key is not None:
                 self._keys[ref] = key
         return problems
 
@@ -133,7 +133,7 @@ class CodeCache:
 
 @dataclass(frozen=True)
 class Location:
-    """Where a clip's codes are: from `offset` (bytes) of a file, row after row of [codebooks, frames]."""
+    """Place of a clip's codes: from `offset` (bytes) of a file, row after row of [codebooks, frames]."""
 
     file: Path
     offset: int
@@ -169,7 +169,7 @@ class CodeStore:
         raise ValueError(f"{damage}; start again, and it is made anew")
 
     def frames(self, key: bytes) -> int:
-        """How many frames the codes of this key have. Raises MissingCodesError."""
+        """Frames of this key's codes. Raises MissingCodesError."""
         return self._locations(key)[0].frames
 
     def frames_each(self, keys: np.ndarray) -> np.ndarray:
@@ -178,16 +178,17 @@ class CodeStore:
         Raises MissingCodesError.
         """
         words = np.ascontiguousarray(keys).view("<u8")
-        found = np.full(len(words), -1) if self._index is None else self._index.find_each(words)
+        index = self.read_index() if self._index is None else self._index
+        found = index.find_each(words)
         if (found < 0).any():
-            self.read_index()
-            found = self._index.find_each(words)
+            index = self.read_index()
+            found = index.find_each(words)
         if (found < 0).any():
             raise MissingCodesError(f"{int((found < 0).sum())} clips have no codes in {self._folder}")
-        return self._index.rows["frames"][found].astype(np.int64)
+        return index.rows["frames"][found].astype(np.int64)
 
     def holds(self, key: bytes) -> bool:
-        """Whether whole codes of this key were there when the index was last read, or were added since."""
+        """True if whole codes of this key were there when the index was last read, or were added since."""
         for location in self._find(key):
             try:
                 self._read(location)
@@ -196,16 +197,17 @@ class CodeStore:
                 pass  # damaged: another copy may be whole
         return False
 
-    def read_index(self) -> None:
+    def read_index(self) -> Records:
         """Finds what other processes have written by now, in place of what was known."""
         self._index = Records(self._folder, ".index", INDEX)
         self._code_files = [file.with_suffix(".codes") for file in self._index.files]
         self._added.clear()
+        return self._index
 
     def add(self, key: bytes, codes: np.ndarray) -> None:
         """Appends codes [codebooks, frames], then their place to the index: killed between, nothing was added."""
         content = np.ascontiguousarray(codes, dtype="<i2").tobytes()
-        if self._writer is None:
+        if self._writer is None or self._codes_file is None:
             self._writer = RecordWriter(self._folder, ".index", INDEX)
             self._folder.mkdir(parents=True, exist_ok=True)
             path = self._writer.path.with_suffix(".codes")
@@ -226,13 +228,13 @@ class CodeStore:
     def close_writer(self) -> None:
         """Brings what was added to the disk; the next codes begin another file."""
         writer, data, self._writer, self._codes_file = self._writer, self._codes_file, None, None
-        if data is not None:
+        if writer is not None and data is not None:
             os.fsync(data)
             os.close(data)
             writer.close()
 
     def _locations(self, key: bytes) -> list[Location]:
-        """Where each copy is; reads the index again if it knows none. Raises MissingCodesError."""
+        """Places of all copies; reads the index again if it knows none. Raises MissingCodesError."""
         found = self._find(key)
         if not found:
             self.read_index()
@@ -291,7 +293,7 @@ class FileHashes:
                 return self._records.rows["content"][i].tobytes(), float(self._records.rows["seconds"][i])
         seconds = duration_sec(ref)
         content = bytes.fromhex(content_hash(ref))
-        if may_remember and self._writer is not None:
+        if name is not None and may_remember and self._writer is not None:
             try:
                 self._writer.append(name, content=key_words(content), seconds=seconds)
             except OSError:
@@ -309,7 +311,7 @@ class FileHashes:
 
     @staticmethod
     def _name(ref: AudioRef) -> tuple[bytes | None, bool]:
-        """What the file is remembered by, and whether it may be; None for a clip that is no file."""
+        """Name that the file is remembered by, and whether it may be; None for a clip that is no file."""
         if ref.path is None:
             return None, False
         try:

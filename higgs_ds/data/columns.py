@@ -1,4 +1,4 @@
-"""Which fields a row may have, by which other names they are known, and what is done about the others."""
+"""Fields that a row may have, other names that they are known by, and what is done about the others."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _INDEX = re.compile(r"\[\d+\]")
 
 @dataclass(frozen=True)
 class Reading:
-    """How rows with the same columns are read."""
+    """Rule by which rows with the same columns are read."""
 
     kind: str | None  # chatml, speech, or None where it is neither
     column: dict[str, str] = field(default_factory=dict)  # of each field of a speech row
@@ -46,8 +46,8 @@ class Reading:
 def reading(columns: tuple[str, ...]) -> Reading:
     """From the names of a row's columns alone."""
     if "messages" in columns:
-        faults, unread = _others(columns, CHATML_FIELDS)
-        return Reading("chatml", {}, unread, faults)
+        misspelt, unread = _others(columns, CHATML_FIELDS)
+        return Reading("chatml", {}, unread, misspelt)
     held: dict[str, list[str]] = {}
     for column in columns:
         if column not in SPEECH_FIELDS and (canonical := _CANONICAL.get(plain(column))):
@@ -61,10 +61,10 @@ def reading(columns: tuple[str, ...]) -> Reading:
         if name != "speaker"
     ]
     if not ({"audio", "text"} & ({*columns} | {*held})):
-        missing = "has neither `messages` (a ChatML row) nor `audio` and `text` (a speech row)"
+        neither = "has neither `messages` (a ChatML row) nor `audio` and `text` (a speech row)"
         hints = [hint for name in ("messages", "audio", "text") if (hint := _misspelt(name, columns))]
         more, unread = _others(columns, tuple(dict.fromkeys(CHATML_FIELDS + SPEECH_FIELDS)))
-        return Reading(None, {}, unread, (("row", missing + "".join(f"; {hint}" for hint in hints[:1])), *more))
+        return Reading(None, {}, unread, (("row", neither + "".join(f"; {hint}" for hint in hints[:1])), *more))
     known = (*SPEECH_FIELDS, *names.values())
     more, unread = _others(tuple(c for c in columns if c not in known), SPEECH_FIELDS)
     missing = {name: _missing(name, columns) for name in ("audio", "text")}
@@ -74,7 +74,7 @@ def reading(columns: tuple[str, ...]) -> Reading:
 
 @functools.lru_cache(1024)
 def weighty_misspelling(key: str, names: tuple[str, ...]) -> str | None:
-    """What to say about an unknown field that looks like one which changes what is trained on."""
+    """Hint about an unknown field that looks like one which changes what is trained on."""
     near = difflib.get_close_matches(plain(key), [name for name in names if name in WEIGHTY], n=1, cutoff=0.8)
     return f"unknown field; did you mean `{near[0]}`?" if near else None
 

@@ -25,7 +25,7 @@ DEFAULT_CONTROLS = re.compile(
 
 
 def control_tokens(tokenizer) -> re.Pattern[str]:
-    """What `find_control` looks for: every special token of a tokenizer but its sound tags, and the placeholders."""
+    """Pattern of `find_control`: every special token of a tokenizer but its sound tags, and the placeholders."""
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
     special = {token.content for token in added if token.special or re.fullmatch(r"<\|.*\|>", token.content)}
     special.update(getattr(tokenizer, "all_special_tokens", ()), AUDIO_PLACEHOLDERS)
@@ -37,7 +37,7 @@ def _pattern(tokens: Iterable[str]) -> re.Pattern[str]:
 
 
 def find_control(text: str, controls: re.Pattern[str], *, markup: bool = False) -> str | None:
-    """What is wrong with a text that holds a control token; `markup` lets those pass that mark a scene."""
+    """Problem of a text that holds a control token; `markup` lets those pass that mark a scene."""
     if controls.search(text) is None:
         return None
     for found in controls.finditer(text):

@@ -1,4 +1,4 @@
-"""What is to correct in a manifest, and how much of it a console can bear: kinds with counts, all of it in a file."""
+"""Faults to correct in a manifest, and how much of it a console can bear: kinds with counts, all of it in a file."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ class Fault:
 
     @functools.cached_property
     def kind(self) -> str:
-        """What faults of other rows, with other names and numbers in them, have in common."""
+        """Text that faults of other rows, with other names and numbers in them, have in common."""
         problem = _NUMBER.sub("N", _QUOTED.sub("…", self.problem))
         field = _INDEX.sub("[]", _QUOTED.sub("…", self.field))
         return f"{field}: {problem}"
 
 
 def origin(file: str, line: int, element: int = -1) -> str:
-    """Where a row stands: `file:line`, or `file:line[element]` where several elements of an array share the line."""
+    """Place of a row: `file:line`, or `file:line[element]` where several elements of an array share the line."""
     return f"{file}:{line}" + (f"[{element}]" if element >= 0 else "")
 
 

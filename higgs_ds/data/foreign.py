@@ -1,4 +1,4 @@
-"""What other tools write: recognised by its content, and answered with the command that makes a manifest of it."""
+"""Formats of other tools: recognised by its content, and answered with the command that makes a manifest of it."""
 
 from __future__ import annotations
 
@@ -73,12 +73,12 @@ def _count_keys(value: object) -> int:
 
 
 def import_command(kind: str, path: str | Path) -> str:
-    """What a user runs to make a manifest of it."""
+    """Command that makes a manifest of it."""
     return f"python -m higgs_ds import --from {kind} {shlex.quote(str(path))} --output DIR"
 
 
 def guess(path: Path) -> str | None:
-    """Which of `FORMATS` a file or a folder holds; None where it is none of them, or cannot be read."""
+    """The one of `FORMATS` that a file or a folder holds; None where it is none of them, or cannot be read."""
     try:
         if path.is_dir():
             return _guess_folder(path)
@@ -106,7 +106,8 @@ def guess_content(head: bytes, whole=None, rows: int = HEAD_LINES) -> str | None
 
 def _first_elements(text: str, count: int) -> list[Any]:
     """So many elements of a JSON array, or those before its head is cut off."""
-    decoder, values = json.JSONDecoder(), []
+    decoder = json.JSONDecoder()
+    values: list[Any] = []
     while len(values) < count:
         text = text.lstrip()
         try:
@@ -122,7 +123,7 @@ def _first_elements(text: str, count: int) -> list[Any]:
 
 
 def swift_audios(row: dict, file: str) -> str | None:
-    """What to say about a ChatML row whose clips stand in `audios`, as ms-swift has them: nothing would read them."""
+    """Problem of a ChatML row whose clips stand in `audios`, as ms-swift has them: nothing would read them."""
     if not row.get("audios") or not isinstance(row["messages"], list):
         return None
     contents = [message.get("content") for message in row["messages"] if isinstance(message, dict)]
@@ -183,7 +184,7 @@ def _guess_row(row: dict) -> str | None:
 
 
 def table_delimiter(header: str) -> str | None:
-    """What stands between the names of a header that names a clip and a text; None for any other line."""
+    """Delimiter between the names of a header that names a clip and a text; None for any other line."""
     for delimiter in DELIMITERS:
         try:
             names = {plain(name) for name in next(csv.reader([header], delimiter=delimiter), ())}

@@ -74,16 +74,16 @@ class Manifest:
         self._rules = Rules(self.file, ClipPaths(path, audio_root), controls, prompt_style)
         self._known = dataclasses.replace(self._rules, again=True)  # of rows that were checked
         self._content = b""
-        self._spans = np.zeros((0, 2), np.int64)  # bytes of `_content`, first and behind the last
-        self._lines = np.zeros(0, np.int64)  # 1-based
+        self._spans: np.ndarray = np.zeros((0, 2), np.int64)  # bytes of `_content`, first and behind the last
+        self._lines: np.ndarray = np.zeros(0, np.int64)  # 1-based
         self._shared = False  # whether rows share lines, as elements of an array
         try:
             content = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8)
             text = content.decode("utf-8")
         except UnicodeDecodeError as error:
             line = error.object.count(b"\n", 0, error.start) + 1
-            problem = f"is not UTF-8 (byte 0x{error.object[error.start]:02x}: {error.reason}); {_INSTEAD}"
-            self._fault(line, "manifest", problem)
+            reason = f"byte 0x{error.object[error.start]:02x}: {error.reason}"
+            self._fault(line, "manifest", f"is not UTF-8 ({reason}); {_INSTEAD}")
             return
         except (OSError, ValueError) as error:  # ValueError: a NUL byte in the path
             reason = reason_of(error)
@@ -101,7 +101,7 @@ class Manifest:
             self._fault(1, "manifest", "holds no rows; put one JSON object on each line")
 
     def __len__(self) -> int:
-        """How many rows there are, those with faults included."""
+        """Number of rows, those with faults included."""
         return len(self._lines)
 
     def lines_of(self, numbers: np.ndarray) -> np.ndarray:
@@ -129,7 +129,7 @@ class Manifest:
         return row
 
     def clips_here(self, number: int) -> str:
-        """What this process finds of a row's clips, as text: their sizes, or what is wrong; nothing is counted."""
+        """Findings of this process about a row's clips, as text: their sizes, or what is wrong; nothing is counted."""
         row, faults = self._read(number, copy.deepcopy(self._rules))
         try:
             sizes = [ref.path.stat().st_size for _, ref in row.audio_refs if ref.path] if row is not None else []
@@ -153,7 +153,7 @@ class Manifest:
         return read_row(value, rules, line, element)
 
     def seen(self) -> tuple:
-        """What `check` has counted in this process over the rows given to it, for everybody's `set_seen`."""
+        """Counts that `check` has made in this process over the rows given to it, for everybody's `set_seen`."""
         return dict(self._rules.columns.counts), dict(self._rules.paths.elsewhere), self._rules.scenes
 
     def set_seen(self, of_ranks: list[tuple]) -> None:
@@ -178,7 +178,7 @@ class Manifest:
         missing = [fault for fault in faults if fault.missing is not None]
         if len(self) < 2 or len({fault.row for fault in missing}) < len(self):
             return faults
-        where = self._rules.paths.where_they_would_be(fault.missing for fault in missing[:20])
+        where = self._rules.paths.where_they_would_be(f.missing for f in missing[:20] if f.missing is not None)
         first = Fault(
             self.file, missing[0].line, missing[0].field, f"none of the {len(self):,} rows' clips exists; {where}"
         )
@@ -245,14 +245,15 @@ def _in_bytes(text: str, spans: np.ndarray) -> np.ndarray:
 
 
 def _instead(path: str | Path, error: Exception) -> str:
-    """What to do about a manifest that cannot be read."""
+    """Advice on a manifest that cannot be read."""
     if isinstance(error, IsADirectoryError) and (kind := guess(Path(path))):
         return f"it is {FORMATS[kind]}; this makes a manifest of it: {import_command(kind, path)}"
     return _INSTEAD
 
 
 def _after_space(text: str, at: int) -> int:
-    return _SPACE.match(text, at).end()
+    blanks = _SPACE.match(text, at)
+    return blanks.end() if blanks else at
 
 
 def read_manifest(

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import PurePath
 
 from ..errors import ConfigError
@@ -70,6 +71,10 @@ def names_of(portions: Sequence[Portion]) -> list[str]:
     paths = [PurePath(os.path.abspath(portion.path)) for portion in portions]
     deepest = max(len(path.parts) for path in paths)
     spellings: list[Callable[[PurePath], str]] = [lambda path: path.stem, lambda path: path.name]
-    spellings += [lambda path, n=n: "/".join([*path.parts[-n:-1], path.stem]) for n in range(2, deepest + 1)]
+    spellings += [partial(_last_parts, n) for n in range(2, deepest + 1)]
     spellings += [str]
     return next(names for spell in spellings if len(set(names := [spell(path) for path in paths])) == len(paths))
+
+
+def _last_parts(count: int, path: PurePath) -> str:
+    return "/".join([*path.parts[-count:-1], path.stem])

@@ -1,9 +1,10 @@
-"""What every rank keeps of the rows: where each stands in its manifest, the keys of its clips' codes, its tokens."""
+"""Rows as every rank keeps them: where each stands in its manifest, the keys of its clips' codes, its tokens."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import overload
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from .transcripts import FACTS, VOICE
 
 
 @dataclass
-class RowSet(Sequence):
+class RowSet(Sequence[Row]):
     """The usable rows of a manifest, in its order; each is parsed when it is asked for, and its clips carry keys.
 
     `joined` are those of several manifests, one after the other.
@@ -32,7 +33,15 @@ class RowSet(Sequence):
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def __getitem__(self, i: int) -> Row:
+    @overload
+    def __getitem__(self, i: int) -> Row: ...
+
+    @overload
+    def __getitem__(self, i: slice) -> list[Row]: ...
+
+    def __getitem__(self, i: int | slice) -> Row | list[Row]:
+        if isinstance(i, slice):
+            return [self[n] for n in range(*i.indices(len(self)))]
         behind = int(self.clip_ends[i])
         first = int(self.clip_ends[i - 1]) if i else 0
         manifest = self.manifests[int(np.searchsorted(self.ends, i, side="right"))]
@@ -40,7 +49,7 @@ class RowSet(Sequence):
 
     @property
     def counts(self) -> list[int]:
-        """How many rows are of each manifest."""
+        """Number of rows of each manifest."""
         return np.diff(np.r_[0, self.ends]).tolist()
 
     def only(self, kept: np.ndarray) -> RowSet:
@@ -55,7 +64,7 @@ class RowSet(Sequence):
 
 @dataclass
 class Part:
-    """What one rank found in its rows of a chunk."""
+    """Findings of one rank in its rows of a chunk."""
 
     numbers: np.ndarray  # int64 [rows], of the usable ones
     tokens: np.ndarray | None  # int32 [rows]

@@ -44,7 +44,7 @@ EXCHANGE_SEC = 16.0
 
 @dataclass(frozen=True)
 class RowOptions:
-    """How rows are read, what is too long for one, and how faults are told; None for no limit."""
+    """Options on how rows are read, what is too long for one, and how faults are told; None for no limit."""
 
     max_duration_sec: float
     skip_bad_rows: bool = False
@@ -166,12 +166,12 @@ class _Loader:
         parts: list[Part] = []
         before = bar.n
         for first in range(0, len(manifest), size):
-            rows = range(first, min(first + size, len(manifest)))
+            chunk = range(first, min(first + size, len(manifest)))
 
-            def progress(share: float, at: int = before + first, count: int = len(rows)) -> None:
+            def progress(share: float, at: int = before + first, count: int = len(chunk)) -> None:
                 bar.update(at + int(share * count) - bar.n)
 
-            parts += self._ranks.gather(self._chunk(manifest, rows, progress))
+            parts += self._ranks.gather(self._chunk(manifest, chunk, progress))
             progress(1.0)
         manifest.set_seen(self._ranks.gather(manifest.seen()))
         rows, facts = put_together(manifest, parts)

@@ -1,4 +1,4 @@
-"""Whether all ranks read the same manifests and see the same clips: rows are shared out among them by number."""
+"""Check that all ranks read the same manifests and see the same clips: rows are shared out among them by number."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from .faults import origin
 from .manifest import Manifest
 
 if TYPE_CHECKING:
+    from ..distributed.alone import Alone
     from ..distributed.engine import Ranks
 
 ROWS_LOOKED_AT = 16  # of a manifest
 
 
-def check_same_files(manifests: list[Manifest], ranks: Ranks) -> None:
+def check_same_files(manifests: list[Manifest], ranks: Ranks | Alone) -> None:
     """Raises ConfigError, on all ranks and naming them, where one has another manifest or other clips than rank 0."""
     if ranks.world_size == 1:
         return
@@ -38,7 +39,7 @@ def check_same_files(manifests: list[Manifest], ranks: Ranks) -> None:
         raise ConfigError(first_of(problems, 5))
 
 
-def _clips_seen_otherwise(manifest: Manifest, ranks: Ranks) -> list[str]:
+def _clips_seen_otherwise(manifest: Manifest, ranks: Ranks | Alone) -> list[str]:
     """A line for each of a few rows whose clips some rank does not find as rank 0 does.
 
     Each row is one rank's to check: without this, clips that only some hosts see would be faults of those rows.

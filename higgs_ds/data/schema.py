@@ -42,7 +42,7 @@ OWN_REFERENCE = "the clip that is to be spoken; give another clip of the voice, 
 
 @dataclass
 class Rules:
-    """What all rows of a manifest are checked by, and what is counted over them."""
+    """Rules that all rows of a manifest are checked by, and what is counted over them."""
 
     file: str
     paths: ClipPaths
@@ -88,7 +88,7 @@ def read_row(value: Any, rules: Rules, line: int, element: int = -1) -> tuple[Ro
 
 
 def fault(problem: str, missing: str | None = None) -> PydanticCustomError:
-    """What a validator raises; `missing` is a path, as given, that is not there."""
+    """Error for a validator to raise; `missing` is a path, as given, that is not there."""
     return PydanticCustomError("fault", "{problem}", {"problem": problem, "missing": missing})
 
 

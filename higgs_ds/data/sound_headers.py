@@ -30,7 +30,7 @@ _SHOULD_BE = re.compile(r": (\d+) \(should be (\d+)\)")
 
 
 class AudioError(ValueError):
-    """What is wrong with a clip, as a short text to stand after its name: `is empty`, `cannot be decoded: ...`."""
+    """Fault of a clip, as a short text to stand after its name: `is empty`, `cannot be decoded: ...`."""
 
 
 def share_there(log: str) -> float:
@@ -84,7 +84,7 @@ def _of_wav(file: BinaryIO, size: int) -> io.BytesIO | None:
 
 
 def _ends(file: BinaryIO, place: int, size: int, *, empty: bool) -> bool:
-    """Whether the sound ends here: something else begins, be it cut off, or nothing but padding is left."""
+    """True if the sound ends here: something else begins, be it cut off, or nothing but padding is left."""
     if size - place < 8:
         return True
     file.seek(place)

@@ -1,4 +1,4 @@
-"""Whether texts can belong to their clips: characters a second, stated lengths, and what stands there twice.
+"""Check that texts can belong to their clips: characters a second, stated lengths, and what stands there twice.
 
 Nothing is heard here. A transcript that slipped to the wrong line shows in how fast it would have to be spoken, a clip
 of a wrong sample rate in a length that its row knows better.
@@ -117,7 +117,7 @@ def voice_of(row: Row) -> tuple[int, bool]:
 
 
 def speaker_hash(name: str) -> int:
-    """What `VOICE` holds of a speaker; never 0."""
+    """Number that `VOICE` holds of a speaker; never 0."""
     digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little") or 1
 
@@ -143,7 +143,7 @@ class Spoken:
     seconds: np.ndarray  # float64 [rows], 0 where no clip speaks
 
     def at(self, i: int) -> str:
-        """Where a row stands."""
+        """Place of a row, see `faults.origin`."""
         return origin(self.file, int(self.lines[i]), int(self.elements[i]))
 
     def fault(self, i: int, field: str, problem: str, warning: bool = False) -> Fault:
@@ -258,7 +258,7 @@ def _first_of_each(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def first_lines(spoken: Spoken) -> list[str]:
-    """How much there is, how long, in which script, and how fast: two lines, from what `load_rows` knows too."""
+    """Amount, length, script and pace of what there is: two lines, from what `load_rows` knows too."""
     seconds = spoken.seconds[spoken.seconds > 0]
     if not len(seconds):
         return [f"{spoken.file}: {plural(len(spoken.lines), 'row')}, none of which speaks a text"]

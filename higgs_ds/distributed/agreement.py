@@ -32,7 +32,7 @@ PAUSE_SEC = 0.5
 LEFTOVER_SEC = 3600.0
 
 
-def check_same(values: Mapping[str, object], ranks: Ranks) -> None:
+def check_same(values: Mapping[str, object], ranks: Ranks | Alone) -> None:
     """Raises ConfigError where a rank has another value than rank 0 under one of these names.
 
     Args:

@@ -1,4 +1,4 @@
-"""How torch's memory allocator on a GPU is set up; imported before torch, which it must not import."""
+"""Settings of torch's memory allocator on a GPU; imported before torch, which it must not import."""
 
 from __future__ import annotations
 

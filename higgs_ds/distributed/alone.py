@@ -1,4 +1,4 @@
-"""What stands for the other ranks, and for the watch over them, in a process that has none."""
+"""Stand-ins for the other ranks, and for the watch over them, in a process that has none."""
 
 from __future__ import annotations
 
@@ -26,6 +26,10 @@ class Alone:
     def each(self, function: Callable[[], T]) -> T:
         """`function()`; a ConfigError is raised as it is."""
         return function()
+
+    def named(self, ranks: list[int]) -> str:
+        """`rank 0`."""
+        return f"rank {ranks[0]}"
 
     def say(self, text: str) -> None:
         """A line to the console."""

@@ -77,7 +77,7 @@ def take_device(device: torch.device, *, deterministic: bool = False) -> None:
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
         # Fills new tensors with NaN, one pass over memory each, to find reads before writes.
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # not in torch's stub
     if device.type == "cuda":
         try:
             torch.cuda.set_device(device)

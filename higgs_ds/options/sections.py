@@ -44,7 +44,7 @@ def _layers(text: str) -> str:
 
 
 class DataOptions(Section):
-    """What is trained on, and where its codes are kept."""
+    """Data to train on, and where its codes are kept."""
 
     train_manifest: Annotated[list[str] | None, AfterValidator(_manifests)] = option(
         None,
@@ -141,7 +141,7 @@ class ModelOptions(Section):
 
 
 class LoraOptions(Section):
-    """What trains."""
+    """Weights that train."""
 
     lora_r: int = option(16, "LoRA rank.", ge=1, also="lora_rank", resume=FIXED)
     lora_alpha: float = option(32.0, "LoRA alpha: updates are scaled by alpha / r.", gt=0, le=1e6, resume=SAID)
@@ -306,6 +306,12 @@ class TrainConfig(BaseModel):
     optim: OptimOptions = OptimOptions()
     loss: LossOptions = LossOptions()
     run: RunOptions = RunOptions()
+
+    @property
+    def output_dir(self) -> Path:
+        """`--output_dir`, which `parse` requires of every run."""
+        assert self.run.output_dir is not None
+        return Path(self.run.output_dir)
 
     @property
     def given(self) -> frozenset[str]:

@@ -44,7 +44,10 @@ def describe(path: str, *, audio_root: str | None = None, tokenizer=None) -> Des
     for number in range(len(manifest)):
         row, found = manifest.check(number)
         seconds: list[float] = []
-        for where, ref in row.audio_refs if row is not None else ():
+        if row is None:
+            faults += found
+            continue
+        for where, ref in row.audio_refs:
             try:
                 if ref not in lengths:
                     lengths[ref] = duration_sec(ref)
@@ -52,7 +55,7 @@ def describe(path: str, *, audio_root: str | None = None, tokenizer=None) -> Des
             except AudioError as error:
                 found.append(row.fault(where, str(error)))
         faults += found
-        if row is not None and not found:
+        if not found:
             rows.append(row)
             of_rows.append(seconds)
     facts = np.array([facts_of(row) for row in rows], FACTS)
@@ -117,7 +120,7 @@ def epoch_lines(
     plan = make_plan(
         *(len(tokens), tokens), batch_size=1, max_tokens=max_tokens, grad_accum=1, world_size=1, seed=0, mixture=mixture
     )
-    total = int(plan.first_epoch(tokens).sum())
+    total = int(tokens[plan.mixture.rows(0)].sum())
     es = "es" * (plan.steps_per_epoch != 1)
     lines = [f"manifest {name}: {text}" for name, text in mixture.lines().items()]
     lines.append(

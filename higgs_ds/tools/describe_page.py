@@ -64,7 +64,9 @@ def draw_histograms(found: Described) -> bytes:
 def _played(found: Described, i: int) -> dict[str, str]:
     """A row of the page's table."""
     spoken, row = found.spoken, found.rows[i]
-    text, clip = row.spoken()
+    said = row.spoken()
+    assert said is not None, "`oddest` gives rows that speak a clip"
+    text, clip = said
     numbers = f"{int(spoken.facts['chars'][i])} characters in {spoken.seconds[i]:.2f} s"
     shown = {"origin": row.origin, "numbers": numbers, "text": text}
     try:

@@ -77,14 +77,15 @@ def run_merge(args: argparse.Namespace) -> int:
     record = read_record(args.adapter, "--adapter") if lora else None
     name, revision = pinned(args.base_ckpt, args.base_revision)
     table = {"dtype": args.dtype or "as the base"}
-    if lora:
+    if lora and adapter:
         table |= {"adapter": f"`{args.adapter.resolve()}`", **lora.describe(), "layers merged": len(adapter.weights)}
     table |= record.table() if record else {}
     where = {"base": name, "revision": revision, "layout": args.layout, "folder": args.output_dir}
     where |= {"codec": args.codec, "codec_revision": args.codec_revision}
     texts = {"README.md": merged_card(table, **where)} | ({RECORD: record_text(record)} if record else {})
-    for note in [*base.notes, *filter(None, [lora and base_note(args.adapter, "--adapter")])]:
-        say(note)
+    note = base_note(args.adapter, "--adapter") if lora else None
+    for line in [*base.notes, *([note] if note else [])]:
+        say(line)
     size = family.merge(base, adapter, args.output_dir, args.layout, dtype=args.dtype, codec=args.codec, texts=texts)
     merged = f"{len(adapter.weights)} layers merged" if adapter else "nothing merged"
     merged += f", {' and '.join(adapter.whole)} replaced whole" if adapter and adapter.whole else ""
@@ -103,7 +104,7 @@ def run_export(args: argparse.Namespace) -> int:
     from ..model.files.adapter_file import CONFIG, WEIGHTS, check_base, read_adapter, read_adapter_config, revision_for
     from ..model.files.adapter_names import PREFIX
     from ..model.higgs_v2.config import read_checkpoint_config
-    from ..model.higgs_v2.layouts import layout_of, transformers_name
+    from ..model.higgs_v2.layouts import layout_of, name_in
     from ..model.higgs_v2.load import adaptable_modules
 
     lora = read_adapter_config(args.adapter)
@@ -125,16 +126,16 @@ def run_export(args: argparse.Namespace) -> int:
         "inference_mode": True,
         "lora_alpha": lora.alpha,
         "lora_dropout": 0.0,
-        "modules_to_save": [transformers_name(name) for name in adapter.whole] or None,
+        "modules_to_save": [name_in(TRANSFORMERS, name) for name in adapter.whole] or None,
         "peft_type": "LORA",
         "r": lora.rank,
         # Whole names: a suffix that boson_multimodal's names have may mean other layers there.
-        "target_modules": sorted(transformers_name(name) for name in adapter.weights),
+        "target_modules": sorted(name_in(TRANSFORMERS, name) for name in adapter.weights),
         "task_type": None,  # PEFT's wrapper for language models passes arguments that this model does not take
         "use_rslora": lora.rslora,
     }
     weights = {
-        PREFIX + transformers_name(key.removeprefix(PREFIX)): value for key, value in adapter.state_dict().items()
+        PREFIX + name_in(TRANSFORMERS, key.removeprefix(PREFIX)): value for key, value in adapter.state_dict().items()
     }
     with writing(f"--output_dir: {output_dir}"), filling(output_dir) as beside:
         (beside / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

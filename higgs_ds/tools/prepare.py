@@ -85,7 +85,7 @@ def _prepare(config: TrainConfig, ranks: Ranks | Alone, device: str) -> str:
         return ""
     clips = np.unique(np.concatenate([rows.keys for rows in sets]), axis=0)
     frames = int(cache.frames_each(clips).sum())
-    tokens = sum(int(rows.tokens.sum()) for rows in sets if rows)
+    tokens = sum(int(rows.tokens.sum()) for rows in sets if rows.tokens is not None)
     return (
         f"{codes_folder(config)}: {sum(map(len, sets)):,} rows, {len(clips):,} different clips of "
         f"{frames / codec.frame_rate / 3600:,.2f} hours, {frames * codec.num_codebooks * 2:,} bytes of codes, "

@@ -79,7 +79,7 @@ def recite(
         write_wav(output_dir / f"{stem}.original.wav", original, rate)
         spoken, first = answers[rules[0]].codes, endings[rules[0]]
         file = output_dir / f"{stem}.spoken.wav"
-        if first.frames:
+        if spoken is not None and first.frames:
             write_wav(file, speaker.decode(spoken), speaker.codec.sample_rate)
         else:
             file.unlink(missing_ok=True)  # an earlier recital's

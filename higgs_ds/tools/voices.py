@@ -19,13 +19,13 @@ def reference_of(manifest: str | Path, speaker: str, audio_root: str | None = No
         ConfigError: the manifest cannot be read, or none of its rows is a speech row of that speaker.
     """
     rows, faults = read_manifest(manifest, audio_root=audio_root)
-    speech = [row for row in rows if row.is_speech and row.speaker is not None]
-    of_speaker = sorted((row for row in speech if row.speaker == speaker), key=lambda row: len(row.spoken()[0]))
+    speech = [row for row in rows if row.is_speech]
+    of_speaker = [(row, spoken) for row in speech if row.speaker == speaker and (spoken := row.spoken())]
     if not of_speaker:
-        names = sorted({row.speaker for row in speech})
+        names = sorted({row.speaker for row in speech if row.speaker is not None})
         known = f"it has {', '.join(names[:10])}" + (f" and {len(names) - 10} more" if len(names) > 10 else "")
         hint = nearest(speaker, names) or (f"; {known}" if names else "; no row of it names a speaker")
         raise ConfigError([*grouped(faults), f"--speaker: {manifest} has no usable row of {speaker!r}{hint}"])
-    row = of_speaker[len(of_speaker) // 2]
-    text, clip = row.spoken()
+    of_speaker.sort(key=lambda found: len(found[1][0]))
+    row, (text, clip) = of_speaker[len(of_speaker) // 2]
     return text, row.audio_refs[clip][1]

@@ -85,7 +85,7 @@ def merge(
 
 
 def _plan(base: BaseCheckpoint, layout: str, dtype: str | None) -> dict[str, Planned]:
-    """What is written, in the order of the model, by boson_multimodal's names."""
+    """Tensors to write, in the order of the model, by boson_multimodal's names."""
     return {
         name: Planned(name_in(layout, name), one.shape, DTYPES[dtype] if dtype else DTYPES_BY_NAME[one.dtype])
         for name, one in base.stored.items()
@@ -101,12 +101,12 @@ def _merged_rows(stored: Stored, name: str, adapter: Adapter | None, planned: Pl
     module = name.removesuffix(".weight")
     if adapter is not None and module in adapter.whole:
         stored = adapter.whole[module]
-    changed = adapter is not None and module in adapter.weights
+    delta_rows = adapter.delta_rows if adapter is not None and module in adapter.weights else None
     start = 0
     for rows in stored.rows():
         merged = rows
-        if adapter is not None and changed:
-            merged = rows.float() + adapter.delta_rows(module, start, start + rows.shape[0])
+        if delta_rows is not None:
+            merged = rows.float() + delta_rows(module, start, start + rows.shape[0])
         start += rows.shape[0]
         written = merged.to(planned.dtype)
         if not all_finite(written):

@@ -121,15 +121,15 @@ def _add_dialogue(
         if clip is None or not said or not clean(said):
             found.leave_out("rows with `ref_speakers` of which one has no clip or no transcript", origin)
             return
-        if not found.has_clip(origin, clip):
+        if not found.has_clip(clip, origin):
             return
         tag = first(values, "speaker_tag") or f"[SPEAKER{number}]"
         references.append((clean(said) if clean(said).startswith(tag) else f"{tag} {clean(said)}", clip))
     if not text or not clean(text):
         found.leave_out("rows without a text", origin)
-    elif found.has_clip(origin, audio):
+    elif found.has_clip(audio, origin):
         [(system, *_), _] = speech_messages("-", None, scene=more["scene"])
-        messages = [{"role": "system", "content": system.content[0]}]
+        messages: list[dict[str, Any]] = [{"role": "system", "content": system.content[0]}]
         for said, clip in [*references, (clean(text), audio)]:
             answer = [{"type": "audio", "audio_url": os.path.abspath(clip)}]
             messages += [{"role": "user", "content": said}, {"role": "assistant", "content": answer}]

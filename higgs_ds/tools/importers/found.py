@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from ...data.columns import MOST_COLUMNS, SYNONYMS, Columns, member, plain
 from ...data.foreign import AUDIO_SUFFIXES, FILE_COLUMNS, TEXT_COLUMNS
@@ -36,7 +36,7 @@ class Found:
 
     def add(self, origin: str, audio: Path | None, text: Any, **more: Any) -> None:
         """One speech row; left out where its clip or its text is not there."""
-        if not self.has_clip(origin, audio):
+        if not self.has_clip(audio, origin):
             return
         if not isinstance(text, str) or not clean(text):
             self.leave_out("rows without a text", origin)
@@ -44,7 +44,7 @@ class Found:
         row = {"audio": os.path.abspath(audio), "text": clean(text), **more}
         self.rows.append({name: value for name, value in row.items() if value not in (None, "")})
 
-    def has_clip(self, origin: str, clip: Path | None) -> bool:
+    def has_clip(self, clip: Path | None, origin: str) -> TypeGuard[Path]:
         """True if a manifest can name the clip; counts it as left out otherwise."""
         example = origin if origin == str(clip) else f"{origin}: {clip}"
         if clip is None:

@@ -159,9 +159,9 @@ def _split_by_speaker(rows: list[dict], named: list[str], seed: int) -> tuple[li
     if not train:
         raise ConfigError([f"--val_speakers: no row is left to train on, of {plural(len(speakers), 'speaker')}"])
     keys = text_keys(rows)
-    known = {key for row, key in zip(rows, keys, strict=True) if row.get("speaker") not in named}
+    trained = {key for row, key in zip(rows, keys, strict=True) if row.get("speaker") not in named}
     val = [(row, key) for row, key in zip(rows, keys, strict=True) if row.get("speaker") in named]
-    kept = [row for row, key in val if key not in known]
+    kept = [row for row, key in val if key not in trained]
     note = f"left out of validation: {plural(len(val) - len(kept), 'row')} whose text is trained on too"
     return train, kept, [note] if len(kept) < len(val) else []
 

@@ -36,8 +36,8 @@ def read_ms_swift(path: Path) -> Found:
             values = named(row)
             if values is None:
                 raise _LeftOut(TWICE)
-            messages, start_index, clips = _conversation(values)
-            clips = [beside(path.parent, clip) for clip in clips]
+            messages, start_index, names = _conversation(values)
+            clips = [beside(path.parent, name) for name in names]
             before = len(found.rows)
             is_written = _add_talk(found, origin, messages, clips, start_index, first(values, *SPEAKER_COLUMNS))
         except _LeftOut as reason:
@@ -66,26 +66,28 @@ def _conversation(row: dict) -> tuple[list[dict], int | None, list[str]]:
         raise _LeftOut("conversations with roles other than system, user and assistant")
     if row.get("start_index") is not None:
         raise _LeftOut(OF_MANIFEST)
-    messages, within = [], []
+    messages: list[dict] = []
+    within: list[str | None] = []
     for message in given:
-        content, clips = _flat(message.get("content"))
+        content, held = _flat(message.get("content"))
         messages.append({"role": message["role"], "content": content})
-        within += clips
+        within += held
     if row.get("images") or row.get("videos") or any(t in m["content"] for m in messages for t in OTHER_TAGS):
         raise _LeftOut("rows with images or videos")
     names = [first({"clip": clip}, "clip") for clip in (audios if isinstance(audios, list) else [audios])]
     tags = sum(message["content"].count(AUDIO_TAG) for message in messages)
-    if any(within):
-        if len(within) != tags or not all(within) or (audios and sorted(map(str, names)) != sorted(within)):
+    if inner := [clip for clip in within if clip]:
+        if len(within) != tags or len(inner) != tags or (audios and sorted(map(str, names)) != sorted(inner)):
             raise _LeftOut("rows whose messages hold other clips than `audios`")
-        names = within
-    if not all(names):
+        names = [*inner]
+    clips = [name for name in names if name]
+    if len(clips) < len(names):
         raise _LeftOut(NO_CONVERSATION)
-    if tags == 0 and len(names) == 1:
+    if tags == 0 and len(clips) == 1:
         messages[0]["content"] = AUDIO_TAG + messages[0]["content"]
-    elif tags != len(names):
+    elif tags != len(clips):
         raise _LeftOut("rows with another number of `<audio>` tags than `audios`")
-    return messages, _start_index(given), names
+    return messages, _start_index(given), clips
 
 
 def _flat(content: Any) -> tuple[str, list[str | None]]:
@@ -93,7 +95,8 @@ def _flat(content: Any) -> tuple[str, list[str | None]]:
     if isinstance(content, str):
         return content, []
     texts, clips = [], []
-    for piece in content if isinstance(content, list) else [None]:
+    pieces: list[Any] = content if isinstance(content, list) else [None]
+    for piece in pieces:
         kind = piece.get("type") if isinstance(piece, dict) else None
         if kind == "text" and isinstance(piece.get("text"), str):
             texts.append(piece["text"])
@@ -143,9 +146,9 @@ def _add_talk(
         raise _LeftOut("conversations in which the assistant has no clip")
     elif not all(texts[i] or tags[i] for i in turns):
         raise _LeftOut("conversations with an empty turn")
-    elif all(found.has_clip(origin, clip) for clip in clips):
+    elif all(found.has_clip(clip, origin) for clip in clips):
         left = iter(clips)
-        row = {"messages": [_chatml(message, left) for message in messages]}
+        row: dict[str, Any] = {"messages": [_chatml(message, left) for message in messages]}
         if start_index is not None:
             row["start_index"] = start_index
         found.rows.append(row | ({"speaker": speaker} if speaker else {}))

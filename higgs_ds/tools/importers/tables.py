@@ -29,6 +29,7 @@ def json_rows(path: Path, found: Found) -> Iterator[tuple[str, dict]]:
         ValueError: an array that is not JSON, or not a single line that is.
     """
     text = path.read_text(encoding="utf-8-sig")
+    values: Iterator[tuple[str, Any]]
     if text.lstrip().startswith("["):
         values = ((f"{path}: [{i}]", value) for i, value in enumerate(DECODER.decode(text)))
     else:

@@ -15,7 +15,7 @@ from functools import partial
 
 import torch
 
-from higgs_ds import checkpoint, run, trainer
+from higgs_ds import checkpoint, trainer
 from higgs_ds import load_data as data
 from higgs_ds import memory_check as rehearsal
 from higgs_ds import setup as run_setup
@@ -26,6 +26,7 @@ from higgs_ds.distributed import agreement, engine, rank_watch, rendezvous
 from higgs_ds.model import flops
 from higgs_ds.model.higgs_v2 import reference
 from higgs_ds.model.higgs_v2 import upstream as higgs
+from higgs_ds.model.higgs_v2.family import HiggsV2
 
 
 def _at_step(step: int, action) -> None:
@@ -87,7 +88,7 @@ def quota_from_step(step: int, size: int) -> None:
 
 def count_codec_networks() -> None:
     """Says how many networks of Boson's codec were built, and are left, when the base model is to be loaded."""
-    original_build, original_load = boson_tokenizer.build_tokenizer, run.load_base
+    original_build, original_load = boson_tokenizer.build_tokenizer, HiggsV2.load_base
     built = []
 
     def build(*args):
@@ -100,7 +101,7 @@ def count_codec_networks() -> None:
         print(f"codec networks: {len(built)} built, {left} left", flush=True)
         return original_load(*args, **options)
 
-    boson_tokenizer.build_tokenizer, run.load_base = build, load
+    boson_tokenizer.build_tokenizer, HiggsV2.load_base = build, load
 
 
 def count_reads() -> None:
@@ -303,7 +304,7 @@ def no_expanded_labels() -> None:
 
 PHASES = {
     "join": (torch.distributed, "init_process_group"),
-    "load": (run, "load_base"),
+    "load": (HiggsV2, "load_base"),
     "data": (dataset.MicroBatches, "__getitem__"),
     "forward": (engine.Engine, "forward"),
     "backward": (engine.Engine, "backward"),

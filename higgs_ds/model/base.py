@@ -1,4 +1,4 @@
-"""What every family's base checkpoint is: a folder or a hub id, a config, a tokenizer, facts, weights on the disk."""
+"""The base checkpoint of any family: a folder or a hub id, a config, a tokenizer, facts, weights on the disk."""
 
 from __future__ import annotations
 

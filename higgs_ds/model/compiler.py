@@ -14,7 +14,7 @@ from ..errors import ConfigError
 
 
 def seconds_compiling() -> float:
-    """How long this process has compiled so far."""
+    """The seconds that this process has compiled so far."""
     return torch._dynamo.utils.calculate_time_spent()["total_wall_time"]
 
 

@@ -1,4 +1,4 @@
-"""What the trainer knows of a checkpoint: sizes, token ids, and how its family writes a row. The family fills it."""
+"""The trainer's knowledge of a checkpoint: sizes, token ids, and how its family writes a row. The family fills it."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class ModelFacts(ABC):
 
     @property
     def num_classes(self) -> int:
-        """What the audio head tells apart in a codebook: its codes, BOS and EOS (1026)."""
+        """The classes of the audio head in a codebook: its codes, BOS and EOS (1026)."""
         return self.codebook_size + 2
 
     @property
@@ -68,7 +68,7 @@ class ModelFacts(ABC):
 
     @abstractmethod
     def stream_labels(self, codes: torch.Tensor, trained: bool) -> torch.Tensor:
-        """What is learned at each place of `stream(codes)`, not shifted; -100 elsewhere, or everywhere."""
+        """The label at each place of `stream(codes)`, not shifted; -100 elsewhere, or everywhere."""
 
     @abstractmethod
     def stream_length(self, frames: int) -> int:

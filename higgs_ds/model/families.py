@@ -1,4 +1,4 @@
-"""Which family a checkpoint is of."""
+"""The model families that are trained."""
 
 from __future__ import annotations
 

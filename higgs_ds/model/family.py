@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Family(Protocol):
-    """What one kind of model brings: files, LoRA, rows, the training forward, a voice."""
+    """The contribution of one kind of model: files, LoRA, rows, the training forward, a voice."""
 
     name: str
 
@@ -41,7 +41,7 @@ class Family(Protocol):
         """The model, frozen, in `dtype`; sharded while it loads where DeepSpeed's stage 3 is told of."""
 
     def training_forward(self, model: nn.Module, config: Any, **options: Any) -> nn.Module:
-        """What the engine runs: a micro-batch's inputs and scales to (loss, stats, report)."""
+        """The module that the engine runs: a micro-batch's inputs and scales to (loss, stats, report)."""
 
     def tokenize(
         self, messages: Sequence[Turn], start_index: int | None, tokenizer: Any

@@ -59,7 +59,7 @@ def train(config: TrainConfig, ds_raw: dict, stop: StopRequest) -> int:
         engine = run.load_model(setup, ranks, watch, first_inputs=data.any_inputs)
         guard = run.make_guard(setup, ranks)
         run.describe(setup, data, engine, ranks)
-        run.rehearse(setup, data, engine, guard, ranks, watch)
+        run.check_memory(setup, data, engine, guard, ranks, watch)
 
         # 5. Train, under the guard. The adapter first: nothing stands between the last step and the disk.
         saver = Saver.open(setup, data, engine, ranks, wandb)

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from . import checkpoint, schedule
-from . import memory_check as rehearsal
+from . import checkpoint, memory_check, schedule
 from .batching.batch_plan import MicroBatch, Plan, StepPlan, evaluation_plans, make_plan, total_steps
 from .batching.collate import Batch, Collator
 from .batching.loader import MicroBatches, load_steps
@@ -201,7 +200,7 @@ def load_data(setup: Setup, ranks: Ranks, watch: Watch | Unwatched, *, only_one_
         collator=collator,
         count_tokens=bool(config.optim.max_tokens_per_batch)
         or config.data.reference_rate is not None
-        or rehearsal.is_wanted(ranks.device, compiled=config.model.compile),
+        or memory_check.is_wanted(ranks.device, compiled=config.model.compile),
         outcome="nothing was trained (--skip_bad_rows trains without them)",
     )
     rows = corpus.train_rows

@@ -1,4 +1,4 @@
-"""The dearest micro-batch of a run, forward and backward, before its first step: does the run fit on its GPUs?
+"""The most expensive micro-batch of a run, forward and backward, before its first step: does the run fit on its GPUs?
 
 Without it a run ends in the step in which its longest rows happen to meet: hours later, and after its first epochs.
 """
@@ -17,20 +17,20 @@ from .guard import Guard
 from .report.metrics import peak_memory_gib, restart_peak_memory
 
 # On a CPU memory is the machine's, and what is too much for it is killed without an error that could be named.
-REHEARSED_ON = ("cuda",)
+CHECKED_ON = ("cuda",)
 ROWS_SHOWN = 8
 
 
 def is_wanted(device: torch.device, *, compiled: bool) -> bool:
-    """True if a run on this device has a rehearsal, with `--compile` or without.
+    """True if a run on this device has a memory check, with `--compile` or without.
 
     Compiling takes longer than a rank may stand still in a step, so that it is done here, whatever the device.
     """
-    return compiled or device.type in REHEARSED_ON
+    return compiled or device.type in CHECKED_ON
 
 
 class DoesNotFitError(RuntimeError):
-    """The dearest micro-batch is more than this rank's memory; every rank ends with `exit_code`, and no traceback.
+    """The most expensive micro-batch is more than this rank's memory; all ranks end with `exit_code`, no traceback.
 
     A rank of its own: others may have fitted, or stand in a collective and wait for this one.
     """
@@ -62,13 +62,13 @@ class Advice:
         return ", or ".join(changes)
 
 
-def rehearse(engine: Engine, ranks: Ranks, guard: Guard, batch: Batch, advice: Advice) -> str | None:
+def measure(engine: Engine, ranks: Ranks, guard: Guard, batch: Batch, advice: Advice) -> str | None:
     """One micro-batch forward and backward, of which nothing is kept: no gradient, no random draw, no peak of memory.
 
     Every rank must call this with the same batch; the engine's first step comes after it. A batch that the guard
     refuses is left to the guard. (Under fp16 the loss scaler counts a good step more than there were.)
 
-    Returns what it took, as text; None where nothing was rehearsed.
+    Returns what it took, as text; None where nothing was measured.
 
     Raises:
         DoesNotFitError: on the ranks that ran out of memory, which the `Watch` around it must tell the others.
@@ -88,7 +88,7 @@ def rehearse(engine: Engine, ranks: Ranks, guard: Guard, batch: Batch, advice: A
     peak = max(row[0] for row in ranks.table([peak_memory_gib(ranks.device)]))
     restart_peak_memory(ranks.device)
     return (
-        f"rehearsed the dearest micro-batch: {batch.num_tokens:,} tokens in {len(batch.origins)} rows, "
+        f"memory check of the most expensive micro-batch: {batch.num_tokens:,} tokens in {len(batch.origins)} rows, "
         f"{peak:.1f} GiB at the most" + _of_all(ranks.device)
     )
 
@@ -117,8 +117,8 @@ def _message(batch: Batch, ranks: Ranks, found: str, advice: Advice) -> str:
     if len(batch.origins) > ROWS_SHOWN:
         rows += f", … and {len(batch.origins) - ROWS_SHOWN} more"
     return (
-        f"the dearest micro-batch does not fit into the memory of rank {ranks.rank} ({ranks.device}); nothing was "
-        f"trained\n"
+        f"the most expensive micro-batch does not fit into the memory of rank {ranks.rank} ({ranks.device}); nothing "
+        f"was trained\n"
         f"  rows:   {rows}\n"
         f"  tokens: {batch.num_tokens:,}\n"
         f"  found:  {found}\n"

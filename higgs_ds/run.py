@@ -14,8 +14,7 @@ from functools import partial
 
 from torch import nn
 
-from . import checkpoint, run_dir
-from . import memory_check as rehearsal
+from . import checkpoint, memory_check, run_dir
 from .batching import micro_batches
 from .batching.batch_plan import MicroBatch, StepPlan
 from .distributed.agreement import check_same, check_shared, versions
@@ -175,31 +174,33 @@ def describe(setup: Setup, data: Data, engine: Engine, ranks: Ranks) -> None:
     ranks.say("\n".join(line for line in lines if line))
 
 
-def rehearse(setup: Setup, data: Data, engine: Engine, guard: Guard, ranks: Ranks, watch: Watch | Unwatched) -> None:
-    """The dearest micro-batch of the plan, once, on GPUs: a run that does not fit ends before its first step.
+def check_memory(
+    setup: Setup, data: Data, engine: Engine, guard: Guard, ranks: Ranks, watch: Watch | Unwatched
+) -> None:
+    """The most expensive micro-batch of the plan, once, on GPUs: a run that does not fit ends before its first step.
 
     On any device with `--compile`, whose seconds are said.
     """
     config, tokens = setup.config, data.corpus.train_rows.tokens
-    if not rehearsal.is_wanted(ranks.device, compiled=config.model.compile):
+    if not memory_check.is_wanted(ranks.device, compiled=config.model.compile):
         return
     if config.model.compile:
         watch.untimed("compiling the decoder layers")
     else:
-        watch.at(setup.first_step - 1, "rehearsing the dearest micro-batch")
-    assert tokens is not None, "counted wherever there is a rehearsal"
+        watch.at(setup.first_step - 1, "checking the memory of the most expensive micro-batch")
+    assert tokens is not None, "counted wherever memory is checked"
     # The whole run's, also where only one step is checked.
     last_step = max(setup.first_step, data.plan.total_steps(config.optim.epochs, config.optim.max_steps))
-    rows = data.plan.dearest(tokens, setup.first_step, last_step, padded=not setup.padding_free)
+    rows = data.plan.most_expensive(tokens, setup.first_step, last_step, padded=not setup.padding_free)
     batch = data.dataset(data.corpus.train_rows)[MicroBatch(rows)]
-    advice = rehearsal.Advice(
+    advice = memory_check.Advice(
         config.optim.batch_size,
         config.optim.max_tokens_per_batch,
         config.model.checkpoint_every,
         engine.stage,
         quantized=config.model.base_dtype is not None,
     )
-    took = rehearsal.rehearse(engine, ranks, guard, batch, advice)
+    took = memory_check.measure(engine, ranks, guard, batch, advice)
     if took:
         ranks.say(took)
     if config.model.compile:
@@ -297,7 +298,7 @@ def check(config: TrainConfig, ds_raw: dict) -> int:
         engine = load_model(setup, ranks, watch, first_inputs=data.any_inputs)
         guard = make_guard(setup, ranks)
         describe(setup, data, engine, ranks)
-        rehearse(setup, data, engine, guard, ranks, watch)
+        check_memory(setup, data, engine, guard, ranks, watch)
         trainer = make_trainer(setup, data, engine, guard, ranks, watch, on_bad_loss="raise")
         try:
             with data.steps(setup.first_step, data.total_steps) as steps:

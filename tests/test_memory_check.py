@@ -1,4 +1,4 @@
-"""The dearest micro-batch before the first step: which it is, that nothing of it is kept, and what is said."""
+"""The most expensive micro-batch before the first step: which it is, that nothing of it is kept, and what is said."""
 
 import json
 import shutil
@@ -33,26 +33,26 @@ def losses(folder) -> list[dict]:
         (3, {"dtype": "bf16", "batch_size": 1, "max_tokens_per_batch": 700, "save_every": 3}),
     ],
 )
-def test_a_rehearsed_run_is_the_run_without_to_the_bit(stage, changes, forks, flags_of, tmp_path):
+def test_a_run_with_a_memory_check_is_the_run_without_to_the_bit(stage, changes, forks, flags_of, tmp_path):
     """Dropout on: a random draw that was not given back would show in the first loss."""
     common = {"deepspeed_config": f"ds_configs/zero{stage}.json", "max_steps": 4, "lora_dropout": 0.1, **changes}
     assert_all(forks.run(flags_of(tmp_path / "plain", **common), 2))
-    results = forks.run(flags_of(tmp_path / "rehearsed", **common), 2, patches=GPU)
+    results = forks.run(flags_of(tmp_path / "checked", **common), 2, patches=GPU)
     assert_all(results)
-    assert results[0].output.count("rehearsed the dearest micro-batch: ") == 1
+    assert results[0].output.count("memory check of the most expensive micro-batch: ") == 1
     assert losses(tmp_path / "plain")[0]["train/loss"] > 1
-    assert losses(tmp_path / "rehearsed") == losses(tmp_path / "plain")
-    ours, wanted = (load_file(tmp_path / run / "adapter/adapter_model.safetensors") for run in ("rehearsed", "plain"))
+    assert losses(tmp_path / "checked") == losses(tmp_path / "plain")
+    ours, wanted = (load_file(tmp_path / run / "adapter/adapter_model.safetensors") for run in ("checked", "plain"))
     assert all(torch.equal(ours[key], wanted[key]) for key in wanted)
-    if "save_every" in changes:  # and gone on with from the third step, rehearsed again
-        shutil.rmtree(tmp_path / "rehearsed/checkpoints/step-000004")
-        results = forks.run([*flags_of(tmp_path / "rehearsed", **common), "--resume", "auto"], 2, patches=GPU)
+    if "save_every" in changes:  # and gone on with from the third step, checked again
+        shutil.rmtree(tmp_path / "checked/checkpoints/step-000004")
+        results = forks.run([*flags_of(tmp_path / "checked", **common), "--resume", "auto"], 2, patches=GPU)
         assert_all(results)
-        assert "resuming after step 3" in results[0].output and "rehearsed the dearest" in results[0].output
-        assert losses(tmp_path / "rehearsed") == losses(tmp_path / "plain")
+        assert "resuming after step 3" in results[0].output and "memory check of the most" in results[0].output
+        assert losses(tmp_path / "checked") == losses(tmp_path / "plain")
     # On a known card the share of its peak is logged; on a CPU there is none.
     metrics = [
-        json.loads((tmp_path / run / "metrics.jsonl").read_text().splitlines()[0]) for run in ("rehearsed", "plain")
+        json.loads((tmp_path / run / "metrics.jsonl").read_text().splitlines()[0]) for run in ("checked", "plain")
     ]
     assert ("perf/mfu" in metrics[0]) is (changes["dtype"] == "bf16") and "perf/mfu" not in metrics[1]
     if "perf/mfu" in metrics[0]:
@@ -67,7 +67,7 @@ def test_a_run_that_does_not_fit_ends_with_code_2_on_every_rank(stage, phase, fo
     assert_all(results, returncode=2)
     text = results[1].output
     for words in (
-        "the dearest micro-batch does not fit into the memory of rank 1 (cpu); nothing was trained",
+        "the most expensive micro-batch does not fit into the memory of rank 1 (cpu); nothing was trained",
         "manifest.jsonl:",
         "tokens: ",
         "found:  CUDA out of memory. Tried to allocate 2.00 GiB.\n",
@@ -76,7 +76,10 @@ def test_a_run_that_does_not_fit_ends_with_code_2_on_every_rank(stage, phase, fo
         assert words in text, text
     assert ("zero3.json" in text.split("change:")[1]) is (stage < 3)
     assert "Traceback" not in text + results[0].output
-    assert "rank 1 failed before the first step (rehearsing the dearest micro-batch)" in results[0].output
+    assert (
+        "rank 1 failed before the first step (checking the memory of the most expensive micro-batch)"
+        in results[0].output
+    )
     assert not (tmp_path / "run/config.yaml").exists()  # the same command, mended, may use the folder
     assert max(r.ended_after_sec for r in results) < 40
 
@@ -86,25 +89,25 @@ def test_on_a_cpu_there_is_none_but_to_compile():
     assert is_wanted(torch.device("cpu"), compiled=True)
 
 
-def test_the_dearest_of_a_plan_by_rows_is_one_that_it_really_has():
+def test_the_most_expensive_of_a_plan_by_rows_is_one_that_it_really_has():
     """Not the longest rows together, which may never meet."""
     tokens = np.random.RandomState(0).randint(10, 900, 101)
     plan = Plan(101, batch_size=4, grad_accum=2, world_size=3, seed=5)
     for first, last in ((1, 1), (2, 7), (1, 3 * plan.steps_per_epoch), (plan.steps_per_epoch, plan.steps_per_epoch)):
         met = [m.rows for rank in range(3) for w in plan.steps(rank, first, last) for m in w.micro_batches]
-        rows = plan.dearest(tokens, first, last)
+        rows = plan.most_expensive(tokens, first, last)
         assert rows in met
         assert tokens[list(rows)].sum() == max(tokens[list(r)].sum() for r in met)
-        padded = plan.dearest(tokens, first, last, padded=True)
+        padded = plan.most_expensive(tokens, first, last, padded=True)
         assert len(padded) * tokens[list(padded)].max() == max(len(r) * tokens[list(r)].max() for r in met)
     assert plan.mean_tokens(tokens) == tokens.sum() / 26 and plan.mean_tokens(None) is None
 
 
-def test_no_micro_batch_of_a_plan_by_tokens_costs_more_than_its_dearest():
+def test_no_micro_batch_of_a_plan_by_tokens_costs_more_than_its_most_expensive():
     tokens = np.clip(np.random.RandomState(1).lognormal(5, 0.6, 700), 20, 1000).astype(int)
     plan = TokenPlan(tokens, max_tokens=4000, grad_accum=2, world_size=2, seed=5)
     last = 5 * plan.steps_per_epoch
-    rows = plan.dearest(tokens, 1, last)
+    rows = plan.most_expensive(tokens, 1, last)
     costs = [
         tokens[list(m.rows)].sum() for rank in range(2) for w in plan.steps(rank, 1, last) for m in w.micro_batches
     ]

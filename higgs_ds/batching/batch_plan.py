@@ -14,7 +14,7 @@ import numpy as np
 from .length_buckets import Epoch, micro_batch_costs, pack
 from .mixture import Mixture
 
-# Rows of which `Plan.dearest` draws the order: some seconds.
+# Rows of which `Plan.most_expensive` draws the order: some seconds.
 ROWS_LOOKED_AT = 10_000_000
 
 
@@ -101,14 +101,16 @@ class Plan:
         """Values of each row, [rows], for the rows of the first epoch; None where they are not known."""
         return None if values is None else values[self.mixture.rows(0)]
 
-    def dearest(self, tokens: np.ndarray, first_step: int, last_step: int, *, padded: bool = False) -> tuple[int, ...]:
+    def most_expensive(
+        self, tokens: np.ndarray, first_step: int, last_step: int, *, padded: bool = False
+    ) -> tuple[int, ...]:
         """Row numbers of the micro-batch that costs most, of steps `first_step`…`last_step`; see `packing`.
 
         Of a very long run its beginning is looked at: as many epochs as hold `ROWS_LOOKED_AT` rows.
         """
         first_epoch, last_epoch = (first_step - 1) // self.steps_per_epoch, (last_step - 1) // self.steps_per_epoch
         # Epoch by epoch the rows in the order of training, those before and behind the run's steps left out.
-        most, dearest = -1, ()
+        most, most_expensive = -1, ()
         for epoch in range(first_epoch, min(last_epoch, first_epoch + ROWS_LOOKED_AT // self.num_rows) + 1):
             first = max(0, first_step - 1 - epoch * self.steps_per_epoch) * self.rows_per_step
             behind = min(self.steps_per_epoch, last_step - epoch * self.steps_per_epoch) * self.rows_per_step
@@ -119,8 +121,8 @@ class Plan:
             place = int(costs.argmax())
             if costs[place] > most:
                 start = int(starts[place])
-                most, dearest = int(costs[place]), tuple(rows[start : start + self.batch_size].tolist())
-        return dearest
+                most, most_expensive = int(costs[place]), tuple(rows[start : start + self.batch_size].tolist())
+        return most_expensive
 
     def _global_batch(self) -> str:
         return (
@@ -192,9 +194,11 @@ class TokenPlan(Plan):
         """Tokens of a micro-batch on average."""
         return self._packing.tokens.sum() / len(self._packing.starts)
 
-    def dearest(self, tokens: np.ndarray, first_step: int, last_step: int, *, padded: bool = False) -> tuple[int, ...]:
-        """Row numbers of a micro-batch than which none of the plan costs more; see `Packing.dearest`."""
-        return tuple(self.mixture.longest[list(self._packing.dearest(padded=padded))].tolist())
+    def most_expensive(
+        self, tokens: np.ndarray, first_step: int, last_step: int, *, padded: bool = False
+    ) -> tuple[int, ...]:
+        """Row numbers of a micro-batch than which none of the plan costs more; see `Packing.most_expensive`."""
+        return tuple(self.mixture.longest[list(self._packing.most_expensive(padded=padded))].tolist())
 
     def _global_batch(self) -> str:
         return (

@@ -37,7 +37,7 @@ class Packing:
     steps: int
     micro_batches_per_step: int
 
-    def dearest(self, *, padded: bool = False) -> tuple[int, ...]:
+    def most_expensive(self, *, padded: bool = False) -> tuple[int, ...]:
         """Row numbers of a micro-batch than which none costs more in any epoch, but for what `BLUR` moves about.
 
         `padded`: every row costs what the longest beside it does.
@@ -75,7 +75,7 @@ class Epoch:
     micro_batches_per_step: int
 
     def step(self, place: int) -> list[tuple[int, ...]]:
-        """The micro-batches of the epoch's step `place` (0-based), as row numbers; the dearest first."""
+        """The micro-batches of the epoch's step `place` (0-based), as row numbers; the most expensive first."""
         first = int(self.step_order[place]) * self.micro_batches_per_step
         places = slice(first, first + self.micro_batches_per_step)
         return [

@@ -80,8 +80,8 @@ def test_global_batches_and_shares_are_the_same_at_every_world_size_and_after_a_
     if by_tokens:
         micro = [m.rows for step in one.steps(0, 1, steps) for m in step.micro_batches]
         assert all(len(rows) * TOKENS[list(rows)].max() <= 2048 for rows in micro)
-        dearest = TOKENS[list(one.dearest(TOKENS, 1, steps))].sum()
-        assert dearest * 1.02 >= max(TOKENS[list(rows)].sum() for rows in micro)
+        most_expensive = TOKENS[list(one.most_expensive(TOKENS, 1, steps))].sum()
+        assert most_expensive * 1.02 >= max(TOKENS[list(rows)].sum() for rows in micro)
 
 
 def test_weights_that_make_an_epoch_too_long_are_refused():

@@ -15,9 +15,8 @@ from functools import partial
 
 import torch
 
-from higgs_ds import checkpoint, trainer
+from higgs_ds import checkpoint, memory_check, trainer
 from higgs_ds import load_data as data
-from higgs_ds import memory_check as rehearsal
 from higgs_ds import setup as run_setup
 from higgs_ds.batching import batch_index, collate
 from higgs_ds.batching import loader as dataset
@@ -199,13 +198,13 @@ def dead_console() -> None:
 
 
 def as_on_a_gpu() -> None:
-    """A rehearsal, and the peak of a known card."""
-    rehearsal.REHEARSED_ON = ("cpu",)
+    """A memory check, and the peak of a known card."""
+    memory_check.CHECKED_ON = ("cpu",)
     flops.card_name = lambda device: "NVIDIA H100 80GB HBM3"
 
 
 def out_of_memory(phase: str) -> None:
-    """The rehearsal's forward or backward asks for more than there is."""
+    """The memory check's forward or backward asks for more than there is."""
     as_on_a_gpu()
 
     def call(*args):

@@ -27,7 +27,7 @@ from .errors import ConfigError, ExitCode
 from .guard import BadLossError, Guard
 from .load_data import Data, codes_folder, load_data
 from .model import flops
-from .model.families import HIGGS_V2, family_of
+from .model.families import family_of
 from .model.lora import attach_lora, set_lora
 from .options.sections import TrainConfig
 from .report.cards import pinned
@@ -97,7 +97,7 @@ def load_model(
     watch.untimed("loading the model")
     with loading(setup.ds_config):
         quantize_on = ranks.device if config.model.base_dtype else None
-        model = family_of(HIGGS_V2).load_base(base.folder, base.config, config.model.dtype, quantize_on=quantize_on)
+        model = family_of(base).load_base(base.folder, base.config, config.model.dtype, quantize_on=quantize_on)
     engine = adapt(setup, model, ranks, wrap=wrap)
     if setup.resumed:
         assert first_inputs is not None, "a run that is gone on with"
@@ -141,7 +141,7 @@ def adapt(
     elif initial is not None:
         ranks.each(lambda: set_lora(lora_model, initial, f"--init_adapter {config.lora.init_adapter}"))
     forward = forward or partial(
-        family_of(HIGGS_V2).training_forward,
+        family_of(setup.base).training_forward,
         config=setup.base.config,
         forward_impl=config.model.forward_impl,
         loss_impl=config.loss.loss_impl,

@@ -19,7 +19,7 @@ from .distributed.rank_watch import Watch
 from .errors import ConfigError
 from .loss import LossWeights
 from .model.base import BaseCheckpoint
-from .model.families import HIGGS_V2, family_of
+from .model.families import family_of, open_base
 from .options.sections import TrainConfig
 
 
@@ -61,7 +61,7 @@ def open_setup(config: TrainConfig, ds_raw: dict, ranks: Ranks, watch: Watch | U
     watch.untimed("finding the base checkpoint")
     base = ranks.each(lambda: open_base_for(config))
     saved = resumed.position.config if resumed else None
-    config, initial = ranks.each(lambda: family_of(HIGGS_V2).settle_lora(config, base, saved))
+    config, initial = ranks.each(lambda: family_of(base).settle_lora(config, base, saved))
     setup = settle(config, ds_raw, base, ranks, resumed, [*notes, *base.notes])
     setup.initial = initial
     check_same(
@@ -139,10 +139,9 @@ def _read_or_why(folder: Path, proven: dict[str, tuple]) -> Checkpoint | str:
 
 def open_base_for(config: TrainConfig) -> BaseCheckpoint:
     """The base checkpoint, refused where the run's forward could not compute it."""
-    family = family_of(HIGGS_V2)
-    base = family.open_base(config.model.base_ckpt, config.model.base_revision)
+    base = open_base(config.model.base_ckpt, config.model.base_revision)
     if config.model.forward_impl == "padding_free":
-        family.check_forward(base)
+        family_of(base).check_forward(base)
     return base
 
 

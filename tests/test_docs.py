@@ -1,4 +1,4 @@
-"""What the documentation says: every flag, the drawing of a index, and that its commands parse."""
+"""What the documentation says: every flag, the drawing of an index, and that its commands parse."""
 
 import argparse
 import dataclasses
@@ -17,7 +17,7 @@ from tests.conftest import ROOT
 AUDIO_OUT, AUDIO_IN, NONE = 90, 91, -100
 
 
-def test_the_drawing_of_a_layout_is_what_the_code_makes():
+def test_the_drawing_of_an_index_is_what_the_code_makes():
     index = make_batch_index(
         torch.tensor([[1, 2, AUDIO_OUT, 3], [4, AUDIO_OUT, 5, 0]]),
         torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]),

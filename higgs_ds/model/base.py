@@ -24,7 +24,7 @@ class BaseCheckpoint:
     name: str  # as the user gave it: a folder or a hub id
     revision: str | None
     folder: Path
-    layout: str  # of its files, one of `layouts.LAYOUTS`
+    layout: str  # of its files, one of `higgs_v2.layouts.LAYOUTS`
     config: Any  # of its family
     tokenizer: PreTrainedTokenizerFast
     facts: ModelFacts

@@ -41,7 +41,11 @@ class Family(Protocol):
         """The model, frozen, in `dtype`; sharded while it loads where DeepSpeed's stage 3 is told of."""
 
     def training_forward(self, model: nn.Module, config: Any, **options: Any) -> nn.Module:
-        """The module that the engine runs: a micro-batch's inputs and scales to (loss, stats, report)."""
+        """The module that the engine runs: a micro-batch's inputs and scales to (loss, stats, report).
+
+        It has `num_codebooks` and PEFT's model as `model`. Where a layer uses several weights at once it also has
+        `gathered_whole`, the kinds of such modules, and takes `input_gradient`, for ZeRO-3.
+        """
 
     def tokenize(
         self, messages: Sequence[Turn], start_index: int | None, tokenizer: Any

@@ -11,7 +11,7 @@ from pathlib import Path
 from ..data.chatml import PROMPT_STYLES, SERVED
 from ..errors import ConfigError, shown
 from ..files import write_text
-from .higgs_v2.layouts import read_json
+from .files.config_values import read_json
 
 RECORD = "higgs_ds.json"
 # What `cards.prompt_facts` says of the training rows, in its order. All FACTS are kept for the merged folder's card.

@@ -78,8 +78,8 @@ class DataOptions(Section):
     )
     prompt_style: Literal["served", "boson"] = option(
         "served",
-        "Prompt format of speech rows. served: as transformers and vllm-omni build it, always with a system turn; "
-        "boson: as in boson_multimodal's example, without a system turn before a reference clip.",
+        "Prompt format of speech rows. served: of transformers and vllm-omni, always with a system turn; boson: of "
+        "boson_multimodal's example, without one before a reference.",
         resume=SAID,
     )
     skip_bad_rows: bool = option(False, "Skip invalid rows and report them, instead of refusing to train.")
@@ -146,7 +146,7 @@ class LoraOptions(Section):
     lora_r: int = option(16, "LoRA rank.", ge=1, also="lora_rank", resume=FIXED)
     lora_alpha: float = option(32.0, "LoRA alpha: updates are scaled by alpha / r.", gt=0, le=1e6, resume=SAID)
     lora_rslora: bool = option(False, "Rank-stabilised LoRA: scale by alpha / sqrt(r) instead.", resume=SAID)
-    lora_dora: bool = option(False, "DoRA: not supported, always refused.")
+    lora_dora: bool = option(False, "DoRA: not supported.")
     train_audio_embeddings: bool = option(
         False,
         "Also train the audio code embeddings in full, at the same --lr; for sounds the base model does not know.",
@@ -154,9 +154,8 @@ class LoraOptions(Section):
     )
     train_heads: Literal["none", "audio", "text", "both"] = option(
         "none",
-        "Also train an output head in full, at the same --lr. Without a value: audio, the head that predicts the audio "
-        "codes. The text head is large (394 M parameters), and from a spoken row it only learns where a clip starts "
-        "and ends.",
+        "Also train an output head in full, at the same --lr (without a value: audio). On speech rows the text head "
+        "(394 M parameters) only learns where a clip starts and ends.",
         resume=FIXED,
         others={"train_heads": Other({"true": "audio", "false": "none"}, only=False)},
     )
@@ -222,7 +221,7 @@ class OptimOptions(Section):
     warmup_ratio: float | None = option(0.03, "Fraction of the schedule used for warm-up.", ge=0, lt=1, resume=SAID)
     warmup_steps: int | None = option(None, "Number of warm-up steps, instead of --warmup_ratio.", ge=0, resume=SAID)
     lr_schedule_steps: int | None = option(
-        None, "Steps of the learning rate schedule (default: the run's); then the rate stays constant.", ge=1
+        None, "Steps of the learning rate schedule (default: the whole run); after them the rate stays constant.", ge=1
     )
     weight_decay: float = option(0.0, "AdamW weight decay of the trained parameters.", ge=0, le=1000, resume=SAID)
     max_grad_norm: float = option(

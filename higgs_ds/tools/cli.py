@@ -154,17 +154,20 @@ def _describe(args) -> int:
     from ..data.portions import portions_of
     from .describe import run_describe
 
-    tokenizer = None
+    tokenizer = family = None
     if args.base_ckpt is not None:
         from ..model.base import load_tokenizer, locate_checkpoint
+        from ..model.families import family_at
 
-        tokenizer = load_tokenizer(locate_checkpoint(args.base_ckpt, weights=False))
+        folder = locate_checkpoint(args.base_ckpt, weights=False)
+        tokenizer, family = load_tokenizer(folder), family_at(folder)
     lines = run_describe(
         portions_of(args.train_manifest),
         args.val_manifest,
         args.output_dir,
         audio_root=args.audio_root,
         tokenizer=tokenizer,
+        family=family,
         max_tokens=args.max_tokens_per_batch,
         epochs=args.epochs,
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,6 +24,9 @@ from ..errors import ConfigError
 from ..files import writing
 from .described import Described
 
+if TYPE_CHECKING:
+    from ..model.family import Family
+
 # Boson's codec and the model's stream around each clip: BOS, EOS and the delay of 8 codebooks.
 FRAMES_PER_SEC, FRAMES_AROUND = 25, 9
 BYTES_PER_TOKEN = 3.5  # of text under Boson's tokenizer, roughly, where no tokenizer is given
@@ -31,8 +35,8 @@ TOKENS_PER_TURN = 5
 CARD, TOKENS_PER_SEC = "H100", 32_000
 
 
-def describe(path: str, *, audio_root: str | None = None, tokenizer=None) -> Described:
-    """Reads a manifest and its clips' headers. With a tokenizer, text tokens are counted, else estimated."""
+def describe(path: str, *, audio_root: str | None = None, tokenizer=None, family: Family | None = None) -> Described:
+    """Reads a manifest and its clips' headers. With a tokenizer and its family, tokens are counted, else estimated."""
     from ..data.controls import DEFAULT_CONTROLS, control_tokens
 
     controls = DEFAULT_CONTROLS if tokenizer is None else control_tokens(tokenizer)
@@ -70,7 +74,7 @@ def describe(path: str, *, audio_root: str | None = None, tokenizer=None) -> Des
         Spoken(path, lines, elements, facts, clips, np.array(spoken_sec, np.float64)),
         rows,
         np.array([sum(seconds) for seconds in of_rows], np.float64),
-        np.array([_tokens(row, sec, tokenizer) for row, sec in zip(rows, of_rows, strict=True)], np.int64),
+        np.array([_tokens(row, sec, tokenizer, family) for row, sec in zip(rows, of_rows, strict=True)], np.int64),
         manifest.summed_up(faults),
         manifest.notes(),
     )
@@ -81,12 +85,10 @@ def frames_of(seconds: float) -> int:
     return math.ceil(seconds * FRAMES_PER_SEC) + FRAMES_AROUND
 
 
-def _tokens(row: Row, seconds: list[float], tokenizer) -> int:
+def _tokens(row: Row, seconds: list[float], tokenizer, family: Family | None) -> int:
     frames = sum(map(frames_of, seconds))
-    if tokenizer is not None:
-        from ..model.families import HIGGS_V2, family_of
-
-        return frames - len(seconds) + len(family_of(HIGGS_V2).tokenize(row.messages, row.start_index, tokenizer)[0])
+    if tokenizer is not None and family is not None:
+        return frames - len(seconds) + len(family.tokenize(row.messages, row.start_index, tokenizer)[0])
     pieces = [piece for turn in row.messages for piece in turn.content]
     texts = [piece for piece in pieces if isinstance(piece, str)]
     around = TOKENS_PER_TURN * len(row.messages) + 2 * len(seconds)
@@ -145,6 +147,7 @@ def run_describe(
     *,
     audio_root: str | None = None,
     tokenizer=None,
+    family: Family | None = None,
     max_tokens: int = 16_384,
     epochs: float = 1.0,
 ) -> list[str]:
@@ -157,7 +160,7 @@ def run_describe(
     """
     trained = len(portions)
     sides = [*portions, *([Portion(val_manifest)] if val_manifest else [])]
-    described = [describe(side.path, audio_root=audio_root, tokenizer=tokenizer) for side in sides]
+    described = [describe(side.path, audio_root=audio_root, tokenizer=tokenizer, family=family) for side in sides]
     said: list[str] = []
     for number, found in enumerate(described):
         if not found.rows:

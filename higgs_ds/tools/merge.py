@@ -59,7 +59,7 @@ def add_export(verbs) -> None:
 
 def run_merge(args: argparse.Namespace) -> int:
     """Checks the adapter's config before the base is looked for, and its weights before anything is written."""
-    from ..model.families import HIGGS_V2, family_of
+    from ..model.families import family_of, open_base
     from ..model.files.adapter_file import check_base, read_adapter, read_adapter_config, revision_for
     from ..model.higgs_v2.processor_files import codec_reference
     from ..model.voice_record import RECORD, base_note, read_record, record_text
@@ -71,9 +71,8 @@ def run_merge(args: argparse.Namespace) -> int:
     if lora and not args.other_base:
         check_base(lora, args.base_ckpt, args.base_revision)
     codec_reference(args.codec, args.layout)
-    family = family_of(HIGGS_V2)
-    base = family.open_base(args.base_ckpt, args.base_revision)
-    adapter = read_adapter(args.adapter, family.adaptable_modules(base), lora) if lora else None
+    base = open_base(args.base_ckpt, args.base_revision)
+    adapter = read_adapter(args.adapter, family_of(base).adaptable_modules(base), lora) if lora else None
     record = read_record(args.adapter, "--adapter") if lora else None
     name, revision = pinned(args.base_ckpt, args.base_revision)
     table = {"dtype": args.dtype or "as the base"}
@@ -86,7 +85,9 @@ def run_merge(args: argparse.Namespace) -> int:
     note = base_note(args.adapter, "--adapter") if lora else None
     for line in [*base.notes, *([note] if note else [])]:
         say(line)
-    size = family.merge(base, adapter, args.output_dir, args.layout, dtype=args.dtype, codec=args.codec, texts=texts)
+    size = family_of(base).merge(
+        base, adapter, args.output_dir, args.layout, dtype=args.dtype, codec=args.codec, texts=texts
+    )
     merged = f"{len(adapter.weights)} layers merged" if adapter else "nothing merged"
     merged += f", {' and '.join(adapter.whole)} replaced whole" if adapter and adapter.whole else ""
     say(

@@ -171,13 +171,12 @@ def check_prompts(args: argparse.Namespace, texts: list[tuple[str, str]], prompt
     from ..data.audio import duration_sec
     from ..data.controls import control_tokens, find_control
     from ..model.base import load_tokenizer, locate_checkpoint
-    from ..model.families import HIGGS_V2, family_of
-    from ..model.higgs_v2.layouts import layout_of
+    from ..model.families import family_at
     from .describe import frames_of
 
     name, flag = base_of(args)
     folder = locate_checkpoint(name, args.base_revision, flag, weights=False)
-    layout_of(folder, flag)  # a folder without a config.json has no tokenizer either, which says less
+    family = family_at(folder, flag)  # a folder without a config.json has no tokenizer either, which says less
     tokenizer = load_tokenizer(folder, flag)
     controls = control_tokens(tokenizer)
     asked = [*texts, *((f"--{name}", text) for name in ("scene", "ref_text") if (text := getattr(args, name)))]
@@ -185,7 +184,7 @@ def check_prompts(args: argparse.Namespace, texts: list[tuple[str, str]], prompt
     # A clip's frames stand in the place of its one token.
     clips = [piece for turn in (prompts[0] if prompts else ()) for piece in turn.content if not isinstance(piece, str)]
     frames = sum(frames_of(duration_sec(clip)) - 1 for clip in clips)
-    counts = [len(family_of(HIGGS_V2).tokenize(prompt, None, tokenizer)[0]) + frames for prompt in prompts]
+    counts = [len(family.tokenize(prompt, None, tokenizer)[0]) + frames for prompt in prompts]
     refuse(
         [
             f"{where}: the prompt takes {count} tokens, over --max_row_tokens {args.max_row_tokens}"
@@ -198,15 +197,14 @@ def check_prompts(args: argparse.Namespace, texts: list[tuple[str, str]], prompt
 def open_speaker(args: argparse.Namespace):
     """Base, adapter and codec, loaded. Raises ConfigError."""
     from ..codec.load import load_codec
-    from ..model.families import HIGGS_V2, family_of
+    from ..model.families import family_of, open_base
 
     name, flag = base_of(args)
-    family = family_of(HIGGS_V2)
-    base = family.open_base(name, args.base_revision, flag)
+    base = open_base(name, args.base_revision, flag)
     if base.notes:
         say("\n".join(base.notes))
     most = base.facts.max_positions
     if args.max_new_tokens and args.max_new_tokens > most:
         raise ConfigError([f"--max_new_tokens: {args.max_new_tokens} is over the model's {most} positions"])
     codec = load_codec(args.codec, args.codec_revision)
-    return family.speaker(base, args.adapter, codec, dtype=args.dtype, other_base=args.other_base)
+    return family_of(base).speaker(base, args.adapter, codec, dtype=args.dtype, other_base=args.other_base)

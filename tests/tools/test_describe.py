@@ -11,6 +11,7 @@ import soundfile
 
 from higgs_ds.batching.token_counts import LengthIndex
 from higgs_ds.data.transcripts import first_lines
+from higgs_ds.model.families import HIGGS_V2
 from higgs_ds.model.higgs_v2.facts import HiggsV2Facts
 from higgs_ds.tools.cli import main
 from higgs_ds.tools.describe import describe
@@ -58,7 +59,7 @@ def test_tokens_are_those_that_training_counts(codec_dir, tokenizer, tiny_config
     from higgs_ds.codec.load import load_codec
     from higgs_ds.data.code_cache import CodeCache
 
-    found = describe(str(SPEECH), tokenizer=tokenizer)
+    found = describe(str(SPEECH), tokenizer=tokenizer, family=HIGGS_V2)
     cache = CodeCache(tmp_path, load_codec(str(codec_dir)))
     cache.ensure([ref for row in found.rows[:4] for _, ref in row.audio_refs])
     index = LengthIndex(cache, tokenizer, Collator(HiggsV2Facts.from_config(tiny_config)))

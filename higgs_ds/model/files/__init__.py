@@ -1,1 +1,1 @@
-"""Folders and files as others write and read them: base checkpoints, adapters, layouts of the serving stacks."""
+"""Adapters, weight files and config values as others write and read them."""

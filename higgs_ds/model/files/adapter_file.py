@@ -19,10 +19,9 @@ from typing_extensions import NotRequired, TypedDict
 
 from ...errors import ConfigError, shown
 from ...options.sections import BASE_NAMES, DEFAULT_BASE, revision_of
-from ..higgs_v2.layouts import read_json
 from ..higgs_v2.modules import EMBEDDINGS
 from .adapter_names import PREFIX, WHOLE_MODULES, layers_named, names_layer, naming_nothing, peft_key
-from .config_values import checked
+from .config_values import checked, read_json
 from .weight_files import Stored, all_finite, differences, header_of, refuse
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -5,12 +5,14 @@ The shapes of the weights say the rest. A field that stands in no table here is 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from pydantic_core import from_json
 from typing_extensions import TypedDict
 
-from ...errors import ConfigError, first_of, shown
+from ...errors import ConfigError, first_of, reading, shown
 
 Count = Annotated[int, Field(ge=1, le=1024)]  # of layers, heads, codebooks: a list of so many is made
 Size = Annotated[int, Field(ge=1, lt=1 << 31)]
@@ -108,3 +110,16 @@ def rope_of(scaling: dict | None, theta: object, where: str) -> dict[str, Any]:
     if rope.get("low_freq_factor", 0) >= rope.get("high_freq_factor", 1):
         raise ConfigError([f"{where}: low_freq_factor {rope['low_freq_factor']} must be below high_freq_factor"])
     return rope
+
+
+def read_json(file: Path, flag: str) -> dict:
+    """A JSON object in a file.
+
+    Raises:
+        ConfigError: the file cannot be read, or holds something else.
+    """
+    with reading(f"{flag}: {file} cannot be read"):
+        raw = from_json(file.read_bytes())
+        if not isinstance(raw, dict):
+            raise ValueError(f"it holds {type(raw).__name__}, expected a JSON object")
+    return raw

@@ -14,11 +14,22 @@ from boson_multimodal.model.higgs_audio import HiggsAudioConfig
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
-from ..files.config_values import DEFAULT_ROPE, LLAMA_FIELDS, Count, Dtype, LlamaFields, Size, TokenId, checked, rope_of
+from ..files.config_values import (
+    DEFAULT_ROPE,
+    LLAMA_FIELDS,
+    Count,
+    Dtype,
+    LlamaFields,
+    Size,
+    TokenId,
+    checked,
+    read_json,
+    rope_of,
+)
 from ..files.weight_files import refuse
 from .boson_config import config_from_boson, made
 from .facts import peculiarities
-from .layouts import TRANSFORMERS, layout_of, read_json
+from .layouts import TRANSFORMERS, layout_of
 
 # Boson's names of the tokens; transformers calls <|reserved_special_token_6|> the audio delay token.
 TOKENS = {

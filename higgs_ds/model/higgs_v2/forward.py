@@ -68,7 +68,7 @@ class TrainingForward(nn.Module):
         """
         index: BatchIndex = inputs["index"]
         objective = Objective(self.loss_impl, text_scale, codebook_scales)
-        # Out through PEFT, which adds `labels` and calls HiggsAudioForTraining.forward (higgs.py); back from
+        # Out through PEFT, which adds `labels` and calls HiggsAudioForTraining.forward (upstream.py); back from
         # padding_free_forward, which computes the loss.
         outputs: PaddingFreeOutput = self.model(
             **inputs,

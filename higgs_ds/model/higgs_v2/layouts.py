@@ -7,9 +7,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic_core import from_json
-
-from ...errors import ConfigError, reading, shown
+from ...errors import ConfigError, shown
+from ..files.config_values import read_json
 
 BOSON, TRANSFORMERS = "boson", "transformers"
 LAYOUTS = (BOSON, TRANSFORMERS)
@@ -53,19 +52,6 @@ def name_in(layout: str, boson_name: str) -> str:
     if name is None:
         raise ValueError(f"{boson_name} has no name in transformers' layout")
     return name
-
-
-def read_json(file: Path, flag: str) -> dict:
-    """A JSON object in a file.
-
-    Raises:
-        ConfigError: the file cannot be read, or holds something else.
-    """
-    with reading(f"{flag}: {file} cannot be read"):
-        raw = from_json(file.read_bytes())
-        if not isinstance(raw, dict):
-            raise ValueError(f"it holds {type(raw).__name__}, expected a JSON object")
-    return raw
 
 
 def layout_of(folder: Path, flag: str = "--base_ckpt") -> str:

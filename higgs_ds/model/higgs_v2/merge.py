@@ -16,6 +16,7 @@ from ...errors import ConfigError
 from ...files import filling, writing
 from ..base import DTYPES, BaseCheckpoint, load_tokenizer
 from ..files.adapter_file import Adapter
+from ..files.config_values import read_json
 from ..files.weight_files import (
     DTYPES_BY_NAME,
     INDEX,
@@ -29,7 +30,7 @@ from ..files.weight_files import (
 )
 from .checkpoint import check_tokenizer
 from .config import token_ids, transformers_config, without_private
-from .layouts import BOSON, TRANSFORMERS, name_in, read_json
+from .layouts import BOSON, TRANSFORMERS, name_in
 from .processor_files import TOKENIZER_FILES, generation_config, write_processor
 
 SAMPLED_TENSORS = 12  # of the merged and of the others, read back and computed anew

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from ...codec.codec_layout import MODEL_TYPE, is_renamed
 from ...errors import ConfigError
+from ..files.config_values import read_json
 from .config import DELAY_TOKEN, TOKENS
-from .layouts import BOSON, TRANSFORMERS, read_json
+from .layouts import BOSON, TRANSFORMERS
 
 TOKENIZER_FILES = (
     "tokenizer.json",

@@ -38,7 +38,7 @@ class HiggsAudioForTraining(HiggsAudioModel):
         *args,
         labels=None,
         index: BatchIndex | None = None,
-        objective: Any = None,  # an `Objective`, where there is a index
+        objective: Any = None,  # an `Objective`, where there is an index
         checkpoint_every: int = 0,
         input_gradient: bool = False,
         **kwargs,

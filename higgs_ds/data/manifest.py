@@ -24,7 +24,7 @@ from pydantic_core import from_json
 
 from ..errors import reason_of
 from .chatml import SERVED, SYSTEM_PROMPT, AudioRef, Row, Turn, speech_messages
-from .clip_paths import ClipPaths
+from .clip_paths import ClipPaths, shown_path
 from .controls import AUDIO_PLACEHOLDERS, DEFAULT_CONTROLS
 from .faults import Fault
 from .foreign import FORMATS, guess, import_command, keys_given_twice, no_manifest
@@ -178,10 +178,11 @@ class Manifest:
         missing = [fault for fault in faults if fault.missing is not None]
         if len(self) < 2 or len({fault.row for fault in missing}) < len(self):
             return faults
-        where = self._rules.paths.where_they_would_be(f.missing for f in missing[:20] if f.missing is not None)
-        first = Fault(
-            self.file, missing[0].line, missing[0].field, f"none of the {len(self):,} rows' clips exists; {where}"
+        problem = (
+            f"none of the {len(self):,} rows' clips exists, e.g. {shown_path(missing[0].missing or '')}; looked in "
+            f"{', '.join(self._rules.paths.folders)}: give the folder that they are relative to as --audio_root"
         )
+        first = dataclasses.replace(missing[0], problem=problem, element=-1)
         return [first, *(fault for fault in faults if fault.missing is None)]
 
     def _fault(self, line: int, field: str, problem: str) -> None:

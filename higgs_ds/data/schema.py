@@ -6,8 +6,6 @@ clips at once, in pydantic's words where no better ones are known.
 
 from __future__ import annotations
 
-import base64
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -28,8 +26,9 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
 
+from ..errors import shown
 from .chatml import SERVED, AudioRef, Row, Turn, speech_messages
-from .clip_paths import MISSING, URL, ClipPaths
+from .clip_paths import URL, ClipPaths, shown_path
 from .columns import ITEM_FIELDS, Columns, Reading, member, reading, unread_name, weighty_misspelling
 from .controls import DEFAULT_CONTROLS, find_control
 from .faults import Fault
@@ -119,20 +118,18 @@ def _text(value: str, info: ValidationInfo[Rules]) -> str:
     return value
 
 
-def _base64(value: Any) -> str:
-    try:
-        if base64.b64decode(value, validate=True):
-            return value
-    except (TypeError, ValueError) as error:
-        raise fault(f"is not base64 ({error}); give the bytes of an audio file, without line breaks") from error
-    raise fault("is empty; give the bytes of an audio file in base64, or leave it out")
+def _bytes(value: Any) -> AudioRef:
+    """A clip in base64, which is decoded when the clip is."""
+    if not isinstance(value, str):
+        raise fault(f"must be an audio file in base64, found {shown(value)}")
+    return AudioRef(raw_audio=value)
 
 
 def _clip(value: Any, info: ValidationInfo[Rules]) -> AudioRef:
     """A path, or Hugging Face's `{"path", "bytes"}`, of which the bytes win as they do there."""
     if isinstance(value, dict):
         if value.get("bytes"):
-            return AudioRef(raw_audio=_base64(value["bytes"]))
+            return _bytes(value["bytes"])
         value = value.get("path") or value
     if not isinstance(value, str):
         raise fault(f"must be the path of an audio file, found {shown(value)}" if value is not None else "is missing")
@@ -143,9 +140,9 @@ def _clip(value: Any, info: ValidationInfo[Rules]) -> AudioRef:
     paths = info.context.paths
     if info.context.again:
         return AudioRef(paths.path(value))
-    path, problem = paths.find(value)
-    if problem:
-        raise fault(f"{shown(value)} {problem}", value if problem.startswith(MISSING) else None)
+    if (path := paths.find(value)) is None:
+        problem = "does not exist, or is no file; paths are relative to the manifest's folder"
+        raise fault(f"{shown_path(value)} {problem}", value)
     return AudioRef(path)
 
 
@@ -228,11 +225,9 @@ class AudioPiece(_Part, _Slice):
     def _one_of_two(cls, url: Any, info: ValidationInfo[Rules]) -> AudioRef:
         raw_audio = _given(info.data.get("raw_audio"))
         if isinstance(url, dict) or raw_audio in NOT_THERE:
-            if url == "placeholder" or (url == "" and info.data.get("raw_audio") is not None):
-                raise fault(f"is {shown(url)} and there is no raw_audio; give one of the two")
-            return _clip(url, info)
+            return _clip(None if url in NOT_THERE else url, info)
         is_file = isinstance(url, str) and url not in NOT_THERE and not URL.match(url)
-        return _clip(url, info) if is_file and info.context.paths.holds(url) else AudioRef(raw_audio=_base64(raw_audio))
+        return _clip(url, info) if is_file and info.context.paths.holds(url) else _bytes(raw_audio)
 
 
 def _kind_of(value: Any) -> str | None:
@@ -300,14 +295,9 @@ class TalkRow(BaseModel):
     @field_validator("start_index")
     @classmethod
     def _trains_from(cls, start: int | None, info: ValidationInfo[Rules]) -> int | None:
-        roles = [turn.role for turn in info.data.get("messages", ())]
-        if start is None or not roles:
-            return start
-        if start >= len(roles):
-            raise fault(f"must be 0 to {len(roles) - 1} (the index of a message), found {start}")
-        if "assistant" not in roles[start:]:
-            last = max(i for i, role in enumerate(roles) if role == "assistant")
-            raise fault(f"leaves nothing to train on: the last assistant turn is {last}, found {start}")
+        answers = [i for i, turn in enumerate(info.data.get("messages", ())) if turn.role == "assistant"]
+        if start is not None and answers and start > answers[-1]:
+            raise fault(f"leaves nothing to train on: the last assistant turn is {answers[-1]}, found {start}")
         return start
 
 
@@ -379,12 +369,8 @@ def _without_blanks(pieces: list[str | AudioRef]) -> tuple[str | AudioRef, ...]:
 def _unknown(talk: TalkRow, unread: dict[str, None]) -> Iterator[tuple[str, str]]:
     """Faults of fields that look like ones which change the training; the others are added to `unread`."""
     for i, turn in enumerate(talk.messages):
-        parts: list[tuple[str, Any]] = [(f"messages[{i}]", turn)] if turn.__pydantic_extra__ else []
-        for piece in turn.content if isinstance(turn.content, list) else (turn.content,):
-            if isinstance(piece, _Part) and piece.__pydantic_extra__:
-                parts += [found for found in _pieces(turn, f"messages[{i}].content") if found[1] is piece]
-        for where, part in parts:
-            for key, value in part.__pydantic_extra__.items():
+        for where, part in ((f"messages[{i}]", turn), *_pieces(turn, f"messages[{i}].content")):
+            for key, value in (getattr(part, "__pydantic_extra__", None) or {}).items():
                 if problem := weighty_misspelling(key, tuple(type(part).model_fields)):
                     yield member(where, key), problem
                 elif value or key not in ITEM_FIELDS:  # in a table each item has all of them
@@ -420,14 +406,3 @@ def _words(found: ErrorDetails, missing: str | None) -> str:
         return missing or "is missing"
     wanted = found["msg"].replace("Input should be", "must be").replace("a valid string", "text")
     return f"{_AN_OBJECT.sub('an object', wanted)}, found {shown(found['input'])}"
-
-
-def shown(value: Any) -> str:
-    """A JSON value in a few printable characters."""
-    if isinstance(value, dict):
-        return "an object"
-    if isinstance(value, list):
-        return "a list" if value else "an empty list"
-    if isinstance(value, str):
-        return repr(value if len(value) <= 80 else value[:80] + "...")
-    return json.dumps(value)[:60]

@@ -31,7 +31,6 @@ def chatml(content, **more):
 def manifest(tmp_path, monkeypatch):
     """Writes text, bytes or rows (one a line; a string as it stands) to m.jsonl beside a.wav, and reads it."""
     (tmp_path / "a.wav").write_bytes(b"RIFF")
-    (tmp_path / "empty.wav").touch()
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "pipe")
     monkeypatch.chdir(tmp_path)
@@ -274,7 +273,7 @@ def test_rows_that_share_a_line_are_told_apart_by_their_number(manifest):
     assert faults == [
         "m.jsonl:1[1]: text: is empty",
         "m.jsonl:1[3]: row: must be a JSON object, found 5",
-        "m.jsonl:1[4]: start_index: must be 0 to 1 (the index of a message), found 9",
+        "m.jsonl:1[4]: start_index: leaves nothing to train on: the last assistant turn is 1, found 9",
     ]
     assert Manifest("m.jsonl").row(2) == rows[1]
 

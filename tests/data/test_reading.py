@@ -190,26 +190,11 @@ def test_paths_are_found_beside_the_manifest_then_elsewhere_and_that_is_said_onc
     ]
 
 
-@pytest.mark.parametrize(
-    ("names", "there", "advice"),
-    [
-        (["clips/1.wav", "clips/2.wav"], "corpus/clips/1.wav", "exists in {}/corpus: give --audio_root {}/corpus"),
-        (["/old/d/clips/1.wav", "/old/d/clips/2.wav"], "data/clips/1.wav", "put {}/data/ in the place of '/old/d/'"),
-        (
-            ["1.wav", "2.wav"],
-            "else",
-            "e.g. '1.wav'; looked in {}/data, {}/work: give the folder that they are relative",
-        ),
-    ],
-)
-def test_a_manifest_whose_paths_all_miss_gets_one_sentence(write, tmp_path, names, there, advice):
-    target = tmp_path / there
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_bytes(b"RIFF")
-    rows, [fault], _ = checked(write([{"audio": name, "text": "Hi."} for name in names]))
+def test_a_manifest_whose_paths_all_miss_gets_one_sentence(write, tmp_path):
+    rows, [fault], _ = checked(write([{"audio": name, "text": "Hi."} for name in ("1.wav", "2.wav")]))
     assert rows == []
-    assert "none of the 2 rows' clips exists; " in fault
-    assert advice.format(*[tmp_path] * 2) in fault
+    assert "none of the 2 rows' clips exists, e.g. '1.wav'; looked in " in fault
+    assert f"{tmp_path}/data, {tmp_path}/work: give the folder that they are relative to as --audio_root" in fault
 
 
 CONTROLS = ["<|eot_id|>", "<|audio_out_bos|>", "<|start_header_id|>", "<|recipient|>", "<|AUDIO|>", "<|end_of_text|>"]

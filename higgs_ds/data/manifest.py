@@ -25,6 +25,7 @@ from pydantic_core import from_json
 from ..errors import reason_of
 from .chatml import SERVED, SYSTEM_PROMPT, AudioRef, Row, Turn, speech_messages
 from .clip_paths import ClipPaths, shown_path
+from .columns import unread_lines
 from .controls import AUDIO_PLACEHOLDERS, DEFAULT_CONTROLS
 from .faults import Fault
 from .foreign import FORMATS, guess, import_command, keys_given_twice, no_manifest
@@ -154,20 +155,20 @@ class Manifest:
 
     def seen(self) -> tuple:
         """Counts that `check` has made in this process over the rows given to it, for everybody's `set_seen`."""
-        return dict(self._rules.columns.counts), dict(self._rules.paths.elsewhere), self._rules.scenes
+        return dict(self._rules.unread), dict(self._rules.paths.elsewhere), self._rules.scenes
 
     def set_seen(self, of_ranks: list[tuple]) -> None:
         """All ranks' `seen` together in the place of this process's own."""
-        self._rules.columns.counts.clear()
+        self._rules.unread.clear()
         self._rules.paths.elsewhere.clear()
         self._rules.scenes = sum(seen[-1] for seen in of_ranks)
-        for columns, elsewhere, _ in of_ranks:
-            self._rules.columns.add(columns)
+        for unread, elsewhere, _ in of_ranks:
+            self._rules.unread.update(unread)
             self._rules.paths.elsewhere.update(elsewhere)
 
     def notes(self) -> list[str]:
         """One line for each thing that concerns many rows and hurts none: columns not read, clips found elsewhere."""
-        notes = [*self._rules.paths.said(self.file), *self._rules.columns.lines(self.file)]
+        notes = [*self._rules.paths.said(self.file), *unread_lines(self._rules.unread, self.file)]
         if count := self._rules.scenes:
             rows = f"{count:,} row{' has' if count == 1 else 's have'}"
             notes.append(f"{self.file}: {rows} a scene; vllm-omni serves no scene, the other stacks do")

@@ -7,6 +7,7 @@ clips at once, in pydantic's words where no better ones are known.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -29,7 +30,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from ..errors import shown
 from .chatml import SERVED, AudioRef, Row, Turn, speech_messages
 from .clip_paths import URL, ClipPaths, shown_path
-from .columns import ITEM_FIELDS, Columns, Reading, member, reading, unread_name, weighty_misspelling
+from .columns import ITEM_FIELDS, Reading, member, reading, unread_name, weighty_misspelling
 from .controls import DEFAULT_CONTROLS, find_control
 from .faults import Fault
 from .foreign import swift_audios
@@ -48,7 +49,7 @@ class Rules:
     controls: re.Pattern[str] = DEFAULT_CONTROLS
     prompt_style: str = SERVED  # of speech rows
     again: bool = False  # rows without faults: nothing is counted, and clips are not looked for
-    columns: Columns = field(default_factory=Columns)
+    unread: Counter[str] = field(default_factory=Counter)  # columns and fields that nobody reads, in how many rows
     scenes: int = 0  # rows without faults that have one
 
 
@@ -58,7 +59,7 @@ def read_row(value: Any, rules: Rules, line: int, element: int = -1) -> tuple[Ro
         return None, [Fault(rules.file, line, "row", f"must be a JSON object, found {shown(value)}", element=element)]
     read = reading(tuple(value))
     faults: list[tuple[str, str, str | None]] = [(name, problem, None) for name, problem in read.faults]
-    unread = {unread_name("", column): None for column in read.unread}
+    unread = dict.fromkeys(unread_name("", column) for column in read.unread)
     row = None
     try:
         if read.kind == "speech":
@@ -76,8 +77,7 @@ def read_row(value: Any, rules: Rules, line: int, element: int = -1) -> tuple[Ro
     if row is not None and not rules.again:
         faults += [(name, problem, None) for name, problem in _own_reference(row)]
     if not rules.again:
-        for name in unread:
-            rules.columns.count(name)
+        rules.unread.update(unread.keys())
     if faults:
         return None, [
             Fault(rules.file, line, name, problem, missing=missing, element=element)
@@ -396,13 +396,13 @@ def _problems(error: ValidationError, read: Reading) -> Iterator[tuple[str, str,
                 name += f"[{part}]"
             elif not part.startswith("#"):
                 name += f".{part}" if name else read.column.get(part, part)
-        yield name, _words(found, read.missing.get(name)), found.get("ctx", {}).get("missing")
+        yield name, _words(found), found.get("ctx", {}).get("missing")
 
 
-def _words(found: ErrorDetails, missing: str | None) -> str:
+def _words(found: ErrorDetails) -> str:
     if found["type"] == "fault":
         return found["msg"]
     if found["type"] == "missing":
-        return missing or "is missing"
+        return "is missing"
     wanted = found["msg"].replace("Input should be", "must be").replace("a valid string", "text")
     return f"{_AN_OBJECT.sub('an object', wanted)}, found {shown(found['input'])}"

@@ -57,7 +57,7 @@ LIST = [{"type": "text", "text": "Hi."}], [{"type": "audio", "audio": "a.wav"}]
 )
 def test_a_text_and_its_clip_become_a_speech_row(read, row, more):
     rows, left_out, found = read(row)
-    assert rows == [SPEECH | more] and left_out == [] and not found.columns.counts
+    assert rows == [SPEECH | more] and left_out == [] and not found.columns
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_turns_without_loss_are_context(read):
     without = {"role": "assistant", "content": "<audio>", "loss": False}
     rows, _, found = read(talk(ASK, without, ("user", "So?"), ANSWER, audios=["a.wav", "b.wav"], speaker="anna", x=1))
     assert rows[0]["start_index"] == 2 and rows[0]["speaker"] == "anna" and len(rows[0]["messages"]) == 4
-    assert dict(found.columns.counts) == {"x": 1}
+    assert dict(found.columns) == {"x": 1}
 
 
 def test_what_is_taken_for_a_transcript_and_what_is_not_read_is_said(read, tmp_path):

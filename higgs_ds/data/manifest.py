@@ -28,7 +28,7 @@ from .clip_paths import ClipPaths, shown_path
 from .columns import unread_lines
 from .controls import AUDIO_PLACEHOLDERS, DEFAULT_CONTROLS
 from .faults import Fault
-from .foreign import FORMATS, guess, import_command, keys_given_twice, no_manifest
+from .foreign import import_command, keys_given_twice, no_manifest
 from .schema import Rules, read_row
 
 __all__ = [
@@ -87,8 +87,8 @@ class Manifest:
             self._fault(line, "manifest", f"is not UTF-8 ({reason}); {_INSTEAD}")
             return
         except (OSError, ValueError) as error:  # ValueError: a NUL byte in the path
-            reason = reason_of(error)
-            self._fault(1, "manifest", f"cannot be read ({reason}); {_instead(path, error)}")
+            makes_one = f"; of a corpus, `{import_command(None, path)}` makes one" if Path(path).is_dir() else ""
+            self._fault(1, "manifest", f"cannot be read ({reason_of(error)}); {_INSTEAD}{makes_one}")
             return
         if problem := no_manifest(self.file, content):
             self._fault(1, "manifest", problem)
@@ -244,13 +244,6 @@ def _in_bytes(text: str, spans: np.ndarray) -> np.ndarray:
         counted = place
         places[i] = at
     return places.reshape(spans.shape)
-
-
-def _instead(path: str | Path, error: Exception) -> str:
-    """Advice on a manifest that cannot be read."""
-    if isinstance(error, IsADirectoryError) and (kind := guess(Path(path))):
-        return f"it is {FORMATS[kind]}; this makes a manifest of it: {import_command(kind, path)}"
-    return _INSTEAD
 
 
 def _after_space(text: str, at: int) -> int:

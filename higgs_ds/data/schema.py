@@ -33,7 +33,7 @@ from .clip_paths import URL, ClipPaths, shown_path
 from .columns import ITEM_FIELDS, Reading, member, reading, unread_name, weighty_misspelling
 from .controls import DEFAULT_CONTROLS, find_control
 from .faults import Fault
-from .foreign import swift_audios
+from .foreign import import_command
 
 NOT_THERE = ("", "placeholder", None)  # what upstream's dataclasses hold where there is no clip
 _AN_OBJECT = re.compile(r"a valid dictionary( or instance of \w+)?")
@@ -66,8 +66,9 @@ def read_row(value: Any, rules: Rules, line: int, element: int = -1) -> tuple[Ro
             speech = SpeechRow.model_validate(_translated(value, read), context=rules)
             row = _of_speech(speech, read.column, rules, line, element)
         elif read.kind == "chatml":
-            if problem := swift_audios(value, rules.file):
-                faults.append(("audios", problem, None))
+            if value.get("audios"):  # nothing would read them, and their tags would be taken for text
+                command = import_command("ms-swift", rules.file)
+                faults.append(("audios", f"is ms-swift's; this makes a manifest of it: {command}", None))
             talk = TalkRow.model_validate(value, context=rules)
             row = _of_talk(talk, rules, line, element)
             if not rules.again:

@@ -50,13 +50,11 @@ def reading(columns: tuple[str, ...]) -> Reading:
     for column in columns:
         if column not in SPEECH_FIELDS and (canonical := _CANONICAL.get(plain(column))):
             held.setdefault(canonical, []).append(column)
-    names = {name: of_name[0] for name, of_name in held.items() if name not in columns and len(of_name) == 1}
-    ambiguous = {name: of_name for name, of_name in held.items() if name not in columns and len(of_name) > 1}
-    names |= {name: of_name[0] for name, of_name in ambiguous.items()}
+    names = {name: of_name[0] for name, of_name in held.items() if name not in columns}
     faults = [
         (of_name[0], f"{', '.join(f'`{_shown(c)}`' for c in of_name)}: which is the {name}? rename that to `{name}`")
-        for name, of_name in ambiguous.items()
-        if name != "speaker"
+        for name, of_name in held.items()
+        if name in names and len(of_name) > 1 and name != "speaker"
     ]
     if not ({"audio", "text"} & ({*columns} | {*held})):
         neither = "has neither `messages` (a ChatML row) nor `audio` and `text` (a speech row)"

@@ -55,10 +55,17 @@ class Rules:
 
 def read_row(value: Any, rules: Rules, line: int, element: int = -1) -> tuple[Row | None, list[Fault]]:
     """The row that a JSON value is, or its faults."""
+    faults: list[Fault] = []
+
+    def told(name: str, problem: str, missing: str | None = None) -> None:
+        faults.append(Fault(rules.file, line, name, problem, missing=missing, element=element))
+
     if not isinstance(value, dict):
-        return None, [Fault(rules.file, line, "row", f"must be a JSON object, found {shown(value)}", element=element)]
+        told("row", f"must be a JSON object, found {shown(value)}")
+        return None, faults
     read = reading(tuple(value))
-    faults: list[tuple[str, str, str | None]] = [(name, problem, None) for name, problem in read.faults]
+    for name, problem in read.faults:
+        told(name, problem)
     unread = dict.fromkeys(unread_name("", column) for column in read.unread)
     row = None
     try:
@@ -68,23 +75,20 @@ def read_row(value: Any, rules: Rules, line: int, element: int = -1) -> tuple[Ro
         elif read.kind == "chatml":
             if value.get("audios"):  # nothing would read them, and their tags would be taken for text
                 command = import_command("ms-swift", rules.file)
-                faults.append(("audios", f"is ms-swift's; this makes a manifest of it: {command}", None))
+                told("audios", f"is ms-swift's; this makes a manifest of it: {command}")
             talk = TalkRow.model_validate(value, context=rules)
             row = _of_talk(talk, rules, line, element)
             if not rules.again:
-                faults += [(name, problem, None) for name, problem in _unknown(talk, unread)]
+                for name, problem in _unknown(talk, unread):
+                    told(name, problem)
     except ValidationError as error:
-        faults += _problems(error, read)
-    if row is not None and not rules.again:
-        faults += [(name, problem, None) for name, problem in _own_reference(row)]
+        for of_field in _problems(error, read):
+            told(*of_field)
     if not rules.again:
         rules.unread.update(unread.keys())
-    if faults:
-        return None, [
-            Fault(rules.file, line, name, problem, missing=missing, element=element)
-            for name, problem, missing in faults
-        ]
-    return row, []
+        for name, problem in _own_reference(row) if row is not None else ():
+            told(name, problem)
+    return (None, faults) if faults else (row, [])
 
 
 def fault(problem: str, missing: str | None = None) -> PydanticCustomError:
@@ -97,10 +101,6 @@ def _given(value: Any) -> Any:
     if isinstance(value, str):
         return value if value and not value.isspace() else None
     return None if value != value else value
-
-
-def _misc(value: Any) -> Any:
-    return _given(value) or None
 
 
 def _name(value: Any) -> Any:
@@ -264,7 +264,7 @@ class TurnPart(_Part):
         texts = [piece.text if isinstance(piece, TextPiece) else piece for piece in pieces]
         texts = [text for text in texts if isinstance(text, str)]
         if role != "system" and not any(isinstance(p, AudioPiece) for p in pieces) and not "".join(texts).strip():
-            raise fault("is missing" if content is None else "is empty; give text or audio")
+            raise fault("is empty; give text or audio")
         for text in texts:
             if problem := find_control(text, info.context.controls, markup=role != "assistant"):
                 raise fault(problem)
@@ -284,7 +284,7 @@ class TalkRow(BaseModel):
     messages: Annotated[list[TurnPart], Field(min_length=1)]
     start_index: Annotated[int | None, Field(ge=0, strict=True), Maybe] = None
     speaker: Speaker = None
-    misc: Annotated[dict[str, Any] | None, BeforeValidator(_misc)] = None
+    misc: Any = None
 
     @field_validator("messages")
     @classmethod
@@ -344,7 +344,7 @@ def _of_talk(talk: TalkRow, rules: Rules, line: int, element: int) -> Row:
         turns.append(Turn(turn.role, _without_blanks(pieces) or ("",), turn.recipient))
         stated_sec = clips[0].duration if turn.role == "assistant" and len(clips) == 1 else None
     speaker = talk.speaker
-    if speaker is None and talk.misc and isinstance(named := talk.misc.get("speaker"), str):
+    if speaker is None and isinstance(talk.misc, dict) and isinstance(named := talk.misc.get("speaker"), str):
         speaker = _given(named)
     return Row(tuple(turns), talk.start_index, speaker, rules.file, line, stated_sec, element=element)
 

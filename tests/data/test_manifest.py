@@ -74,9 +74,7 @@ def test_a_damaged_manifest_is_faults_and_no_traceback(manifest):
 
 def test_all_faults_are_listed_together_and_sorted(manifest):
     clips = [{**CLIP, "offset": -1, "duration": -2}, {"type": "audio", "audio_url": "http://x/y"}]
-    rows, faults = manifest(
-        [SPEECH, "{", {"audio": "b.wav", "text": "", "extra": 1}, chatml(clips, start_index="x", misc=1)]
-    )
+    rows, faults = manifest([SPEECH, "{", {"audio": "b.wav", "text": "", "extra": 1}, chatml(clips, start_index="x")])
     assert len(rows) == 1
     assert [fault.rsplit(": ", 1)[0] if "fetched" in fault else fault.split(" ")[:2] for fault in faults] == [
         ["m.jsonl:2:", "row:"],
@@ -84,7 +82,6 @@ def test_all_faults_are_listed_together_and_sorted(manifest):
         ["m.jsonl:3:", "text:"],
         ["m.jsonl:4:", "messages[1].content[0].offset:"],
         "m.jsonl:4: messages[1].content[1].audio_url: nothing is fetched from a manifest",
-        ["m.jsonl:4:", "misc:"],
         ["m.jsonl:4:", "start_index:"],
     ]
     assert Fault("m", 9, "z", "z") < Fault("m", 10, "a", "a")  # by number, not as text

@@ -47,8 +47,3 @@ class ClipPaths:
 
 def _join(folder: str, value: str) -> str:
     return os.path.join(folder, os.path.expanduser(value) if value.startswith("~") else value)
-
-
-def shown_path(value: str) -> str:
-    """A path in a few printable characters."""
-    return repr(value if len(value) <= 200 else value[:200] + "...")

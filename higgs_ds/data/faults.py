@@ -32,7 +32,6 @@ class Fault:
     field: str
     problem: str
     warning: bool = False
-    missing: str | None = dataclasses.field(default=None, compare=False)  # the path, as given, that is not there
 
     def __str__(self) -> str:
         return f"{origin(self.file, self.line, self.element)}: {self.field}: {self.problem}"

@@ -24,7 +24,7 @@ from pydantic_core import from_json
 
 from ..errors import reason_of
 from .chatml import SERVED, SYSTEM_PROMPT, AudioRef, Row, Turn, speech_messages
-from .clip_paths import ClipPaths, shown_path
+from .clip_paths import ClipPaths
 from .columns import unread_lines
 from .controls import AUDIO_PLACEHOLDERS, DEFAULT_CONTROLS
 from .faults import Fault
@@ -174,18 +174,6 @@ class Manifest:
             notes.append(f"{self.file}: {rows} a scene; vllm-omni serves no scene, the other stacks do")
         return notes
 
-    def summed_up(self, faults: list[Fault]) -> list[Fault]:
-        """The faults of all rows; one sentence where not a single clip is where its row says."""
-        missing = [fault for fault in faults if fault.missing is not None]
-        if len(self) < 2 or len({fault.row for fault in missing}) < len(self):
-            return faults
-        problem = (
-            f"none of the {len(self):,} rows' clips exists, e.g. {shown_path(missing[0].missing or '')}; looked in "
-            f"{', '.join(self._rules.paths.folders)}: give the folder that they are relative to as --audio_root"
-        )
-        first = dataclasses.replace(missing[0], problem=problem, element=-1)
-        return [first, *(fault for fault in faults if fault.missing is None)]
-
     def _fault(self, line: int, field: str, problem: str) -> None:
         self.faults.append(Fault(self.file, line, field, problem))
 
@@ -267,4 +255,4 @@ def read_manifest(
         faults += found
         if row is not None:
             rows.append(row)
-    return rows, sorted(manifest.summed_up(faults))
+    return rows, sorted(faults)

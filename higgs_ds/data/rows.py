@@ -26,7 +26,7 @@ from .code_cache import CodeCache
 from .controls import DEFAULT_CONTROLS
 from .faults import SHOWN_OF_A_KIND, Fault, grouped, plural, write_faults
 from .manifest import Manifest
-from .row_set import Part, RowSet, as_array, joined, put_together
+from .row_set import Part, RowSet, joined, put_together
 from .same_files import check_same_files
 from .schema import OWN_REFERENCE
 from .transcripts import FACTS, VOICE, Spoken, facts_of, first_lines, voice_of, warnings_of
@@ -96,7 +96,7 @@ def load_rows(
     _tell(read, trained, loader, options, ranks)
     for manifest, rows, faults in zip(read, sets, loader.faults, strict=True):
         if not rows:
-            raise ConfigError([*grouped(manifest.summed_up(faults)), f"{manifest.file}: no usable row is left"])
+            raise ConfigError([*grouped(faults), f"{manifest.file}: no usable row is left"])
     for rows, spoken in zip(sets, loader.spoken, strict=True):
         rows.summary = tuple(first_lines(spoken)) if ranks.is_main else ()
     return joined(sets[:trained]), sets[trained] if len(sets) > trained else RowSet()
@@ -108,8 +108,8 @@ def _tell(read: list[Manifest], trained: int, loader: _Loader, options: RowOptio
     Raises:
         ConfigError: there are faults, and no `skip_bad_rows`.
     """
-    bad_rows = plural(len({f.row for found in loader.faults for f in found}), "bad row")
-    faults = [f for manifest, found in zip(read, loader.faults, strict=True) for f in manifest.summed_up(found)]
+    faults = [fault for found in loader.faults for fault in found]
+    bad_rows = plural(len({fault.row for fault in faults}), "bad row")
     warnings = warnings_of(loader.spoken, trained) if ranks.is_main else []
     path = None
     if ranks.is_main and options.faults_dir is not None:
@@ -298,7 +298,7 @@ class _Loader:
         keys = np.zeros((len(clips), 32), np.uint8)
         all_problems: dict[int, str] = {}
         for clip_numbers, their_keys, their_problems, encoded in ranks.gather(
-            (mine, as_array(found), problems, cache.encoded - encoded_before)
+            (mine, np.frombuffer(b"".join(found), np.uint8).reshape(-1, 32), problems, cache.encoded - encoded_before)
         ):
             keys[clip_numbers] = their_keys
             all_problems |= their_problems

@@ -29,7 +29,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from ..errors import shown
 from .chatml import SERVED, AudioRef, Row, Turn, speech_messages
-from .clip_paths import URL, ClipPaths, shown_path
+from .clip_paths import URL, ClipPaths
 from .columns import ITEM_FIELDS, Reading, member, reading, unread_name, weighty_misspelling
 from .controls import DEFAULT_CONTROLS, find_control
 from .faults import Fault
@@ -37,6 +37,7 @@ from .foreign import import_command
 
 NOT_THERE = ("", "placeholder", None)  # what upstream's dataclasses hold where there is no clip
 _AN_OBJECT = re.compile(r"a valid dictionary( or instance of \w+)?")
+FOLDERS = "paths are relative to the manifest's folder, --audio_root or the working folder"
 OWN_REFERENCE = "the clip that is to be spoken; give another clip of the voice, or none"
 
 
@@ -57,8 +58,8 @@ def read_row(value: Any, rules: Rules, line: int, element: int = -1) -> tuple[Ro
     """The row that a JSON value is, or its faults."""
     faults: list[Fault] = []
 
-    def told(name: str, problem: str, missing: str | None = None) -> None:
-        faults.append(Fault(rules.file, line, name, problem, missing=missing, element=element))
+    def told(name: str, problem: str) -> None:
+        faults.append(Fault(rules.file, line, name, problem, element=element))
 
     if not isinstance(value, dict):
         told("row", f"must be a JSON object, found {shown(value)}")
@@ -82,8 +83,8 @@ def read_row(value: Any, rules: Rules, line: int, element: int = -1) -> tuple[Ro
                 for name, problem in _unknown(talk, unread):
                     told(name, problem)
     except ValidationError as error:
-        for of_field in _problems(error, read):
-            told(*of_field)
+        for name, problem in _problems(error, read):
+            told(name, problem)
     if not rules.again:
         rules.unread.update(unread.keys())
         for name, problem in _own_reference(row) if row is not None else ():
@@ -91,9 +92,9 @@ def read_row(value: Any, rules: Rules, line: int, element: int = -1) -> tuple[Ro
     return (None, faults) if faults else (row, [])
 
 
-def fault(problem: str, missing: str | None = None) -> PydanticCustomError:
-    """Error for a validator to raise; `missing` is a path, as given, that is not there."""
-    return PydanticCustomError("fault", "{problem}", {"problem": problem, "missing": missing})
+def fault(problem: str) -> PydanticCustomError:
+    """Error for a validator to raise."""
+    return PydanticCustomError("fault", "{problem}", {"problem": problem})
 
 
 def _given(value: Any) -> Any:
@@ -142,8 +143,8 @@ def _clip(value: Any, info: ValidationInfo[Rules]) -> AudioRef:
     if info.context.again:
         return AudioRef(paths.path(value))
     if (path := paths.find(value)) is None:
-        problem = "does not exist, or is no file; paths are relative to the manifest's folder"
-        raise fault(f"{shown_path(value)} {problem}", value)
+        given = repr(value if len(value) <= 200 else f"{value[:200]}...")
+        raise fault(f"{given} does not exist, or is no file; {FOLDERS}")
     return AudioRef(path)
 
 
@@ -388,8 +389,8 @@ def _own_reference(row: Row) -> Iterator[tuple[str, str]]:
             yield where, f"{'is' if ref == spoken else 'holds'} {OWN_REFERENCE}"
 
 
-def _problems(error: ValidationError, read: Reading) -> Iterator[tuple[str, str, str | None]]:
-    """(field, problem, path that is missing) of each; a field is named as the row has it."""
+def _problems(error: ValidationError, read: Reading) -> Iterator[tuple[str, str]]:
+    """(field, problem) of each; a field is named as the row has it."""
     for found in error.errors(include_url=False):
         name = ""
         for part in found["loc"]:
@@ -397,7 +398,7 @@ def _problems(error: ValidationError, read: Reading) -> Iterator[tuple[str, str,
                 name += f"[{part}]"
             elif not part.startswith("#"):
                 name += f".{part}" if name else read.column.get(part, part)
-        yield name, _words(found), found.get("ctx", {}).get("missing")
+        yield name, _words(found)
 
 
 def _words(found: ErrorDetails) -> str:

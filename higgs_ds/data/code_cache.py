@@ -31,10 +31,8 @@ MIN_AGE_SEC = 2.0
 MAX_ADDED = 100_000  # additions kept as objects before the index is read anew, where each takes 75 bytes
 
 
-class MissingCodesError(KeyError):
+class MissingCodesError(LookupError):
     """A clip has not been encoded."""
-
-    __str__ = Exception.__str__  # KeyError would show the text in quotes
 
 
 class CodeCache:

@@ -151,10 +151,7 @@ def _guess_row(row: dict) -> str | None:
 def table_delimiter(header: str) -> str | None:
     """Delimiter between the names of a header that names a clip and a text; None for any other line."""
     for delimiter in DELIMITERS:
-        try:
-            names = {plain(name) for name in next(csv.reader([header], delimiter=delimiter), ())}
-        except csv.Error:  # a NUL byte
-            return None
+        names = {plain(name) for name in next(csv.reader([header], delimiter=delimiter), ())}
         if names & set(FILE_COLUMNS) and names & set(TEXT_COLUMNS):
             return delimiter
     return None

@@ -23,25 +23,15 @@ import numpy as np
 from pydantic_core import from_json
 
 from ..errors import reason_of
-from .chatml import SERVED, SYSTEM_PROMPT, AudioRef, Row, Turn, speech_messages
+from .chatml import SERVED, AudioRef, Row, Turn, speech_messages
 from .clip_paths import ClipPaths
 from .columns import unread_lines
-from .controls import AUDIO_PLACEHOLDERS, DEFAULT_CONTROLS
+from .controls import DEFAULT_CONTROLS
 from .faults import Fault
 from .foreign import import_command, keys_given_twice, no_manifest
 from .schema import Rules, read_row
 
-__all__ = [
-    "AUDIO_PLACEHOLDERS",
-    "AudioRef",
-    "Fault",
-    "Manifest",
-    "Row",
-    "SYSTEM_PROMPT",
-    "Turn",
-    "read_manifest",
-    "speech_messages",
-]
+__all__ = ["AudioRef", "Fault", "Manifest", "Row", "Turn", "read_manifest", "speech_messages"]
 
 _INSTEAD = "name a JSONL file or a JSON array, in UTF-8"
 _BLANKS = b" \t\r\n"

@@ -37,7 +37,6 @@ from .foreign import import_command
 
 NOT_THERE = ("", "placeholder", None)  # what upstream's dataclasses hold where there is no clip
 _AN_OBJECT = re.compile(r"a valid dictionary( or instance of \w+)?")
-FOLDERS = "paths are relative to the manifest's folder, --audio_root or the working folder"
 OWN_REFERENCE = "the clip that is to be spoken; give another clip of the voice, or none"
 
 
@@ -144,7 +143,8 @@ def _clip(value: Any, info: ValidationInfo[Rules]) -> AudioRef:
         return AudioRef(paths.path(value))
     if (path := paths.find(value)) is None:
         given = repr(value if len(value) <= 200 else f"{value[:200]}...")
-        raise fault(f"{given} does not exist, or is no file; {FOLDERS}")
+        where = "paths are relative to the manifest's folder, --audio_root or the working folder"
+        raise fault(f"{given} does not exist, or is no file; {where}")
     return AudioRef(path)
 
 

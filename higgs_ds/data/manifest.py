@@ -108,7 +108,7 @@ class Manifest:
         return hashlib.sha256(self._content).digest()
 
     def check(self, number: int) -> tuple[Row | None, list[Fault]]:
-        """A row, or all that is wrong with it. Its clips are looked for (a file with bytes in it), not decoded."""
+        """A row, or all that is wrong with it. Its clips are looked for, not decoded."""
         row, faults = self._read(number, self._rules)
         self._rules.scenes += row is not None and row.has_scene
         return row, faults

@@ -106,7 +106,7 @@ def _given(value: Any) -> Any:
 def _name(value: Any) -> Any:
     """A speaker: no model reads it. A number may have become a float beside rows without one."""
     value = _given(value)
-    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+    if isinstance(value, float) and value.is_integer():
         value = int(value)
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
@@ -134,8 +134,6 @@ def _clip(value: Any, info: ValidationInfo[Rules]) -> AudioRef:
         value = value.get("path") or value
     if not isinstance(value, str):
         raise fault(f"must be the path of an audio file, found {shown(value)}" if value is not None else "is missing")
-    if not value.strip():
-        raise fault("is empty; give the path of an audio file")
     if URL.match(value):
         raise fault(f"nothing is fetched from a manifest: give a path instead of {shown(value)}")
     paths = info.context.paths

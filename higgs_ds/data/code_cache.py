@@ -31,10 +31,8 @@ MIN_AGE_SEC = 2.0
 MAX_ADDED = 100_000  # additions kept as objects before the index is read anew, where each takes 75 bytes
 
 
-class MissingCodesError(KeyError):
+class MissingCodesError(LookupError):
     """A clip has not been encoded."""
-
-    __str__ = Exception.__str__  # KeyError would show the text in quotes
 
 
 class CodeCache:
@@ -76,30 +74,23 @@ class CodeCache:
         return self._keys[ref]
 
     def ensure(self, refs: Sequence[AudioRef], *, max_duration_sec: float | None = None) -> dict[AudioRef, str]:
-        """Encode the clips that are not cached yet; what is wrong with the bad ones, by clip.
-
-        Damaged codes are made anew.
-
-        Raises:
-            OSError: the cache cannot be written to.
-            ConfigError: the codec's network cannot be built.
-        """
+        """`ensure_each` of all at once, by the newest index; what is wrong with the bad ones, by clip."""
         self.read_index()
-        problems = {}
-        for ref, key, problem in self.ensure_each(list(dict.fromkeys(refs)), max_duration_sec):
-            if problem is not None:
-                problems[ref] = problem
-            elif key is not None:
-                self._keys[ref] = key
-        return problems
+        found = list(self.ensure_each(list(dict.fromkeys(refs)), max_duration_sec))
+        self._keys.update({ref: key for ref, key, _ in found if key is not None})
+        return {ref: problem for ref, _, problem in found if problem is not None}
 
     def ensure_each(
         self, refs: Sequence[AudioRef], max_duration_sec: float | None = None
     ) -> Iterator[tuple[AudioRef, bytes | None, str | None]]:
         """Encode the clips that are not cached yet, as they are asked for, whatever their number.
 
-        Yields each clip with its key and None, or with None and what is wrong with it. What other processes have
-        written since the last `read_index` is encoded again. Raises as `ensure` does.
+        Yields each clip with its key and None, or with None and what is wrong with it. Damaged codes are made anew.
+        What other processes have written since the last `read_index` is encoded again.
+
+        Raises:
+            OSError: the cache cannot be written to.
+            ConfigError: the codec's network cannot be built.
         """
         try:
             for ref in refs:

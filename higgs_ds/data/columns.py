@@ -24,7 +24,6 @@ SYNONYMS = {
 }
 # Misspelt, these would change what is trained on, and nothing would show it.
 WEIGHTY = ("start_index", "ref_audio", "ref_text", "offset", "raw_audio", "recipient", "scene")
-MOST_COLUMNS = 1000  # different names that are counted; a manifest with a name a row has no columns
 
 _CANONICAL = {name: canonical for canonical, names in SYNONYMS.items() for name in (canonical, *names.split())}
 _PLAIN_KEY = re.compile(r"[A-Za-z0-9_-]{1,40}")
@@ -39,7 +38,6 @@ class Reading:
     column: dict[str, str] = field(default_factory=dict)  # of each field of a speech row
     unread: tuple[str, ...] = ()
     faults: tuple[tuple[str, str], ...] = ()  # (field, problem)
-    missing: dict[str, str] = field(default_factory=dict)  # field: what to say where it is not there
 
 
 @functools.lru_cache(1024)
@@ -52,24 +50,19 @@ def reading(columns: tuple[str, ...]) -> Reading:
     for column in columns:
         if column not in SPEECH_FIELDS and (canonical := _CANONICAL.get(plain(column))):
             held.setdefault(canonical, []).append(column)
-    names = {name: of_name[0] for name, of_name in held.items() if name not in columns and len(of_name) == 1}
-    ambiguous = {name: of_name for name, of_name in held.items() if name not in columns and len(of_name) > 1}
-    names |= {name: of_name[0] for name, of_name in ambiguous.items()}
+    names = {name: of_name[0] for name, of_name in held.items() if name not in columns}
     faults = [
         (of_name[0], f"{', '.join(f'`{_shown(c)}`' for c in of_name)}: which is the {name}? rename that to `{name}`")
-        for name, of_name in ambiguous.items()
-        if name != "speaker"
+        for name, of_name in held.items()
+        if name in names and len(of_name) > 1 and name != "speaker"
     ]
     if not ({"audio", "text"} & ({*columns} | {*held})):
         neither = "has neither `messages` (a ChatML row) nor `audio` and `text` (a speech row)"
-        hints = [hint for name in ("messages", "audio", "text") if (hint := _misspelt(name, columns))]
-        more, unread = _others(columns, tuple(dict.fromkeys(CHATML_FIELDS + SPEECH_FIELDS)))
-        return Reading(None, {}, unread, (("row", neither + "".join(f"; {hint}" for hint in hints[:1])), *more))
+        return Reading(None, faults=(("row", neither),))
     known = (*SPEECH_FIELDS, *names.values())
     more, unread = _others(tuple(c for c in columns if c not in known), SPEECH_FIELDS)
-    missing = {name: _missing(name, columns) for name in ("audio", "text")}
     of_field = {name: names.get(name, name) for name in SPEECH_FIELDS[:-1]}
-    return Reading("speech", of_field, unread, (*faults, *more), missing)
+    return Reading("speech", of_field, unread, (*faults, *more))
 
 
 @functools.lru_cache(1024)
@@ -87,45 +80,16 @@ def _others(columns: tuple[str, ...], names: tuple[str, ...]) -> tuple[tuple[tup
     return shown, tuple(column for column in unknown if column not in faults)
 
 
-def _missing(name: str, columns: tuple[str, ...]) -> str:
-    hint = _misspelt(name, columns)
-    return "is missing" + (f"; {hint}" if hint else "")
-
-
-def _misspelt(name: str, columns: tuple[str, ...]) -> str | None:
-    known = {*CHATML_FIELDS, *SPEECH_FIELDS}
-    unknown = {plain(column): column for column in columns if column not in known and plain(column) not in _CANONICAL}
-    near = difflib.get_close_matches(name, list(unknown), n=1)
-    return f"did you mean `{name}` by `{_shown(unknown[near[0]])}`?" if near else None
-
-
-class Columns:
-    """Columns that are not read, and fields of turns and clips, with the number of rows that have them."""
-
-    def __init__(self) -> None:
-        self.counts: Counter[str] = Counter()
-
-    def count(self, name: str) -> None:
-        """One more row with this one, by its name as `unread_name` gives it."""
-        if name in self.counts or len(self.counts) < MOST_COLUMNS:
-            self.counts[name] += 1
-        else:
-            self.counts["and others"] += 1
-
-    def add(self, counts: dict[str, int]) -> None:
-        """Those that another rank found."""
-        self.counts.update(counts)
-
-    def lines(self, file: str) -> list[str]:
-        """One line for all columns that are equally frequent: `language, emotion: not read, in 100,000 rows`."""
-        by_count: dict[int, list[str]] = {}
-        for name, count in self.counts.items():
-            by_count.setdefault(count, []).append(name)
-        lines = []
-        for count, names in sorted(by_count.items(), reverse=True)[:20]:
-            shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
-            lines.append(f"{file}: {shown}: not read, in {count:,} row{'s' * (count != 1)}")
-        return lines
+def unread_lines(counts: Counter[str], file: str) -> list[str]:
+    """One line for all columns that are equally frequent: `language, emotion: not read, in 100,000 rows`."""
+    by_count: dict[int, list[str]] = {}
+    for name, count in counts.items():
+        by_count.setdefault(count, []).append(name)
+    lines = []
+    for count, names in sorted(by_count.items(), reverse=True)[:20]:
+        shown = ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+        lines.append(f"{file}: {shown}: not read, in {count:,} row{'s' * (count != 1)}")
+    return lines
 
 
 def unread_name(field_name: str, key: str) -> str:

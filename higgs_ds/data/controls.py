@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 
 # The collator finds clips by these tokens, so one inside a text would be taken for a clip that is not there.
 AUDIO_PLACEHOLDERS = ("<|AUDIO|>", "<|AUDIO_OUT|>")
@@ -29,11 +28,8 @@ def control_tokens(tokenizer) -> re.Pattern[str]:
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
     special = {token.content for token in added if token.special or re.fullmatch(r"<\|.*\|>", token.content)}
     special.update(getattr(tokenizer, "all_special_tokens", ()), AUDIO_PLACEHOLDERS)
-    return _pattern(token for token in special if token and not _SOUND_TAG.fullmatch(token))
-
-
-def _pattern(tokens: Iterable[str]) -> re.Pattern[str]:
-    return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=lambda t: (-len(t), t))))
+    tokens = sorted((t for t in special if t and not _SOUND_TAG.fullmatch(t)), key=lambda t: (-len(t), t))
+    return re.compile("|".join(map(re.escape, tokens)))
 
 
 def find_control(text: str, controls: re.Pattern[str], *, markup: bool = False) -> str | None:

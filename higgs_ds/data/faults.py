@@ -32,7 +32,6 @@ class Fault:
     field: str
     problem: str
     warning: bool = False
-    missing: str | None = dataclasses.field(default=None, compare=False)  # the path, as given, that is not there
 
     def __str__(self) -> str:
         return f"{origin(self.file, self.line, self.element)}: {self.field}: {self.problem}"
@@ -71,8 +70,8 @@ def grouped(faults: Iterable[Fault]) -> list[str]:
     for kind, members in ordered[:SHOWN_KINDS]:
         lines.append(f"{len(members):,} × {kind}")
         lines += [str(fault) for fault in members[:SHOWN_OF_A_KIND]]
-        if more := len(members) - SHOWN_OF_A_KIND:
-            lines += [f"… and {more:,} more of this kind"] if more > 0 else []
+        if (more := len(members) - SHOWN_OF_A_KIND) > 0:
+            lines.append(f"… and {more:,} more of this kind")
     if rest := ordered[SHOWN_KINDS:]:
         lines.append(f"… and {sum(len(members) for _, members in rest):,} more, of {len(rest):,} other kinds")
     return lines
@@ -107,7 +106,6 @@ def _line(fault: Fault) -> str:
     return json.dumps(values, ensure_ascii=True) + "\n"
 
 
-@functools.lru_cache(1024)
 def plural(count: int, word: str) -> str:
     """`1 row`, `2,000 rows`."""
     return f"{count:,} {word}{'s' * (count != 1)}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import csv
 import json
 import os
@@ -29,7 +31,7 @@ TEXT_SUFFIXES = (".normalized.txt", ".txt", ".lab", ".original.txt")  # in the o
 AUDIO_TAG = "<audio>"  # stands for a clip in ms-swift's texts
 HEAD_BYTES = 1 << 16
 HEAD_LINES = 20
-MOST_ENTRIES = 10_000  # of a folder that are looked at, to guess what it is
+MOST_FOLDERS = 10_000  # that are looked at, to guess what one holds
 TEXT_COLUMNS = ("text", *SYNONYMS["text"].split())
 DELIMITERS = (",", "\t", ";", "|")
 FILE_COLUMNS = ("file_name", "audio", *SYNONYMS["audio"].split())
@@ -72,67 +74,44 @@ def _count_keys(value: object) -> int:
     return sum(map(_count_keys, value)) if isinstance(value, list) else 0
 
 
-def import_command(kind: str, path: str | Path) -> str:
-    """Command that makes a manifest of it."""
-    return f"python -m higgs_ds import --from {kind} {shlex.quote(str(path))} --output DIR"
+def import_command(kind: str | None, path: str | Path) -> str:
+    """Command that makes a manifest of it; without a kind it guesses."""
+    return f"python -m higgs_ds import {f'--from {kind} ' if kind else ''}{shlex.quote(str(path))} --output DIR"
 
 
 def guess(path: Path) -> str | None:
     """The one of `FORMATS` that a file or a folder holds; None where it is none of them, or cannot be read."""
     try:
-        if path.is_dir():
-            return _guess_folder(path)
-        with path.open("rb") as file:
-            head = file.read(HEAD_BYTES)
-        whole = path.read_bytes if _begins_with(head, b"{") else None
+        return _guess_folder(path) if path.is_dir() else guess_content(path.read_bytes())
     except OSError:
         return None
-    return guess_content(head, whole)
 
 
-def guess_content(head: bytes, whole=None, rows: int = HEAD_LINES) -> str | None:
-    """`guess` from a file's first bytes and rows; `whole` gives all of it where one JSON object might fill the file."""
-    text = head.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "replace")
-    start = text.lstrip()
-    if start.startswith("{"):
-        values = [_json(line) for line in lines_in(start)[:rows]]
-        if not isinstance(values[0], dict) and whole is not None:
-            values.insert(0, _json(whole().decode("utf-8-sig", "replace")))
-        return _guess_rows(values)
-    if start.startswith("["):
-        return _guess_rows(_first_elements(start[1:], rows))
-    return _guess_table(lines_in(text)[:HEAD_LINES])
+def guess_content(content: bytes, rows: int = HEAD_LINES) -> str | None:
+    """`guess` from so many of a file's first rows."""
+    text = content[:HEAD_BYTES].removeprefix(codecs.BOM_UTF8).decode("utf-8", "replace").lstrip()
+    if text.startswith("["):
+        return _guess_rows(_first_elements(text[1:], rows))
+    lines = lines_in(text)[:HEAD_LINES]
+    if not text.startswith("{"):
+        return _guess_table(lines)
+    values = [_json(line) for line in lines[:rows]]
+    if not isinstance(values[0], dict):  # one object may fill the file
+        values.insert(0, _json(content.decode("utf-8-sig", "replace")))
+    return _guess_rows(values)
 
 
 def _first_elements(text: str, count: int) -> list[Any]:
     """So many elements of a JSON array, or those before its head is cut off."""
     decoder = json.JSONDecoder()
     values: list[Any] = []
-    while len(values) < count:
-        text = text.lstrip()
-        try:
+    with contextlib.suppress(ValueError, RecursionError):
+        while len(values) < count:
+            text = text.lstrip(" \t\r\n,")
             value, behind = decoder.raw_decode(text)
-        except (ValueError, RecursionError):
-            break
-        values.append(value)
-        rest = text[behind:].lstrip()
-        if not rest.startswith(","):
-            break
-        text = rest[1:]
+            values.append(value)
+            text = text[behind:]
     return values
-
-
-def swift_audios(row: dict, file: str) -> str | None:
-    """Problem of a ChatML row whose clips stand in `audios`, as ms-swift has them: nothing would read them."""
-    if not row.get("audios") or not isinstance(row["messages"], list):
-        return None
-    contents = [message.get("content") for message in row["messages"] if isinstance(message, dict)]
-    pieces = [piece for content in contents for piece in (content if isinstance(content, list) else [content])]
-    texts = [piece.get("text") if isinstance(piece, dict) else piece for piece in pieces]
-    is_tagged = any(isinstance(text, str) and AUDIO_TAG in text for text in texts)
-    if not is_tagged and any(isinstance(piece, dict) and piece.get("type") == "audio" for piece in pieces):
-        return None
-    return f"is ms-swift's and not read here; this makes a manifest of it: {import_command('ms-swift', file)}"
 
 
 def lines_in(text: str) -> list[str]:
@@ -141,25 +120,11 @@ def lines_in(text: str) -> list[str]:
 
 
 def no_manifest(path: str, content: bytes) -> str | None:
-    """One sentence about a file that holds no rows at all, be it another tool's or nobody's; None for a manifest."""
-    kind = guess_content(content[:HEAD_BYTES], lambda: content, rows=1)  # of mixed rows each has a fault of its own
-    if kind is not None:
-        return f"is {FORMATS[kind]}, not a manifest; this makes one of it: {import_command(kind, path)}"
-    if _begins_with(content, b"["):
+    """One sentence about a file in another tool's format; None for any other."""
+    kind = guess_content(content, rows=1)  # of mixed rows each has a fault of its own
+    if kind is None:
         return None
-    lines = lines_in(content[:HEAD_BYTES].decode("utf-8", "replace"))
-    if len(content) > HEAD_BYTES:
-        del lines[-1]  # which may be cut off
-    lines = [line for line in lines if line.strip()][:HEAD_LINES]
-    if len(lines) < 2 or any(isinstance(_json(line), dict) for line in lines):
-        return None
-    if _begins_with(content, b"{") and isinstance(_json(content.decode("utf-8", "replace")), dict):
-        return "is one JSON object over many lines, not a manifest; write one row a line, or an array of rows"
-    return f"none of its first {len(lines)} lines is a JSON object, so it is no manifest; write one row a line"
-
-
-def _begins_with(content: bytes, sign: bytes) -> bool:
-    return content[:HEAD_BYTES].removeprefix(b"\xef\xbb\xbf").lstrip().startswith(sign)
+    return f"is {FORMATS[kind]}, not a manifest; this makes one of it: {import_command(kind, path)}"
 
 
 def _json(text: str) -> Any:
@@ -186,10 +151,7 @@ def _guess_row(row: dict) -> str | None:
 def table_delimiter(header: str) -> str | None:
     """Delimiter between the names of a header that names a clip and a text; None for any other line."""
     for delimiter in DELIMITERS:
-        try:
-            names = {plain(name) for name in next(csv.reader([header], delimiter=delimiter), ())}
-        except csv.Error:  # a NUL byte
-            return None
+        names = {plain(name) for name in next(csv.reader([header], delimiter=delimiter), ())}
         if names & set(FILE_COLUMNS) and names & set(TEXT_COLUMNS):
             return delimiter
     return None
@@ -216,7 +178,7 @@ def _guess_folder(folder: Path) -> str | None:
             return "audiofolder"
         if kind is None and any(text is not None for _, text in with_texts(names)):
             kind = "folder"
-        if count > MOST_ENTRIES:
+        if count > MOST_FOLDERS:
             break
     return kind
 

@@ -23,24 +23,15 @@ import numpy as np
 from pydantic_core import from_json
 
 from ..errors import reason_of
-from .chatml import SERVED, SYSTEM_PROMPT, AudioRef, Row, Turn, speech_messages
+from .chatml import SERVED, AudioRef, Row, Turn, speech_messages
 from .clip_paths import ClipPaths
-from .controls import AUDIO_PLACEHOLDERS, DEFAULT_CONTROLS
+from .columns import unread_lines
+from .controls import DEFAULT_CONTROLS
 from .faults import Fault
-from .foreign import FORMATS, guess, import_command, keys_given_twice, no_manifest
+from .foreign import import_command, keys_given_twice, no_manifest
 from .schema import Rules, read_row
 
-__all__ = [
-    "AUDIO_PLACEHOLDERS",
-    "AudioRef",
-    "Fault",
-    "Manifest",
-    "Row",
-    "SYSTEM_PROMPT",
-    "Turn",
-    "read_manifest",
-    "speech_messages",
-]
+__all__ = ["AudioRef", "Fault", "Manifest", "Row", "Turn", "read_manifest", "speech_messages"]
 
 _INSTEAD = "name a JSONL file or a JSON array, in UTF-8"
 _BLANKS = b" \t\r\n"
@@ -86,8 +77,8 @@ class Manifest:
             self._fault(line, "manifest", f"is not UTF-8 ({reason}); {_INSTEAD}")
             return
         except (OSError, ValueError) as error:  # ValueError: a NUL byte in the path
-            reason = reason_of(error)
-            self._fault(1, "manifest", f"cannot be read ({reason}); {_instead(path, error)}")
+            makes_one = f"; of a corpus, `{import_command(None, path)}` makes one" if Path(path).is_dir() else ""
+            self._fault(1, "manifest", f"cannot be read ({reason_of(error)}); {_INSTEAD}{makes_one}")
             return
         if problem := no_manifest(self.file, content):
             self._fault(1, "manifest", problem)
@@ -117,7 +108,7 @@ class Manifest:
         return hashlib.sha256(self._content).digest()
 
     def check(self, number: int) -> tuple[Row | None, list[Fault]]:
-        """A row, or all that is wrong with it. Its clips are looked for (a file with bytes in it), not decoded."""
+        """A row, or all that is wrong with it. Its clips are looked for, not decoded."""
         row, faults = self._read(number, self._rules)
         self._rules.scenes += row is not None and row.has_scene
         return row, faults
@@ -154,35 +145,24 @@ class Manifest:
 
     def seen(self) -> tuple:
         """Counts that `check` has made in this process over the rows given to it, for everybody's `set_seen`."""
-        return dict(self._rules.columns.counts), dict(self._rules.paths.elsewhere), self._rules.scenes
+        return dict(self._rules.unread), dict(self._rules.paths.elsewhere), self._rules.scenes
 
     def set_seen(self, of_ranks: list[tuple]) -> None:
         """All ranks' `seen` together in the place of this process's own."""
-        self._rules.columns.counts.clear()
+        self._rules.unread.clear()
         self._rules.paths.elsewhere.clear()
         self._rules.scenes = sum(seen[-1] for seen in of_ranks)
-        for columns, elsewhere, _ in of_ranks:
-            self._rules.columns.add(columns)
+        for unread, elsewhere, _ in of_ranks:
+            self._rules.unread.update(unread)
             self._rules.paths.elsewhere.update(elsewhere)
 
     def notes(self) -> list[str]:
         """One line for each thing that concerns many rows and hurts none: columns not read, clips found elsewhere."""
-        notes = [*self._rules.paths.said(self.file), *self._rules.columns.lines(self.file)]
+        notes = [*self._rules.paths.said(self.file), *unread_lines(self._rules.unread, self.file)]
         if count := self._rules.scenes:
             rows = f"{count:,} row{' has' if count == 1 else 's have'}"
             notes.append(f"{self.file}: {rows} a scene; vllm-omni serves no scene, the other stacks do")
         return notes
-
-    def summed_up(self, faults: list[Fault]) -> list[Fault]:
-        """The faults of all rows; one sentence where not a single clip is where its row says."""
-        missing = [fault for fault in faults if fault.missing is not None]
-        if len(self) < 2 or len({fault.row for fault in missing}) < len(self):
-            return faults
-        where = self._rules.paths.where_they_would_be(f.missing for f in missing[:20] if f.missing is not None)
-        first = Fault(
-            self.file, missing[0].line, missing[0].field, f"none of the {len(self):,} rows' clips exists; {where}"
-        )
-        return [first, *(fault for fault in faults if fault.missing is None)]
 
     def _fault(self, line: int, field: str, problem: str) -> None:
         self.faults.append(Fault(self.file, line, field, problem))
@@ -244,13 +224,6 @@ def _in_bytes(text: str, spans: np.ndarray) -> np.ndarray:
     return places.reshape(spans.shape)
 
 
-def _instead(path: str | Path, error: Exception) -> str:
-    """Advice on a manifest that cannot be read."""
-    if isinstance(error, IsADirectoryError) and (kind := guess(Path(path))):
-        return f"it is {FORMATS[kind]}; this makes a manifest of it: {import_command(kind, path)}"
-    return _INSTEAD
-
-
 def _after_space(text: str, at: int) -> int:
     blanks = _SPACE.match(text, at)
     return blanks.end() if blanks else at
@@ -272,4 +245,4 @@ def read_manifest(
         faults += found
         if row is not None:
             rows.append(row)
-    return rows, sorted(manifest.summed_up(faults))
+    return rows, sorted(faults)

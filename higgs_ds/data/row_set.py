@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import overload
 
@@ -73,11 +73,6 @@ class Part:
     faults: list[Fault]
     facts: np.ndarray  # FACTS [rows]
     voices: np.ndarray  # VOICE [rows]
-
-
-def as_array(keys: Iterable[bytes]) -> np.ndarray:
-    """uint8 [keys, 32]"""
-    return np.frombuffer(b"".join(keys), np.uint8).reshape(-1, 32)
 
 
 def put_together(manifest: Manifest, parts: list[Part]) -> tuple[RowSet, np.ndarray]:

@@ -6,9 +6,8 @@ clips at once, in pydantic's words where no better ones are known.
 
 from __future__ import annotations
 
-import base64
-import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -28,12 +27,13 @@ from pydantic import (
 )
 from pydantic_core import ErrorDetails, PydanticCustomError
 
+from ..errors import shown
 from .chatml import SERVED, AudioRef, Row, Turn, speech_messages
-from .clip_paths import MISSING, URL, ClipPaths
-from .columns import ITEM_FIELDS, Columns, Reading, member, reading, unread_name, weighty_misspelling
+from .clip_paths import URL, ClipPaths
+from .columns import ITEM_FIELDS, Reading, member, reading, unread_name, weighty_misspelling
 from .controls import DEFAULT_CONTROLS, find_control
 from .faults import Fault
-from .foreign import swift_audios
+from .foreign import import_command
 
 NOT_THERE = ("", "placeholder", None)  # what upstream's dataclasses hold where there is no clip
 _AN_OBJECT = re.compile(r"a valid dictionary( or instance of \w+)?")
@@ -49,47 +49,51 @@ class Rules:
     controls: re.Pattern[str] = DEFAULT_CONTROLS
     prompt_style: str = SERVED  # of speech rows
     again: bool = False  # rows without faults: nothing is counted, and clips are not looked for
-    columns: Columns = field(default_factory=Columns)
+    unread: Counter[str] = field(default_factory=Counter)  # columns and fields that nobody reads, in how many rows
     scenes: int = 0  # rows without faults that have one
 
 
 def read_row(value: Any, rules: Rules, line: int, element: int = -1) -> tuple[Row | None, list[Fault]]:
     """The row that a JSON value is, or its faults."""
+    faults: list[Fault] = []
+
+    def told(name: str, problem: str) -> None:
+        faults.append(Fault(rules.file, line, name, problem, element=element))
+
     if not isinstance(value, dict):
-        return None, [Fault(rules.file, line, "row", f"must be a JSON object, found {shown(value)}", element=element)]
+        told("row", f"must be a JSON object, found {shown(value)}")
+        return None, faults
     read = reading(tuple(value))
-    faults: list[tuple[str, str, str | None]] = [(name, problem, None) for name, problem in read.faults]
-    unread = {unread_name("", column): None for column in read.unread}
+    for name, problem in read.faults:
+        told(name, problem)
+    unread = dict.fromkeys(unread_name("", column) for column in read.unread)
     row = None
     try:
         if read.kind == "speech":
             speech = SpeechRow.model_validate(_translated(value, read), context=rules)
             row = _of_speech(speech, read.column, rules, line, element)
         elif read.kind == "chatml":
-            if problem := swift_audios(value, rules.file):
-                faults.append(("audios", problem, None))
+            if value.get("audios"):  # nothing would read them, and their tags would be taken for text
+                command = import_command("ms-swift", rules.file)
+                told("audios", f"is ms-swift's; this makes a manifest of it: {command}")
             talk = TalkRow.model_validate(value, context=rules)
             row = _of_talk(talk, rules, line, element)
             if not rules.again:
-                faults += [(name, problem, None) for name, problem in _unknown(talk, unread)]
+                for name, problem in _unknown(talk, unread):
+                    told(name, problem)
     except ValidationError as error:
-        faults += _problems(error, read)
-    if row is not None and not rules.again:
-        faults += [(name, problem, None) for name, problem in _own_reference(row)]
+        for name, problem in _problems(error, read):
+            told(name, problem)
     if not rules.again:
-        for name in unread:
-            rules.columns.count(name)
-    if faults:
-        return None, [
-            Fault(rules.file, line, name, problem, missing=missing, element=element)
-            for name, problem, missing in faults
-        ]
-    return row, []
+        rules.unread.update(unread.keys())
+        for name, problem in _own_reference(row) if row is not None else ():
+            told(name, problem)
+    return (None, faults) if faults else (row, [])
 
 
-def fault(problem: str, missing: str | None = None) -> PydanticCustomError:
-    """Error for a validator to raise; `missing` is a path, as given, that is not there."""
-    return PydanticCustomError("fault", "{problem}", {"problem": problem, "missing": missing})
+def fault(problem: str) -> PydanticCustomError:
+    """Error for a validator to raise."""
+    return PydanticCustomError("fault", "{problem}", {"problem": problem})
 
 
 def _given(value: Any) -> Any:
@@ -99,14 +103,10 @@ def _given(value: Any) -> Any:
     return None if value != value else value
 
 
-def _misc(value: Any) -> Any:
-    return _given(value) or None
-
-
 def _name(value: Any) -> Any:
     """A speaker: no model reads it. A number may have become a float beside rows without one."""
     value = _given(value)
-    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+    if isinstance(value, float) and value.is_integer():
         value = int(value)
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
@@ -119,33 +119,30 @@ def _text(value: str, info: ValidationInfo[Rules]) -> str:
     return value
 
 
-def _base64(value: Any) -> str:
-    try:
-        if base64.b64decode(value, validate=True):
-            return value
-    except (TypeError, ValueError) as error:
-        raise fault(f"is not base64 ({error}); give the bytes of an audio file, without line breaks") from error
-    raise fault("is empty; give the bytes of an audio file in base64, or leave it out")
+def _bytes(value: Any) -> AudioRef:
+    """A clip in base64, which is decoded when the clip is."""
+    if not isinstance(value, str):
+        raise fault(f"must be an audio file in base64, found {shown(value)}")
+    return AudioRef(raw_audio=value)
 
 
 def _clip(value: Any, info: ValidationInfo[Rules]) -> AudioRef:
     """A path, or Hugging Face's `{"path", "bytes"}`, of which the bytes win as they do there."""
     if isinstance(value, dict):
         if value.get("bytes"):
-            return AudioRef(raw_audio=_base64(value["bytes"]))
+            return _bytes(value["bytes"])
         value = value.get("path") or value
     if not isinstance(value, str):
         raise fault(f"must be the path of an audio file, found {shown(value)}" if value is not None else "is missing")
-    if not value.strip():
-        raise fault("is empty; give the path of an audio file")
     if URL.match(value):
         raise fault(f"nothing is fetched from a manifest: give a path instead of {shown(value)}")
     paths = info.context.paths
     if info.context.again:
         return AudioRef(paths.path(value))
-    path, problem = paths.find(value)
-    if problem:
-        raise fault(f"{shown(value)} {problem}", value if problem.startswith(MISSING) else None)
+    if (path := paths.find(value)) is None:
+        given = repr(value if len(value) <= 200 else f"{value[:200]}...")
+        where = "paths are relative to the manifest's folder, --audio_root or the working folder"
+        raise fault(f"{given} does not exist, or is no file; {where}")
     return AudioRef(path)
 
 
@@ -228,11 +225,9 @@ class AudioPiece(_Part, _Slice):
     def _one_of_two(cls, url: Any, info: ValidationInfo[Rules]) -> AudioRef:
         raw_audio = _given(info.data.get("raw_audio"))
         if isinstance(url, dict) or raw_audio in NOT_THERE:
-            if url == "placeholder" or (url == "" and info.data.get("raw_audio") is not None):
-                raise fault(f"is {shown(url)} and there is no raw_audio; give one of the two")
-            return _clip(url, info)
+            return _clip(None if url in NOT_THERE else url, info)
         is_file = isinstance(url, str) and url not in NOT_THERE and not URL.match(url)
-        return _clip(url, info) if is_file and info.context.paths.holds(url) else AudioRef(raw_audio=_base64(raw_audio))
+        return _clip(url, info) if is_file and info.context.paths.holds(url) else _bytes(raw_audio)
 
 
 def _kind_of(value: Any) -> str | None:
@@ -268,7 +263,7 @@ class TurnPart(_Part):
         texts = [piece.text if isinstance(piece, TextPiece) else piece for piece in pieces]
         texts = [text for text in texts if isinstance(text, str)]
         if role != "system" and not any(isinstance(p, AudioPiece) for p in pieces) and not "".join(texts).strip():
-            raise fault("is missing" if content is None else "is empty; give text or audio")
+            raise fault("is empty; give text or audio")
         for text in texts:
             if problem := find_control(text, info.context.controls, markup=role != "assistant"):
                 raise fault(problem)
@@ -288,7 +283,7 @@ class TalkRow(BaseModel):
     messages: Annotated[list[TurnPart], Field(min_length=1)]
     start_index: Annotated[int | None, Field(ge=0, strict=True), Maybe] = None
     speaker: Speaker = None
-    misc: Annotated[dict[str, Any] | None, BeforeValidator(_misc)] = None
+    misc: Any = None
 
     @field_validator("messages")
     @classmethod
@@ -300,14 +295,9 @@ class TalkRow(BaseModel):
     @field_validator("start_index")
     @classmethod
     def _trains_from(cls, start: int | None, info: ValidationInfo[Rules]) -> int | None:
-        roles = [turn.role for turn in info.data.get("messages", ())]
-        if start is None or not roles:
-            return start
-        if start >= len(roles):
-            raise fault(f"must be 0 to {len(roles) - 1} (the index of a message), found {start}")
-        if "assistant" not in roles[start:]:
-            last = max(i for i, role in enumerate(roles) if role == "assistant")
-            raise fault(f"leaves nothing to train on: the last assistant turn is {last}, found {start}")
+        answers = [i for i, turn in enumerate(info.data.get("messages", ())) if turn.role == "assistant"]
+        if start is not None and answers and start > answers[-1]:
+            raise fault(f"leaves nothing to train on: the last assistant turn is {answers[-1]}, found {start}")
         return start
 
 
@@ -353,7 +343,7 @@ def _of_talk(talk: TalkRow, rules: Rules, line: int, element: int) -> Row:
         turns.append(Turn(turn.role, _without_blanks(pieces) or ("",), turn.recipient))
         stated_sec = clips[0].duration if turn.role == "assistant" and len(clips) == 1 else None
     speaker = talk.speaker
-    if speaker is None and talk.misc and isinstance(named := talk.misc.get("speaker"), str):
+    if speaker is None and isinstance(talk.misc, dict) and isinstance(named := talk.misc.get("speaker"), str):
         speaker = _given(named)
     return Row(tuple(turns), talk.start_index, speaker, rules.file, line, stated_sec, element=element)
 
@@ -379,12 +369,8 @@ def _without_blanks(pieces: list[str | AudioRef]) -> tuple[str | AudioRef, ...]:
 def _unknown(talk: TalkRow, unread: dict[str, None]) -> Iterator[tuple[str, str]]:
     """Faults of fields that look like ones which change the training; the others are added to `unread`."""
     for i, turn in enumerate(talk.messages):
-        parts: list[tuple[str, Any]] = [(f"messages[{i}]", turn)] if turn.__pydantic_extra__ else []
-        for piece in turn.content if isinstance(turn.content, list) else (turn.content,):
-            if isinstance(piece, _Part) and piece.__pydantic_extra__:
-                parts += [found for found in _pieces(turn, f"messages[{i}].content") if found[1] is piece]
-        for where, part in parts:
-            for key, value in part.__pydantic_extra__.items():
+        for where, part in ((f"messages[{i}]", turn), *_pieces(turn, f"messages[{i}].content")):
+            for key, value in (getattr(part, "__pydantic_extra__", None) or {}).items():
                 if problem := weighty_misspelling(key, tuple(type(part).model_fields)):
                     yield member(where, key), problem
                 elif value or key not in ITEM_FIELDS:  # in a table each item has all of them
@@ -401,8 +387,8 @@ def _own_reference(row: Row) -> Iterator[tuple[str, str]]:
             yield where, f"{'is' if ref == spoken else 'holds'} {OWN_REFERENCE}"
 
 
-def _problems(error: ValidationError, read: Reading) -> Iterator[tuple[str, str, str | None]]:
-    """(field, problem, path that is missing) of each; a field is named as the row has it."""
+def _problems(error: ValidationError, read: Reading) -> Iterator[tuple[str, str]]:
+    """(field, problem) of each; a field is named as the row has it."""
     for found in error.errors(include_url=False):
         name = ""
         for part in found["loc"]:
@@ -410,24 +396,13 @@ def _problems(error: ValidationError, read: Reading) -> Iterator[tuple[str, str,
                 name += f"[{part}]"
             elif not part.startswith("#"):
                 name += f".{part}" if name else read.column.get(part, part)
-        yield name, _words(found, read.missing.get(name)), found.get("ctx", {}).get("missing")
+        yield name, _words(found)
 
 
-def _words(found: ErrorDetails, missing: str | None) -> str:
+def _words(found: ErrorDetails) -> str:
     if found["type"] == "fault":
         return found["msg"]
     if found["type"] == "missing":
-        return missing or "is missing"
+        return "is missing"
     wanted = found["msg"].replace("Input should be", "must be").replace("a valid string", "text")
     return f"{_AN_OBJECT.sub('an object', wanted)}, found {shown(found['input'])}"
-
-
-def shown(value: Any) -> str:
-    """A JSON value in a few printable characters."""
-    if isinstance(value, dict):
-        return "an object"
-    if isinstance(value, list):
-        return "a list" if value else "an empty list"
-    if isinstance(value, str):
-        return repr(value if len(value) <= 80 else value[:80] + "...")
-    return json.dumps(value)[:60]

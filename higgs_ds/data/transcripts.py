@@ -79,10 +79,9 @@ def facts_of(row: Row) -> tuple:
     text, clip = spoken
     said = _without_tags(text)
     words = " ".join(said.casefold().split())
-    digest = hashlib.blake2b(text_key(text).encode("utf-8", "surrogatepass"), digest_size=8).digest()
     stated_sec = min(row.stated_sec or 0.0, LONGEST_SEC)
     sliced = stated_sec > 0 and row.audio_refs[clip][1].duration_sec is not None
-    return int.from_bytes(digest, "little") or 1, len(words), script_of(said), stated_sec, size, clip, sliced
+    return _hash(text_key(text)), len(words), script_of(said), stated_sec, size, clip, sliced
 
 
 def text_key(text: str) -> str:
@@ -113,12 +112,12 @@ def voice_of(row: Row) -> tuple[int, bool]:
     """One row's VOICE."""
     if not row.is_speech:
         return 0, False
-    return 0 if row.speaker is None else speaker_hash(row.speaker), row.start_index is not None
+    return 0 if row.speaker is None else _hash(row.speaker), row.start_index is not None
 
 
-def speaker_hash(name: str) -> int:
-    """Number that `VOICE` holds of a speaker; never 0."""
-    digest = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+def _hash(text: str) -> int:
+    """Number of 64 bits that tells texts and speakers apart; never 0."""
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little") or 1
 
 
@@ -182,8 +181,9 @@ def _is_ratio_of_rates(ratio: float, seconds: float) -> bool:
 
 def outliers(spoken: Spoken) -> Iterator[Fault]:
     """Warnings where a text is spoken far faster or slower than the corpus speaks that script."""
-    for script, usual, odd in _by_script(spoken):
-        for i in odd:
+    for script, rows, off, deviation in _by_script(spoken):
+        usual = float(np.median(spoken.facts["chars"][rows] / spoken.seconds[rows]))
+        for i in rows[abs(off) > max(OUTLIER_DEVIATIONS * deviation, math.log(OUTLIER_FACTOR))].tolist():
             chars, seconds = int(spoken.facts["chars"][i]), spoken.seconds[i]
             problem = (
                 f"{chars} characters in {seconds:.2f} s are {chars / seconds:.1f} a second, "
@@ -195,31 +195,19 @@ def outliers(spoken: Spoken) -> Iterator[Fault]:
 def oddness(spoken: Spoken) -> np.ndarray:
     """float64 [rows]: how many deviations a row's characters a second are off its script's median; 0 where unknown."""
     result = np.zeros(len(spoken.lines))
-    for script in np.unique(spoken.facts["script"]).tolist():
-        rows = np.flatnonzero((spoken.facts["script"] == script) & (spoken.seconds > 0))
-        if len(rows) >= LEAST_ROWS:
-            pace, median, deviation = _pace(spoken, rows)
-            result[rows] = (pace - median) / deviation
+    for _, rows, off, deviation in _by_script(spoken):
+        result[rows] = off / deviation
     return result
 
 
-def _by_script(spoken: Spoken) -> Iterator[tuple[int, float, list[int]]]:
-    """(script, its median of characters a second, rows that are far off)."""
+def _by_script(spoken: Spoken) -> Iterator[tuple[int, np.ndarray, np.ndarray, float]]:
+    """(script, its rows, how far the log of their characters a second is off its median, deviation of these)."""
     for script in np.unique(spoken.facts["script"]).tolist():
         rows = np.flatnonzero((spoken.facts["script"] == script) & (spoken.seconds > 0))
-        if len(rows) < LEAST_ROWS:
-            continue
-        pace, median, deviation = _pace(spoken, rows)
-        far = abs(pace - median) > max(OUTLIER_DEVIATIONS * deviation, math.log(OUTLIER_FACTOR))
-        usual = float(np.median(spoken.facts["chars"][rows] / spoken.seconds[rows]))
-        yield script, usual, rows[far].tolist()
-
-
-def _pace(spoken: Spoken, rows: np.ndarray) -> tuple[np.ndarray, float, float]:
-    """log of characters a second [rows], their median, and their deviation by the median of distances."""
-    pace = np.log((spoken.facts["chars"][rows] + EVEN_CHARS) / (spoken.seconds[rows] + EVEN_SEC))
-    median = float(np.median(pace))
-    return pace, median, max(1.4826 * float(np.median(abs(pace - median))), 0.05)
+        if len(rows) >= LEAST_ROWS:
+            pace = np.log((spoken.facts["chars"][rows] + EVEN_CHARS) / (spoken.seconds[rows] + EVEN_SEC))
+            off = pace - np.median(pace)
+            yield script, rows, off, max(1.4826 * float(np.median(abs(off))), 0.05)
 
 
 def clips_of_two_texts(sides: Sequence[Spoken]) -> Iterator[Fault]:
@@ -233,9 +221,11 @@ def clips_of_two_texts(sides: Sequence[Spoken]) -> Iterator[Fault]:
     texts = np.concatenate([side.facts["text"] for side in sides])
     rows = np.flatnonzero(texts != 0)
     texts = texts[rows]
-    first, group = _first_of_each(np.concatenate([side.clips for side in sides])[rows])
-    for i in np.flatnonzero(texts != texts[first[group]]).tolist():
-        (side, row), (other, earlier) = found(int(rows[i])), found(int(rows[first[group[i]]]))
+    clips = np.concatenate([side.clips for side in sides])[rows]
+    _, first, group = np.unique(clips, return_index=True, return_inverse=True)
+    first_of = first[group.reshape(-1)]
+    for i in np.flatnonzero(texts != texts[first_of]).tolist():
+        (side, row), (other, earlier) = found(int(rows[i])), found(int(rows[first_of[i]]))
         problem = f"the same clip has another text in {other.at(earlier)}; one of them is wrong"
         yield side.fault(row, "audio", problem, warning=True)
 
@@ -249,12 +239,6 @@ def texts_on_both_sides(train: Spoken, val: Spoken) -> Iterator[Fault]:
     for i in np.flatnonzero(both).tolist():
         problem = f"is trained on too, in {train.at(int(first[found[i]]))}: validation is no test of it"
         yield val.fault(i, "text", problem, warning=True)
-
-
-def _first_of_each(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(where each different value stands first, which of them each value is)."""
-    _, first, group = np.unique(values, return_index=True, return_inverse=True)
-    return first, group.reshape(-1)
 
 
 def first_lines(spoken: Spoken) -> list[str]:

@@ -75,7 +75,7 @@ def describe(path: str, *, audio_root: str | None = None, tokenizer=None, family
         rows,
         np.array([sum(seconds) for seconds in of_rows], np.float64),
         np.array([_tokens(row, sec, tokenizer, family) for row, sec in zip(rows, of_rows, strict=True)], np.int64),
-        manifest.summed_up(faults),
+        faults,
         manifest.notes(),
     )
 

@@ -31,7 +31,6 @@ def chatml(content, **more):
 def manifest(tmp_path, monkeypatch):
     """Writes text, bytes or rows (one a line; a string as it stands) to m.jsonl beside a.wav, and reads it."""
     (tmp_path / "a.wav").write_bytes(b"RIFF")
-    (tmp_path / "empty.wav").touch()
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "pipe")
     monkeypatch.chdir(tmp_path)
@@ -75,9 +74,7 @@ def test_a_damaged_manifest_is_faults_and_no_traceback(manifest):
 
 def test_all_faults_are_listed_together_and_sorted(manifest):
     clips = [{**CLIP, "offset": -1, "duration": -2}, {"type": "audio", "audio_url": "http://x/y"}]
-    rows, faults = manifest(
-        [SPEECH, "{", {"audio": "b.wav", "text": "", "extra": 1}, chatml(clips, start_index="x", misc=1)]
-    )
+    rows, faults = manifest([SPEECH, "{", {"audio": "b.wav", "text": "", "extra": 1}, chatml(clips, start_index="x")])
     assert len(rows) == 1
     assert [fault.rsplit(": ", 1)[0] if "fetched" in fault else fault.split(" ")[:2] for fault in faults] == [
         ["m.jsonl:2:", "row:"],
@@ -85,7 +82,6 @@ def test_all_faults_are_listed_together_and_sorted(manifest):
         ["m.jsonl:3:", "text:"],
         ["m.jsonl:4:", "messages[1].content[0].offset:"],
         "m.jsonl:4: messages[1].content[1].audio_url: nothing is fetched from a manifest",
-        ["m.jsonl:4:", "misc:"],
         ["m.jsonl:4:", "start_index:"],
     ]
     assert Fault("m", 9, "z", "z") < Fault("m", 10, "a", "a")  # by number, not as text
@@ -274,7 +270,7 @@ def test_rows_that_share_a_line_are_told_apart_by_their_number(manifest):
     assert faults == [
         "m.jsonl:1[1]: text: is empty",
         "m.jsonl:1[3]: row: must be a JSON object, found 5",
-        "m.jsonl:1[4]: start_index: must be 0 to 1 (the index of a message), found 9",
+        "m.jsonl:1[4]: start_index: leaves nothing to train on: the last assistant turn is 1, found 9",
     ]
     assert Manifest("m.jsonl").row(2) == rows[1]
 

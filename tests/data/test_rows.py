@@ -215,6 +215,18 @@ def test_faults_are_refused_on_every_rank_alike(load):
     assert errors[0].problems[-1].startswith("5 bad rows; nothing was trained")
 
 
+def test_a_clip_that_cannot_be_read_is_its_rows_fault(load, tmp_path):
+    (tmp_path / "empty.wav").touch()
+    rows = [
+        {"audio": audio, "text": "Hi."} for audio in ("empty.wav", {"bytes": "a-b="}, {"path": "x", "bytes": "===="})
+    ]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    [error] = load(1, skip_bad_rows=False)
+    found = [problem.removeprefix(f"{tmp_path}/train.jsonl:") for problem in error.problems[:3]]
+    assert found[0] == "1: audio: cannot be decoded: Format not recognised"
+    assert [line[:25] for line in found[1:]] == ["2: audio: is not base64: ", "3: audio: is not base64: "]
+
+
 def test_ranks_that_see_different_files_are_refused(load, manifests, codec_dir, tmp_path):
     copy, gone = tmp_path / "copy.jsonl", tmp_path / "gone.jsonl"
     copy.write_text((tmp_path / "train.jsonl").read_text() + "\n")

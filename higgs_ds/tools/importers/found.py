@@ -10,7 +10,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from ...data.columns import MOST_COLUMNS, SYNONYMS, Columns, member, plain
+from ...data.columns import SYNONYMS, member, plain, unread_lines
 from ...data.foreign import AUDIO_SUFFIXES, FILE_COLUMNS, TEXT_COLUMNS
 
 SPEAKER_COLUMNS = ("speaker", *SYNONYMS["speaker"].split())
@@ -31,7 +31,7 @@ class Found:
         self.rows: list[dict] = []
         self.left_out: Counter[str] = Counter()
         self.examples: dict[str, str] = {}
-        self.columns = Columns()
+        self.columns: Counter[str] = Counter()  # that are not read
         self.notes: list[str] = []  # what was taken as what
 
     def add(self, origin: str, audio: Path | None, text: Any, **more: Any) -> None:
@@ -66,15 +66,14 @@ class Found:
         """Counts the filled columns that are not read."""
         for name, value in values.items():
             if name not in known and value not in (None, "", [], {}):
-                counts, name = self.columns.counts, member("", name)
-                self.columns.add({name if name in counts or len(counts) < MOST_COLUMNS else "and others": 1})
+                self.columns[member("", name)] += 1
 
     def lines(self, file: Path) -> list[str]:
         """Notes, columns that are not read, and one line for each reason to leave rows out."""
         left_out = [
             f"left out: {count:,} × {reason}, e.g. {self.examples[reason]}" for reason, count in self.left_out.items()
         ]
-        return [*self.notes, *self.columns.lines(str(file)), *left_out]
+        return [*self.notes, *unread_lines(self.columns, str(file)), *left_out]
 
     def slice_of(self, origin: str, values: dict[str, Any]) -> dict[str, float] | None:
         """A row's `offset` and `duration` as a manifest has them; None, counted, for a slice that cannot be told."""

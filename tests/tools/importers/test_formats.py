@@ -39,7 +39,7 @@ SPEAKERS = [
 def test_reference_speakers_are_turns_before_the_one_that_is_trained_on(clips, scene):
     text = "[SPEAKER0] So.\n[SPEAKER1] Well."
     found = samples(clips, {"samples": [sample(transcript=text, ref_speakers=SPEAKERS, scene=scene, speaker_id="x")]})
-    assert found.left_out == {} and not found.columns.counts
+    assert found.left_out == {} and not found.columns
     (clips / "m.jsonl").write_text("\n".join(map(json.dumps, found.rows)))
     [row], faults = read_manifest(clips / "m.jsonl")
     assert faults == [] and row.start_index == 5 and row.speaker == "x"

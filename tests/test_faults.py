@@ -268,7 +268,7 @@ LAUNCH = "deepspeed.launcher.launch"  # the launcher of one node, which the one 
         ("deepspeed", "rank", signal.SIGUSR1, 75),
         ("deepspeed", LAUNCH, signal.SIGTERM, 1),
         ("deepspeed", "deepspeed", signal.SIGKILL, -signal.SIGKILL),
-        ("deepspeed", "group", signal.SIGINT, -signal.SIGINT),
+        ("deepspeed", "group", signal.SIGINT, None),  # 1 or -2: whether a rank or the signal ended it first
         ("torchrun", "torchrun", signal.SIGTERM, 1),
     ],
 )

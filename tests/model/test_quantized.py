@@ -142,7 +142,7 @@ def test_a_run_goes_on_to_the_bit_and_its_adapter_says_what_it_was_trained_on(
     assert line in (adapter / "README.md").read_text()
     if stage == 2:
         where = f"--base_ckpt {tiny_dir} --adapter {adapter} --output_dir {tmp_path / 'voice'}"
-        assert main(["merge", "--index", "boson", *where.split()]) == 0
+        assert main(["merge", "--layout", "boson", *where.split()]) == 0
         assert f"{adapter} {NOTE}" in capsys.readouterr().out and line in (tmp_path / "voice/README.md").read_text()
         base = HiggsAudioModel.from_pretrained(tiny_dir, torch_dtype=torch.bfloat16)
         was = base.layers[0].self_attn.q_proj.weight.detach().float()

@@ -78,16 +78,11 @@ def _load_folder(folder: Path, device: str, warn: Callable[[str], None]) -> Code
     files = {path.name for path in folder.iterdir()}
     if "sample_codec.json" in files:
         return SampleCodec.load(folder)
-    if "config.json" in files:
-        weights = WEIGHTS if _is_renamed(folder) else "model.pth"
-        if weights in files:
-            return BosonCodec(folder, device, warn, weights)
-        raise ValueError(
-            f"codec folder {folder} has config.json but no {weights}, which belongs to it; "
-            f"{DEFAULT_CODEC} at revision {DEFAULT_CODEC_REVISION} has both"
-        )
+    weights = WEIGHTS if _is_renamed(folder) else "model.pth"
+    if {"config.json", weights} <= files:
+        return BosonCodec(folder, device, warn, weights)
+    lacking = "config.json" if weights in files else weights if "config.json" in files else f"config.json and {weights}"
     raise ValueError(
-        f"{folder} is no codec: it lacks config.json and model.pth (Boson's), or sample_codec.json (a sample codec)"
-        if "model.pth" not in files
-        else f"codec folder {folder} has model.pth but lacks config.json"
+        f"{folder} is no codec: it has no {lacking} (Boson's, as {DEFAULT_CODEC} at revision {DEFAULT_CODEC_REVISION} "
+        "has them), and no sample_codec.json (a sample codec)"
     )

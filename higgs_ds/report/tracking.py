@@ -180,16 +180,8 @@ class Tracker:
         The JSONL line is {"global_step", *metrics, "time" in unix seconds}; in the first one of a resumed run,
         "resumed_after" is the step that it went on from. NaN and infinities are logged as such. A list has a value a
         rank, None where a rank has none.
-
-        Raises:
-            TypeError: a value is not a Python number, for instance a tensor.
         """
         assert not metrics.keys() & {"global_step", "time", RESUMED}, "these are added by the tracker"
-        for name, value in metrics.items():
-            for number in value if isinstance(value, list) else [value]:
-                if not (isinstance(number, (int, float)) or (number is None and isinstance(value, list))):
-                    found = type(number).__name__
-                    raise TypeError(f"metric {name} is a {found}; log a Python number, e.g. tensor.item()")
         if step <= self._validated_step:  # killed between this validation and the checkpoint that tells of it
             return
         self._global_step = step

@@ -98,12 +98,6 @@ def test_values_that_are_not_finite_stay_strict_json(tmp_path):
     assert_png(tmp_path / "loss.png")
 
 
-def test_a_value_that_is_no_number_is_refused(tmp_path):
-    for value in ("5.0", ["5.0"], None):
-        with start(tmp_path) as tracker, pytest.raises(TypeError, match=r"train/loss is a (str|NoneType).*\.item\(\)"):
-            tracker.log({"train/loss": value}, 1)
-
-
 def test_resume_drops_later_steps_and_a_line_cut_short(tmp_path):
     with start(tmp_path) as tracker:
         for step in range(1, 7):

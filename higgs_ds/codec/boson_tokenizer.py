@@ -24,8 +24,6 @@ from . import codec_layout
 if TYPE_CHECKING:
     import torch
 
-TEACHER: Literal["hubert_base_general"] = "hubert_base_general"
-TEACHER_REPOSITORY = "bosonai/hubert_base"  # where upstream's constructor would get it
 Count = Annotated[StrictInt, Field(ge=1)]
 
 
@@ -44,7 +42,7 @@ class TokenizerFields(BaseModel):
     codebook_dim: Count | None = None
     normalize: bool = False
     causal: bool = False
-    semantic_techer: Literal["hubert_base_general"] = TEACHER  # any other would be fetched from the hub
+    semantic_techer: Literal["hubert_base_general"] = "hubert_base_general"  # any other would be fetched from the hub
     last_layer_semantic: bool = True
     merge_mode: str = "concat"
     downsample_mode: str = "step_down"
@@ -70,7 +68,7 @@ class TokenizerConfig:
 
 def read_tokenizer_config(path: Path) -> TokenizerConfig:
     """Raises ConfigError naming the file for what is no config of Boson's codec, or needs the hub."""
-    what = f"{path} is no config of Boson's codec"
+    what = f"--codec: {path} is no config of Boson's codec"
     with reading(what):
         given = json.loads(path.read_bytes())
         if codec_layout.is_renamed(given):

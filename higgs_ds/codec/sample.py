@@ -147,7 +147,7 @@ class SampleCodec:
         from safetensors.numpy import load
 
         folder = Path(folder)
-        with reading(f"{folder} holds no usable sample codec, fit it again"):
+        with reading(f"--codec: {folder} holds no usable sample codec, fit it again"):
             saved = json.loads((folder / SETTINGS_FILE).read_bytes())
             if saved["settings"] != SETTINGS:
                 raise ValueError(f"{SETTINGS_FILE} has settings {saved['settings']}, this version has {SETTINGS}")

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from ..errors import ConfigError
+from ..errors import ConfigError, reading
 from .console import Console
 from .curves import draw_history
 from .history import RESUMED, History
@@ -62,13 +62,11 @@ def open_tracker(
     history = History()
     failures: deque[dict] = deque(maxlen=TABLE_ROWS)
     kept, validated_step = {METRICS_FILE: Kept(), FAILURES_FILE: Kept()}, 0
-    try:
+    with reading("--resume"):
         for row in rows_until(output_dir / METRICS_FILE, first_step, kept[METRICS_FILE]):
             history.add(row)
             validated_step = row["global_step"] if "eval/loss" in row else validated_step
         failures.extend(rows_until(output_dir / FAILURES_FILE, first_step, kept[FAILURES_FILE]))
-    except (OSError, ValueError, TypeError, OverflowError) as error:
-        raise ConfigError([f"--resume: {error}"]) from None
     # Files are cut last: if W&B does not start, those of an earlier run in output_dir are still whole.
     wandb_run, no_wandb = None, ""
     if wandb.mode != "disabled":

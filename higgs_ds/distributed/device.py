@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     import torch
 
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
-CUBLAS_WORKSPACES = (":4096:8", ":16:8")  # with which cuBLAS gives the same result twice
 
 
 def pick_device() -> torch.device:
@@ -70,9 +69,8 @@ def take_device(device: torch.device, *, deterministic: bool = False) -> None:
     import torch
 
     if deterministic:
-        # Read when cuBLAS starts, so it is set before the first use of the GPU.
-        if os.environ.get("CUBLAS_WORKSPACE_CONFIG") not in CUBLAS_WORKSPACES:
-            os.environ["CUBLAS_WORKSPACE_CONFIG"] = CUBLAS_WORKSPACES[0]
+        # With it cuBLAS gives the same result twice; read when it starts, so set before the first use of the GPU.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
         # Fills new tensors with NaN, one pass over memory each, to find reads before writes.

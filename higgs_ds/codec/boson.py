@@ -44,8 +44,8 @@ class BosonCodec:
         self._config = read_tokenizer_config(self._config_path)
         read_weights(self._weights_path)
         self._model: Any = None  # upstream's `HiggsAudioTokenizer`, once built
-        self.num_codebooks = self._config.num_codebooks
-        self.codebook_size = self._config.codebook_size
+        self.num_codebooks = self._config.n_q
+        self.codebook_size = self._config.bins
         self.frame_rate = self._config.frame_rate
         self.sample_rate = self._config.sample_rate
 

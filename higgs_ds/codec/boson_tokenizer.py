@@ -11,7 +11,6 @@ import math
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 Count = Annotated[StrictInt, Field(ge=1)]
 
 
-class TokenizerFields(BaseModel):
+class TokenizerConfig(BaseModel):
     """Keys that config.json may have, and what upstream's constructor takes where it says nothing."""
 
     model_config = ConfigDict(extra="forbid")
@@ -50,20 +49,14 @@ class TokenizerFields(BaseModel):
     vq_scale: Count = 1
     semantic_sample_rate: Count | None = None
 
+    @property
+    def frame_rate(self) -> float:
+        """Frames a second."""
+        return float(math.ceil(self.sample_rate / math.prod(self.ratios)))
+
 
 # Only HuBERT's training masks frames with it. Checkpoint and model may each have it or not, and the codes are the same.
 UNUSED_WEIGHT = "semantic_model.masked_spec_embed"
-
-
-@dataclass(frozen=True)
-class TokenizerConfig:
-    """A checked config.json: `arguments` for upstream's constructor, and what follows from them."""
-
-    arguments: dict
-    num_codebooks: int
-    codebook_size: int
-    frame_rate: float  # frames a second
-    sample_rate: int
 
 
 def read_tokenizer_config(path: Path) -> TokenizerConfig:
@@ -73,14 +66,7 @@ def read_tokenizer_config(path: Path) -> TokenizerConfig:
         given = json.loads(path.read_bytes())
         if codec_layout.is_renamed(given):
             given = codec_layout.old_config(given)
-    config = checked(TypeAdapter(TokenizerFields), given, what)
-    return TokenizerConfig(
-        arguments=given,
-        num_codebooks=config.n_q,
-        codebook_size=config.bins,
-        frame_rate=float(math.ceil(config.sample_rate / math.prod(config.ratios))),
-        sample_rate=config.sample_rate,
-    )
+    return checked(TypeAdapter(TokenizerConfig), given, what)
 
 
 def read_weights(path: Path) -> dict[str, torch.Tensor]:
@@ -199,7 +185,7 @@ def _empty_tokenizer(config: TokenizerConfig, device: str) -> torch.nn.Module:
     try:
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.device("meta"):
             warnings.filterwarnings("ignore", message=".*weight_norm", category=FutureWarning)
-            model = upstream.HiggsAudioTokenizer(**config.arguments, device=device)
+            model = upstream.HiggsAudioTokenizer(**config.model_dump(exclude_unset=True), device=device)
     finally:
         upstream.AutoModel = auto_model
     return model.requires_grad_(False)

@@ -22,7 +22,7 @@ from transformers import HubertConfig, HubertModel
 from higgs_ds.codec import sample as sample_codec
 from higgs_ds.codec.base import check_codes
 from higgs_ds.codec.boson import BosonCodec
-from higgs_ds.codec.boson_tokenizer import TokenizerFields
+from higgs_ds.codec.boson_tokenizer import TokenizerConfig
 from higgs_ds.codec.load import load_codec
 from higgs_ds.codec.sample import SampleCodec
 from higgs_ds.data.audio import read_audio
@@ -358,7 +358,7 @@ def test_the_real_codec_needs_neither_the_hub_nor_its_code(boson_folder, clips, 
 def test_the_config_is_the_one_that_upstream_takes():
     """Fails when upstream's constructor takes something else, or means something else by silence."""
     taken = inspect.signature(higgs_audio_tokenizer.HiggsAudioTokenizer.__init__).parameters.values()
-    assert {p.name: p.default for p in taken if p.name not in ("self", "device")} == TokenizerFields().model_dump()
+    assert {p.name: p.default for p in taken if p.name not in ("self", "device")} == TokenizerConfig().model_dump()
     source = inspect.getsource(higgs_audio_tokenizer)
     assert 'AutoModel.from_pretrained("bosonai/hubert_base", trust_remote_code=True)' in source
 

@@ -180,8 +180,6 @@ def test_failures_reach_the_file_at_once_and_the_table_by_close(tmp_path):
         "columns": ["global_step", "check", "rank", "step", "rows", "saved_to"],
         "data": [[7, "finite", 1, 7, "a, b", None], [9, "text_loss", 0, 9, "c", "bad/9.pt"]],
     }
-    names = {name.removesuffix("/_type") for row in wandb_history(tmp_path) for name in row}
-    assert any(name.startswith("guard/failures") for name in names)
     alerts = [r.alert for r in wandb_records(tmp_path) if r.WhichOneof("record_type") == "alert"]
     assert [(alert.title, alert.text, alert.level) for alert in alerts] == [
         ("loss check failed", "finite on rank 1", "WARN")
@@ -237,18 +235,10 @@ def test_a_fine_tune_fills_a_linear_axis_and_a_quick_start_a_log_one(tmp_path):
         low, high = panel.get_ylim()
         assert panel.get_yscale() == "linear" and 4.2 < low < 4.6 and 5.2 < high < 5.6
         assert [line.get_xdata()[0] for line in panel.get_lines() if line.get_linestyle() == ":"] == [2500]
-    assert [text.get_text() for text in axes[0].texts] == ["resumed after step 2,500"]
-    assert "best" in axes[0].get_legend().get_texts()[2].get_text()
-    raw, smoothed = axes[0].get_lines()[:2]
-    assert (
-        raw.get_alpha() < 0.5 and curves.np.ptp(smoothed.get_ydata()[-500:]) < curves.np.ptp(raw.get_ydata()[-500:]) / 3
-    )
     draw_history(history, tmp_path / "loss.png", "run")
     assert_png(tmp_path / "loss.png")
-
-    assert [panel.get_yscale() for panel in curves.make_figure(losses_from(12, 0.05, 240), "run").axes[:2]] == [
-        "log"
-    ] * 2
+    axes = curves.make_figure(losses_from(12, 0.05, 240), "run").axes
+    assert [panel.get_yscale() for panel in axes[:2]] == ["log"] * 2
 
 
 def test_a_long_run_is_remembered_and_gone_on_with_in_bounded_memory(tmp_path):

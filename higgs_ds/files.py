@@ -109,22 +109,8 @@ def write_text(path: Path, text: str) -> None:
         beside.write_text(text, encoding="utf-8")
 
 
-def read_settings(path: Path, most: int = 1_000_000) -> str:
-    """The text of a file of settings, UTF-8, a device or pipe that never ends included.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it is larger than `most` bytes, of which no more is read, or no UTF-8; or no path.
-    """
-    with open(path, "rb") as file:
-        content = file.read(most + 1)
-    if len(content) > most:
-        raise ValueError(f"it is larger than {most:,} bytes, no file of settings")
-    return content.decode("utf-8")
-
-
 def check_writable(folder: Path) -> None:
-    """Writes a file into a folder that is there, and removes it. Raises OSError, or ValueError for a NUL byte."""
+    """Writes a file into a folder that is there, and removes it. Raises OSError."""
     probe = folder / f".writable-{os.getpid()}-{secrets.token_hex(4)}"  # process ids of two hosts may be equal
     probe.touch()
     probe.unlink(missing_ok=True)

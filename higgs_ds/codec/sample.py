@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import soxr
 
+from ..errors import reading
 from ..files import replacing
 from .base import check_codes
 
@@ -27,7 +28,6 @@ MELS = 80
 FLOOR = 3e-4  # amplitude (full scale is 1) below which a mel band counts as silent
 FRAME_DIM = SLOTS * MELS
 
-MAX_ENTRIES = 1024  # what one codebook of the model can say
 MAX_FIT_FRAMES = 40_000  # 27 minutes: k-means gains little from more, and its time grows with them
 KMEANS_STEPS = 20
 NNLS_STEPS = 30
@@ -71,17 +71,12 @@ class SampleCodec:
         """A codec for these clips: mono waveforms [samples], each with its sample rate.
 
         The same clips and seed give the same codebooks to the bit. Where there are fewer different frames than
-        `codebook_entries`, there are fewer entries. Raises ValueError for no clips, an unusable clip, or
-        `codebook_entries` outside 1..1024.
+        `codebook_entries`, there are fewer entries. Raises ValueError for an unusable clip.
         """
         from sklearn.cluster import KMeans
         from threadpoolctl import threadpool_limits
 
-        if not 1 <= codebook_entries <= MAX_ENTRIES:
-            raise ValueError(f"codebook_entries must be 1 to {MAX_ENTRIES}, found {codebook_entries}")
         frames = [_frames(waveform, sample_rate).astype(np.float32) for waveform, sample_rate in clips]
-        if not frames:
-            raise ValueError("a sample codec is fitted on clips, and there were none; give at least one")
         residual = np.concatenate(frames).astype(np.float64)  # [frames, 320]
         if len(residual) > MAX_FIT_FRAMES:
             kept = np.random.default_rng(seed).choice(len(residual), MAX_FIT_FRAMES, replace=False)
@@ -148,40 +143,18 @@ class SampleCodec:
 
     @classmethod
     def load(cls, folder: str | Path) -> "SampleCodec":
-        """The codec that `save` wrote. Raises ValueError naming the file and the fault if it is damaged or foreign."""
-        from safetensors import SafetensorError
+        """The codec that `save` wrote. Raises ConfigError naming the folder if it is damaged or of another version."""
         from safetensors.numpy import load
 
-        settings_path, tensors_path = Path(folder) / SETTINGS_FILE, Path(folder) / TENSORS_FILE
-        try:
-            saved = json.loads(settings_path.read_bytes())
-            tensors = load(tensors_path.read_bytes())
-        except FileNotFoundError as error:
-            raise ValueError(f"{folder} is no sample codec: it has no {Path(error.filename).name}") from error
-        except (SafetensorError, KeyError) as error:  # KeyError: a dtype that numpy does not have
-            raise ValueError(f"{tensors_path} cannot be read as safetensors ({error}); fit the codec again") from error
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{settings_path} is not JSON ({error}); fit the codec again") from error
-
-        found = saved.get("settings") if isinstance(saved, dict) else None
-        if found != SETTINGS:
-            raise ValueError(f"{settings_path}: settings are {found}, this version has {SETTINGS}; fit the codec again")
-        names = [f"codebook_{codebook}" for codebook in range(NUM_CODEBOOKS)]
-        if sorted(tensors) != names:
-            raise ValueError(f"{tensors_path} must hold {names}, found {sorted(tensors)}; fit the codec again")
-        for name, book in tensors.items():
-            usable = book.dtype == np.float32 and book.ndim == 2 and book.shape[1] == FRAME_DIM
-            if not usable or not 1 <= len(book) <= MAX_ENTRIES or not np.isfinite(book).all():
-                raise ValueError(
-                    f"{tensors_path}: {name} must be finite float32 [1..{MAX_ENTRIES}, {FRAME_DIM}], "
-                    f"found {book.dtype} {list(book.shape)}; fit the codec again"
-                )
-        codec = cls([tensors[name] for name in names])
-        if saved.get("sha256") != codec._checksum:
-            raise ValueError(
-                f"{tensors_path} is not what {SETTINGS_FILE} was written for: sha256 {codec._checksum}, "
-                f"expected {saved.get('sha256')}; fit the codec again"
-            )
+        folder = Path(folder)
+        with reading(f"--codec: {folder} holds no usable sample codec, fit it again"):
+            saved = json.loads((folder / SETTINGS_FILE).read_bytes())
+            if saved["settings"] != SETTINGS:
+                raise ValueError(f"{SETTINGS_FILE} has settings {saved['settings']}, this version has {SETTINGS}")
+            tensors = load((folder / TENSORS_FILE).read_bytes())
+            codec = cls([tensors[f"codebook_{codebook}"] for codebook in range(NUM_CODEBOOKS)])
+            if saved["sha256"] != codec._checksum:
+                raise ValueError(f"{TENSORS_FILE} is not what {SETTINGS_FILE} was written for")
         return codec
 
 

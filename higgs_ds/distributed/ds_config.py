@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import ConfigError, nearest, reading, shown
-from ..files import read_settings
 from ..options.sections import PROJECT_ROOT, TrainConfig
 
 if TYPE_CHECKING:
@@ -217,7 +216,7 @@ def read_deepspeed_config(path: str) -> dict:
         if not file.is_absolute():
             places = (file, PROJECT_ROOT / file, Path(sys.prefix) / "share" / "higgs_ds" / file)
             file = next((place for place in places if place.exists()), file)
-        raw = json.loads(read_settings(file), object_pairs_hook=unique)
+        raw = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=unique)
         if not isinstance(raw, dict):
             raise ValueError("it must hold a JSON object")
         _content(raw, path)

@@ -12,7 +12,7 @@ import json
 import selectors
 import socket
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 
 from ..errors import ExitCode
 
@@ -91,11 +91,11 @@ class WatchServer:
         for message in messages:
             self._heard_at[rank] = time.monotonic()
             if "verdict" in message:
-                return _verdict_of(message)
+                return Verdict(message["verdict"], message["exit_code"])
             if "leaving" in message:
                 self._left.add(rank)
             if "state" in message:
-                self._states[rank] = _state_of(message["state"], rank)
+                self._states[rank] = RankState(**message["state"])
         if not is_open:
             self._selector.unregister(key.fileobj)
             if rank not in self._left:
@@ -165,10 +165,10 @@ class WatchClient:
         for message in messages:
             self._heard_at = time.monotonic()
             if "verdict" in message:
-                return _verdict_of(message)
+                return Verdict(message["verdict"], message["exit_code"])
             self._server_left = self._server_left or "leaving" in message
             if "state" in message:
-                self._state_of_0 = _state_of(message["state"], 0)
+                self._state_of_0 = RankState(**message["state"])
         if not is_open and not self._server_left:
             return Verdict(f"rank {self._state_of_0.name} died {self._state_of_0}")
         return None
@@ -258,20 +258,9 @@ def _verdict_message(verdict: Verdict) -> dict:
     return {"verdict": verdict.text, "exit_code": verdict.exit_code}
 
 
-def _verdict_of(message: dict) -> Verdict:
-    exit_code = message.get("exit_code")
-    return Verdict(str(message["verdict"]), exit_code if isinstance(exit_code, int) else ExitCode.FAILED)
-
-
 def _parsed(line: bytes) -> dict | None:
     try:
         message = json.loads(line)
     except ValueError:
         return None
     return message if isinstance(message, dict) else None
-
-
-def _state_of(values: object, rank: int) -> RankState:
-    known = {f.name for f in fields(RankState)}
-    given = {k: v for k, v in values.items() if k in known} if isinstance(values, dict) else {}
-    return RankState(**given | {"rank": rank})

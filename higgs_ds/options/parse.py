@@ -11,7 +11,6 @@ import yaml
 from pydantic import ValidationError
 
 from ..errors import ConfigError, reading, shown
-from ..files import read_settings
 from .checks import EITHER_OR, contradictions
 from .option import NOTHING
 from .sections import OPTIONS, OTHERS, TrainConfig, revision_of
@@ -82,7 +81,7 @@ class _TextLoader(yaml.BaseLoader):
 def read_yaml(path: str) -> dict[str, object]:
     """The options in a file by their names; a key without a value is null. Raises ConfigError."""
     with reading(f"--config: {path}"):
-        data = yaml.load(read_settings(Path(path)), _TextLoader)
+        data = yaml.load(Path(path).read_text(encoding="utf-8"), _TextLoader)
         if data and not isinstance(data, dict):
             raise ValueError(f"must hold `name: value` lines, it holds a {type(data).__name__}")
     return {key: "null" if value == "" else value for key, value in (data or {}).items()}

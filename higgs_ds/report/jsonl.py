@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..errors import ConfigError, reading
+
 
 @dataclass
 class Kept:
@@ -47,7 +49,7 @@ def read_rows(path: Path) -> Iterator[dict]:
     """The rows of a JSONL file, one at a time. A last line without its newline is a write cut short, and is left out.
 
     Raises:
-        ValueError: a line is no JSON object; what came before it has been given.
+        ConfigError: a line is no JSON object; what came before it has been given.
     """
     for row, _ in _rows_with_ends(path):
         yield row
@@ -60,7 +62,7 @@ def rows_until(path: Path, last_step: int, kept: Kept) -> Iterator[dict]:
     up to 0.
 
     Raises:
-        ValueError: a row that is no JSON object, or has no `global_step`.
+        ConfigError: a row that is no JSON object, or has no `global_step`.
     """
     if last_step == 0 or not path.exists():
         return
@@ -68,7 +70,7 @@ def rows_until(path: Path, last_step: int, kept: Kept) -> Iterator[dict]:
     for number, (row, end) in enumerate(_rows_with_ends(path), start=1):
         step = row.get("global_step")
         if type(step) is not int:
-            raise ValueError(f"{path}, line {number} has no global_step; mend or delete it")
+            raise ConfigError([f"{path}, line {number}, to be mended or deleted: it has no global_step"])
         within = within and step <= last_step
         if within:
             kept.rows += 1
@@ -92,10 +94,8 @@ def _rows_with_ends(path: Path) -> Iterator[tuple[dict, int]]:
             if not line.endswith(b"\n"):
                 break
             end += len(line)
-            try:
+            with reading(f"{path}, line {line_number}, to be mended or deleted"):
                 row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}, line {line_number} is not JSON ({error}); mend or delete it") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {line_number} is no JSON object; mend or delete it")
+                if not isinstance(row, dict):
+                    raise ValueError("it is no JSON object")
             yield row, end

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import resource
-import sys
 import time
 
 import torch
@@ -131,8 +130,7 @@ def peak_memory_gib(device: torch.device) -> float:
     """Most memory that this process has held so far: on the GPU, or resident where there is none."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kilobytes / 2**20 if sys.platform != "darwin" else kilobytes / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # kilobytes
 
 
 def reserved_memory_gib(device: torch.device) -> float:

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from ..errors import ConfigError
+from ..errors import ConfigError, reading
 from .console import Console
 from .curves import draw_history
 from .history import RESUMED, History
@@ -62,13 +62,11 @@ def open_tracker(
     history = History()
     failures: deque[dict] = deque(maxlen=TABLE_ROWS)
     kept, validated_step = {METRICS_FILE: Kept(), FAILURES_FILE: Kept()}, 0
-    try:
+    with reading("--resume"):
         for row in rows_until(output_dir / METRICS_FILE, first_step, kept[METRICS_FILE]):
             history.add(row)
             validated_step = row["global_step"] if "eval/loss" in row else validated_step
         failures.extend(rows_until(output_dir / FAILURES_FILE, first_step, kept[FAILURES_FILE]))
-    except (OSError, ValueError, TypeError, OverflowError) as error:
-        raise ConfigError([f"--resume: {error}"]) from None
     # Files are cut last: if W&B does not start, those of an earlier run in output_dir are still whole.
     wandb_run, no_wandb = None, ""
     if wandb.mode != "disabled":
@@ -180,16 +178,8 @@ class Tracker:
         The JSONL line is {"global_step", *metrics, "time" in unix seconds}; in the first one of a resumed run,
         "resumed_after" is the step that it went on from. NaN and infinities are logged as such. A list has a value a
         rank, None where a rank has none.
-
-        Raises:
-            TypeError: a value is not a Python number, for instance a tensor.
         """
         assert not metrics.keys() & {"global_step", "time", RESUMED}, "these are added by the tracker"
-        for name, value in metrics.items():
-            for number in value if isinstance(value, list) else [value]:
-                if not (isinstance(number, (int, float)) or (number is None and isinstance(value, list))):
-                    found = type(number).__name__
-                    raise TypeError(f"metric {name} is a {found}; log a Python number, e.g. tensor.item()")
         if step <= self._validated_step:  # killed between this validation and the checkpoint that tells of it
             return
         self._global_step = step

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, first_line, shown
+from ..errors import ConfigError, reading
 from ..files import write_text
 from .jsonl import strict
 from .redact import redact
@@ -56,7 +56,7 @@ def choose_wandb(wandb_mode: str, project: str | None = None) -> WandbChoice:
 
     Raises:
         ConfigError: an unknown mode; "online" without an API key or a server; wandb is not installed or does not start;
-            a project, id or tag that W&B does not take.
+            a project, id or tag that W&B does not take, before anything takes long.
     """
     mode = wandb_mode
     if wandb_mode == "auto":
@@ -69,8 +69,9 @@ def choose_wandb(wandb_mode: str, project: str | None = None) -> WandbChoice:
         return WandbChoice(mode)
     try:
         wandb = _import_wandb()
-        _check_names(wandb, project)
         _set_up(wandb)
+        with reading("--wandb_project"):
+            wandb.Settings(project=project)
         if mode == "offline":
             return WandbChoice(mode)
         with _wandb_errors("start"):
@@ -94,27 +95,6 @@ def choose_wandb(wandb_mode: str, project: str | None = None) -> WandbChoice:
     if mode == "online":
         raise ConfigError([f"--wandb_mode online: {silent}; use --wandb_mode offline or auto"])
     return WandbChoice("offline", note=f"W&B: {silent}: this run is kept offline")
-
-
-def _check_names(wandb, project: str | None) -> None:
-    """Raises ConfigError for names that wandb would refuse once clips are encoded and the model is loaded."""
-    tags = os.environ.get("WANDB_TAGS")
-    given = {
-        "--wandb_project" if project else "WANDB_PROJECT": ("project", project or os.environ.get("WANDB_PROJECT")),
-        "WANDB_RUN_ID": ("run_id", os.environ.get("WANDB_RUN_ID")),
-        "WANDB_TAGS": ("run_tags", tuple(tags.split(",")) if tags else None),
-    }
-    problems = []
-    for source, (setting, value) in given.items():
-        try:
-            wandb.Settings(**{setting: value} if value else {})
-        except ValueError as error:  # pydantic's are, in several lines
-            lines = [line.strip() for line in str(error).splitlines()]
-            problems.append(f"{source}: W&B does not take {shown(value)}: {lines[2 if len(lines) > 2 else 0]}")
-        except wandb.errors.UsageError as error:
-            problems.append(f"{source}: W&B does not take {shown(value)}: {first_line(error)}")
-    if problems:
-        raise ConfigError(problems)
 
 
 def _proxies(settings) -> dict[str, str]:

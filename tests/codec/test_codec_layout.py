@@ -104,17 +104,9 @@ def test_the_config_says_the_same():
     ("changes", "words"),
     [
         ({"strides": [1, 2]}, "strides is [1, 2], Boson's codec has [1, 1]"),
-        ({"acoustic_model_config": None}, "must be objects"),
-        ({"acoustic_model_config": {"upsampling_ratios": [8, 5]}}, "downsampling_ratios and upsampling_ratios differ"),
         ({"semantic_model_config": {"num_attention_heads": 24}}, "semantic_model_config.num_attention_heads is 24"),
-        *[
-            (
-                {"acoustic_model_config": dict.fromkeys(("downsampling_ratios", "upsampling_ratios"), ratios)},
-                "ratios",
-            )
-            for ratios in (None, [[1] * 9, 10**9], [8.5])
-        ],
-        ({"target_bandwidths": []}, "do not make a codec"),
+        ({"acoustic_model_config": {"upsampling_ratios": [8, 5]}}, "downsampling_ratios and upsampling_ratios differ"),
+        ({"target_bandwidths": []}, "config.json is no config of Boson's codec: "),
     ],
 )
 def test_another_network_is_refused(changes, words, tmp_path):
@@ -128,11 +120,11 @@ def test_another_network_is_refused(changes, words, tmp_path):
 
 def test_weights_that_are_not_the_codecs_are_refused_by_name(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(NEW_CONFIG))
-    with pytest.raises(ConfigError, match=r"has config.json but no model.safetensors, which belongs to it"):
+    with pytest.raises(ConfigError, match="it has no model.safetensors"):
         load_codec(str(tmp_path))
     (tmp_path / WEIGHTS).write_bytes(b"\xff" * 100)
     with pytest.raises(ConfigError, match="does not hold the weights of Boson's codec"):
         load_codec(str(tmp_path))
     save_file({"model.embed_tokens.weight": torch.ones(2)}, tmp_path / WEIGHTS)
-    with pytest.raises(ConfigError, match=r"does not fit its config.json: missing .*holds model.embed_tokens.weight"):
+    with pytest.raises(ConfigError, match=r"does not fit its config.json .*missing .*holds model.embed_tokens.weight"):
         load_codec(str(tmp_path)).build()

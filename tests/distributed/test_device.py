@@ -61,7 +61,7 @@ def test_no_usable_gpu_ends_every_verb_with_2_before_anything_is_made(verb, monk
     assert said.count("no usable GPU") == 1 and "\n" not in said.strip(), said
     assert f"torch is built for CUDA {torch.version.cuda}" in said
     assert "580 or newer" in said and "DS_ACCELERATOR=cpu" in said
-    assert driver_version() or "no NVIDIA driver found" in said
+    assert driver_version() or "no NVIDIA driver in" in said
 
 
 @needs_no_gpu
@@ -105,34 +105,12 @@ def test_another_machine_says_it_too_where_rank_0_has_its_gpu(gpus, capsys):
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize(
-    ("text", "version"),
-    [
-        ("NVRM version: NVIDIA UNIX x86_64 Kernel Module  550.54.15  Tue Mar  5 22:23:56 UTC 2024\n", "550.54.15"),
-        (
-            "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.15  Release Build  (dvs-builder@U16)\n"
-            "GCC version:  gcc version 12.2.0 (Debian 12.2.0-14)\n",
-            "570.86.15",
-        ),
-    ],
-)
-def test_a_driver_that_is_too_old_is_named(text, version, gpus, monkeypatch, tmp_path):
+def test_a_driver_that_is_too_old_is_named(gpus, monkeypatch, tmp_path):
     gpus(0)
-    (tmp_path / "version").write_text(text)
+    text = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.15  Release Build  (dvs-builder@U16)\n"
+    (tmp_path / "version").write_text(f"{text}GCC version:  gcc version 12.2.0 (Debian 12.2.0-14)\n")
     monkeypatch.setattr(device, "DRIVER_FILE", tmp_path / "version")
-    assert f"NVIDIA driver {version}" in refusal()
-
-
-def test_nvidia_smi_is_asked_where_the_kernel_says_nothing(monkeypatch, tmp_path):
-    monkeypatch.setattr(device, "DRIVER_FILE", tmp_path / "none")
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert driver_version() is None
-    program = tmp_path / "nvidia-smi"
-    program.write_text("#!/bin/sh\necho 535.183.01\necho 535.183.01\n")
-    program.chmod(0o755)
-    assert driver_version() == "535.183.01"
-    program.write_text("#!/bin/sh\necho NVIDIA-SMI has failed because it could not talk to the driver\nexit 9\n")
-    assert driver_version() is None
+    assert "NVIDIA driver 570.86.15" in refusal()
 
 
 def test_gpus_that_are_hidden_are_said(gpus):
@@ -195,7 +173,7 @@ def test_ranks_on_gpus_bind_theirs_leave_cudnn_attention_and_sum_in_float32(worl
     assert os.environ["DS_ACCELERATOR"] == "cuda"
 
 
-@pytest.mark.parametrize(("given", "kept"), [(None, ":4096:8"), (":16:8", ":16:8"), (":0:0", ":4096:8")])
+@pytest.mark.parametrize(("given", "kept"), [(None, ":4096:8"), (":16:8", ":16:8")])
 def test_deterministic_holds_for_the_whole_process(given, kept, monkeypatch):
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     if given:

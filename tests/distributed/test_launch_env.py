@@ -76,10 +76,10 @@ def test_srun_and_mpi_become_what_torch_reads():
     assert entered(SRUN | HYDRA | {"PMI_RANK": "0", "MASTER_ADDR": "n1"})["RANK"] == "0"
 
 
-@pytest.mark.parametrize(("node", "tasks"), [(0, "2"), (1, "3"), (2, "3"), (3, "7"), (4, None)])
-def test_the_tasks_of_each_node_in_slurms_list(node, tasks):
-    here = SRUN | {"SLURM_STEP_TASKS_PER_NODE": "2,3(x2),7", "SLURM_NODEID": str(node)}
-    assert entered(here).get("LOCAL_WORLD_SIZE") == tasks
+def test_the_tasks_of_each_node_in_slurms_list():
+    here = SRUN | {"SLURM_STEP_TASKS_PER_NODE": "2,3(x2),7"}
+    tasks = [entered(here | {"SLURM_NODEID": str(node)}).get("LOCAL_WORLD_SIZE") for node in range(5)]
+    assert tasks == ["2", "3", "3", "7", None]
 
 
 def test_a_gpu_that_slurm_shows_to_one_task_alone_is_number_0():
@@ -126,15 +126,12 @@ TWO_HOSTS = {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1", "MASTER_ADDR": 
     ("environment", "threads"),
     [
         (TWO_HOSTS | {"LOCAL_SIZE": "8"}, "2"),  # of deepspeed
-        (TWO_HOSTS | {"LOCAL_SIZE": "32"}, "1"),
         (TWO_HOSTS | {"LOCAL_SIZE": "8", "OMP_NUM_THREADS": "7"}, "7"),
         (TWO_HOSTS | {"LOCAL_WORLD_SIZE": "4"}, "4"),  # of torchrun, had it not set 1
         (TWO_HOSTS | {"LOCAL_SIZE": "1"}, None),
-        (TWO_HOSTS, None),
         (SRUN | {"SLURM_CPUS_ON_NODE": "16"}, "5"),
         (SRUN | {"SLURM_CPUS_ON_NODE": "16", "CUDA_VISIBLE_DEVICES": "0", "SLURM_GPUS_ON_NODE": "3"}, "5"),
         (SRUN | {"SLURM_CPUS_ON_NODE": "48"}, "16"),  # bound to its own
-        (OPEN_MPI | {"MASTER_ADDR": "n1"}, "16"),
         (OPEN_MPI | {"MASTER_ADDR": "n1", "OMPI_COMM_WORLD_LOCAL_SIZE": "16", "OMPI_COMM_WORLD_SIZE": "32"}, "4"),
         (BATCH_SCRIPT, None),
     ],
@@ -172,20 +169,14 @@ def test_deepspeeds_real_launcher_starts_ranks_that_share_the_cores():
     [
         ({"WORLD_SIZE": "4"}, "WORLD_SIZE is 4 but RANK is not set; start with deepspeed, torchrun, srun or mpirun"),
         ({"CROSS_SIZE": "2", "MASTER_ADDR": "n1"}, "CROSS_SIZE is 2"),
-        ({"PET_NNODES": "2"}, "PET_NNODES is 2"),
-        ({"LOCAL_RANK": "1", "RANK": ""}, "LOCAL_RANK is 1 but RANK is not set"),
         (BATCH_SCRIPT | {"SLURM_PROCID": "1", "SLURM_LOCALID": "1"}, "SLURM_PROCID is 1 but RANK is not set"),
-        (BATCH_SCRIPT | {"SLURM_LOCALID": "1"}, "SLURM_LOCALID is 1"),
-        ({"PMIX_RANK": "1"}, "PMIX_RANK is 1"),
         ({"OMPI_COMM_WORLD_LOCAL_RANK": "0", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, "OMPI_COMM_WORLD_LOCAL_SIZE is 2"),
-        ({"PMI_RANK": "1", "PMI_SIZE": "1"}, "PMI_RANK is 1"),
         ({"FLUX_TASK_RANK": "0", "FLUX_JOB_SIZE": "4"}, "FLUX_JOB_SIZE is 4"),
         ({"RANK": "1"}, "RANK is 1 but WORLD_SIZE is not set"),
         ({"RANK": "4", "WORLD_SIZE": "4"}, "RANK is 4 but WORLD_SIZE is 4; ranks count from 0"),
         ({"RANK": "x", "WORLD_SIZE": "4"}, "RANK is 'x', expected a number"),
         ({"RANK": "1", "WORLD_SIZE": "4", "MASTER_ADDR": "n1"}, "MASTER_PORT is not set"),
         ({"PMI_RANK": "1", "PMI_SIZE": "4"}, "PMI_RANK is 1 of 4 but MPI_LOCALRANKID is not set"),
-        ({"OMPI_COMM_WORLD_SIZE": "4"}, "OMPI_COMM_WORLD_SIZE is 4 but RANK is not set"),
         (SRUN | {"SLURM_PROCID": ""}, "Slurm's step has 8 tasks but SLURM_PROCID or SLURM_LOCALID is not set"),
         (OPEN_MPI, "on several hosts but MASTER_ADDR is not set; set it to the host of rank 0"),
         (SRUN | {"SLURM_DISTRIBUTION": "arbitrary"}, "MASTER_ADDR is not set; set it to the host of rank 0"),
@@ -234,12 +225,6 @@ def test_two_real_ranks_of_each_train_together(launcher, forks, flags_of, tmp_pa
     assert "2 rows × 1 accumulation × 2 ranks = 4 rows" in results[0].output
     assert (": 2 ranks, which meet at " in results[0].output) == (launcher is not of_torchrun_in_open_mpi)
     assert (tmp_path / "run/adapter").is_dir()
-
-
-def test_a_real_process_that_is_one_of_several_is_refused(forks, flags_of, tmp_path):
-    (result,) = forks.run(flags_of(tmp_path / "run"), 1, env_of=lambda rank: {"WORLD_SIZE": 2})
-    assert result.returncode == 2 and not (tmp_path / "run").exists()
-    assert "WORLD_SIZE is 2 but RANK is not set" in result.output and "Traceback" not in result.output
 
 
 @pytest.mark.parametrize(

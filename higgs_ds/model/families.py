@@ -19,7 +19,8 @@ def open_base(name_or_path: str, revision: str | None = None, flag: str = "--bas
     Raises:
         ConfigError: not to be had, of no family, or what its family finds wrong with it.
     """
-    return family_at(locate_checkpoint(name_or_path, revision, flag), flag).open_base(name_or_path, revision, flag)
+    folder = locate_checkpoint(name_or_path, revision, flag)
+    return family_at(folder, flag).open_base(name_or_path, revision, flag, folder)
 
 
 def family_at(folder: Path, flag: str = "--base_ckpt") -> Family:

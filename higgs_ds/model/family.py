@@ -26,8 +26,8 @@ class Family(Protocol):
 
     name: str
 
-    def open_base(self, name_or_path: str, revision: str | None = None, flag: str = "--base_ckpt") -> BaseCheckpoint:
-        """A checkpoint's config, facts and tokenizer, checked; no weight is read. Raises ConfigError."""
+    def open_base(self, name_or_path: str, revision: str | None, flag: str, folder: Path) -> BaseCheckpoint:
+        """A checkpoint in this folder: config, facts and tokenizer, checked; no weight is read. Raises ConfigError."""
 
     def check_forward(self, base: BaseCheckpoint) -> None:
         """Refuses a checkpoint that the default training forward would not compute. Raises ConfigError."""

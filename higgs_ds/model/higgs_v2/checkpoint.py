@@ -20,19 +20,22 @@ from .load import check_weights, load_checkpoint
 from .upstream import HiggsAudioForTraining
 
 
-def open_base(name_or_path: str, revision: str | None = None, flag: str = "--base_ckpt") -> BaseCheckpoint:
+def open_base(
+    name_or_path: str, revision: str | None = None, flag: str = "--base_ckpt", folder: Path | None = None
+) -> BaseCheckpoint:
     """Finds a checkpoint and asks it everything that can be asked without loading it; the same for every verb.
 
     Args:
         name_or_path: a folder, or a hub id, which is downloaded.
         revision: of the hub; None means the pinned one for Boson's own, the newest for any other.
         flag: that named it, for the messages.
+        folder: where it was found; looked for without one.
 
     Raises:
         ConfigError: not to be had, of another kind or layout, weights or a tokenizer that do not fit its config; all
             that is wrong with it, a line each.
     """
-    folder = locate_checkpoint(name_or_path, revision, flag)
+    folder = folder or locate_checkpoint(name_or_path, revision, flag)
     config = read_checkpoint_config(folder, flag)
     stored, notes = check_weights(folder, config, flag)
     tokenizer = load_tokenizer(folder, flag)

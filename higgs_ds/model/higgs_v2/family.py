@@ -21,11 +21,11 @@ class HiggsV2:
 
     name = "higgs_audio"
 
-    def open_base(self, name_or_path: str, revision: str | None = None, flag: str = "--base_ckpt") -> BaseCheckpoint:
+    def open_base(self, name_or_path: str, revision: str | None, flag: str, folder: Path) -> BaseCheckpoint:
         """See `Family.open_base`."""
         from .checkpoint import open_base
 
-        return open_base(name_or_path, revision, flag)
+        return open_base(name_or_path, revision, flag, folder)
 
     def check_forward(self, base: BaseCheckpoint) -> None:
         """Refuses layers or projections that `layers.py` does not compute."""

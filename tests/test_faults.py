@@ -268,7 +268,7 @@ LAUNCH = "deepspeed.launcher.launch"  # the launcher of one node, which the one 
         ("deepspeed", "rank", signal.SIGUSR1, 75),
         ("deepspeed", LAUNCH, signal.SIGTERM, 1),
         ("deepspeed", "deepspeed", signal.SIGKILL, -signal.SIGKILL),
-        ("deepspeed", "group", signal.SIGINT, None),  # 1 or -2: whether a rank or the signal ended it first
+        ("deepspeed", "group", signal.SIGINT, (1, -signal.SIGINT)),  # a rank or the signal ended it first
         ("torchrun", "torchrun", signal.SIGTERM, 1),
     ],
 )
@@ -297,7 +297,10 @@ def test_whatever_ends_a_launched_run_it_is_saved_and_no_process_stays(
         for pid in processes_of(folder):
             os.kill(pid, signal.SIGKILL)
     output = (tmp_path / "log").read_text()
-    assert process.returncode == code or (code is None and process.returncode), output[-3000:]
+    if isinstance(code, tuple):
+        assert process.returncode in code, output[-3000:]
+    else:
+        assert process.returncode == code or (code is None and process.returncode), output[-3000:]
     stopped = json.loads((folder / "stopped.json").read_text())
     asked = "is gone" if (victim, number) == ("deepspeed", signal.SIGKILL) else signal.Signals(number).name
     if (victim, number) == ("rank", signal.SIGKILL):

@@ -74,8 +74,8 @@ def train(config: TrainConfig, ds_raw: dict, stop: StopRequest) -> int:
                     with data.steps(setup.first_step, data.total_steps) as steps:
                         finished = trainer.train(steps)
                 except BadLossError:
-                    facts = {"stopped": "by the loss guard, before the failed step was trained"}
-                    saved = saver.save_adapter("adapter_before_failure", facts)
+                    details = {"stopped": "by the loss guard, before the failed step was trained"}
+                    saved = saver.save_adapter("adapter_before_failure", details)
                     try:
                         trainer.save_end()
                         saver.writer.wait()

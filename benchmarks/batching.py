@@ -26,7 +26,7 @@ from report import report  # noqa: E402
 
 from higgs_ds.batching.batch_plan import TokenPlan  # noqa: E402
 from higgs_ds.batching.length_buckets import slowest  # noqa: E402
-from higgs_ds.model.higgs_v2.facts import HiggsV2Facts  # noqa: E402
+from higgs_ds.model.higgs_v2.spec import HiggsV2Spec  # noqa: E402
 
 RANKS = 8
 EPOCHS = 3
@@ -142,7 +142,7 @@ def manifest_tokens(manifest: Path) -> np.ndarray:
         if problems := cache.ensure(refs):
             sys.exit("\n".join(f"{ref.path}: {problem}" for ref, problem in problems.items()))
         base = Path(folder) / "base"
-        index = LengthIndex(cache, load_tokenizer(base), Collator(HiggsV2Facts.from_config(read_model_config(base))))
+        index = LengthIndex(cache, load_tokenizer(base), Collator(HiggsV2Spec.from_config(read_model_config(base))))
         return index.count(rows)
 
 

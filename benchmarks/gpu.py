@@ -215,8 +215,8 @@ def engine_of(case: Case, config, ranks, zero: dict | None = None):
     from higgs_ds import run
     from higgs_ds.distributed.engine import loading
     from higgs_ds.model.base import BaseCheckpoint
-    from higgs_ds.model.higgs_v2.facts import HiggsV2Facts
     from higgs_ds.model.higgs_v2.layouts import BOSON
+    from higgs_ds.model.higgs_v2.spec import HiggsV2Spec
     from higgs_ds.model.higgs_v2.upstream import HiggsAudioForTraining
     from higgs_ds.options.parse import parse_args
     from higgs_ds.setup import settle
@@ -229,7 +229,7 @@ def engine_of(case: Case, config, ranks, zero: dict | None = None):
     raw = json.loads((ROOT / f"ds_configs/zero{case.stage}.json").read_text())
     raw["zero_optimization"] |= zero or {}
     # Of no file: its weights are drawn on the device.
-    base = BaseCheckpoint("random", None, ROOT, BOSON, config, None, HiggsV2Facts.from_config(config), ())
+    base = BaseCheckpoint("random", None, ROOT, BOSON, config, None, HiggsV2Spec.from_config(config), ())
     setup = settle(parse_args(words), raw, base, ranks)
     torch.manual_seed(0)
     with loading(setup.ds_config), ranks.device:
@@ -246,13 +246,13 @@ def batches_of(case: Case, config, tokenizer, ranks, most: int, steps: int):
     from benchmarks.step import make_samples
     from higgs_ds.batching.batch_plan import TokenPlan
     from higgs_ds.batching.collate import Collator
-    from higgs_ds.model.higgs_v2.facts import HiggsV2Facts
+    from higgs_ds.model.higgs_v2.spec import HiggsV2Spec
 
     samples = make_samples(max(64, steps * most // 100) * ranks.world_size, config, tokenizer, None)
-    count = Collator(HiggsV2Facts.from_config(config))
+    count = Collator(HiggsV2Spec.from_config(config))
     tokens = np.array([count([sample]).num_tokens for sample in samples])
     plan = TokenPlan(tokens, max_tokens=max(most, int(tokens.max())), grad_accum=1, world_size=ranks.world_size, seed=0)
-    collator = Collator(HiggsV2Facts.from_config(config), with_index=case.forward != "upstream")
+    collator = Collator(HiggsV2Spec.from_config(config), with_index=case.forward != "upstream")
     plans = plan.steps(ranks.rank, 1, min(plan.steps_per_epoch - 1, steps + 2) or 1)
     micro_batches = [micro for plan in plans for micro in plan.micro_batches]
     return [collator([samples[i] for i in micro.rows], filler=micro.filler) for micro in micro_batches], tokens
@@ -265,8 +265,8 @@ def run_one(args: argparse.Namespace) -> None:
     from higgs_ds.distributed.engine import leave_ranks, start_ranks
     from higgs_ds.loss import LossWeights, loss_scales
     from higgs_ds.model.flops import flop_per_token, mean_row_tokens, touched_parameters
-    from higgs_ds.model.higgs_v2.facts import HiggsV2Facts
     from higgs_ds.model.higgs_v2.modules import DEFAULT_LORA_TARGETS
+    from higgs_ds.model.higgs_v2.spec import HiggsV2Spec
     from higgs_ds.options.sections import LossOptions
     from higgs_ds.process import end_process
 
@@ -274,13 +274,13 @@ def run_one(args: argparse.Namespace) -> None:
     ranks = start_ranks()
     on_gpu = ranks.device.type == "cuda"
     config, tokenizer = config_of(on_gpu)
-    facts = HiggsV2Facts.from_config(config)
+    spec = HiggsV2Spec.from_config(config)
     with Peak(ranks.device) as whole:
         engine, parameters = engine_of(case, config, ranks)
         batches, lengths = batches_of(case, config, tokenizer, ranks, case.times * args.tokens, args.steps)
         if on_gpu:
             batches = [batch.pin_memory() for batch in batches]
-        weights = LossWeights.from_options(LossOptions(), facts.num_codebooks)
+        weights = LossWeights.from_options(LossOptions(), spec.num_codebooks)
         engine.train()
         seconds, real, learned = [], [], []
         for number, batch in enumerate(batches):
@@ -303,7 +303,7 @@ def run_one(args: argparse.Namespace) -> None:
     memory = max(row[0] for row in ranks.table([whole.added]))
     rates = [tokens / took / ranks.world_size for tokens, took in zip(real, slowest, strict=True)]
     cost = flop_per_token(
-        facts,
+        spec,
         lora_rank=16,
         lora_targets=list(DEFAULT_LORA_TARGETS),
         checkpoint_every=case.checkpoint_every,
@@ -312,7 +312,7 @@ def run_one(args: argparse.Namespace) -> None:
     row = {
         "case": args.one,
         "parameters": f"{parameters / 1e9:.3f} B",
-        "touched by a token": f"{touched_parameters(facts) / 1e9:.3f} B",
+        "touched by a token": f"{touched_parameters(spec) / 1e9:.3f} B",
         "tokens a batch": round(statistics.mean(real) / ranks.world_size),
         "steps": len(slowest),
         "seconds a step": statistics.median(slowest),

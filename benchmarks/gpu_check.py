@@ -95,8 +95,8 @@ def main() -> int:
     measuring_device()
     print(f"\n{device_name()}, {time.monotonic() - started:.0f} s\n\n{table(rows)}")
     holds = all(row["verdict"] != FAILS for row in rows)
-    facts = {"device": device_name(), "holds": holds, "seconds": took, "rows": rows}
-    (folder / "gpu.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    result = {"device": device_name(), "holds": holds, "seconds": took, "rows": rows}
+    (folder / "gpu.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(f"kept: {folder / 'gpu.json'}")
     return 0 if holds else 1
 

@@ -104,11 +104,11 @@ class SmallModel:
         """Micro-batches with audio, without, and with both kinds of rows."""
         from benchmarks.step import make_samples
         from higgs_ds.batching.collate import Collator, Sample
-        from higgs_ds.model.higgs_v2.facts import HiggsV2Facts
+        from higgs_ds.model.higgs_v2.spec import HiggsV2Spec
 
         speech, ids = make_samples(4, self.config, self.tokenizer, 1.5), torch.arange(20)
         text = [Sample(ids, ids, (), "text:1")]
-        collate = Collator(HiggsV2Facts.from_config(self.config), with_index=True)
+        collate = Collator(HiggsV2Spec.from_config(self.config), with_index=True)
         return {"speech": collate(speech), "text alone": collate(text), "both": collate(speech + text)}
 
 

@@ -30,9 +30,9 @@ from benchmarks.step import make_samples  # noqa: E402
 from higgs_ds.batching.batch_plan import TokenPlan  # noqa: E402
 from higgs_ds.batching.collate import Batch, Collator  # noqa: E402
 from higgs_ds.model import lora as model  # noqa: E402
-from higgs_ds.model.higgs_v2.facts import HiggsV2Facts  # noqa: E402
 from higgs_ds.model.higgs_v2.forward import training_forward  # noqa: E402
 from higgs_ds.model.higgs_v2.modules import DEFAULT_LORA_TARGETS  # noqa: E402
+from higgs_ds.model.higgs_v2.spec import HiggsV2Spec  # noqa: E402
 from higgs_ds.model.higgs_v2.upstream import HiggsAudioForTraining  # noqa: E402
 from higgs_ds.model.quantized import QuantizedLinear  # noqa: E402
 
@@ -64,7 +64,7 @@ def lora_model(config, dropout: float = 0.05, quantized: bool = False):
 def batch_of(config, tokenizer, tokens: int) -> Batch:
     """A micro-batch of about so many tokens, of rows of about one length."""
     samples = make_samples(tokens // 4, config, tokenizer, None)
-    collator = Collator(HiggsV2Facts.from_config(config), with_index=True)
+    collator = Collator(HiggsV2Spec.from_config(config), with_index=True)
     lengths = torch.tensor([collator([sample]).num_tokens for sample in samples]).numpy()
     plan = TokenPlan(lengths, max_tokens=tokens, grad_accum=1, world_size=1, seed=0)
     (step,) = plan.steps(0, 1, 1)

@@ -17,11 +17,11 @@ def main(step2: str, step3: str, loss: str, png: str) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    facts = [json.loads(Path(name).read_text(encoding="utf-8")) for name in (step2, step3, loss)]
-    if len({part["device"] for part in facts}) != 1:
+    result = [json.loads(Path(name).read_text(encoding="utf-8")) for name in (step2, step3, loss)]
+    if len({part["device"] for part in result}) != 1:
         raise SystemExit("the files were measured on different devices; one picture shows one")
-    of2, of3 = (part["rows"] for part in facts[:2])
-    heads = [row for row in facts[2]["rows"] if row["dtype"] == "fp32"]
+    of2, of3 = (part["rows"] for part in result[:2])
+    heads = [row for row in result[2]["rows"] if row["dtype"] == "fp32"]
     panels = [
         ("a whole step, ZeRO-2\nlearned tokens a second", *(row["learned tokens/s"] for row in of2)),
         ("a whole step, ZeRO-3\nlearned tokens a second", *(row["learned tokens/s"] for row in of3)),
@@ -43,7 +43,7 @@ def main(step2: str, step3: str, loss: str, png: str) -> None:
         axes.set_yticks([])
         axes.margins(y=0.14)
         axes.spines[["top", "right", "left"]].set_visible(False)
-    figure.text(0.985, 0.02, facts[0]["device"], ha="right", fontsize=9, color="#777777")
+    figure.text(0.985, 0.02, result[0]["device"], ha="right", fontsize=9, color="#777777")
     figure.savefig(png)
     print(png)
 

@@ -44,8 +44,8 @@ def report(
         print(f"{name}: {_shown(value)}" + ("" if limit is None else f" (bar {_shown(limit)})"))
     print("holds" if holds else "DOES NOT HOLD", flush=True)
     if json_file is not None:
-        facts = {"title": title, "figure": figure, "bar": bar, "holds": holds, "rows": rows, "device": device}
-        Path(json_file).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        result = {"title": title, "figure": figure, "bar": bar, "holds": holds, "rows": rows, "device": device}
+        Path(json_file).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 def _shown(value) -> str:

@@ -153,7 +153,7 @@ def work_as_rank(args: argparse.Namespace, work: Path) -> None:
     raw = json.loads((ROOT / f"ds_configs/zero{args.stage}.json").read_text())
     base = open_base(str(work / "base"))
     setup = settle(parse_args([*flags.split(), *checkpointed]), raw, base, ranks)
-    config, tokenizer, facts = base.config, base.tokenizer, base.facts
+    config, tokenizer, spec = base.config, base.tokenizer, base.spec
     samples = make_samples(args.rows, config, tokenizer, args.seconds)
 
     def engine_for(forward=None) -> Engine:
@@ -165,9 +165,9 @@ def work_as_rank(args: argparse.Namespace, work: Path) -> None:
     before = resident()
     ours = engine_for()
     one_model = resident() - before
-    naive = None if args.no_naive else engine_for(lambda m: naive_forward(m, facts.num_codebooks))
+    naive = None if args.no_naive else engine_for(lambda m: naive_forward(m, spec.num_codebooks))
 
-    plain, flat = Collator(facts), Collator(facts, with_index=True)
+    plain, flat = Collator(spec), Collator(spec, with_index=True)
     tokens = torch.tensor([flat([sample]).num_tokens for sample in samples]).numpy()
     budget = args.max_tokens or int(NAIVE_ROWS * tokens.mean())
     plan = TokenPlan(tokens, max_tokens=max(budget, tokens.max()), grad_accum=1, world_size=ranks.world_size, seed=0)

@@ -34,9 +34,9 @@ from higgs_ds.distributed.ds_config import LayerSizes, resolve  # noqa: E402
 from higgs_ds.distributed.engine import Engine, leave_ranks, loading, start_ranks  # noqa: E402
 from higgs_ds.model.base import load_tokenizer  # noqa: E402
 from higgs_ds.model.higgs_v2.checkpoint import load_base, read_model_config  # noqa: E402
-from higgs_ds.model.higgs_v2.facts import HiggsV2Facts  # noqa: E402
 from higgs_ds.model.higgs_v2.forward import training_forward  # noqa: E402
 from higgs_ds.model.higgs_v2.modules import DEFAULT_LORA_TARGETS  # noqa: E402
+from higgs_ds.model.higgs_v2.spec import HiggsV2Spec  # noqa: E402
 from higgs_ds.model.higgs_v2.tiny import write_tiny  # noqa: E402
 from higgs_ds.model.lora import attach_lora  # noqa: E402
 from higgs_ds.options.parse import parse_args  # noqa: E402
@@ -131,7 +131,7 @@ def make_batch(config, tokenizer, *, with_index: bool) -> Batch:
         labels = ids.clone()
         labels[: len(ids) - 6] = -100
         samples.append(Sample(ids, labels, codes, f"row:{number}"))
-    return Collator(HiggsV2Facts.from_config(config), with_index=with_index)(samples)
+    return Collator(HiggsV2Spec.from_config(config), with_index=with_index)(samples)
 
 
 class AskedDevice:
@@ -244,7 +244,7 @@ class Bench:
         raw = json.loads((ROOT / f"ds_configs/zero{stage}.json").read_text(encoding="utf-8"))
         # Resolved as for a GPU, whatever this is.
         ds_config = resolve(
-            raw, flags, world_size=1, on_cpu=False, layer=LayerSizes.from_facts(HiggsV2Facts.from_config(self.config))
+            raw, flags, world_size=1, on_cpu=False, layer=LayerSizes.from_spec(HiggsV2Spec.from_config(self.config))
         )
         for section, values in (overrides or {}).items():
             ds_config[section] = ds_config[section] | values

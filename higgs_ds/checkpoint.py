@@ -29,7 +29,7 @@ from .errors import ConfigError, reason_of, shown
 from .files import first_free, sha256, stamp, sync, sync_folders
 from .model.files.adapter_file import WEIGHTS, same_base, write_adapter
 from .model.files.adapter_names import peft_key
-from .model.voice_record import VoiceRecord, base_fact, write_record
+from .model.voice_record import VoiceRecord, base_detail, write_record
 from .options.sections import OPTIONS, SHAPE_OPTIONS, TRAJECTORY_OPTIONS, TrainConfig
 from .process import say
 
@@ -43,7 +43,7 @@ READ_OPTIONS = (*SHAPE_OPTIONS, *TRAJECTORY_OPTIONS, "batch_size", "lr_schedule_
 
 
 @dataclass
-class Position:
+class Progress:
     """A checkpoint's place in the run; with the seed, that fixes every batch to come."""
 
     step: int  # optimizer steps done
@@ -71,7 +71,7 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def read_position(folder: Path) -> Position:
+def read_progress(folder: Path) -> Progress:
     """A checkpoint's `state.json`.
 
     Raises:
@@ -79,18 +79,18 @@ def read_position(folder: Path) -> Position:
     """
     state = folder / "state.json"
     try:
-        position = Position(**json.loads(state.read_text(encoding="utf-8")))
+        progress = Progress(**json.loads(state.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{state} cannot be read: {error}") from error
-    fault = _fault(position)
-    if fault is None and NAME.fullmatch(folder.name) and position.step != step_of(folder):
-        fault = f"step is {position.step}, the folder says {step_of(folder)}"
+    fault = _fault(progress)
+    if fault is None and NAME.fullmatch(folder.name) and progress.step != step_of(folder):
+        fault = f"step is {progress.step}, the folder says {step_of(folder)}"
     if fault:
         raise CheckpointError(f"{state}: {fault}")
-    return position
+    return progress
 
 
-def _fault(at: Position) -> str | None:
+def _fault(at: Progress) -> str | None:
     """A value that cannot be in it, in words; None where there is none."""
     counts = {
         **{name: getattr(at, name) for name in ("step", "dropped_steps", "rows_per_step", "num_rows", "world_size")},
@@ -155,7 +155,7 @@ class Checkpoint:
     """A checkpoint that was read whole."""
 
     folder: Path
-    position: Position
+    progress: Progress
     state: OptimizerState
     rng: dict[str, torch.Tensor]
     seal: str = ""  # of all its files; another checkpoint has another
@@ -221,13 +221,13 @@ class CheckpointWriter:
                 raise ConfigError([f"--resume: {later} cannot be put aside: {reason_of(error)}"]) from None
         return aside
 
-    def save(self, position: Position, engine: Engine, ranks: Ranks) -> None:
+    def save(self, progress: Progress, engine: Engine, ranks: Ranks) -> None:
         """Gathers on all ranks, then writes behind their backs on rank 0; waits for the checkpoint before."""
         self.wait()
         put_together = engine.gather_state()
         rng = ranks.gather(rng_state(ranks.device))
         if put_together is not None:
-            self._pending = self._pool.submit(lambda: self._write(position, put_together(), rng))
+            self._pending = self._pool.submit(lambda: self._write(progress, put_together(), rng))
 
     def raise_if_failed(self) -> None:
         """Raises what went wrong in the background, once that is known."""
@@ -251,23 +251,23 @@ class CheckpointWriter:
         if (pending := self._pending) is not None:
             pending.result(timeout=LAST_WRITE_SEC)
 
-    def _write(self, position: Position, state: OptimizerState, rng: list[dict[str, torch.Tensor]]) -> None:
-        position.adam_steps = state.adam_steps
-        name = f"step-{position.step:06d}"
+    def _write(self, progress: Progress, state: OptimizerState, rng: list[dict[str, torch.Tensor]]) -> None:
+        progress.adam_steps = state.adam_steps
+        name = f"step-{progress.step:06d}"
         beside, final = self.folder / f".{name}.tmp", self.folder / name
         try:
             _make_room(beside)
             (beside / "adapter").mkdir(parents=True)
             write_adapter(beside / "adapter", self.lora, state.weights)
-            if style := position.config.get("prompt_style"):
-                record = VoiceRecord(style, base_fact(position.config.get("base_dtype")))
+            if style := progress.config.get("prompt_style"):
+                record = VoiceRecord(style, base_detail(progress.config.get("base_dtype")))
                 write_record(beside / "adapter", record)
             moments = {f"{part}.{key}": value for part in ("exp_avg", "exp_avg_sq")
                        for key, value in getattr(state, part).items()}  # fmt: skip
             save_file(moments, beside / "optimizer.safetensors")
             generators = {f"{rank}.{kind}": value for rank, kinds in enumerate(rng) for kind, value in kinds.items()}
             save_file(generators, beside / "rng.safetensors")
-            (beside / "state.json").write_text(json.dumps(asdict(position), indent=2) + "\n", encoding="utf-8")
+            (beside / "state.json").write_text(json.dumps(asdict(progress), indent=2) + "\n", encoding="utf-8")
             files = sorted(path for path in beside.rglob("*") if path.is_file())
             sums = {str(path.relative_to(beside)): sha256(path) for path in files}
             (beside / CHECKSUMS).write_bytes(_sealed(sums))
@@ -291,7 +291,7 @@ class CheckpointWriter:
                 "whole, --resume auto goes on from the last of them once this is mended"
             ) from error
         for old in list_checkpoints(self.folder)[: -self.keep_last]:
-            if not (self.keep_best and step_of(old) == position.best_step):
+            if not (self.keep_best and step_of(old) == progress.best_step):
                 shutil.rmtree(old, onerror=_say_not_removed)
 
 
@@ -357,7 +357,7 @@ def read_checkpoint(folder: Path, proven: dict[str, tuple] | None = None) -> Che
                 raise CheckpointError(f"{path} is damaged: its checksum is not the one that was written")
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {reason_of(error)}") from error
-    position = read_position(folder)
+    progress = read_progress(folder)
     try:
         weights, moments, rng = (load_file(folder / name) for name in TENSOR_FILES)
     except (OSError, ValueError, SafetensorError) as error:
@@ -371,8 +371,8 @@ def read_checkpoint(folder: Path, proven: dict[str, tuple] | None = None) -> Che
             odd = min((key for key in shapes | found if found.get(key) != shapes.get(key)), default="no weight at all")
             raise CheckpointError(f"{folder}: {part} in optimizer.safetensors is not of the adapter's weights: {odd}")
     weights = {name: weights[peft_key(name)] for name in exp_avg}
-    state = OptimizerState(weights, exp_avg, exp_avg_sq, position.adam_steps)
-    return Checkpoint(folder, position, state, rng, seal, stamps)
+    state = OptimizerState(weights, exp_avg, exp_avg_sq, progress.adam_steps)
+    return Checkpoint(folder, progress, state, rng, seal, stamps)
 
 
 def find_checkpoint(resume: str, output_dir: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -403,8 +403,8 @@ def keep_global_batch(resumed: Checkpoint, config: TrainConfig, world_size: int)
     Raises:
         ConfigError: none does; or LoRA's shape is another.
     """
-    position = resumed.position
-    saved = OLDER | position.config
+    progress = resumed.progress
+    saved = OLDER | progress.config
     rows_at_once = (config.optim.batch_size or 0) * world_size  # 0 beside a token budget alone
     problems = [
         f"--resume: --{name} is {config.get(name)}, the checkpoint has {saved.get(name)}; it cannot change"
@@ -418,21 +418,21 @@ def keep_global_batch(resumed: Checkpoint, config: TrainConfig, world_size: int)
             f"{saved.get('max_tokens_per_batch')}; batches cut by {now} cannot go on where those by {then} stopped"
         )
     elif config.optim.max_tokens_per_batch is not None:
-        if not position.micro_batches_per_step or position.micro_batches_per_step % world_size:
+        if not progress.micro_batches_per_step or progress.micro_batches_per_step % world_size:
             problems.append(
-                f"--resume: the checkpoint's global batch of {position.micro_batches_per_step} micro-batches is no "
+                f"--resume: the checkpoint's global batch of {progress.micro_batches_per_step} micro-batches is no "
                 f"multiple of {world_size} ranks"
             )
-    elif not position.rows_per_step or position.rows_per_step % rows_at_once:
+    elif not progress.rows_per_step or progress.rows_per_step % rows_at_once:
         problems.append(
-            f"--resume: the checkpoint's global batch of {position.rows_per_step} rows is no multiple of "
+            f"--resume: the checkpoint's global batch of {progress.rows_per_step} rows is no multiple of "
             f"--batch_size {config.optim.batch_size} × {world_size} ranks"
         )
     if problems:
         raise ConfigError(problems)
     if config.optim.max_tokens_per_batch is not None:
-        return position.micro_batches_per_step // world_size
-    return position.rows_per_step // rows_at_once
+        return progress.micro_batches_per_step // world_size
+    return progress.rows_per_step // rows_at_once
 
 
 def changed_settings(
@@ -441,7 +441,7 @@ def changed_settings(
     """Differences from the checkpoint's settings that make another trajectory, a line each."""
     if resumed is None:
         return []
-    saved = _spelt_out(OLDER | resumed.position.config)
+    saved = _spelt_out(OLDER | resumed.progress.config)
     config = _spelt_out(config)
     changed = [
         f"--{name} is {config[name]}, the checkpoint has {saved.get(name)}"
@@ -449,9 +449,9 @@ def changed_settings(
         if config[name] != saved.get(name)
         and not (name == "base_ckpt" and same_base(config[name], str(saved.get(name))))
     ]
-    if num_rows != resumed.position.num_rows:
-        changed.append(f"the manifest has {num_rows} usable rows, the checkpoint's had {resumed.position.num_rows}")
-    elif manifest_rows and (before := resumed.position.manifest_rows) and manifest_rows != before:
+    if num_rows != resumed.progress.num_rows:
+        changed.append(f"the manifest has {num_rows} usable rows, the checkpoint's had {resumed.progress.num_rows}")
+    elif manifest_rows and (before := resumed.progress.manifest_rows) and manifest_rows != before:
         changed.append(f"the manifests have {manifest_rows} usable rows, the checkpoint's had {before}")
     return [f"WARNING: --resume with another setting: {line}" for line in changed]
 

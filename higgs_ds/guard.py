@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from .batching.collate import Batch
 from .batching.loader import describe_bad_batch
 from .loss import IGNORE, LossWeights
-from .model.facts import ModelFacts
+from .model.spec import ModelSpec
 from .process import loss_text
 from .step_stats import ForwardReport, MicroBatchStats
 
@@ -97,10 +97,10 @@ class BadLossError(RuntimeError):
 class Guard:
     """The checks of one rank, and what they have seen so far."""
 
-    def __init__(self, *, rank: int, output_dir: Path, facts: ModelFacts, weights: LossWeights):
+    def __init__(self, *, rank: int, output_dir: Path, spec: ModelSpec, weights: LossWeights):
         self.rank = rank
         self.output_dir = output_dir
-        self.facts = facts
+        self.spec = spec
         self.weights = weights
         self.num_codebooks = len(weights.codebooks)
         self.failed: Counter[str] = Counter()
@@ -115,7 +115,7 @@ class Guard:
         if missing:
             problems.append(("batch_keys", f"missing: {', '.join(missing)}"))
             return self._failures(problems, batch, step, micro_batch)
-        placeholders = int((batch.input_ids == self.facts.audio_out_token).sum())
+        placeholders = int((batch.input_ids == self.spec.audio_out_token).sum())
         clips = len(batch.audio_out_ids_start)
         frames = batch.audio_out_ids.shape[-1]
         if placeholders != clips:
@@ -130,8 +130,8 @@ class Guard:
             )
         if frames:
             low, high = int(batch.audio_out_ids.min()), int(batch.audio_out_ids.max())
-            if low < 0 or high > self.facts.max_code:
-                problems.append(("code_range", f"codes from {low} to {high}, expected 0 to {self.facts.max_code}"))
+            if low < 0 or high > self.spec.max_code:
+                problems.append(("code_range", f"codes from {low} to {high}, expected 0 to {self.spec.max_code}"))
         if batch.label_audio_ids.shape != batch.audio_out_ids.shape:
             problems.append(
                 (
@@ -218,11 +218,17 @@ class Guard:
         """Saves the batch and says where; a disk that takes nothing does not hide what was found."""
         folder = self.output_dir / "bad_batches"
         stem = folder / f"step-{step:06d}-rank-{self.rank}-micro-{micro_batch}"
-        facts = {"step": step, "rank": self.rank, "micro_batch": micro_batch, "rows": batch.origins, "failed": problems}
+        described = {
+            "step": step,
+            "rank": self.rank,
+            "micro_batch": micro_batch,
+            "rows": batch.origins,
+            "failed": problems,
+        }
         try:
             folder.mkdir(parents=True, exist_ok=True)
             save_file(describe_bad_batch(batch), f"{stem}.safetensors")
-            Path(f"{stem}.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+            Path(f"{stem}.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
         except (OSError, SafetensorError) as error:  # a full disk is the one or the other, by which file it hits
             return f"nowhere, {folder} could not be written: {error}"
         return f"{stem}.safetensors"

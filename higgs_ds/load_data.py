@@ -28,13 +28,13 @@ from .data.portions import names_of, portions_of
 from .data.row_set import RowSet
 from .data.rows import RowOptions, load_rows
 from .distributed.agreement import check_same, made_once
-from .distributed.alone import Alone, Unwatched
 from .distributed.engine import Ranks
 from .distributed.rank_watch import Watch
+from .distributed.single_process import NoWatch, SingleProcess
 from .model.base import BaseCheckpoint
-from .model.voice_record import base_fact
+from .model.voice_record import base_detail
 from .options.sections import TrainConfig
-from .report.cards import prompt_facts
+from .report.cards import prompt_details
 from .setup import Setup
 
 SHOWN_CHARACTERS = 4000  # of a prompt
@@ -61,8 +61,8 @@ class Corpus:
 def load_corpus(
     config: TrainConfig,
     base: BaseCheckpoint,
-    ranks: Ranks | Alone,
-    watch: Watch | Unwatched,
+    ranks: Ranks | SingleProcess,
+    watch: Watch | NoWatch,
     *,
     device: str,
     collator: Collator,
@@ -76,11 +76,11 @@ def load_corpus(
         count_tokens: whether the rows' tokens are counted.
         outcome: what a list of faults ends with.
     """
-    data, facts = config.data, base.facts
+    data, spec = config.data, base.spec
     watch.untimed("opening the codec")
     codec = ranks.each(lambda: load_codec(data.codec, data.codec_revision, device=device, warn=ranks.say))
     _agree_on_fingerprint(codec, ranks)
-    check_fits(codec, facts.num_codebooks, facts.codebook_size)
+    check_fits(codec, spec.num_codebooks, spec.codebook_size)
     cache = ranks.each(lambda: CodeCache(codes_folder(config), codec))
     watch.at(0, "reading manifests, encoding clips")
     options = RowOptions(
@@ -88,7 +88,7 @@ def load_corpus(
         skip_bad_rows=data.skip_bad_rows,
         count_tokens=count_tokens,
         max_tokens=config.optim.max_tokens_per_batch,
-        max_row_tokens=min(data.max_row_tokens, facts.max_positions),
+        max_row_tokens=min(data.max_row_tokens, spec.max_positions),
         audio_root=data.audio_root,
         controls=control_tokens(base.tokenizer),
         prompt_style=data.prompt_style,
@@ -109,7 +109,7 @@ def load_corpus(
     return Corpus(train_rows, val_rows, cache, codec)
 
 
-def _agree_on_fingerprint(codec: Codec, ranks: Ranks | Alone) -> None:
+def _agree_on_fingerprint(codec: Codec, ranks: Ranks | SingleProcess) -> None:
     """Of 0.8 GB for Boson's codec: one rank reads them for all that share these files.
 
     Raises:
@@ -161,7 +161,7 @@ class Data:
         )
         return self._load(rows, plans)
 
-    def facts(self) -> dict[str, object]:
+    def details(self) -> dict[str, object]:
         """Lines of an adapter's card on what it was trained on."""
         rows = self.corpus.train_rows
         style = {"prompt style": self.setup.config.data.prompt_style}
@@ -169,8 +169,8 @@ class Data:
         drawn = {} if rate is None else {"reference rate": f"{rate:g}"}
         manifests = {f"manifest {name}".replace("|", "/"): text for name, text in self.plan.mixture.lines().items()}
         counts = {"rows": len(rows), **manifests, "optimizer steps": self.total_steps}
-        base = base_fact(self.setup.config.model.base_dtype)
-        return {**counts, **style, **prompt_facts(rows), **drawn, **base}
+        base = base_detail(self.setup.config.model.base_dtype)
+        return {**counts, **style, **prompt_details(rows), **drawn, **base}
 
     def any_inputs(self) -> dict:
         """Some micro-batch's model inputs, on this rank's device."""
@@ -183,14 +183,14 @@ class Data:
         return load_steps(self.dataset(rows), plans, num_workers=num_workers, pin_memory=on_gpu)
 
 
-def load_data(setup: Setup, ranks: Ranks, watch: Watch | Unwatched, *, only_one_step: bool = False) -> Data:
+def load_data(setup: Setup, ranks: Ranks, watch: Watch | NoWatch, *, only_one_step: bool = False) -> Data:
     """Every row checked, every clip encoded, and the plan of all optimizer steps.
 
     Raises:
         ConfigError: bad rows (without --skip_bad_rows), or too little shared memory for the data workers.
     """
     config, base = setup.config, setup.base
-    collator = Collator(base.facts, with_index=setup.padding_free)
+    collator = Collator(base.spec, with_index=setup.padding_free)
     corpus = load_corpus(
         config,
         base,
@@ -251,7 +251,7 @@ def _round_to(setup: Setup, collator: Collator) -> int:
 
 def shown_prompt(row: Row, base: BaseCheckpoint) -> str:
     """A row as the tokenizer reads its tokens back, special tokens visible; all it learns to say stands at its end."""
-    input_ids, _, _ = base.facts.tokenize(row.messages, row.start_index, base.tokenizer)
+    input_ids, _, _ = base.spec.tokenize(row.messages, row.start_index, base.tokenizer)
     text = base.tokenizer.decode(input_ids, clean_up_tokenization_spaces=False)
     if len(text) > SHOWN_CHARACTERS:
         text = f"{text[:SHOWN_CHARACTERS]}… ({len(text) - SHOWN_CHARACTERS:,} more characters)"
@@ -263,13 +263,13 @@ def _references(setup: Setup, rows: RowSet) -> References | None:
     config, base = setup.config, setup.base
     if config.data.reference_rate is None:
         return None
-    limits = (config.optim.max_tokens_per_batch, config.data.max_row_tokens, base.facts.max_positions)
+    limits = (config.optim.max_tokens_per_batch, config.data.max_row_tokens, base.spec.max_positions)
     references = References(
         rows,
         rate=config.data.reference_rate,
         seed=config.optim.seed,
         max_tokens=min(limit for limit in limits if limit is not None),
-        tokenize=lambda turns: base.facts.tokenize(turns, None, base.tokenizer)[0],
+        tokenize=lambda turns: base.spec.tokenize(turns, None, base.tokenizer)[0],
     )
     rows.tokens = references.longest
     return references
@@ -281,21 +281,21 @@ def _say_how_it_begins(setup: Setup, data: Data, ranks: Ranks) -> None:
     mixed = [f"manifest {name}: {text}" for name, text in data.plan.mixture.lines().items()]
     begins = f"resuming after step {setup.first_step - 1}" if setup.resumed else "a fresh start"
     if setup.resumed:
-        changed += _another_rate(setup, setup.resumed.position, data.plan)
+        changed += _another_rate(setup, setup.resumed.progress, data.plan)
     drawn = [data.references.describe()] if data.references is not None else []
     ranks.say("\n".join([*setup.notes, *mixed, *drawn, *changed, begins]))
 
 
-def _another_rate(setup: Setup, position: checkpoint.Position, plan: Plan) -> list[str]:
+def _another_rate(setup: Setup, progress: checkpoint.Progress, plan: Plan) -> list[str]:
     """See `schedule.jump`; the checkpoint's run had as many steps an epoch as its own rows make."""
     optim, now = setup.config.optim, setup.config.as_dict()
-    saved = now | {"warmup_steps": None, "lr_schedule_steps": None} | position.config
+    saved = now | {"warmup_steps": None, "lr_schedule_steps": None} | progress.config
     per_epoch = plan.steps_per_epoch
-    if position.rows_per_step:
-        num_rows = position.num_rows
-        if position.manifest_rows:
+    if progress.rows_per_step:
+        num_rows = progress.num_rows
+        if progress.manifest_rows:
             weights = [portion.weight for portion in portions_of(saved["train_manifest"])]
-            num_rows = sum(map(rows_taken, position.manifest_rows, weights))
-        per_epoch = math.ceil(num_rows / position.rows_per_step)
+            num_rows = sum(map(rows_taken, progress.manifest_rows, weights))
+        per_epoch = math.ceil(num_rows / progress.rows_per_step)
     saved_steps = total_steps(per_epoch, saved["epochs"], saved["max_steps"])
-    return schedule.jump(saved, saved_steps, now, plan.total_steps(optim.epochs, optim.max_steps), position.step)
+    return schedule.jump(saved, saved_steps, now, plan.total_steps(optim.epochs, optim.max_steps), progress.step)

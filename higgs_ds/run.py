@@ -18,10 +18,10 @@ from . import checkpoint, memory_check, run_dir
 from .batching import micro_batches
 from .batching.batch_plan import MicroBatch, StepPlan
 from .distributed.agreement import check_same, check_shared, versions
-from .distributed.alone import Unwatched
 from .distributed.ds_config import nothing_to_shard_note
 from .distributed.engine import Engine, Ranks, join_group, leave_ranks, loading, meet_ranks, whole
 from .distributed.rank_watch import STALL_TIMEOUT_SEC, Watch, check_stall_timeout
+from .distributed.single_process import NoWatch
 from .distributed.stop import StopRequest
 from .errors import ConfigError, ExitCode
 from .guard import BadLossError, Guard
@@ -82,7 +82,7 @@ def joined(
 def load_model(
     setup: Setup,
     ranks: Ranks,
-    watch: Watch | Unwatched,
+    watch: Watch | NoWatch,
     *,
     first_inputs: Callable[[], dict] | None = None,
     wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
@@ -102,7 +102,7 @@ def load_model(
     if setup.resumed:
         assert first_inputs is not None, "a run that is gone on with"
         engine.load_state(setup.resumed.state, first_inputs())
-        checkpoint.restore_rng(setup.resumed.rng, ranks, config.optim.seed + setup.resumed.position.step)
+        checkpoint.restore_rng(setup.resumed.rng, ranks, config.optim.seed + setup.resumed.progress.step)
     return engine
 
 
@@ -129,7 +129,7 @@ def adapt(
         rslora=config.lora.lora_rslora,
         dropout=config.lora.lora_dropout,
         target_modules=config.lora.target_suffixes,
-        whole_modules=config.lora.whole_modules,
+        modules_to_save=config.lora.modules_to_save,
         whole=whole,
         seed=config.optim.seed,
         base_name=base_name,
@@ -155,7 +155,7 @@ def adapt(
 
 def make_guard(setup: Setup, ranks: Ranks) -> Guard:
     """The loss guard of this rank."""
-    return Guard(rank=ranks.rank, output_dir=setup.output_dir, facts=setup.base.facts, weights=setup.weights)
+    return Guard(rank=ranks.rank, output_dir=setup.output_dir, spec=setup.base.spec, weights=setup.weights)
 
 
 def describe(setup: Setup, data: Data, engine: Engine, ranks: Ranks) -> None:
@@ -174,9 +174,7 @@ def describe(setup: Setup, data: Data, engine: Engine, ranks: Ranks) -> None:
     ranks.say("\n".join(line for line in lines if line))
 
 
-def check_memory(
-    setup: Setup, data: Data, engine: Engine, guard: Guard, ranks: Ranks, watch: Watch | Unwatched
-) -> None:
+def check_memory(setup: Setup, data: Data, engine: Engine, guard: Guard, ranks: Ranks, watch: Watch | NoWatch) -> None:
     """The most expensive micro-batch of the plan, once, on GPUs: a run that does not fit ends before its first step.
 
     On any device with `--compile`, whose seconds are said.
@@ -216,7 +214,7 @@ def make_trainer(
     engine: Engine,
     guard: Guard,
     ranks: Ranks,
-    watch: Watch | Unwatched,
+    watch: Watch | NoWatch,
     *,
     tracker: Tracker | None = None,
     saver: Saver | None = None,
@@ -253,14 +251,14 @@ def make_trainer(
         at=watch.at,
         utilisation=flops.utilisation(
             config,
-            setup.base.facts,
+            setup.base.spec,
             tokens=data.plan.first_epoch(data.corpus.train_rows.tokens),
             device=ranks.device,
             world_size=ranks.world_size,
         ),
     )
     if setup.resumed:
-        at = setup.resumed.position
+        at = setup.resumed.progress
         trainer.dropped_steps = at.dropped_steps
         if saver is not None:  # `check` takes its one step, whatever validations have said
             trainer.owes_validation = at.owes_validation and trainer.validation is not None
@@ -273,7 +271,7 @@ def is_complete(setup: Setup, data: Data, ranks: Ranks) -> bool:
     """True if the run that is gone on with was at its end, and left its adapter."""
     if setup.resumed is None:
         return False
-    at, patience = setup.resumed.position, setup.config.run.early_stop
+    at, patience = setup.resumed.progress, setup.config.run.early_stop
     over = patience is not None and at.validations_since_best >= patience
     left = ranks.gather((setup.output_dir / "adapter").is_dir())[0]
     owes = at.owes_validation and len(data.corpus.val_rows) > 0

@@ -112,9 +112,9 @@ def write_stopped(output_dir: Path, reason: str, exit_code: int, command: str) -
     """
     saved = list_checkpoints(output_dir / "checkpoints")
     step = step_of(saved[-1]) if saved else 0
-    facts = {"reason": reason, "exit_code": int(exit_code), "saved_step": step, "command": command}
+    details = {"reason": reason, "exit_code": int(exit_code), "saved_step": step, "command": command}
     with contextlib.suppress(OSError):
-        write_text(output_dir / STOPPED, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+        write_text(output_dir / STOPPED, json.dumps(details, indent=2, ensure_ascii=False) + "\n")
 
 
 def forget_stopped(output_dir: Path) -> None:
@@ -151,7 +151,7 @@ def save_adapter(
     engine: Engine,
     places: list[Path],
     ranks: Ranks,
-    facts: dict[str, object],
+    details: dict[str, object],
     *,
     layout: str,
     codec: str,
@@ -162,7 +162,7 @@ def save_adapter(
 
     Args:
         places: folders for it; the first that takes it has it, and every other is named as a warning.
-        facts: lines of the model card.
+        details: lines of the model card.
         layout: of the base, and `codec` with its revision the audio tokenizer, for the card's commands.
         prompt_style: of the speech rows, which `generate` and `recite` then take.
 
@@ -183,9 +183,11 @@ def save_adapter(
                 with replacing(folder) as beside:
                     beside.mkdir(parents=True)
                     write_adapter(beside, lora, weights)
-                    write_record(beside, VoiceRecord(prompt_style, {name: str(fact) for name, fact in facts.items()}))
+                    write_record(
+                        beside, VoiceRecord(prompt_style, {name: str(detail) for name, detail in details.items()})
+                    )
                     origin = {"layout": layout, "codec": codec, "codec_revision": codec_revision}
-                    card = _model_card(lora, facts, folder, **origin)
+                    card = _model_card(lora, details, folder, **origin)
                     (beside / "README.md").write_text(card, encoding="utf-8")
                 saved = folder
                 break
@@ -195,7 +197,7 @@ def save_adapter(
     return ranks.gather(saved)[0]
 
 
-def _model_card(lora: LoraConfig, facts: dict[str, object], folder: Path, **origin: Any) -> str:
+def _model_card(lora: LoraConfig, details: dict[str, object], folder: Path, **origin: Any) -> str:
     base, revision = pinned(lora.base_model_name_or_path or "", lora.revision)
     table = {
         "base": f"`{base}`" + (f" at revision `{revision}`" if revision else ""),
@@ -203,6 +205,6 @@ def _model_card(lora: LoraConfig, facts: dict[str, object], folder: Path, **orig
         + (", scaled by the root" if lora.use_rslora else ""),
         "layers": ", ".join(sorted(lora.target_modules or ())),
         **({"trained whole": ", ".join(lora.modules_to_save)} if lora.modules_to_save else {}),
-        **facts,
+        **details,
     }
     return adapter_card(table, base=base, revision=revision, folder=folder, **origin)

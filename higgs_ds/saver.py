@@ -102,7 +102,7 @@ class Saver:
 
     def save(self, step: StepPlan, trainer: Trainer) -> None:
         """A checkpoint after this step; every rank must call it."""
-        position = checkpoint.Position(
+        progress = checkpoint.Progress(
             step=step.step,
             epoch=step.epoch,
             dropped_steps=trainer.dropped_steps,
@@ -117,7 +117,7 @@ class Saver:
             world_size=self.ranks.world_size,
             config=self.setup.config.as_dict(),
         )
-        self.writer.save(position, self.engine, self.ranks)
+        self.writer.save(progress, self.engine, self.ranks)
 
     def save_before_validation(self, step: StepPlan, trainer: Trainer) -> None:
         """The run's last step, on the disk when this returns: nothing stands between them; every rank must call it."""
@@ -125,12 +125,12 @@ class Saver:
         self.save(step, trainer)
         self.writer.wait()
 
-    def save_adapter(self, name: str, facts: dict[str, object], *, elsewhere: bool = True) -> Path | None:
+    def save_adapter(self, name: str, details: dict[str, object], *, elsewhere: bool = True) -> Path | None:
         """The adapter under this name in the run's folder; every rank must call it.
 
         Args:
             name: of its folder.
-            facts: lines of its card.
+            details: lines of its card.
             elsewhere: whether a folder that takes nothing, on a full disk say, makes it go to another; else None
                 is returned.
 
@@ -145,7 +145,7 @@ class Saver:
                 self._rescues[name] = [first_free(Path(at) / rescued) for at in (".", tempfile.gettempdir())]
             places += self._rescues[name]
         saved = run_dir.save_adapter(
-            *(self.engine, places, self.ranks, facts),
+            *(self.engine, places, self.ranks, details),
             layout=self.setup.base.layout,
             codec=data.codec,
             codec_revision=data.codec_revision,
@@ -158,11 +158,11 @@ class Saver:
     def save_best(self, step: int, trainer: Trainer) -> None:
         """`adapter-best/`, of the step just validated; every rank must call it."""
         validated = {name: loss for name, loss in trainer.last_losses.items() if name.startswith("validation ")}
-        self.save_adapter("adapter-best", self.data.facts() | {"optimizer steps": step} | validated, elsewhere=False)
+        self.save_adapter("adapter-best", self.data.details() | {"optimizer steps": step} | validated, elsewhere=False)
 
     def save_last(self, trainer: Trainer) -> Path | None:
         """`adapter/`, of the run's last step; every rank must call it."""
-        facts = self.data.facts() | {"optimizer steps": trainer.steps_done} | trainer.last_losses
+        details = self.data.details() | {"optimizer steps": trainer.steps_done} | trainer.last_losses
         if trainer.best.loss is not None:
-            facts["lowest validation loss"] = f"{loss_text(trainer.best.loss)} at step {trainer.best.step}"
-        return self.save_adapter("adapter", facts)
+            details["lowest validation loss"] = f"{loss_text(trainer.best.loss)} at step {trainer.best.step}"
+        return self.save_adapter("adapter", details)

@@ -12,10 +12,10 @@ from . import checkpoint, run_dir
 from .batching import micro_batches
 from .checkpoint import Checkpoint
 from .distributed.agreement import check_same, patiently
-from .distributed.alone import Unwatched
 from .distributed.ds_config import LayerSizes, ignored_keys, resolve
 from .distributed.engine import Ranks, check_config
 from .distributed.rank_watch import Watch
+from .distributed.single_process import NoWatch
 from .errors import ConfigError
 from .loss import LossWeights
 from .model.base import BaseCheckpoint
@@ -50,24 +50,24 @@ class Setup:
 
     @property
     def first_step(self) -> int:
-        return self.resumed.position.step + 1 if self.resumed else 1
+        return self.resumed.progress.step + 1 if self.resumed else 1
 
 
-def open_setup(config: TrainConfig, ds_raw: dict, ranks: Ranks, watch: Watch | Unwatched) -> Setup:
+def open_setup(config: TrainConfig, ds_raw: dict, ranks: Ranks, watch: Watch | NoWatch) -> Setup:
     """Finds the checkpoint to go on from and the base, asks both everything, and settles the options by them."""
     resumed, notes = find_together(config, ranks)
     if resumed is None and config.run.resume == "auto":
         ranks.each(lambda: run_dir.refuse_a_result(config.output_dir))
     watch.untimed("finding the base checkpoint")
     base = ranks.each(lambda: open_base_for(config))
-    saved = resumed.position.config if resumed else None
+    saved = resumed.progress.config if resumed else None
     config, initial = ranks.each(lambda: family_of(base).settle_lora(config, base, saved))
     setup = settle(config, ds_raw, base, ranks, resumed, [*notes, *base.notes])
     setup.initial = initial
     check_same(
         {f"--{name} (as resolved)": value for name, value in setup.config.as_dict().items()}
         | {f"{config.run.deepspeed_config}: {name}": value for name, value in setup.ds_config.items()}
-        | {f"--base_ckpt: {name}": value for name, value in asdict(base.facts).items()},
+        | {f"--base_ckpt: {name}": value for name, value in asdict(base.spec).items()},
         ranks,
     )
     return setup
@@ -154,19 +154,19 @@ def settle(
     notes: Iterable[str] = (),
 ) -> Setup:
     """Fills what the options left open. Raises ConfigError for what does not go together."""
-    if config.lora.lora_r > base.facts.hidden_size:
-        width = base.facts.hidden_size
+    if config.lora.lora_r > base.spec.hidden_size:
+        width = base.spec.hidden_size
         raise ConfigError([f"--lora_r: {config.lora.lora_r} is above {width}, the width of the model's layers"])
     if config.model.compile:
         from .model.compiler import check_compiler
 
         ranks.each(lambda: check_compiler(ranks.device.type))
-    weights = LossWeights.from_options(config.loss, base.facts.num_codebooks)
+    weights = LossWeights.from_options(config.loss, base.spec.num_codebooks)
     batch_size, max_tokens = micro_batches.settle_micro_batches(
         config.optim.batch_size,
         config.optim.max_tokens_per_batch,
         device_type=ranks.device.type,
-        resumed=resumed.position.config if resumed else None,
+        resumed=resumed.progress.config if resumed else None,
     )
     config = config.settled(batch_size=batch_size, max_tokens_per_batch=max_tokens)
     if resumed:
@@ -177,7 +177,7 @@ def settle(
         config,
         world_size=ranks.world_size,
         on_cpu=ranks.device.type == "cpu",
-        layer=LayerSizes.from_facts(base.facts),
+        layer=LayerSizes.from_spec(base.spec),
     )
     check_config(ds_config, config.run.deepspeed_config)
     ignored = ignored_keys(ds_raw)

@@ -27,7 +27,7 @@ from higgs_ds.checkpoint import (
 )
 from higgs_ds.errors import ConfigError
 from higgs_ds.files import sha256
-from higgs_ds.model.files.adapter_names import PREFIX, WHOLE_MODULES
+from higgs_ds.model.files.adapter_names import PREFIX, SAVABLE_MODULES
 from higgs_ds.model.higgs_v2.init_adapter import OPTIONS
 from higgs_ds.model.higgs_v2.layouts import transformers_name
 from higgs_ds.options.sections import BASE_NAMES
@@ -68,7 +68,7 @@ def test_interrupted_and_resumed_is_never_interrupted_bit_for_bit(stage, forks, 
     assert ours.keys() == wanted.keys() and all(torch.equal(ours[key], wanted[key]) for key in wanted)
 
     adapter, base = tmp_path / "parts/adapter", HiggsAudioModel.from_pretrained(tiny_dir, torch_dtype=torch.bfloat16)
-    whole = {f"{name}.weight": ours[f"{PREFIX}{name}.weight"] for name in WHOLE_MODULES}
+    whole = {f"{name}.weight": ours[f"{PREFIX}{name}.weight"] for name in SAVABLE_MODULES}
     assert not any(torch.equal(value, base.state_dict()[name]) for name, value in whole.items())
     assert "| trained whole | audio_codebook_embeddings, text_lm_head, " in (adapter / "README.md").read_text()
     pefts = PeftModel.from_pretrained(base, adapter).merge_and_unload().state_dict()
@@ -389,19 +389,19 @@ def test_a_new_run_can_start_from_an_adapter(forks, saved, flags_of, tmp_path):
 
 def test_a_base_by_its_old_name_is_no_other_setting(saved):
     resumed = read_checkpoint(list_checkpoints(saved[0] / "checkpoints")[-1])
-    now = resumed.position.config | {"base_ckpt": BASE_NAMES[0]}
-    resumed.position.config["base_ckpt"] = BASE_NAMES[1]
-    assert changed_settings(resumed, now, resumed.position.num_rows) == []
-    (said,) = changed_settings(resumed, now | {"base_ckpt": "someone/else"}, resumed.position.num_rows)
+    now = resumed.progress.config | {"base_ckpt": BASE_NAMES[0]}
+    resumed.progress.config["base_ckpt"] = BASE_NAMES[1]
+    assert changed_settings(resumed, now, resumed.progress.num_rows) == []
+    (said,) = changed_settings(resumed, now | {"base_ckpt": "someone/else"}, resumed.progress.num_rows)
     assert "--base_ckpt is someone/else, the checkpoint has bosonai/higgs-audio-v2-generation-3B-base" in said
 
 
 def test_an_epoch_that_older_checkpoints_spelt_out_is_no_other_setting(saved):
     resumed = read_checkpoint(list_checkpoints(saved[0] / "checkpoints")[-1])
-    given = resumed.position.config | {"epochs": None, "max_steps": None}
-    resumed.position.config |= {"epochs": 1.0, "max_steps": None}
-    assert changed_settings(resumed, given, resumed.position.num_rows) == []
-    (said,) = changed_settings(resumed, given | {"epochs": 2.0}, resumed.position.num_rows)
+    given = resumed.progress.config | {"epochs": None, "max_steps": None}
+    resumed.progress.config |= {"epochs": 1.0, "max_steps": None}
+    assert changed_settings(resumed, given, resumed.progress.num_rows) == []
+    (said,) = changed_settings(resumed, given | {"epochs": 2.0}, resumed.progress.num_rows)
     assert "--epochs is 2.0, the checkpoint has 1.0" in said
 
 

@@ -21,9 +21,9 @@ def test_on_a_cpu_it_says_what_holds_and_what_needs_a_gpu(tmp_path):
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert ran.stdout.splitlines()[-2:] == ["HOLDS", f"kept: {tmp_path / 'gpu.json'}"]
-    facts = json.loads((tmp_path / "gpu.json").read_text())
-    assert facts["holds"] and facts["seconds"].keys() == {"right", "kernels"}
-    verdicts = {stage: [r["verdict"] for r in facts["rows"] if r["stage"] == stage] for stage in facts["seconds"]}
+    result = json.loads((tmp_path / "gpu.json").read_text())
+    assert result["holds"] and result["seconds"].keys() == {"right", "kernels"}
+    verdicts = {stage: [r["verdict"] for r in result["rows"] if r["stage"] == stage] for stage in result["seconds"]}
     assert verdicts["right"] == ["HOLDS"] * 14
     assert verdicts["kernels"].count("no GPU") == 4 and set(verdicts["kernels"]) == {"measured", "no GPU"}
 

@@ -12,8 +12,8 @@ from higgs_ds.batching.collate import Collator
 from higgs_ds.guard import CHECKS, HONEST_ZERO_UNITS, LIKELY_CAUSES, Guard, checklist
 from higgs_ds.loss import LossWeights
 from higgs_ds.model.higgs_v2.checkpoint import load_base
-from higgs_ds.model.higgs_v2.facts import HiggsV2Facts
 from higgs_ds.model.higgs_v2.reference import ReferenceForward
+from higgs_ds.model.higgs_v2.spec import HiggsV2Spec
 from higgs_ds.options.sections import LossOptions
 from higgs_ds.step_stats import ForwardReport, MicroBatchStats
 from tests.batching.test_collate import samples_of
@@ -22,7 +22,7 @@ from tests.support.ranks import assert_all, run_ranks
 
 @pytest.fixture
 def batch(tokenizer, tiny_config):
-    return Collator(HiggsV2Facts.from_config(tiny_config))(samples_of(["speech", "clone"], tokenizer))
+    return Collator(HiggsV2Spec.from_config(tiny_config))(samples_of(["speech", "clone"], tokenizer))
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def guard(tmp_path, tiny_config):
     return Guard(
         rank=3,
         output_dir=tmp_path,
-        facts=HiggsV2Facts.from_config(tiny_config),
+        spec=HiggsV2Spec.from_config(tiny_config),
         weights=LossWeights.from_options(LossOptions(), 8),
     )
 
@@ -135,7 +135,7 @@ def test_a_zero_of_text_that_its_margins_explain_is_honest(guard, batch):
 def test_the_two_zeros_are_told_apart_on_the_models_own_logits(zeroed, guard, tiny_dir, tiny_config, tokenizer):
     """Honest: the logits themselves say 0.0. Not honest: the sum was lost on the way, the logits say otherwise."""
     model = load_base(tiny_dir, tiny_config, "fp32")
-    batch = Collator(HiggsV2Facts.from_config(tiny_config))(samples_of(["text"], tokenizer))
+    batch = Collator(HiggsV2Spec.from_config(tiny_config))(samples_of(["text"], tokenizer))
 
     class Saturated(torch.nn.Module):
         def forward(self, **inputs):
@@ -160,8 +160,8 @@ def test_the_failing_batch_is_saved(guard, batch, tmp_path):
     (failure,) = guard.check_batch(batch, 7, 1)
     saved = load_file(failure.saved_to)
     assert int(saved["audio_out_ids"][0, 3]) == 4000
-    facts = json.loads((tmp_path / "bad_batches/step-000007-rank-3-micro-1.json").read_text())
-    assert facts["rows"] == ["m.jsonl:1", "m.jsonl:2"] and facts["failed"][0][0] == "code_range"
+    result = json.loads((tmp_path / "bad_batches/step-000007-rank-3-micro-1.json").read_text())
+    assert result["rows"] == ["m.jsonl:1", "m.jsonl:2"] and result["failed"][0][0] == "code_range"
 
 
 def test_checklist_names_what_the_first_batch_showed(batch):

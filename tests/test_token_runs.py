@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from higgs_ds.checkpoint import Position, changed_settings, keep_global_batch, read_checkpoint
+from higgs_ds.checkpoint import Progress, changed_settings, keep_global_batch, read_checkpoint
 from higgs_ds.errors import ConfigError
 from higgs_ds.options.parse import parse_args
 from tests.conftest import SPEECH
@@ -66,7 +66,7 @@ def config_of(*flags):
 
 def checkpoint_of(config, /, **changes):
     fixed = {"step": 3, "epoch": 0.5, "dropped_steps": 0, "rows_per_step": 0, "num_rows": 9, "world_size": 2}
-    return SimpleNamespace(position=Position(**{**fixed, "config": config.as_dict(), **changes}))
+    return SimpleNamespace(position=Progress(**{**fixed, "config": config.as_dict(), **changes}))
 
 
 def test_the_accumulation_keeps_the_number_of_micro_batches():

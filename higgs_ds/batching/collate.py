@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from ..data.manifest import AudioRef, Row
 from ..loss import IGNORE, count_audio_labels, count_text_labels
-from ..model.facts import ModelFacts
+from ..model.spec import ModelSpec
 from .batch_index import BatchIndex, make_batch_index
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def build_sample(
     codes_of: Callable[[AudioRef], torch.Tensor],
     tokenize: Callable[..., tuple],
 ) -> Sample:
-    """A manifest row as tokens and codes; `tokenize` as of `ModelFacts`."""
+    """A manifest row as tokens and codes; `tokenize` as of `ModelSpec`."""
     input_ids, label_ids, clips = tokenize(row.messages, row.start_index, tokenizer)
     return Sample(
         input_ids=torch.tensor(input_ids),
@@ -118,15 +118,15 @@ def build_sample(
 
 
 class Collator:
-    """Samples to a `Batch`, as a checkpoint's facts ask for it."""
+    """Samples to a `Batch`, as a checkpoint's spec ask for it."""
 
-    def __init__(self, facts: ModelFacts, *, round_to: int = 8, with_index: bool = False):
+    def __init__(self, spec: ModelSpec, *, round_to: int = 8, with_index: bool = False):
         """
         Args:
             round_to: rows are padded to a multiple of so many tokens.
             with_index: adds to every batch what the padding-free forward needs.
         """
-        self.facts = facts
+        self.spec = spec
         self.round_to = round_to
         self.with_index = with_index
 
@@ -140,23 +140,23 @@ class Collator:
         in_codes: list[torch.Tensor] = []
         for sample in samples:
             # No text is learned at the placeholder of an assistant's clip: its codes are, by the audio head.
-            is_out = sample.input_ids == self.facts.audio_out_token
-            is_clip = is_out | (sample.input_ids == self.facts.audio_in_token)
+            is_out = sample.input_ids == self.spec.audio_out_token
+            is_clip = is_out | (sample.input_ids == self.spec.audio_in_token)
             labels = sample.label_ids.masked_fill(is_out, IGNORE)  # a new tensor: the sample stays as it is
             if filler:
                 labels = torch.full_like(labels, IGNORE)
             # Codes to streams, in reading order; the row's own labels say whether a clip is learned.
             learned = (sample.label_ids[is_clip] >= 0).tolist()
             for position_is_out, trained, codes in zip(is_out[is_clip].tolist(), learned, sample.codes, strict=True):
-                codes = codes[: self.facts.num_codebooks].long()
+                codes = codes[: self.spec.num_codebooks].long()
                 if position_is_out:
-                    out_codes.append(self.facts.stream(codes))
-                    out_labels.append(self.facts.stream_labels(codes, trained and not filler))
-                elif self.facts.audio_in_codes:
-                    in_codes.append(self.facts.stream(codes))
+                    out_codes.append(self.spec.stream(codes))
+                    out_labels.append(self.spec.stream_labels(codes, trained and not filler))
+                elif self.spec.audio_in_codes:
+                    in_codes.append(self.spec.stream(codes))
             # Padding on the right, as upstream's.
             missing = width - len(sample.input_ids)
-            input_ids.append(F.pad(sample.input_ids, (0, missing), value=self.facts.pad_token))
+            input_ids.append(F.pad(sample.input_ids, (0, missing), value=self.spec.pad_token))
             masks.append(F.pad(torch.ones_like(sample.input_ids), (0, missing), value=0))
             label_ids.append(F.pad(labels, (0, missing), value=IGNORE))
         # Clips of all rows stand in one line, with where each starts.
@@ -168,8 +168,8 @@ class Collator:
             audio_out_ids=audio_out_ids,
             audio_out_ids_start=audio_out_ids_start,
             audio_out_ids_start_group_loc=torch.arange(len(samples)) if out_codes else None,
-            audio_in_ids=audio_in_ids if self.facts.audio_in_codes else None,
-            audio_in_ids_start=audio_in_ids_start if self.facts.audio_in_codes else None,
+            audio_in_ids=audio_in_ids if self.spec.audio_in_codes else None,
+            audio_in_ids_start=audio_in_ids_start if self.spec.audio_in_codes else None,
             label_ids=torch.stack(label_ids),
             label_audio_ids=self._concatenate(out_labels)[0],
             reward=torch.zeros(0),
@@ -183,15 +183,15 @@ class Collator:
                 batch.attention_mask,
                 batch.label_ids,
                 batch.label_audio_ids,
-                audio_out_token=self.facts.audio_out_token,
-                audio_in_token=self.facts.audio_in_token,
+                audio_out_token=self.spec.audio_out_token,
+                audio_in_token=self.spec.audio_in_token,
                 out_lengths=torch.tensor([clip.shape[1] for clip in out_codes], dtype=torch.long),
                 in_lengths=(
                     torch.tensor([clip.shape[1] for clip in in_codes], dtype=torch.long)
-                    if self.facts.audio_in_codes
+                    if self.spec.audio_in_codes
                     else None
                 ),
-                num_codebooks=self.facts.num_codebooks,
+                num_codebooks=self.spec.num_codebooks,
             )
         return batch
 

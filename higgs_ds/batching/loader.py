@@ -52,7 +52,7 @@ class MicroBatches(Dataset):
 
     def __getitem__(self, micro_batch: MicroBatch) -> Batch:
         rows = [self._row(i, micro_batch.epoch) for i in micro_batch.rows]
-        samples = [build_sample(row, self.tokenizer, self._codes, self.collator.facts.tokenize) for row in rows]
+        samples = [build_sample(row, self.tokenizer, self._codes, self.collator.spec.tokenize) for row in rows]
         return self.collator(samples, filler=micro_batch.filler)
 
     def _row(self, i: int, epoch: int | None) -> Row:

@@ -65,7 +65,7 @@ class References:
         for more in range(count):  # past the row itself, and past others that speak the same clip
             place = count - 1 - more if epoch is None else (choice + more) % count
             donor = self._rows[int(self._donors[self._first[i] + place])]
-            spoken = donor.spoken()
+            spoken = donor.target()
             assert spoken is not None  # a speech row: no other has a speaker's number
             text, clip = spoken
             reference = donor.audio_refs[clip][1]

@@ -35,9 +35,9 @@ class LengthIndex:
             json.dumps(
                 [
                     _fingerprint(tokenizer),
-                    collator.facts.num_codebooks,
-                    collator.facts.use_delay_pattern,
-                    collator.facts.audio_in_codes,
+                    collator.spec.num_codebooks,
+                    collator.spec.use_delay_pattern,
+                    collator.spec.audio_in_codes,
                 ]
             ).encode()
         ).digest()
@@ -77,15 +77,15 @@ class LengthIndex:
 
     def tokens(self, row: Row) -> int:
         """Positions that the model computes for a row: text tokens, each clip's placeholder replaced by its frames."""
-        facts = self._collator.facts
-        input_ids, _, _ = facts.tokenize(row.messages, row.start_index, self._tokenizer)
+        spec = self._collator.spec
+        input_ids, _, _ = spec.tokenize(row.messages, row.start_index, self._tokenizer)
         total = len(input_ids)
         for turn in row.messages:
-            if turn.role != "assistant" and not facts.audio_in_codes:
+            if turn.role != "assistant" and not spec.audio_in_codes:
                 continue  # its placeholder stays one token
             for piece in turn.content:
                 if not isinstance(piece, str):
-                    total += facts.stream_length(self._cache.frames(piece)) - 1
+                    total += spec.stream_length(self._cache.frames(piece)) - 1
         return total
 
     def _key(self, row: Row) -> bytes:

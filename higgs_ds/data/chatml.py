@@ -111,20 +111,20 @@ class Row:
         )
         return dataclasses.replace(self, messages=turns, start_index=start_index)
 
-    def spoken_clip(self) -> int | None:
+    def target_clip(self) -> int | None:
         """The number in `audio_refs` of the clip that the row's last turn speaks; None for none, or several."""
         last = self.messages[-1]
         if last.role != "assistant" or sum(isinstance(piece, AudioRef) for piece in last.content) != 1:
             return None
         return sum(isinstance(piece, AudioRef) for turn in self.messages for piece in turn.content) - 1
 
-    def spoken(self) -> tuple[str, int] | None:
+    def target(self) -> tuple[str, int] | None:
         """The text that the row's last clip speaks, and that clip's number in `audio_refs`.
 
         It is the text of the nearest turn before the clip's, or of the clip's own turn where that has some. None where
         the row's last turn speaks no clip, or several.
         """
-        clip = self.spoken_clip()
+        clip = self.target_clip()
         if clip is None:
             return None
         for turn in reversed(self.messages[-2:]):

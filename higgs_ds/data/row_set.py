@@ -11,7 +11,7 @@ import numpy as np
 from .chatml import Row
 from .faults import Fault
 from .manifest import Manifest
-from .transcripts import FACTS, VOICE
+from .transcripts import TEXT_STATS, VOICE
 
 
 @dataclass
@@ -71,16 +71,16 @@ class Part:
     clips: np.ndarray  # int64 [rows], how many
     keys: np.ndarray  # uint8 [clips of all rows, 32]
     faults: list[Fault]
-    facts: np.ndarray  # FACTS [rows]
+    stats: np.ndarray  # TEXT_STATS [rows]
     voices: np.ndarray  # VOICE [rows]
 
 
 def put_together(manifest: Manifest, parts: list[Part]) -> tuple[RowSet, np.ndarray]:
-    """All ranks' rows in the manifest's order, and their FACTS."""
+    """All ranks' rows in the manifest's order, and their TEXT_STATS."""
     if not parts:
-        return RowSet((manifest,), np.zeros(1, np.int64)), np.zeros(0, FACTS)
-    names = ("numbers", "clips", "keys", "facts", "voices")
-    numbers, clips, keys, facts, voices = (np.concatenate([getattr(p, name) for p in parts]) for name in names)
+        return RowSet((manifest,), np.zeros(1, np.int64)), np.zeros(0, TEXT_STATS)
+    names = ("numbers", "clips", "keys", "stats", "voices")
+    numbers, clips, keys, stats, voices = (np.concatenate([getattr(p, name) for p in parts]) for name in names)
     order = np.argsort(numbers)
     first = (np.cumsum(clips) - clips)[order]
     clips = clips[order]
@@ -88,7 +88,7 @@ def put_together(manifest: Manifest, parts: list[Part]) -> tuple[RowSet, np.ndar
     places = np.repeat(first - (ends - clips), clips) + np.arange(len(keys))
     tokens = None if parts[0].tokens is None else np.concatenate([part.tokens for part in parts])[order]
     rows = RowSet((manifest,), np.array([len(order)]), numbers[order], keys[places], ends, tokens, voices[order])
-    return rows, facts[order]
+    return rows, stats[order]
 
 
 def joined(sets: list[RowSet]) -> RowSet:

@@ -28,12 +28,12 @@ from .manifest import Manifest
 from .row_set import Part, RowSet, joined, put_together
 from .same_files import check_same_files
 from .schema import OWN_REFERENCE
-from .transcripts import FACTS, VOICE, Spoken, facts_of, first_lines, voice_of, warnings_of
+from .transcripts import TEXT_STATS, VOICE, SpeechStats, first_lines, text_stats_of, voice_of, warnings_of
 
 if TYPE_CHECKING:
     from ..batching.token_counts import LengthIndex
-    from ..distributed.alone import Alone
     from ..distributed.engine import Ranks
+    from ..distributed.single_process import SingleProcess
 
 CHUNK_ROWS = 16384  # rows of a rank that are objects at a time
 BLOCK_ROWS = 64  # rows in a line that one rank takes, so that what stands together is read together
@@ -67,7 +67,7 @@ def load_rows(
     *,
     trained: int = 1,
     cache: CodeCache,
-    ranks: Ranks | Alone,
+    ranks: Ranks | SingleProcess,
     lengths: LengthIndex | None = None,
     on_progress: Callable[[], None] = lambda: None,
 ) -> tuple[RowSet, RowSet]:
@@ -100,12 +100,14 @@ def load_rows(
     for manifest, rows, faults in zip(read, sets, loader.faults, strict=True):
         if not rows:
             raise ConfigError([*grouped(faults), f"{manifest.file}: no usable row is left"])
-    for rows, spoken in zip(sets, loader.spoken, strict=True):
-        rows.summary = tuple(first_lines(spoken)) if ranks.is_main else ()
+    for rows, speech in zip(sets, loader.speech, strict=True):
+        rows.summary = tuple(first_lines(speech)) if ranks.is_main else ()
     return joined(sets[:trained]), sets[trained] if len(sets) > trained else RowSet()
 
 
-def _tell(read: list[Manifest], trained: int, loader: _Loader, options: RowOptions, ranks: Ranks | Alone) -> None:
+def _tell(
+    read: list[Manifest], trained: int, loader: _Loader, options: RowOptions, ranks: Ranks | SingleProcess
+) -> None:
     """Says what was found, by kind, and leaves all of it in `faults_dir`.
 
     Raises:
@@ -113,7 +115,7 @@ def _tell(read: list[Manifest], trained: int, loader: _Loader, options: RowOptio
     """
     faults = [fault for found in loader.faults for fault in found]
     bad_rows = plural(len({fault.row for fault in faults}), "bad row")
-    warnings = warnings_of(loader.spoken, trained) if ranks.is_main else []
+    warnings = warnings_of(loader.speech, trained) if ranks.is_main else []
     path = None
     if ranks.is_main and options.faults_dir is not None:
         path = write_faults(options.faults_dir, [*faults, *warnings])
@@ -138,7 +140,7 @@ class _Loader:
     def __init__(
         self,
         cache: CodeCache,
-        ranks: Ranks | Alone,
+        ranks: Ranks | SingleProcess,
         options: RowOptions,
         lengths: LengthIndex | None,
         on_progress: Callable[[], None],
@@ -150,7 +152,7 @@ class _Loader:
         self._on_progress = on_progress
         self._others_encoded = True  # since this rank last looked
         self.faults: list[list[Fault]] = []  # of each manifest
-        self.spoken: list[Spoken] = []  # of each manifest, its usable rows
+        self.speech: list[SpeechStats] = []  # of each manifest, its usable rows
 
     def load(self, manifest: Manifest, bar: tqdm) -> RowSet:
         """Its usable rows; what is wrong with the others is added to `faults`."""
@@ -166,44 +168,44 @@ class _Loader:
             parts += self._ranks.gather(self._chunk(manifest, chunk, progress))
             progress(1.0)
         manifest.set_seen(self._ranks.gather(manifest.seen()))
-        rows, facts = put_together(manifest, parts)
-        rows, found = self._screen(manifest, rows, facts)
+        rows, stats = put_together(manifest, parts)
+        rows, found = self._screen(manifest, rows, stats)
         self.faults.append(sorted([*manifest.faults, *(fault for part in parts for fault in part.faults), *found]))
         return rows
 
-    def _screen(self, manifest: Manifest, rows: RowSet, facts: np.ndarray) -> tuple[RowSet, list[Fault]]:
+    def _screen(self, manifest: Manifest, rows: RowSet, stats: np.ndarray) -> tuple[RowSet, list[Fault]]:
         """The rows without those that take too many tokens, and the faults of these.
 
         Every rank looks at all rows, and finds the same.
         """
         clip_frames = self._cache.frames_each(rows.keys) if len(rows.keys) else np.zeros(0, np.int64)
         first_clip = np.r_[0, rows.clip_ends[:-1]][: len(rows)]
-        place = np.where(facts["clip"] >= 0, first_clip + facts["clip"], -1)
+        place = np.where(stats["clip"] >= 0, first_clip + stats["clip"], -1)
         speaks, place = place >= 0, place[place >= 0]
         clips, seconds = np.zeros(len(rows), np.uint64), np.zeros(len(rows))
         clips[speaks] = rows.keys.view("<u8").reshape(-1, 4)[place, 0]  # of 256 bits, 64 tell a million apart
         seconds[speaks] = clip_frames[place] / self._cache.codec.frame_rate
         lines, elements = manifest.lines_of(rows.numbers), manifest.elements_of(rows.numbers)
-        problems = dict(self._too_long(rows, facts, clip_frames, first_clip))
-        spoken = Spoken(manifest.file, lines, elements, facts, clips, seconds)
-        faults = [spoken.fault(i, "row", problem) for i, problem in problems.items()]
+        problems = dict(self._too_long(rows, stats, clip_frames, first_clip))
+        speech = SpeechStats(manifest.file, lines, elements, stats, clips, seconds)
+        faults = [speech.fault(i, "row", problem) for i, problem in problems.items()]
         if problems:
             kept = np.ones(len(rows), bool)
             kept[list(problems)] = False
             rows = rows.only(kept)
-            spoken = spoken.only(kept)
-        self.spoken.append(spoken)
+            speech = speech.only(kept)
+        self.speech.append(speech)
         return rows, faults
 
     def _too_long(
-        self, rows: RowSet, facts: np.ndarray, clip_frames: np.ndarray, first_clip: np.ndarray
+        self, rows: RowSet, stats: np.ndarray, clip_frames: np.ndarray, first_clip: np.ndarray
     ) -> Iterator[tuple[int, str]]:
         """(row, problem) of each over the limit on a row; counts only what its bytes and frames leave in doubt."""
         limit = self._options.max_row_tokens
         if limit is None or self._lengths is None:
             return
         frames = np.r_[0, np.cumsum(clip_frames)]
-        most = facts["bytes"] + frames[rows.clip_ends] - frames[first_clip] if len(rows) else np.zeros(0)
+        most = stats["bytes"] + frames[rows.clip_ends] - frames[first_clip] if len(rows) else np.zeros(0)
         for i in np.flatnonzero(most > limit).tolist():
             tokens = self._lengths.tokens(rows[i]) if rows.tokens is None else int(rows.tokens[i])
             if tokens > limit:
@@ -252,9 +254,9 @@ class _Loader:
             usable[counted[too_long]] = False
             tokens = tokens[~too_long]
         kept = np.repeat(usable, clips)
-        facts = np.array([facts_of(row) for row, use in zip(rows, usable, strict=True) if use], FACTS)
+        stats = np.array([text_stats_of(row) for row, use in zip(rows, usable, strict=True) if use], TEXT_STATS)
         voices = np.array([voice_of(row) for row, use in zip(rows, usable, strict=True) if use], VOICE)
-        return Part(np.array(numbers, np.int64)[usable], tokens, clips[usable], keys[kept], faults, facts, voices)
+        return Part(np.array(numbers, np.int64)[usable], tokens, clips[usable], keys[kept], faults, stats, voices)
 
     def _encode(self, refs: list[AudioRef], progress: Callable[[float], None]) -> tuple[np.ndarray, dict[int, str]]:
         """Encodes the clips that all ranks have given and that are not cached yet.
@@ -323,7 +325,7 @@ class _Loader:
 
 
 def _own_references(rows: list[Row], keys: np.ndarray, clips: np.ndarray) -> Iterator[tuple[int, str]]:
-    """(row, field) where an earlier clip has the content of the one to be spoken, under whatever name.
+    """(row, field) where an earlier clip has the content of the one to be speech, under whatever name.
 
     `keys` uint8 [clips of all rows, 32], `clips` int64 [rows] how many are each row's; a row speaks its last.
     """
@@ -336,7 +338,7 @@ def _own_references(rows: list[Row], keys: np.ndarray, clips: np.ndarray) -> Ite
     row_of = np.repeat(np.arange(len(rows)), clips)
     for clip in np.flatnonzero(same).tolist():
         i = int(row_of[clip])
-        if rows[i].spoken_clip() is not None:
+        if rows[i].target_clip() is not None:
             yield i, rows[i].audio_refs[clip - int(last[i] + 1 - clips[i])][0]
 
 

@@ -379,7 +379,7 @@ def _unknown(talk: TalkRow, unread: dict[str, None]) -> Iterator[tuple[str, str]
 
 def _own_reference(row: Row) -> Iterator[tuple[str, str]]:
     """Faults of earlier clips that hold the one to be spoken; that a copy does is known once contents are."""
-    if (clip := row.spoken_clip()) is None or clip == 0:
+    if (clip := row.target_clip()) is None or clip == 0:
         return
     *earlier, (_, spoken) = row.audio_refs
     for where, ref in earlier:

@@ -1,6 +1,6 @@
 """Check that texts can belong to their clips: characters a second, stated lengths, and what stands there twice.
 
-Nothing is heard here. A transcript that slipped to the wrong line shows in how fast it would have to be spoken, a clip
+Nothing is heard here. A transcript that slipped to the wrong line shows in how fast it would have to be speech, a clip
 of a wrong sample rate in a length that its row knows better.
 """
 
@@ -19,9 +19,9 @@ import numpy as np
 from .chatml import Row
 from .faults import Fault, origin, plural
 
-# Of each row: a hash of its text (0: none), characters spoken, script, stated seconds (0: none), bytes of all texts,
+# Of each row: a hash of its text (0: none), characters speech, script, stated seconds (0: none), bytes of all texts,
 # which of the row's clips speaks the text (-1: none), and whether that is a slice of so many seconds.
-FACTS = np.dtype(
+TEXT_STATS = np.dtype(
     [
         ("text", "<u8"),
         ("chars", "<i4"),
@@ -63,8 +63,8 @@ LONGEST_SEC = 1e9  # that a row may state; more is compared as so much
 TURN_BYTES = 64  # more than the tokens of a turn's header and end, and of a clip's
 
 
-def facts_of(row: Row) -> tuple:
-    """One row's FACTS; costs some microseconds."""
+def text_stats_of(row: Row) -> tuple:
+    """One row's TEXT_STATS; costs some microseconds."""
     size = 0
     for turn in row.messages:
         size += TURN_BYTES + len(turn.recipient or "")
@@ -73,10 +73,10 @@ def facts_of(row: Row) -> tuple:
                 size += len(piece) if piece.isascii() else len(piece.encode("utf-8", "surrogatepass"))
             else:
                 size += TURN_BYTES
-    spoken = row.spoken()
-    if spoken is None:
+    speech = row.target()
+    if speech is None:
         return 0, 0, 0, 0.0, size, -1, False
-    text, clip = spoken
+    text, clip = speech
     said = _without_tags(text)
     words = " ".join(said.casefold().split())
     stated_sec = min(row.stated_sec or 0.0, LONGEST_SEC)
@@ -131,13 +131,13 @@ def script_of(text: str) -> int:
 
 
 @dataclass
-class Spoken:
+class SpeechStats:
     """The usable rows of a manifest and the clips that speak their texts, one entry a row."""
 
     file: str
     lines: np.ndarray  # int64 [rows]
     elements: np.ndarray  # int64 [rows], of a JSON array, -1 where the line says it; see `faults.origin`
-    facts: np.ndarray  # FACTS [rows]
+    stats: np.ndarray  # TEXT_STATS [rows]
     clips: np.ndarray  # uint64 [rows], the same for the same clip; 0 where none speaks
     seconds: np.ndarray  # float64 [rows], 0 where no clip speaks
 
@@ -148,20 +148,20 @@ class Spoken:
     def fault(self, i: int, field: str, problem: str, warning: bool = False) -> Fault:
         return Fault(self.file, int(self.lines[i]), field, problem, warning, element=int(self.elements[i]))
 
-    def only(self, kept: np.ndarray) -> Spoken:
+    def only(self, kept: np.ndarray) -> SpeechStats:
         """Those rows alone; `kept` bool [rows]."""
-        arrays = (self.lines, self.elements, self.facts, self.clips, self.seconds)
-        return Spoken(self.file, *(array[kept] for array in arrays))
+        arrays = (self.lines, self.elements, self.stats, self.clips, self.seconds)
+        return SpeechStats(self.file, *(array[kept] for array in arrays))
 
 
-def wrong_lengths(spoken: Spoken) -> Iterator[Fault]:
+def wrong_lengths(speech: SpeechStats) -> Iterator[Fault]:
     """Warnings where a clip's length is far from what its row says, with a hint where a wrong sample rate explains it.
 
     Not faults: the number is not trained on, and often counts silence that was cut later. A slice that ends early
     because its file does is told from a tenth of a second on: its text goes on.
     """
-    stated, seconds = spoken.facts["stated"].astype(np.float64), spoken.seconds
-    sliced = spoken.facts["slice"] != 0
+    stated, seconds = speech.stats["stated"].astype(np.float64), speech.seconds
+    sliced = speech.stats["slice"] != 0
     far = abs(seconds - stated) > np.maximum(LENGTH_SEC, LENGTH_SHARE * stated)
     off = np.where(sliced, stated - seconds > SLICE_SEC, far)
     for i in np.flatnonzero((stated > 0) & (seconds > 0) & off).tolist():
@@ -171,7 +171,7 @@ def wrong_lengths(spoken: Spoken) -> Iterator[Fault]:
             other_rate = _is_ratio_of_rates(seconds[i] / stated[i], seconds[i])
             hint = ", as at another sample rate than it was recorded at" if other_rate else ""
             problem = f"says {stated[i]:.2f} s, the clip lasts {seconds[i]:.2f} s{hint}"
-        yield spoken.fault(i, "duration", problem, warning=True)
+        yield speech.fault(i, "duration", problem, warning=True)
 
 
 def _is_ratio_of_rates(ratio: float, seconds: float) -> bool:
@@ -179,46 +179,46 @@ def _is_ratio_of_rates(ratio: float, seconds: float) -> bool:
     return any(a != b and abs(ratio * b / a - 1) < tolerance for a in USUAL_RATES for b in USUAL_RATES)
 
 
-def outliers(spoken: Spoken) -> Iterator[Fault]:
+def outliers(speech: SpeechStats) -> Iterator[Fault]:
     """Warnings where a text is spoken far faster or slower than the corpus speaks that script."""
-    for script, rows, off, deviation in _by_script(spoken):
-        usual = float(np.median(spoken.facts["chars"][rows] / spoken.seconds[rows]))
+    for script, rows, off, deviation in _by_script(speech):
+        usual = float(np.median(speech.stats["chars"][rows] / speech.seconds[rows]))
         for i in rows[abs(off) > max(OUTLIER_DEVIATIONS * deviation, math.log(OUTLIER_FACTOR))].tolist():
-            chars, seconds = int(spoken.facts["chars"][i]), spoken.seconds[i]
+            chars, seconds = int(speech.stats["chars"][i]), speech.seconds[i]
             problem = (
                 f"{chars} characters in {seconds:.2f} s are {chars / seconds:.1f} a second, "
                 f"where {SCRIPTS[script]} text here has {usual:.1f}: is it the text of this clip?"
             )
-            yield spoken.fault(i, "text", problem, warning=True)
+            yield speech.fault(i, "text", problem, warning=True)
 
 
-def oddness(spoken: Spoken) -> np.ndarray:
+def oddness(speech: SpeechStats) -> np.ndarray:
     """float64 [rows]: how many deviations a row's characters a second are off its script's median; 0 where unknown."""
-    result = np.zeros(len(spoken.lines))
-    for _, rows, off, deviation in _by_script(spoken):
+    result = np.zeros(len(speech.lines))
+    for _, rows, off, deviation in _by_script(speech):
         result[rows] = off / deviation
     return result
 
 
-def _by_script(spoken: Spoken) -> Iterator[tuple[int, np.ndarray, np.ndarray, float]]:
+def _by_script(speech: SpeechStats) -> Iterator[tuple[int, np.ndarray, np.ndarray, float]]:
     """(script, its rows, how far the log of their characters a second is off its median, deviation of these)."""
-    for script in np.unique(spoken.facts["script"]).tolist():
-        rows = np.flatnonzero((spoken.facts["script"] == script) & (spoken.seconds > 0))
+    for script in np.unique(speech.stats["script"]).tolist():
+        rows = np.flatnonzero((speech.stats["script"] == script) & (speech.seconds > 0))
         if len(rows) >= LEAST_ROWS:
-            pace = np.log((spoken.facts["chars"][rows] + EVEN_CHARS) / (spoken.seconds[rows] + EVEN_SEC))
+            pace = np.log((speech.stats["chars"][rows] + EVEN_CHARS) / (speech.seconds[rows] + EVEN_SEC))
             off = pace - np.median(pace)
             yield script, rows, off, max(1.4826 * float(np.median(abs(off))), 0.05)
 
 
-def clips_of_two_texts(sides: Sequence[Spoken]) -> Iterator[Fault]:
+def clips_of_two_texts(sides: Sequence[SpeechStats]) -> Iterator[Fault]:
     """Warnings for rows whose clip stands under another text in an earlier row, of the same manifest or another."""
     starts = np.cumsum([0, *(len(side.lines) for side in sides)])
 
-    def found(row: int) -> tuple[Spoken, int]:
+    def found(row: int) -> tuple[SpeechStats, int]:
         side = int(np.searchsorted(starts, row, side="right")) - 1
         return sides[side], row - int(starts[side])
 
-    texts = np.concatenate([side.facts["text"] for side in sides])
+    texts = np.concatenate([side.stats["text"] for side in sides])
     rows = np.flatnonzero(texts != 0)
     texts = texts[rows]
     clips = np.concatenate([side.clips for side in sides])[rows]
@@ -230,10 +230,10 @@ def clips_of_two_texts(sides: Sequence[Spoken]) -> Iterator[Fault]:
         yield side.fault(row, "audio", problem, warning=True)
 
 
-def texts_on_both_sides(train: Spoken, val: Spoken) -> Iterator[Fault]:
+def texts_on_both_sides(train: SpeechStats, val: SpeechStats) -> Iterator[Fault]:
     """Warnings for validation rows whose text is trained on."""
-    known, first = np.unique(train.facts["text"], return_index=True)
-    texts = val.facts["text"]
+    known, first = np.unique(train.stats["text"], return_index=True)
+    texts = val.stats["text"]
     found = np.minimum(np.searchsorted(known, texts), max(0, len(known) - 1))
     both = (texts != 0) & (known[found] == texts) if len(known) else np.zeros(len(texts), bool)
     for i in np.flatnonzero(both).tolist():
@@ -241,22 +241,22 @@ def texts_on_both_sides(train: Spoken, val: Spoken) -> Iterator[Fault]:
         yield val.fault(i, "text", problem, warning=True)
 
 
-def first_lines(spoken: Spoken) -> list[str]:
+def first_lines(speech: SpeechStats) -> list[str]:
     """Amount, length, script and pace of what there is: two lines, from what `load_rows` knows too."""
-    seconds = spoken.seconds[spoken.seconds > 0]
+    seconds = speech.seconds[speech.seconds > 0]
     if not len(seconds):
-        return [f"{spoken.file}: {plural(len(spoken.lines), 'row')}, none of which speaks a text"]
-    scripts = Counter(spoken.facts["script"][spoken.seconds > 0].tolist())
+        return [f"{speech.file}: {plural(len(speech.lines), 'row')}, none of which speaks a text"]
+    scripts = Counter(speech.stats["script"][speech.seconds > 0].tolist())
     shares = ", ".join(f"{SCRIPTS[script]} {100 * n / len(seconds):.4g} %" for script, n in scripts.most_common())
-    pace = float(np.median(spoken.facts["chars"][spoken.seconds > 0] / seconds))
+    pace = float(np.median(speech.stats["chars"][speech.seconds > 0] / seconds))
     return [
-        f"{spoken.file}: {plural(len(spoken.lines), 'row')}, {seconds.sum() / 3600:.4g} hours spoken, clips of "
+        f"{speech.file}: {plural(len(speech.lines), 'row')}, {seconds.sum() / 3600:.4g} hours of speech, clips of "
         f"{seconds.min():.2f} to {seconds.max():.2f} s (median {np.median(seconds):.2f})",
         f"script: {shares}; {pace:.1f} characters a second (median)",
     ]
 
 
-def warnings_of(sides: Sequence[Spoken], trained: int = 1) -> list[Fault]:
+def warnings_of(sides: Sequence[SpeechStats], trained: int = 1) -> list[Fault]:
     """All warnings about the rows of so many training manifests and, where there is one, of the validation manifest."""
     found = [fault for side in sides for check in (wrong_lengths, outliers) for fault in check(side)]
     found += clips_of_two_texts(sides)

@@ -21,8 +21,8 @@ from ..errors import ConfigError, first_of, reason_of
 from ..files import write_text
 
 if TYPE_CHECKING:
-    from .alone import Alone
     from .engine import Ranks
+    from .single_process import SingleProcess
 
 T = TypeVar("T")
 
@@ -32,7 +32,7 @@ PAUSE_SEC = 0.5
 LEFTOVER_SEC = 3600.0
 
 
-def check_same(values: Mapping[str, object], ranks: Ranks | Alone) -> None:
+def check_same(values: Mapping[str, object], ranks: Ranks | SingleProcess) -> None:
     """Raises ConfigError where a rank has another value than rank 0 under one of these names.
 
     Args:
@@ -59,7 +59,7 @@ def versions() -> dict[str, str]:
     return {f"installed {name}": importlib.metadata.version(name) for name in ("torch", "deepspeed", "transformers")}
 
 
-def made_once(files: object, make: Callable[[], T], ranks: Ranks | Alone) -> T:
+def made_once(files: object, make: Callable[[], T], ranks: Ranks | SingleProcess) -> T:
     """Calls `make` on the first rank of those with the same `files`, and gives its result to all of them.
 
     Args:
@@ -70,7 +70,7 @@ def made_once(files: object, make: Callable[[], T], ranks: Ranks | Alone) -> T:
     return ranks.gather(made)[first]
 
 
-def check_shared(folders: Mapping[str, Path], ranks: Ranks | Alone) -> None:
+def check_shared(folders: Mapping[str, Path], ranks: Ranks | SingleProcess) -> None:
     """Proves that every rank sees the same folders, by a file that rank 0 writes to each and all others read.
 
     A folder that rank 0 may only read is compared by the names in it. Rank 0 makes those that are missing.

@@ -20,7 +20,7 @@ from ..errors import ConfigError, nearest, reading, shown
 from ..options.sections import PROJECT_ROOT, TrainConfig
 
 if TYPE_CHECKING:
-    from ..model.facts import ModelFacts
+    from ..model.spec import ModelSpec
 
 # Keys of files that others use, which cannot change a LoRA run here: left out, and named in one line.
 IGNORED_KEYS = {
@@ -230,9 +230,9 @@ class LayerSizes(NamedTuple):
     parameters: int  # of its projections
 
     @classmethod
-    def from_facts(cls, facts: ModelFacts) -> LayerSizes:
+    def from_spec(cls, spec: ModelSpec) -> LayerSizes:
         """Sizes of a checkpoint's decoder layer."""
-        return cls(facts.widest, facts.layer_parameters)
+        return cls(spec.widest, spec.layer_parameters)
 
 
 def resolve(raw: dict, config: TrainConfig, *, world_size: int, on_cpu: bool, layer: LayerSizes) -> dict:

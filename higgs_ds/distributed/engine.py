@@ -244,7 +244,7 @@ class Engine:
         # At stage 0 in bf16, DeepSpeed takes a step on zero gradients to make the moments, and leaves it counted:
         # Adam's bias correction would then be off by one, and the first update 0.74 of what it should be.
         self._optimizer.drop_next = self.stage == 0
-        whole = list(getattr(module, "gathered_whole", ()))
+        whole = list(getattr(module, "leaf_modules", ()))
         if self.stage == 3 and whole:
             deepspeed.utils.set_z3_leaf_modules(module, whole)
             # DeepSpeed reduces such a module's gradients once the one of its input is there. Without one it would do so

@@ -1,4 +1,4 @@
-"""The base checkpoint of any family: a folder or a hub id, a config, a tokenizer, facts, weights on the disk."""
+"""The base checkpoint of any family: a folder or a hub id, a config, a tokenizer, spec, weights on the disk."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerFast
 
 from ..errors import ConfigError, reading
 from ..options.sections import revision_of
-from .facts import ModelFacts
 from .files.weight_files import Stored
+from .spec import ModelSpec
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -27,7 +27,7 @@ class BaseCheckpoint:
     layout: str  # of its files, one of `higgs_v2.layouts.LAYOUTS`
     config: Any  # of its family
     tokenizer: PreTrainedTokenizerFast
-    facts: ModelFacts
+    spec: ModelSpec
     notes: tuple[str, ...]  # what the user should read once, a line each
     flag: str = "--base_ckpt"  # that named it
     stored: dict[str, Stored] = field(default_factory=dict)  # weights by boson_multimodal's names, in the model's order

@@ -1,6 +1,6 @@
 """The seam between the trainer and a model family: what a family gives, and which one a checkpoint is of.
 
-Loop, loss, guard, batching and engine know a model by its `ModelFacts` and by these methods alone. A second family is a
+Loop, loss, guard, batching and engine know a model by its `ModelSpec` and by these methods alone. A second family is a
 folder beside `higgs_v2/` with an object like its `HiggsV2`, named in `families.py`.
 """
 
@@ -27,7 +27,7 @@ class Family(Protocol):
     name: str
 
     def open_base(self, name_or_path: str, revision: str | None, flag: str, folder: Path) -> BaseCheckpoint:
-        """A checkpoint in this folder: config, facts and tokenizer, checked; no weight is read. Raises ConfigError."""
+        """A checkpoint in this folder: config, spec and tokenizer, checked; no weight is read. Raises ConfigError."""
 
     def check_forward(self, base: BaseCheckpoint) -> None:
         """Refuses a checkpoint that the default training forward would not compute. Raises ConfigError."""
@@ -44,7 +44,7 @@ class Family(Protocol):
         """The module that the engine runs: a micro-batch's inputs and scales to (loss, stats, report).
 
         It has `num_codebooks` and PEFT's model as `model`. Where a layer uses several weights at once it also has
-        `gathered_whole`, the kinds of such modules, and takes `input_gradient`, for ZeRO-3.
+        `leaf_modules`, the kinds of such modules, and takes `input_gradient`, for ZeRO-3.
         """
 
     def tokenize(

@@ -10,7 +10,7 @@ import torch
 
 if TYPE_CHECKING:
     from ..options.sections import TrainConfig
-    from .facts import ModelFacts
+    from .spec import ModelSpec
 
 # Dense bf16 (and fp16) FLOP/s by the name that torch.cuda.get_device_name gives, without "NVIDIA": from the makers'
 # data sheets, whose larger figures are for sparse matrices. A name that is not here, a slice of a card among them
@@ -42,17 +42,17 @@ def peak_flops(card: str, dtype: str) -> float | None:
     return PEAK_FLOPS.get(card.removeprefix("NVIDIA ")) if dtype in ("bf16", "fp16") else None
 
 
-def touched_parameters(facts: ModelFacts) -> int:
+def touched_parameters(spec: ModelSpec) -> int:
     """Weights of the decoder's projections that one token is multiplied with, text and audio alike.
 
     A token goes through one of a layer's two FFNs. Embedding, norms and heads are left out: the heads see labelled
     positions alone.
     """
-    return facts.num_layers * sum(a * b for _, a, b in _projections(facts))
+    return spec.num_layers * sum(a * b for _, a, b in _projections(spec))
 
 
 def flop_per_token(
-    facts: ModelFacts,
+    spec: ModelSpec,
     *,
     lora_rank: int,
     lora_targets: list[str],
@@ -69,21 +69,21 @@ def flop_per_token(
         checkpoint_every: every N-th layer is recomputed, 0 for none.
         row_tokens: of the row that a token stands in, on average over the tokens: Σ tokens² / Σ tokens of the rows.
     """
-    layers = facts.num_layers
+    layers = spec.num_layers
     recomputed = -(-layers // checkpoint_every) / layers if checkpoint_every else 0.0
     forward = 2 * (1 + recomputed)
     names = {target.rsplit(".", 1)[-1] for target in lora_targets}
-    lora = sum(lora_rank * (a + b) for name, a, b in _projections(facts) if name in names)
+    lora = sum(lora_rank * (a + b) for name, a, b in _projections(spec) if name in names)
     # Scores and values: 2 FLOP each for a head's every dimension and every one of the row_tokens / 2 positions before.
-    attention = 2 * facts.num_heads * facts.head_dim * row_tokens
+    attention = 2 * spec.num_heads * spec.head_dim * row_tokens
     trained = layers * ((forward + 4) * lora + (3 + recomputed) * attention)
-    return (forward + 2) * touched_parameters(facts) + trained
+    return (forward + 2) * touched_parameters(spec) + trained
 
 
-def _projections(facts) -> list[tuple[str, int, int]]:
+def _projections(spec) -> list[tuple[str, int, int]]:
     """(name, in, out) of the linear layers that a token goes through in one decoder layer."""
-    hidden, ffn = facts.hidden_size, facts.ffn_size
-    queries, keys = facts.num_heads * facts.head_dim, facts.num_key_value_heads * facts.head_dim
+    hidden, ffn = spec.hidden_size, spec.ffn_size
+    queries, keys = spec.num_heads * spec.head_dim, spec.num_key_value_heads * spec.head_dim
     return [
         ("q_proj", hidden, queries),
         ("k_proj", hidden, keys),
@@ -119,7 +119,7 @@ def mean_row_tokens(tokens: np.ndarray) -> float:
 
 
 def utilisation(
-    config: TrainConfig, facts: ModelFacts, *, tokens: np.ndarray | None, device: torch.device, world_size: int
+    config: TrainConfig, spec: ModelSpec, *, tokens: np.ndarray | None, device: torch.device, world_size: int
 ) -> Utilisation | None:
     """Of a run on cards like `device`; None where their peak is not known, or the rows' tokens [rows] are not."""
     card = card_name(device)
@@ -127,7 +127,7 @@ def utilisation(
     if not peak or tokens is None:
         return None
     cost = flop_per_token(
-        facts,
+        spec,
         lora_rank=config.lora.lora_r,
         lora_targets=config.lora.target_suffixes,
         checkpoint_every=config.model.checkpoint_every,

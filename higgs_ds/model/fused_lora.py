@@ -15,7 +15,7 @@ backward adds every product into the input's one gradient, and makes again what 
 Modules, weights and names stay PEFT's.
 
 Weights are read from several modules at once, which under ZeRO-3 must all be gathered: see `padding_free.DecoderLayer`,
-and `TrainingForward.gathered_whole`.
+and `TrainingForward.leaf_modules`.
 """
 
 from __future__ import annotations

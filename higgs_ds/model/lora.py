@@ -11,7 +11,7 @@ from torch import nn
 
 from ..errors import ConfigError, first_of, nearest
 from .files.adapter_file import with_lora
-from .files.adapter_names import WHOLE_MODULES, layers_named, naming_nothing, peft_key
+from .files.adapter_names import SAVABLE_MODULES, layers_named, naming_nothing, peft_key
 from .higgs_v2.modules import LORA_TARGET_GROUPS
 
 
@@ -26,7 +26,7 @@ def attach_lora(
     base_name: str,
     base_revision: str | None = None,
     rslora: bool = False,
-    whole_modules: Sequence[str] = (),
+    modules_to_save: Sequence[str] = (),
     whole: Callable[[nn.Parameter], torch.Tensor] = lambda parameter: parameter.detach().clone(),
 ) -> PeftModel:
     """LoRA on every linear layer whose name ends in one of `target_modules`, A drawn from our own generator, B zero.
@@ -34,7 +34,7 @@ def attach_lora(
     The draw depends on the seed and the weight's name alone: the same start under every ZeRO stage and world size.
 
     Args:
-        whole_modules: ends of names from `WHOLE_MODULES`; the weights of these train themselves, from the base's on.
+        modules_to_save: module names, or their ends, from `SAVABLE_MODULES`; they train in full, from the base's on.
         whole: gives a copy of a base weight, which ZeRO-3 has cut.
 
     Raises:
@@ -64,10 +64,10 @@ def attach_lora(
         if parameter.requires_grad:
             parameter.data.copy_(initial_lora(name, tuple(parameter.shape), seed))
     # Not by PEFT, whose wrapper would keep the frozen weight beside a copy: its file and config say the same without.
-    for name in layers_named(whole_modules, WHOLE_MODULES):
+    for name in layers_named(modules_to_save, SAVABLE_MODULES):
         module = model.get_submodule(name)
         module.weight = nn.Parameter(whole(module.get_parameter("weight")))
-    peft_model.peft_config["default"].modules_to_save = list(whole_modules) or None
+    peft_model.peft_config["default"].modules_to_save = list(modules_to_save) or None
     return peft_model
 
 

@@ -14,10 +14,10 @@ from ..files import write_text
 from .files.config_values import read_json
 
 RECORD = "higgs_ds.json"
-# What `cards.prompt_facts` says of the training rows, in its order. All FACTS are kept for the merged folder's card.
-PROMPT_FACTS = ("rows with a reference clip", "rows with a scene", "rows with a system turn")
-BASE_FACT = "base in training"  # where that was not as its files have it
-FACTS = (*PROMPT_FACTS, BASE_FACT)
+# What `cards.prompt_details` says of the training rows, in order; all DETAILS are kept for the merged card.
+PROMPT_DETAILS = ("rows with a reference clip", "rows with a scene", "rows with a system turn")
+BASE_DETAIL = "base in training"  # where that was not as its files have it
+DETAILS = (*PROMPT_DETAILS, BASE_DETAIL)
 
 _PLAIN = re.compile(r"[A-Za-z0-9 ]{1,80}")
 
@@ -27,30 +27,32 @@ class VoiceRecord:
     """Prompts and base that a voice was trained on."""
 
     prompt_style: str
-    facts: dict[str, str] = field(default_factory=dict)  # lines of a card
+    details: dict[str, str] = field(default_factory=dict)  # lines of a card
 
     def table(self) -> dict[str, str]:
         """Lines of a card."""
-        return {"prompt style": self.prompt_style, **self.facts}
+        return {"prompt style": self.prompt_style, **self.details}
 
 
-def base_fact(base_dtype: str | None) -> dict[str, str]:
+def base_detail(base_dtype: str | None) -> dict[str, str]:
     """The line of a card on `--base_dtype`, where it was given."""
-    return {} if base_dtype is None else {BASE_FACT: f"frozen layers in {base_dtype}"}
+    return {} if base_dtype is None else {BASE_DETAIL: f"frozen layers in {base_dtype}"}
 
 
 def base_note(folder: Path, flag: str) -> str | None:
     """A line on an adapter that was trained on a quantized base, for who takes the base as it is."""
     record = read_record(folder, flag)
-    if record is None or BASE_FACT not in record.facts:
+    if record is None or BASE_DETAIL not in record.details:
         return None
-    return f"{folder} was trained on a base with {record.facts[BASE_FACT]}; taken here: the base as its files have it"
+    return (
+        f"{folder} was trained on a base with {record.details[BASE_DETAIL]}; taken here: the base as its files have it"
+    )
 
 
 def record_text(record: VoiceRecord) -> str:
     """The file's content."""
-    facts = {name: str(record.facts[name]) for name in FACTS if name in record.facts}
-    return json.dumps({"prompt_style": record.prompt_style, **facts}, indent=2) + "\n"
+    details = {name: str(record.details[name]) for name in DETAILS if name in record.details}
+    return json.dumps({"prompt_style": record.prompt_style, **details}, indent=2) + "\n"
 
 
 def write_record(folder: Path, record: VoiceRecord) -> None:
@@ -74,9 +76,9 @@ def read_record(folder: Path, flag: str) -> VoiceRecord | None:
     style = raw.get("prompt_style")
     if style not in PROMPT_STYLES:
         raise ConfigError([f"{flag}: {file}: prompt_style {shown(style)} is not one of {', '.join(PROMPT_STYLES)}"])
-    facts = {name: raw[name] for name in FACTS if isinstance(raw.get(name), str)}
+    details = {name: raw[name] for name in DETAILS if isinstance(raw.get(name), str)}
     # A card is a table: what would end its cell or its line was not written by `write_record`.
-    return VoiceRecord(style, {name: fact for name, fact in facts.items() if _PLAIN.fullmatch(fact)})
+    return VoiceRecord(style, {name: detail for name, detail in details.items() if _PLAIN.fullmatch(detail)})
 
 
 def settled_style(asked: str | None, folder: Path | None, flag: str) -> tuple[str, str | None]:

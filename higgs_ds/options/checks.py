@@ -57,7 +57,7 @@ def head_problems(config: TrainConfig) -> list[str]:
     problems = []
     for target in config.lora.target_suffixes:
         head = target.rsplit(".", 1)[-1]
-        if head in config.lora.whole_modules:
+        if head in config.lora.modules_to_save:
             problems.append(f"--train_heads: {head} has LoRA already (--lora_target_modules); one of them trains it")
         elif head in HEADS and config.loss.loss_impl == "fused":
             problems.append(

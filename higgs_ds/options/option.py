@@ -36,9 +36,9 @@ def option(default: Any, text: str, *, also: str = "", others: dict[str, Other] 
         others: other names with other words.
         rest: `resume`, `required` and `whole` of `Option`, and pydantic's rules for a value (ge, gt, le, lt, …).
     """
-    facts: Any = {name: rest.pop(name) for name in ("resume", "required", "whole") if name in rest}
-    facts |= {"also": tuple(also.split()), "others": others or {}}
-    return Field(default, description=text, json_schema_extra=facts, **rest)
+    rules: Any = {name: rest.pop(name) for name in ("resume", "required", "whole") if name in rest}
+    rules |= {"also": tuple(also.split()), "others": others or {}}
+    return Field(default, description=text, json_schema_extra=rules, **rest)
 
 
 class Option(NamedTuple):
@@ -62,8 +62,8 @@ class Option(NamedTuple):
         arms = (field.annotation, *typing.get_args(field.annotation))
         choices = next((typing.get_args(arm) for arm in arms if typing.get_origin(arm) is Literal), ())
         is_list = any(typing.get_origin(arm) is list for arm in arms)
-        facts: Any = field.json_schema_extra
-        return cls(section, field, _plain(arms[0]), choices, is_list, type(None) in arms, **facts)
+        rules: Any = field.json_schema_extra
+        return cls(section, field, _plain(arms[0]), choices, is_list, type(None) in arms, **rules)
 
     @property
     def default(self) -> str:

@@ -181,7 +181,7 @@ class LoraOptions(Section):
         return list(dict.fromkeys(suffixes))
 
     @property
-    def whole_modules(self) -> tuple[str, ...]:
+    def modules_to_save(self) -> tuple[str, ...]:
         """The modules that are trained whole, by the end of their path."""
         return ((EMBEDDINGS,) if self.train_audio_embeddings else ()) + TRAINED_HEADS[self.train_heads]
 

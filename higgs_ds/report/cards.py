@@ -1,4 +1,4 @@
-"""README.md of an adapter and of a merged checkpoint: training facts, and how each stack speaks with the voice.
+"""README.md of an adapter and of a merged checkpoint: training details, and how each stack speaks with the voice.
 
 The texts are `templates/*.md.j2`; this file gathers what they quote.
 """
@@ -18,7 +18,7 @@ import jinja2
 from ..data.chatml import SYSTEM_PROMPT, AudioRef, Row
 from ..errors import ConfigError
 from ..model.higgs_v2.layouts import TRANSFORMERS
-from ..model.voice_record import PROMPT_FACTS
+from ..model.voice_record import PROMPT_DETAILS
 from ..options.sections import revision_of
 from ..process import loss_text
 
@@ -33,7 +33,7 @@ def pinned(name: str, revision: str | None) -> tuple[str, str | None]:
     return name, revision_of(name, revision)
 
 
-def prompt_facts(rows: Sequence[Row]) -> dict[str, object]:
+def prompt_details(rows: Sequence[Row]) -> dict[str, object]:
     """Lines of a card on the prompts of the training rows, from the first of them."""
     counted = [rows[place] for place in islice(range(len(rows)), COUNTED_ROWS)]
     clips = [sum(isinstance(p, AudioRef) for turn in row.messages for p in turn.content) for row in counted]
@@ -41,7 +41,7 @@ def prompt_facts(rows: Sequence[Row]) -> dict[str, object]:
     systems = sum(row.messages[0].role == "system" for row in counted)
     of = f"of {len(counted)} rows" if len(counted) == len(rows) else f"of the first {len(counted)} rows"
     counts = (sum(n > 1 for n in clips), scenes, systems)
-    return {fact: f"{count} {of}" for fact, count in zip(PROMPT_FACTS, counts, strict=True)}
+    return {detail: f"{count} {of}" for detail, count in zip(PROMPT_DETAILS, counts, strict=True)}
 
 
 def adapter_card(table: dict[str, object], *, base: str, revision: str | None, folder: Path, **more: Any) -> str:
@@ -54,8 +54,8 @@ def adapter_card(table: dict[str, object], *, base: str, revision: str | None, f
         more: `layout` of the base; `codec`, a hub id or a folder, with `codec_revision`.
     """
     voice_flags = _flags(base_ckpt=base, base_revision=revision, adapter=str(folder.resolve()))
-    facts = {"rows": table, "base": base, "revision": revision, "voice_flags": voice_flags}
-    return _card("adapter", facts, folder, **more)
+    details = {"rows": table, "base": base, "revision": revision, "voice_flags": voice_flags}
+    return _card("adapter", details, folder, **more)
 
 
 def merged_card(table: dict[str, object], *, base: str, revision: str | None, folder: Path, **more: Any) -> str:
@@ -66,7 +66,7 @@ def merged_card(table: dict[str, object], *, base: str, revision: str | None, fo
 
 
 def _card(
-    template: str, facts: dict[str, Any], folder: Path, *, layout: str, codec: str, codec_revision: str | None
+    template: str, details: dict[str, Any], folder: Path, *, layout: str, codec: str, codec_revision: str | None
 ) -> str:
     codec_folder = os.path.abspath(codec) if os.path.isdir(codec) else None
     codec_flags = _flags(codec=codec_folder or codec, codec_revision=None if codec_folder else codec_revision)
@@ -74,7 +74,7 @@ def _card(
         _templates()
         .get_template(f"{template}.md.j2")
         .render(
-            facts,
+            details,
             layout=layout,
             place=str(folder.resolve()),
             codec=codec,

@@ -19,7 +19,7 @@ from ..data.chatml import AudioRef, Row
 from ..data.faults import grouped, plural, write_faults
 from ..data.manifest import Manifest
 from ..data.portions import Portion, names_of
-from ..data.transcripts import FACTS, Spoken, facts_of, first_lines, warnings_of
+from ..data.transcripts import TEXT_STATS, SpeechStats, first_lines, text_stats_of, warnings_of
 from ..errors import ConfigError
 from ..files import writing
 from .described import Described
@@ -62,16 +62,16 @@ def describe(path: str, *, audio_root: str | None = None, tokenizer=None, family
         if not found:
             rows.append(row)
             of_rows.append(seconds)
-    facts = np.array([facts_of(row) for row in rows], FACTS)
-    spoken = [
+    stats = np.array([text_stats_of(row) for row in rows], TEXT_STATS)
+    speech = [
         (row.audio_refs[clip][1], seconds[clip]) if clip >= 0 else (None, 0.0)
-        for row, seconds, clip in zip(rows, of_rows, facts["clip"].tolist(), strict=True)
+        for row, seconds, clip in zip(rows, of_rows, stats["clip"].tolist(), strict=True)
     ]
-    clips = np.array([0 if ref is None else hash(ref) % 2**64 for ref, _ in spoken], np.uint64)
-    spoken_sec = [seconds for _, seconds in spoken]
+    clips = np.array([0 if ref is None else hash(ref) % 2**64 for ref, _ in speech], np.uint64)
+    spoken_sec = [seconds for _, seconds in speech]
     lines, elements = (np.array([getattr(row, name) for row in rows], np.int64) for name in ("line", "element"))
     return Described(
-        Spoken(path, lines, elements, facts, clips, np.array(spoken_sec, np.float64)),
+        SpeechStats(path, lines, elements, stats, clips, np.array(spoken_sec, np.float64)),
         rows,
         np.array([sum(seconds) for seconds in of_rows], np.float64),
         np.array([_tokens(row, sec, tokenizer, family) for row, sec in zip(rows, of_rows, strict=True)], np.int64),
@@ -97,9 +97,9 @@ def _tokens(row: Row, seconds: list[float], tokenizer, family: Family | None) ->
 
 def lines_of(found: Described) -> list[str]:
     """Summary of a manifest: its size, and the hours of each speaker."""
-    lines = first_lines(found.spoken)
+    lines = first_lines(found.speech)
     hours: dict[str, float] = defaultdict(float)
-    for row, seconds in zip(found.rows, found.spoken.seconds.tolist(), strict=True):
+    for row, seconds in zip(found.rows, found.speech.seconds.tolist(), strict=True):
         hours[row.speaker or "(none named)"] += seconds / 3600
     most = sorted(hours.items(), key=lambda item: -item[1])
     shown = ", ".join(f"{name[:40]!r} {share:.3g} h" for name, share in most[:8])
@@ -170,7 +170,7 @@ def run_describe(
             said += epoch_lines(described[:trained], portions, max_tokens=max_tokens, epochs=epochs)
         elif number >= trained:
             said += epoch_lines([found], sides[trained:], max_tokens=max_tokens, epochs=None)
-    warnings = warnings_of([found.spoken for found in described], trained)
+    warnings = warnings_of([found.speech for found in described], trained)
     faults = [fault for found in described for fault in found.faults]
     for count, what, some in ((len(faults), "fault", faults), (len(warnings), "warning", warnings)):
         if some:

@@ -25,7 +25,7 @@ def write_page(folder: Path, found: Described, said: list[str]) -> Path:
     loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
     template = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True).get_template("describe.html.j2")
     page = template.render(
-        title=found.spoken.file,
+        title=found.speech.file,
         said="\n".join(said),
         image=base64.b64encode(png).decode(),
         clips=[_played(found, i) for i in oddest(found)],
@@ -41,9 +41,9 @@ def draw_histograms(found: Described) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    speaks = found.spoken.seconds > 0
-    seconds = found.spoken.seconds[speaks]
-    pace = found.spoken.facts["chars"][speaks] / seconds
+    speaks = found.speech.seconds > 0
+    seconds = found.speech.seconds[speaks]
+    pace = found.speech.stats["chars"][speaks] / seconds
     figure = Figure(figsize=(14, 5), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 2)
@@ -63,11 +63,11 @@ def draw_histograms(found: Described) -> bytes:
 
 def _played(found: Described, i: int) -> dict[str, str]:
     """A row of the page's table."""
-    spoken, row = found.spoken, found.rows[i]
-    said = row.spoken()
+    speech, row = found.speech, found.rows[i]
+    said = row.target()
     assert said is not None, "`oddest` gives rows that speak a clip"
     text, clip = said
-    numbers = f"{int(spoken.facts['chars'][i])} characters in {spoken.seconds[i]:.2f} s"
+    numbers = f"{int(speech.stats['chars'][i])} characters in {speech.seconds[i]:.2f} s"
     shown = {"origin": row.origin, "numbers": numbers, "text": text}
     try:
         waveform, sample_rate = read_audio(row.audio_refs[clip][1])

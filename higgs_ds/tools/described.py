@@ -8,7 +8,7 @@ import numpy as np
 
 from ..data.chatml import Row
 from ..data.faults import Fault
-from ..data.transcripts import Spoken, oddness
+from ..data.transcripts import SpeechStats, oddness
 
 ODDEST = 10
 
@@ -17,7 +17,7 @@ ODDEST = 10
 class Described:
     """A manifest's usable rows, with what is known of each, one entry a row."""
 
-    spoken: Spoken
+    speech: SpeechStats
     rows: list[Row]
     seconds: np.ndarray  # float64 [rows], of all clips of a row
     tokens: np.ndarray  # int64 [rows]
@@ -27,10 +27,10 @@ class Described:
 
 def oddest(found: Described) -> list[int]:
     """The rows, at most ten, whose texts are spoken the most unlike the others; of few rows, the oddest lengths."""
-    spoken = found.spoken
-    there = np.flatnonzero(spoken.seconds > 0)
-    score = abs(oddness(spoken)[there])
+    speech = found.speech
+    there = np.flatnonzero(speech.seconds > 0)
+    score = abs(oddness(speech)[there])
     if not score.any() and len(there):
-        length = np.log(spoken.seconds[there])
+        length = np.log(speech.seconds[there])
         score = abs(length - np.median(length))
     return there[np.argsort(-score, kind="stable")[:ODDEST]].tolist()

@@ -1,6 +1,6 @@
 """`python -m higgs_ds prepare`: encodes the clips and counts the tokens before training needs them.
 
-Alone, or as several ranks under torchrun or the DeepSpeed launcher; DeepSpeed itself is not started.
+SingleProcess, or as several ranks under torchrun or the DeepSpeed launcher; DeepSpeed itself is not started.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import os
 import time
 from typing import TYPE_CHECKING
 
-from ..distributed.alone import Alone, Unwatched
+from ..distributed.single_process import NoWatch, SingleProcess
 from ..errors import ConfigError, ExitCode
 from ..options.parse import parse_args
 from ..options.sections import TrainConfig
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> int:
     import torch.distributed as dist
 
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        say(_prepare(config, Alone(), str(device)))
+        say(_prepare(config, SingleProcess(), str(device)))
         return ExitCode.OK
     from ..distributed.engine import Ranks, leave_ranks
     from ..distributed.rendezvous import meet
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
     return leave_ranks(ExitCode.OK, done)
 
 
-def _prepare(config: TrainConfig, ranks: Ranks | Alone, device: str) -> str:
+def _prepare(config: TrainConfig, ranks: Ranks | SingleProcess, device: str) -> str:
     """Returns what was done, on rank 0."""
     import numpy as np
 
@@ -73,9 +73,9 @@ def _prepare(config: TrainConfig, ranks: Ranks | Alone, device: str) -> str:
         config,
         base,
         ranks,
-        Unwatched(),
+        NoWatch(),
         device=device,
-        collator=Collator(base.facts),
+        collator=Collator(base.spec),
         count_tokens=True,
         outcome="the other rows are prepared (--skip_bad_rows leaves these out)",
     )

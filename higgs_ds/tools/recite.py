@@ -67,7 +67,7 @@ def recite(
         if prompt is not None:
             turns, _ = speech_messages(text, None, **prompt)
         original, rate = read_audio(target)
-        wanted = speaker.codec.encode(original, rate)[: speaker.facts.num_codebooks]
+        wanted = speaker.codec.encode(original, rate)[: speaker.spec.num_codebooks]
         longest = max_new_tokens or 2 * wanted.shape[1] + 64
         settings = dataclasses.replace(sampling, max_new_tokens=longest)
         answers = _answers(speaker, turns, settings, rules=rules)
@@ -84,8 +84,8 @@ def recite(
         else:
             file.unlink(missing_ok=True)  # an earlier recital's
         recitals.append(Recital(row.origin, text, first.share, wanted.shape[1], first.frames, file.name, endings))
-    facts = [dataclasses.asdict(recital) for recital in recitals]
-    write_text(output_dir / "recital.json", json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+    records = [dataclasses.asdict(recital) for recital in recitals]
+    write_text(output_dir / "recital.json", json.dumps(records, indent=2, ensure_ascii=False) + "\n")
     return recitals
 
 

@@ -154,8 +154,8 @@ def _to_recite(args: argparse.Namespace, rows: list, wanted: list[tuple[str, str
 
     if wanted is not None:
         texts = {text for _, text in wanted}
-        rows = [row for row in rows if (row.spoken() or ("",))[0].strip() in texts]
-        spoken = {row.spoken()[0].strip() for row in rows}
+        rows = [row for row in rows if (row.target() or ("",))[0].strip() in texts]
+        spoken = {row.target()[0].strip() for row in rows}
         missing = f"no row of {args.train_manifest} has this text"
         unspoken = [f"{where}: {missing}" for where, text in wanted if text not in spoken]
         if not rows:

@@ -203,7 +203,7 @@ def open_speaker(args: argparse.Namespace):
     base = open_base(name, args.base_revision, flag)
     if base.notes:
         say("\n".join(base.notes))
-    most = base.facts.max_positions
+    most = base.spec.max_positions
     if args.max_new_tokens and args.max_new_tokens > most:
         raise ConfigError([f"--max_new_tokens: {args.max_new_tokens} is over the model's {most} positions"])
     codec = load_codec(args.codec, args.codec_revision)

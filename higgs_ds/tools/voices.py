@@ -20,7 +20,7 @@ def reference_of(manifest: str | Path, speaker: str, audio_root: str | None = No
     """
     rows, faults = read_manifest(manifest, audio_root=audio_root)
     speech = [row for row in rows if row.is_speech]
-    of_speaker = [(row, spoken) for row in speech if row.speaker == speaker and (spoken := row.spoken())]
+    of_speaker = [(row, spoken) for row in speech if row.speaker == speaker and (spoken := row.target())]
     if not of_speaker:
         names = sorted({row.speaker for row in speech if row.speaker is not None})
         known = f"it has {', '.join(names[:10])}" + (f" and {len(names) - 10} more" if len(names) > 10 else "")

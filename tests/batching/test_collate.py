@@ -10,8 +10,8 @@ from boson_multimodal.dataset.chatml_dataset import ChatMLDatasetSample, prepare
 
 from higgs_ds.batching.collate import Batch, Collator, build_sample
 from higgs_ds.data.manifest import AudioRef, Row, Turn, speech_messages
-from higgs_ds.model.higgs_v2.facts import HiggsV2Facts
 from higgs_ds.model.higgs_v2.prompt import tokenize
+from higgs_ds.model.higgs_v2.spec import HiggsV2Spec
 
 GENERATOR = torch.Generator().manual_seed(0)
 
@@ -115,7 +115,7 @@ def test_batch_is_upstreams(names, changes, tokenizer, tiny_config):
     for key, value in changes.items():
         setattr(config, key, value)
     samples = samples_of(names, tokenizer)
-    ours = Collator(HiggsV2Facts.from_config(config))(samples)
+    ours = Collator(HiggsV2Spec.from_config(config))(samples)
     theirs = upstream_collator(config)([upstream_sample(sample) for sample in samples])
     for field in dataclasses.fields(theirs):
         mine, wanted = getattr(ours, field.name), getattr(theirs, field.name)
@@ -131,8 +131,8 @@ def test_a_sample_is_never_written_to(tokenizer, tiny_config):
     """Upstream's collator masks the sample's own labels; a cached sample then trains on no audio in epoch 2."""
     samples = samples_of(["speech", "clone"], tokenizer)
     before = copy.deepcopy(samples)
-    first = Collator(HiggsV2Facts.from_config(tiny_config))(samples)
-    second = Collator(HiggsV2Facts.from_config(tiny_config))(samples)
+    first = Collator(HiggsV2Spec.from_config(tiny_config))(samples)
+    second = Collator(HiggsV2Spec.from_config(tiny_config))(samples)
     for old, new in zip(before, samples, strict=True):
         assert torch.equal(old.label_ids, new.label_ids)
         assert torch.equal(old.input_ids, new.input_ids)
@@ -143,14 +143,14 @@ def test_a_sample_is_never_written_to(tokenizer, tiny_config):
 
 def test_the_reference_of_a_voice_clone_is_not_trained(tokenizer, tiny_config):
     (sample,) = samples_of(["clone"], tokenizer)
-    batch = Collator(HiggsV2Facts.from_config(tiny_config))([sample])
+    batch = Collator(HiggsV2Spec.from_config(tiny_config))([sample])
     reference, target = (codes.shape[1] + 2 + 7 for codes in sample.codes)
     assert (batch.label_audio_ids[:, :reference] == -100).all()
     assert (batch.label_audio_ids[:, reference:] != -100).sum() == 8 * (target - 9 + 1)
 
 
 def test_a_filler_has_nothing_to_learn(tokenizer, tiny_config):
-    batch = Collator(HiggsV2Facts.from_config(tiny_config))(samples_of(["speech"], tokenizer), filler=True)
+    batch = Collator(HiggsV2Spec.from_config(tiny_config))(samples_of(["speech"], tokenizer), filler=True)
     assert batch.text_count == 0
     assert sum(batch.codebook_counts) == 0
     assert batch.audio_out_ids.shape[1] > 0
@@ -158,7 +158,7 @@ def test_a_filler_has_nothing_to_learn(tokenizer, tiny_config):
 
 def test_counts_are_what_is_predicted(tokenizer, tiny_config):
     samples = samples_of(["speech", "dialog"], tokenizer)
-    batch = Collator(HiggsV2Facts.from_config(tiny_config))(samples)
+    batch = Collator(HiggsV2Spec.from_config(tiny_config))(samples)
     clips = [samples[0].codes[-1], *samples[1].codes[2:]]
     assert batch.codebook_counts == [sum(codes.shape[1] + 1 for codes in clips)] * 8
     assert batch.text_count == int((batch.label_ids != -100).sum())

@@ -13,9 +13,9 @@ from higgs_ds.codec.load import load_codec
 from higgs_ds.data.chatml import speech_messages
 from higgs_ds.data.code_cache import CodeCache
 from higgs_ds.data.rows import RowOptions, load_rows
-from higgs_ds.distributed.alone import Alone
-from higgs_ds.model.higgs_v2.facts import HiggsV2Facts
+from higgs_ds.distributed.single_process import SingleProcess
 from higgs_ds.model.higgs_v2.prompt import tokenize
+from higgs_ds.model.higgs_v2.spec import HiggsV2Spec
 from tests.conftest import SPEECH
 from tests.support.ranks import assert_all
 
@@ -44,13 +44,13 @@ def loaded(codec_dir, tokenizer, tiny_config, tmp_path_factory):
     """(rows, cache, collator)"""
     folder = tmp_path_factory.mktemp("references")
     cache = CodeCache(folder / "codes", load_codec(str(codec_dir)))
-    facts = HiggsV2Facts.from_config(tiny_config)
-    collator = Collator(facts)
+    spec = HiggsV2Spec.from_config(tiny_config)
+    collator = Collator(spec)
     rows, _ = load_rows(
         [str(write_manifest(folder))],
         RowOptions(max_duration_sec=30),
         cache=cache,
-        ranks=Alone(),
+        ranks=SingleProcess(),
         lengths=LengthIndex(cache, tokenizer, collator),
     )
     return rows, cache, collator
@@ -77,17 +77,17 @@ def test_a_row_carries_another_clip_of_its_speaker_as_often_as_asked(loaded, tok
             carried += 1
             (_, reference), (_, target) = row.audio_refs
             assert reference.key != target.key == rows[i].audio_refs[0][1].key
-            donor = next(d for d in range(OWN) if rows[d].spoken()[0] == row.messages[-4].content[0])
+            donor = next(d for d in range(OWN) if rows[d].target()[0] == row.messages[-4].content[0])
             donors.add(donor)
             assert rows[donor].audio_refs[0][1].key == reference.key
-            given = {"ref_text": rows[donor].spoken()[0], "ref_audio": reference}
+            given = {"ref_text": rows[donor].target()[0], "ref_audio": reference}
             assert (row.messages, row.start_index) == speech_messages(
-                rows[i].spoken()[0], target, scene=rows[i].scene, **given
+                rows[i].target()[0], target, scene=rows[i].scene, **given
             )
     assert abs(carried / (epochs * OWN) - RATE) < 0.05 and donors == set(range(OWN))
     bare = [references.row(OWN, epoch) for epoch in range(epochs)]
     assert abs(sum(row == rows[OWN] for row in bare) / epochs - RATE) < 0.12
-    text, (_, target) = rows[OWN].spoken()[0], rows[OWN].audio_refs[1]
+    text, (_, target) = rows[OWN].target()[0], rows[OWN].audio_refs[1]
     assert {row.messages for row in bare} == {rows[OWN].messages, speech_messages(text, target)[0]}
     for i in (STRANGER, LONELY, CHAT):
         assert all(references.row(i, epoch) == rows[i] for epoch in range(20))

@@ -11,7 +11,7 @@ from higgs_ds.batching.shared_memory import _bytes_of, check_shared_memory
 from higgs_ds.codec.load import load_codec
 from higgs_ds.data.code_cache import CodeCache
 from higgs_ds.errors import ConfigError
-from higgs_ds.model.higgs_v2.facts import HiggsV2Facts
+from higgs_ds.model.higgs_v2.spec import HiggsV2Spec
 from tests.support.workers.common import speech_rows
 
 
@@ -20,7 +20,7 @@ def dataset(codec_dir, tiny_config, tokenizer, tmp_path_factory):
     rows = speech_rows(12)
     cache = CodeCache(tmp_path_factory.mktemp("codes"), load_codec(str(codec_dir)))
     assert not any(cache.ensure([ref for row in rows for _, ref in row.audio_refs]))
-    return MicroBatches(rows, tokenizer, cache, Collator(HiggsV2Facts.from_config(tiny_config), with_index=True))
+    return MicroBatches(rows, tokenizer, cache, Collator(HiggsV2Spec.from_config(tiny_config), with_index=True))
 
 
 MANY = 10_000_000

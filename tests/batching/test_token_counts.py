@@ -11,8 +11,8 @@ from higgs_ds.batching.token_counts import LengthIndex
 from higgs_ds.codec.load import load_codec
 from higgs_ds.data.code_cache import CodeCache
 from higgs_ds.data.manifest import Row, Turn, read_manifest
-from higgs_ds.model.higgs_v2.facts import HiggsV2Facts
 from higgs_ds.model.higgs_v2.prompt import tokenize
+from higgs_ds.model.higgs_v2.spec import HiggsV2Spec
 from tests.conftest import SPEECH
 
 
@@ -38,7 +38,7 @@ def cache(rows, codec_dir, tmp_path_factory):
 
 
 def collator_of(config, **changes) -> Collator:
-    return Collator(dataclasses.replace(HiggsV2Facts.from_config(config), **changes))
+    return Collator(dataclasses.replace(HiggsV2Spec.from_config(config), **changes))
 
 
 @pytest.mark.parametrize("delay", [True, False])
@@ -60,7 +60,7 @@ def test_a_row_is_as_long_as_the_model_computes_it(rows, cache, tokenizer, tiny_
     from higgs_ds.model.higgs_v2 import checkpoint as model
 
     base = model.load_base(tiny_dir, tiny_config, "fp32")
-    collator = Collator(HiggsV2Facts.from_config(tiny_config))
+    collator = Collator(HiggsV2Spec.from_config(tiny_config))
     counted = LengthIndex(cache, tokenizer, collator).count(rows[:6])
     for row, tokens in zip(rows[:6], counted, strict=True):
         sample = build_sample(row, tokenizer, lambda ref: torch.from_numpy(cache.get(ref).astype("int64")), tokenize)
@@ -116,9 +116,9 @@ def test_another_tokenizer_counts_anew(rows, cache, tokenizer, tiny_config):
         def encode(self, text, add_special_tokens):
             return list(range(len(text) * 2))
 
-    index = LengthIndex(cache, tokenizer, Collator(HiggsV2Facts.from_config(tiny_config)))
-    other = LengthIndex(cache, Other(), Collator(HiggsV2Facts.from_config(tiny_config)))
+    index = LengthIndex(cache, tokenizer, Collator(HiggsV2Spec.from_config(tiny_config)))
+    other = LengthIndex(cache, Other(), Collator(HiggsV2Spec.from_config(tiny_config)))
     assert (other.count(rows) > index.count(rows)).all()
     assert (
-        index.count(rows) == LengthIndex(cache, tokenizer, Collator(HiggsV2Facts.from_config(tiny_config))).count(rows)
+        index.count(rows) == LengthIndex(cache, tokenizer, Collator(HiggsV2Spec.from_config(tiny_config))).count(rows)
     ).all()

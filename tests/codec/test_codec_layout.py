@@ -67,8 +67,8 @@ def folded(boson_folder, tmp_path_factory):  # noqa: F811
 
 def test_codes_and_speech_of_both_layouts_are_equal(boson_folder, folded):  # noqa: F811
     old, new = load_codec(str(boson_folder)), load_codec(str(folded))
-    facts = [(one.num_codebooks, one.codebook_size, one.frame_rate, one.sample_rate) for one in (old, new)]
-    assert facts[0] == facts[1] == (8, 1024, 25.0, 24000)
+    sizes = [(one.num_codebooks, one.codebook_size, one.frame_rate, one.sample_rate) for one in (old, new)]
+    assert sizes[0] == sizes[1] == (8, 1024, 25.0, 24000)
     assert old.fingerprint != new.fingerprint
     samples, rate = clips_of("manifest.jsonl")[0]
     wanted, waveforms = {}, {}

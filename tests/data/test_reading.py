@@ -73,7 +73,7 @@ def test_upstreams_dataclasses_are_read_as_they_are_dumped(write, tmp_path):
             Turn("assistant", ("Here it is.", clip)),
         )
         assert (row.speaker, row.start_index) == ("anna", None)
-        assert row.spoken() == ("Say it.", 0) or row.spoken() == ("Here it is.", 0)
+        assert row.target() == ("Say it.", 0) or row.target() == ("Here it is.", 0)
 
 
 @pytest.mark.parametrize("url", ["", "placeholder", None, "https://host/a.wav", "gone.wav"])

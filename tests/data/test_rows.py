@@ -18,7 +18,7 @@ from higgs_ds.data.manifest import read_manifest
 from higgs_ds.data.rows import RowOptions, load_rows
 from higgs_ds.distributed.engine import Ranks
 from higgs_ds.errors import ConfigError
-from higgs_ds.model.higgs_v2.facts import HiggsV2Facts
+from higgs_ds.model.higgs_v2.spec import HiggsV2Spec
 from tests.conftest import SPEECH
 
 
@@ -113,7 +113,7 @@ def load(manifests, codec_dir, tokenizer, tiny_config, tmp_path):
                 trained=trained,
                 cache=cache,
                 ranks=ranks,
-                lengths=LengthIndex(cache, tokenizer, Collator(HiggsV2Facts.from_config(tiny_config))),
+                lengths=LengthIndex(cache, tokenizer, Collator(HiggsV2Spec.from_config(tiny_config))),
             )
             return sets, ranks.said, cache
 
@@ -136,7 +136,7 @@ def test_all_ranks_have_the_rows_that_one_would_have(
     ]
     assert [len(part) for part in usable] == [25, 3] and len(faults) == 3
     for sets, warned, cache in results:
-        index = LengthIndex(cache, tokenizer, Collator(HiggsV2Facts.from_config(tiny_config)))
+        index = LengthIndex(cache, tokenizer, Collator(HiggsV2Spec.from_config(tiny_config)))
         for rows, wanted in zip(sets, usable, strict=True):
             assert list(rows) == wanted
             for row, plain, tokens in zip(rows, wanted, rows.tokens, strict=True):

@@ -15,14 +15,14 @@ from higgs_ds.data.chatml import AudioRef, Row, Turn, speech_messages
 from higgs_ds.data.code_cache import CodeCache
 from higgs_ds.data.faults import Fault, grouped, write_faults
 from higgs_ds.data.rows import RowOptions, load_rows
-from higgs_ds.distributed.alone import Alone
+from higgs_ds.distributed.single_process import SingleProcess
 from higgs_ds.errors import ConfigError
-from higgs_ds.model.higgs_v2.facts import HiggsV2Facts
+from higgs_ds.model.higgs_v2.spec import HiggsV2Spec
 
 WORDS = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen".split()
 
 
-class Keeping(Alone):
+class Keeping(SingleProcess):
     """One rank, which keeps what it says."""
 
     def __init__(self):
@@ -63,7 +63,7 @@ def load(tmp_path, codec_dir, tokenizer, tiny_config):
         cache = CodeCache(tmp_path / "codes", load_codec(str(codec_dir)))
         ranks = Keeping()
         options = {"count_tokens": False, "faults_dir": tmp_path / "out"} | options
-        lengths = LengthIndex(cache, tokenizer, Collator(HiggsV2Facts.from_config(tiny_config)))
+        lengths = LengthIndex(cache, tokenizer, Collator(HiggsV2Spec.from_config(tiny_config)))
         sets = load_rows(paths, RowOptions(30.0, **options), trained=trained, cache=cache, ranks=ranks, lengths=lengths)
         return sets, "\n".join(ranks.said)
 
@@ -190,12 +190,12 @@ def test_the_bound_on_tokens_is_never_below_their_number(tokenizer, tiny_config)
         Turn("assistant", ("Hi.", clip), "someone"),
         Turn("assistant", (clip,)),
     )
-    index = LengthIndex(None, tokenizer, Collator(HiggsV2Facts.from_config(tiny_config)))
+    index = LengthIndex(None, tokenizer, Collator(HiggsV2Spec.from_config(tiny_config)))
     index._cache = type("Frames", (), {"frames": staticmethod(lambda ref: 50)})()
     prompt, start = speech_messages("So.", clip, scene="A room.", ref_text="Well.", ref_audio=clip)
     for messages, start_index in ((talk, None), (prompt, start)):
         row = Row(messages, start_index, None, "m", 1)
-        bound = transcripts.facts_of(row)[4] + 50 * len(row.audio_refs)
+        bound = transcripts.text_stats_of(row)[4] + 50 * len(row.audio_refs)
         assert index.tokens(row) <= bound < index.tokens(row) + 128 * (len(messages) + len(row.audio_refs))
 
 

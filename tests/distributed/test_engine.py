@@ -133,9 +133,9 @@ def test_a_micro_batch_of_the_engine_never_waits_for_the_device(tmp_path):
     """And the counter finds DeepSpeed's throughput timer and overlap_comm where they are on."""
     (result,) = run_ranks(["benchmarks/syncs.py", "--json", str(tmp_path / "syncs.json")], 1, timeout=600)
     assert_all([result])
-    facts = json.loads((tmp_path / "syncs.json").read_text())
-    waits = {row["forward"]: row["total"] for row in facts["rows"]}
-    assert facts["holds"] and facts["figure"] == 0
+    result = json.loads((tmp_path / "syncs.json").read_text())
+    waits = {row["forward"]: row["total"] for row in result["rows"]}
+    assert result["holds"] and result["figure"] == 0
     assert waits["padding_free"] == waits["engine, ZeRO-2"] == 0
     assert waits["engine, ZeRO-2, throughput timer"] >= 1 and waits["engine, ZeRO-2, overlap_comm"] >= 1
     assert waits["upstream"] > 50
@@ -145,11 +145,11 @@ def test_an_update_launches_and_cuts_no_more_than_it_must_and_gives_the_same_ada
     """ZeRO-2 asks each gradient of a rank for NaN on its own; ZeRO-3 cut each into ranks to scatter it."""
     file = tmp_path / "launches.json"
     assert_all(run_ranks(["benchmarks/launches.py", "--layers", "2", "--json", str(file)], 2, timeout=240))
-    facts = json.loads(file.read_text())
-    update = {row[""]: row["kernels, update"] for row in facts["rows"]}
-    operations = {row[""]: row["operations, micro-batch"] for row in facts["rows"]}
+    result = json.loads(file.read_text())
+    update = {row[""]: row["kernels, update"] for row in result["rows"]}
+    operations = {row[""]: row["operations, micro-batch"] for row in result["rows"]}
     weights = 2 * 20
-    assert facts["holds"] and facts["figure"]["zero3, gradients scattered: weights off by"] == 0
+    assert result["holds"] and result["figure"]["zero3, gradients scattered: weights off by"] == 0
     assert update["zero2"] > update["zero1"] + 5 * weights and update["zero1"] < 4 * weights
     assert operations["zero3, gradients scattered"] > operations["zero3"] + 2 * weights
 

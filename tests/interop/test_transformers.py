@@ -19,13 +19,13 @@ from higgs_ds.codec.load import load_codec
 from higgs_ds.data.audio import read_audio
 from higgs_ds.data.manifest import AudioRef, Turn, read_manifest, speech_messages
 from higgs_ds.model.base import load_tokenizer
-from higgs_ds.model.files.adapter_names import WHOLE_MODULES
+from higgs_ds.model.files.adapter_names import SAVABLE_MODULES
 from higgs_ds.model.files.config_values import DEFAULT_ROPE
 from higgs_ds.model.higgs_v2.config import DEFAULTS, read_checkpoint_config
-from higgs_ds.model.higgs_v2.facts import HiggsV2Facts
 from higgs_ds.model.higgs_v2.layouts import transformers_name
 from higgs_ds.model.higgs_v2.load import wanted_weights
 from higgs_ds.model.higgs_v2.prompt import tokenize
+from higgs_ds.model.higgs_v2.spec import HiggsV2Spec
 from higgs_ds.tools.cli import main
 from higgs_ds.tools.recite import share_given_back
 from tests.conftest import SPEECH
@@ -148,7 +148,7 @@ def bosons_logits(folder, codes):
     inputs, wanted = {}, {}
     for number, (name, clips) in enumerate({"cloned": codes[:1], "two turns": codes}.items()):
         ids = torch.tensor(tokenize(conversations()[name], None, tokenizer)[0])
-        batch = Collator(HiggsV2Facts.from_config(config), round_to=1)(
+        batch = Collator(HiggsV2Spec.from_config(config), round_to=1)(
             [Sample(ids, torch.full_like(ids, -100), tuple(clips), name)]
         )
         with torch.no_grad():
@@ -182,7 +182,7 @@ def test_modules_that_were_trained_whole_are_exported_and_taken_by_peft(
 ):
     """Random ones in place of all that can be trained whole: plain peft there, merged in Boson's layout here."""
     (tmp_path / "adapter").mkdir()
-    whole = [name.rsplit(".", 1)[-1] for name in WHOLE_MODULES]
+    whole = [name.rsplit(".", 1)[-1] for name in SAVABLE_MODULES]
     settings = {"targets": ["q_proj"], "whole": whole, "base_model_name_or_path": str(tiny_dir)}
     adapter = write_adapter(tmp_path / "adapter", tiny_config, **settings)
     flags = [*("--codec", "a/b", "--base_ckpt", str(tiny_dir), "--dtype", "fp32"), "--output_dir"]

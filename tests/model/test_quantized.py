@@ -153,6 +153,6 @@ def test_a_run_goes_on_to_the_bit_and_its_adapter_says_what_it_was_trained_on(
         for found in (pefts, merged):
             assert torch.allclose(found[f"{name}.weight"].float(), was + scaled, rtol=0.02, atol=0.01)
         resumed = read_checkpoint(run / "checkpoints/step-000004")
-        dense = resumed.position.config | {"base_dtype": None}
-        (said,) = changed_settings(resumed, dense, resumed.position.num_rows)
+        dense = resumed.progress.config | {"base_dtype": None}
+        (said,) = changed_settings(resumed, dense, resumed.progress.num_rows)
         assert "--base_dtype is None, the checkpoint has nf4" in said

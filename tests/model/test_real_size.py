@@ -12,9 +12,9 @@ from benchmarks.roofline import Roofline
 from benchmarks.syncs import dispatched
 from higgs_ds.distributed.ds_config import LayerSizes, read_deepspeed_config, resolve
 from higgs_ds.model.higgs_v2.checkpoint import open_base
-from higgs_ds.model.higgs_v2.facts import HiggsV2Facts
 from higgs_ds.model.higgs_v2.forward import training_forward
 from higgs_ds.model.higgs_v2.layers import check_supported
+from higgs_ds.model.higgs_v2.spec import HiggsV2Spec
 from higgs_ds.model.higgs_v2.tiny import write_zeros
 from higgs_ds.model.higgs_v2.upstream import HiggsAudioForTraining
 from higgs_ds.model.lora import attach_lora
@@ -42,7 +42,7 @@ def test_the_real_files_pass_every_door(tmp_path):
             options,
             world_size=1 if file.stem == "zero0" else 8,  # on more, bf16 gradients would be summed in bf16
             on_cpu=False,
-            layer=LayerSizes.from_facts(HiggsV2Facts.from_config(base.config)),
+            layer=LayerSizes.from_spec(HiggsV2Spec.from_config(base.config)),
         )
     with torch.device("meta"):
         model = HiggsAudioForTraining._from_config(base.config, torch_dtype=torch.bfloat16)

@@ -93,9 +93,9 @@ def test_what_options_stand_for(parsed):
     for given, every in (("none", 0), ("full", 1), ("4", 4)):
         assert parsed(f"activation_checkpointing: {given}").model.checkpoint_every == every
     for head, modules in TRAINED_HEADS.items():
-        assert parsed(f"train_heads: {head}").lora.whole_modules == modules
+        assert parsed(f"train_heads: {head}").lora.modules_to_save == modules
     both = parse_args([*NEEDED, "--train_heads", "text", "--train_audio_embeddings"])
-    assert both.lora.whole_modules == ("audio_codebook_embeddings", "text_lm_head")
+    assert both.lora.modules_to_save == ("audio_codebook_embeddings", "text_lm_head")
     config = parse_args([*NEEDED, "--lora_target_modules", "attention", "audio_mlp", "self_attn.q_proj"])
     assert config.lora.target_suffixes == [
         *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),

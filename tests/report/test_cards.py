@@ -14,7 +14,7 @@ import torch
 from higgs_ds.codec.load import load_codec
 from higgs_ds.data.manifest import AudioRef, Row, speech_messages
 from higgs_ds.options.sections import BASE_NAMES, DEFAULT_BASE_REVISION, DEFAULT_CODEC, DEFAULT_CODEC_REVISION
-from higgs_ds.report.cards import adapter_card, merged_card, pinned, prompt_facts
+from higgs_ds.report.cards import adapter_card, merged_card, pinned, prompt_details
 from higgs_ds.tools.cli import main
 from tests.support.ranks import assert_all
 
@@ -148,9 +148,9 @@ def test_prompts_are_counted():
     scene, _ = speech_messages("a", clip, scene="A kitchen.")
     cloned, _ = speech_messages("a", clip, ref_text="b", ref_audio=clip, prompt_style="boson")
     rows = [Row(messages, start, None, "m", 1) for messages in (plain, scene, cloned)]
-    assert prompt_facts(rows) == {
+    assert prompt_details(rows) == {
         "rows with a reference clip": "1 of 3 rows",
         "rows with a scene": "1 of 3 rows",
         "rows with a system turn": "2 of 3 rows",
     }
-    assert prompt_facts(rows * 500)["rows with a scene"] == "333 of the first 1000 rows"
+    assert prompt_details(rows * 500)["rows with a scene"] == "333 of the first 1000 rows"

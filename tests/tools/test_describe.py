@@ -12,7 +12,7 @@ import soundfile
 from higgs_ds.batching.token_counts import LengthIndex
 from higgs_ds.data.transcripts import first_lines
 from higgs_ds.model.families import HIGGS_V2
-from higgs_ds.model.higgs_v2.facts import HiggsV2Facts
+from higgs_ds.model.higgs_v2.spec import HiggsV2Spec
 from higgs_ds.tools.cli import main
 from higgs_ds.tools.describe import describe
 from higgs_ds.tools.described import oddest
@@ -28,7 +28,7 @@ def test_the_shipped_speech_in_numbers(capsys, tmp_path):
     rows = [json.loads(line) for line in SPEECH.read_text().splitlines()]
     hours = sum(row["duration"] for row in rows) / 3600
     said = described(capsys, "--train_manifest", SPEECH, "--epochs", "60", "--max_tokens_per_batch", "1024")
-    assert f"{SPEECH}: 32 rows, {hours:.4g} hours spoken, clips of " in said
+    assert f"{SPEECH}: 32 rows, {hours:.4g} hours of speech, clips of " in said
     assert "script: Latin 100 %" in said and re.search(r"speakers: \d: '\w+' 0\.0\d+ h", said)
     found = re.search(r"an epoch: about ([\d,]+) tokens, (\d+) micro-batches of up to 1,024 tokens", said)
     tokens = int(found[1].replace(",", ""))
@@ -62,7 +62,7 @@ def test_tokens_are_those_that_training_counts(codec_dir, tokenizer, tiny_config
     found = describe(str(SPEECH), tokenizer=tokenizer, family=HIGGS_V2)
     cache = CodeCache(tmp_path, load_codec(str(codec_dir)))
     cache.ensure([ref for row in found.rows[:4] for _, ref in row.audio_refs])
-    index = LengthIndex(cache, tokenizer, Collator(HiggsV2Facts.from_config(tiny_config)))
+    index = LengthIndex(cache, tokenizer, Collator(HiggsV2Spec.from_config(tiny_config)))
     assert [index.tokens(row) for row in found.rows[:4]] == pytest.approx(found.tokens[:4], abs=1)
     assert len(first_lines(found.spoken)) == 2
 
@@ -95,7 +95,7 @@ def test_faults_are_told_and_the_rest_is_described(capsys, tmp_path):
     rows.append({"messages": [{"role": "user", "content": {"type": "audio", "audio_url": "gone.wav"}}, talk[1]]})
     (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     said = described(capsys, "--train_manifest", tmp_path / "m.jsonl")
-    assert "m.jsonl: 2 rows, 0.0002778 hours spoken" in said and "script: Han and kana 100 %" in said
+    assert "m.jsonl: 2 rows, 0.0002778 hours of speech" in said and "script: Han and kana 100 %" in said
     assert "4 faults:" in said and "m.jsonl:5: messages[0].content.audio_url: " in said
     assert "m.jsonl:2: audio: cannot be decoded: Format not recognised" in said
     (tmp_path / "bad.jsonl").write_text(json.dumps(rows[3]))

@@ -229,7 +229,7 @@ def endings(speaker, eos_at: dict[int, list[int]]) -> dict[str, tuple[int, bool,
 
     Upstream's own `generate`; the logits that its forward returns are set.
     """
-    eos, codebooks, found = speaker.facts.stream_eos, speaker.facts.num_codebooks, {}
+    eos, codebooks, found = speaker.spec.stream_eos, speaker.spec.num_codebooks, {}
     for rule in stop_rules.STOP_RULES:
         step = iter(range(1000))
 

@@ -20,8 +20,8 @@ def manifest(tmp_path):
 
 def test_generate_speaks_with_a_clip_of_the_speaker(manifest, tiny_dir, codec_dir, tmp_path, capsys):
     rows = read_manifest(manifest)[0][:3]
-    middle = sorted(rows, key=lambda row: len(row.spoken()[0]))[1]
-    clip, text = str(middle.audio_refs[0][1].path), middle.spoken()[0]
+    middle = sorted(rows, key=lambda row: len(row.target()[0]))[1]
+    clip, text = str(middle.audio_refs[0][1].path), middle.target()[0]
     common = ["generate", "--base_ckpt", str(tiny_dir), "--codec", str(codec_dir), "--text", "Hello.", "--seed", "1"]
     common += ["--max_new_tokens", "24", "--output_file"]
     assert main([*common, str(tmp_path / "a.wav"), "--speaker", "anna", "--train_manifest", str(manifest)]) == 0

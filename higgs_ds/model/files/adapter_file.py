@@ -20,7 +20,7 @@ from typing_extensions import NotRequired, TypedDict
 from ...errors import ConfigError, shown
 from ...options.sections import BASE_NAMES, DEFAULT_BASE, revision_of
 from ..higgs_v2.modules import EMBEDDINGS
-from .adapter_names import PREFIX, WHOLE_MODULES, layers_named, names_layer, naming_nothing, peft_key
+from .adapter_names import PREFIX, SAVABLE_MODULES, layers_named, names_layer, naming_nothing, peft_key
 from .config_values import checked, read_json
 from .weight_files import Stored, all_finite, differences, header_of, refuse
 
@@ -69,7 +69,7 @@ class AdapterConfig:
     target_modules: tuple[str, ...]
     base_name: str | None
     base_revision: str | None
-    whole: tuple[str, ...] = ()  # of WHOLE_MODULES
+    whole: tuple[str, ...] = ()  # of SAVABLE_MODULES
 
     @property
     def scale(self) -> float:
@@ -120,8 +120,8 @@ def read_adapter_config(folder: Path, flag: str = "--adapter") -> AdapterConfig:
     raw, where = read_json(file, flag), f"{flag}: {file}"
     fields = checked(_FIELDS, raw, where)
     problems, saved = _more_than_plain_lora(raw), fields.get("modules_to_save") or []
-    if strange := naming_nothing(saved, WHOLE_MODULES):
-        known = ", ".join(name.rsplit(".", 1)[-1] for name in WHOLE_MODULES)
+    if strange := naming_nothing(saved, SAVABLE_MODULES):
+        known = ", ".join(name.rsplit(".", 1)[-1] for name in SAVABLE_MODULES)
         problems.append(f"modules_to_save: {shown(strange[0])} is not one that is trained whole here: {known}")
     refuse(problems, where)
     return AdapterConfig(
@@ -131,7 +131,7 @@ def read_adapter_config(folder: Path, flag: str = "--adapter") -> AdapterConfig:
         target_modules=tuple(fields["target_modules"]),
         base_name=fields.get("base_model_name_or_path"),
         base_revision=fields.get("revision"),
-        whole=tuple(layers_named(saved, WHOLE_MODULES)),
+        whole=tuple(layers_named(saved, SAVABLE_MODULES)),
     )
 
 

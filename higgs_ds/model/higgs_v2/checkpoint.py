@@ -14,9 +14,9 @@ from boson_multimodal.model.higgs_audio import HiggsAudioConfig
 from ..base import DTYPES, BaseCheckpoint, load_tokenizer, locate_checkpoint
 from ..files.weight_files import refuse
 from .config import read_checkpoint_config
-from .facts import HiggsV2Facts
 from .layouts import layout_of
 from .load import check_weights, load_checkpoint
+from .spec import HiggsV2Spec
 from .upstream import HiggsAudioForTraining
 
 
@@ -40,8 +40,8 @@ def open_base(
     stored, notes = check_weights(folder, config, flag)
     tokenizer = load_tokenizer(folder, flag)
     check_tokenizer(folder, tokenizer, config, flag)
-    facts, layout = HiggsV2Facts.from_config(config), layout_of(folder, flag)
-    known = (folder, layout, config, tokenizer, facts, tuple(notes), flag, stored)
+    spec, layout = HiggsV2Spec.from_config(config), layout_of(folder, flag)
+    known = (folder, layout, config, tokenizer, spec, tuple(notes), flag, stored)
     return BaseCheckpoint(name_or_path, revision, *known)
 
 

@@ -28,8 +28,8 @@ from ..files.config_values import (
 )
 from ..files.weight_files import refuse
 from .boson_config import config_from_boson, made
-from .facts import peculiarities
 from .layouts import TRANSFORMERS, layout_of
+from .spec import peculiarities
 
 # Boson's names of the tokens; transformers calls <|reserved_special_token_6|> the audio delay token.
 TOKENS = {

@@ -52,7 +52,7 @@ class TrainingForward(nn.Module):
         self.checkpoint_every = checkpoint_every
         kinds = {type(module) for module in model.modules()}
         # Modules that use their parts' weights at once: ZeRO-3 must gather them whole, and then needs `input_gradient`.
-        self.gathered_whole = tuple(kind for kind in (DecoderLayer, LoraHead) if kind in kinds)
+        self.leaf_modules = tuple(kind for kind in (DecoderLayer, LoraHead) if kind in kinds)
 
     def forward(
         self, inputs: dict[str, Any], text_scale: float, codebook_scales: torch.Tensor

@@ -23,7 +23,7 @@ from ...loss import HeadSums, head_sums, scaled_loss
 from ..fused_head import LabelledRows, head_sums_of
 from ..fused_lora import project
 from ..fused_mlp import add_mlps
-from .facts import peculiarities
+from .spec import peculiarities
 
 if TYPE_CHECKING:
     from boson_multimodal.model.higgs_audio import HiggsAudioConfig, HiggsAudioModel

@@ -19,7 +19,7 @@ from transformers import GenerationConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ...errors import reading
-from ..files.adapter_names import WHOLE_MODULES
+from ..files.adapter_names import SAVABLE_MODULES
 from ..files.weight_files import Stored, differences, refuse, weight_headers
 from ..quantized import QuantizedLinear
 from .layouts import CARRIED_ALONG, TRANSFORMERS, layout_of, name_in
@@ -38,7 +38,7 @@ def adaptable_modules(config: HiggsAudioConfig) -> dict[str, tuple[int, int]]:
     return {
         name: tuple(module.weight.shape)
         for name, module in _without_memory(config).named_modules()
-        if isinstance(module, torch.nn.Linear) or name in WHOLE_MODULES
+        if isinstance(module, torch.nn.Linear) or name in SAVABLE_MODULES
     }
 
 

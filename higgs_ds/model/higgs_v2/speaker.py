@@ -102,14 +102,14 @@ class Speaker:
         self.device = pick_device()
         take_device(self.device)
         dtype = dtype or default_dtype(self.device)
-        self.facts, self.tokenizer = base.facts, base.tokenizer
+        self.spec, self.tokenizer = base.spec, base.tokenizer
         weights = None
         if adapter is not None:
             lora = read_adapter_config(Path(adapter))
             if not other_base:
                 check_base(lora, base.name, base.revision)
             weights = read_adapter(Path(adapter), adaptable_modules(base.config), lora)
-        check_fits(codec, self.facts.num_codebooks, self.facts.codebook_size)
+        check_fits(codec, self.spec.num_codebooks, self.spec.codebook_size)
         codec.build()  # what is wrong with it is said before the base is loaded
         self.codec = codec
         model = load_checkpoint(HiggsAudioModel, base.folder, base.config, DTYPES[dtype])
@@ -119,7 +119,7 @@ class Speaker:
         self.dtype = dtype
         self._refuse_broken(base, adapter, weights)
         self.model.register_forward_hook(self._refuse_noise)
-        self.collator = Collator(self.facts, round_to=1)
+        self.collator = Collator(self.spec, round_to=1)
 
     def _refuse_broken(self, base: BaseCheckpoint, folder: str | None, adapter: Adapter | None) -> None:
         """Weights that are NaN or infinite, in the files or by the sum or the dtype. Raises ConfigError."""
@@ -188,14 +188,14 @@ class Speaker:
     def _codes_of(self, stream: torch.Tensor) -> tuple[torch.Tensor, bool]:
         """Codes [codebooks, frames] of a stream [codebooks, columns] with BOS first and EOS last, delayed; whether it
         ended by itself."""
-        delay = len(stream) - 1 if self.facts.use_delay_pattern else 0
+        delay = len(stream) - 1 if self.spec.use_delay_pattern else 0
         if stream.shape[1] < delay + 2:  # cut off before the last codebook had begun
             return stream[:, :0], False
         # Upstream ends with what the last codebook says, EOS or not.
-        ended = bool((stream[: max(1, len(stream) - 1), -1] == self.facts.stream_eos).all())
+        ended = bool((stream[: max(1, len(stream) - 1), -1] == self.spec.stream_eos).all())
         if delay:
             stream = revert_delay_pattern(stream)
-        return stream.clip(0, self.facts.codebook_size - 1)[:, 1:-1], ended
+        return stream.clip(0, self.spec.codebook_size - 1)[:, 1:-1], ended
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
         """Waveform of codes, float32 [samples]; ids that the codec does not know are taken as its last."""

@@ -190,7 +190,7 @@ def _spoken(row: dict) -> tuple[str | None, bool]:
     if "text" in row:
         return row["text"], False
     turns = tuple(Turn(message["role"], _pieces(message["content"])) for message in row["messages"])
-    spoken = Row(turns, None, None, "", 0).spoken()
+    spoken = Row(turns, None, None, "", 0).target()
     if spoken is None or any(isinstance(piece, str) for piece in turns[-1].content):
         return (None if spoken is None else spoken[0]), False
     is_about_clip = any(isinstance(piece, AudioRef) for piece in turns[-2].content)

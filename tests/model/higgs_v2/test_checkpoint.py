@@ -12,8 +12,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from higgs_ds.errors import ConfigError
 from higgs_ds.model.base import locate_checkpoint
 from higgs_ds.model.higgs_v2.checkpoint import load_base, open_base, read_model_config
-from higgs_ds.model.higgs_v2.facts import HiggsV2Facts
 from higgs_ds.model.higgs_v2.modules import DEFAULT_LORA_TARGETS
+from higgs_ds.model.higgs_v2.spec import HiggsV2Spec
 from higgs_ds.model.higgs_v2.tiny import SPECIAL_TOKENS, byte_tokenizer, write_tiny
 from higgs_ds.model.higgs_v2.upstream import HiggsAudioForTraining
 from higgs_ds.model.lora import attach_lora, initial_lora
@@ -274,8 +274,8 @@ def test_neither_folder_nor_hub_id(name):
 
 def test_the_sizes_of_a_layer(tiny_dir, tiny_config):
     weights = [p for p in load_base(tiny_dir, tiny_config, "fp32").layers[0].parameters() if p.ndim == 2]
-    assert HiggsV2Facts.from_config(tiny_config).layer_parameters == sum(weight.numel() for weight in weights)
-    assert HiggsV2Facts.from_config(tiny_config).widest == max(max(weight.shape) for weight in weights)
+    assert HiggsV2Spec.from_config(tiny_config).layer_parameters == sum(weight.numel() for weight in weights)
+    assert HiggsV2Spec.from_config(tiny_config).widest == max(max(weight.shape) for weight in weights)
 
 
 def lora_on(model, **changes):

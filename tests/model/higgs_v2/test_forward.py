@@ -13,13 +13,13 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from higgs_ds.batching.collate import Collator
 from higgs_ds.errors import ConfigError
 from higgs_ds.model import fused_head
-from higgs_ds.model.files.adapter_names import PREFIX, WHOLE_MODULES
+from higgs_ds.model.files.adapter_names import PREFIX, SAVABLE_MODULES
 from higgs_ds.model.fused_mlp import FusedRmsNorm
 from higgs_ds.model.higgs_v2.checkpoint import load_base, read_model_config
-from higgs_ds.model.higgs_v2.facts import HiggsV2Facts
 from higgs_ds.model.higgs_v2.forward import training_forward
 from higgs_ds.model.higgs_v2.layers import check_supported
 from higgs_ds.model.higgs_v2.modules import DEFAULT_LORA_TARGETS, EMBEDDINGS, HEADS
+from higgs_ds.model.higgs_v2.spec import HiggsV2Spec
 from higgs_ds.model.higgs_v2.tiny import write_tiny
 from higgs_ds.model.lora import attach_lora
 from higgs_ds.step_stats import MicroBatchStats
@@ -69,7 +69,7 @@ def lora_on(base_dir, config, targets=DEFAULT_LORA_TARGETS, *, dtype="fp32", dro
         seed=1,
         base_name="tiny",
         rslora=rslora,
-        whole_modules=whole,
+        modules_to_save=whole,
     )
     return with_lora_b(model)
 
@@ -92,7 +92,7 @@ def upstreams_on(model, config):
 
 
 def batch_of(names, tokenizer, config, **collate):
-    return Collator(HiggsV2Facts.from_config(config), with_index=True)(samples_of(names, tokenizer), **collate)
+    return Collator(HiggsV2Spec.from_config(config), with_index=True)(samples_of(names, tokenizer), **collate)
 
 
 def computed(module, batch, *, index=True, seed=None):
@@ -199,7 +199,7 @@ def with_whole(base_dir, config):
     """LoRA, and the codes' embeddings and both heads trained whole."""
     model = lora_on(base_dir, config, whole=[EMBEDDINGS, *HEADS])
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad and "lora_" not in name}
-    assert trained == {f"{PREFIX}{name}.weight" for name in WHOLE_MODULES}
+    assert trained == {f"{PREFIX}{name}.weight" for name in SAVABLE_MODULES}
     return model
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from higgs_ds.errors import ConfigError
 from higgs_ds.model.files.adapter_file import attach, read_adapter, read_adapter_config
-from higgs_ds.model.files.adapter_names import WHOLE_MODULES
+from higgs_ds.model.files.adapter_names import SAVABLE_MODULES
 from higgs_ds.model.files.weight_files import Planned, shards, weight_headers, write_checkpoint_weights
 from higgs_ds.model.higgs_v2.checkpoint import open_base
 from higgs_ds.model.higgs_v2.config import read_checkpoint_config
@@ -67,7 +67,7 @@ def test_boson_loads_it_with_nothing_missing_and_the_weights_are_pefts(merged, t
         assert torch.equal(spoken[name], wanted[name]), name
         changed |= {name} if not torch.equal(value, base[name]) else set()
     layers = {f"layers.{n}.{part}.weight" for n in (0, 1) for part in PROJECTIONS}
-    assert changed == layers | {f"{name}.weight" for name in WHOLE_MODULES} and wanted.keys() == base.keys()
+    assert changed == layers | {f"{name}.weight" for name in SAVABLE_MODULES} and wanted.keys() == base.keys()
 
 
 def test_both_layouts_hold_the_same_values(merged, tiny_config):

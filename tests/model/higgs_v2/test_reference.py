@@ -9,8 +9,8 @@ from peft import LoraConfig, get_peft_model
 from higgs_ds.batching.collate import Collator
 from higgs_ds.loss import audio_targets, text_targets
 from higgs_ds.model.higgs_v2.checkpoint import load_base
-from higgs_ds.model.higgs_v2.facts import HiggsV2Facts
 from higgs_ds.model.higgs_v2.reference import AlignmentError, ReferenceForward, clip_lengths, expand_labels
+from higgs_ds.model.higgs_v2.spec import HiggsV2Spec
 from higgs_ds.model.higgs_v2.upstream import HiggsAudioForTraining
 from higgs_ds.model.lora import attach_lora
 from higgs_ds.step_stats import MicroBatchStats
@@ -42,7 +42,7 @@ def lora_model(tiny_dir, tiny_config):
 
 
 def batch_of(name, tokenizer, config):
-    return Collator(HiggsV2Facts.from_config(config))(samples_of(BATCHES[name], tokenizer))
+    return Collator(HiggsV2Spec.from_config(config))(samples_of(BATCHES[name], tokenizer))
 
 
 @pytest.mark.parametrize("name", BATCHES)

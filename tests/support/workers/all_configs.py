@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from higgs_ds.checkpoint import CheckpointWriter, Position, read_checkpoint
+from higgs_ds.checkpoint import CheckpointWriter, Progress, read_checkpoint
 from higgs_ds.distributed.engine import leave_ranks, start_ranks
 from higgs_ds.options.sections import PROJECT_ROOT
 from higgs_ds.process import end_process
@@ -93,7 +93,7 @@ def save_and_set(run, folder: Path, step, *, offloaded: bool) -> None:
     with residence.watching():
         put_together = engine.gather_state()
         settings = {"lora_r": 8, "lora_target_modules": []}
-        writer.save(Position(3, 0.0, 0, 8, 8, ranks.world_size, settings), engine, ranks)
+        writer.save(Progress(3, 0.0, 0, 8, 8, ranks.world_size, settings), engine, ranks)
     writer.wait()
     assert residence.collectives > 0
     module = engine.gather_trainable()  # another way to them: what the model computes with

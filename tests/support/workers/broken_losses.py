@@ -131,7 +131,7 @@ def one_case(run, check, ranks) -> dict:
             rows_of_rank_1 = ranks.gather(batches[0].origins)[1]
         if broken and ranks.rank == 1:
             for batch in batches:
-                break_batch(check, batch, run.guard.facts.audio_out_token)
+                break_batch(check, batch, run.guard.spec.audio_out_token)
             run.broken = breaker.check = check
         try:
             run.trainer.train([(plan, batches)])

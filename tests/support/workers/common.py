@@ -13,8 +13,8 @@ from higgs_ds import run as assembly
 from higgs_ds.batching.batch_plan import Plan
 from higgs_ds.batching.loader import MicroBatches
 from higgs_ds.data.manifest import Row, read_manifest
-from higgs_ds.distributed.alone import Unwatched
 from higgs_ds.distributed.engine import Engine, Ranks
+from higgs_ds.distributed.single_process import NoWatch
 from higgs_ds.files import write_text
 from higgs_ds.guard import Guard
 from higgs_ds.load_data import Data, load_data
@@ -109,7 +109,7 @@ def build(
     }
     config = parse_args([word for name, value in (settings | flags).items() for word in (f"--{name}", str(value))])
     raw = json.loads((PROJECT_ROOT / (ds_file or f"ds_configs/zero{stage}.json")).read_text())
-    watch = Unwatched()
+    watch = NoWatch()
     setup = open_setup(config, raw, ranks, watch)
     data = load_data(setup, ranks, watch)
     engine = assembly.load_model(setup, ranks, watch, **({"wrap": wrap_model} if wrap_model else {}))

@@ -285,7 +285,7 @@ def lost_audio_from(step: int) -> None:
 
 
 def unshifted_audio() -> None:
-    """Position t is asked for its own code: the loss falls, and the model is silent."""
+    """Progress t is asked for its own code: the loss falls, and the model is silent."""
     reference.audio_targets = batch_index.audio_targets = lambda label_audio_ids: label_audio_ids.t()
 
 

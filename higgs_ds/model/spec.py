@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class ModelFacts(ABC):
+class ModelSpec(ABC):
     """Token ids, codebooks and sizes of one checkpoint, and how its family writes a row."""
 
     num_codebooks: int

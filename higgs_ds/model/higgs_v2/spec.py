@@ -1,4 +1,4 @@
-"""The facts of a Higgs Audio v2 checkpoint, out of its `HiggsAudioConfig`."""
+"""The spec of a Higgs Audio v2 checkpoint, out of its `HiggsAudioConfig`."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 import torch
 
 from ...data.chatml import AudioRef, Turn
-from ..facts import ModelFacts
+from ..spec import ModelSpec
 from . import prompt
 
 
 @dataclass(frozen=True)
-class HiggsV2Facts(ModelFacts):
-    """See `ModelFacts`."""
+class HiggsV2Spec(ModelSpec):
+    """See `ModelSpec`."""
 
     @classmethod
-    def from_config(cls, config) -> HiggsV2Facts:
+    def from_config(cls, config) -> HiggsV2Spec:
         """From a `HiggsAudioConfig`."""
         text = config.text_config
         return cls(

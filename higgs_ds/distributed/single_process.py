@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Alone:
+class SingleProcess:
     """`Ranks` of a process without others: what reading the data asks of them."""
 
     rank: int = 0
@@ -36,7 +36,7 @@ class Alone:
         say(text)
 
 
-class Unwatched:
+class NoWatch:
     """`Watch` where nobody looks: told of every move, does nothing."""
 
     def at(self, step: int, doing: str) -> None:

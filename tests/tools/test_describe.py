@@ -64,7 +64,7 @@ def test_tokens_are_those_that_training_counts(codec_dir, tokenizer, tiny_config
     cache.ensure([ref for row in found.rows[:4] for _, ref in row.audio_refs])
     index = LengthIndex(cache, tokenizer, Collator(HiggsV2Spec.from_config(tiny_config)))
     assert [index.tokens(row) for row in found.rows[:4]] == pytest.approx(found.tokens[:4], abs=1)
-    assert len(first_lines(found.spoken)) == 2
+    assert len(first_lines(found.speech)) == 2
 
 
 def test_the_page_plays_the_oddest_clips_and_runs_nothing_of_a_text(capsys, tmp_path):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import codecs
 import contextlib
 import csv
+import gzip
 import json
 import os
 import re
 import shlex
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,12 +27,23 @@ FORMATS = {
     "ms-swift": "ms-swift's `messages` with `audios`",
     "audiofolder": "a table of an audiofolder (`file_name` and a text)",
     "folder": "a folder of clips with text files beside them",
+    "lhotse": "lhotse's cuts, or recordings with supervisions",
+    "kaldi": "a Kaldi folder (`wav.scp`, `text`, `utt2spk`)",
+    "datasets": "what `datasets` loads: a folder that it saved, Parquet, an audiofolder, a name on the hub",
 }
 TABLE_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.tsv")  # of an audiofolder
 TEXT_SUFFIXES = (".normalized.txt", ".txt", ".lab", ".original.txt")  # in the order in which they are taken
+# Of lhotse's recordings, supervisions and cuts.
+LHOTSE_KEYS = (
+    {"sources", "sampling_rate", "num_samples"},
+    {"recording_id", "start", "duration"},
+    {"supervisions", "start", "duration"},
+    {"tracks", "type"},
+)
 AUDIO_TAG = "<audio>"  # stands for a clip in ms-swift's texts
 HEAD_BYTES = 1 << 16
 HEAD_LINES = 20
+_MANIFEST_NAME = re.compile(r"(cuts|supervisions).*\.jsonl(\.gz)?$")
 MOST_FOLDERS = 10_000  # that are looked at, to guess what one holds
 TEXT_COLUMNS = ("text", *SYNONYMS["text"].split())
 DELIMITERS = (",", "\t", ";", "|")
@@ -82,8 +95,13 @@ def import_command(kind: str | None, path: str | Path) -> str:
 def guess(path: Path) -> str | None:
     """The one of `FORMATS` that a file or a folder holds; None where it is none of them, or cannot be read."""
     try:
-        return _guess_folder(path) if path.is_dir() else guess_content(path.read_bytes())
-    except OSError:
+        if path.is_dir():
+            return _guess_folder(path)
+        if path.suffix in (".parquet", ".arrow"):
+            return "datasets"
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            return guess_content(file.read(HEAD_BYTES) if path.suffix == ".gz" else file.read())
+    except (OSError, EOFError, zlib.error):
         return None
 
 
@@ -143,6 +161,8 @@ def _guess_row(row: dict) -> str | None:
         return "ms-swift" if "audios" in row else None
     if isinstance(row.get("samples"), list) or ("transcript_file" in row and not any(n in row for n in TEXT_COLUMNS)):
         return "train-higgs-audio"
+    if any(names <= row.keys() for names in LHOTSE_KEYS):
+        return "lhotse"
     if "file_name" in row and "audio" not in row:
         return "audiofolder"
     return None
@@ -167,7 +187,11 @@ def _guess_table(lines: list[str]) -> str | None:
 
 
 def _guess_folder(folder: Path) -> str | None:
-    """By a table at its top, by one below, or by clips beside texts, wherever these are."""
+    """By a table or list at its top, by one below, or by clips beside texts, wherever these are."""
+    if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        return "datasets"
+    if (folder / "wav.scp").is_file():
+        return "kaldi"
     for name in ("metadata.csv", "metadata.json", "metadata.jsonl", "metadata.tsv", "metadata.txt"):
         if (folder / name).is_file() and (kind := guess(folder / name)):
             return kind
@@ -176,6 +200,10 @@ def _guess_folder(folder: Path) -> str | None:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         if any(name in names and guess(Path(parent, name)) == "audiofolder" for name in TABLE_NAMES):
             return "audiofolder"
+        if any(name.endswith(".parquet") for name in names):
+            return "datasets"
+        if any(_MANIFEST_NAME.search(name) and guess(Path(parent, name)) == "lhotse" for name in names):
+            return "lhotse"
         if kind is None and any(text is not None for _, text in with_texts(names)):
             kind = "folder"
         if count > MOST_FOLDERS:

@@ -87,15 +87,25 @@ def _import_flags(parser: argparse.ArgumentParser) -> None:
     from ..data.foreign import FORMATS
 
     add, number = parser.add_argument, flag_types.number
-    add("path", type=flag_types.path, metavar="PATH", help="file or folder to import")
+    path_help = "file or folder to import; with --from datasets also a name on the hub"
+    add("path", type=flag_types.path, metavar="PATH", help=path_help)
     known = "; ".join(f"{name}: {what}" for name, what in FORMATS.items())
-    add("--from", dest="source", choices=tuple(FORMATS), help=f"format (default: detected). {known}")
+    more = (
+        "lhotse:RECIPE prepares a corpus by lhotse's own recipe, as lhotse:libritts; datasets:CONFIG names one of many"
+    )
+    source_help = f"format (default: detected). {known}. {more}"
+    add("--from", dest="source", type=_format, metavar="FORMAT", help=source_help)
     output_help = "folder for train.jsonl and val.jsonl"
     add("--output", "--output_dir", type=flag_types.path, required=True, metavar="DIR", help=output_help)
-    share_help = "share of the rows for validation (default: 0.02)"
-    add("--val_share", type=number(float, 0, 0.99), default=0.02, metavar="SHARE", help=share_help)
+    share_help = "share of the rows for validation, where the corpus has no part for it (default: 0.02)"
+    add("--val_share", type=number(float, 0, 0.99), metavar="SHARE", help=share_help)
     speakers_help = "speakers for validation, or how many to draw; replaces --val_share"
     add("--val_speakers", type=flag_types.name, nargs="+", metavar="SPEAKER", help=speakers_help)
+    add(
+        "--with_test",
+        action="store_true",
+        help="use the rows of the corpus's test part like those of its training part",
+    )
     add("--seed", type=int, default=0, help="random seed of the split (default: 0)")
     add("--trim", action="store_true", help="write new clips without leading and trailing silence")
     loudness_help = "write new clips at this loudness (-23 if no value is given)"
@@ -106,6 +116,16 @@ def _import_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--resample", type=rate, nargs="?", const=24000, metavar="HZ", help=rate_help)
     parser.set_defaults(verb=_import)
+
+
+def _format(text: str) -> str:
+    """A format's name; behind a colon lhotse's recipe, or the configuration of a data set."""
+    from ..data.foreign import FORMATS
+
+    kind, colon, _ = text.partition(":")
+    if kind not in FORMATS or (colon and kind not in ("lhotse", "datasets")):
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(FORMATS)}, lhotse:RECIPE, datasets:CONFIG")
+    return text
 
 
 def _describe_flags(parser: argparse.ArgumentParser) -> None:
@@ -143,6 +163,7 @@ def _import(args) -> int:
         kind=args.source,
         val_share=args.val_share,
         val_speakers=args.val_speakers,
+        with_test=args.with_test,
         seed=args.seed,
         sound=Sound(args.trim, args.loudness, args.resample),
     )

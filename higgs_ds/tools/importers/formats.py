@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from ...data.chatml import speech_messages
-from ...data.foreign import FILE_COLUMNS, FORMATS, TABLE_NAMES, TEXT_COLUMNS, guess, with_texts
+from ...data.foreign import FILE_COLUMNS, FORMATS, TABLE_NAMES, guess, with_texts
 from ...errors import ConfigError, reading
 from .found import (
     REF_AUDIO_COLUMNS,
@@ -19,21 +18,20 @@ from .found import (
     TWICE,
     ClipFinder,
     Found,
+    below_root,
     beside,
     clean,
     first,
     named,
     read_of,
+    split_of,
+    text_of,
 )
 from .ljspeech import read_ljspeech, table_of
 from .ms_swift import read_ms_swift
+from .parts import one_format_each, speakers_in
 from .tables import DECODER, json_rows, table_rows
 
-# Of a corpus's folders those that hold a part of it, or all of one kind of file, and not a speaker.
-_NO_SPEAKER = re.compile(
-    r"(train|dev|test|valid|val|validation|eval)([-_.].*)?|wavs?\d*|audios?|clips?|data|flac|mp3|speech|txt|corpus",
-    re.IGNORECASE,
-)
 _OF_REFERENCE = ("ref_", "reference_")
 _TEXTS = tuple(
     f"{of}{name}" for of in ("", *_OF_REFERENCE) for name in "transcript text transcript_file text_file".split()
@@ -44,21 +42,38 @@ SAMPLE_COLUMNS = frozenset(
 )
 
 
-def read_foreign(path: Path, kind: str | None) -> tuple[str, Found]:
-    """(format, rows) of a file or folder; the format is detected where none is given. Raises ConfigError."""
-    if not os.path.exists(path):
+def read_foreign(
+    path: Path, source: str | None, *, with_test: bool = False, clips: Path | None = None
+) -> tuple[str, Found]:
+    """(format, rows) of a file or folder; the format is detected where none is given.
+
+    Args:
+        source: one of `FORMATS`, `lhotse:RECIPE` or `datasets:CONFIG`.
+        with_test: whether rows of a corpus's test part are rows like any others.
+        clips: folder for clips whose sound is not in a file.
+
+    Raises:
+        ConfigError: a file or folder that cannot be read.
+    """
+    kind, _, detail = (source or "").partition(":")
+    if kind != "datasets" and not os.path.exists(path):
         raise ConfigError([f"{path}: does not exist; give a file or folder in one of {', '.join(FORMATS)}"])
-    kind = kind or guess(path)
-    if kind is None:
-        raise ConfigError([f"{path}: its format is not known; give --from {'|'.join(FORMATS)}"])
+    kind = kind or guess(path) or ""
+    if not kind:
+        recipe = "lhotse:RECIPE for a corpus that lhotse prepares, such as lhotse:libritts"
+        raise ConfigError([f"{path}: its format is not known; give --from {'|'.join(FORMATS)}, or {recipe}"])
+    found = Found(path if path.is_dir() else path.parent, with_test=with_test, clips=clips)
     with reading(f"{path}: cannot be read as {FORMATS[kind]}"):
-        return kind, READERS[kind](path)
+        READERS[kind](path, found, *([detail] if detail else []))
+    found.rows, others = one_format_each(found.rows)
+    for row in others:
+        found.leave_out("clips of which another format is read", row["audio"])
+    return kind, found
 
 
-def read_train_higgs_audio(path: Path) -> Found:
+def read_train_higgs_audio(path: Path, found: Found) -> None:
     """`metadata.json` with `samples`, or these alone: each names its clip, its text's file and its references."""
     file = table_of(path, ("metadata.json", "metadata.jsonl"))
-    found = Found()
     for origin, sample in _samples(file, found):
         values = named(sample)
         if values is None:
@@ -69,7 +84,6 @@ def read_train_higgs_audio(path: Path) -> Found:
             _add_sample(found, origin, file.parent, values)
         except UnicodeDecodeError:
             found.leave_out("rows whose text file is not UTF-8", origin)
-    return found
 
 
 def _samples(file: Path, found: Found) -> Iterator[tuple[str, dict]]:
@@ -95,7 +109,8 @@ def _add_sample(found: Found, origin: str, folder: Path, sample: dict[str, Any])
     ref_name = first(sample, "ref_audio_file", "reference_audio_file", *REF_AUDIO_COLUMNS)
     ref_text, text = _text_of(folder, sample, _OF_REFERENCE), _text_of(folder, sample, ("",))
     scene, speakers = (first(sample, "scene") or "").replace("_", " ").strip() or None, sample.get("ref_speakers")
-    more = {"speaker": first(sample, "speaker_id", "speaker_name", *SPEAKER_COLUMNS)}
+    speaker = first(sample, "speaker_id", "speaker_name", *SPEAKER_COLUMNS)
+    more: dict[str, Any] = {"speaker": speaker, "split": split_of(sample)}
     stated = found.slice_of(origin, sample)
     if stated is None:
         return
@@ -105,7 +120,7 @@ def _add_sample(found: Found, origin: str, folder: Path, sample: dict[str, Any])
         _add_dialogue(found, origin, folder, speakers, audio, text, more | {"scene": scene})
     else:
         more |= found.reference(origin, beside(folder, ref_name) if ref_name else None, ref_text, audio)
-        found.add(origin, audio, text, scene=scene, **more, **stated)
+        found.add(origin, audio, text, **more, **stated, scene=scene)
 
 
 def _add_dialogue(
@@ -134,7 +149,7 @@ def _add_dialogue(
             answer = [{"type": "audio", "audio_url": os.path.abspath(clip)}]
             messages += [{"role": "user", "content": said}, {"role": "assistant", "content": answer}]
         row = {"messages": messages, "start_index": len(messages) - 2}
-        found.rows.append(row | ({"speaker": more["speaker"]} if more["speaker"] else {}))
+        found.keep(row | ({"speaker": more["speaker"]} if more["speaker"] else {}), audio, more["split"])
 
 
 def _text_of(folder: Path, sample: dict, prefixes: tuple[str, ...]) -> str | None:
@@ -148,9 +163,8 @@ def _text_of(folder: Path, sample: dict, prefixes: tuple[str, ...]) -> str | Non
     return None
 
 
-def read_audiofolder(path: Path) -> Found:
+def read_audiofolder(path: Path, found: Found) -> None:
     """Hugging Face's metadata.csv or .jsonl, one a folder, or any table whose header names a clip and a text."""
-    found = Found()
     for table in [path] if path.is_file() else _tables(path, found):
         clips = ClipFinder(table.parent)
         is_json = table.suffix.lower() in (".jsonl", ".json")
@@ -166,9 +180,8 @@ def read_audiofolder(path: Path) -> Found:
                 continue
             ref_name = first(values, *REF_AUDIO_COLUMNS)
             reference = found.reference(origin, clips.find(ref_name), first(values, *REF_TEXT_COLUMNS), audio)
-            more = {"speaker": first(values, *SPEAKER_COLUMNS), "scene": first(values, "scene")}
-            found.add(origin, audio, first(values, *TEXT_COLUMNS), **more, **reference, **stated)
-    return found
+            more: dict[str, Any] = {"speaker": first(values, *SPEAKER_COLUMNS), "scene": first(values, "scene")}
+            found.add(origin, audio, text_of(values), split=split_of(values), **more, **reference, **stated)
 
 
 def _tables(folder: Path, found: Found) -> list[Path]:
@@ -189,39 +202,57 @@ def _tables(folder: Path, found: Found) -> list[Path]:
     return chosen
 
 
-def read_folder(path: Path) -> Found:
-    """Every clip that has a text file of its name beside it; a folder of folders has a speaker a folder."""
+def read_folder(path: Path, found: Found) -> None:
+    """Every clip that has a text file of its name beside it; speakers are told by the folders."""
     if not path.is_dir():
         raise ValueError("it is a file; name the folder")
-    found = Found()
-    clips = []
+    clips: list[tuple[Path, str]] = []
     for parent, folders, names in os.walk(path):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        clips += [(Path(parent, clip), text) for clip, text in with_texts(names)]
-    of_clip = {clip: _speaker_of(clip.relative_to(path).parts[:-1]) for clip, _ in clips}
-    with_speakers = len({speaker for speaker in of_clip.values() if speaker is not None}) > 1
-    for clip, text in sorted(clips):
-        if text is None:
-            found.leave_out("clips without a text file of the same name", str(clip))
-            continue
-        try:
-            said = (clip.parent / text).read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError:
-            found.leave_out("rows whose text file is not UTF-8", str(clip.parent / text))
-            continue
-        found.add(str(clip), clip, said, speaker=of_clip[clip] if with_speakers else None)
-    return found
+        for clip, text in with_texts(names):
+            if text is not None:
+                clips.append((Path(parent, clip), text))
+            else:
+                found.leave_out("clips without a text file of the same name", os.path.join(parent, clip))
+    of_folder = {str(clip.parent): below_root(clip.parent, path) for clip, _ in clips}
+    speakers = speakers_in(of_folder, (str(clip) for clip, _ in clips))
+    texts: dict[Path, str | None] = {}  # of which several clips may be
+    for audio, text in sorted(clips):
+        file = audio.parent / text
+        if file not in texts:
+            texts[file] = found.transcript(file)
+        if texts[file] is not None:
+            found.add(str(audio), audio, texts[file], speaker=speakers[str(audio.parent)])
+    if named := {label: folder for folder, label in speakers.items() if label}:
+        label, folder = next(iter(named.items()))
+        found.notes.append(f"{path}: speakers by their folders, as `{label}` for {os.path.relpath(folder, path)}")
 
 
-def _speaker_of(folders: tuple[str, ...]) -> str | None:
-    """The outermost folder that is a speaker's; `train-clean-100/84/121` is 84's."""
-    return next((name for name in folders if not _NO_SPEAKER.fullmatch(name)), None)
+def _read_by_lhotse(path: Path, found: Found, recipe: str | None = None) -> None:
+    from .lhotse_corpora import read_lhotse
+
+    read_lhotse(path, found, recipe)
 
 
-READERS: dict[str, Callable[[Path], Found]] = {
+def _read_kaldi(path: Path, found: Found) -> None:
+    from .lhotse_corpora import read_kaldi
+
+    read_kaldi(path, found)
+
+
+def _read_by_datasets(path: Path, found: Found, config: str | None = None) -> None:
+    from .hugging_face import read_datasets
+
+    read_datasets(path, found, config)
+
+
+READERS: dict[str, Callable[..., None]] = {
     "ljspeech": read_ljspeech,
     "train-higgs-audio": read_train_higgs_audio,
     "ms-swift": read_ms_swift,
     "audiofolder": read_audiofolder,
     "folder": read_folder,
+    "lhotse": _read_by_lhotse,
+    "kaldi": _read_kaldi,
+    "datasets": _read_by_datasets,
 }

@@ -12,8 +12,10 @@ from typing import Any, TypeGuard
 
 from ...data.columns import SYNONYMS, member, plain, unread_lines
 from ...data.foreign import AUDIO_SUFFIXES, FILE_COLUMNS, TEXT_COLUMNS
+from ...data.texts import read_transcript
+from .parts import SPLIT_COLUMNS, part_of
 
-SPEAKER_COLUMNS = ("speaker", *SYNONYMS["speaker"].split())
+SPEAKER_COLUMNS = ("speaker", *SYNONYMS["speaker"].split(), "client_id", "reader_id", "reader", "narrator", "voice_id")
 REF_AUDIO_COLUMNS = ("ref_audio", *SYNONYMS["ref_audio"].split())
 REF_TEXT_COLUMNS = ("ref_text", *SYNONYMS["ref_text"].split())
 _SYNONYMS = (FILE_COLUMNS, TEXT_COLUMNS, SPEAKER_COLUMNS, REF_AUDIO_COLUMNS, REF_TEXT_COLUMNS)
@@ -22,27 +24,104 @@ TWICE = "rows that have a column twice"
 _FOLDERS = ("", "wavs", "wav", "audio", "clips")
 _COMMON_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".m4a")
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_FILE_NAME = re.compile(
+    rf"\S{{1,200}}\.(?:txt|lab|srt|vtt|lrc|ctm|textgrid|json|{'|'.join(s[1:] for s in AUDIO_SUFFIXES)})", re.IGNORECASE
+)
 
 
 class Found:
-    """Rows so far; counts and examples of what was left out, by reason."""
+    """Rows so far; counts and examples of what was left out, by reason; rows of each part of the corpus's own split.
 
-    def __init__(self) -> None:
+    Rows of a validation part have `split`, which the manifest does not; those of a test part are only counted.
+
+    Args:
+        root: folder that is imported; the names of folders below it say a clip's part.
+        with_test: whether rows of a test part are rows like any others.
+        clips: folder for clips whose sound is not in a file.
+    """
+
+    def __init__(self, root: Path, *, with_test: bool = False, clips: Path | None = None) -> None:
+        self.root, self.with_test, self.clips = root, with_test, clips
         self.rows: list[dict] = []
+        self.parts: Counter[str] = Counter()  # rows by the part's own name
+        self._part_of_folder: dict[str, str | None] = {}
         self.left_out: Counter[str] = Counter()
         self.examples: dict[str, str] = {}
         self.columns: Counter[str] = Counter()  # that are not read
         self.notes: list[str] = []  # what was taken as what
+        self.forms: Counter[str] = Counter()  # of text files of which the words alone were read
 
-    def add(self, origin: str, audio: Path | None, text: Any, **more: Any) -> None:
+    def add(self, origin: str, audio: Path | None, text: Any, *, split: str | None = None, **more: Any) -> None:
         """One speech row; left out where its clip or its text is not there."""
         if not self.has_clip(audio, origin):
             return
-        if not isinstance(text, str) or not clean(text):
+        words = self._words(text, audio, origin) if isinstance(text, str) else ""
+        if words == "":
             self.leave_out("rows without a text", origin)
-            return
-        row = {"audio": os.path.abspath(audio), "text": clean(text), **more}
-        self.rows.append({name: value for name, value in row.items() if value not in (None, "")})
+        elif words is not None:
+            row = {"audio": os.path.abspath(audio), "text": words, **more}
+            self.keep({name: value for name, value in row.items() if value not in (None, "")}, audio, split)
+
+    def keep(self, row: dict, clip: Path, split: str | None = None) -> None:
+        """A row whose clips are there, unless it is of a test part: by its own word, or else by its clip's folder."""
+        name = split or self._folder_part(os.path.dirname(clip))
+        if self.takes(name):
+            if name is not None:
+                self.parts[name] += 1
+                if part_of(name) == "val":
+                    row["split"] = "val"
+            self.rows.append(row)
+
+    def takes(self, split: str | None) -> bool:
+        """False, counted, for a row that says that it is of a test part, whose clip then need not be written."""
+        if split is None or self.with_test or part_of(split) != "test":
+            return True
+        self.parts[split] += 1
+        return False
+
+    def write_clip(self, name: str, content: bytes) -> Path:
+        """A new clip with a file's bytes."""
+        if self.clips is None:
+            raise ValueError("its clips are bytes, and there is no folder to write them to")
+        self.clips.mkdir(parents=True, exist_ok=True)
+        path = self.clips / _SURROGATE.sub("", name)
+        path.write_bytes(content)
+        return path
+
+    def _folder_part(self, folder: str) -> str | None:
+        if folder not in self._part_of_folder:
+            below = below_root(folder, self.root)
+            self._part_of_folder[folder] = next((name for name in below if part_of(name)), None)
+        return self._part_of_folder[folder]
+
+    def _words(self, text: str, clip: Path, origin: str) -> str | None:
+        """A text's words; those of a file where it is the name of one; None, counted, where that is no transcript."""
+        if not _FILE_NAME.fullmatch(text):
+            return clean(text)
+        if os.path.splitext(text)[1].lower() in AUDIO_SUFFIXES:
+            self.leave_out("rows whose text is the name of a clip", f"{origin}: {text}")
+            return None
+        file = next((file for folder in (self.root, clip.parent) if os.path.isfile(file := folder / text)), None)
+        if file is not None:
+            return self.transcript(file)
+        self.leave_out("rows whose text is the name of a file that is not there", f"{origin}: {text}")
+        return None
+
+    def transcript(self, file: Path) -> str | None:
+        """The words of a text file, without times and labels; None, counted, for a file that is no transcript."""
+        try:
+            words, form = read_transcript(file)
+        except UnicodeDecodeError:
+            self.leave_out("rows whose text file is not UTF-8", str(file))
+            return None
+        if words is None:
+            if form == "no words":
+                return ""
+            self.leave_out(f"rows whose text file holds {form}", str(file))
+        elif form is not None:
+            self.forms[form] += 1
+            self.examples.setdefault(form, str(file))
+        return None if words is None else clean(words)
 
     def has_clip(self, clip: Path | None, origin: str) -> TypeGuard[Path]:
         """True if a manifest can name the clip; counts it as left out otherwise."""
@@ -73,9 +152,13 @@ class Found:
         left_out = [
             f"left out: {count:,} × {reason}, e.g. {self.examples[reason]}" for reason, count in self.left_out.items()
         ]
-        return [*self.notes, *unread_lines(self.columns, str(file)), *left_out]
+        forms = [
+            f"{file}: {count:,} × the words alone of a text file with {form}, e.g. {self.examples[form]}"
+            for form, count in self.forms.items()
+        ]
+        return [*self.notes, *forms, *unread_lines(self.columns, str(file)), *left_out]
 
-    def slice_of(self, origin: str, values: dict[str, Any]) -> dict[str, float] | None:
+    def slice_of(self, origin: str, values: dict[str, Any]) -> dict[str, Any] | None:
         """A row's `offset` and `duration` as a manifest has them; None, counted, for a slice that cannot be told."""
         stated = {name: values[name] for name in ("offset", "duration") if values.get(name) not in (None, "")}
         seconds = {name: number for name, value in stated.items() if (number := _seconds(value)) is not None}
@@ -138,9 +221,29 @@ class ClipFinder:
         return self._listed[folder]
 
 
+def below_root(folder: str | Path, root: Path) -> tuple[str, ...]:
+    """Names of a folder and those above it, down from the root; none for a folder that is not below it."""
+    below = os.path.relpath(folder, root)
+    return () if below.startswith(os.pardir) or below == os.curdir else Path(below).parts
+
+
+def split_of(values: dict[str, Any]) -> str | None:
+    """A row's part by its own word: `split`, or another such column if its word is a part's."""
+    for name in SPLIT_COLUMNS:
+        word = first(values, name)
+        if word and (name == "split" or part_of(word)):
+            return word
+    return None
+
+
 def read_of(values: dict[str, Any]) -> set[str]:
     """The columns of a speech row that are read: of synonyms the first that is filled."""
-    return {*_SINGLE, *(next((n for n in names if values.get(n) not in (None, "")), "") for names in _SYNONYMS)}
+    of_split = {name for name in SPLIT_COLUMNS if values.get(name) and (name == "split" or part_of(str(values[name])))}
+    return {
+        *_SINGLE,
+        *of_split,
+        *(next((n for n in names if values.get(n) not in (None, "")), "") for names in _SYNONYMS),
+    }
 
 
 def named(row: dict) -> dict[str, Any] | None:
@@ -167,6 +270,17 @@ def first(values: dict[str, Any], *names: str) -> str | None:
         if is_text and (text := _SURROGATE.sub("", str(value)).strip()):
             return text
     return None
+
+
+def text_of(values: dict[str, Any]) -> str | None:
+    """A row's text; raises ValueError where two columns hold different ones and none is called `text`."""
+    if (text := first(values, "text")) is not None:
+        return text
+    held = {name: text for name in TEXT_COLUMNS if values.get(name) and (text := first(values, name)) is not None}
+    if len({*held.values()}) > 1:
+        names = ", ".join(f"`{name}`" for name in held)
+        raise ValueError(f"{names}: which is the text? rename that to `text`")
+    return next(iter(held.values()), None)
 
 
 def clean(text: str) -> str:

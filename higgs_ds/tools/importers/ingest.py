@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
+import shutil
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from ...data.audio import AudioError, read_audio, write_wav
 from ...data.chatml import AudioRef, Row, Turn
+from ...data.columns import member
 from ...data.faults import plural
 from ...data.transcripts import text_key
 from ...errors import ConfigError
 from ...files import write_text, writing
 from .formats import read_foreign
 from .found import Found
+from .parts import part_of
 
 TRIM_DB = 40.0  # below the loudest, where silence begins
 TRIM_MARGIN_SEC = 0.1  # of it that is kept at both ends
 PEAK = 0.99
 LONGEST_STEM = 200  # bytes of a new clip's name, to which a number and an ending come
+DEFAULT_VAL_SHARE = 0.02
 LEAST_PROMPTS = 10  # conversations with the same words of the user, below which that may be chance
 LEAST_BLOCK_SEC, BLOCK_SEC = 0.05, 0.4  # of loudness by ITU-R BS.1770
 
@@ -84,8 +90,9 @@ def run_import(
     output_dir: Path,
     *,
     kind: str | None = None,
-    val_share: float = 0.02,
+    val_share: float | None = None,
     val_speakers: list[str] | None = None,
+    with_test: bool = False,
     seed: int = 0,
     sound: Sound | None = None,
 ) -> list[str]:
@@ -98,39 +105,78 @@ def run_import(
     for name in ("train.jsonl", "val.jsonl"):
         if os.path.exists(output_dir / name):
             raise FileExistsError(f"{output_dir} already holds {name}; remove it or give another --output")
-    kind, found = read_foreign(path, kind)
+    with contextlib.ExitStack() as stack:
+        clips = output_dir / "clips"
+        if sound:  # sound that is not in files waits in one that is made anew
+            clips = output_dir / ".clips"
+            stack.callback(shutil.rmtree, clips, ignore_errors=True)
+        kind, found = read_foreign(path, kind, with_test=with_test, clips=clips)
+        before = _parts_lines(path, found, val_share=val_share, val_speakers=val_speakers)
 
-    def shared_out() -> tuple[list[dict], list[dict], list[str]]:
-        if not found.rows:
-            raise ConfigError([*found.lines(path), f"{path}: no row is left, read as {kind}"])
-        return split(found.rows, val_share=val_share, val_speakers=val_speakers, seed=seed)
+        def shared_out() -> tuple[list[dict], list[dict], list[str]]:
+            if not found.rows:
+                raise ConfigError([*found.lines(path), *before, f"{path}: no row is left, read as {kind}"])
+            share = DEFAULT_VAL_SHARE if val_share is None else val_share
+            return split(found.rows, val_share=share, val_speakers=val_speakers, seed=seed)
 
-    with writing(f"--output: {output_dir}"):
-        output_dir.mkdir(parents=True, exist_ok=True)
-        train, val, notes = shared_out()
-        if sound:  # only now: what cannot be split is said before hours of clips are written
-            _write_clips(found, output_dir / "clips", sound)
+        with writing(f"--output: {output_dir}"):
+            output_dir.mkdir(parents=True, exist_ok=True)
             train, val, notes = shared_out()
-        sides = [(output_dir / f"{side}.jsonl", rows) for side, rows in (("train", train), ("val", val)) if rows]
-        for file, rows in sides:
-            write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    said = [f"{path}: read as {kind}", *found.lines(path), *notes, *(_summary(file, rows) for file, rows in sides)]
+            if sound:  # only now: what cannot be split is said before hours of clips are written
+                _write_clips(found, output_dir / "clips", sound)
+                train, val, notes = shared_out()
+            sides = [(output_dir / f"{side}.jsonl", rows) for side, rows in (("train", train), ("val", val)) if rows]
+            for file, rows in sides:
+                write_text(file, "".join(_line_of(row) for row in rows))
+    summaries = (_summary(file, rows) for file, rows in sides)
+    said = [f"{path}: read as {kind}", *found.lines(path), *before, *notes, *summaries]
     flags = " ".join(f"--{file.stem}_manifest {file}" for file, _ in sides)
     return [*said, f"next: python -m higgs_ds describe {flags}"]
+
+
+def _line_of(row: dict) -> str:
+    return json.dumps({name: value for name, value in row.items() if name != "split"}, ensure_ascii=False) + "\n"
+
+
+def _parts_lines(path: Path, found: Found, *, val_share: float | None, val_speakers: list[str] | None) -> list[str]:
+    """One line on what becomes of each part of the corpus's own split; one on a flag that has no effect beside it."""
+    if not found.parts:
+        return []
+    has_val = any(part_of(name) == "val" for name in found.parts) and not val_speakers
+    drawn = "--val_speakers" if val_speakers else "--val_share"
+    said = []
+    for name, count in found.parts.items():
+        part = part_of(name)
+        if part == "test" and not found.with_test:
+            place = "in neither file (--with_test takes them)"
+        elif has_val:
+            place = "val.jsonl" if part == "val" else "train.jsonl"
+        else:
+            place = f"train.jsonl, or val.jsonl by {drawn}"
+        said.append(f"{member('', name)}: {plural(count, 'row')}, {place}")
+    lines = [f"{path}: the corpus's own split: {'; '.join(said)}"]
+    if has_val and val_share is not None:
+        lines.append("--val_share: not used, the corpus has a part for validation")
+    return lines
 
 
 def split(
     rows: list[dict], *, val_share: float, val_speakers: list[str] | None, seed: int
 ) -> tuple[list[dict], list[dict], list[str]]:
-    """(training rows, validation rows, notes): by speaker where some are named, else by share; never a text on both.
+    """(training rows, validation rows, notes), never a text on both.
 
+    By speaker where some are named, else by the corpus's own parts where it has one for validation, else by share.
     A single number for `val_speakers` draws so many. Texts are the same whatever their case and punctuation.
 
     Raises:
-        ConfigError: speakers that are not there, or none left to train on.
+        ConfigError: speakers that are not there, or no row left to train on.
     """
     if val_speakers:
         return _split_by_speaker(rows, val_speakers, seed)
+    if any("split" in row for row in rows):
+        if all("split" in row for row in rows):
+            raise ConfigError(["no row is left to train on: all are of the corpus's part for validation"])
+        return _held_out(rows, ["split" in row for row in rows])
     groups: dict[str, list[int]] = {}
     for i, key in enumerate(text_keys(rows)):
         groups.setdefault(key, []).append(i)
@@ -155,15 +201,19 @@ def _split_by_speaker(rows: list[dict], named: list[str], seed: int) -> tuple[li
     if unknown := [name for name in named if name not in speakers]:
         known = ", ".join(speakers[:20]) or "none"
         raise ConfigError([f"--val_speakers: {', '.join(unknown)}: no such speaker; the speakers are {known}"])
-    train = [row for row in rows if row.get("speaker") not in named]
-    if not train:
+    if all(row.get("speaker") in named for row in rows):
         raise ConfigError([f"--val_speakers: no row is left to train on, of {plural(len(speakers), 'speaker')}"])
+    return _held_out(rows, [row.get("speaker") in named for row in rows])
+
+
+def _held_out(rows: list[dict], is_val: list[bool]) -> tuple[list[dict], list[dict], list[str]]:
+    """(training rows, validation rows whose text is not trained on, notes)."""
     keys = text_keys(rows)
-    trained = {key for row, key in zip(rows, keys, strict=True) if row.get("speaker") not in named}
-    val = [(row, key) for row, key in zip(rows, keys, strict=True) if row.get("speaker") in named]
-    kept = [row for row, key in val if key not in trained]
-    note = f"left out of validation: {plural(len(val) - len(kept), 'row')} whose text is trained on too"
-    return train, kept, [note] if len(kept) < len(val) else []
+    trained = {key for key, val in zip(keys, is_val, strict=True) if not val}
+    train = [row for row, val in zip(rows, is_val, strict=True) if not val]
+    kept = [row for row, key, val in zip(rows, keys, is_val, strict=True) if val and key not in trained]
+    note = f"left out of validation: {plural(sum(is_val) - len(kept), 'row')} whose text is trained on too"
+    return train, kept, [note] if len(kept) < sum(is_val) else []
 
 
 def text_keys(rows: list[dict]) -> list[str]:
@@ -217,7 +267,8 @@ def _write_clips(found: Found, folder: Path, sound: Sound) -> None:
             written.append(done[clip])
             holder[name] = done[clip] or holder[name]
         if None not in written:
-            row.pop("offset", None)  # the new clip is that slice
+            row.pop("offset", None)  # the new clip is that slice, of that channel
+            row.pop("channel", None)
             if sound.trim:
                 row.pop("duration", None)  # that of the clip before
             kept.append(row)
@@ -228,7 +279,8 @@ def _clips_of(row: dict) -> Iterable[tuple[str, dict, AudioRef]]:
     """(key, object that has it, clip) for each of a row's clips."""
     if "audio" in row:
         span = (row["offset"], row.get("duration")) if "offset" in row else ()
-        yield "audio", row, AudioRef(Path(row["audio"]), None, *span)
+        part: dict[str, Any] = {"channel": row["channel"]} if "channel" in row else {}
+        yield "audio", row, AudioRef(Path(row["audio"]), None, *span, **part)
     if "ref_audio" in row:
         yield "ref_audio", row, AudioRef(Path(row["ref_audio"]))
     for message in row.get("messages", ()):

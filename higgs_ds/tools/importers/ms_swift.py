@@ -23,14 +23,14 @@ class _LeftOut(Exception):
     """The reason to leave a row out, as it is counted."""
 
 
-def read_ms_swift(path: Path) -> Found:
+def read_ms_swift(path: Path, found: Found) -> None:
     """`messages` whose `<audio>` tags stand for the `audios` in order, or whose contents are lists with the clips.
 
     A clip that the user gives and the assistant writes down becomes a speech row, and so does a text that the
     assistant speaks; any other conversation in which the assistant speaks becomes a ChatML row, which trains from
     behind the last turn whose `loss` is false.
     """
-    found, written_down, unsaid = Found(), 0, 0
+    written_down, unsaid = 0, 0
     for origin, row in json_rows(path, found):
         try:
             values = named(row)
@@ -52,7 +52,6 @@ def read_ms_swift(path: Path) -> Found:
         found.notes.append(f"{path}: {said}; leave such rows out if the text is a reply instead")
     if unsaid:
         found.notes.append(f"{path}: {unsaid:,} × a system turn of a single text and clip: not read")
-    return found
 
 
 def _conversation(row: dict) -> tuple[list[dict], int | None, list[str]]:
@@ -151,7 +150,7 @@ def _add_talk(
         row: dict[str, Any] = {"messages": [_chatml(message, left) for message in messages]}
         if start_index is not None:
             row["start_index"] = start_index
-        found.rows.append(row | ({"speaker": speaker} if speaker else {}))
+        found.keep(row | ({"speaker": speaker} if speaker else {}), clips[-1])
     return False
 
 

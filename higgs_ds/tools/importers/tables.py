@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,8 @@ def table_rows(path: Path, found: Found) -> Iterator[tuple[str, dict[str, str]]]
     """(`file:line`, cells by the plain names of the header) of a table with commas, tabs, semicolons or `|`.
 
     Left out: rows whose quotes do not close or swallow further rows, and those with more or fewer cells than names.
-    With commas and semicolons quotes enclose a cell, with tabs and `|` only where all quotes of the table do.
+    With commas and semicolons quotes enclose a cell. With tabs and `|` they do so where they can; where they cannot,
+    they are part of the text, unless the table doubles quotes within others, as a writer does that encloses cells.
 
     Raises:
         ValueError: a header that has a column twice, or quotes that do not close.
@@ -80,10 +82,10 @@ def table_rows(path: Path, found: Found) -> Iterator[tuple[str, dict[str, str]]]
         names.pop()
     if doubled := next((name for name in names if name and names.count(name) > 1), None):
         raise ValueError(f"{path}:{at + 1} has the column `{doubled}` twice; rename or remove one")
-    table = (lines, at + 1, delimiter, len(names))
-    encloses = delimiter in ",;" or all(cells is not None for _, cells in _quoted(*table))
-    records = _quoted(*table) if encloses else _unquoted(*table[:3])
-    for number, cells in records:
+    encloses = delimiter in ",;" or re.search(rf'(?:^|{re.escape(delimiter)})"[^\n]*""', text, re.MULTILINE) is not None
+    for number, cells in _records(lines, at + 1, delimiter, len(names)):
+        if cells is None and not encloses:
+            cells = lines[number - 1].removesuffix("\n").split(delimiter)
         origin = f"{path}:{number}"
         if cells is None:
             found.leave_out("rows whose quotes do not close, or close in another row", origin)
@@ -97,29 +99,26 @@ def table_rows(path: Path, found: Found) -> Iterator[tuple[str, dict[str, str]]]
             yield origin, {name: cell for name, cell in zip(names, cells, strict=True) if name}
 
 
-def _quoted(lines: list[str], at: int, delimiter: str, width: int) -> Iterator[tuple[int, list[str] | None]]:
+def _records(lines: list[str], at: int, delimiter: str, width: int) -> Iterator[tuple[int, list[str] | None]]:
     """(line, cells) of every row; None for a line that cannot be read for its quotes, behind which reading goes on."""
+    limit = csv.field_size_limit()
     while at < len(lines):
-        if not lines[at].strip():
-            at += 1
+        line, at = lines[at], at + 1
+        if not line.strip():
             continue
-        reader = csv.reader(lines[at : at + MOST_LINES], delimiter=delimiter, strict=True)
+        if '"' not in line and len(line) < limit:
+            yield at, line[:-1].split(delimiter)
+            continue
+        reader = csv.reader(lines[at - 1 : at - 1 + MOST_LINES], delimiter=delimiter, strict=True)
         try:
             cells = next(reader)
         except csv.Error:  # also a field of more than 131,072 characters
             cells = None
         if cells is None or (reader.line_num > 1 and _hold_row(cells, delimiter, width)):
-            yield at + 1, None
-            at += 1
+            yield at, None
         else:
-            yield at + 1, cells
-            at += reader.line_num
-
-
-def _unquoted(lines: list[str], at: int, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    for number, line in enumerate(lines[at:], start=at + 1):
-        if line.strip():
-            yield number, line.removesuffix("\n").split(delimiter)
+            yield at, cells
+            at += reader.line_num - 1
 
 
 def _hold_row(cells: list[str], delimiter: str, width: int) -> bool:

@@ -1,0 +1,107 @@
+"""Parts and speakers of a corpus: its own split, and the folders that tell speakers apart."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+
+SPLIT_COLUMNS = ("split", "subset", "partition", "data_split", "dataset_split", "set")
+_WORDS = {
+    word: part
+    for part, words in {
+        "train": "train training trn",
+        "val": "val valid validation validate dev devel development",
+        "test": "test testing tst eval evaluation heldout holdout",
+    }.items()
+    for word in words.split()
+}
+LANGUAGES = frozenset(
+    "ar auto bg bn ca cs da de el en es et eu fa fi fr he hi hr hu id it ja jp ka ko kr lt lv nl no pl pt ro ru sk sl "
+    "sr sv sw ta te th tr uk ur vi yue zh".split()
+)
+# Genders and moods: of many speakers each.
+SHARED = frozenset(
+    "m f male female man woman men women boy girl happy happiness sad sadness angry anger neutral surprise surprised "
+    "fear fearful disgust disgusted calm excited whisper whispered amused sleepy sleepiness emotional normal".split()
+)
+# Folders that hold all of one kind of file.
+_OF_A_KIND = re.compile(
+    r"wavs?\d*|wav\d*[-_]\w+|audios?|clips?|data|flac|mp3|ogg|opus|m4a|speech|txt|texts?|corpus|by_book", re.IGNORECASE
+)
+_FORMAT_FOLDERS = re.compile(r"(?<=/)(wavs?\d*|flac|mp3|ogg|opus|m4a|aac)(?=/)", re.IGNORECASE)
+_RANK = {suffix: i for i, suffix in enumerate((".wav", ".flac", ".w64", ".aiff", ".aif", ".aifc", ".caf", ".au"))}
+
+
+def part_of(name: str) -> str | None:
+    """`train`, `val` or `test` for a part's name, as `dev-clean` or `test_other`; None for any other."""
+    return next((_WORDS[word] for word in re.split(r"[^a-z]+", name.lower()) if word in _WORDS), None)
+
+
+def speakers_in(folders: dict[str, tuple[str, ...]], clips: Iterable[str]) -> dict[str, str | None]:
+    """Speaker of each folder of clips: the innermost that tells clips apart, and with its parents where it does not.
+
+    Parts of the corpus, languages, genders, moods and folders for one kind of file are no speakers'. LibriSpeech's
+    `84/121/84-121-0001` is 84's: the clip's name says that the number below is a chapter.
+
+    Args:
+        folders: names below the corpus's root, outermost first, of each folder that holds clips.
+        clips: paths of the clips.
+
+    Returns:
+        None for every folder where they are all of one speaker.
+    """
+    named = {folder: tuple(filter(_may_be_speaker, names)) for folder, names in folders.items()}
+    for clip in clips:
+        folder, name = os.path.split(clip)
+        names = named[folder]
+        if len(names) > 1 and names[0].isdecimal() and re.match(rf"{names[0]}[-_]{re.escape(names[1])}[-_.]", name):
+            named[folder] = names[:1]
+    parents: dict[str, set[tuple[str, ...]]] = defaultdict(set)
+    for names in named.values():
+        parents[names[-1] if names else ""].add(names)
+    labels = {folder: _label(names, parents) for folder, names in named.items()}
+    return labels if len({*labels.values()} - {None}) > 1 else dict.fromkeys(labels)
+
+
+def _may_be_speaker(name: str) -> bool:
+    word = name.lower()
+    language = re.split("[-_]", word)[0]
+    is_shared = word in SHARED or (language in LANGUAGES and len(word) <= len(language) + 3)
+    return not is_shared and not _OF_A_KIND.fullmatch(name) and part_of(name) is None
+
+
+def _label(names: tuple[str, ...], parents: dict[str, set[tuple[str, ...]]]) -> str | None:
+    if not names:
+        return None
+    return names[-1] if len(parents[names[-1]]) == 1 else "/".join(names)
+
+
+def one_format_each(rows: list[dict]) -> tuple[list[dict], list[dict]]:
+    """(rows, those that give a clip and its text again in another format); the format without losses is kept."""
+    best: dict[tuple, dict] = {}
+    for row in rows:
+        if "audio" in row:
+            key = _clip_key(row)
+            held = best.setdefault(key, row)
+            if held is not row and _rank(row) < _rank(held):
+                best[key] = row
+    if len(best) == sum("audio" in row for row in rows):
+        return rows, []
+    kept = [row for row in rows if "audio" not in row or _is_kept(row, best[_clip_key(row)])]
+    return kept, [row for row in rows if "audio" in row and not _is_kept(row, best[_clip_key(row)])]
+
+
+def _is_kept(row: dict, best: dict) -> bool:
+    """True for the best, and for a row of the very same clip: whoever wrote a clip twice wants it twice."""
+    return row is best or row["audio"] == best["audio"]
+
+
+def _clip_key(row: dict) -> tuple:
+    stem = os.path.splitext(row["audio"])[0]
+    return _FORMAT_FOLDERS.sub("*", stem), row["text"], row.get("offset"), row.get("duration"), row.get("channel")
+
+
+def _rank(row: dict) -> int:
+    return _RANK.get(os.path.splitext(row["audio"])[1].lower(), len(_RANK))

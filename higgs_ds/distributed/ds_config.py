@@ -2,7 +2,7 @@
 
 DeepSpeed's own models judge its sections, in `engine.check_config`. Importing them takes 10 s, and they neither resolve
 "auto" nor look at top-level keys that they do not know (`gradient_cliping` ran, unclipped). Both are done here, and
-what would train something else is refused, before torch is imported.
+values that would train something else are refused, before torch is imported.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ SECTIONS = {
     *("optimizer.params", "timers.throughput"),
     *("zero_optimization.offload_param", "zero_optimization.offload_optimizer"),
 }
-# The names of the top level, and of the sections in which DeepSpeed passes over what it does not know.
+# The names of the top level, and of the sections in which DeepSpeed ignores unknown keys.
 KEYS: dict[str, set[str]] = {
     "": {
         *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
@@ -77,7 +77,7 @@ KEYS: dict[str, set[str]] = {
     },
     "timers": {"throughput"},
 }
-# What the flags say instead.
+# Blocks in whose place there are flags.
 REFUSED = {
     "scheduler": "the learning rate follows --lr_scheduler, --warmup_ratio and --lr; remove the block, or give each of "
     "its params as 'auto'",
@@ -86,7 +86,7 @@ REFUSED = {
     "torch_autocast": "the computing dtype is --dtype; remove the block",
 }
 _STAGE = "zero_optimization.stage"
-# Of what would train something else, or hide an update that was not made, the values that this trainer takes.
+# The values that this trainer takes of keys that could train something else, or hide an update that was not made.
 ALLOWED: dict[str, tuple] = {
     _STAGE: (0, 1, 2, 3),
     **{f"zero_optimization.offload_{what}.device": ("cpu", "none") for what in ("param", "optimizer")},
@@ -140,13 +140,13 @@ def ignored_keys(raw: dict) -> list[str]:
 
 
 def _leaves_the_rate_to_flags(scheduler: object) -> bool:
-    """True if each of the block's params is "auto", as in Hugging Face's examples."""
+    """True if all params of the block are "auto", as in Hugging Face's examples."""
     params = scheduler.get("params") if isinstance(scheduler, dict) and scheduler.keys() <= {"type", "params"} else None
     return isinstance(params, dict) and bool(params) and all(value == "auto" for value in params.values())
 
 
 def _content(raw: dict, file: str) -> dict:
-    """Copies the file's content, without what is ignored. Raises ConfigError: all that can stand in no such file."""
+    """Copies the file's content without the ignored keys. Raises ConfigError for any invalid part."""
     content = copy.deepcopy(raw)
     for name in ignored_keys(raw):
         section, _, key = name.rpartition(".")
@@ -192,7 +192,7 @@ def read_deepspeed_config(path: str) -> dict:
         found: dict[str, object] = {}
         for key, value in pairs:
             if key in found:
-                raise ValueError(f"key {shown(key)} stands there twice")
+                raise ValueError(f"duplicate key {shown(key)}")
             found[key] = value
         return found
 
@@ -221,13 +221,9 @@ class LayerSizes(NamedTuple):
 
 
 def resolve(raw: dict, config: TrainConfig, *, world_size: int, on_cpu: bool, layer: LayerSizes) -> dict:
-    """The content for `deepspeed.initialize`, with every "auto" replaced and what the flags say checked against them.
+    """The content for `deepspeed.initialize`, with every "auto" replaced and checked against the flags.
 
-    Args:
-        raw: the file's content.
-        world_size: number of ranks.
-        on_cpu: True on CPU, where fp16 and pinned memory are not to be had.
-        layer: sizes of a decoder layer, for stage 3's persistence threshold and prefetching.
+    On CPU, fp16 and pinned memory are not to be had.
 
     Raises:
         ConfigError: every contradiction and unknown key, each with both values or the nearest valid name.
@@ -276,7 +272,7 @@ def _resolve(file: _File, config: TrainConfig, world_size: int, on_cpu: bool, la
 
 @dataclass
 class _File:
-    """The file's content as it is being resolved, and what was found wrong with it."""
+    """The file's content as it is being resolved, and the problems found in it."""
 
     name: str
     content: dict
@@ -341,7 +337,7 @@ def _settle_dtype(file: _File, config: TrainConfig, stage: int, world_size: int,
 
 def _fill_zero(zero: dict, stage: int, config: TrainConfig, layer: LayerSizes, on_cpu: bool) -> None:
     """The "auto" values of the ZeRO section."""
-    # A LoRA matrix below the threshold stays whole on every rank, instead of being gathered on its own.
+    # A LoRA matrix below the threshold stays unsharded on every rank, instead of being gathered on its own.
     if stage == 3 and zero.get("stage3_param_persistence_threshold", "auto") == "auto":
         zero["stage3_param_persistence_threshold"] = max(100_000, config.lora.lora_r * layer.widest)
     # To scatter them, DeepSpeed cuts each of LoRA's gradients into ranks on the host at the end of every backward: at
@@ -376,11 +372,7 @@ def _check_offload(file: _File, zero: dict, stage: int, on_cpu: bool) -> None:
 
 
 def nothing_to_shard_note(ds_config: dict, *, world_size: int) -> str | None:
-    """A sentence for a run on one rank at a stage that costs it and gives it nothing; else None.
-
-    Args:
-        ds_config: as resolved.
-    """
+    """A sentence for a run on one rank at a stage that costs it and gives it nothing; else None."""
     zero = ds_config["zero_optimization"]
     offloads = any((zero.get(f"offload_{what}") or {}).get("device") == "cpu" for what in ("param", "optimizer"))
     costs = {2: "seven times ZeRO-1's kernel launches an update", 3: "the hooks that gather every layer"}

@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's place among the others; `device` is what it computes on."""
+    """This process's place among the others, and the device that it computes on."""
 
     rank: int
     world_size: int
@@ -96,7 +96,7 @@ class Ranks:
         torch.manual_seed(seed + self.rank)
 
     def say(self, text: str) -> None:
-        """A line to the console, from rank 0 alone."""
+        """A line to the console, from rank 0 only."""
         if self.is_main:
             say(text)
 
@@ -139,7 +139,7 @@ def join_group(ranks: Ranks, meeting: Meeting) -> None:
         rank=ranks.rank,
         world_size=ranks.world_size,
         timeout=timedelta(days=1),
-        # NCCL need not guess the rank's GPU, and connects now, where an error has a place. One rank alone has nobody to
+        # NCCL need not guess the rank's GPU, and connects now, where an error has a place. A single rank has nobody to
         # connect to, and doing it all the same has failed on some machines (DeepSpeed's issue 8248).
         device_id=ranks.device if not on_cpu and ranks.world_size > 1 else None,
     )
@@ -153,7 +153,7 @@ def join_group(ranks: Ranks, meeting: Meeting) -> None:
 
 
 def _without_kernel_build(deepspeed: ModuleType) -> None:
-    """Keeps DeepSpeed from compiling its shared-memory kernel (65 s) on CPU, where it serves inference alone.
+    """Keeps DeepSpeed from compiling its shared-memory kernel (65 s) on CPU, where only inference uses it.
 
     `deepspeed.ops.__compatible_ops__` is what `deepspeed.comm.torch.build_shm_op` asks;
     tests/distributed/test_engine.py fails when that changes.
@@ -175,7 +175,7 @@ def leave_ranks(exit_code: int, last_line: str = "", *, wait: bool = True) -> in
     """Leaves the process group; returns `exit_code`, to end with by `process.end_process`, within END_SEC from here.
 
     Args:
-        last_line: what rank 0 says, once nobody is waited for any more.
+        last_line: printed by rank 0, once nobody is waited for any more.
         wait: for the other ranks, where all of them are known to come here.
     """
     if dist.is_initialized():
@@ -189,7 +189,7 @@ def leave_ranks(exit_code: int, last_line: str = "", *, wait: bool = True) -> in
 
 
 def check_config(ds_config: dict, name: str) -> None:
-    """Has DeepSpeed's own models read what will be handed to it, before anything is loaded.
+    """Has DeepSpeed's own models validate the resolved file, before anything is loaded.
 
     Args:
         ds_config: as resolved by `ds_config.resolve`; it stays as it is.
@@ -236,7 +236,7 @@ class Engine:
     def __init__(self, module: nn.Module, ds_config: dict, *, weight_decay: float, max_grad_norm: float):
         import deepspeed
 
-        # 1. The optimizer, and what DeepSpeed's stage leaves to it.
+        # 1. The optimizer, with the duties that DeepSpeed's stage leaves to it.
         # With fp16 the loss is scaled up until gradients overflow now and then: such a step is dropped, and no failure.
         self.overflows_by_design: bool = ds_config["fp16"]["enabled"]
         self.stage: int = ds_config["zero_optimization"]["stage"]
@@ -395,7 +395,7 @@ class Engine:
         self._layout_is_known = True
 
     def load_state(self, state: OptimizerState, first_inputs: dict) -> None:
-        """Sets what `gather_state` gave; the module's own weights must hold the same, in the engine's dtype, already.
+        """Sets a state of `gather_state`; the module's own weights must hold the same, in the engine's dtype, already.
 
         Args:
             first_inputs: any micro-batch's model inputs. One step with gradients of zero and learning rate 0 on it

@@ -80,7 +80,7 @@ SIGNS_OF_OTHERS = {
 
 
 def enter_launch(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Puts what srun or MPI say into the variables that torch reads; those of deepspeed and torchrun win.
+    """Sets the variables that torch reads from those of srun or MPI; deepspeed's and torchrun's own win.
 
     A process without others takes the first GPU that it sees, and all cores; several on this host share the cores.
 
@@ -108,7 +108,7 @@ def enter_launch(environment: MutableMapping[str, str] = os.environ) -> None:
 
 
 def _check_torch_variables(environment: MutableMapping[str, str]) -> None:
-    """Checks what deepspeed or torchrun have set; a single rank needs no meeting place."""
+    """Checks the variables of deepspeed or torchrun; a single rank needs no meeting place."""
     rank, world_size = _number(environment, "RANK"), _number(environment, "WORLD_SIZE")
     if rank is None or world_size is None:
         raise ConfigError([f"RANK is {rank} but WORLD_SIZE is not set; {HOW}"])

@@ -55,10 +55,9 @@ def resume_command(chain: list[tuple[int, int]], environment: Mapping[str, str] 
 
 
 def _started_elsewhere(launcher: list[str], environment: Mapping[str, str]) -> str:
-    """The kind of command that has started this process from another host; empty for one that is seen here.
+    """The kind of command that started this process from another host; empty for one that is seen here.
 
-    Args:
-        launcher: the topmost launcher's command line; empty without one.
+    `launcher` is the topmost launcher's command line, empty without one.
     """
     if any(word.startswith("deepspeed.launcher.launch") for word in launcher):  # a host's share of it
         return "launch/multi_node.sh (or deepspeed --hostfile)"

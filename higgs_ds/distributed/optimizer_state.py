@@ -37,7 +37,7 @@ class GatheredState:
         return OptimizerState(weights, exp_avg, exp_avg_sq, self.adam_steps)
 
     def full_weights(self) -> dict[str, torch.Tensor]:
-        """The weights alone."""
+        """The weights only."""
         return self._full(self.weights)
 
     def _full(self, shares: list[torch.Tensor]) -> dict[str, torch.Tensor]:

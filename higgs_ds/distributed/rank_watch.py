@@ -72,7 +72,7 @@ class Watch:
         self._launchers = find_launchers()
         self.resume_command = resume_command(self._launchers)
         self._stop = stop
-        # What must be done even then: a checkpoint being written is finished.
+        # Actions that come before any end: a checkpoint being written is finished.
         self.before_end: list[Callable[[Verdict], None]] = []
         hosts = [ranks.host_of(rank) for rank in range(ranks.world_size)]
         self._peers = Peers(ranks.rank, connections, hosts)
@@ -116,7 +116,7 @@ class Watch:
         single = self._ranks.world_size == 1
         for_user = hasattr(error, "exit_code")
         # Where another rank died, an error of a collective is only its echo: the verdict ends this process first.
-        # What is the user's to mend may have met all ranks at once: rank 0 is the first to say so.
+        # An error that the user is to mend may have met all ranks at once: rank 0 is the first to say so.
         time.sleep(0.0 if single or (for_user and self._ranks.is_main) else NEWS_WAIT_SEC)
         if for_user:
             say(str(error), error=True)

@@ -1,4 +1,4 @@
-"""Asked to end: by whom, and what that means where the run stands."""
+"""Requests to stop, by a signal or a launcher that is gone, and their effect in each part of a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..errors import ExitCode
 from ..process import say
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-# A launcher passes on what the whole group has already got: a second signal means it only after so long.
+# A launcher passes on what its process group already has: a signal counts as a second one only after so long.
 SECOND_SIGNAL_SEC = 3.0
 
 

@@ -22,14 +22,14 @@ MAX_LINE = 65536
 
 @dataclass
 class RankState:
-    """The step that a rank is at, and what it is doing there."""
+    """A rank's step, and its activity there."""
 
     rank: int
     progress: int = 0  # how often it has begun something new; all ranks begin the same things in the same order
     step: int = 0  # 0 before the first
     doing: str = "starting"
     no_progress_sec: float = 0.0  # how long it has been without any sign of progress
-    timed: bool = False  # whether the stall timeout holds for what it is doing
+    timed: bool = False  # True: the stall timeout holds for this activity
     host: str = ""  # where it is, in a run on several hosts
 
     @property

@@ -19,7 +19,7 @@ from .batching import micro_batches
 from .batching.batch_plan import MicroBatch, StepPlan
 from .distributed.agreement import check_same, check_shared, versions
 from .distributed.ds_config import nothing_to_shard_note
-from .distributed.engine import Engine, Ranks, join_group, leave_ranks, loading, meet_ranks, whole
+from .distributed.engine import Engine, Ranks, full_weight, join_group, leave_ranks, loading, meet_ranks
 from .distributed.rank_watch import STALL_TIMEOUT_SEC, Watch, check_stall_timeout
 from .distributed.single_process import NoWatch
 from .distributed.stop import StopRequest
@@ -130,7 +130,7 @@ def adapt(
         dropout=config.lora.lora_dropout,
         target_modules=config.lora.target_suffixes,
         modules_to_save=config.lora.modules_to_save,
-        whole=whole,
+        whole=full_weight,
         seed=config.optim.seed,
         base_name=base_name,
         base_revision=base_revision,

@@ -21,11 +21,12 @@ from higgs_ds import setup as run_setup
 from higgs_ds.batching import batch_index, collate
 from higgs_ds.batching import loader as dataset
 from higgs_ds.codec import boson_tokenizer
-from higgs_ds.distributed import agreement, engine, rank_watch, rendezvous
+from higgs_ds.distributed import agreement, engine, rank_watch, rendezvous, watch_sockets
 from higgs_ds.model import flops
 from higgs_ds.model.higgs_v2 import reference
 from higgs_ds.model.higgs_v2 import upstream as higgs
 from higgs_ds.model.higgs_v2.family import HiggsV2
+from tests.support.hosts import SHORT_SILENCE_SEC
 
 
 def _at_step(step: int, action) -> None:
@@ -249,6 +250,7 @@ def on_host(name: str, instead: dict[str, str], then: list | None) -> None:
     for place, folder in instead.items():
         subprocess.run(["mount", "--bind", folder, place], check=True)
     agreement.PATIENCE_SEC, rendezvous.REACH_TIMEOUT_SEC = 2.0, 3.0
+    watch_sockets.SILENCE_TIMEOUT_SEC = SHORT_SILENCE_SEC
     if then:
         globals()[then[0]](*then[1:])
 

@@ -6,11 +6,12 @@ import hashlib
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import model as pefts
 from torch import nn
 
 from ..errors import ConfigError, first_of, nearest
-from .files.adapter_file import with_lora
+from .files.adapter_file import Adapter
 from .files.adapter_names import layers_named, naming_nothing, peft_key
 
 
@@ -60,7 +61,7 @@ def attach_lora(
         task_type="CAUSAL_LM",
         revision=base_revision,
     )
-    peft_model = with_lora(model, lora)
+    peft_model = _with_lora(model, lora)
     peft_model.peft_config["default"].base_model_name_or_path = base_name
     for name, parameter in peft_model.named_parameters():
         if parameter.requires_grad:
@@ -70,6 +71,24 @@ def attach_lora(
         module = model.get_submodule(name)
         module.weight = nn.Parameter(whole(module.get_parameter("weight")))
     peft_model.peft_config["default"].modules_to_save = list(modules_to_save) or None
+    return peft_model
+
+
+def attach_adapter(model: nn.Module, adapter: Adapter) -> PeftModel:
+    """A checked adapter on the model that it was checked against; PEFT sees a config of ours, and not the file's."""
+    config = adapter.config
+    peft_model = attach_lora(
+        model,
+        rank=config.rank,
+        alpha=config.alpha,
+        rslora=config.rslora,
+        dropout=0.0,
+        target_modules=list(adapter.weights),
+        modules_to_save=list(adapter.whole),
+        seed=0,
+        base_name=config.base_name or "",
+    )
+    set_lora(peft_model, adapter.state_dict(), "--adapter")
     return peft_model
 
 
@@ -101,3 +120,14 @@ def initial_lora(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
     bound = shape[-1] ** -0.5
     return torch.rand(shape, generator=generator) * (2 * bound) - bound
+
+
+def _with_lora(model: nn.Module, config: LoraConfig) -> PeftModel:
+    """PEFT's `get_peft_model` for plain LoRA, in the dtype of the layers that it is put on.
+
+    PEFT's default would keep float32 copies of LoRA under zero.Init alone, so that the stages would differ. And where
+    bitsandbytes is installed it imports it (1.5 s and 44 MB a rank), to look for that library's own layers: here are
+    none. `tests/model/test_quantized.py` fails when that changes.
+    """
+    pefts.is_bnb_available = pefts.is_bnb_4bit_available = lambda: False  # type: ignore[assignment]
+    return get_peft_model(model, config, autocast_adapter_dtype=False)

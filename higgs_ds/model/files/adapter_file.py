@@ -265,46 +265,6 @@ def read_adapter(folder: Path, modules: Adaptable, config: AdapterConfig, flag: 
     return Adapter(config, pairs, {name: stored[f"{PREFIX}{name}.weight"] for name in whole})
 
 
-def attach(model, adapter: Adapter):
-    """A `PeftModel` of `model` with a checked adapter on it; PEFT sees a config of ours, and not the file's.
-
-    Args:
-        model: the one whose linear layers `adapter` was checked against.
-        adapter: from `read_adapter`.
-    """
-    from peft import LoraConfig
-
-    lora = LoraConfig(
-        r=adapter.config.rank,
-        lora_alpha=adapter.config.alpha,  # type: ignore[arg-type]  # PEFT computes with it as with any number
-        use_rslora=adapter.config.rslora,
-        target_modules=list(adapter.weights),
-        task_type="CAUSAL_LM",
-    )
-    for name, stored in adapter.whole.items():
-        model.get_submodule(name).weight.data.copy_(stored.read())
-    peft_model = with_lora(model, lora)
-    weights = adapter.lora()
-    for name, parameter in peft_model.named_parameters():
-        if parameter.requires_grad:
-            parameter.data.copy_(weights[peft_key(name)])
-    return peft_model
-
-
-def with_lora(model, config):
-    """PEFT's `get_peft_model` for plain LoRA, in the dtype of the layers that it is put on.
-
-    PEFT's default would keep float32 copies of LoRA under zero.Init alone, so that the stages would differ. And where
-    bitsandbytes is installed it imports it (1.5 s and 44 MB a rank), to look for that library's own layers: here are
-    none. `tests/model/test_quantized.py` fails when that changes.
-    """
-    from peft import get_peft_model
-    from peft.tuners.lora import model as pefts
-
-    pefts.is_bnb_available = pefts.is_bnb_4bit_available = lambda: False
-    return get_peft_model(model, config, autocast_adapter_dtype=False)
-
-
 def write_adapter(folder: Path, config, weights: dict[str, torch.Tensor]) -> None:
     """An adapter in PEFT's format.
 

@@ -96,15 +96,10 @@ def codec_reference(codec: str, layout: str) -> str:
             raise ConfigError([f"--codec: {codec} is neither a folder nor a hub id (owner/name)"])
         return codec
     raw = read_json(folder / "config.json", "--codec") if (folder / "config.json").is_file() else {}
+    fits, files = is_renamed(raw), f"model_type {MODEL_TYPE!r}"
     if layout == BOSON:
-        if not raw or is_renamed(raw) or not (folder / "model.pth").is_file():
-            words = "is no codec in Boson's layout (config.json and model.pth), and its engine loads no other"
-            raise ConfigError([f"--codec: {codec} {words}; give the hub id"])
-    elif not is_renamed(raw):
-        raise ConfigError(
-            [
-                f"--codec: {codec} is no codec in transformers' layout (model_type {raw.get('model_type')!r}, "
-                f"expected {MODEL_TYPE!r}), and its processor loads no other; give the hub id"
-            ]
-        )
+        fits, files = bool(raw) and not fits and (folder / "model.pth").is_file(), "config.json and model.pth"
+    if not fits:
+        found = f"{codec} is no codec in {layout}'s layout ({files}), and what loads the model loads no other"
+        raise ConfigError([f"--codec: {found}; give the hub id"])
     return str(folder.resolve())

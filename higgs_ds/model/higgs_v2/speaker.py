@@ -16,8 +16,9 @@ from ...data.manifest import Turn
 from ...distributed.device import pick_device, take_device
 from ...errors import ConfigError
 from ..base import DTYPES, BaseCheckpoint
-from ..files.adapter_file import Adapter, attach, check_base, read_adapter, read_adapter_config
+from ..files.adapter_file import Adapter, check_base, read_adapter, read_adapter_config
 from ..files.weight_files import all_finite
+from ..lora import attach_adapter
 from ..speech import Answer, Sampling
 from .load import adaptable_modules, load_checkpoint
 from .prompt import tokenize
@@ -96,7 +97,7 @@ class Speaker:
         self.codec = codec
         model = load_checkpoint(HiggsAudioModel, base.folder, base.config, DTYPES[dtype])
         if weights is not None:
-            model = attach(model, weights).merge_and_unload()
+            model = attach_adapter(model, weights).merge_and_unload()
         self.model = model.to(self.device).eval()
         self.dtype = dtype
         self._refuse_broken(base, adapter, weights)

@@ -14,6 +14,7 @@ from ..process import say, tell
 from . import flag_types
 from .merge import add_export, add_merge
 from .outputs import writable_folder
+from .report import add_report
 from .speak import add_generate, add_recite
 
 
@@ -76,6 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_recite(verbs)
     add_merge(verbs)
     add_export(verbs)
+    add_report(verbs)
     for name, verb in verbs.choices.items():
         if name not in ("check", "prepare"):  # which have it from the options of a run
             verb.add_argument("--debug", action="store_true", help="print the traceback behind an error message")

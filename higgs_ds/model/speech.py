@@ -9,9 +9,16 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 if TYPE_CHECKING:
+    import torch
+
     from ..codec.base import Codec
     from ..data.chatml import Turn
     from .spec import ModelSpec
+
+
+def default_dtype(device: torch.device) -> str:
+    """The dtype to speak in: a GPU is made for bf16, and a CPU slower in it."""
+    return "bf16" if device.type == "cuda" else "fp32"
 
 
 @dataclass(frozen=True)

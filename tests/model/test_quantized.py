@@ -115,7 +115,7 @@ def test_bitsandbytes_is_imported_where_it_is_asked_for_and_fetches_nothing(tiny
     assert ran.stdout.splitlines() == ["False True", "True True"] and "kernels-community" not in ran.stderr
 
 
-@pytest.mark.parametrize(("stage", "dtype"), [(0, "fp32"), (1, "bf16"), (2, "bf16")])
+@pytest.mark.parametrize(("stage", "dtype"), [(0, "fp32"), (2, "bf16")])
 def test_a_run_goes_on_to_the_bit_and_its_adapter_says_what_it_was_trained_on(
     stage, dtype, forks, flags_of, tiny_dir, tiny_config, tmp_path, capsys
 ):

@@ -19,7 +19,7 @@ from ..base import DTYPES, BaseCheckpoint
 from ..files.adapter_file import Adapter, check_base, read_adapter, read_adapter_config
 from ..files.weight_files import all_finite
 from ..lora import attach_adapter
-from ..speech import Answer, Sampling
+from ..speech import Answer, Sampling, default_dtype
 from .load import adaptable_modules, load_checkpoint
 from .prompt import tokenize
 from .stop_rules import BOSON, STOP_RULES, stopping
@@ -51,11 +51,6 @@ def generate_options(sampling: Sampling) -> dict:
         "ras_win_len": sampling.ras_window,
         "ras_win_max_num_repeat": sampling.ras_max_repeats,
     }
-
-
-def default_dtype(device: torch.device) -> str:
-    """The dtype to speak in: a GPU is made for bf16, and a CPU slower in it."""
-    return "bf16" if device.type == "cuda" else "fp32"
 
 
 class Speaker:

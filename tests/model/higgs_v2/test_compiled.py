@@ -70,7 +70,8 @@ def test_two_programs_give_eagers_gradients_whatever_the_micro_batch(
     eager = training_forward(model, config)
     monkeypatch.setattr(fused_lora, "drops_by_bits", lambda device_type: False)  # draws as where a compiler traces
     programs = 0
-    for name in [*WITHOUT_AUDIO, *ALL_BATCHES]:
+    # All shapes with dropout; without it, which is another program, a few are enough.
+    for name in [*WITHOUT_AUDIO, *(ALL_BATCHES if dropout else ("mixed lengths", "a filler"))]:
         batch = batch_called(name, tokenizer, config)
         wanted = computed(eager, batch, seed=3)
         for module in modules:

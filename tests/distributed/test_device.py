@@ -13,7 +13,7 @@ from higgs_ds.distributed.engine import start_ranks
 from higgs_ds.distributed.rank_watch import NCCL_TIMEOUT_SEC, STALL_TIMEOUT_SEC, check_stall_timeout
 from higgs_ds.distributed.rendezvous import Meeting
 from higgs_ds.errors import ConfigError
-from higgs_ds.model.higgs_v2.speaker import default_dtype
+from higgs_ds.model.speech import default_dtype
 from higgs_ds.tools.cli import main as higgs_ds
 from tests.conftest import SPEECH
 from tests.support.ranks import assert_all, run_ranks

@@ -120,7 +120,7 @@ def test_rotation_and_what_a_checkpoint_holds(saved, tiny_dir):
     assert [path.name for path in kept] == ["step-000003", "step-000004", "step-000005"]
     assert not list((folder / "checkpoints").glob(".*"))
     newest = read_checkpoint(kept[-1])
-    assert newest.position.step == 5 and newest.state.adam_steps == 5 and newest.position.rows_per_step == 2
+    assert newest.progress.step == 5 and newest.state.adam_steps == 5 and newest.progress.rows_per_step == 2
     size = sum(path.stat().st_size for path in kept[-1].rglob("*") if path.is_file())
     parameters = sum(value.numel() for value in newest.state.weights.values())
     assert size <= 16 * parameters + 1_000_000
@@ -169,7 +169,7 @@ def test_any_damage_to_any_file_is_detected(name, damage, saved, tmp_path):
     with pytest.raises(ConfigError, match="--resume"):
         find_checkpoint(str(newest), tmp_path)
     found, said = find_checkpoint("auto", tmp_path)
-    assert found.position.step == 4 and len(said) == 1 and "step-000005" in said[0]
+    assert found.progress.step == 4 and len(said) == 1 and "step-000005" in said[0]
 
 
 def test_what_another_rank_has_proven_is_not_read_for_proof_and_a_copy_is(saved, tmp_path, monkeypatch):
@@ -259,7 +259,7 @@ def test_a_resealed_checkpoint_that_no_run_wrote_is_passed_over(kind, saved, tmp
     with pytest.raises(CheckpointError, match=reason):
         read_checkpoint(newest)
     found, said = find_checkpoint("auto", tmp_path)
-    assert found.position.step == 4 and len(said) == 1 and "step-000005" in said[0]
+    assert found.progress.step == 4 and len(said) == 1 and "step-000005" in said[0]
 
 
 @pytest.mark.parametrize("files", [[], ["state.json"], "state.json", 1, None])
@@ -269,7 +269,7 @@ def test_checksums_that_are_no_names_with_sums_are_passed_over(files, saved, tmp
     for content in (_sealed(files), b'{"files": ' + b"[" * 99999):
         (newest / "checksums.json").write_bytes(content)
         found, said = find_checkpoint("auto", tmp_path)
-        assert found.position.step == 4 and "checksums.json is damaged" in said[0]
+        assert found.progress.step == 4 and "checksums.json is damaged" in said[0]
 
 
 def test_an_absurd_step_that_its_folder_agrees_with_is_passed_over(saved, tmp_path):
@@ -278,7 +278,7 @@ def test_an_absurd_step_that_its_folder_agrees_with_is_passed_over(saved, tmp_pa
     shutil.copytree(tmp_path / "checkpoints/step-000005", absurd)
     reseal(absurd, with_state(step=900_000_000))
     found, said = find_checkpoint("auto", tmp_path)
-    assert found.position.step == 5 and "5 updates and 0 dropped steps in 900000000 steps" in said[0]
+    assert found.progress.step == 5 and "5 updates and 0 dropped steps in 900000000 steps" in said[0]
 
 
 @pytest.mark.parametrize("kind", ["file", "link", "link to nowhere", "folder"])
@@ -298,14 +298,14 @@ def test_what_stands_where_a_checkpoint_goes_is_kept(kind, saved, tmp_path):
             (tmp_path / name).symlink_to(mine if kind == "link" else "nowhere")
     (tmp_path / "left-step-000005").write_text("of a run before")
     writer.clean(5)
-    writer._write(ours.position, ours.state, [{"cpu": torch.get_rng_state()}])
+    writer._write(ours.progress, ours.state, [{"cpu": torch.get_rng_state()}])
     assert list_checkpoints(tmp_path) == [tmp_path / "step-000005"] and read_checkpoint(tmp_path / "step-000005")
     left = tmp_path / "left-step-000005-1"
     assert left.is_symlink() == kind.startswith("link") and os.path.lexists(left)
     assert (mine / "notes").read_text() == "work" and sorted(path.name for path in mine.iterdir()) == ["notes"]
     if kind == "folder":
         assert (left / "notes").read_text() == "work"
-    writer._write(ours.position, ours.state, [{"cpu": torch.get_rng_state()}])  # saved again: replaced
+    writer._write(ours.progress, ours.state, [{"cpu": torch.get_rng_state()}])  # saved again: replaced
     assert read_checkpoint(tmp_path / "step-000005") and not list(tmp_path.glob("left-*-2"))
     assert not list(tmp_path.glob(".*"))
 
@@ -332,9 +332,9 @@ def test_only_step_and_digits_is_a_checkpoint_and_what_a_user_keeps_stays(saved,
     names = [path.name for path in list_checkpoints(checkpoints)]
     assert names == ["step-000003", "step-000004", "step-000005", "step-1000000"]
     found, said = find_checkpoint("auto", tmp_path)
-    assert found.position.step == 5 and "the folder says 1000000" in said[0] and len(said) == 1
+    assert found.progress.step == 5 and "the folder says 1000000" in said[0] and len(said) == 1
     kept, said = find_checkpoint(str(checkpoints / "step-best"), tmp_path)  # by its own name it can be resumed from
-    assert kept.position.step == 3 and not said
+    assert kept.progress.step == 3 and not said
 
 
 def test_what_cannot_go_on_is_refused_and_what_changes_is_said(forks, saved, tmp_path):

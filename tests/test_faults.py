@@ -358,9 +358,9 @@ def test_a_stop_signal_in_any_phase(phase, forks, run_flags, whole, tmp_path):
         assert "ending: rank 1 was asked to stop (SIGTERM) before the first step" in results[0].output
         assert stopped["saved_step"] == steps_done(tmp_path / "run") == 0
     else:
-        position = read_checkpoint(list_checkpoints(tmp_path / "run/checkpoints")[-1]).position
-        assert position.step == stopped["saved_step"] == steps_done(tmp_path / "run") < STEPS
-        assert position.owes_validation == (position.step % 4 == 0) and (phase != "validate" or position.step == 12)
+        progress = read_checkpoint(list_checkpoints(tmp_path / "run/checkpoints")[-1]).progress
+        assert progress.step == stopped["saved_step"] == steps_done(tmp_path / "run") < STEPS
+        assert progress.owes_validation == (progress.step % 4 == 0) and (phase != "validate" or progress.step == 12)
     assert [r.returncode for r in forks.run(flags, 2)] == [0, 0]
     assert_same_run(tmp_path / "run", whole)
 
@@ -413,7 +413,7 @@ def assert_write_failed(results, folder) -> None:
     assert "Traceback" not in results[0].output
     newest = list_checkpoints(folder / "checkpoints")[-1]
     # Step 4 was still being written in the background when the limit came, or step 6 was the first to meet it.
-    assert failed in (4, 6) and read_checkpoint(newest).position.step == failed - 2
+    assert failed in (4, 6) and read_checkpoint(newest).progress.step == failed - 2
     assert not being_written(folder / "checkpoints")
 
 

@@ -80,7 +80,7 @@ def test_manifests_and_their_rows_are_known_to_a_resume():
 
     def resumed(config, **more):
         fixed = {"step": 3, "epoch": 0.5, "dropped_steps": 0, "rows_per_step": 4, "num_rows": 20, "world_size": 2}
-        return SimpleNamespace(position=Progress(**fixed, config=config, **more))
+        return SimpleNamespace(progress=Progress(**fixed, config=config, **more))
 
     saved, now = resumed(settings("a", "b=.5"), manifest_rows=[8, 12]), settings("a", "b=0.50")
     assert changed_settings(saved, now, 20, [8, 12]) == []

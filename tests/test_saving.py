@@ -109,7 +109,7 @@ def test_nothing_stands_between_the_last_step_and_the_disk(phase, count, validat
         ours, wanted = weights_of(folder / name), weights_of(whole / name)
         assert ours.keys() == wanted.keys() and all(torch.equal(ours[key], wanted[key]) for key in wanted)
         assert "| validation loss |" in (folder / name / "README.md").read_text()
-    assert not read_checkpoint(folder / "checkpoints/step-000004").position.owes_validation
+    assert not read_checkpoint(folder / "checkpoints/step-000004").progress.owes_validation
 
 
 def test_a_console_that_is_gone_costs_nothing(forks, flags_of, tmp_path):

@@ -48,7 +48,7 @@ def test_stopped_on_two_ranks_and_gone_on_with_on_one(forks, tiny_dir, codec_dir
     output = run("parts", 1, grad_accum=1, max_steps=5, resume="auto")
     assert "resuming after step 3" in output and "4 accumulation × 1 ranks = 4 micro-batches" in output
     ours, wanted = (read_checkpoint(tmp_path / name / "checkpoints/step-000005") for name in ("parts", "whole"))
-    assert ours.position.epoch == wanted.position.epoch and ours.position.micro_batches_per_step == 4
+    assert ours.progress.epoch == wanted.progress.epoch and ours.progress.micro_batches_per_step == 4
     assert distance(ours.state.weights, wanted.state.weights) < 1e-5
     assert distance(ours.state.exp_avg, wanted.state.exp_avg) < 1e-4
     losses = [
@@ -66,7 +66,7 @@ def config_of(*flags):
 
 def checkpoint_of(config, /, **changes):
     fixed = {"step": 3, "epoch": 0.5, "dropped_steps": 0, "rows_per_step": 0, "num_rows": 9, "world_size": 2}
-    return SimpleNamespace(position=Progress(**{**fixed, "config": config.as_dict(), **changes}))
+    return SimpleNamespace(progress=Progress(**{**fixed, "config": config.as_dict(), **changes}))
 
 
 def test_the_accumulation_keeps_the_number_of_micro_batches():

@@ -201,7 +201,7 @@ def test_a_loss_that_is_not_real_ends_every_rank_with_code_3(forks, tiny_dir, co
     (failure,) = map(json.loads, (tmp_path / "run/guard_failures.jsonl").read_text().splitlines())
     assert failure["check"] == "audio_logits" and failure["rank"] == 1
     # What was trained before is whole, and is gone on with once the cause is mended.
-    assert read_checkpoint(tmp_path / "run/checkpoints/step-000002").position.step == 2
+    assert read_checkpoint(tmp_path / "run/checkpoints/step-000002").progress.step == 2
     assert_all(forks.run([*flags, "--resume", "auto"], 2))
     assert [row["global_step"] for row in metrics_of(tmp_path / "run")] == [1, 2, 3]
 
@@ -215,7 +215,7 @@ def test_skip_goes_on_and_counts(forks, tiny_dir, codec_dir, tmp_path):
     assert [row["guard/code_range"] for row in rows] == [[1, 0], [2, 0], [3, 0]]
     assert [row["guard/failed_checks"] for row in rows] == [1, 2, 3]
     kept = read_checkpoint(tmp_path / "run/checkpoints/step-000003")
-    assert kept.position.dropped_steps == 3 and kept.state.adam_steps == 0
+    assert kept.progress.dropped_steps == 3 and kept.state.adam_steps == 0
     assert not any(moment.any() for moment in kept.state.exp_avg.values())
     # Zeros are what Adam begins with: a run goes on from there.
     assert_all(forks.run(changed(flags, "--resume", "auto", "--max_steps", "4"), 2))

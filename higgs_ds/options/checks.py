@@ -53,7 +53,7 @@ def _forward_problems(config: TrainConfig) -> list[str]:
 
 
 def head_problems(config: TrainConfig) -> list[str]:
-    """A line for each head with LoRA that is trained whole too, or beside the fused loss."""
+    """A line for each head with LoRA that is trained in full too, or beside the fused loss."""
     problems = []
     for target in config.lora.target_suffixes:
         head = target.rsplit(".", 1)[-1]

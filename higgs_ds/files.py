@@ -104,7 +104,7 @@ def first_free(path: Path) -> Path:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file whole, UTF-8. Raises OSError."""
+    """Writes a file, UTF-8, never half of it. Raises OSError."""
     with replacing(path) as beside:
         beside.write_text(text, encoding="utf-8")
 
@@ -155,14 +155,10 @@ def stamp(path: Path) -> tuple[int, int, int]:
 
 def sha256(path: Path) -> str:
     """Of a file's content, in hex. Raises OSError."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
-
-
-def _sha256(file) -> str:
-    digest = hashlib.sha256()  # Python 3.10
-    while chunk := file.read(1 << 20):
-        digest.update(chunk)
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
     return digest.hexdigest()
 
 

@@ -55,20 +55,17 @@ def train(config: TrainConfig, ds_raw: dict, stop: StopRequest) -> int:
             at_end = f"nothing is left to train: {setup.output_dir / 'adapter'} is of the run's last step"
             return leave_ranks(ExitCode.OK, at_end)
 
-        # 4. Model: base weights, LoRA, engine, guard; and whether its largest micro-batch fits.
+        # 4. Model: base weights, LoRA, engine; and whether its largest micro-batch fits.
         engine = run.load_model(setup, ranks, watch, first_inputs=data.any_inputs)
-        guard = run.make_guard(setup, ranks)
         run.say_plan(setup, data, engine, ranks)
-        run.check_memory(setup, data, engine, guard, ranks, watch)
+        run.check_memory(setup, data, engine, ranks, watch)
 
         # 5. Train, under the guard. From here on a signal is a request to save and stop.
         saver = Saver(setup, data, engine, ranks, wandb)
         watch.before_end.insert(0, saver.writer.finish)  # before stopped.json says what is saved
         try:
             with saver.open_tracker() as tracker:
-                trainer = run.make_trainer(
-                    setup, data, engine, guard, ranks, watch, tracker=tracker, saver=saver, stop=stop
-                )
+                trainer = run.make_trainer(setup, data, engine, ranks, watch, tracker=tracker, saver=saver, stop=stop)
                 stop.training()
                 try:
                     with data.steps(setup.first_step, data.total_steps) as steps:

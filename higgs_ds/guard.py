@@ -109,7 +109,7 @@ class Guard:
 
     def check_batch(self, batch: Batch, step: int, micro_batch: int) -> list[Failure]:
         """Checks what can be known before the forward: keys, placeholders, codes."""
-        return self._failures(list(_batch_problems(batch, self.spec)), batch, step, micro_batch)
+        return self._failures(list(batch_problems(batch, self.spec)), batch, step, micro_batch)
 
     def check_result(
         self, batch: Batch, report: ForwardReport, stats: MicroBatchStats, step: int, micro_batch: int
@@ -186,8 +186,8 @@ class Guard:
         return f"{stem}.safetensors"
 
 
-def _batch_problems(batch: Batch, spec: ModelSpec) -> Iterator[tuple[str, str]]:
-    """(check, what was found) for each that fails."""
+def batch_problems(batch: Batch, spec: ModelSpec) -> Iterator[tuple[str, str]]:
+    """(check, what was found) for each check that a batch fails before its forward."""
     missing = [name for name in ("label_ids", "label_audio_ids", "audio_out_ids") if getattr(batch, name, None) is None]
     if missing:
         yield "batch_keys", f"missing: {', '.join(missing)}"

@@ -11,7 +11,8 @@ from .batching.collate import Batch
 from .checkpoint import restore_rng, rng_state
 from .distributed.engine import Engine, Ranks
 from .errors import ExitCode, first_of
-from .guard import Guard
+from .guard import batch_problems
+from .model.spec import ModelSpec
 from .options.sections import TrainConfig
 from .report.metrics import peak_memory_gib, restart_peak_memory
 
@@ -53,7 +54,7 @@ def advice(config: TrainConfig, stage: int) -> str:
     return ", or ".join(changes)
 
 
-def measure(engine: Engine, ranks: Ranks, guard: Guard, batch: Batch, config: TrainConfig) -> str | None:
+def measure(engine: Engine, ranks: Ranks, spec: ModelSpec, batch: Batch, config: TrainConfig) -> str | None:
     """One micro-batch forward and backward, of which nothing is kept: no gradient, no random draw, no peak of memory.
 
     Every rank must call this with the same batch; the engine's first step comes after it. A batch that the guard
@@ -64,10 +65,7 @@ def measure(engine: Engine, ranks: Ranks, guard: Guard, batch: Batch, config: Tr
     Raises:
         DoesNotFitError: on the ranks that ran out of memory, which the `Watch` around it must tell the others.
     """
-    seen = guard.failed.copy()
-    refused = any(ranks.sum([len(guard.check_batch(batch, 0, 0))]))
-    guard.failed = seen  # it will be counted where it is trained on
-    if refused:
+    if any(ranks.sum([any(True for _ in batch_problems(batch, spec))])):
         return None
     rng = rng_state(ranks.device)
     engine.train()

@@ -176,7 +176,7 @@ def say_plan(setup: Setup, data: Data, engine: Engine, ranks: Ranks) -> None:
     ranks.say("\n".join(line for line in lines if line))
 
 
-def check_memory(setup: Setup, data: Data, engine: Engine, guard: Guard, ranks: Ranks, watch: Watch | NoWatch) -> None:
+def check_memory(setup: Setup, data: Data, engine: Engine, ranks: Ranks, watch: Watch | NoWatch) -> None:
     """The most expensive micro-batch of the plan, once, on GPUs: a run that does not fit ends before its first step.
 
     On any device with `--compile`, whose seconds are said.
@@ -193,7 +193,7 @@ def check_memory(setup: Setup, data: Data, engine: Engine, guard: Guard, ranks: 
     last_step = max(setup.first_step, data.plan.total_steps(config.optim.epochs, config.optim.max_steps))
     rows = data.plan.most_expensive(tokens, setup.first_step, last_step, padded=not setup.padding_free)
     batch = data.dataset(data.corpus.train_rows)[MicroBatch(rows)]
-    if took := memory_check.measure(engine, ranks, guard, batch, config):
+    if took := memory_check.measure(engine, ranks, setup.base.spec, batch, config):
         ranks.say(took)
     if config.model.compile:
         from .model.compiler import seconds_compiling
@@ -206,7 +206,6 @@ def make_trainer(
     setup: Setup,
     data: Data,
     engine: Engine,
-    guard: Guard,
     ranks: Ranks,
     watch: Watch | NoWatch,
     *,
@@ -226,7 +225,7 @@ def make_trainer(
     trainer = Trainer(
         engine=engine,
         ranks=ranks,
-        guard=guard,
+        guard=make_guard(setup, ranks),
         weights=setup.weights,
         learning_rate=schedule(config.as_dict(), data.total_steps),
         on_bad_loss=on_bad_loss or config.loss.on_bad_loss,
@@ -288,10 +287,9 @@ def check(config: TrainConfig, ds_raw: dict) -> int:
         setup = open_setup(config, ds_raw, ranks, watch)
         data = load_data(setup, ranks, watch, only_one_step=True)
         engine = load_model(setup, ranks, watch, first_inputs=data.any_inputs)
-        guard = make_guard(setup, ranks)
         say_plan(setup, data, engine, ranks)
-        check_memory(setup, data, engine, guard, ranks, watch)
-        trainer = make_trainer(setup, data, engine, guard, ranks, watch, on_bad_loss="raise")
+        check_memory(setup, data, engine, ranks, watch)
+        trainer = make_trainer(setup, data, engine, ranks, watch, on_bad_loss="raise")
         try:
             with data.steps(setup.first_step, data.total_steps) as steps:
                 trainer.train(steps)

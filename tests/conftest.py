@@ -60,6 +60,7 @@ def tokenizer(tiny_dir):
 @pytest.fixture(scope="session")
 def flags_of(tiny_dir, codec_dir):
     def flags(output_dir, **changes) -> list[str]:
+        """Of `train_ds.py`; None leaves one out, a list is several words."""
         settings = {
             "train_manifest": SPEECH,
             "base_ckpt": tiny_dir,
@@ -72,7 +73,9 @@ def flags_of(tiny_dir, codec_dir):
             "lr": 1e-2,
             "epochs": 10,
         }
-        return [str(word) for name, value in (settings | changes).items() for word in (f"--{name}", value)]
+        given = {name: value for name, value in (settings | changes).items() if value is not None}
+        words = ((f"--{name}", *(value if isinstance(value, list) else [value])) for name, value in given.items())
+        return [str(word) for flag in words for word in flag]
 
     return flags
 

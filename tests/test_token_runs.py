@@ -15,30 +15,13 @@ from tests.support.ranks import assert_all
 BUDGET = 700
 
 
-def test_stopped_on_two_ranks_and_gone_on_with_on_one(forks, tiny_dir, codec_dir, tmp_path):
+def test_stopped_on_two_ranks_and_gone_on_with_on_one(forks, flags_of, tmp_path):
+    fixed = {"codes_cache": tmp_path / "codes", "max_tokens_per_batch": BUDGET, "batch_size": None, "num_workers": 1}
+    fixed |= {"dtype": "fp32", "lora_dropout": 0, "lr_scheduler": "constant", "warmup_ratio": 0}
+    fixed |= {"val_manifest": SPEECH, "save_every": 3, "eval_every": 5}
+
     def run(folder, ranks, **changes):
-        settings = {
-            "train_manifest": SPEECH,
-            "val_manifest": SPEECH,
-            "base_ckpt": tiny_dir,
-            "codec": codec_dir,
-            "output_dir": tmp_path / folder,
-            "codes_cache": tmp_path / "codes",
-            "max_tokens_per_batch": BUDGET,
-            "num_workers": 1,
-            "wandb_mode": "disabled",
-            "lora_r": 8,
-            "lr": 1e-2,
-            "epochs": 10,
-            "dtype": "fp32",
-            "lora_dropout": 0,
-            "lr_scheduler": "constant",
-            "warmup_ratio": 0,
-            "save_every": 3,
-            "eval_every": 5,
-        }
-        flags = [str(w) for name, value in (settings | changes).items() for w in (f"--{name}", value)]
-        results = forks.run(flags, ranks)
+        results = forks.run(flags_of(tmp_path / folder, **fixed, **changes), ranks)
         assert_all(results)
         return results[0].output
 

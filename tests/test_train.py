@@ -23,6 +23,8 @@ from higgs_ds.tools.recite import Recital
 from tests.conftest import ROOT, SPEECH
 from tests.support.ranks import assert_all, changed
 
+SHORT = {"dtype": "fp32", "max_steps": 3}
+
 
 def metrics_of(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -112,31 +114,17 @@ def test_generate_speaks_a_sentence(quickstart, tmp_path):
     assert abs(len(waveform) / rate - row["duration"]) < 0.05
 
 
-def training_flags(folder, tiny_dir, codec_dir, **changes):
-    flags = {
-        "train_manifest": SPEECH,
-        "base_ckpt": tiny_dir,
-        "codec": codec_dir,
-        "output_dir": folder,
-        "dtype": "fp32",
-        "num_workers": 0,
-        "max_steps": 3,
-        "batch_size": 2,
-        "wandb_mode": "disabled",
-    }
-    return [str(word) for name, value in (flags | changes).items() for word in (f"--{name}", value)]
-
-
-def test_under_zero3_it_speaks_too_and_with_unshifted_labels_not(quickstart, forks, tmp_path):
+def test_under_zero3_it_speaks_too_and_with_unshifted_labels_not(quickstart, forks, flags_of, tmp_path):
     """Eight clips, whose loss falls with and without the shift: were what is trained of no matter, both would speak."""
     base, codec = quickstart[0] / "base", quickstart[0] / "codec"
     rows = [json.loads(line) for line in SPEECH.read_text().splitlines()[:8]]
     manifest = tmp_path / "eight.jsonl"
     manifest.write_text("".join(json.dumps(row | {"audio": str(SPEECH.parent / row["audio"])}) + "\n" for row in rows))
-    fixed = {"max_steps": 60, "eval_every": 1000, "train_manifest": manifest}
+    fixed = {"max_steps": 60, "eval_every": 1000, "train_manifest": manifest, "base_ckpt": base, "codec": codec}
+    fixed |= dict.fromkeys(("lora_r", "lr", "epochs"))  # as in the YAML file
 
     def start(name, world_size, patches=None, **changes):
-        flags = training_flags(tmp_path / name, base, codec, **fixed, **changes)
+        flags = flags_of(tmp_path / name, **fixed, **changes)
         return forks.start(["--config", "examples/quickstart.yaml", *flags], world_size, patches=patches)
 
     zero3 = start("zero3", 2, batch_size=4, deepspeed_config="ds_configs/zero3.json")
@@ -152,8 +140,8 @@ def test_under_zero3_it_speaks_too_and_with_unshifted_labels_not(quickstart, for
     assert max(recital.share for recital in recitals_of(tmp_path / "unshifted")) < 0.5
 
 
-def test_a_batch_that_fails_before_the_forward_ends_every_rank_with_code_3(forks, tiny_dir, codec_dir, tmp_path):
-    flags = training_flags(tmp_path / "run", tiny_dir, codec_dir, deepspeed_config="ds_configs/zero3.json")
+def test_a_batch_that_fails_before_the_forward_ends_every_rank_with_code_3(forks, flags_of, tmp_path):
+    flags = flags_of(tmp_path / "run", **SHORT, deepspeed_config="ds_configs/zero3.json")
     results = forks.run(flags, 2, patches={1: ["code_out_of_range"]})
     assert_all(results, returncode=3)
     assert max(r.ended_after_sec for r in results) - min(r.ended_after_sec for r in results) < 30
@@ -161,8 +149,8 @@ def test_a_batch_that_fails_before_the_forward_ends_every_rank_with_code_3(forks
     assert "FAIL [rank 1] code_range: codes from" in results[1].output
 
 
-def test_a_loss_that_is_not_real_ends_every_rank_with_code_3(forks, tiny_dir, codec_dir, tmp_path):
-    flags = training_flags(tmp_path / "run", tiny_dir, codec_dir)
+def test_a_loss_that_is_not_real_ends_every_rank_with_code_3(forks, flags_of, tmp_path):
+    flags = flags_of(tmp_path / "run", **SHORT)
     results = forks.run(flags, 2, patches={1: ["lost_audio_from", 3]})
     assert_all(results, returncode=3)
     assert max(r.ended_after_sec for r in results) - min(r.ended_after_sec for r in results) < 30
@@ -181,8 +169,8 @@ def test_a_loss_that_is_not_real_ends_every_rank_with_code_3(forks, tiny_dir, co
     assert [row["global_step"] for row in metrics_of(tmp_path / "run")] == [1, 2, 3]
 
 
-def test_skip_goes_on_and_counts(forks, tiny_dir, codec_dir, tmp_path):
-    flags = training_flags(tmp_path / "run", tiny_dir, codec_dir, on_bad_loss="skip", wandb_mode="offline")
+def test_skip_goes_on_and_counts(forks, flags_of, tmp_path):
+    flags = flags_of(tmp_path / "run", **SHORT, on_bad_loss="skip", wandb_mode="offline")
     results = forks.run(flags, 2, patches={0: ["code_out_of_range"]})
     assert_all(results)
     rows = metrics_of(tmp_path / "run")
@@ -197,8 +185,8 @@ def test_skip_goes_on_and_counts(forks, tiny_dir, codec_dir, tmp_path):
     assert metrics_of(tmp_path / "run")[-1]["global_step"] == 4
 
 
-def test_missing_expanded_labels_are_counted_in_the_metrics(forks, tiny_dir, codec_dir, tmp_path):
-    flags = training_flags(tmp_path / "run", tiny_dir, codec_dir, max_steps=2, grad_accum=2)
+def test_missing_expanded_labels_are_counted_in_the_metrics(forks, flags_of, tmp_path):
+    flags = flags_of(tmp_path / "run", **SHORT | {"max_steps": 2}, grad_accum=2)
     flags += ["--forward_impl", "upstream", "--loss_impl", "reference"]
     (result,) = forks.run(flags, 1, patches={0: ["no_expanded_labels"]})
     assert_all([result])
@@ -206,8 +194,8 @@ def test_missing_expanded_labels_are_counted_in_the_metrics(forks, tiny_dir, cod
     assert result.output.count("re-expanding them from the batch") == 1 and "path: re-expanded" in result.output
 
 
-def test_check_prints_the_checklist_and_leaves_no_run(forks, tiny_dir, codec_dir, tmp_path):
-    flags = training_flags(tmp_path / "run", tiny_dir, codec_dir)
+def test_check_prints_the_checklist_and_leaves_no_run(forks, flags_of, tmp_path):
+    flags = flags_of(tmp_path / "run", **SHORT)
     (result,) = forks.run(["check", *flags], 1)
     assert result.returncode == 0, result.output
     lines = [line for line in result.output.splitlines() if line.startswith(("ok  ", "FAIL"))]
@@ -224,7 +212,7 @@ def test_check_prints_the_checklist_and_leaves_no_run(forks, tiny_dir, codec_dir
     assert "FAIL [rank 0] audio logits: (0, 8, 1026)" in broken.output
 
 
-def test_bad_rows_are_listed_together_and_nothing_is_trained(forks, tiny_dir, codec_dir, tmp_path):
+def test_bad_rows_are_listed_together_and_nothing_is_trained(forks, flags_of, tmp_path):
     tone = np.sin(np.arange(16000) / 20) * 0.1
     soundfile.write(tmp_path / "good.wav", tone, 16000)
     soundfile.write(tmp_path / "empty.wav", tone[:0], 16000)
@@ -244,7 +232,7 @@ def test_bad_rows_are_listed_together_and_nothing_is_trained(forks, tiny_dir, co
     ]
     manifest = tmp_path / "train.jsonl"
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows) + "{broken\n")
-    flags = training_flags(tmp_path / "run", tiny_dir, codec_dir, train_manifest=manifest, max_duration_sec=3)
+    flags = flags_of(tmp_path / "run", **SHORT, train_manifest=manifest, max_duration_sec=3)
     results = forks.run(flags, 2)
     assert_all(results, returncode=2)
     lines = [line for line in results[0].output.splitlines() if line.startswith(str(manifest))]

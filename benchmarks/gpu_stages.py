@@ -70,11 +70,12 @@ class SmallModel:
 
     def __init__(self, folder: Path, hidden_size: int, num_layers: int):
         from higgs_ds.model.base import load_tokenizer
-        from higgs_ds.model.higgs_v2.checkpoint import load_base, read_model_config
+        from higgs_ds.model.higgs_v2.checkpoint import load_base
+        from higgs_ds.model.higgs_v2.config import read_checkpoint_config
         from higgs_ds.model.higgs_v2.tiny import write_tiny
 
         write_tiny(folder, hidden_size=hidden_size, num_layers=num_layers)
-        self.config, self.tokenizer = read_model_config(folder), load_tokenizer(folder)
+        self.config, self.tokenizer = read_checkpoint_config(folder), load_tokenizer(folder)
         self.bases = {dtype: load_base(folder, self.config, dtype) for dtype in ("fp32", "bf16")}
 
     def module(self, dtype: str, device: torch.device, *, dropout: float = 0.0, **settings):

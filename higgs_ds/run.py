@@ -123,6 +123,7 @@ def adapt(
         forward: makes another module of it than the training forward, for benchmarks.
     """
     config = setup.config
+    modules = family_of(setup.base).modules
     base_name, base_revision = pinned(config.model.base_ckpt, config.model.base_revision)
     lora_model = attach_lora(
         model,
@@ -131,7 +132,8 @@ def adapt(
         rslora=config.lora.lora_rslora,
         dropout=config.lora.lora_dropout,
         target_modules=config.lora.target_suffixes,
-        modules_to_save=config.lora.modules_to_save,
+        groups=modules.lora_groups,
+        modules_to_save=modules.trained_whole(config.lora.train_audio_embeddings, config.lora.train_heads),
         whole=whole,
         seed=config.optim.seed,
         base_name=base_name,

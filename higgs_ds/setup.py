@@ -20,6 +20,7 @@ from .errors import ConfigError
 from .loss import LossWeights
 from .model.base import BaseCheckpoint
 from .model.families import family_of, open_base
+from .model.init_adapter import settle_lora
 from .options.sections import TrainConfig
 
 
@@ -61,7 +62,7 @@ def open_setup(config: TrainConfig, ds_raw: dict, ranks: Ranks, watch: Watch | N
     watch.untimed("finding the base checkpoint")
     base = ranks.each(lambda: open_base_for(config))
     saved = resumed.progress.config if resumed else None
-    config, initial = ranks.each(lambda: family_of(base).settle_lora(config, base, saved))
+    config, initial = ranks.each(lambda: settle_lora(config, family_of(base), base.config, saved))
     setup = settle(config, ds_raw, base, ranks, resumed, [*notes, *base.notes])
     setup.initial = initial
     check_same(

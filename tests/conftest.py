@@ -45,9 +45,9 @@ def codec_dir(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_config(tiny_dir):
-    from higgs_ds.model.higgs_v2.checkpoint import read_model_config
+    from higgs_ds.model.higgs_v2.config import read_checkpoint_config
 
-    return read_model_config(tiny_dir)
+    return read_checkpoint_config(tiny_dir)
 
 
 @pytest.fixture(scope="session")

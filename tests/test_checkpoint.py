@@ -25,9 +25,10 @@ from higgs_ds.checkpoint import (
 )
 from higgs_ds.errors import ConfigError
 from higgs_ds.files import sha256
-from higgs_ds.model.files.adapter_names import PREFIX, SAVABLE_MODULES
-from higgs_ds.model.higgs_v2.init_adapter import OPTIONS
+from higgs_ds.model.files.adapter_names import PREFIX
 from higgs_ds.model.higgs_v2.layouts import transformers_name
+from higgs_ds.model.higgs_v2.modules import SAVABLE_MODULES
+from higgs_ds.model.init_adapter import OPTIONS
 from higgs_ds.options.sections import BASE_NAMES
 from higgs_ds.run_dir import prepare_run_dir
 from higgs_ds.tools.cli import main

@@ -45,8 +45,8 @@ def peak_flops(card: str, dtype: str) -> float | None:
 def touched_parameters(spec: ModelSpec) -> int:
     """Weights of the decoder's projections that one token is multiplied with, text and audio alike.
 
-    A token goes through one of a layer's two FFNs. Embedding, norms and heads are left out: the heads see labelled
-    positions alone.
+    A token goes through one FFN of a layer, however many it has. Embedding, norms and heads are left out: the heads
+    see labelled positions alone.
     """
     return spec.num_layers * sum(a * b for _, a, b in _projections(spec))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -11,8 +11,7 @@ from torch import nn
 
 from ..errors import ConfigError, first_of, nearest
 from .files.adapter_file import with_lora
-from .files.adapter_names import SAVABLE_MODULES, layers_named, naming_nothing, peft_key
-from .higgs_v2.modules import LORA_TARGET_GROUPS
+from .files.adapter_names import layers_named, naming_nothing, peft_key
 
 
 def attach_lora(
@@ -26,6 +25,7 @@ def attach_lora(
     base_name: str,
     base_revision: str | None = None,
     rslora: bool = False,
+    groups: Iterable[str] = (),
     modules_to_save: Sequence[str] = (),
     whole: Callable[[nn.Parameter], torch.Tensor] = lambda parameter: parameter.detach().clone(),
 ) -> PeftModel:
@@ -34,16 +34,18 @@ def attach_lora(
     The draw depends on the seed and the weight's name alone: the same start under every ZeRO stage and world size.
 
     Args:
-        modules_to_save: module names, or their ends, from `SAVABLE_MODULES`; they train in full, from the base's on.
+        groups: names for several layers at once, suggested where a target misspells one.
+        modules_to_save: module names, or their ends; they train in full, from the base's on.
         whole: gives a copy of a base weight, which ZeRO-3 has cut.
 
     Raises:
         ConfigError: a target that names no linear layer.
     """
+    modules = [name for name, _ in model.named_modules()]
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     suffixes = {name.rsplit(".", 1)[-1] for name in linears}
     problems = [
-        f"--lora_target_modules: {target!r} names no linear layer{nearest(target, [*suffixes, *LORA_TARGET_GROUPS])}"
+        f"--lora_target_modules: {target!r} names no linear layer{nearest(target, [*suffixes, *groups])}"
         for target in naming_nothing(target_modules, linears)
     ]
     if problems:
@@ -64,7 +66,7 @@ def attach_lora(
         if parameter.requires_grad:
             parameter.data.copy_(initial_lora(name, tuple(parameter.shape), seed))
     # Not by PEFT, whose wrapper would keep the frozen weight beside a copy: its file and config say the same without.
-    for name in layers_named(modules_to_save, SAVABLE_MODULES):
+    for name in layers_named(modules_to_save, modules):
         module = model.get_submodule(name)
         module.weight = nn.Parameter(whole(module.get_parameter("weight")))
     peft_model.peft_config["default"].modules_to_save = list(modules_to_save) or None

@@ -156,11 +156,12 @@ def _describe(args) -> int:
 
     tokenizer = family = None
     if args.base_ckpt is not None:
-        from ..model.base import load_tokenizer, locate_checkpoint
+        from ..model.base import locate_checkpoint
         from ..model.families import family_at
 
         folder = locate_checkpoint(args.base_ckpt, weights=False)
-        tokenizer, family = load_tokenizer(folder), family_at(folder)
+        family = family_at(folder)
+        tokenizer = family.load_tokenizer(folder)
     lines = run_describe(
         portions_of(args.train_manifest),
         args.val_manifest,

@@ -13,7 +13,7 @@ import numpy as np
 from ..data.audio import read_audio, write_wav
 from ..data.chatml import AudioRef, Row, Turn, speech_messages
 from ..files import write_text
-from ..model.higgs_v2.speaker import Answer, Sampling, Speaker
+from ..model.speech import Answer, Sampling, Speaker
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def recite(
     Writes `<n>-<clip>.spoken.wav`, `<n>-<clip>.original.wav` and `recital.json`. Raises OSError.
 
     Args:
-        rules: from `stop_rules.STOP_RULES`; the clip of the first one is written.
+        rules: of the speaker's `stop_rules`; the clip of the first one is written.
         prompt: voice or scene for all rows, as `speech_messages` takes it; None keeps each row's own.
         max_new_tokens: longest answer; None is twice the frames of the clip, plus 64.
     """

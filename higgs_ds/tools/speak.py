@@ -87,7 +87,7 @@ def run_generate(args: argparse.Namespace) -> int:
             check_writable(args.output_file.parent)
     speaker = flags.open_speaker(args)
     context = [speaker.codec.encode(*read_audio(ref))] if ref else []
-    sampling = flags.sampling_of(args)
+    sampling = flags.sampling_of(args, speaker)
     flags.say_unused(args, sampling)
     silent = 0
     for number, (prompt, output) in enumerate(zip(prompts, outputs, strict=True), 1):
@@ -116,9 +116,9 @@ def run_recite(args: argparse.Namespace) -> int:
     from .recite import recite, table
 
     problems = flags.flag_problems(args)
-    sampled = not problems and flags.sampling_of(args).temperature > 0
-    rules = list(dict.fromkeys(args.stop or (("boson",) if sampled else STOP_RULES)))
-    if sampled and rules != ["boson"]:
+    sampled = not problems and bool(args.temperature or (args.sampler or "greedy") != "greedy")
+    rules = list(dict.fromkeys(args.stop or ()))
+    if sampled and rules not in ([], ["boson"]):
         problems.append("--stop: stop rules are compared with greedy decoding; leave the sampler out, or take boson")
     wanted = [(where, text) for where, text in flags.texts_of(args) if text] if args.texts else None
     problems += flags.text_problems(args, [])
@@ -137,7 +137,11 @@ def run_recite(args: argparse.Namespace) -> int:
     if replaced:
         flags.check_prompts(args, [], [])
     writable_folder(args.output_dir)
-    speaker, sampling = flags.open_speaker(args), flags.sampling_of(args)
+    speaker = flags.open_speaker(args)
+    sampling = flags.sampling_of(args, speaker)
+    rules = rules or list(speaker.stop_rules[:1] if sampled else speaker.stop_rules)
+    if strange := [rule for rule in rules if rule not in speaker.stop_rules]:
+        raise ConfigError([f"--stop: {strange[0]} is no rule of this model, expected {', '.join(speaker.stop_rules)}"])
     flags.say_unused(args, sampling)
     options = {"rules": rules, "sampling": sampling, "prompt": replaced, "max_new_tokens": args.max_new_tokens}
     with writing(f"--output_dir: {args.output_dir}"):

@@ -6,12 +6,16 @@ import argparse
 import dataclasses
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..data.chatml import PROMPT_STYLES
 from ..errors import ConfigError, reading
 from ..options.sections import DEFAULT_BASE, DEFAULT_CODEC
 from ..process import say
 from . import flag_types
+
+if TYPE_CHECKING:
+    from ..model.speech import Sampling, Speaker
 
 SAMPLERS = ("greedy", "boson", "served")
 MOST_TOKENS = 1 << 20
@@ -99,16 +103,14 @@ def base_of(args: argparse.Namespace) -> tuple[str, str]:
     return (args.base_ckpt, "--base_ckpt") if args.merged is None else (args.merged, "--merged")
 
 
-def sampling_of(args: argparse.Namespace):
+def sampling_of(args: argparse.Namespace, speaker: Speaker) -> Sampling:
     """The sampler's settings, overridden by the flags."""
-    from ..model.higgs_v2.speaker import SAMPLERS as SETTINGS
-
     given = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "seed", "max_new_tokens")}
     given = {name: value for name, value in given.items() if value is not None}
-    return dataclasses.replace(SETTINGS[args.sampler or "greedy"], **given)
+    return dataclasses.replace(speaker.samplers[args.sampler or "greedy"], **given)
 
 
-def say_unused(args: argparse.Namespace, sampling) -> None:
+def say_unused(args: argparse.Namespace, sampling: Sampling) -> None:
     """Says which flags have no effect on greedy decoding."""
     unused = [f"--{name}" for name in ("top_k", "top_p", "seed") if getattr(args, name) is not None]
     if unused and not sampling.temperature:
@@ -170,14 +172,14 @@ def check_prompts(args: argparse.Namespace, texts: list[tuple[str, str]], prompt
     """
     from ..data.audio import duration_sec
     from ..data.controls import control_tokens, find_control
-    from ..model.base import load_tokenizer, locate_checkpoint
+    from ..model.base import locate_checkpoint
     from ..model.families import family_at
     from .describe import frames_of
 
     name, flag = base_of(args)
     folder = locate_checkpoint(name, args.base_revision, flag, weights=False)
     family = family_at(folder, flag)  # a folder without a config.json has no tokenizer either, which says less
-    tokenizer = load_tokenizer(folder, flag)
+    tokenizer = family.load_tokenizer(folder, flag)
     controls = control_tokens(tokenizer)
     asked = [*texts, *((f"--{name}", text) for name in ("scene", "ref_text") if (text := getattr(args, name)))]
     refuse([f"{where}: {problem}" for where, text in asked if (problem := find_control(text, controls))])
@@ -194,7 +196,7 @@ def check_prompts(args: argparse.Namespace, texts: list[tuple[str, str]], prompt
     )
 
 
-def open_speaker(args: argparse.Namespace):
+def open_speaker(args: argparse.Namespace) -> Speaker:
     """Base, adapter and codec, loaded. Raises ConfigError."""
     from ..codec.load import load_codec
     from ..model.families import family_of, open_base

@@ -19,11 +19,11 @@ from higgs_ds.codec.load import load_codec
 from higgs_ds.data.audio import read_audio
 from higgs_ds.data.manifest import AudioRef, Turn, read_manifest, speech_messages
 from higgs_ds.model.base import load_tokenizer
-from higgs_ds.model.files.adapter_names import SAVABLE_MODULES
 from higgs_ds.model.files.config_values import DEFAULT_ROPE
 from higgs_ds.model.higgs_v2.config import DEFAULTS, read_checkpoint_config
 from higgs_ds.model.higgs_v2.layouts import transformers_name
 from higgs_ds.model.higgs_v2.load import wanted_weights
+from higgs_ds.model.higgs_v2.modules import SAVABLE_MODULES
 from higgs_ds.model.higgs_v2.prompt import tokenize
 from higgs_ds.model.higgs_v2.spec import HiggsV2Spec
 from higgs_ds.tools.cli import main

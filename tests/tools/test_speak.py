@@ -14,7 +14,8 @@ from higgs_ds.data.chatml import speech_messages
 from higgs_ds.model.higgs_v2 import speaker as speaking
 from higgs_ds.model.higgs_v2 import stop_rules
 from higgs_ds.model.higgs_v2.checkpoint import open_base
-from higgs_ds.model.higgs_v2.speaker import Sampling, Speaker
+from higgs_ds.model.higgs_v2.speaker import Speaker
+from higgs_ds.model.speech import Sampling
 from higgs_ds.options.sections import BASE_NAMES
 from higgs_ds.tools import speak as speak_cli
 from higgs_ds.tools import speak_flags

@@ -134,8 +134,7 @@ def training_forward(
         for head in heads.values():
             head.trained = head.weight.requires_grad
     for head in heads.values():
-        if type(head) is LoraHead.__base__:
-            head.__class__ = LoraHead
+        adopt(head, LoraHead)
     adopt(model, FusedRmsNorm)
     adopt(model, DecoderLayer)
     forward = TrainingForward(

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,41 +18,14 @@ from ...errors import ConfigError
 from ..base import DTYPES, BaseCheckpoint
 from ..files.adapter_file import Adapter, attach, check_base, read_adapter, read_adapter_config
 from ..files.weight_files import all_finite
+from ..speech import Answer, Sampling
 from .load import adaptable_modules, load_checkpoint
 from .prompt import tokenize
-from .stop_rules import BOSON, stopping
+from .stop_rules import BOSON, STOP_RULES, stopping
 
 ASSISTANT_HEADER = "<|start_header_id|>assistant<|end_header_id|>\n\n"
 # The last ends a clip: what an untrained model says after it may be a token that upstream cannot go on from.
 STOP_STRINGS = ["<|end_of_text|>", "<|eot_id|>", "<|audio_eos|>"]
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """The choice of tokens; temperature 0 takes the likeliest one."""
-
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float = 0.95
-    seed: int | None = None
-    max_new_tokens: int = 1024
-    ras_window: int | None = None  # repetition-aware: a code that stands often in the last so many frames is redrawn
-    ras_max_repeats: int = 2
-
-    def as_kwargs(self) -> dict:
-        """For upstream's `generate`."""
-        if self.temperature == 0:
-            return {"do_sample": False, "max_new_tokens": self.max_new_tokens}
-        return {
-            "do_sample": True,
-            "temperature": self.temperature,
-            "top_k": self.top_k,
-            "top_p": self.top_p,
-            "seed": self.seed,
-            "max_new_tokens": self.max_new_tokens,
-            "ras_win_len": self.ras_window,
-            "ras_win_max_num_repeat": self.ras_max_repeats,
-        }
 
 
 # boson: its serve engine's own defaults; served: vllm-omni's.
@@ -64,13 +36,20 @@ SAMPLERS = {
 }
 
 
-@dataclass(frozen=True)
-class Answer:
-    """The model's answer to a prompt."""
-
-    codes: np.ndarray | None  # int16 [codebooks, frames]; None if it answered without audio
-    ended: bool = True  # by itself, and not at `max_new_tokens`
-    rules_agree: bool = False  # whether every stop rule would have ended the clip here
+def generate_options(sampling: Sampling) -> dict:
+    """For upstream's `generate`."""
+    if sampling.temperature == 0:
+        return {"do_sample": False, "max_new_tokens": sampling.max_new_tokens}
+    return {
+        "do_sample": True,
+        "temperature": sampling.temperature,
+        "top_k": sampling.top_k,
+        "top_p": sampling.top_p,
+        "seed": sampling.seed,
+        "max_new_tokens": sampling.max_new_tokens,
+        "ras_win_len": sampling.ras_window,
+        "ras_win_max_num_repeat": sampling.ras_max_repeats,
+    }
 
 
 def default_dtype(device: torch.device) -> str:
@@ -79,7 +58,10 @@ def default_dtype(device: torch.device) -> str:
 
 
 class Speaker:
-    """Base checkpoint, adapter and codec, ready to speak."""
+    """See `speech.Speaker`."""
+
+    samplers: Mapping[str, Sampling] = SAMPLERS
+    stop_rules: tuple[str, ...] = STOP_RULES
 
     def __init__(
         self,
@@ -149,17 +131,7 @@ class Speaker:
         force_audio: bool,
         stop: str = BOSON,
     ) -> Answer:
-        """Answers a prompt.
-
-        Args:
-            messages: the prompt's turns; the assistant's turn follows.
-            context: codes of the clips in the prompt, in reading order.
-            force_audio: begin the answer with `<|audio_out_bos|>` instead of leaving that to the model.
-            stop: one of `STOP_RULES`; another than boson's needs greedy sampling.
-
-        Raises:
-            ConfigError: the model computes NaN or infinity.
-        """
+        """See `speech.Speaker`; `force_audio` begins the answer with `<|audio_out_bos|>`."""
         if stop != BOSON and sampling.temperature:
             raise ValueError(f"the stop rule {stop} is greedy")
         prompt, _, clips = tokenize(messages, None, self.tokenizer)
@@ -178,7 +150,7 @@ class Speaker:
                 use_cache=True,
                 stop_strings=STOP_STRINGS,
                 tokenizer=self.tokenizer,
-                **sampling.as_kwargs(),
+                **generate_options(sampling),
             )
         if not sequences:
             return Answer(None, said.shape[1] - len(input_ids) < sampling.max_new_tokens)

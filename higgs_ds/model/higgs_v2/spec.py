@@ -33,6 +33,7 @@ class HiggsV2Spec(ModelSpec):
             pad_token=config.pad_token_id,
             hidden_size=text.hidden_size,
             ffn_size=text.intermediate_size,
+            num_ffns=2,  # one for text, one for audio
             num_layers=text.num_hidden_layers,
             num_heads=text.num_attention_heads,
             num_key_value_heads=text.num_key_value_heads,

@@ -11,7 +11,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from higgs_ds.errors import ConfigError
 from higgs_ds.model.base import locate_checkpoint
-from higgs_ds.model.higgs_v2.checkpoint import load_base, open_base, read_model_config
+from higgs_ds.model.higgs_v2.checkpoint import load_base, open_base
+from higgs_ds.model.higgs_v2.config import read_checkpoint_config
 from higgs_ds.model.higgs_v2.modules import DEFAULT_LORA_TARGETS
 from higgs_ds.model.higgs_v2.spec import HiggsV2Spec
 from higgs_ds.model.higgs_v2.tiny import SPECIAL_TOKENS, byte_tokenizer, write_tiny
@@ -173,14 +174,14 @@ def test_missing_extra_misshapen_and_quantized_weights_are_refused(copy):
 
 def test_how_a_checkpoint_would_generate_is_not_read(copy):
     (copy / "generation_config.json").write_text('{"suppress_tokens": [1], "eos_token_id": "x", "num_beams": []}')
-    found = load_base(copy, read_model_config(copy), "fp32").generation_config
+    found = load_base(copy, read_checkpoint_config(copy), "fp32").generation_config
     assert (found.bos_token_id, found.eos_token_id, found.pad_token_id) == (256, 257, 257)
     assert found.suppress_tokens is None and found.num_beams == 1
 
 
 def test_files_that_do_not_say_who_wrote_them_are_loaded_all_the_same(copy):
     """safetensors' own `save_file` leaves the mark out, and transformers' loader ends in a traceback without it."""
-    config = read_model_config(copy)
+    config = read_checkpoint_config(copy)
     wanted = load_base(copy, config, "fp32").state_dict()
     for file, metadata in zip(sorted(copy.glob("*.safetensors")), (None, {"format": "tf"}, {"by": "me"}), strict=True):
         save_file({name: value.clone() for name, value in load_file(file).items()}, file, metadata=metadata)

@@ -12,8 +12,8 @@ from torch._dynamo.backends.debugging import aot_eager
 from higgs_ds.errors import ConfigError
 from higgs_ds.model import compiler, fused_lora
 from higgs_ds.model.higgs_v2 import compiled
-from higgs_ds.model.higgs_v2.checkpoint import read_model_config
 from higgs_ds.model.higgs_v2.compiled import CompiledDecoderLayer
+from higgs_ds.model.higgs_v2.config import read_checkpoint_config
 from higgs_ds.model.higgs_v2.forward import training_forward
 from higgs_ds.model.higgs_v2.tiny import write_tiny
 from tests.model.higgs_v2.test_forward import (
@@ -40,7 +40,7 @@ def base_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def config(base_dir):
-    return read_model_config(base_dir)
+    return read_checkpoint_config(base_dir)
 
 
 @pytest.fixture

@@ -13,12 +13,13 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from higgs_ds.batching.collate import Collator
 from higgs_ds.errors import ConfigError
 from higgs_ds.model import fused_head
-from higgs_ds.model.files.adapter_names import PREFIX, SAVABLE_MODULES
+from higgs_ds.model.files.adapter_names import PREFIX
 from higgs_ds.model.fused_mlp import FusedRmsNorm
-from higgs_ds.model.higgs_v2.checkpoint import load_base, read_model_config
+from higgs_ds.model.higgs_v2.checkpoint import load_base
+from higgs_ds.model.higgs_v2.config import read_checkpoint_config
 from higgs_ds.model.higgs_v2.forward import training_forward
 from higgs_ds.model.higgs_v2.layers import check_supported
-from higgs_ds.model.higgs_v2.modules import DEFAULT_LORA_TARGETS, EMBEDDINGS, HEADS
+from higgs_ds.model.higgs_v2.modules import DEFAULT_LORA_TARGETS, EMBEDDINGS, HEADS, SAVABLE_MODULES
 from higgs_ds.model.higgs_v2.spec import HiggsV2Spec
 from higgs_ds.model.higgs_v2.tiny import write_tiny
 from higgs_ds.model.lora import attach_lora
@@ -56,7 +57,7 @@ def base_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def config(base_dir):
-    return read_model_config(base_dir)
+    return read_checkpoint_config(base_dir)
 
 
 def lora_on(base_dir, config, targets=DEFAULT_LORA_TARGETS, *, dtype="fp32", dropout=0.0, rslora=False, whole=()):
@@ -276,7 +277,7 @@ def deep(tmp_path_factory):
     """All 28 layers, at the real model's ratios of widths; and its config."""
     folder = tmp_path_factory.mktemp("deep")
     write_tiny(folder, seed=0, hidden_size=192, num_layers=28, ffn_size=512)
-    config = read_model_config(folder)
+    config = read_checkpoint_config(folder)
     return lora_on(folder, config), config
 
 

@@ -192,7 +192,7 @@ def test_the_layout_is_told_by_the_config(tmp_path, tiny_dir):
 
 
 def test_the_adaptable_modules_are_those_that_lora_adapts():
-    linears = adaptable_modules(translated())
-    assert len(linears) == 28 * 10 + 2 + 1 and linears["audio_codebook_embeddings"] == (8208, 3072)
+    linears, savable = adaptable_modules(translated())
+    assert len(linears) == 28 * 10 + 2 and len(savable) == 3 and savable["audio_codebook_embeddings"] == (8208, 3072)
     assert linears["layers.3.self_attn.k_proj"] == (1024, 3072)
     assert linears["audio_decoder_proj.audio_lm_head"] == (8208, 3072)

@@ -14,14 +14,13 @@ from safetensors.torch import load_file, save_file
 
 from higgs_ds.errors import ConfigError
 from higgs_ds.model.files.adapter_file import attach, read_adapter, read_adapter_config
-from higgs_ds.model.files.adapter_names import SAVABLE_MODULES
 from higgs_ds.model.files.weight_files import Planned, shards, weight_headers, write_checkpoint_weights
 from higgs_ds.model.higgs_v2.checkpoint import open_base
 from higgs_ds.model.higgs_v2.config import read_checkpoint_config
 from higgs_ds.model.higgs_v2.layouts import transformers_name
 from higgs_ds.model.higgs_v2.load import adaptable_modules, load_checkpoint, wanted_weights
 from higgs_ds.model.higgs_v2.merge import merge, prove, prove_tokenizer
-from higgs_ds.model.higgs_v2.modules import DEFAULT_LORA_TARGETS
+from higgs_ds.model.higgs_v2.modules import DEFAULT_LORA_TARGETS, SAVABLE_MODULES
 from higgs_ds.tools.cli import main
 from tests.model.files.test_adapter_file import edit, write_adapter
 from tests.model.higgs_v2.test_layouts import translated

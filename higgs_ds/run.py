@@ -131,7 +131,7 @@ def adapt(
         alpha=config.lora.lora_alpha,
         rslora=config.lora.lora_rslora,
         dropout=config.lora.lora_dropout,
-        target_modules=config.lora.target_suffixes,
+        target_modules=modules.targets(config.lora.lora_target_modules),
         groups=modules.lora_groups,
         modules_to_save=modules.trained_whole(config.lora.train_audio_embeddings, config.lora.train_heads),
         whole=whole,
@@ -247,6 +247,7 @@ def make_trainer(
         utilisation=flops.utilisation(
             config,
             setup.base.spec,
+            lora_targets=family_of(setup.base).modules.targets(config.lora.lora_target_modules),
             tokens=data.plan.first_epoch(data.corpus.train_rows.tokens),
             device=ranks.device,
             world_size=ranks.world_size,

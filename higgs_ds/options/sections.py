@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from ..data.portions import Portion, portions_of
-from ..model.higgs_v2.modules import DEFAULT_LORA_TARGETS, EMBEDDINGS, LORA_TARGET_GROUPS, TRAINED_HEADS
+from ..model.higgs_v2.modules import DEFAULT_LORA_TARGETS
 from .option import FIXED, SAID, Other, Section, option, options_of
 
 DEFAULT_BASE = "bosonai/higgs-tts-2-3b-base"
@@ -177,17 +177,6 @@ class LoraOptions(Section):
         "continue a run: --resume).",
     )
     other_base: bool = option(False, "Accept an --init_adapter trained on a base other than --base_ckpt.")
-
-    @property
-    def target_suffixes(self) -> list[str]:
-        """`lora_target_modules` with the names of `LORA_TARGET_GROUPS` written out, each once."""
-        suffixes = [s for name in self.lora_target_modules for s in LORA_TARGET_GROUPS.get(name, (name,))]
-        return list(dict.fromkeys(suffixes))
-
-    @property
-    def modules_to_save(self) -> tuple[str, ...]:
-        """The modules that are trained in full, by the end of their path."""
-        return ((EMBEDDINGS,) if self.train_audio_embeddings else ()) + TRAINED_HEADS[self.train_heads]
 
 
 class OptimOptions(Section):

@@ -68,25 +68,13 @@ def filling(folder: Path) -> Iterator[Path]:
         yield beside
         for file in (p for p in sorted(beside.rglob("*")) if p.is_file()):
             sync(file)
-        if is_there:
-            _move_up(beside, folder)
-        else:
+        if not is_there:
             os.replace(beside, folder)
-    finally:
-        _remove(beside)
-
-
-def _move_up(beside: Path, folder: Path) -> None:
-    """All or nothing, where nothing but the disk itself fails."""
-    moved: list[Path] = []
-    try:
+            return
         for file in sorted(beside.iterdir(), key=lambda file: (file.name.endswith("config.json"), file.name)):
             os.replace(file, folder / file.name)
-            moved.append(folder / file.name)
-    except OSError:
-        for file in moved:
-            _remove(file)
-        raise
+    finally:
+        _remove(beside)
 
 
 def remove_leftovers(path: Path) -> None:

@@ -21,10 +21,8 @@ RESULTS = ("adapter", "adapter-best")
 RUN_FILES = ("config.yaml", "metrics.jsonl", *RESULTS, "checkpoints")
 STOPPED = "stopped.json"
 # What a run writes there beside its name, and then renames.
-REPLACED = (
-    *(*RESULTS, "adapter_before_failure", "config.yaml", "ds_config.json", STOPPED, "faults.jsonl", "loss.png"),
-    "wandb_run.json",
-)
+_OTHER_FILES = ("ds_config.json", STOPPED, "faults.jsonl", "loss.png", "wandb_run.json")
+REPLACED = (*RESULTS, "adapter_before_failure", "config.yaml", *_OTHER_FILES)
 
 
 def refuse_a_run(output_dir: Path) -> None:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def settle_wandb(config: TrainConfig, ranks: Ranks) -> WandbChoice:
-    """How rank 0 will use W&B, within seconds and before anything takes long; the other ranks do not.
+    """Settles how rank 0 will use W&B, within seconds and before anything takes long; the other ranks do not.
 
     Raises:
         ConfigError: on all ranks; see `choose_wandb`.
@@ -166,7 +166,7 @@ class Saver:
         self.save_adapter("adapter-best", self.data.details() | {"optimizer steps": step} | validated, elsewhere=False)
 
     def save_after_failure(self, trainer: Trainer) -> Path | None:
-        """What was trained before a loss check failed: the adapter and a checkpoint; every rank must call it.
+        """Saves the adapter and a checkpoint from before the failed step; every rank must call it.
 
         A disk that takes no checkpoint hides no finding: the exit code stays the guard's.
         """

@@ -8,6 +8,7 @@ classes; flat, the fields follow each other in their order.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
@@ -43,18 +44,15 @@ class Packed:
         """
         if len(flat) != len(self.pack()):
             raise ValueError(f"{len(flat)} values for a {type(self).__name__} of {len(self.pack())}")
-        values: dict[str, Any] = {}
-        at = 0
-        for f in fields(self):
-            own = getattr(self, f.name)
-            if isinstance(own, (Packed, list)):
-                width = len(own.pack()) if isinstance(own, Packed) else len(own)
-                part = list(flat[at : at + width])
-                values[f.name] = own.unpack(part) if isinstance(own, Packed) else part
-            else:
-                width, values[f.name] = 1, flat[at]
-            at += width
-        return type(self)(**values)
+        return self._filled(iter(flat))
+
+    def _filled(self: P, values: Iterator[float]) -> P:
+        def like(own: Any) -> Any:
+            if isinstance(own, Packed):
+                return own._filled(values)
+            return [next(values) for _ in own] if isinstance(own, list) else next(values)
+
+        return type(self)(**{f.name: like(getattr(self, f.name)) for f in fields(self)})
 
     @classmethod
     def total(cls, parts: list[P]) -> P:

@@ -1,4 +1,4 @@
-"""What happens to a run when ranks, launchers and disks fail: it ends, says why, and can go on."""
+"""Runs whose ranks, launchers and disks fail: such a run ends, says why, and can go on."""
 
 import contextlib
 import json
@@ -219,7 +219,7 @@ def test_resumed_runs_are_over_when_they_have_said_so(forks, run_flags, tmp_path
 
 
 def left_in_group_of(leader: int) -> list[str]:
-    """What is alive of the process group that a forked rank has led."""
+    """The live processes of the group that a forked rank has led."""
     left = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):

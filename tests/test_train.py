@@ -118,9 +118,11 @@ def test_under_zero3_it_speaks_too_and_with_unshifted_labels_not(quickstart, for
     """Eight clips, whose loss falls with and without the shift: were what is trained of no matter, both would speak."""
     base, codec = quickstart[0] / "base", quickstart[0] / "codec"
     rows = [json.loads(line) for line in SPEECH.read_text().splitlines()[:8]]
-    manifest = tmp_path / "eight.jsonl"
-    manifest.write_text("".join(json.dumps(row | {"audio": str(SPEECH.parent / row["audio"])}) + "\n" for row in rows))
-    fixed = {"max_steps": 60, "eval_every": 1000, "train_manifest": manifest, "base_ckpt": base, "codec": codec}
+    lines = [json.dumps(row | {"audio": str(SPEECH.parent / row["audio"])}) + "\n" for row in rows]
+    eight, two = tmp_path / "eight.jsonl", tmp_path / "two.jsonl"
+    eight.write_text("".join(lines))
+    two.write_text("".join(lines[:2]))
+    fixed = {"max_steps": 60, "eval_every": 1000, "train_manifest": eight, "base_ckpt": base, "codec": codec}
     fixed |= dict.fromkeys(("lora_r", "lr", "epochs"))  # as in the YAML file
 
     def start(name, world_size, patches=None, **changes):
@@ -130,7 +132,8 @@ def test_under_zero3_it_speaks_too_and_with_unshifted_labels_not(quickstart, for
     zero3 = start("zero3", 2, batch_size=4, deepspeed_config="ds_configs/zero3.json")
     unshifted = start("unshifted", 1, {0: ["unshifted_audio"]}, batch_size=8)
     assert_all(forks.wait([*zero3, *unshifted], 400))
-    for name, exit_code in (("zero3", 0), ("unshifted", 1)):
+    # What was not learned goes on to the last frame that it may have: two clips are enough to hear that.
+    for name, manifest, exit_code in (("zero3", eight, 0), ("unshifted", two, 1)):
         folder = tmp_path / name
         assert metrics_of(folder)[-1]["train/loss"] < 0.1
         flags = ["--base_ckpt", base, "--codec", codec, "--adapter", folder / "adapter", "--train_manifest", manifest]

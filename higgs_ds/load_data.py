@@ -289,7 +289,7 @@ def _say_how_it_begins(setup: Setup, data: Data, ranks: Ranks) -> None:
 def _another_rate(setup: Setup, progress: checkpoint.Progress, plan: Plan) -> list[str]:
     """See `schedule.jump`; the checkpoint's run had as many steps an epoch as its own rows make."""
     optim, now = setup.config.optim, setup.config.as_dict()
-    saved = now | {"warmup_steps": None, "lr_schedule_steps": None} | progress.config
+    saved = checkpoint.DEFAULTS | progress.config
     per_epoch = plan.steps_per_epoch
     if progress.rows_per_step:
         num_rows = progress.num_rows

@@ -55,21 +55,23 @@ def joined(
     ranks.seed(config.optim.seed)
     output_dir = config.output_dir
     is_new = not keeps_nothing and config.run.resume == "none"
-    alone = ranks.is_main and not keeps_nothing
+    writes = ranks.is_main and not keeps_nothing
     seconds = config.run.stall_timeout_sec or STALL_TIMEOUT_SEC[ranks.device.type]
     with Watch(ranks, meeting.connections, stall_timeout_sec=seconds, stop=stop) as watch:
         try:
+            # All ranks are here. First that they agree: options, versions, clocks.
             join_group(ranks, meeting)
             check_stall_timeout(seconds, on_gpu=ranks.device.type == "cuda")
             check_same({f"--{name}": value for name, value in config.as_dict().items()} | versions(), ranks)
-            ranks.each(lambda: run_dir.refuse_a_run(output_dir) if is_new and ranks.is_main else None)
-            ranks.each(lambda: run_dir.prepare_run_dir(output_dir) if ranks.is_main else None)
+            # Then the folder: no other run's, made by rank 0, and one and the same for all.
+            ranks.on_main(lambda: run_dir.refuse_a_run(output_dir) if is_new else None)
+            ranks.on_main(lambda: run_dir.prepare_run_dir(output_dir))
             check_shared({"--output_dir": output_dir, "--codes_cache": codes_folder(config)}, ranks)
             ranks.each(lambda: run_dir.prepare_run_dir(output_dir))
-            with ranks.each(lambda: run_dir.lock_run_dir(output_dir) if alone else contextlib.nullcontext()):
-                # Again: the folder's lock may have been waited for, and its holder have left a run.
-                ranks.each(lambda: run_dir.refuse_a_run(output_dir) if is_new and alone else None)
-                if alone:
+            with ranks.each(lambda: run_dir.lock_run_dir(output_dir) if writes else contextlib.nullcontext()):
+                # Again, now that it is locked: whoever held the lock before may have left a run.
+                ranks.on_main(lambda: run_dir.refuse_a_run(output_dir) if is_new else None)
+                if writes:
                     watch.before_end.append(
                         lambda end: run_dir.write_stopped(output_dir, end.text, end.exit_code, watch.resume_command)
                     )
@@ -129,7 +131,7 @@ def adapt(
         alpha=config.lora.lora_alpha,
         rslora=config.lora.lora_rslora,
         dropout=config.lora.lora_dropout,
-        target_modules=config.lora.target_suffixes,
+        target_modules=modules.targets(config.lora.lora_target_modules),
         groups=modules.lora_groups,
         modules_to_save=modules.trained_whole(config.lora.train_audio_embeddings, config.lora.train_heads),
         whole=full_weight,
@@ -160,7 +162,7 @@ def make_guard(setup: Setup, ranks: Ranks) -> Guard:
     return Guard(rank=ranks.rank, output_dir=setup.output_dir, spec=setup.base.spec, weights=setup.weights)
 
 
-def describe(setup: Setup, data: Data, engine: Engine, ranks: Ranks) -> None:
+def say_plan(setup: Setup, data: Data, engine: Engine, ranks: Ranks) -> None:
     """Says the arithmetic of a step and of the run, the engine, and what of them could be cheaper."""
     config, plan = setup.config, data.plan
     note = micro_batches.launch_bound_note(
@@ -176,7 +178,7 @@ def describe(setup: Setup, data: Data, engine: Engine, ranks: Ranks) -> None:
     ranks.say("\n".join(line for line in lines if line))
 
 
-def check_memory(setup: Setup, data: Data, engine: Engine, guard: Guard, ranks: Ranks, watch: Watch | NoWatch) -> None:
+def check_memory(setup: Setup, data: Data, engine: Engine, ranks: Ranks, watch: Watch | NoWatch) -> None:
     """The most expensive micro-batch of the plan, once, on GPUs: a run that does not fit ends before its first step.
 
     On any device with `--compile`, whose seconds are said.
@@ -193,15 +195,7 @@ def check_memory(setup: Setup, data: Data, engine: Engine, guard: Guard, ranks: 
     last_step = max(setup.first_step, data.plan.total_steps(config.optim.epochs, config.optim.max_steps))
     rows = data.plan.most_expensive(tokens, setup.first_step, last_step, padded=not setup.padding_free)
     batch = data.dataset(data.corpus.train_rows)[MicroBatch(rows)]
-    advice = memory_check.Advice(
-        config.optim.batch_size,
-        config.optim.max_tokens_per_batch,
-        config.model.checkpoint_every,
-        engine.stage,
-        quantized=config.model.base_dtype is not None,
-    )
-    took = memory_check.measure(engine, ranks, guard, batch, advice)
-    if took:
+    if took := memory_check.measure(engine, ranks, setup.base.spec, batch, config):
         ranks.say(took)
     if config.model.compile:
         from .model.compiler import seconds_compiling
@@ -214,7 +208,6 @@ def make_trainer(
     setup: Setup,
     data: Data,
     engine: Engine,
-    guard: Guard,
     ranks: Ranks,
     watch: Watch | NoWatch,
     *,
@@ -234,7 +227,7 @@ def make_trainer(
     trainer = Trainer(
         engine=engine,
         ranks=ranks,
-        guard=guard,
+        guard=make_guard(setup, ranks),
         weights=setup.weights,
         learning_rate=schedule(config.as_dict(), data.total_steps),
         on_bad_loss=on_bad_loss or config.loss.on_bad_loss,
@@ -254,6 +247,7 @@ def make_trainer(
         utilisation=flops.utilisation(
             config,
             setup.base.spec,
+            lora_targets=family_of(setup.base).modules.targets(config.lora.lora_target_modules),
             tokens=data.plan.first_epoch(data.corpus.train_rows.tokens),
             device=ranks.device,
             world_size=ranks.world_size,
@@ -296,10 +290,9 @@ def check(config: TrainConfig, ds_raw: dict) -> int:
         setup = open_setup(config, ds_raw, ranks, watch)
         data = load_data(setup, ranks, watch, only_one_step=True)
         engine = load_model(setup, ranks, watch, first_inputs=data.any_inputs)
-        guard = make_guard(setup, ranks)
-        describe(setup, data, engine, ranks)
-        check_memory(setup, data, engine, guard, ranks, watch)
-        trainer = make_trainer(setup, data, engine, guard, ranks, watch, on_bad_loss="raise")
+        say_plan(setup, data, engine, ranks)
+        check_memory(setup, data, engine, ranks, watch)
+        trainer = make_trainer(setup, data, engine, ranks, watch, on_bad_loss="raise")
         try:
             with data.steps(setup.first_step, data.total_steps) as steps:
                 trainer.train(steps)

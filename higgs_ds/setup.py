@@ -85,7 +85,7 @@ def find_together(config: TrainConfig, ranks: Ranks) -> tuple[Checkpoint | None,
     resume, output_dir = config.run.resume, config.output_dir
     if resume == "auto":
         _wait_for_the_newest(output_dir / "checkpoints", ranks)
-    resumed, notes = ranks.each(lambda: checkpoint.find_checkpoint(resume, output_dir) if ranks.is_main else (None, []))
+    resumed, notes = ranks.on_main(lambda: checkpoint.find_checkpoint(resume, output_dir)) or (None, [])
     mine = (str(resumed.folder), resumed.seal, resumed.stamps) if resumed else None
     found, notes = ranks.gather((mine, notes))[0]
     if found is None:
@@ -134,8 +134,8 @@ def _wait_for_the_newest(folder: Path, ranks: Ranks) -> None:
 def _read_or_why(folder: Path, proven: dict[str, tuple]) -> Checkpoint | str:
     try:
         return checkpoint.read_checkpoint(folder, proven)
-    except checkpoint.CheckpointError as error:
-        return str(error)
+    except ConfigError as error:
+        return str(error).removeprefix("--resume: ")
 
 
 def open_base_for(config: TrainConfig) -> BaseCheckpoint:

@@ -83,6 +83,10 @@ class Ranks:
             raise ConfigError(list(found))
         return value
 
+    def on_main(self, function: Callable[[], T]) -> T | None:
+        """`function()` on rank 0, None on the others; a ConfigError is raised on all of them."""
+        return self.each(lambda: function() if self.is_main else None)
+
     def named(self, ranks: list[int]) -> str:
         """`ranks 2, 3`; where the run is on several hosts, `ranks 2, 3 on node02`."""
         return named(ranks, self.hosts)

@@ -6,7 +6,7 @@ folder beside `higgs_v2/` with an object like its `HiggsV2`, named in `families.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from ..data.chatml import AudioRef, Turn
+    from ..options.sections import TrainConfig
     from .base import BaseCheckpoint
     from .files.adapter_file import Adapter
     from .speech import Speaker
@@ -38,6 +39,27 @@ class ModuleNames:
         if heads not in self.heads:
             raise ConfigError([f"--train_heads: {heads} is not for this model, expected {' or '.join(self.heads)}"])
         return ((self.embeddings,) if audio_embeddings else ()) + self.heads[heads]
+
+    def targets(self, words: Iterable[str]) -> list[str]:
+        """The words of --lora_target_modules with the layers of groups written out, each once."""
+        suffixes = [suffix for word in words for suffix in self.lora_groups.get(word, (word,))]
+        return list(dict.fromkeys(suffixes))
+
+    def contradictions(self, config: TrainConfig) -> list[str]:
+        """A line for each head with LoRA that is trained in full too, or beside the fused loss."""
+        trained = self.trained_whole(config.lora.train_audio_embeddings, config.lora.train_heads)
+        heads = {head for modules in self.heads.values() for head in modules}
+        problems = []
+        for target in self.targets(config.lora.lora_target_modules):
+            head = target.rsplit(".", 1)[-1]
+            if head in trained:
+                problems.append(f"--train_heads: {head} has LoRA already (--lora_target_modules); leave one out")
+            elif head in heads and config.loss.loss_impl == "fused":
+                problems.append(
+                    f"--lora_target_modules: LoRA on {target} would get no gradient from the fused loss; "
+                    "use --loss_impl reference"
+                )
+        return problems
 
     def options_of(self, whole: Collection[str]) -> tuple[bool, str]:
         """--train_audio_embeddings and --train_heads, from the modules that were trained whole; the way back."""

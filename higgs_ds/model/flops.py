@@ -119,7 +119,13 @@ def mean_row_tokens(tokens: np.ndarray) -> float:
 
 
 def utilisation(
-    config: TrainConfig, spec: ModelSpec, *, tokens: np.ndarray | None, device: torch.device, world_size: int
+    config: TrainConfig,
+    spec: ModelSpec,
+    *,
+    lora_targets: list[str],
+    tokens: np.ndarray | None,
+    device: torch.device,
+    world_size: int,
 ) -> Utilisation | None:
     """Of a run on cards like `device`; None where their peak is not known, or the rows' tokens [rows] are not."""
     card = card_name(device)
@@ -129,7 +135,7 @@ def utilisation(
     cost = flop_per_token(
         spec,
         lora_rank=config.lora.lora_r,
-        lora_targets=config.lora.target_suffixes,
+        lora_targets=lora_targets,
         checkpoint_every=config.model.checkpoint_every,
         row_tokens=mean_row_tokens(tokens),
     )

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..errors import ConfigError
-from ..options.checks import head_problems
 from ..options.sections import TrainConfig
 from .files.adapter_file import AdapterConfig, check_base, read_adapter, read_adapter_config
 from .files.adapter_names import layers_named
 
 if TYPE_CHECKING:
-    from .family import Adaptable, Family
+    from .family import Adaptable, Family, ModuleNames
 
 OPTIONS = ("lora_r", "lora_alpha", "lora_rslora", "lora_target_modules", "train_audio_embeddings", "train_heads")
 FLAG = "--init_adapter"
@@ -26,7 +25,7 @@ def settle_lora(
     """Fills `OPTIONS` that were not given from the adapter.
 
     Args:
-        config: the run's; nothing happens where it has no `--init_adapter`.
+        config: the run's; where it has no `--init_adapter` its own heads and targets are checked.
         family: of the base checkpoint.
         base: the base checkpoint's config.
         resumed: all options of the run that is gone on with, which then stand in for the adapter.
@@ -40,6 +39,8 @@ def settle_lora(
             differs from what was given; a line each.
     """
     if config.lora.init_adapter is None:
+        if problems := family.modules.contradictions(config):
+            raise ConfigError(problems)
         return config, None
     if resumed is not None:
         return _filled(config, {name: resumed[name] for name in OPTIONS if name in resumed}), None
@@ -48,11 +49,11 @@ def settle_lora(
     found = _options_of(adapter, family, modules)
     if not config.lora.other_base:
         check_base(adapter, config.model.base_ckpt, config.model.base_revision, FLAG)
-    if problems := _contradictions(config, found, modules):
+    if problems := _contradictions(config, found, family.modules, modules):
         raise ConfigError([f"{FLAG}: {problem}" for problem in problems])
     weights = read_adapter(folder, modules, adapter, FLAG).state_dict()
     config = _filled(config, found)
-    if problems := head_problems(config):
+    if problems := family.modules.contradictions(config):
         raise ConfigError([f"{FLAG}: {problem}" for problem in problems])
     return config, weights
 
@@ -72,7 +73,7 @@ def _filled(config: TrainConfig, values: dict) -> TrainConfig:
     return config.settled(**{name: value for name, value in values.items() if name not in config.given})
 
 
-def _contradictions(config: TrainConfig, found: dict[str, Any], modules: Adaptable) -> list[str]:
+def _contradictions(config: TrainConfig, found: dict[str, Any], names: ModuleNames, modules: Adaptable) -> list[str]:
     """Options that were given and say something else than the adapter, a line each."""
     problems = []
     for name, value in found.items():
@@ -80,7 +81,7 @@ def _contradictions(config: TrainConfig, found: dict[str, Any], modules: Adaptab
         same = given == value
         if name == "lora_target_modules":
             # Two lists of targets mean the same where they name the same layers.
-            asked = layers_named(config.lora.target_suffixes, modules.linears)
+            asked = layers_named(names.targets(config.lora.lora_target_modules), modules.linears)
             same = asked == layers_named(value, modules.linears)
         if name in config.given and not same:
             problems.append(f"--{name} is {_words(given)}, the adapter has {_words(value)}; leave the flag out")

@@ -36,9 +36,9 @@ CLIP = AudioRef(None, None, None, None)
 
 
 @pytest.fixture(scope="module")
-def trained(quickstart_of):
+def trained(quickstart):
     """The quick start's base, adapter and sample codec."""
-    return quickstart_of(2)[0]
+    return quickstart[0]
 
 
 @pytest.fixture(scope="module")

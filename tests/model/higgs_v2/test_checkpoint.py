@@ -14,12 +14,11 @@ from higgs_ds.errors import ConfigError
 from higgs_ds.model.base import locate_checkpoint
 from higgs_ds.model.higgs_v2.checkpoint import load_base, open_base
 from higgs_ds.model.higgs_v2.config import read_checkpoint_config
-from higgs_ds.model.higgs_v2.modules import DEFAULT_LORA_TARGETS
+from higgs_ds.model.higgs_v2.modules import DEFAULT_LORA_TARGETS, MODULES
 from higgs_ds.model.higgs_v2.spec import HiggsV2Spec
 from higgs_ds.model.higgs_v2.tiny import SPECIAL_TOKENS, byte_tokenizer, write_tiny
 from higgs_ds.model.higgs_v2.upstream import HiggsAudioForTraining
 from higgs_ds.model.lora import attach_lora, initial_lora
-from higgs_ds.options.sections import LoraOptions
 
 
 def test_upstreams_own_classes_load_the_tiny_checkpoint(tiny_dir):
@@ -256,7 +255,7 @@ def test_a_target_that_names_nothing_is_refused(tiny_dir, tiny_config):
 
 @pytest.mark.parametrize(("group", "in_layer"), [("attention", 4), ("text_mlp", 3), ("audio_mlp", 3), ("all", 10)])
 def test_a_group_of_targets_is_its_layers_and_no_others(group, in_layer, tiny_dir, tiny_config):
-    suffixes = LoraOptions(lora_target_modules=[group]).target_suffixes
+    suffixes = MODULES.targets([group])
     model = lora_on(load_base(tiny_dir, tiny_config, "fp32"), target_modules=suffixes)
     adapted = [name for name, p in model.named_parameters() if p.requires_grad and "lora_A" in name]
     assert len(adapted) == 2 * in_layer

@@ -1,4 +1,4 @@
-"""What can be done to a rank before it runs, for failures that no input can cause. Each is named by tests."""
+"""Changes to a rank before it runs, for failures that no input can cause. Each is named by tests."""
 
 import ctypes
 import multiprocessing

@@ -28,11 +28,11 @@ def choose_wandb(config: TrainConfig, ranks: Ranks) -> WandbChoice:
     """Settles how rank 0 will use W&B, within seconds and before anything takes long; the other ranks do not.
 
     Raises:
-        ConfigError: on all ranks; see `wandb_run.choose_wandb`.
+        ConfigError: on all ranks; see `wandb_run.settle_mode`.
     """
     choice = ranks.each(
         lambda: (
-            wandb_run.choose_wandb(config.run.wandb_mode, config.run.wandb_project)
+            wandb_run.settle_mode(config.run.wandb_mode, config.run.wandb_project)
             if ranks.is_main
             else WandbChoice("disabled")
         )

@@ -164,7 +164,7 @@ def save_adapter(
         places: folders for it; the first that takes it has it, and every other is named as a warning.
         details: lines of the model card.
         layout: of the base, and `codec` with its revision the audio tokenizer, for the card's commands.
-        prompt_style: of the speech rows, which `generate` and `recite` then take.
+        prompt_style: of the speech rows, which `generate` and `reproduce` then take.
 
     Returns:
         where it is, on every rank; None if no place takes it.

@@ -20,7 +20,7 @@ from PIL import Image
 
 from higgs_ds.checkpoint import read_checkpoint
 from higgs_ds.tools import cli
-from higgs_ds.tools.recite import Recital
+from higgs_ds.tools.reproduce import Reproduction
 from tests.conftest import ROOT, SPEECH
 from tests.support.ranks import assert_all, changed
 
@@ -53,7 +53,7 @@ def quickstart(request, quickstart_of):
 
 def test_it_speaks(quickstart):
     folder, output = quickstart
-    recitals = [Recital(**row) for row in json.loads((folder / "speech/recital.json").read_text())]
+    recitals = [Reproduction(**row) for row in json.loads((folder / "speech/recital.json").read_text())]
     assert len(recitals) == 32
     for rule in ("boson", "transformers", "vllm"):
         endings = [(r, r.endings[rule]) for r in recitals]
@@ -170,8 +170,8 @@ def test_with_unshifted_labels_the_loss_falls_and_nothing_is_spoken(quickstart, 
         assert metrics_of(folder)[-1]["train/loss"] < 0.1  # the loss falls all the same …
         flags = ["--base_ckpt", base, "--codec", codec, "--adapter", folder / "adapter", "--train_manifest", manifest]
         flags += ["--output_dir", folder / "speech", "--at_least", "0.99"]
-        exit_code = cli.main(["recite", *map(str, flags)])
-        recitals = [Recital(**row) for row in json.loads((folder / "speech/recital.json").read_text())]
+        exit_code = cli.main(["reproduce", *map(str, flags)])
+        recitals = [Reproduction(**row) for row in json.loads((folder / "speech/recital.json").read_text())]
         shares[name] = [exit_code, min(r.share for r in recitals), max(r.share for r in recitals)]
     assert shares["shifted"] == [0, 1, 1]
     assert shares["unshifted"][0] == 1 and shares["unshifted"][2] < 0.5  # … and no clip comes back

@@ -491,7 +491,7 @@ def voice(checks: Checks, work: Path) -> None:
     run.train("run", "--config", "examples/quickstart.yaml", "--dtype", "bf16", "--batch_size", 8, "--max_steps", steps)
     texts = [json.loads(line)["text"] for line in (ROOT / SPEECH).read_text(encoding="utf-8").splitlines()]
     (work / "texts.txt").write_text("\n".join(texts[:rows]) + "\n", encoding="utf-8")
-    words = ["-m", "higgs_ds", "recite", *run.voice, "--adapter", work / "run/adapter", "--dtype", "bf16"]
+    words = ["-m", "higgs_ds", "reproduce", *run.voice, "--adapter", work / "run/adapter", "--dtype", "bf16"]
     words += ["--texts", work / "texts.txt", "--stop", "boson", "--output_dir", work / "speech"]
     _python(*words, to=work / "recite.log")
     spoken = json.loads((work / "speech/recital.json").read_text(encoding="utf-8"))

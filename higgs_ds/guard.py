@@ -214,7 +214,7 @@ def checklist(
 ) -> list[tuple[bool, str]]:
     """Each rank's lines on its first batch: (passed, line)."""
     failed = {failure.check for failure in failures}
-    keys = [name for name in batch.MODEL_KEYS if getattr(batch, name) is not None]
+    keys = [name for name, value in batch.upstream_fields().items() if value is not None]
     books = "  ".join(
         f"{k}: {loss_text(losses[f'codebook_loss/{k}'])}" for k in range(64) if f"codebook_loss/{k}" in losses
     )

@@ -78,7 +78,7 @@ def load_corpus(
     """
     data, spec = config.data, base.spec
     watch.untimed("opening the codec")
-    codec = ranks.each(lambda: load_codec(data.codec, data.codec_revision, device=device, warn=ranks.say))
+    codec = ranks.each(lambda: load_codec(data.codec, data.codec_revision, device=device))
     _agree_on_fingerprint(codec, ranks)
     check_fits(codec, spec.num_codebooks, spec.codebook_size)
     cache = ranks.each(lambda: CodeCache(codes_folder(config), codec))

@@ -24,7 +24,7 @@ from .options.sections import TrainConfig
 from .process import loss_text, say
 from .report.cards import adapter_card, pinned
 from .report.tracking import Tracker, open_tracker
-from .report.wandb_run import WandbChoice, choose_wandb
+from .report.wandb_run import WandbChoice, settle_mode
 from .setup import Setup
 
 if TYPE_CHECKING:
@@ -35,9 +35,9 @@ def settle_wandb(config: TrainConfig, ranks: Ranks) -> WandbChoice:
     """Settles how rank 0 will use W&B, within seconds and before anything takes long; the other ranks do not.
 
     Raises:
-        ConfigError: on all ranks; see `choose_wandb`.
+        ConfigError: on all ranks; see `settle_mode`.
     """
-    choice = ranks.on_main(lambda: choose_wandb(config.run.wandb_mode, config.run.wandb_project))
+    choice = ranks.on_main(lambda: settle_mode(config.run.wandb_mode, config.run.wandb_project))
     if choice is None:
         return WandbChoice("disabled")
     if choice.note:

@@ -46,7 +46,7 @@ deepspeed --num_accelerators "$ranks" --master_port "$port" train_ds.py \
   --base_dtype "$base_dtype"
 
 step "4/4 every training sentence, spoken by upstream's own generate"
-"$PYTHON" -m higgs_ds recite --base_ckpt "$output_dir/base" --adapter "$output_dir/adapter" \
+"$PYTHON" -m higgs_ds reproduce --base_ckpt "$output_dir/base" --adapter "$output_dir/adapter" \
   --codec "$output_dir/codec" --train_manifest "$speech" --output_dir "$output_dir/speech"
 
 step "done"

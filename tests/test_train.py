@@ -19,7 +19,7 @@ from PIL import Image
 
 from higgs_ds.checkpoint import read_checkpoint
 from higgs_ds.tools import cli
-from higgs_ds.tools.recite import Recital
+from higgs_ds.tools.reproduce import Reproduction
 from tests.conftest import ROOT, SPEECH
 from tests.support.ranks import assert_all, changed
 
@@ -30,11 +30,11 @@ def metrics_of(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def recitals_of(folder) -> list[Recital]:
-    return [Recital(**row) for row in json.loads((folder / "speech/recital.json").read_text())]
+def recitals_of(folder) -> list[Reproduction]:
+    return [Reproduction(**row) for row in json.loads((folder / "speech/recital.json").read_text())]
 
 
-def assert_given_back(recitals: list[Recital], count: int) -> None:
+def assert_given_back(recitals: list[Reproduction], count: int) -> None:
     """Under each of the three stop rules every clip's codes come back, and end where the clip ends."""
     assert len(recitals) == count
     for rule in ("boson", "transformers", "vllm"):
@@ -138,7 +138,7 @@ def test_under_zero3_it_speaks_too_and_with_unshifted_labels_not(quickstart, for
         assert metrics_of(folder)[-1]["train/loss"] < 0.1
         flags = ["--base_ckpt", base, "--codec", codec, "--adapter", folder / "adapter", "--train_manifest", manifest]
         flags += ["--output_dir", folder / "speech", "--at_least", "0.99"]
-        assert cli.main(["recite", *map(str, flags)]) == exit_code
+        assert cli.main(["reproduce", *map(str, flags)]) == exit_code
     assert_given_back(recitals_of(tmp_path / "zero3"), 8)
     assert max(recital.share for recital in recitals_of(tmp_path / "unshifted")) < 0.5
 

@@ -103,7 +103,7 @@ def _no_gpu() -> str:
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:  # the latter where torch is built without CUDA
-        why = first_line(error)
+        why = words_of(error)
     return (
         f"no usable GPU: {why}; torch {torch.__version__} is built for CUDA {torch.version.cuda}{_visible()}; "
         "set DS_ACCELERATOR=cpu to run on the CPU on purpose"

@@ -7,7 +7,7 @@ import traceback
 
 from ..data.audio import AudioError
 from ..distributed.launch_env import enter_launch
-from ..errors import ConfigError, ExitCode, words_of
+from ..errors import ConfigError, ExitCode, reading, words_of
 from ..files import writing
 from ..options.parse import parse_args
 from ..process import say, tell
@@ -15,12 +15,16 @@ from . import flag_types
 from .merge import add_export, add_merge
 from .outputs import writable_folder
 from .report import add_report
-from .speak import add_generate, add_recite
+from .reproduce import add_reproduce
+from .speak import add_generate
 
 
 def main(argv: list[str]) -> int:
     """Runs one verb; returns the exit code (0 done, 1 failed, 2 wrong flags or data)."""
     try:
+        if argv[:1] == ["recite"]:
+            say("recite is now called reproduce", error=True)
+            argv = ["reproduce", *argv[1:]]
         if argv[:1] == ["check"]:
             enter_launch()
             return _check(argv[1:])
@@ -74,7 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     verbs.add_parser("prepare", help="encode all clips and count all tokens in advance; takes the flags of train_ds.py")
     verbs.add_parser("check", help="run the loss checks on the first batches; takes the flags of train_ds.py")
     add_generate(verbs)
-    add_recite(verbs)
+    add_reproduce(verbs)
     add_merge(verbs)
     add_export(verbs)
     add_report(verbs)
@@ -102,10 +106,7 @@ def _import_flags(parser: argparse.ArgumentParser) -> None:
     add("--trim", action="store_true", help="write new clips without leading and trailing silence")
     loudness_help = "write new clips at this loudness (-23 if no value is given)"
     add("--loudness", type=number(float, -70, 0), nargs="?", const=-23.0, metavar="LUFS", help=loudness_help)
-    rate, rate_help = (
-        number(int, MIN_SAMPLE_RATE, MAX_SAMPLE_RATE),
-        "write new clips at this rate (24000 if none is given)",
-    )
+    rate, rate_help = number(int, MIN_SAMPLE_RATE, MAX_SAMPLE_RATE), "write new clips at this rate (default: 24000)"
     add("--resample", type=rate, nargs="?", const=24000, metavar="HZ", help=rate_help)
     parser.set_defaults(verb=_import)
 
@@ -139,15 +140,9 @@ def _tiny(args) -> int:
 def _import(args) -> int:
     from .importers.ingest import Sound, run_import
 
-    lines = run_import(
-        args.path,
-        args.output,
-        kind=args.source,
-        val_share=args.val_share,
-        val_speakers=args.val_speakers,
-        seed=args.seed,
-        sound=Sound(args.trim, args.loudness, args.resample),
-    )
+    split = {"val_share": args.val_share, "val_speakers": args.val_speakers, "seed": args.seed}
+    sound = Sound(args.trim, args.loudness, args.resample)
+    lines = run_import(args.path, args.output, kind=args.source, sound=sound, **split)
     say("\n".join(lines))
     return ExitCode.OK
 
@@ -188,15 +183,15 @@ def _sample_codec(args) -> int:
     from ..data.manifest import read_manifest
 
     rows, faults = read_manifest(args.train_manifest)
+    if faults:
+        raise ConfigError(grouped(faults))
     clips: dict[AudioRef, tuple[np.ndarray, int]] = {}
     for row in rows:
         for where, ref in row.audio_refs:
-            try:
+            with reading(f"{row.origin}: {where}"):
                 clips[ref] = clips[ref] if ref in clips else read_audio(ref)
-            except AudioError as error:
-                faults.append(row.fault(where, str(error)))
-    if faults or not clips:
-        raise ConfigError([*grouped(faults), f"{args.train_manifest}: no codec fitted"])
+    if not clips:
+        raise ConfigError([f"--train_manifest: {args.train_manifest} has no clips"])
     writable_folder(args.output_dir)
     codec = SampleCodec.fit(clips.values(), seed=args.seed)
     with writing(f"--output_dir: {args.output_dir}"):

@@ -22,26 +22,15 @@ if TYPE_CHECKING:
 def add_merge(verbs) -> None:
     """The flags of `merge`."""
     parser = verbs.add_parser("merge", help="merge an adapter into its base and write one checkpoint, in either layout")
-    parser.add_argument(
-        "--base_ckpt", type=flag_types.name, default=DEFAULT_BASE, help=f"folder or hub id (default: {DEFAULT_BASE})"
-    )
-    parser.add_argument("--base_revision", help="revision of the base on the hub")
+    flag_types.base_flags(parser, f"folder or hub id (default: {DEFAULT_BASE})", DEFAULT_BASE)
     parser.add_argument("--adapter", type=flag_types.path, metavar="DIR", help="LoRA adapter (default: none)")
-    parser.add_argument(
-        "--output_dir",
-        type=flag_types.path,
-        required=True,
-        metavar="DIR",
-        help="new or empty folder for the checkpoint",
-    )
+    folder_help = "new or empty folder for the checkpoint"
+    parser.add_argument("--output_dir", type=flag_types.path, required=True, metavar="DIR", help=folder_help)
     parser.add_argument("--layout", choices=LAYOUTS, required=True, help="the library that will load the checkpoint")
     parser.add_argument("--dtype", choices=flag_types.DTYPES, help="data type of the weights (default: as in the base)")
-    parser.add_argument(
-        "--codec", type=flag_types.name, default=DEFAULT_CODEC,
-        help="audio tokenizer to load with the checkpoint: hub id, or folder in the same layout",
-    )  # fmt: skip
+    codec_help = "audio tokenizer to load with the checkpoint: hub id, or folder in the same layout"
+    parser.add_argument("--codec", type=flag_types.name, default=DEFAULT_CODEC, help=codec_help)
     parser.add_argument("--codec_revision", help="revision of the codec on the hub, for the commands in README.md")
-    parser.add_argument("--other_base", action="store_true", help=flag_types.OTHER_BASE)
     parser.set_defaults(verb=run_merge)
 
 
@@ -50,15 +39,9 @@ def add_export(verbs) -> None:
     parser = verbs.add_parser("export", help="rename an adapter's weights for use with transformers and PEFT")
     parser.add_argument("--adapter", type=flag_types.path, required=True, metavar="DIR", help="LoRA adapter to export")
     parser.add_argument("--layout", choices=(TRANSFORMERS,), required=True, help="the library that will load it")
-    parser.add_argument(
-        "--output_dir", type=flag_types.path, metavar="DIR",
-        help="new or empty folder (default: the adapter's, with `-transformers` appended)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--base_ckpt", type=flag_types.name, help="base that the adapter was trained on (default: as recorded in it)"
-    )
-    parser.add_argument("--base_revision", help="revision of the base on the hub")
-    parser.add_argument("--other_base", action="store_true", help=flag_types.OTHER_BASE)
+    folder_help = "new or empty folder (default: the adapter's, with `-transformers` appended)"
+    parser.add_argument("--output_dir", type=flag_types.path, metavar="DIR", help=folder_help)
+    flag_types.base_flags(parser, "base that the adapter was trained on (default: as recorded in it)")
     parser.set_defaults(verb=run_export)
 
 

@@ -1,4 +1,4 @@
-"""Flags and checks that `generate` and `recite` share, and the loading of the model that speaks."""
+"""Flags and checks that `generate` and `reproduce` share, and the loading of the model that speaks."""
 
 from __future__ import annotations
 
@@ -23,12 +23,10 @@ MOST_TOKENS = 1 << 20
 
 def voice_flags(parser: argparse.ArgumentParser) -> None:
     """Base, adapter or merged folder, codec and dtype."""
-    parser.add_argument("--base_ckpt", type=flag_types.name, help=f"folder or hub id (default: {DEFAULT_BASE})")
-    parser.add_argument("--base_revision", help="revision of the base on the hub")
+    flag_types.base_flags(parser, f"folder or hub id (default: {DEFAULT_BASE})")
     parser.add_argument("--adapter", type=flag_types.name, metavar="DIR", help="LoRA adapter (default: none)")
     merged_help = "merged checkpoint in either layout, instead of --base_ckpt and --adapter"
     parser.add_argument("--merged", type=flag_types.name, metavar="DIR", help=merged_help)
-    parser.add_argument("--other_base", action="store_true", help=flag_types.OTHER_BASE)
     codec_help = f"folder or hub id (default: {DEFAULT_CODEC})"
     parser.add_argument("--codec", type=flag_types.name, default=DEFAULT_CODEC, help=codec_help)
     parser.add_argument("--codec_revision", help="revision of the codec on the hub")
@@ -53,7 +51,7 @@ def prompt_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top_k", type=number(int, 1, MOST_TOKENS), help="default: the sampler's")
     parser.add_argument("--top_p", type=number(float, 1e-6, 1), help="default: the sampler's")
     parser.add_argument("--seed", type=number(int, 0, (1 << 63) - 1), help="random seed of the sampler")
-    tokens_help = "longest answer, in tokens (default: 1024; in recite, twice the frames of the clip)"
+    tokens_help = "longest answer, in tokens (default: 1024; in reproduce, twice the frames of the clip)"
     parser.add_argument("--max_new_tokens", type=number(int, 1, MOST_TOKENS), help=tokens_help)
 
 
@@ -63,20 +61,26 @@ def refuse(problems: list[str]) -> None:
         raise ConfigError(problems)
 
 
-def flag_problems(args: argparse.Namespace) -> list[str]:
-    """Fills in the base; flags that exclude each other."""
-    problems = []
+def check_flags(args: argparse.Namespace) -> None:
+    """Fills in the base. Raises ConfigError for flags that exclude each other."""
     given = [f"--{name}" for name in ("base_ckpt", "base_revision", "adapter", "other_base") if getattr(args, name)]
     if args.merged is None:
         args.base_ckpt = args.base_ckpt or DEFAULT_BASE
     elif given:
-        problems.append(f"--merged: is base and adapter in one; leave {', '.join(given)} out")
+        raise ConfigError([f"--merged: is base and adapter in one; leave {', '.join(given)} out"])
     elif not os.path.isdir(args.merged):
-        problems.append(f"--merged: {args.merged} is not a folder; `merge` makes one")
+        raise ConfigError([f"--merged: {args.merged} is not a folder; `merge` makes one"])
     is_greedy = args.sampler == "greedy"
     if args.temperature is not None and args.sampler and (args.temperature == 0) != is_greedy:
-        problems.append(f"--temperature: {args.temperature:g} and --sampler {args.sampler} exclude each other")
-    return problems
+        raise ConfigError([f"--temperature: {args.temperature:g} and --sampler {args.sampler} exclude each other"])
+
+
+def keep_existing(flag: str, files: list[Path], args: argparse.Namespace) -> None:
+    """Raises ConfigError if files would be overwritten without `--overwrite`."""
+    there = [file for file in files if os.path.lexists(file)]
+    if there and not args.overwrite:
+        more = f" and {len(there) - 1} more" if len(there) > 1 else ""
+        raise ConfigError([f"{flag}: {there[0]}{more} exists and is kept; --overwrite overwrites it"])
 
 
 def check_adapter(args: argparse.Namespace) -> None:
@@ -117,12 +121,6 @@ def say_unused(args: argparse.Namespace, sampling: Sampling) -> None:
         say(f"{', '.join(unused)}: no effect on greedy decoding (--sampler, --temperature)")
 
 
-def text_problems(args: argparse.Namespace, texts: list[tuple[str, str]]) -> list[str]:
-    """Empty texts, each with its flag or line."""
-    asked = [*texts, *([("--ref_text", args.ref_text)] if args.ref_text is not None else [])]
-    return [f"{where}: is empty" for where, text in asked if not text.strip()]
-
-
 def texts_of(args: argparse.Namespace) -> list[tuple[str, str]]:
     """(flag or line, text) of everything to be spoken."""
     if not args.texts:
@@ -134,15 +132,17 @@ def texts_of(args: argparse.Namespace) -> list[tuple[str, str]]:
     return [(f"--texts: {args.texts}:{number}", line.strip()) for number, line in enumerate(lines, 1)]
 
 
-def reference_clip(args: argparse.Namespace, problems: list[str]):
-    """The clip of the voice to clone, read once so that a broken one is refused before anything is loaded."""
+def reference_clip(args: argparse.Namespace):
+    """The clip of the voice to clone, read once so that a damaged one is refused before anything is loaded."""
     from ..data.audio import read_audio
     from ..data.chatml import AudioRef
 
     if (args.ref_audio is None) != (args.ref_text is None):
-        problems.append("--ref_audio, --ref_text: one needs the other")
-    if problems or args.ref_audio is None:
+        raise ConfigError(["--ref_audio, --ref_text: one needs the other"])
+    if args.ref_audio is None:
         return None
+    if not args.ref_text.strip():
+        raise ConfigError(["--ref_text: is empty"])
     ref = AudioRef(args.ref_audio)
     with reading(f"--ref_audio: {args.ref_audio}"):
         read_audio(ref)

@@ -47,7 +47,7 @@ def refusal() -> str:
 
 
 @needs_no_gpu
-@pytest.mark.parametrize("verb", ["train", "check", "prepare", "generate", "recite"])
+@pytest.mark.parametrize("verb", ["train", "check", "prepare", "generate", "reproduce"])
 def test_no_usable_gpu_ends_every_verb_with_2_before_anything_is_made(verb, monkeypatch, tmp_path, capfd):
     monkeypatch.delenv("DS_ACCELERATOR")
     run = ["--train_manifest", str(SPEECH), "--output_dir", str(tmp_path / "run")]

@@ -169,5 +169,5 @@ def test_every_field_of_the_batch_reaches_the_model(tokenizer, tiny_config, mode
     original = upstream.forward
     monkeypatch.setattr(upstream, "forward", lambda self, **kw: seen.update(kw) or original(self, **kw))
     model(**batch.model_inputs(), labels=torch.zeros(1))
-    assert set(seen) == set(batch.MODEL_KEYS)
+    assert set(seen) == set(batch.upstream_fields())
     assert all(seen[key] is None or torch.equal(seen[key], getattr(batch, key)) for key in seen)

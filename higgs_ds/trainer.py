@@ -22,6 +22,7 @@ from .step_stats import ForwardReport, LabelCounts, MicroBatchStats, RankStep, S
 
 if TYPE_CHECKING:
     from .model.flops import Utilisation
+    from .report.samples import Sample
     from .report.tracking import Tracker
 
 
@@ -70,6 +71,15 @@ class Saves(Protocol):
         """Raises the OSError of a checkpoint that could not be written in the background."""
 
 
+class Speaks(Protocol):
+    """Samples of the voice in training: `report.samples.Sampler`. Every rank calls every method."""
+
+    is_on: bool  # False once the voice cannot speak, on every rank
+
+    def speak(self, step: int) -> tuple[list[Sample], float]:
+        """All ranks' samples, and the seconds that they took."""
+
+
 @dataclass
 class Trainer:
     """Runs optimizer steps through the engine, under the guard. `tracker` is rank 0's, None elsewhere."""
@@ -87,6 +97,8 @@ class Trainer:
     validation: Callable[[], AbstractContextManager[Iterable[tuple[StepPlan, list[Batch]]]]] | None = None
     tracker: Tracker | None = None
     saver: Saves | None = None
+    sampler: Speaks | None = None
+    sample_every: int | None = None  # None: at validations
     save_every: int | None = None
     save_minutes: float = 0.0  # 0: not by the clock
     keep_best: bool = False
@@ -125,6 +137,8 @@ class Trainer:
             self._last = self.resumed_from  # should no step follow, its checkpoint is to say that it was validated
         if self.is_over():
             return True
+        if self.first_step == 1:
+            self._speak(0)  # where the base begins
         self._clock.begin()
         self.at(self.first_step, "reading its batches")
         for plan, batches in steps:
@@ -148,9 +162,13 @@ class Trainer:
                     self.owes_validation = True
                     self.saver.save_before_validation(plan, self)
                 validated = self._validate(plan.step, stopped=result.stop)
+                if validated and not self.sample_every:
+                    self._speak(plan.step)
                 if not validated or self.is_over():
                     self._log_rest()
                     return validated
+            if self.sample_every and not result.stop and (last or plan.step % self.sample_every == 0):
+                self._speak(plan.step)
             if result.stop or last:
                 return last  # `save_end` saves it
             # By count, by the clock of rank 0, or because it is the best: all ranks come to the same answer.
@@ -196,6 +214,15 @@ class Trainer:
                 self.at(step, "saving the best adapter")
                 self.saver.save_best(step, self)
         return not stopped
+
+    def _speak(self, step: int) -> None:
+        """Samples of the voice as it is now, where there are any; nothing of the training moves."""
+        if self.sampler is None or not self.sampler.is_on:
+            return
+        self.at(step, "speaking samples")
+        samples, seconds = self.sampler.speak(step)
+        if self.tracker:
+            self.tracker.samples(samples, step, seconds)
 
     def train_step(self, step: int, batches: list[Batch], lr: float) -> StepResult:
         """One optimizer step over this rank's micro-batches; the update happens only if no rank saw a failure.

@@ -65,7 +65,9 @@ def train(config: TrainConfig, ds_raw: dict, stop: StopRequest) -> int:
         watch.before_end.insert(0, saver.writer.finish)  # before stopped.json says what is saved
         try:
             with saver.open_tracker() as tracker:
-                trainer = run.make_trainer(setup, data, engine, ranks, watch, tracker=tracker, saver=saver, stop=stop)
+                sampler = run.make_sampler(setup, data, engine, ranks, watch)
+                sinks = {"tracker": tracker, "saver": saver, "sampler": sampler}
+                trainer = run.make_trainer(setup, data, engine, ranks, watch, **sinks, stop=stop)
                 stop.training()
                 try:
                     with data.steps(setup.first_step, data.total_steps) as steps:

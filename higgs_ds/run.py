@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 
 from torch import nn
 
@@ -31,6 +32,7 @@ from .model.families import family_of
 from .model.lora import attach_lora, set_lora
 from .options.sections import TrainConfig
 from .report.cards import pinned
+from .report.samples import COUNT, Sampler, Voice, prompts_from_file, prompts_from_rows
 from .report.tracking import Tracker
 from .saver import Saver
 from .schedule import schedule
@@ -204,6 +206,35 @@ def check_memory(setup: Setup, data: Data, engine: Engine, ranks: Ranks, watch: 
         ranks.say(f"compiled the decoder layers: {slowest:.0f} s on the slowest rank")
 
 
+def make_sampler(setup: Setup, data: Data, engine: Engine, ranks: Ranks, watch: Watch | NoWatch) -> Sampler | None:
+    """The samples that the run speaks, as its options say; None where there are none.
+
+    Raises:
+        ConfigError: on all ranks: a file of texts that holds none.
+    """
+    config, rows, cache = setup.config, data.corpus.val_rows, data.corpus.cache
+    wanted = config.run.sample_every or config.run.sample_texts or config.run.sample_count
+    if not wanted:
+        return None
+    prompts = []
+    if config.run.sample_texts:
+        file = Path(config.run.sample_texts)
+        prompts += ranks.each(lambda: prompts_from_file(file, config.data.prompt_style))
+    if config.run.sample_count or not prompts:
+        count = config.run.sample_count or COUNT
+        prompts += prompts_from_rows(rows, count, lambda ref: cache.get(ref)[: setup.base.spec.num_codebooks])
+    empty, voice_of = family_of(setup.base).voice(setup.base, config.model.dtype, data.corpus.codec, ranks.device)
+
+    @contextlib.contextmanager
+    def voice() -> Iterator[Voice | None]:
+        with engine.generating(empty) as model:
+            if model is None:
+                ranks.say("WARNING: samples are left out: a copy of the model does not fit beside ZeRO-3's shards")
+            yield None if model is None else voice_of(model)
+
+    return Sampler(prompts, setup.output_dir, ranks, voice, seed=config.optim.seed, progressed=watch.progressed)
+
+
 def make_trainer(
     setup: Setup,
     data: Data,
@@ -213,6 +244,7 @@ def make_trainer(
     *,
     tracker: Tracker | None = None,
     saver: Saver | None = None,
+    sampler: Sampler | None = None,
     stop: StopRequest | None = None,
     on_bad_loss: str | None = None,
 ) -> Trainer:
@@ -238,6 +270,8 @@ def make_trainer(
         validation=data.validation if data.corpus.val_rows else None,
         tracker=tracker,
         saver=saver,
+        sampler=sampler,
+        sample_every=config.run.sample_every,
         keep_best=config.run.keep_best and len(data.corpus.val_rows) > 0,
         save_every=config.run.save_every,
         save_minutes=config.run.save_minutes,

@@ -72,6 +72,8 @@ class Trainer:
     validation: Callable[[], AbstractContextManager[Iterable[tuple[StepPlan, list[Batch]]]]] | None = None
     tracker: Tracker | None = None
     saver: Saver | None = None  # without one nothing is saved
+    sampler: Sampler | None = None  # speaks samples of the voice; None: there are none
+    sample_every: int | None = None  # None: at validations
     save_every: int | None = None
     save_minutes: float = 0.0  # 0: not by the clock
     keep_best: bool = False
@@ -110,6 +112,8 @@ class Trainer:
             self._last = self.resumed_from  # should no step follow, its checkpoint is to say that it was validated
         if self.is_over():
             return True
+        if self.first_step == 1:
+            self._speak(0)  # where the base begins
         self._clock.begin()
         self.at(self.first_step, "reading its batches")
         for plan, batches in steps:
@@ -134,9 +138,13 @@ class Trainer:
                     self.owes_validation = True
                     self.saver.save_before_validation(plan, self)
                 validated = self._validate(plan.step, stopped=result.stop)
+                if validated and not self.sample_every:
+                    self._speak(plan.step)
                 if not validated or self.is_over():
                     self._log_rest()
                     return validated
+            if self.sample_every and not result.stop and (last or plan.step % self.sample_every == 0):
+                self._speak(plan.step)
             if result.stop or last:
                 return last  # `save_end` saves it
             # By count, by the clock of rank 0, or because it is the best: all ranks come to the same answer.
@@ -182,6 +190,15 @@ class Trainer:
                 self.at(step, "saving the best adapter")
                 self.saver.save_best(step, self)
         return not stopped
+
+    def _speak(self, step: int) -> None:
+        """Samples of the voice as it is now, where there are any; nothing of the training moves."""
+        if self.sampler is None or not self.sampler.is_on:
+            return
+        self.at(step, "speaking samples")
+        samples, seconds = self.sampler.speak(step)
+        if self.tracker:
+            self.tracker.samples(samples, step, seconds)
 
     def train_step(self, step: int, batches: list[Batch], lr: float) -> StepResult:
         """One optimizer step over this rank's micro-batches; the update happens only if no rank saw a failure.

@@ -27,6 +27,7 @@ from peft import LoraConfig
 from torch import nn
 
 from ..errors import ConfigError, nearest, reading, shown
+from ..model.lora import with_lora
 from ..process import end_in_time, say
 from .adamw import DroppableAdamW
 from .device import describe_devices, name_accelerator, take_device
@@ -338,6 +339,40 @@ class Engine:
         finally:
             self._optimizer.drop_next = False
 
+    @contextlib.contextmanager
+    def generating(self, empty: Callable[[], nn.Module]) -> Iterator[nn.Module | None]:
+        """The base model with LoRA, dropout off and every weight whole, to generate with beside the engine.
+
+        Under ZeRO-3 it is a copy that every rank gathers, so that no rank waits for another while it generates; None on
+        every rank where a copy does not fit into some rank's memory. Every rank must enter it; training mode after it.
+
+        Args:
+            empty: makes the base model on the meta device.
+        """
+        self.train(False)
+        try:
+            yield self.module.model.get_base_model() if self.stage < 3 else self._copy_of_model(empty)
+        finally:
+            self.train()
+
+    def _copy_of_model(self, empty: Callable[[], nn.Module]) -> nn.Module | None:
+        source, device = self.module.model, self._engine.device
+        num_bytes = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in source.parameters())
+        fits = torch.ones(1, device=device)
+        if device.type == "cuda":
+            unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+            fits *= torch.cuda.mem_get_info(device)[0] + unused > 1.1 * num_bytes
+        dist.all_reduce(fits, op=dist.ReduceOp.MIN)
+        if not fits:
+            return None
+        with torch.device("meta"):
+            model = with_lora(empty(), self.lora_config)
+        weights = {name: full_weight(parameter) for name, parameter in source.named_parameters()}
+        model.load_state_dict(weights, assign=True, strict=False)
+        for place, module in source.named_modules():
+            model.get_submodule(place)._buffers.update(module._buffers)  # rotary tables, not in a state dict
+        return model.eval().get_base_model()
+
     def gather_state(self) -> GatheredState | None:
         """Weights in float32 and Adam's moments for rank 0, which put themselves together when called; None elsewhere.
 
@@ -448,7 +483,7 @@ def _trained(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def full_weight(parameter: nn.Parameter) -> torch.Tensor:
-    """A copy of a weight before there is an engine, though ZeRO-3 sharded it while loading. Every rank must call it."""
+    """A copy of a weight, which ZeRO-3 may have sharded. Every rank must call it."""
     with _gathered([parameter]):
         return parameter.detach().clone()
 

@@ -6,7 +6,7 @@ folder beside `higgs_v2/` with an object like its `HiggsV2`, named in `families.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from ..codec.base import Codec
     from ..data.chatml import AudioRef, Turn
     from ..options.sections import TrainConfig
     from .base import BaseCheckpoint
@@ -125,6 +126,12 @@ class Family(Protocol):
         self, base: BaseCheckpoint, adapter: Adapter | None, output_dir: Path, layout: str, **options: Any
     ) -> int:
         """Writes the merged checkpoint and reads it back; its size in bytes. Raises ConfigError."""
+
+    def voice(
+        self, base: BaseCheckpoint, dtype: str, codec: Codec, device: torch.device
+    ) -> tuple[Callable[[], nn.Module], Callable[[nn.Module], Any]]:
+        """For samples of a run: makes its model without LoRA and without weights (on the meta device), under the names
+        of `load_base`; and makes a voice of such a model once it has both."""
 
     def speaker(self, base: BaseCheckpoint, adapter: str | None, codec: Any, **options: Any) -> Speaker:
         """A voice to speak with: the base, and an adapter on it. Raises ConfigError."""

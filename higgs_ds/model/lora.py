@@ -61,7 +61,7 @@ def attach_lora(
         task_type="CAUSAL_LM",
         revision=base_revision,
     )
-    peft_model = _with_lora(model, lora)
+    peft_model = with_lora(model, lora)
     peft_model.peft_config["default"].base_model_name_or_path = base_name
     for name, parameter in peft_model.named_parameters():
         if parameter.requires_grad:
@@ -122,7 +122,7 @@ def initial_lora(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
     return torch.rand(shape, generator=generator) * (2 * bound) - bound
 
 
-def _with_lora(model: nn.Module, config: LoraConfig) -> PeftModel:
+def with_lora(model: nn.Module, config: LoraConfig) -> PeftModel:
     """PEFT's `get_peft_model` for plain LoRA, in the dtype of the layers that it is put on.
 
     PEFT's default would keep float32 copies of LoRA under zero.Init alone, so that the stages would differ. And where

@@ -20,6 +20,12 @@ def contradictions(config: TrainConfig) -> list[str]:
         problems.append(f"--codebook_weights: {loss.codebook_weights} sum to 0; give at least one above 0")
     if config.run.early_stop is not None and config.data.val_manifest is None:
         problems.append("--early_stop: there is nothing to validate on; give --val_manifest with it")
+    run = config.run
+    if (run.sample_every or run.sample_count) and not (run.sample_texts or config.data.val_manifest):
+        flag = "--sample_every" if run.sample_every else "--sample_count"
+        problems.append(f"{flag}: there is nothing to speak; give --sample_texts or --val_manifest with it")
+    if run.sample_texts and not (run.sample_every or config.data.val_manifest):
+        problems.append("--sample_texts: when is not said; give --sample_every or --val_manifest with it")
     if config.lora.lora_dora:
         problems.append(
             "--lora_dora: not supported: DoRA scales each row of the weight by a learned size, which the fused layers, "

@@ -25,6 +25,7 @@ from ..errors import reading
 from ..files import write_text
 from .history import NUM_CODEBOOKS, Series
 from .jsonl import read_rows
+from .samples import FOLDER, LIST, RECORDINGS
 
 PAGE, METRICS, RANK_LOSS = "report.html", "metrics.jsonl", "rank/loss"
 MOST_CLIPS = 160  # about 3 MB of MP3
@@ -83,6 +84,7 @@ class Run:
     failures: list[dict] = field(default_factory=list)
     stopped: dict[str, Any] = field(default_factory=dict)
     clips: list[dict[str, str]] = field(default_factory=list)
+    samples: list[dict[str, Any]] = field(default_factory=list)  # a text each, with its clips by step
     clips_left_out: int = 0
 
     @property
@@ -132,6 +134,7 @@ def read_run(folder: Path, clips: int = MOST_CLIPS) -> Run:
             list(read_rows(folder / "guard_failures.jsonl")) if (folder / "guard_failures.jsonl").exists() else [],
             _json(folder / "stopped.json"),
         )
+        run.samples = _samples(folder / FOLDER, clips)
         rows = sorted(_recitals(folder), key=lambda row: row["share"])
         run.clips = [_clip(row) for row in rows[:clips]]
         run.clips_left_out = len(rows) - len(run.clips)
@@ -200,6 +203,25 @@ def _settings(runs: Sequence[Run]) -> list[tuple[str, list[str], bool]]:
 
 def _shown(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else "" if value in (None, "null") else str(value)
+
+
+def _samples(folder: Path, most: int) -> list[dict[str, Any]]:
+    """Each sampled text with its recording and its clips, by step: the first, the last, and what has room between."""
+    lists = sorted(folder.glob(f"step-*/{LIST}"))
+    texts: dict[str, dict[str, Any]] = {}
+    lines = [[row | {"folder": path.parent} for row in read_rows(path)] for path in lists]
+    if not lines:
+        return []
+    room = max(2, most // max(1, len(lines[0])))
+    shown = np.unique(np.linspace(0, len(lines) - 1, min(room, len(lines))).round().astype(int)).tolist()
+    for row in (row for place in shown for row in lines[place]):
+        name = os.path.basename(row["name"])
+        text = texts.setdefault(name, {"text": str(row["text"]), "origin": str(row["origin"]), "steps": []})
+        if "recording" not in text:
+            text["recording"] = _sound(folder / RECORDINGS / f"{name}.wav")
+        sound = _sound(row["folder"] / f"{name}.wav") if row["file"] else ""
+        text["steps"].append({"step": f"{int(row['global_step']):,}", "sound": sound, "ended": bool(row["ended"])})
+    return list(texts.values())
 
 
 def _recitals(folder: Path) -> Iterator[dict[str, Any]]:

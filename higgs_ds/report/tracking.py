@@ -10,11 +10,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..errors import ConfigError, reading
+from ..errors import ConfigError, first_of, reading
 from .console import Console
 from .curves import draw_history
 from .history import RESUMED, History
 from .jsonl import Kept, append_rows, cut, read_rows, rows_until
+from .page import PAGE, read_run, write_page
+from .samples import FOLDER, Sample, folder_of, write_list
 from .wandb_run import WandbChoice, WandbRun
 
 METRICS_FILE = "metrics.jsonl"
@@ -210,6 +212,20 @@ class Tracker:
         if time.monotonic() - self._last_table_time >= TABLE_INTERVAL_SEC:
             self._send_failures()
 
+    def samples(self, samples: list[Sample], step: int, seconds: float) -> None:
+        """Say what the voice spoke at this step, and send it to W&B, where it is a table with sounds."""
+        problems = [f"{sample.name}: {sample.problem}" for sample in samples if sample.problem]
+        spoken = sum(sample.file is not None for sample in samples)
+        ended = sum(sample.ended for sample in samples if sample.file)
+        folder = folder_of(self.metrics_path.parent / FOLDER, step)
+        if samples:
+            self._sink("samples", write_list, samples, folder)
+            self.message(f"step {step}: {spoken} samples in {folder} ({ended} ended by themselves; {seconds:.1f} s)")
+        if problems:
+            self.message("\n".join(f"WARNING: sample {problem}" for problem in first_of(problems)))
+        if self._wandb_run and spoken and step > self._validated_step:
+            self._sink("W&B", self._wandb_run.log_samples, samples, folder, step)
+
     def close(self, exit_code: int = 0) -> None:
         """Draws the plot, ends the progress bar and the W&B run, says where to look. A second call does nothing."""
         if self._closed:
@@ -219,9 +235,15 @@ class Tracker:
         self._draw()
         self._send_rank_losses()
         self._send_failures()
+        self._sink(PAGE, self._write_page)
         if self._wandb_run:
             self._sink("W&B", self._wandb_run.finish, exit_code)
         self._say_where_to_look()
+
+    def _write_page(self) -> None:
+        """The run's page, over what its folder holds."""
+        if self.metrics_path.exists():
+            write_page([read_run(self.metrics_path.parent)], self.metrics_path.parent / PAGE)
 
     def __enter__(self) -> Tracker:
         return self
@@ -260,6 +282,9 @@ class Tracker:
             self.message(f"metrics: {self.metrics_path}")
         if self.plot_path.is_file():
             self.message(f"curves: {self.plot_path}")
+        page = self.metrics_path.parent / PAGE
+        if page.is_file():
+            self.message(f"page: {page}")
         if self._failure_rows:
             self.message(f"guard failures: {self.failures_path} ({len(self._failure_rows)} rows)")
         wandb_run = self._wandb_run

@@ -29,6 +29,7 @@ from ..errors import ConfigError, reading
 from ..files import write_text
 from .jsonl import strict
 from .redact import redact
+from .samples import RECORDINGS, Sample
 
 WANDB_MODES = ("auto", "online", "offline", "disabled")
 DEFAULT_WANDB_PROJECT = "higgs-ds"
@@ -218,6 +219,23 @@ class WandbRun:
         data = [[_table_cell(row.get(column)) for column in columns] for row in rows]
         with _wandb_errors("log a table"):
             self._log_late(name, self._wandb.Table(columns=columns, data=data, allow_mixed_types=True), step)
+
+    def log_samples(self, samples: list[Sample], folder: Path, step: int) -> None:
+        """A table of what the voice spoke at a step, playable beside the recordings."""
+        if step <= self._had or not self.takes_tables():
+            return
+
+        def sound(path: Path) -> Any:
+            return self._wandb.Audio(str(path)) if path.exists() else None
+
+        rows = [
+            [s.text, sound(folder / s.file), sound(folder.parent / RECORDINGS / s.file), s.seconds, s.ended]
+            for s in samples
+            if s.file
+        ]
+        with _wandb_errors("log samples"):
+            columns = ["text", "voice", "recording", "seconds", "ended by itself"]
+            self._log_late("samples/voice", self._wandb.Table(columns=columns, data=rows), step)
 
     def log_rank_losses(self, by_rank: list[tuple[list[int], list[float]]], step: int) -> None:
         """One chart with a line a rank, over (steps, losses) of each; it takes the place of the one before."""

@@ -202,7 +202,7 @@ def test_a_merged_folder_speaks_as_its_base(layout, voice, said, codec_dir, tmp_
 
 @pytest.fixture(scope="module")
 def untrained(tiny_dir, codec_dir):
-    return Speaker(open_base(str(tiny_dir)), None, load_codec(str(codec_dir)))
+    return Speaker.load(open_base(str(tiny_dir)), None, load_codec(str(codec_dir)))
 
 
 def endings(speaker, eos_at: dict[int, list[int]]) -> dict[str, tuple[int, bool, bool]]:

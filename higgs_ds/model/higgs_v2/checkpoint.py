@@ -77,6 +77,12 @@ def check_tokenizer(folder: Path, tokenizer, config: HiggsAudioConfig, flag: str
     refuse(problems, f"{flag}: {folder}")
 
 
+def empty_base(config: HiggsAudioConfig, dtype: str) -> HiggsAudioForTraining:
+    """The model of `load_base` on the meta device: names and shapes, no weight."""
+    with torch.device("meta"):
+        return HiggsAudioForTraining._from_config(config, torch_dtype=DTYPES[dtype])
+
+
 def load_base(
     folder: Path, config: HiggsAudioConfig, dtype: str, *, quantize_on: torch.device | None = None
 ) -> HiggsAudioForTraining:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from ...codec.base import Codec
     from ...data.chatml import AudioRef, Turn
     from ..base import BaseCheckpoint
     from ..family import Adaptable
@@ -83,7 +84,17 @@ class HiggsV2:
 
         return merge(base, adapter, output_dir, layout, **options)
 
-    def speaker(self, base: BaseCheckpoint, adapter: str | None, codec: Any, **options: Any) -> Speaker:
+    def voice(
+        self, base: BaseCheckpoint, dtype: str, codec: Codec, device: torch.device
+    ) -> tuple[Callable[[], nn.Module], Callable[[nn.Module], Any]]:
+        """See `Family.voice`."""
+        from .checkpoint import empty_base
         from .speaker import Speaker
 
-        return Speaker(base, adapter, codec, **options)
+        return lambda: empty_base(base.config, dtype), lambda model: Speaker(model, base, codec, device)
+
+    def speaker(self, base: BaseCheckpoint, adapter: str | None, codec: Any, **options: Any) -> Speaker:
+        """Upstream's own generate, see `speaker.Speaker`."""
+        from .speaker import Speaker
+
+        return Speaker.load(base, adapter, codec, **options)

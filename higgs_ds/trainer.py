@@ -22,6 +22,7 @@ from .step_stats import ForwardReport, LabelCounts, MicroBatchStats, RankStep, S
 
 if TYPE_CHECKING:
     from .model.flops import Utilisation
+    from .report.samples import Sampler
     from .report.tracking import Tracker
     from .saver import Saver
 

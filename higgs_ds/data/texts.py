@@ -47,7 +47,7 @@ _JULIUS = re.compile(r"^sentence\d+:(.*)$", re.MULTILINE)
 _FULL_CONTEXT = re.compile(r"\S+[-^]\S*\+\S+[=/@]\S*")
 _ARPABET = frozenset(
     "AA AE AH AO AW AX AXR AY B BCL CH D DCL DH DX EH EL EM EN ENG EPI ER EY F G GCL HH HV IH IX IY JH K KCL L M N NG "
-    "NX OW OY P PCL PAU Q R S SH T TCL TH UH UW UX V W Y Z ZH".split()
+    "NX OW OY P PCL PAU Q R S SH T TCL TH UH UW UX V W Y Z ZH SIL SP SPN H#".split()
 )
 _STRESSED = re.compile(r"[A-Z]{2}[0-2]")
 _PINYIN = re.compile(r"[a-zü:]{1,6}[1-5]")
@@ -57,8 +57,7 @@ _PHONE_LENGTH = 2.2  # letters of a label on average, up to which labels are pho
 
 def composed(text: str) -> str:
     """The text as it is trained on and spoken: composed (NFC), without line breaks, no-break blanks as blanks."""
-    text = _LINE_BREAK.sub(" ", text)
-    return text if text.isascii() else with_plain_letters(text)
+    return with_plain_letters(_LINE_BREAK.sub(" ", text) if len(text.splitlines()) > 1 else text)
 
 
 def with_plain_letters(text: str) -> str:
@@ -86,10 +85,11 @@ def read_transcript(source: Path | str) -> Transcript:
     lines = [line for line in lines if line and not _CONSOLE.fullmatch(line)]
     found = next(((name, said) for name, read in _FORMS.items() if (said := read(text, lines)) is not None), None)
     form, said = found or (None, lines)
+    labels = [label for label in said if label.strip()]
     said = [words for label in said if (words := _SILENCE.sub("", label).strip() if form else label.strip())]
     if stem and said:
         said, form = _without_id(said, stem, form)
-    if are_phones(said) or (form is None and spelled_by_sound(" ".join(said))):
+    if are_phones(labels) or (form is None and spelled_by_sound(" ".join(said))):
         return Transcript(None, "phone labels")
     if form is None and (_ARROW.search(text) or any(map(_is_timed, lines))):
         return Transcript(None, "times in a form that is not known")
@@ -129,13 +129,14 @@ def spelled_by_sound(text: str) -> bool:
 
 def holds_times(text: str) -> str | None:
     """Form of the times that a row's text holds, such as cues of subtitles; None for a text without."""
-    if _MAY_HOLD_TIMES.search(text) is None:
+    plain = text[0] not in _TIMES_START and "\n" not in text and "\t" not in text and "->" not in text
+    if plain and text.count(".") < 2 and text.count(":") < 1:
         return None
     words, form = read_transcript(text)
     return form if form not in (None, "phone labels", "no words", _NUMBERED) else None
 
 
-_MAY_HOLD_TIMES = re.compile(r"\d:\d\d|->|\d[\s,;|]+\d|\d[\t\n]|[\[(<]\d|WEBVTT|ooTextFile")
+_TIMES_START = frozenset('0123456789[(<{#WFO;"')  # characters that a text may begin with where times do
 _NUMBERED = "numbered lines"
 
 
@@ -378,17 +379,18 @@ _ODD = {
     "phonemes": re.compile(r"(?!)"),  # see `spelled_by_sound`
 }
 _SOUND_TAG = re.compile(r"</?SE(_[A-Za-z]+)?>|\[SPEAKER\d+\]")
+_SUSPECT_ASCII = re.compile(r"[<\[&%\\\x00-\x08\x0e-\x1f\x7f]")
 _SUSPECT = re.compile(
     r"[<\[&%\\\x00-\x08\x0e-\x1f\x7f-\x9f\u00ad\u00c2\u00c3\u00d0\u00d1\u00e2-\u00e9\u00ef\u00f0\u0250-\u02af\u02c8"
-    r"\u200b\u200e\u200f\u2060-\u2064\u202a-\u202e\ufeff\ufffd]|[A-Z]{2}[0-2]\b|[a-z][1-5] |"
-    + _ODD["scripts mixed within a word"].pattern
+    r"\u0370-\u04ff\u200b\u200e\u200f\u2060-\u2064\u202a-\u202e\ufeff\ufffd]"
 )
 LOST = "U+FFFD, a letter that was lost"
 
 
 def oddities(text: str) -> Iterator[tuple[str, str]]:
     """(kind, example) of everything in a text that nobody speaks, one of a kind."""
-    if _SUSPECT.search(text) is None:
+    suspect = _SUSPECT_ASCII if text.isascii() else _SUSPECT
+    if suspect.search(text) is None and not text.isupper() and _PINYIN.match(text) is None:
         return
     for kind, pattern in _ODD.items():
         for found in pattern.finditer(text):

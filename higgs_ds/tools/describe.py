@@ -35,12 +35,23 @@ TOKENS_PER_TURN = 5
 CARD, TOKENS_PER_SEC = "H100", 32_000
 
 
-def describe(path: str, *, audio_root: str | None = None, tokenizer=None, family: Family | None = None) -> Described:
+def describe(
+    path: str,
+    *,
+    audio_root: str | None = None,
+    tokenizer=None,
+    family: Family | None = None,
+    trains: bool | None = None,
+    channel: int | None = None,
+    audio_track: int | None = None,
+) -> Described:
     """Reads a manifest and its clips' headers. With a tokenizer and its family, tokens are counted, else estimated."""
     from ..data.controls import DEFAULT_CONTROLS, control_tokens
 
     controls = DEFAULT_CONTROLS if tokenizer is None else control_tokens(tokenizer)
-    manifest = Manifest(path, audio_root=audio_root, controls=controls)
+    manifest = Manifest(
+        path, audio_root=audio_root, controls=controls, trains=trains, channel=channel, audio_track=audio_track
+    )
     lengths: dict[AudioRef, float] = {}
     rows: list[Row] = []
     of_rows: list[list[float]] = []
@@ -62,6 +73,7 @@ def describe(path: str, *, audio_root: str | None = None, tokenizer=None, family
         if not found:
             rows.append(row)
             of_rows.append(seconds)
+    of_texts, warnings = manifest.of_texts()
     stats = np.array([text_stats_of(row) for row in rows], TEXT_STATS)
     speech = [
         (row.audio_refs[clip][1], seconds[clip]) if clip >= 0 else (None, 0.0)
@@ -75,8 +87,9 @@ def describe(path: str, *, audio_root: str | None = None, tokenizer=None, family
         rows,
         np.array([sum(seconds) for seconds in of_rows], np.float64),
         np.array([_tokens(row, sec, tokenizer, family) for row, sec in zip(rows, of_rows, strict=True)], np.int64),
-        faults,
+        [*faults, *of_texts],
         manifest.notes(),
+        warnings,
     )
 
 
@@ -150,6 +163,8 @@ def run_describe(
     family: Family | None = None,
     max_tokens: int = 16_384,
     epochs: float = 1.0,
+    channel: int | None = None,
+    audio_track: int | None = None,
 ) -> list[str]:
     """The lines to print; with `output_dir`, describe.html, describe.png and faults.jsonl are left there.
 
@@ -160,7 +175,18 @@ def run_describe(
     """
     trained = len(portions)
     sides = [*portions, *([Portion(val_manifest)] if val_manifest else [])]
-    described = [describe(side.path, audio_root=audio_root, tokenizer=tokenizer, family=family) for side in sides]
+    described = [
+        describe(
+            side.path,
+            audio_root=audio_root,
+            tokenizer=tokenizer,
+            family=family,
+            trains=number < trained,
+            channel=channel,
+            audio_track=audio_track,
+        )
+        for number, side in enumerate(sides)
+    ]
     said: list[str] = []
     for number, found in enumerate(described):
         if not found.rows:
@@ -170,7 +196,8 @@ def run_describe(
             said += epoch_lines(described[:trained], portions, max_tokens=max_tokens, epochs=epochs)
         elif number >= trained:
             said += epoch_lines([found], sides[trained:], max_tokens=max_tokens, epochs=None)
-    warnings = warnings_of([found.speech for found in described], trained)
+    warnings = [warning for found in described for warning in found.warnings]
+    warnings += warnings_of([found.speech for found in described], trained)
     faults = [fault for found in described for fault in found.faults]
     for count, what, some in ((len(faults), "fault", faults), (len(warnings), "warning", warnings)):
         if some:

@@ -129,6 +129,8 @@ class Row:
 
     def target_clip(self) -> int | None:
         """The number in `audio_refs` of the clip that the row's last turn speaks; None for none, or several."""
+        if self.is_speech:
+            return 0 if self.start_index is None else 1
         last = self.messages[-1]
         if last.role != "assistant" or sum(isinstance(piece, AudioRef) for piece in last.content) != 1:
             return None
@@ -143,6 +145,8 @@ class Row:
         clip = self.target_clip()
         if clip is None:
             return None
+        if self.is_speech and isinstance(text := self.messages[-2].content[0], str):
+            return text, clip
         for turn in reversed(self.messages[-2:]):
             if text := " ".join(piece for piece in turn.content if isinstance(piece, str)):
                 return text, clip

@@ -50,7 +50,7 @@ class Reading:
     """Rule by which rows with the same columns are read."""
 
     kind: str | None  # chatml, speech, or None where it is neither
-    column: dict[str, str] = field(default_factory=dict)  # of each field of a speech row
+    column: dict[str, str] = field(default_factory=dict)  # of each field of a speech row that is there
     unread: tuple[str, ...] = ()
     scale: dict[str, float] = field(default_factory=dict)  # seconds that one unit of a field is, where it is not one
     faults: tuple[tuple[str, str], ...] = ()  # (field, problem)
@@ -90,7 +90,7 @@ def reading(columns: tuple[str, ...]) -> Reading:
         return Reading(None, faults=(("row", neither),))
     known = (*SPEECH_FIELDS, *names.values(), *(column for name in CUT_FIELDS for column in held.get(name, ())))
     more, unread = _others(tuple(c for c in columns if c not in known), SPEECH_FIELDS)
-    of_field = {name: names.get(name, name) for name in SPEECH_FIELDS[:-1]}
+    of_field = {name: column for name in SPEECH_FIELDS[:-1] if (column := names.get(name, name)) in columns}
     return Reading("speech", of_field, unread, scale, (*faults, *more))
 
 

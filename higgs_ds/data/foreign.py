@@ -83,7 +83,7 @@ def keys_given_twice(content: bytes, value: object) -> list[str]:
 
 def _count_keys(value: object) -> int:
     if isinstance(value, dict):
-        return len(value) + sum(map(_count_keys, value.values()))
+        return len(value) + sum([_count_keys(part) for part in value.values() if isinstance(part, dict | list)])
     return sum(map(_count_keys, value)) if isinstance(value, list) else 0
 
 

@@ -98,10 +98,9 @@ def read_row(value: Any, rules: Rules, line: int, element: int = -1) -> tuple[Ro
         for name, problem in _own_reference(row) if row is not None else ():
             told(name, problem)
         if row is not None and not faults:
-            if row.is_speech:
-                rules.texts.look(str(row.messages[-2].content[0]), value[read.column["text"]], (line, element))
-            elif (said := row.target()) is not None:
-                rules.texts.look(said[0], said[0], (line, element))
+            if (said := row.target()) is not None:
+                given = value[read.column["text"]] if row.is_speech else said[0]
+                rules.texts.look(said[0], given, (line, element))
     return (None, faults) if faults else (row, [])
 
 
@@ -260,8 +259,8 @@ class _Slice(BaseModel):
     def of(self, clip: AudioRef, name: str, rules: Rules) -> AudioRef:
         """The clip's part, under the field that a fault in it is reported by."""
         offset = 0.0 if self.offset is None and self.end is not None else self.offset
-        is_whole = offset is None or (offset == 0 and self.seconds is None)
-        cut = (None, None) if is_whole else (offset, self.seconds)
+        seconds = self.seconds
+        cut = (None, None) if offset is None or (offset == 0 and seconds is None) else (offset, seconds)
         channel = rules.channel if self.channel is None else self.channel
         track = rules.audio_track if self.audio_track is None else self.audio_track
         return AudioRef(clip.path, clip.raw_audio, *cut, name, None, channel, track, self.sampling_rate or None)
@@ -395,7 +394,7 @@ def _translated(value: dict[str, Any], read: Reading) -> dict[str, Any]:
     """A speech row under the names of our fields, without those that say nothing."""
     named = {}
     for name, column in read.column.items():
-        found = value.get(column)
+        found = value[column]
         if found is not None and found == found and (name in ("audio", "text") or _given(found) is not None):
             named[name] = _in_seconds(found, read.scale[name]) if name in read.scale else found
     return named

@@ -97,10 +97,8 @@ def read_row(value: Any, rules: Rules, line: int, element: int = -1) -> tuple[Ro
         rules.unread.update(unread.keys())
         for name, problem in _own_reference(row) if row is not None else ():
             told(name, problem)
-        if row is not None and not faults:
-            if (said := row.target()) is not None:
-                given = value[read.column["text"]] if row.is_speech else said[0]
-                rules.texts.look(said[0], given, (line, element))
+        if row is not None and not faults and (said := row.target()) is not None:
+            rules.texts.look(said[0], value[read.column["text"]] if row.is_speech else said[0], (line, element))
     return (None, faults) if faults else (row, [])
 
 
@@ -260,10 +258,13 @@ class _Slice(BaseModel):
         """The clip's part, under the field that a fault in it is reported by."""
         offset = 0.0 if self.offset is None and self.end is not None else self.offset
         seconds = self.seconds
-        cut = (None, None) if offset is None or (offset == 0 and seconds is None) else (offset, seconds)
+        if offset is None or (offset == 0 and seconds is None):
+            offset = seconds = None
         channel = rules.channel if self.channel is None else self.channel
         track = rules.audio_track if self.audio_track is None else self.audio_track
-        return AudioRef(clip.path, clip.raw_audio, *cut, name, None, channel, track, self.sampling_rate or None)
+        return AudioRef(
+            clip.path, clip.raw_audio, offset, seconds, name, None, channel, track, self.sampling_rate or None
+        )
 
 
 class SpeechRow(_Slice):

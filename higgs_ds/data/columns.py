@@ -32,11 +32,13 @@ WEIGHTY = ("start_index", "ref_audio", "ref_text", "offset", "raw_audio", "recip
 _CANONICAL = {name: canonical for canonical, names in SYNONYMS.items() for name in (canonical, *names.split())}
 # Edges of a slice by any other name, and the unit that stands in it: `begin_time`, `start_sec`, `endTime`, `offset_ms`.
 _EDGE = re.compile(
-    r"((?:segment|seg|audio|clip|utt|utterance|speech|word|vad|time|ts|t)_?)?(start|begin|onset|offset|end|stop|duration|dur)"
-    r"_?(?:times?tamp|time|at|pos)?_?(ms|msecs?|milliseconds?|s|secs?|seconds?|[a-z]+)?"
+    r"(?P<of>(?:segment|seg|audio|clip|utt|utterance|speech|word|vad|time|ts|t)_?)?"
+    r"(?P<edge>start|begin|onset|offset|end|stop|duration|dur)_?(?:times?tamp|time|at|pos)?_?(?P<unit>[a-z]+)?"
 )
 _EDGES = {"start": "offset", "begin": "offset", "onset": "offset", "stop": "end", "dur": "duration"}
-_UNITS = re.compile(r"samples?|frames?|us|ns|min|minutes?|ticks?")
+_SECONDS = dict.fromkeys((None, *"s sec secs second seconds".split()), 1.0)
+_SECONDS |= dict.fromkeys("ms msec msecs millisecond milliseconds".split(), 0.001)
+_OTHER_UNITS = frozenset("sample samples frame frames us ns min minute minutes tick ticks".split())
 _OF_REFERENCE = re.compile(r"(ref|reference|prompt)_(start|begin|end|offset|duration|channel|audio_track)(_.*)?")
 _CODES = re.compile(
     r"(audio|speech|codec|acoustic|semantic|discrete)?_?(codes?|tokens?|units?|token_ids)(_(path|file))?"
@@ -63,16 +65,13 @@ def reading(columns: tuple[str, ...]) -> Reading:
         misspelt, unread = _others(columns, CHATML_FIELDS)
         return Reading("chatml", {}, unread, faults=misspelt)
     held: dict[str, list[str]] = {}
-    scale: dict[str, float] = {}
     for column in columns:
         if column in SPEECH_FIELDS:
             continue
         if canonical := _CANONICAL.get(plain(column)):
             held.setdefault(canonical, []).append(column)
-        elif edge := _edge(column):
+        elif (edge := _edge(column)) and edge[1] is not None:
             held.setdefault(edge[0], []).append(column)
-            if edge[0] not in columns and edge[1] != 1:
-                scale[edge[0]] = edge[1]
     names = {name: of_name[0] for name, of_name in held.items() if name not in columns}
     faults = [
         (of_name[0], f"{', '.join(f'`{_shown(c)}`' for c in of_name)}: which is the {name}? rename that to `{name}`")
@@ -91,17 +90,18 @@ def reading(columns: tuple[str, ...]) -> Reading:
     known = (*SPEECH_FIELDS, *names.values(), *(column for name in CUT_FIELDS for column in held.get(name, ())))
     more, unread = _others(tuple(c for c in columns if c not in known), SPEECH_FIELDS)
     of_field = {name: column for name in SPEECH_FIELDS[:-1] if (column := names.get(name, name)) in columns}
+    units = {name: edge[1] for name, column in names.items() if (edge := _edge(column))}
+    scale = {name: unit for name, unit in units.items() if unit not in (None, 1.0)}
     return Reading("speech", of_field, unread, scale, (*faults, *more))
 
 
-def _edge(column: str) -> tuple[str, float] | None:
-    """(field, seconds of its unit) of a column that cuts its clip by another tool's name."""
+def _edge(column: str) -> tuple[str, float | None] | None:
+    """(field, seconds of its unit, None where it counts something else) of a column that cuts its clip."""
     found = _EDGE.fullmatch(plain(column))
-    if found is None or (found[1] and found[2] in ("duration", "dur")) or not (found[3] or "s").startswith(("s", "m")):
+    edge = found and _EDGES.get(found["edge"], found["edge"])
+    if found is None or edge is None or (edge == "duration" and (found["of"] or found["unit"] not in _SECONDS)):
         return None
-    if found[3] and not re.fullmatch(r"ms|msecs?|milliseconds?|s|secs?|seconds?", found[3]):
-        return None
-    return _EDGES.get(found[2], found[2]), 0.001 if (found[3] or "s").startswith("m") else 1.0
+    return (edge, _SECONDS.get(found["unit"])) if found["unit"] in _OTHER_UNITS | _SECONDS.keys() else None
 
 
 @functools.lru_cache(1024)
@@ -110,12 +110,10 @@ def weighty_misspelling(key: str, names: tuple[str, ...]) -> str | None:
     name = plain(key)
     if _OF_REFERENCE.fullmatch(name):
         return "a reference is taken whole; cut it into a file of its own"
-    edge = _EDGE.fullmatch(name)
-    if edge and not (edge[2] in ("duration", "dur") and not edge[3]):
-        if edge[3] and _UNITS.fullmatch(edge[3]):
-            return "is not in seconds; give `offset` and `duration` in seconds instead"
-        if _edge(key) and edge[2] not in ("duration", "dur"):
-            return "cuts a clip; give it as `offset` and `duration` or `end`, in seconds, beside the clip's path"
+    if (edge := _edge(key)) and edge[1] is None:
+        return "is not in seconds; give `offset` and `duration` in seconds instead"
+    if edge and edge[0] != "duration":
+        return "cuts a clip; give it as `offset` and `duration` or `end`, in seconds, beside the clip's path"
     if name not in names and _CANONICAL.get(name) in ("channel", "audio_track") and "audio" not in names:
         return "chooses a part of a clip; give it as `channel` beside the clip's path"
     near = difflib.get_close_matches(plain(key), [name for name in names if name in WEIGHTY], n=1, cutoff=0.8)

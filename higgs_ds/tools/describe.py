@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -35,23 +35,15 @@ TOKENS_PER_TURN = 5
 CARD, TOKENS_PER_SEC = "H100", 32_000
 
 
-def describe(
-    path: str,
-    *,
-    audio_root: str | None = None,
-    tokenizer=None,
-    family: Family | None = None,
-    trains: bool | None = None,
-    channel: int | None = None,
-    audio_track: int | None = None,
-) -> Described:
-    """Reads a manifest and its clips' headers. With a tokenizer and its family, tokens are counted, else estimated."""
+def describe(path: str, *, tokenizer=None, family: Family | None = None, **read_as: Any) -> Described:
+    """Reads a manifest and its clips' headers. With a tokenizer and its family, tokens are counted, else estimated.
+
+    `read_as` are `Manifest`'s own options.
+    """
     from ..data.controls import DEFAULT_CONTROLS, control_tokens
 
     controls = DEFAULT_CONTROLS if tokenizer is None else control_tokens(tokenizer)
-    manifest = Manifest(
-        path, audio_root=audio_root, controls=controls, trains=trains, channel=channel, audio_track=audio_track
-    )
+    manifest = Manifest(path, controls=controls, **read_as)
     lengths: dict[AudioRef, float] = {}
     rows: list[Row] = []
     of_rows: list[list[float]] = []
@@ -158,17 +150,15 @@ def run_describe(
     val_manifest: str | None,
     output_dir: Path | None,
     *,
-    audio_root: str | None = None,
     tokenizer=None,
     family: Family | None = None,
     max_tokens: int = 16_384,
     epochs: float = 1.0,
-    channel: int | None = None,
-    audio_track: int | None = None,
+    **read_as: Any,
 ) -> list[str]:
     """The lines to print; with `output_dir`, describe.html, describe.png and faults.jsonl are left there.
 
-    The page plays clips of the first manifest.
+    The page plays clips of the first manifest. `read_as` are `Manifest`'s own options.
 
     Raises:
         ConfigError: a manifest without a usable row, or a folder that cannot be written to.
@@ -176,15 +166,7 @@ def run_describe(
     trained = len(portions)
     sides = [*portions, *([Portion(val_manifest)] if val_manifest else [])]
     described = [
-        describe(
-            side.path,
-            audio_root=audio_root,
-            tokenizer=tokenizer,
-            family=family,
-            trains=number < trained,
-            channel=channel,
-            audio_track=audio_track,
-        )
+        describe(side.path, tokenizer=tokenizer, family=family, trains=number < trained, **read_as)
         for number, side in enumerate(sides)
     ]
     said: list[str] = []

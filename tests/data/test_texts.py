@@ -65,6 +65,9 @@ def test_labels_of_sounds_and_times_of_no_known_form_are_no_words(text):
     "text",
     [
         SAID,
+        "WARNING SIGNS WERE UP",
+        "{laughs} Hi.",
+        "(5-6) people",
         "10:30 is when we meet.",
         "1 2 3 4 5",
         "John 3:16",

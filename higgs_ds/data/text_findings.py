@@ -11,6 +11,7 @@ from .texts import LOST, oddities
 COMPOSED = "composed"
 MOST_OPENINGS = 4096  # that are counted at a time; those met once are forgotten first
 LEAST_ROWS, LEAST_LABELLED = 20, 3  # that an opening must have, and one that ends as a label does
+_SENTENCE_ENDS = tuple(".!?…。！？")
 _LABEL_ENDS = tuple(":|>])}")
 
 Place = tuple[int, int]  # line and element of a row
@@ -59,17 +60,15 @@ class TextFindings:
 
     def warnings(self, file: str) -> list[Fault]:
         """One for each kind, with its count and an example."""
-        found = [
-            Fault(file, seen.place[0], "text", f"{said}, e.g. {seen.example!r}", True, element=seen.place[1])
+        said = {
+            f"{plural(seen.count, 'row')} with {kind}, e.g. {seen.example!r}: is it spoken?": seen.place
             for kind, seen in self.kinds.items()
             if kind != COMPOSED
-            for said in [f"{plural(seen.count, 'row')} with {kind}: is it spoken?"]
-        ]
+        }
         for word, seen in self.openings.items():
             if opening := self._opening(word, seen):
-                problem = f"{seen.count:,} of {self.rows:,} texts begin with {opening!r}: is it spoken?"
-                found.append(Fault(file, seen.place[0], "text", problem, True, element=seen.place[1]))
-        return found
+                said[f"{seen.count:,} of {self.rows:,} texts begin with {opening!r}: is it spoken?"] = seen.place
+        return [Fault(file, line, "text", what, True, element=element) for what, (line, element) in said.items()]
 
     def faults(self, file: str) -> list[Fault]:
         """Faults of the manifest rather than of a row: letters that were lost in most rows."""
@@ -98,7 +97,8 @@ class TextFindings:
         if 2 * seen.count <= self.rows or seen.count < (LEAST_LABELLED if is_label else LEAST_ROWS):
             return None
         opening = seen.example[: seen.example.rfind(" ") + 1]
-        return None if opening == "" or word.startswith(("[SPEAKER", "<SE")) else opening
+        is_all = seen.example.endswith(_SENTENCE_ENDS)  # one text many times, no opening
+        return None if opening == "" or is_all or word.startswith(("[SPEAKER", "<SE")) else opening
 
 
 def _count(counts: dict[str, _Seen], key: str, more: _Seen, *, common: bool = False) -> None:

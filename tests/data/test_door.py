@@ -126,17 +126,14 @@ def test_an_opening_that_most_texts_have_is_said_once(check, opening):
     *_, said = check([{"audio": f"{i}.flac", "text": f"{opening}{text}"} for i, text in enumerate(texts)])
     [line] = [line for line in said if "begin with" in line]
     assert f"4 of 4 texts begin with {opening!r}" in line
-    assert check([ROW | {"text": text} for text in texts])[3] == []
+    assert check([ROW | {"text": text} for text in texts])[3] == check(25 * [ROW])[3] == []
 
 
 def test_what_nobody_says_is_a_line_a_kind_and_lost_letters_in_most_rows_stop(check):
     rows = [ROW | {"text": f"R&amp;D {i}<br>"} for i in range(3)] + [ROW | {"text": "caf\ufffd"}, ROW]
     usable, faults, _, said = check(rows)
     assert len(usable) == 5 and faults == []
-    assert [line.split(":")[1] for line in said] == [
-        " 3 rows with markup or entities",
-        " 1 row with U+FFFD, a letter that was lost",
-    ]
+    assert [line.split(", ")[0] for line in said] == ["text: 3 rows with markup or entities", "text: 1 row with U+FFFD"]
     *_, (whole, *_) = check([ROW | {"text": "caf\ufffd"}, ROW | {"text": "\ufffdber"}, ROW])
     assert "2 of 3 texts hold U+FFFD" in whole and "UTF-8" in whole
 

@@ -90,6 +90,8 @@ def load_corpus(
         max_tokens=config.optim.max_tokens_per_batch,
         max_row_tokens=min(data.max_row_tokens, spec.max_positions),
         audio_root=data.audio_root,
+        channel=data.channel,
+        audio_track=data.audio_track,
         controls=control_tokens(base.tokenizer),
         prompt_style=data.prompt_style,
         faults_dir=Path(config.run.output_dir or codes_folder(config)),

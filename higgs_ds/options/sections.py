@@ -75,7 +75,18 @@ class DataOptions(Section):
         le=1,
         resume=SAID,
     )
-    audio_root: str | None = option(None, "Base folder for clips not found next to the manifest.")
+    audio_root: str | None = option(
+        None, "Base folder for clips, before the manifest's own folder and the working directory."
+    )
+    channel: int | None = option(
+        None,
+        "Channel of clips with several, from 0; -1: mix all (default: mix, if all hold the same).",
+        ge=-1,
+        resume=SAID,
+    )
+    audio_track: int | None = option(
+        None, "Sound track of containers with several, from 0 (default: the only one).", ge=0, resume=SAID
+    )
     prompt_style: Literal["served", "boson"] = option(
         "served",
         "Prompt format of speech rows. served: as in transformers and vllm-omni, always with a system turn; boson: as "

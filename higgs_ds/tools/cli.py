@@ -34,6 +34,11 @@ def main(argv: list[str]) -> int:
             enter_launch()
             return prepare(argv[1:])
         args = build_parser().parse_args(argv)
+        given = [word.split("=")[0] for word in argv if word.startswith("--")]
+        if twice := [
+            name for name in dict.fromkeys(given) if given.count(name) > 1
+        ]:  # of which argparse keeps the last
+            raise ConfigError([f"{name}: given twice; leave one out" for name in twice])
         return args.verb(args)
     except (ConfigError, AudioError, FileExistsError) as error:
         return tell(error, argv)
@@ -118,8 +123,10 @@ def _describe_flags(parser: argparse.ArgumentParser) -> None:
     add("--val_manifest", type=flag_types.name, metavar="FILE", help="validation manifest")
     output_help = "write describe.html, describe.png and faults.jsonl here (default: print only)"
     add("--output_dir", type=flag_types.path, metavar="DIR", help=output_help)
-    root_help = "folder for clips that are not beside the manifest"
+    root_help = "folder for clips, before the manifest's own"
     add("--audio_root", type=flag_types.name, metavar="DIR", help=root_help)
+    add("--channel", type=number(int, -1), metavar="N", help="channel of clips with several, from 0 (-1: all mixed)")
+    add("--audio_track", type=number(int, 0), metavar="N", help="sound track of containers with several, from 0")
     base_help = "count tokens with this checkpoint's tokenizer (default: estimate them)"
     add("--base_ckpt", type=flag_types.name, help=base_help)
     add("--max_tokens_per_batch", type=number(int, 1), default=16384, help="as set for the run (default: 16384)")
@@ -164,6 +171,8 @@ def _describe(args) -> int:
         args.val_manifest,
         args.output_dir,
         audio_root=args.audio_root,
+        channel=args.channel,
+        audio_track=args.audio_track,
         tokenizer=tokenizer,
         family=family,
         max_tokens=args.max_tokens_per_batch,

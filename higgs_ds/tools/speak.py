@@ -45,7 +45,7 @@ def run_generate(args: argparse.Namespace) -> int:
     flags.check_flags(args)
     _take_speaker(args)
     texts = flags.texts_of(args)
-    flags.refuse([f"{where}: is empty" for where, text in texts if not text])
+    flags.refuse(flags.empty_texts(texts))
     outputs = _outputs(args, len(texts))
     ref = flags.reference_clip(args)
     more = flags.prompt_options(args, ref)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..data.chatml import PROMPT_STYLES
+from ..data.texts import composed, is_visible
 from ..errors import ConfigError, reading
 from ..options.sections import DEFAULT_BASE, DEFAULT_CODEC
 from ..process import say
@@ -121,15 +122,32 @@ def say_unused(args: argparse.Namespace, sampling: Sampling) -> None:
         say(f"{', '.join(unused)}: no effect on greedy decoding (--sampler, --temperature)")
 
 
+def empty_texts(texts: list[tuple[str, str]]) -> list[str]:
+    """Texts that cannot be spoken, each with its flag or line."""
+    return [
+        f"{where}: holds no letter and no digit" if text else f"{where}: is empty"
+        for where, text in texts
+        if not is_visible(text)
+    ]
+
+
 def texts_of(args: argparse.Namespace) -> list[tuple[str, str]]:
     """(flag or line, text) of everything to be spoken."""
     if not args.texts:
-        return [("--text", args.text.strip())]
+        return _as_trained([("--text", args.text.strip())])
     with reading(f"--texts: {args.texts}"):
         lines = args.texts.read_text(encoding="utf-8-sig").rstrip().split("\n")
     if lines == [""]:
         raise ConfigError([f"--texts: {args.texts} holds no text; put one on each line"])
-    return [(f"--texts: {args.texts}:{number}", line.strip()) for number, line in enumerate(lines, 1)]
+    return _as_trained([(f"--texts: {args.texts}:{number}", line.strip()) for number, line in enumerate(lines, 1)])
+
+
+def _as_trained(texts: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The texts composed as those of a manifest are, which is said once."""
+    found = [(where, composed(text).strip()) for where, text in texts]
+    if changed := [where for (where, text), (_, given) in zip(found, texts, strict=True) if text != given]:
+        say(f"{changed[0]}: read with composed letters (NFC) and blanks for line breaks, as in training")
+    return found
 
 
 def reference_clip(args: argparse.Namespace):
@@ -141,8 +159,7 @@ def reference_clip(args: argparse.Namespace):
         raise ConfigError(["--ref_audio, --ref_text: one needs the other"])
     if args.ref_audio is None:
         return None
-    if not args.ref_text.strip():
-        raise ConfigError(["--ref_text: is empty"])
+    refuse(empty_texts([("--ref_text", args.ref_text.strip())]))
     ref = AudioRef(args.ref_audio)
     with reading(f"--ref_audio: {args.ref_audio}"):
         read_audio(ref)

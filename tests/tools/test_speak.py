@@ -60,7 +60,7 @@ def test_the_names_that_the_parser_knows_are_those_that_there_are():
     ("flags", "words"),
     [
         (["--ref_audio", str(CLIP), "--ref_text", ""], "--ref_text: is empty"),
-        (["--text", " ", "--base_ckpt", "no/where"], "--text: is empty"),
+        (["--text", " "], "--text: is empty"),
         (["--text", "a <|eot_id|> b"], "--text: holds <|eot_id|>"),
         (["--scene", "<|scene_desc_end|>"], "--scene: holds <|scene_desc_end|>"),
         (["--max_row_tokens", "120", "--ref_audio", str(CLIP), "--ref_text", "x"], "--text: the prompt takes 1"),

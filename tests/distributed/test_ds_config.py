@@ -89,7 +89,7 @@ def test_deepspeeds_throughput_timer_is_off_unless_the_file_asks_for_it():
 @pytest.mark.parametrize(
     ("raw", "words"),
     [
-        ({"timers": {"thruput": {}}}, ["timers.thruput: unknown key", "'throughput'"]),
+        ({"timers": {"thruput": {}}}, ["timers.thruput: unknown key"]),
         ({"gradient_cliping": 1.0}, ["gradient_cliping: unknown key", "'gradient_clipping'"]),
         ({"zero_optimization": {"stage": 2, "stge": 2}}, ["DeepSpeedZeroConfig says", "did you mean 'stage'"]),
         ({"zero_optimization": {"stage": 4}}, ["stage is 4"]),

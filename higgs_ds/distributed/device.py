@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from ..errors import ConfigError, words_of
+from ..errors import ConfigError
 from ..process import say
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def take_device(device: torch.device, *, deterministic: bool = False) -> None:
         try:
             torch.cuda.set_device(device)
         except RuntimeError as error:
-            text = f"{device} cannot be used: {words_of(error)}; nvidia-smi shows its state"
+            text = f"{device} cannot be used: {str(error).splitlines()[0]}; nvidia-smi shows its state"
             raise _refused(text, first_to_know=device.index or 0) from None
         # On an H100 torch 2.11 prefers cuDNN's attention, which plans each new shape (public figures: a second, forward
         # and backward). With token budgets nearly every step has one. FlashAttention-2, the next choice, has no plans.
@@ -103,7 +103,7 @@ def _no_gpu() -> str:
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:  # the latter where torch is built without CUDA
-        why = words_of(error)
+        why = str(error).splitlines()[0]  # advice on debugging follows
     return (
         f"no usable GPU: {why}; torch {torch.__version__} is built for CUDA {torch.version.cuda}{_visible()}; "
         "set DS_ACCELERATOR=cpu to run on the CPU on purpose"

@@ -21,6 +21,7 @@ from higgs_ds import setup as run_setup
 from higgs_ds.batching import batch_index, collate
 from higgs_ds.batching import loader as dataset
 from higgs_ds.codec import boson_tokenizer
+from higgs_ds.codec.sample import SampleCodec
 from higgs_ds.distributed import agreement, engine, rank_watch, rendezvous, watch_sockets
 from higgs_ds.model import flops
 from higgs_ds.model.higgs_v2 import reference
@@ -171,6 +172,25 @@ def fails_in(phase: str, count: int) -> None:
     global _signal_all
     _signal_all = partial(divmod, 1, 0)
     signal_in(phase, count)
+
+
+def voice_fails() -> None:
+    """The codec cannot decode what the voice speaks."""
+
+    def decode(self, codes):
+        raise RuntimeError("no such layer")
+
+    SampleCodec.decode = decode
+
+
+def killed_speaking() -> None:
+    """This rank is killed while it speaks, when the others have heard that it does."""
+
+    def generating(self, empty):
+        time.sleep(3)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    engine.Engine.generating = generating
 
 
 def stuck_workers(how: str, step: int, then: list | None) -> None:

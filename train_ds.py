@@ -14,7 +14,7 @@ from higgs_ds.distributed.stop import StopRequest
 from higgs_ds.errors import ConfigError, ExitCode
 from higgs_ds.options.parse import parse_args
 from higgs_ds.options.sections import TrainConfig
-from higgs_ds.process import end_process, lasting_console, say, tell
+from higgs_ds.process import end_process, lasting_console, tell
 
 
 def main(argv: list[str]) -> int:
@@ -41,12 +41,12 @@ def train(config: TrainConfig, ds_raw: dict, stop: StopRequest) -> int:
     from higgs_ds.distributed.engine import leave_ranks
     from higgs_ds.guard import BadLossError
     from higgs_ds.load_data import load_data
-    from higgs_ds.saver import Saver, choose_wandb
+    from higgs_ds.saver import Saver, settle_wandb
     from higgs_ds.setup import open_setup
 
     # 2. Join: this process among the other ranks, in a folder that is this run's alone.
     with run.joined(config, stop=stop) as (ranks, watch):
-        wandb = choose_wandb(config, ranks)
+        wandb = settle_wandb(config, ranks)
 
         # 3. Data: every row checked and every clip encoded once, before anything large is loaded.
         setup = open_setup(config, ds_raw, ranks, watch)
@@ -55,33 +55,27 @@ def train(config: TrainConfig, ds_raw: dict, stop: StopRequest) -> int:
             at_end = f"nothing is left to train: {setup.output_dir / 'adapter'} is of the run's last step"
             return leave_ranks(ExitCode.OK, at_end)
 
-        # 4. Model: base weights, LoRA, engine, guard.
+        # 4. Model: base weights, LoRA, engine; and whether its largest micro-batch fits.
         engine = run.load_model(setup, ranks, watch, first_inputs=data.any_inputs)
-        guard = run.make_guard(setup, ranks)
-        run.describe(setup, data, engine, ranks)
-        run.check_memory(setup, data, engine, guard, ranks, watch)
+        run.say_plan(setup, data, engine, ranks)
+        run.check_memory(setup, data, engine, ranks, watch)
 
-        # 5. Train, under the guard. The adapter first: nothing stands between the last step and the disk.
-        saver = Saver.open(setup, data, engine, ranks, wandb)
+        # 5. Train, under the guard. From here on a signal is a request to save and stop.
+        saver = Saver(setup, data, engine, ranks, wandb)
         watch.before_end.insert(0, saver.writer.finish)  # before stopped.json says what is saved
         try:
             with saver.open_tracker() as tracker:
-                trainer = run.make_trainer(
-                    setup, data, engine, guard, ranks, watch, tracker=tracker, saver=saver, stop=stop
-                )
+                sampler = run.make_sampler(setup, data, engine, ranks, watch)
+                sinks = {"tracker": tracker, "saver": saver, "sampler": sampler}
+                trainer = run.make_trainer(setup, data, engine, ranks, watch, **sinks, stop=stop)
                 stop.training()
                 try:
                     with data.steps(setup.first_step, data.total_steps) as steps:
                         finished = trainer.train(steps)
                 except BadLossError:
-                    details = {"stopped": "by the loss guard, before the failed step was trained"}
-                    saved = saver.save_adapter("adapter_before_failure", details)
-                    try:
-                        trainer.save_end()
-                        saver.writer.wait()
-                    except OSError as failed:  # hides no finding: the exit code stays the guard's
-                        say(str(failed), error=True)
+                    saved = saver.save_after_failure(trainer)
                     raise
+                # The adapter first: nothing stands between the last step and the disk. Then the checkpoint.
                 if finished:
                     saved = saver.save_last(trainer)
                 trainer.save_end()
@@ -93,7 +87,7 @@ def train(config: TrainConfig, ds_raw: dict, stop: StopRequest) -> int:
             run.say_stopped(setup, ranks, watch, str(error), ExitCode.BAD_LOSS)
             return leave_ranks(ExitCode.BAD_LOSS, f"nothing of the failed step was trained; weights before it: {saved}")
 
-        # 6. Close: where to look.
+        # 6. Close: where to look. An adapter that its folder did not take is a run that failed.
         if not finished:
             saved = setup.output_dir / "checkpoints"
             return leave_ranks(ExitCode.STOPPED, f"asked to stop: saved in {saved}; --resume auto goes on from there")

@@ -129,7 +129,7 @@ def manifest_tokens(manifest: Path) -> np.ndarray:
     from higgs_ds.data.code_cache import CodeCache
     from higgs_ds.data.manifest import read_manifest
     from higgs_ds.model.base import load_tokenizer
-    from higgs_ds.model.higgs_v2.checkpoint import read_model_config
+    from higgs_ds.model.higgs_v2.config import read_checkpoint_config
     from higgs_ds.model.higgs_v2.tiny import write_tiny
 
     rows, faults = read_manifest(manifest)
@@ -142,7 +142,8 @@ def manifest_tokens(manifest: Path) -> np.ndarray:
         if problems := cache.ensure(refs):
             sys.exit("\n".join(f"{ref.path}: {problem}" for ref, problem in problems.items()))
         base = Path(folder) / "base"
-        index = LengthIndex(cache, load_tokenizer(base), Collator(HiggsV2Spec.from_config(read_model_config(base))))
+        spec = HiggsV2Spec.from_config(read_checkpoint_config(base))
+        index = LengthIndex(cache, load_tokenizer(base), Collator(spec))
         return index.count(rows)
 
 

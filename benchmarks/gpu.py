@@ -175,7 +175,7 @@ class Launch:
         """Whether it ended well on every rank; where it fails on one, the others are ended."""
         if self.world_size == 1:
             return subprocess.run(command, cwd=ROOT).returncode == 0
-        from higgs_ds.distributed.rendezvous import free_port
+        from higgs_ds.distributed.ports import free_port
 
         # The cases' ranks meet at a store of their own: in torchrun's there are the keys of the case before.
         port = self._gather(free_port() if self.is_main else None)[0]

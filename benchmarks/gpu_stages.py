@@ -70,11 +70,12 @@ class SmallModel:
 
     def __init__(self, folder: Path, hidden_size: int, num_layers: int):
         from higgs_ds.model.base import load_tokenizer
-        from higgs_ds.model.higgs_v2.checkpoint import load_base, read_model_config
+        from higgs_ds.model.higgs_v2.checkpoint import load_base
+        from higgs_ds.model.higgs_v2.config import read_checkpoint_config
         from higgs_ds.model.higgs_v2.tiny import write_tiny
 
         write_tiny(folder, hidden_size=hidden_size, num_layers=num_layers)
-        self.config, self.tokenizer = read_model_config(folder), load_tokenizer(folder)
+        self.config, self.tokenizer = read_checkpoint_config(folder), load_tokenizer(folder)
         self.bases = {dtype: load_base(folder, self.config, dtype) for dtype in ("fp32", "bf16")}
 
     def module(self, dtype: str, device: torch.device, *, dropout: float = 0.0, **settings):
@@ -490,7 +491,7 @@ def voice(checks: Checks, work: Path) -> None:
     run.train("run", "--config", "examples/quickstart.yaml", "--dtype", "bf16", "--batch_size", 8, "--max_steps", steps)
     texts = [json.loads(line)["text"] for line in (ROOT / SPEECH).read_text(encoding="utf-8").splitlines()]
     (work / "texts.txt").write_text("\n".join(texts[:rows]) + "\n", encoding="utf-8")
-    words = ["-m", "higgs_ds", "recite", *run.voice, "--adapter", work / "run/adapter", "--dtype", "bf16"]
+    words = ["-m", "higgs_ds", "reproduce", *run.voice, "--adapter", work / "run/adapter", "--dtype", "bf16"]
     words += ["--texts", work / "texts.txt", "--stop", "boson", "--output_dir", work / "speech"]
     _python(*words, to=work / "recite.log")
     spoken = json.loads((work / "speech/recital.json").read_text(encoding="utf-8"))

@@ -80,7 +80,7 @@ def measure(stage: int, zero: dict, config, tokenizer, ranks) -> tuple[dict, dic
     parts = {"micro-batch": forth_and_back.found, "update": update.found}
     columns = {f"{kind}, {part}": found[kind] for kind in ("kernels", "operations") for part, found in parts.items()}
     state = engine.gather_state()
-    return columns, state.whole_weights() if ranks.is_main else None
+    return columns, state.full_weights() if ranks.is_main else None
 
 
 def distance(ours: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> float:

@@ -130,7 +130,7 @@ def kept_bytes(config, batch: Batch, every: int, quantized: bool = False) -> tup
             for name, value in batch.model_inputs().items()
         }
         hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-        with mock.patch("higgs_ds.model.higgs_v2.layers.F.scaled_dot_product_attention", flash), hooks:
+        with mock.patch("higgs_ds.model.flat_rows.F.scaled_dot_product_attention", flash), hooks:
             loss, *_ = module(inputs, 0.1, torch.full((BOOKS,), 0.1, device="cuda"))
         assert loss.device.type == "cuda" and loss.requires_grad
         held = [*module.parameters(), *module.buffers()]  # quantized weights are buffers

@@ -127,7 +127,7 @@ def main() -> None:
         return flash(query, key, value, dropout_p, is_causal)[0]
 
     inputs, scales = batch.model_inputs("meta"), torch.full((BOOKS,), 0.1, device="meta")
-    attends = mock.patch("higgs_ds.model.higgs_v2.layers.F.scaled_dot_product_attention", attention)
+    attends = mock.patch("higgs_ds.model.flat_rows.F.scaled_dot_product_attention", attention)
     norms = mock.patch("higgs_ds.model.fused_mlp.F.rms_norm", lambda rows, *_: OneKernelNorm.apply(rows))
     with meta_has_no_autocast(), attends, norms, Roofline(args.tflops * 1e12, args.tb_per_sec * 1e12) as roof:
         loss, *_ = module(inputs, 0.1, scales)

@@ -33,7 +33,8 @@ from higgs_ds.batching.collate import Batch, Collator, Sample  # noqa: E402
 from higgs_ds.distributed.ds_config import LayerSizes, resolve  # noqa: E402
 from higgs_ds.distributed.engine import Engine, leave_ranks, loading, start_ranks  # noqa: E402
 from higgs_ds.model.base import load_tokenizer  # noqa: E402
-from higgs_ds.model.higgs_v2.checkpoint import load_base, read_model_config  # noqa: E402
+from higgs_ds.model.higgs_v2.checkpoint import load_base  # noqa: E402
+from higgs_ds.model.higgs_v2.config import read_checkpoint_config  # noqa: E402
 from higgs_ds.model.higgs_v2.forward import training_forward  # noqa: E402
 from higgs_ds.model.higgs_v2.modules import DEFAULT_LORA_TARGETS  # noqa: E402
 from higgs_ds.model.higgs_v2.spec import HiggsV2Spec  # noqa: E402
@@ -201,7 +202,7 @@ class Bench:
     def __init__(self, folder: Path, device: torch.device):
         write_tiny(folder, hidden_size=256, num_layers=LAYERS)
         self.folder, self.device = folder, device
-        self.config, self.tokenizer = read_model_config(folder), load_tokenizer(folder)
+        self.config, self.tokenizer = read_checkpoint_config(folder), load_tokenizer(folder)
         self.scales = torch.full((8,), 0.01, device=device)
 
     def lora(self, dtype: str):

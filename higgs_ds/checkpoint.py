@@ -9,12 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
-import types
-import typing
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from .distributed.engine import Engine, OptimizerState, Ranks
-from .errors import ConfigError, reason_of, shown
+from .errors import ConfigError, reading, reason_of
 from .files import first_free, sha256, stamp, sync, sync_folders
 from .model.files.adapter_file import WEIGHTS, same_base, write_adapter
 from .model.files.adapter_names import peft_key
@@ -37,9 +34,8 @@ CHECKSUMS = "checksums.json"
 TENSOR_FILES = (f"adapter/{WEIGHTS}", "optimizer.safetensors", "rng.safetensors")
 LAST_WRITE_SEC = 25.0
 NAME = re.compile(r"step-[0-9]+")
-# What older runs had, whose checkpoints do not name these options.
-OLDER = {"lora_rslora": False, "train_audio_embeddings": False, "train_heads": "none", "base_dtype": None}
-READ_OPTIONS = (*SHAPE_OPTIONS, *TRAJECTORY_OPTIONS, "batch_size", "lr_schedule_steps")
+# Of options that did not exist yet when a checkpoint was written.
+DEFAULTS = {name: option.field.default for name, option in OPTIONS.items()}
 
 
 @dataclass
@@ -54,7 +50,7 @@ class Progress:
     world_size: int
     config: dict
     adam_steps: int = 0  # updates made; fewer than `step` where steps were dropped
-    micro_batches_per_step: int = 0  # of a global batch, over all ranks; 0 in checkpoints that did not count them
+    micro_batches_per_step: int = 0  # of a global batch, over all ranks
     best_step: int = 0  # of the lowest validation loss; 0 before the first validation
     best_loss: float | None = None
     validations_since_best: int = 0
@@ -62,97 +58,14 @@ class Progress:
     manifest_rows: list[int] = field(default_factory=list)  # usable ones of each training manifest
 
 
-class CheckpointError(ValueError):
-    """A checkpoint that is incomplete or damaged; says which file and how."""
-
-
 def step_of(folder: Path) -> int:
     """The number in a checkpoint's name."""
     return int(folder.name.removeprefix("step-"))
 
 
-def read_progress(folder: Path) -> Progress:
-    """A checkpoint's `state.json`.
-
-    Raises:
-        CheckpointError: it cannot be read, or holds a place that no run can stand at.
-    """
-    state = folder / "state.json"
-    try:
-        progress = Progress(**json.loads(state.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{state} cannot be read: {error}") from error
-    fault = _fault(progress)
-    if fault is None and NAME.fullmatch(folder.name) and progress.step != step_of(folder):
-        fault = f"step is {progress.step}, the folder says {step_of(folder)}"
-    if fault:
-        raise CheckpointError(f"{state}: {fault}")
-    return progress
-
-
-def _fault(at: Progress) -> str | None:
-    """A value that cannot be in it, in words; None where there is none."""
-    counts = {
-        **{name: getattr(at, name) for name in ("step", "dropped_steps", "rows_per_step", "num_rows", "world_size")},
-        **{name: getattr(at, name) for name in ("adam_steps", "micro_batches_per_step", "best_step")},
-        "validations_since_best": at.validations_since_best,
-    }
-    for name, value in counts.items():
-        if not _is_count(value, least=name in ("step", "world_size")):
-            return f"{name} is {shown(value)}, no count"
-    if not isinstance(at.manifest_rows, list) or not all(map(_is_count, at.manifest_rows)):
-        return f"manifest_rows is {shown(at.manifest_rows)}, no list of counts"
-    if type(at.epoch) not in (int, float) or not 0 <= at.epoch < math.inf:
-        return f"epoch is {shown(at.epoch)}, no number from 0 on"
-    if at.best_loss is not None and (type(at.best_loss) not in (int, float) or not abs(at.best_loss) < math.inf):
-        return f"best_loss is {shown(at.best_loss)}, no number"
-    if (at.best_loss is None) != (at.best_step == 0):
-        return f"best_loss is {at.best_loss} at best_step {at.best_step}"
-    if type(at.owes_validation) is not bool:
-        return f"owes_validation is {shown(at.owes_validation)}, neither true nor false"
-    if at.adam_steps + at.dropped_steps != at.step:  # a step is an update or is dropped
-        return f"{at.adam_steps} updates and {at.dropped_steps} dropped steps in {at.step} steps cannot be"
-    if at.best_step > at.step:
-        return f"best_step is {at.best_step} after {at.step} steps"
-    return _settings_fault(at.config)
-
-
-def _settings_fault(settings: object) -> str | None:
-    """A setting that a run that goes on could not read; what older runs did not write yet may be missing."""
-    if not isinstance(settings, dict):
-        return f"config is {type(settings).__name__}, not the settings by name"
-    missing = [name for name in SHAPE_OPTIONS if name not in settings and name not in OLDER]
-    if missing:
-        return f"config lacks {', '.join(missing)}"
-    for name in [name for name in READ_OPTIONS if name in settings]:
-        value, hint = settings[name], OPTIONS[name].hint
-        if name == "train_manifest" and isinstance(value, str):  # as older runs wrote it
-            continue
-        if not _is_of(hint, value):
-            return f"config: {name} is {shown(value)}, which no run can have"
-    if "warmup_ratio" in settings and settings["warmup_ratio"] is None and settings.get("warmup_steps") is None:
-        return "config: warmup_ratio and warmup_steps are both null"
-    return None
-
-
-def _is_count(value: object, least: int = 0) -> bool:
-    return type(value) is int and least <= value < 2**53
-
-
-def _is_of(hint: object, value: object) -> bool:
-    """True if a value of JSON is of an option's type, and a number of any use."""
-    if isinstance(hint, types.UnionType):
-        return any(_is_of(arm, value) for arm in typing.get_args(hint))
-    if typing.get_origin(hint) is list:
-        return isinstance(value, list) and all(_is_of(typing.get_args(hint)[0], item) for item in value)
-    if hint in (int, float):
-        return isinstance(value, (int, float)) and type(value) in (int, hint) and abs(value) < 2.0**64
-    return type(value) is hint
-
-
 @dataclass
 class Checkpoint:
-    """A checkpoint that was read whole."""
+    """A checkpoint, every file of it proven."""
 
     folder: Path
     progress: Progress
@@ -165,10 +78,6 @@ class Checkpoint:
     def adapter(self) -> dict[str, torch.Tensor]:
         """The weights by PEFT's keys."""
         return {peft_key(name): value for name, value in self.state.weights.items()}
-
-
-class CheckpointWriteError(OSError):
-    """A checkpoint could not be written, for want of room or rights."""
 
 
 def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
@@ -238,7 +147,7 @@ class CheckpointWriter:
         """Until the last checkpoint is on disk.
 
         Raises:
-            CheckpointWriteError: it could not be written; earlier checkpoints are as they were.
+            OSError: it could not be written; earlier checkpoints are as they were.
         """
         if (pending := self._pending) is not None:
             try:
@@ -286,9 +195,9 @@ class CheckpointWriter:
         except (OSError, SafetensorError) as error:  # a full disk is the one or the other, by which file it hits
             shutil.rmtree(beside, ignore_errors=True)
             reason = reason_of(error)
-            raise CheckpointWriteError(
+            raise OSError(
                 f"checkpoint {name} could not be written to {self.folder}: {reason}; the checkpoints before it are "
-                "whole, --resume auto goes on from the last of them once this is mended"
+                "intact, --resume auto goes on from the last of them once this is mended"
             ) from error
         for old in list_checkpoints(self.folder)[: -self.keep_last]:
             if not (self.keep_best and step_of(old) == progress.best_step):
@@ -330,70 +239,49 @@ def read_checkpoint(folder: Path, proven: dict[str, tuple] | None = None) -> Che
         proven: `stamps` from another rank; a file that has the same here is that rank's, and not read for proof.
 
     Raises:
-        CheckpointError: naming the file that is missing, cut short or changed.
+        ConfigError: naming the file that is missing, cut short or changed.
     """
-    try:
+    with reading(f"--resume: {folder / CHECKSUMS}"):
         content = (folder / CHECKSUMS).read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{folder / CHECKSUMS} cannot be read: {reason_of(error)}") from error
-    try:
-        read = json.loads(content)
-        sums, seal = read["files"], read["seal"]
-        intact = isinstance(sums, dict) and _sealed(sums) == content
-    except (ValueError, KeyError, TypeError, RecursionError):
-        intact = False
-    if not intact:
-        raise CheckpointError(f"{folder / CHECKSUMS} is damaged")
-    if unlisted := [name for name in ("state.json", *TENSOR_FILES) if name not in sums]:
-        raise CheckpointError(f"{folder / CHECKSUMS} does not list {', '.join(unlisted)}")
+        sums = json.loads(content)["files"]
+        if _sealed(sums) != content:
+            raise ValueError("damaged: it is not as it was written")
     stamps = {}
     for name, wanted in sums.items():
-        path = folder / name
-        try:
-            if not path.is_file():
-                raise CheckpointError(f"{path} is missing")
-            stamps[name] = stamp(path)
-            if stamps[name] != (proven or {}).get(name) and sha256(path) != wanted:
-                raise CheckpointError(f"{path} is damaged: its checksum is not the one that was written")
-        except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {reason_of(error)}") from error
-    progress = read_progress(folder)
-    try:
+        with reading(f"--resume: {folder / name}"):
+            stamps[name] = stamp(folder / name)
+            if stamps[name] != (proven or {}).get(name) and sha256(folder / name) != wanted:
+                raise ValueError("damaged: its checksum is not the one that was written")
+    with reading(f"--resume: {folder}"):
+        progress = Progress(**json.loads((folder / "state.json").read_text(encoding="utf-8")))
+        if NAME.fullmatch(folder.name) and progress.step != step_of(folder):
+            raise ValueError(f"renamed: state.json is of step {progress.step}")
         weights, moments, rng = (load_file(folder / name) for name in TENSOR_FILES)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"{folder} cannot be read: {error}") from error
-    exp_avg = {key.removeprefix("exp_avg."): v for key, v in moments.items() if key.startswith("exp_avg.")}
-    exp_avg_sq = {key.removeprefix("exp_avg_sq."): v for key, v in moments.items() if key.startswith("exp_avg_sq.")}
-    shapes = {key: value.shape for key, value in weights.items()}
-    for part, values in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
-        found = {peft_key(name): value.shape for name, value in values.items()}
-        if not shapes or found != shapes:
-            odd = min((key for key in shapes | found if found.get(key) != shapes.get(key)), default="no weight at all")
-            raise CheckpointError(f"{folder}: {part} in optimizer.safetensors is not of the adapter's weights: {odd}")
-    weights = {name: weights[peft_key(name)] for name in exp_avg}
+        exp_avg, exp_avg_sq = (
+            {key.removeprefix(f"{part}."): value for key, value in moments.items() if key.startswith(f"{part}.")}
+            for part in ("exp_avg", "exp_avg_sq")
+        )
+        weights = {name: weights[peft_key(name)] for name in exp_avg}
     state = OptimizerState(weights, exp_avg, exp_avg_sq, progress.adam_steps)
-    return Checkpoint(folder, progress, state, rng, seal, stamps)
+    return Checkpoint(folder, progress, state, rng, hashlib.sha256(content).hexdigest(), stamps)
 
 
 def find_checkpoint(resume: str, output_dir: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The checkpoint that `--resume` means, and what has to be said about those that were passed over.
+    """The checkpoint that `--resume` means, and a line for each that "auto" passed over.
 
     Raises:
-        ConfigError: an explicit path whose checkpoint is not whole.
+        ConfigError: a folder that was named holds no intact checkpoint.
     """
     if resume == "none":
         return None, []
     if resume != "auto":
-        try:
-            return read_checkpoint(Path(resume)), []
-        except CheckpointError as error:
-            raise ConfigError([f"--resume: {error}"]) from error
+        return read_checkpoint(Path(resume)), []
     passed_over: list[str] = []
     for folder in reversed(list_checkpoints(output_dir / "checkpoints")):
         try:
             return read_checkpoint(folder), passed_over
-        except CheckpointError as error:
-            passed_over.append(f"--resume auto: {error}; taking the checkpoint before it")
+        except ConfigError as error:
+            passed_over.append(f"{error}; taking the checkpoint before it")
     return None, passed_over
 
 
@@ -403,36 +291,30 @@ def keep_global_batch(resumed: Checkpoint, config: TrainConfig, world_size: int)
     Raises:
         ConfigError: none does; or LoRA's shape is another.
     """
-    progress = resumed.progress
-    saved = OLDER | progress.config
-    rows_at_once = (config.optim.batch_size or 0) * world_size  # 0 beside a token budget alone
+    progress, saved = resumed.progress, DEFAULTS | resumed.progress.config
     problems = [
-        f"--resume: --{name} is {config.get(name)}, the checkpoint has {saved.get(name)}; it cannot change"
+        f"--resume: --{name} is {config.get(name)}, the checkpoint has {saved[name]}; it cannot change"
         for name in SHAPE_OPTIONS
-        if config.get(name) != saved.get(name)
+        if config.get(name) != saved[name]
     ]
-    if (config.optim.max_tokens_per_batch is None) != (saved.get("max_tokens_per_batch") is None):
-        now, then = ("rows", "tokens") if config.optim.max_tokens_per_batch is None else ("tokens", "rows")
+    by_tokens = config.optim.max_tokens_per_batch is not None
+    if by_tokens:
+        global_batch, at_once = progress.micro_batches_per_step, world_size
+        sizes = f"{global_batch} micro-batches is no multiple of {world_size} ranks"
+    else:
+        global_batch, at_once = progress.rows_per_step, (config.optim.batch_size or 1) * world_size
+        sizes = f"{global_batch} rows is no multiple of --batch_size {config.optim.batch_size} × {world_size} ranks"
+    if by_tokens != (saved["max_tokens_per_batch"] is not None):
+        now, then = ("tokens", "rows") if by_tokens else ("rows", "tokens")
         problems.append(
             f"--resume: --max_tokens_per_batch is {config.optim.max_tokens_per_batch}, the checkpoint has "
-            f"{saved.get('max_tokens_per_batch')}; batches cut by {now} cannot go on where those by {then} stopped"
+            f"{saved['max_tokens_per_batch']}; batches cut by {now} cannot go on where those by {then} stopped"
         )
-    elif config.optim.max_tokens_per_batch is not None:
-        if not progress.micro_batches_per_step or progress.micro_batches_per_step % world_size:
-            problems.append(
-                f"--resume: the checkpoint's global batch of {progress.micro_batches_per_step} micro-batches is no "
-                f"multiple of {world_size} ranks"
-            )
-    elif not progress.rows_per_step or progress.rows_per_step % rows_at_once:
-        problems.append(
-            f"--resume: the checkpoint's global batch of {progress.rows_per_step} rows is no multiple of "
-            f"--batch_size {config.optim.batch_size} × {world_size} ranks"
-        )
+    elif not global_batch or global_batch % at_once:
+        problems.append(f"--resume: the checkpoint's global batch of {sizes}")
     if problems:
         raise ConfigError(problems)
-    if config.optim.max_tokens_per_batch is not None:
-        return progress.micro_batches_per_step // world_size
-    return progress.rows_per_step // rows_at_once
+    return global_batch // at_once
 
 
 def changed_settings(
@@ -441,28 +323,17 @@ def changed_settings(
     """Differences from the checkpoint's settings that make another trajectory, a line each."""
     if resumed is None:
         return []
-    saved = _spelt_out(OLDER | resumed.progress.config)
-    config = _spelt_out(config)
+    progress, saved = resumed.progress, DEFAULTS | resumed.progress.config
     changed = [
-        f"--{name} is {config[name]}, the checkpoint has {saved.get(name)}"
+        f"--{name} is {config[name]}, the checkpoint has {saved[name]}"
         for name in TRAJECTORY_OPTIONS
-        if config[name] != saved.get(name)
-        and not (name == "base_ckpt" and same_base(config[name], str(saved.get(name))))
+        if config[name] != saved[name] and not (name == "base_ckpt" and same_base(config[name], saved[name]))
     ]
-    if num_rows != resumed.progress.num_rows:
-        changed.append(f"the manifest has {num_rows} usable rows, the checkpoint's had {resumed.progress.num_rows}")
-    elif manifest_rows and (before := resumed.progress.manifest_rows) and manifest_rows != before:
-        changed.append(f"the manifests have {manifest_rows} usable rows, the checkpoint's had {before}")
+    if num_rows != progress.num_rows:
+        changed.append(f"the manifest has {num_rows} usable rows, the checkpoint's had {progress.num_rows}")
+    elif manifest_rows and manifest_rows != progress.manifest_rows:
+        changed.append(f"the manifests have {manifest_rows} usable rows, the checkpoint's had {progress.manifest_rows}")
     return [f"WARNING: --resume with another setting: {line}" for line in changed]
-
-
-def _spelt_out(settings: dict) -> dict:
-    """Settings as older checkpoints wrote them in today's spelling: an epoch, where neither epochs nor steps are given,
-    as a number, and a manifest by itself."""
-    if isinstance(settings.get("train_manifest"), str):
-        settings = settings | {"train_manifest": [settings["train_manifest"]]}
-    whole = settings.get("epochs") is None and settings.get("max_steps") is None
-    return settings | {"epochs": 1.0} if whole else settings
 
 
 def _sealed(sums: dict[str, str]) -> bytes:

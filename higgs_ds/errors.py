@@ -72,35 +72,14 @@ def reason_of(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error)
 
 
-def first_line(error: BaseException) -> str:
-    """Of what it says; its type's name where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def nearest(name: str, valid: Iterable[str]) -> str:
     """` (did you mean 'x'?)` for the valid name that `name` misspells, or an empty string.
 
-    Only for a slip of the keyboard or another form of the same words (`batchsize`, `warm_ratio`): a name of which one
-    word is another one (`save_steps` beside `max_steps`) is no suggestion, since it would make another run of it.
+    The cutoff takes a slip of the keyboard (`batchsize`, `warm_ratio`) and no other word (`keep_steps`, `max_epochs`):
+    a suggestion that is followed must not make another run of it.
     """
-    close = [(difflib.SequenceMatcher(None, name, other).ratio(), other) for other in valid if _alike(name, other)]
-    return f" (did you mean '{max(close)[1]}'?)" if close else ""
-
-
-def _alike(name: str, other: str) -> bool:
-    """True if every word of one is a word of the other, or nearly; a word and a longer form of it count as one."""
-    words, others = (text.lower().replace("-", "_").split("_") for text in (name, other))
-    if len(words) != len(others):
-        words, others = ["".join(words)], ["".join(others)]
-        return difflib.SequenceMatcher(None, words[0], others[0]).ratio() >= 0.9
-    return all(_same_word(word, other) for word, other in zip(words, others, strict=True))
-
-
-def _same_word(word: str, other: str) -> bool:
-    short, long = sorted((word, other), key=len)
-    if len(short) >= 3 and long.startswith(short):
-        return True
-    return word == other or (len(short) >= 3 and difflib.SequenceMatcher(None, word, other).ratio() >= 0.8)
+    close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.87)
+    return f" (did you mean '{close[0]}'?)" if close else ""
 
 
 def first_of(problems: list[str], most: int = 20) -> list[str]:

@@ -68,25 +68,13 @@ def filling(folder: Path) -> Iterator[Path]:
         yield beside
         for file in (p for p in sorted(beside.rglob("*")) if p.is_file()):
             sync(file)
-        if is_there:
-            _move_up(beside, folder)
-        else:
+        if not is_there:
             os.replace(beside, folder)
-    finally:
-        _remove(beside)
-
-
-def _move_up(beside: Path, folder: Path) -> None:
-    """All or nothing, where nothing but the disk itself fails."""
-    moved: list[Path] = []
-    try:
+            return
         for file in sorted(beside.iterdir(), key=lambda file: (file.name.endswith("config.json"), file.name)):
             os.replace(file, folder / file.name)
-            moved.append(folder / file.name)
-    except OSError:
-        for file in moved:
-            _remove(file)
-        raise
+    finally:
+        _remove(beside)
 
 
 def remove_leftovers(path: Path) -> None:
@@ -104,7 +92,7 @@ def first_free(path: Path) -> Path:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file whole, UTF-8. Raises OSError."""
+    """Writes a file, UTF-8, never half of it. Raises OSError."""
     with replacing(path) as beside:
         beside.write_text(text, encoding="utf-8")
 
@@ -155,14 +143,10 @@ def stamp(path: Path) -> tuple[int, int, int]:
 
 def sha256(path: Path) -> str:
     """Of a file's content, in hex. Raises OSError."""
+    digest = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
-
-
-def _sha256(file) -> str:
-    digest = hashlib.sha256()  # Python 3.10
-    while chunk := file.read(1 << 20):
-        digest.update(chunk)
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
     return digest.hexdigest()
 
 

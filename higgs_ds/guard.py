@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -108,47 +109,7 @@ class Guard:
 
     def check_batch(self, batch: Batch, step: int, micro_batch: int) -> list[Failure]:
         """Checks what can be known before the forward: keys, placeholders, codes."""
-        problems: list[tuple[str, str]] = []
-        missing = [
-            name for name in ("label_ids", "label_audio_ids", "audio_out_ids") if getattr(batch, name, None) is None
-        ]
-        if missing:
-            problems.append(("batch_keys", f"missing: {', '.join(missing)}"))
-            return self._failures(problems, batch, step, micro_batch)
-        placeholders = int((batch.input_ids == self.spec.audio_out_token).sum())
-        clips = len(batch.audio_out_ids_start)
-        frames = batch.audio_out_ids.shape[-1]
-        if placeholders != clips:
-            problems.append(("audio_out_count", f"{placeholders} <|AUDIO_OUT|> tokens for {clips} clips"))
-        if clips and not (
-            int(batch.audio_out_ids_start[0]) == 0
-            and bool((torch.diff(batch.audio_out_ids_start) > 0).all())
-            and int(batch.audio_out_ids_start[-1]) < frames
-        ):
-            problems.append(
-                ("audio_out_count", f"clips start at {batch.audio_out_ids_start.tolist()} in {frames} frames")
-            )
-        if frames:
-            low, high = int(batch.audio_out_ids.min()), int(batch.audio_out_ids.max())
-            if low < 0 or high > self.spec.max_code:
-                problems.append(("code_range", f"codes from {low} to {high}, expected 0 to {self.spec.max_code}"))
-        if batch.label_audio_ids.shape != batch.audio_out_ids.shape:
-            problems.append(
-                (
-                    "label_count",
-                    f"label_audio_ids {tuple(batch.label_audio_ids.shape)} beside "
-                    f"audio_out_ids {tuple(batch.audio_out_ids.shape)}",
-                )
-            )
-        elif clips and frames:
-            starts = batch.audio_out_ids_start.clamp(0, frames - 1)
-            if bool((batch.label_audio_ids[:, starts] != IGNORE).any()):
-                problems.append(
-                    ("label_count", "the first frame of a clip is labelled, so that the shift would cross clips")
-                )
-        if not batch.filler and not batch.text_count and not any(batch.codebook_counts):
-            problems.append(("label_count", "no label in any row of the batch"))
-        return self._failures(problems, batch, step, micro_batch)
+        return self._failures(list(batch_problems(batch, self.spec)), batch, step, micro_batch)
 
     def check_result(
         self, batch: Batch, report: ForwardReport, stats: MicroBatchStats, step: int, micro_batch: int
@@ -187,13 +148,8 @@ class Guard:
         honest = text_sum == 0 and text_count > 0 and saturation <= HONEST_ZERO_UNITS
         self.honest_zeros += honest
         if text_count and not text_sum > 0 and not honest:
-            problems.append(
-                (
-                    "text_loss",
-                    f"sum {text_sum} over {text_count:.0f} labels, while the logits give a cross-entropy of "
-                    f"{saturation:.3g} times what float32 can hold",
-                )
-            )
+            exact = f"the logits give a cross-entropy of {saturation:.3g} times what float32 can hold"
+            problems.append(("text_loss", f"sum {text_sum} over {text_count:.0f} labels, while {exact}"))
         if any(counts) and not all(total > 0 for total, count in zip(sums, counts, strict=True) if count):
             problems.append(("audio_loss", f"sums by codebook {sums} over {counts} labels"))
         # A total of 0 is right only where no head that counts has a label, or where the text's zero is honest.
@@ -218,20 +174,39 @@ class Guard:
         """Saves the batch and says where; a disk that takes nothing does not hide what was found."""
         folder = self.output_dir / "bad_batches"
         stem = folder / f"step-{step:06d}-rank-{self.rank}-micro-{micro_batch}"
-        described = {
-            "step": step,
-            "rank": self.rank,
-            "micro_batch": micro_batch,
-            "rows": batch.origins,
-            "failed": problems,
-        }
+        described = {"step": step, "rank": self.rank, "micro_batch": micro_batch, "rows": batch.origins}
         try:
             folder.mkdir(parents=True, exist_ok=True)
             save_file(describe_bad_batch(batch), f"{stem}.safetensors")
-            Path(f"{stem}.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+            Path(f"{stem}.json").write_text(
+                json.dumps(described | {"failed": problems}, indent=2) + "\n", encoding="utf-8"
+            )
         except (OSError, SafetensorError) as error:  # a full disk is the one or the other, by which file it hits
             return f"nowhere, {folder} could not be written: {error}"
         return f"{stem}.safetensors"
+
+
+def batch_problems(batch: Batch, spec: ModelSpec) -> Iterator[tuple[str, str]]:
+    """(check, what was found) for each check that a batch fails before its forward."""
+    missing = [name for name in ("label_ids", "label_audio_ids", "audio_out_ids") if getattr(batch, name, None) is None]
+    if missing:
+        yield "batch_keys", f"missing: {', '.join(missing)}"
+        return
+    codes, labels, starts = batch.audio_out_ids, batch.label_audio_ids, batch.audio_out_ids_start
+    clips, frames = len(starts), codes.shape[-1]
+    placeholders = int((batch.input_ids == spec.audio_out_token).sum())
+    if placeholders != clips:
+        yield "audio_out_count", f"{placeholders} <|AUDIO_OUT|> tokens for {clips} clips"
+    if clips and not (int(starts[0]) == 0 and bool((torch.diff(starts) > 0).all()) and int(starts[-1]) < frames):
+        yield "audio_out_count", f"clips start at {starts.tolist()} in {frames} frames"
+    if frames and (int(codes.min()) < 0 or int(codes.max()) > spec.max_code):
+        yield "code_range", f"codes from {int(codes.min())} to {int(codes.max())}, expected 0 to {spec.max_code}"
+    if labels.shape != codes.shape:
+        yield "label_count", f"label_audio_ids {tuple(labels.shape)} beside audio_out_ids {tuple(codes.shape)}"
+    elif clips and frames and bool((labels[:, starts.clamp(0, frames - 1)] != IGNORE).any()):
+        yield "label_count", "the first frame of a clip is labelled, so that the shift would cross clips"
+    if not batch.filler and not batch.text_count and not any(batch.codebook_counts):
+        yield "label_count", "no label in any row of the batch"
 
 
 def checklist(
@@ -239,7 +214,7 @@ def checklist(
 ) -> list[tuple[bool, str]]:
     """Each rank's lines on its first batch: (passed, line)."""
     failed = {failure.check for failure in failures}
-    keys = [name for name in batch.MODEL_KEYS if getattr(batch, name) is not None]
+    keys = [name for name, value in batch.upstream_fields().items() if value is not None]
     books = "  ".join(
         f"{k}: {loss_text(losses[f'codebook_loss/{k}'])}" for k in range(64) if f"codebook_loss/{k}" in losses
     )

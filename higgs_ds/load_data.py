@@ -78,7 +78,7 @@ def load_corpus(
     """
     data, spec = config.data, base.spec
     watch.untimed("opening the codec")
-    codec = ranks.each(lambda: load_codec(data.codec, data.codec_revision, device=device, warn=ranks.say))
+    codec = ranks.each(lambda: load_codec(data.codec, data.codec_revision, device=device))
     _agree_on_fingerprint(codec, ranks)
     check_fits(codec, spec.num_codebooks, spec.codebook_size)
     cache = ranks.each(lambda: CodeCache(codes_folder(config), codec))
@@ -90,6 +90,8 @@ def load_corpus(
         max_tokens=config.optim.max_tokens_per_batch,
         max_row_tokens=min(data.max_row_tokens, spec.max_positions),
         audio_root=data.audio_root,
+        channel=data.channel,
+        audio_track=data.audio_track,
         controls=control_tokens(base.tokenizer),
         prompt_style=data.prompt_style,
         faults_dir=Path(config.run.output_dir or codes_folder(config)),
@@ -289,7 +291,7 @@ def _say_how_it_begins(setup: Setup, data: Data, ranks: Ranks) -> None:
 def _another_rate(setup: Setup, progress: checkpoint.Progress, plan: Plan) -> list[str]:
     """See `schedule.jump`; the checkpoint's run had as many steps an epoch as its own rows make."""
     optim, now = setup.config.optim, setup.config.as_dict()
-    saved = now | {"warmup_steps": None, "lr_schedule_steps": None} | progress.config
+    saved = checkpoint.DEFAULTS | progress.config
     per_epoch = plan.steps_per_epoch
     if progress.rows_per_step:
         num_rows = progress.num_rows

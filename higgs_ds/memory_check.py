@@ -5,15 +5,15 @@ Without it a run ends in the step in which its longest rows happen to meet: hour
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from .batching.collate import Batch
 from .checkpoint import restore_rng, rng_state
 from .distributed.engine import Engine, Ranks
-from .errors import ExitCode
-from .guard import Guard
+from .errors import ExitCode, first_of
+from .guard import batch_problems
+from .model.spec import ModelSpec
+from .options.sections import TrainConfig
 from .report.metrics import peak_memory_gib, restart_peak_memory
 
 # On a CPU memory is the machine's, and what is too much for it is killed without an error that could be named.
@@ -38,31 +38,23 @@ class DoesNotFitError(RuntimeError):
     exit_code = int(ExitCode.CONFIG)
 
 
-@dataclass(frozen=True)
-class Advice:
-    """The settings that decide how much memory a micro-batch takes, as they are."""
-
-    batch_size: int | None
-    max_tokens: int | None
-    checkpoint_every: int
-    stage: int
-    quantized: bool = False  # the base
-
-    def __str__(self) -> str:
-        if self.max_tokens is not None:
-            changes = [f"a --max_tokens_per_batch below {self.max_tokens}"]
-        elif self.batch_size is not None and self.batch_size > 1:
-            changes = [f"a --batch_size below {self.batch_size}"]
-        else:
-            changes = ["shorter rows (--max_duration_sec)"]
-        if self.checkpoint_every != 1:
-            changes.append("--activation_checkpointing full")
-        if self.stage < 3 and not self.quantized:
-            changes += ["--base_dtype nf4", "--deepspeed_config ds_configs/zero3.json"]
-        return ", or ".join(changes)
+def advice(config: TrainConfig, stage: int) -> str:
+    """Options that would make a micro-batch smaller than it is with these, in words."""
+    optim, model = config.optim, config.model
+    if optim.max_tokens_per_batch is not None:
+        changes = [f"a --max_tokens_per_batch below {optim.max_tokens_per_batch}"]
+    elif optim.batch_size is not None and optim.batch_size > 1:
+        changes = [f"a --batch_size below {optim.batch_size}"]
+    else:
+        changes = ["shorter rows (--max_duration_sec)"]
+    if model.checkpoint_every != 1:
+        changes.append("--activation_checkpointing full")
+    if stage < 3 and model.base_dtype is None:
+        changes += ["--base_dtype nf4", "--deepspeed_config ds_configs/zero3.json"]
+    return ", or ".join(changes)
 
 
-def measure(engine: Engine, ranks: Ranks, guard: Guard, batch: Batch, advice: Advice) -> str | None:
+def measure(engine: Engine, ranks: Ranks, spec: ModelSpec, batch: Batch, config: TrainConfig) -> str | None:
     """One micro-batch forward and backward, of which nothing is kept: no gradient, no random draw, no peak of memory.
 
     Every rank must call this with the same batch; the engine's first step comes after it. A batch that the guard
@@ -73,24 +65,21 @@ def measure(engine: Engine, ranks: Ranks, guard: Guard, batch: Batch, advice: Ad
     Raises:
         DoesNotFitError: on the ranks that ran out of memory, which the `Watch` around it must tell the others.
     """
-    seen = guard.failed.copy()
-    refused = any(ranks.sum([len(guard.check_batch(batch, 0, 0))]))
-    guard.failed = seen  # it will be counted where it is trained on
-    if refused:
+    if any(ranks.sum([any(True for _ in batch_problems(batch, spec))])):
         return None
     rng = rng_state(ranks.device)
     engine.train()
     found = _out_of_memory(engine, ranks.device, batch)
     if found is not None:
-        raise DoesNotFitError(_message(batch, ranks, found, advice))
+        raise DoesNotFitError(_message(batch, ranks, found, config, engine.stage))
     engine.drop_step()
     restore_rng({f"{ranks.rank}.{kind}": state for kind, state in rng.items()}, ranks, seed=0)
     peak = max(row[0] for row in ranks.table([peak_memory_gib(ranks.device)]))
     restart_peak_memory(ranks.device)
-    return (
-        f"memory check of the most expensive micro-batch: {batch.num_tokens:,} tokens in {len(batch.origins)} rows, "
-        f"{peak:.1f} GiB at the most" + _of_all(ranks.device)
-    )
+    took = f"{batch.num_tokens:,} tokens in {len(batch.origins)} rows, {peak:.1f} GiB at the most"
+    if ranks.device.type == "cuda":
+        took += f" of {torch.cuda.get_device_properties(ranks.device).total_memory / 2**30:.1f}"
+    return f"memory check of the most expensive micro-batch: {took}"
 
 
 def _out_of_memory(engine: Engine, device: torch.device, batch: Batch) -> str | None:
@@ -112,21 +101,12 @@ def _out_of_memory(engine: Engine, device: torch.device, batch: Batch) -> str | 
     return None
 
 
-def _message(batch: Batch, ranks: Ranks, found: str, advice: Advice) -> str:
-    rows = ", ".join(batch.origins[:ROWS_SHOWN])
-    if len(batch.origins) > ROWS_SHOWN:
-        rows += f", … and {len(batch.origins) - ROWS_SHOWN} more"
+def _message(batch: Batch, ranks: Ranks, found: str, config: TrainConfig, stage: int) -> str:
     return (
         f"the most expensive micro-batch does not fit into the memory of rank {ranks.rank} ({ranks.device}); nothing "
         f"was trained\n"
-        f"  rows:   {rows}\n"
+        f"  rows:   {', '.join(first_of(batch.origins, ROWS_SHOWN))}\n"
         f"  tokens: {batch.num_tokens:,}\n"
         f"  found:  {found}\n"
-        f"  change: {advice}"
+        f"  change: {advice(config, stage)}"
     )
-
-
-def _of_all(device: torch.device) -> str:
-    if device.type != "cuda":
-        return ""
-    return f" of {torch.cuda.get_device_properties(device).total_memory / 2**30:.1f}"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 
 from torch import nn
 
@@ -19,7 +20,7 @@ from .batching import micro_batches
 from .batching.batch_plan import MicroBatch, StepPlan
 from .distributed.agreement import check_same, check_shared, versions
 from .distributed.ds_config import nothing_to_shard_note
-from .distributed.engine import Engine, Ranks, join_group, leave_ranks, loading, meet_ranks, whole
+from .distributed.engine import Engine, Ranks, full_weight, join_group, leave_ranks, loading, meet_ranks
 from .distributed.rank_watch import STALL_TIMEOUT_SEC, Watch, check_stall_timeout
 from .distributed.single_process import NoWatch
 from .distributed.stop import StopRequest
@@ -31,6 +32,7 @@ from .model.families import family_of
 from .model.lora import attach_lora, set_lora
 from .options.sections import TrainConfig
 from .report.cards import pinned
+from .report.samples import COUNT, Sampler, Voice, prompts_from_file, prompts_from_rows
 from .report.tracking import Tracker
 from .saver import Saver
 from .schedule import schedule
@@ -55,21 +57,23 @@ def joined(
     ranks.seed(config.optim.seed)
     output_dir = config.output_dir
     is_new = not keeps_nothing and config.run.resume == "none"
-    alone = ranks.is_main and not keeps_nothing
+    writes = ranks.is_main and not keeps_nothing
     seconds = config.run.stall_timeout_sec or STALL_TIMEOUT_SEC[ranks.device.type]
     with Watch(ranks, meeting.connections, stall_timeout_sec=seconds, stop=stop) as watch:
         try:
+            # All ranks are here. First that they agree: options, versions, clocks.
             join_group(ranks, meeting)
             check_stall_timeout(seconds, on_gpu=ranks.device.type == "cuda")
             check_same({f"--{name}": value for name, value in config.as_dict().items()} | versions(), ranks)
-            ranks.each(lambda: run_dir.refuse_a_run(output_dir) if is_new and ranks.is_main else None)
-            ranks.each(lambda: run_dir.prepare_run_dir(output_dir) if ranks.is_main else None)
+            # Then the folder: no other run's, made by rank 0, and one and the same for all.
+            ranks.on_main(lambda: run_dir.refuse_a_run(output_dir) if is_new else None)
+            ranks.on_main(lambda: run_dir.prepare_run_dir(output_dir))
             check_shared({"--output_dir": output_dir, "--codes_cache": codes_folder(config)}, ranks)
             ranks.each(lambda: run_dir.prepare_run_dir(output_dir))
-            with ranks.each(lambda: run_dir.lock_run_dir(output_dir) if alone else contextlib.nullcontext()):
-                # Again: the folder's lock may have been waited for, and its holder have left a run.
-                ranks.each(lambda: run_dir.refuse_a_run(output_dir) if is_new and alone else None)
-                if alone:
+            with ranks.each(lambda: run_dir.lock_run_dir(output_dir) if writes else contextlib.nullcontext()):
+                # Again, now that it is locked: whoever held the lock before may have left a run.
+                ranks.on_main(lambda: run_dir.refuse_a_run(output_dir) if is_new else None)
+                if writes:
                     watch.before_end.append(
                         lambda end: run_dir.write_stopped(output_dir, end.text, end.exit_code, watch.resume_command)
                     )
@@ -121,6 +125,7 @@ def adapt(
         forward: makes another module of it than the training forward, for benchmarks.
     """
     config = setup.config
+    modules = family_of(setup.base).modules
     base_name, base_revision = pinned(config.model.base_ckpt, config.model.base_revision)
     lora_model = attach_lora(
         model,
@@ -128,9 +133,10 @@ def adapt(
         alpha=config.lora.lora_alpha,
         rslora=config.lora.lora_rslora,
         dropout=config.lora.lora_dropout,
-        target_modules=config.lora.target_suffixes,
-        modules_to_save=config.lora.modules_to_save,
-        whole=whole,
+        target_modules=modules.targets(config.lora.lora_target_modules),
+        groups=modules.lora_groups,
+        modules_to_save=modules.trained_whole(config.lora.train_audio_embeddings, config.lora.train_heads),
+        whole=full_weight,
         seed=config.optim.seed,
         base_name=base_name,
         base_revision=base_revision,
@@ -158,7 +164,7 @@ def make_guard(setup: Setup, ranks: Ranks) -> Guard:
     return Guard(rank=ranks.rank, output_dir=setup.output_dir, spec=setup.base.spec, weights=setup.weights)
 
 
-def describe(setup: Setup, data: Data, engine: Engine, ranks: Ranks) -> None:
+def say_plan(setup: Setup, data: Data, engine: Engine, ranks: Ranks) -> None:
     """Says the arithmetic of a step and of the run, the engine, and what of them could be cheaper."""
     config, plan = setup.config, data.plan
     note = micro_batches.launch_bound_note(
@@ -174,7 +180,7 @@ def describe(setup: Setup, data: Data, engine: Engine, ranks: Ranks) -> None:
     ranks.say("\n".join(line for line in lines if line))
 
 
-def check_memory(setup: Setup, data: Data, engine: Engine, guard: Guard, ranks: Ranks, watch: Watch | NoWatch) -> None:
+def check_memory(setup: Setup, data: Data, engine: Engine, ranks: Ranks, watch: Watch | NoWatch) -> None:
     """The most expensive micro-batch of the plan, once, on GPUs: a run that does not fit ends before its first step.
 
     On any device with `--compile`, whose seconds are said.
@@ -191,15 +197,7 @@ def check_memory(setup: Setup, data: Data, engine: Engine, guard: Guard, ranks: 
     last_step = max(setup.first_step, data.plan.total_steps(config.optim.epochs, config.optim.max_steps))
     rows = data.plan.most_expensive(tokens, setup.first_step, last_step, padded=not setup.padding_free)
     batch = data.dataset(data.corpus.train_rows)[MicroBatch(rows)]
-    advice = memory_check.Advice(
-        config.optim.batch_size,
-        config.optim.max_tokens_per_batch,
-        config.model.checkpoint_every,
-        engine.stage,
-        quantized=config.model.base_dtype is not None,
-    )
-    took = memory_check.measure(engine, ranks, guard, batch, advice)
-    if took:
+    if took := memory_check.measure(engine, ranks, setup.base.spec, batch, config):
         ranks.say(took)
     if config.model.compile:
         from .model.compiler import seconds_compiling
@@ -208,16 +206,45 @@ def check_memory(setup: Setup, data: Data, engine: Engine, guard: Guard, ranks: 
         ranks.say(f"compiled the decoder layers: {slowest:.0f} s on the slowest rank")
 
 
+def make_sampler(setup: Setup, data: Data, engine: Engine, ranks: Ranks, watch: Watch | NoWatch) -> Sampler | None:
+    """The samples that the run speaks, as its options say; None where there are none.
+
+    Raises:
+        ConfigError: on all ranks: a file of texts that holds none.
+    """
+    config, rows, cache = setup.config, data.corpus.val_rows, data.corpus.cache
+    wanted = config.run.sample_every or config.run.sample_texts or config.run.sample_count
+    if not wanted:
+        return None
+    prompts = []
+    if config.run.sample_texts:
+        file = Path(config.run.sample_texts)
+        prompts += ranks.each(lambda: prompts_from_file(file, config.data.prompt_style))
+    if config.run.sample_count or not prompts:
+        count = config.run.sample_count or COUNT
+        prompts += prompts_from_rows(rows, count, lambda ref: cache.get(ref)[: setup.base.spec.num_codebooks])
+    empty, voice_of = family_of(setup.base).voice(setup.base, config.model.dtype, data.corpus.codec, ranks.device)
+
+    @contextlib.contextmanager
+    def voice() -> Iterator[Voice | None]:
+        with engine.generating(empty) as model:
+            if model is None:
+                ranks.say("WARNING: samples are left out: a copy of the model does not fit beside ZeRO-3's shards")
+            yield None if model is None else voice_of(model)
+
+    return Sampler(prompts, setup.output_dir, ranks, voice, seed=config.optim.seed, progressed=watch.progressed)
+
+
 def make_trainer(
     setup: Setup,
     data: Data,
     engine: Engine,
-    guard: Guard,
     ranks: Ranks,
     watch: Watch | NoWatch,
     *,
     tracker: Tracker | None = None,
     saver: Saver | None = None,
+    sampler: Sampler | None = None,
     stop: StopRequest | None = None,
     on_bad_loss: str | None = None,
 ) -> Trainer:
@@ -232,7 +259,7 @@ def make_trainer(
     trainer = Trainer(
         engine=engine,
         ranks=ranks,
-        guard=guard,
+        guard=make_guard(setup, ranks),
         weights=setup.weights,
         learning_rate=schedule(config.as_dict(), data.total_steps),
         on_bad_loss=on_bad_loss or config.loss.on_bad_loss,
@@ -243,6 +270,8 @@ def make_trainer(
         validation=data.validation if data.corpus.val_rows else None,
         tracker=tracker,
         saver=saver,
+        sampler=sampler,
+        sample_every=config.run.sample_every,
         keep_best=config.run.keep_best and len(data.corpus.val_rows) > 0,
         save_every=config.run.save_every,
         save_minutes=config.run.save_minutes,
@@ -252,6 +281,7 @@ def make_trainer(
         utilisation=flops.utilisation(
             config,
             setup.base.spec,
+            lora_targets=family_of(setup.base).modules.targets(config.lora.lora_target_modules),
             tokens=data.plan.first_epoch(data.corpus.train_rows.tokens),
             device=ranks.device,
             world_size=ranks.world_size,
@@ -294,10 +324,9 @@ def check(config: TrainConfig, ds_raw: dict) -> int:
         setup = open_setup(config, ds_raw, ranks, watch)
         data = load_data(setup, ranks, watch, only_one_step=True)
         engine = load_model(setup, ranks, watch, first_inputs=data.any_inputs)
-        guard = make_guard(setup, ranks)
-        describe(setup, data, engine, ranks)
-        check_memory(setup, data, engine, guard, ranks, watch)
-        trainer = make_trainer(setup, data, engine, guard, ranks, watch, on_bad_loss="raise")
+        say_plan(setup, data, engine, ranks)
+        check_memory(setup, data, engine, ranks, watch)
+        trainer = make_trainer(setup, data, engine, ranks, watch, on_bad_loss="raise")
         try:
             with data.steps(setup.first_step, data.total_steps) as steps:
                 trainer.train(steps)

@@ -8,55 +8,39 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
-from peft import LoraConfig
-from safetensors import SafetensorError
 
 from .checkpoint import list_checkpoints, step_of
-from .distributed.engine import Engine, Ranks
 from .errors import ConfigError, reason_of
-from .files import check_writable, remove_leftovers, replacing, write_text
-from .model.files.adapter_file import write_adapter
-from .model.voice_record import VoiceRecord, write_record
+from .files import check_writable, remove_leftovers, write_text
 from .options.sections import TrainConfig, revision_of
-from .process import say
-from .report.cards import adapter_card, pinned
 
 RESULTS = ("adapter", "adapter-best")
 RUN_FILES = ("config.yaml", "metrics.jsonl", *RESULTS, "checkpoints")
 STOPPED = "stopped.json"
 # What a run writes there beside its name, and then renames.
-REPLACED = (
-    *(*RESULTS, "adapter_before_failure", "config.yaml", "ds_config.json", STOPPED, "faults.jsonl", "loss.png"),
-    "wandb_run.json",
-)
+_OTHER_FILES = ("ds_config.json", STOPPED, "faults.jsonl", "loss.png", "wandb_run.json")
+REPLACED = (*RESULTS, "adapter_before_failure", "config.yaml", *_OTHER_FILES)
 
 
 def refuse_a_run(output_dir: Path) -> None:
     """Raises ConfigError for a folder that holds a run, which a fresh one would write over."""
-    held = [name for name in RUN_FILES if os.path.exists(output_dir / name)]
-    if held:
-        raise ConfigError(
-            [
-                f"--output_dir: {output_dir} holds a run already ({', '.join(held)}); --resume auto goes on with it, "
-                "or name another folder"
-            ]
-        )
+    if held := [name for name in RUN_FILES if os.path.exists(output_dir / name)]:
+        found = f"{output_dir} holds a run already ({', '.join(held)})"
+        raise ConfigError([f"--output_dir: {found}; --resume auto goes on with it, or name another folder"])
 
 
 def refuse_a_result(output_dir: Path) -> None:
     """Raises ConfigError for a folder with an adapter, where `--resume auto` found no checkpoint to go on from."""
-    held = [name for name in RESULTS if os.path.exists(output_dir / name)]
-    if held:
-        adapter = output_dir / held[0]
+    if held := [name for name in RESULTS if os.path.exists(output_dir / name)]:
+        names, adapter = " and ".join(held), output_dir / held[0]
         raise ConfigError(
             [
-                f"--resume auto: {output_dir} holds {' and '.join(held)}, but no whole checkpoint to go on from, and a "
-                f"fresh start would write over it. Name another --output_dir; or another one and --init_adapter "
-                f"{adapter}, to train on from there; or move {' and '.join(held)} away, to begin again here"
+                f"--resume auto: {output_dir} holds {names}, but no intact checkpoint to go on from, and a fresh start "
+                f"would write over it. Name another --output_dir; or another one and --init_adapter {adapter}, to "
+                f"train on from there; or move {names} away, to begin again here"
             ]
         )
 
@@ -145,66 +129,3 @@ def listen_command(config: TrainConfig, adapter: Path, device: torch.device) -> 
         f"{on_cpu}python -m higgs_ds generate --base_ckpt {config.model.base_ckpt} --adapter {adapter} "
         f"--codec {config.data.codec} {''.join(revisions)}--text '…' --output_file speech.wav"
     )
-
-
-def save_adapter(
-    engine: Engine,
-    places: list[Path],
-    ranks: Ranks,
-    details: dict[str, object],
-    *,
-    layout: str,
-    codec: str,
-    codec_revision: str | None,
-    prompt_style: str,
-) -> Path | None:
-    """The adapter in PEFT's format, whole under every stage; every rank must call this, rank 0 writes.
-
-    Args:
-        places: folders for it; the first that takes it has it, and every other is named as a warning.
-        details: lines of the model card.
-        layout: of the base, and `codec` with its revision the audio tokenizer, for the card's commands.
-        prompt_style: of the speech rows, which `generate` and `recite` then take.
-
-    Returns:
-        where it is, on every rank; None if no place takes it.
-
-    Raises:
-        ValueError: a weight is empty or not finite, so that the file would not hold what was trained.
-    """
-    weights, lora = engine.gather_trainable(), engine.lora_config
-    saved = None
-    if ranks.is_main:
-        for name, value in weights.items():
-            if value.numel() == 0 or not bool(torch.isfinite(value).all()):
-                raise ValueError(f"{name} has shape {tuple(value.shape)} or holds NaN: refusing to write this adapter")
-        for folder in places:
-            try:
-                with replacing(folder) as beside:
-                    beside.mkdir(parents=True)
-                    write_adapter(beside, lora, weights)
-                    write_record(
-                        beside, VoiceRecord(prompt_style, {name: str(detail) for name, detail in details.items()})
-                    )
-                    origin = {"layout": layout, "codec": codec, "codec_revision": codec_revision}
-                    card = _model_card(lora, details, folder, **origin)
-                    (beside / "README.md").write_text(card, encoding="utf-8")
-                saved = folder
-                break
-            except (OSError, SafetensorError) as error:  # a full disk is the one or the other, by which file it hits
-                reason = reason_of(error)
-                say(f"WARNING: the adapter could not be written to {folder}: {reason}", error=True)
-    return ranks.gather(saved)[0]
-
-
-def _model_card(lora: LoraConfig, details: dict[str, object], folder: Path, **origin: Any) -> str:
-    base, revision = pinned(lora.base_model_name_or_path or "", lora.revision)
-    table = {
-        "base": f"`{base}`" + (f" at revision `{revision}`" if revision else ""),
-        "LoRA rank / alpha / dropout": f"{lora.r} / {lora.lora_alpha:g} / {lora.lora_dropout:g}"
-        + (", scaled by the root" if lora.use_rslora else ""),
-        "layers": ", ".join(sorted(lora.target_modules or ())),
-        **({"trained whole": ", ".join(lora.modules_to_save)} if lora.modules_to_save else {}),
-        **details,
-    }
-    return adapter_card(table, base=base, revision=revision, folder=folder, **origin)

@@ -7,36 +7,39 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+from peft import LoraConfig
+from safetensors import SafetensorError
+
 from . import checkpoint, run_dir
 from .batching.batch_plan import StepPlan
 from .checkpoint import CheckpointWriter
 from .distributed.engine import Engine, Ranks
-from .files import first_free
+from .errors import reason_of
+from .files import first_free, replacing
 from .load_data import Data
+from .model.files.adapter_file import write_adapter
+from .model.voice_record import VoiceRecord, write_record
 from .options.sections import TrainConfig
-from .process import loss_text
-from .report import wandb_run
+from .process import loss_text, say
+from .report.cards import adapter_card, pinned
 from .report.tracking import Tracker, open_tracker
-from .report.wandb_run import WandbChoice
+from .report.wandb_run import WandbChoice, settle_mode
 from .setup import Setup
 
 if TYPE_CHECKING:
     from .trainer import Trainer
 
 
-def choose_wandb(config: TrainConfig, ranks: Ranks) -> WandbChoice:
+def settle_wandb(config: TrainConfig, ranks: Ranks) -> WandbChoice:
     """Settles how rank 0 will use W&B, within seconds and before anything takes long; the other ranks do not.
 
     Raises:
-        ConfigError: on all ranks; see `wandb_run.choose_wandb`.
+        ConfigError: on all ranks; see `settle_mode`.
     """
-    choice = ranks.each(
-        lambda: (
-            wandb_run.choose_wandb(config.run.wandb_mode, config.run.wandb_project)
-            if ranks.is_main
-            else WandbChoice("disabled")
-        )
-    )
+    choice = ranks.on_main(lambda: settle_mode(config.run.wandb_mode, config.run.wandb_project))
+    if choice is None:
+        return WandbChoice("disabled")
     if choice.note:
         ranks.say(choice.note)
     return choice
@@ -45,44 +48,32 @@ def choose_wandb(config: TrainConfig, ranks: Ranks) -> WandbChoice:
 class Saver:
     """Everything that a run leaves: checkpoints, adapters, and the tracker's numbers."""
 
-    def __init__(
-        self, setup: Setup, data: Data, engine: Engine, ranks: Ranks, wandb: WandbChoice, writer: CheckpointWriter
-    ):
+    def __init__(self, setup: Setup, data: Data, engine: Engine, ranks: Ranks, wandb: WandbChoice):
+        """Sets aside the checkpoints after the one that is gone on with; every rank must call it.
+
+        Raises:
+            ConfigError: on all ranks, where one of them cannot be renamed.
+        """
         self.setup = setup
         self.data = data
         self.engine = engine
         self.ranks = ranks
         self.wandb = wandb
-        self.writer = writer
-        self._rescues: dict[str, list[Path]] = {}  # where an adapter goes that its folder does not take
-
-    @classmethod
-    def open(cls, setup: Setup, data: Data, engine: Engine, ranks: Ranks, wandb: WandbChoice) -> Saver:
-        """For a run's folder, in which checkpoints after the one that is gone on with are set aside.
-
-        Every rank must call it. Raises ConfigError on all ranks.
-        """
-        writer = CheckpointWriter(
+        self.writer = CheckpointWriter(
             setup.output_dir / "checkpoints",
             keep_last=setup.config.run.keep_last,
             keep_best=setup.config.run.keep_best,
             lora=engine.lora_config,
         )
-        for place in ranks.each(lambda: writer.clean(setup.first_step - 1) if ranks.is_main else []):
+        self._rescues: dict[str, list[Path]] = {}  # where an adapter goes that its folder does not take
+        for place in ranks.on_main(lambda: self.writer.clean(setup.first_step - 1)) or []:
             ranks.say(f"checkpoints: not gone on with, kept as {place}")
-        return cls(setup, data, engine, ranks, wandb, writer)
-
-    def raise_if_failed(self) -> None:
-        """Raises the OSError of a checkpoint that could not be written in the background."""
-        self.writer.raise_if_failed()
 
     def open_tracker(self) -> contextlib.AbstractContextManager[Tracker | None]:
         """Metrics, curves and W&B on rank 0, and the resolved options in the run's folder; None elsewhere."""
-        return self.ranks.each(self._open_tracker)
+        return self.ranks.on_main(self._open_tracker) or contextlib.nullcontext()
 
-    def _open_tracker(self) -> contextlib.AbstractContextManager[Tracker | None]:
-        if not self.ranks.is_main:
-            return contextlib.nullcontext(None)
+    def _open_tracker(self) -> Tracker:
         config = self.setup.config
         tracker = open_tracker(
             self.setup.output_dir,
@@ -126,39 +117,67 @@ class Saver:
         self.writer.wait()
 
     def save_adapter(self, name: str, details: dict[str, object], *, elsewhere: bool = True) -> Path | None:
-        """The adapter under this name in the run's folder; every rank must call it.
+        """The adapter in PEFT's format, under this name in the run's folder; every rank must call it.
 
         Args:
-            name: of its folder.
             details: lines of its card.
-            elsewhere: whether a folder that takes nothing, on a full disk say, makes it go to another; else None
-                is returned.
+            elsewhere: a folder that takes nothing, on a full disk say, makes it go to another; else None is returned.
 
         Raises:
             OSError: no place takes it.
+            ValueError: a weight is empty or not finite, so that the file would not hold what was trained.
         """
-        data, output_dir = self.setup.config.data, self.setup.output_dir
-        places = [output_dir / name]
+        output_dir, weights = self.setup.output_dir, self.engine.gather_trainable()
+        places, saved = [output_dir / name], None
         if elsewhere:
             if name not in self._rescues:  # the same ones when it is saved again
                 rescued = f"{output_dir.resolve().name}-{name}"
                 self._rescues[name] = [first_free(Path(at) / rescued) for at in (".", tempfile.gettempdir())]
             places += self._rescues[name]
-        saved = run_dir.save_adapter(
-            *(self.engine, places, self.ranks, details),
-            layout=self.setup.base.layout,
-            codec=data.codec,
-            codec_revision=data.codec_revision,
-            prompt_style=data.prompt_style,
-        )
+        if self.ranks.is_main:
+            for key, value in weights.items():
+                if value.numel() == 0 or not bool(torch.isfinite(value).all()):
+                    raise ValueError(f"{key} is empty or holds NaN: refusing to write this adapter")
+            saved = next((place for place in places if self._takes_adapter(place, weights, details)), None)
+        saved = self.ranks.gather(saved)[0]
         if saved is None and elsewhere:
             raise OSError(f"the adapter could be written nowhere: neither to {', nor to '.join(map(str, places))}")
         return saved
+
+    def _takes_adapter(self, folder: Path, weights: dict[str, torch.Tensor], details: dict[str, object]) -> bool:
+        """Writes the adapter, its record and its card; a folder that takes nothing is a warning."""
+        data, lora = self.setup.config.data, self.engine.lora_config
+        origin = {"layout": self.setup.base.layout, "codec": data.codec, "codec_revision": data.codec_revision}
+        record = VoiceRecord(data.prompt_style, {name: str(detail) for name, detail in details.items()})
+        try:
+            with replacing(folder) as beside:
+                beside.mkdir(parents=True)
+                write_adapter(beside, lora, weights)
+                write_record(beside, record)
+                (beside / "README.md").write_text(model_card(lora, details, folder, **origin), encoding="utf-8")
+        except (OSError, SafetensorError) as error:  # a full disk is the one or the other, by which file it hits
+            say(f"WARNING: the adapter could not be written to {folder}: {reason_of(error)}", error=True)
+            return False
+        return True
 
     def save_best(self, step: int, trainer: Trainer) -> None:
         """`adapter-best/`, of the step just validated; every rank must call it."""
         validated = {name: loss for name, loss in trainer.last_losses.items() if name.startswith("validation ")}
         self.save_adapter("adapter-best", self.data.details() | {"optimizer steps": step} | validated, elsewhere=False)
+
+    def save_after_failure(self, trainer: Trainer) -> Path | None:
+        """Saves the adapter and a checkpoint from before the failed step; every rank must call it.
+
+        A disk that takes no checkpoint hides no finding: the exit code stays the guard's.
+        """
+        details: dict[str, object] = {"stopped": "by the loss guard, before the failed step was trained"}
+        saved = self.save_adapter("adapter_before_failure", details)
+        try:
+            trainer.save_end()
+            self.writer.wait()
+        except OSError as failed:
+            say(str(failed), error=True)
+        return saved
 
     def save_last(self, trainer: Trainer) -> Path | None:
         """`adapter/`, of the run's last step; every rank must call it."""
@@ -166,3 +185,17 @@ class Saver:
         if trainer.best.loss is not None:
             details["lowest validation loss"] = f"{loss_text(trainer.best.loss)} at step {trainer.best.step}"
         return self.save_adapter("adapter", details)
+
+
+def model_card(lora: LoraConfig, details: dict[str, object], folder: Path, **origin: str | None) -> str:
+    """An adapter's README.md; `origin` is `adapter_card`'s `more`."""
+    base, revision = pinned(lora.base_model_name_or_path or "", lora.revision)
+    table = {
+        "base": f"`{base}`" + (f" at revision `{revision}`" if revision else ""),
+        "LoRA rank / alpha / dropout": f"{lora.r} / {lora.lora_alpha:g} / {lora.lora_dropout:g}"
+        + (", scaled by the root" if lora.use_rslora else ""),
+        "layers": ", ".join(sorted(lora.target_modules or ())),
+        **({"trained whole": ", ".join(lora.modules_to_save)} if lora.modules_to_save else {}),
+        **details,
+    }
+    return adapter_card(table, base=base, revision=revision, folder=folder, **origin)

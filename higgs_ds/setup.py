@@ -20,6 +20,7 @@ from .errors import ConfigError
 from .loss import LossWeights
 from .model.base import BaseCheckpoint
 from .model.families import family_of, open_base
+from .model.init_adapter import settle_lora
 from .options.sections import TrainConfig
 
 
@@ -61,7 +62,7 @@ def open_setup(config: TrainConfig, ds_raw: dict, ranks: Ranks, watch: Watch | N
     watch.untimed("finding the base checkpoint")
     base = ranks.each(lambda: open_base_for(config))
     saved = resumed.progress.config if resumed else None
-    config, initial = ranks.each(lambda: family_of(base).settle_lora(config, base, saved))
+    config, initial = ranks.each(lambda: settle_lora(config, family_of(base), base.config, saved))
     setup = settle(config, ds_raw, base, ranks, resumed, [*notes, *base.notes])
     setup.initial = initial
     check_same(
@@ -84,7 +85,7 @@ def find_together(config: TrainConfig, ranks: Ranks) -> tuple[Checkpoint | None,
     resume, output_dir = config.run.resume, config.output_dir
     if resume == "auto":
         _wait_for_the_newest(output_dir / "checkpoints", ranks)
-    resumed, notes = ranks.each(lambda: checkpoint.find_checkpoint(resume, output_dir) if ranks.is_main else (None, []))
+    resumed, notes = ranks.on_main(lambda: checkpoint.find_checkpoint(resume, output_dir)) or (None, [])
     mine = (str(resumed.folder), resumed.seal, resumed.stamps) if resumed else None
     found, notes = ranks.gather((mine, notes))[0]
     if found is None:
@@ -133,8 +134,8 @@ def _wait_for_the_newest(folder: Path, ranks: Ranks) -> None:
 def _read_or_why(folder: Path, proven: dict[str, tuple]) -> Checkpoint | str:
     try:
         return checkpoint.read_checkpoint(folder, proven)
-    except checkpoint.CheckpointError as error:
-        return str(error)
+    except ConfigError as error:
+        return str(error).removeprefix("--resume: ")
 
 
 def open_base_for(config: TrainConfig) -> BaseCheckpoint:

@@ -2,12 +2,13 @@
 
 A new number from the model: a field of `loss.HeadSums` with its values in `head_sums` there and in
 `model/fused_head.py`, a field of the same name in `HeadTotals` here, its name in `report/metrics.py`. It has to be one
-that adds up: a sum or a count, never a mean. Records are dataclasses of floats, lists of floats and records; flat, the
-fields follow each other in their order.
+that adds up: a sum or a count, never a mean. Each class is a dataclass of floats, lists of floats and such
+classes; flat, the fields follow each other in their order.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
@@ -36,25 +37,22 @@ class Packed:
         return flat
 
     def unpack(self: P, flat: list[float]) -> P:
-        """The inverse of `pack`, for a record whose lists are as long as this one's.
+        """The inverse of `pack`, for lists that are as long as this one's.
 
         Raises:
-            ValueError: more or fewer values than such a record has.
+            ValueError: more or fewer values than this has.
         """
         if len(flat) != len(self.pack()):
             raise ValueError(f"{len(flat)} values for a {type(self).__name__} of {len(self.pack())}")
-        values: dict[str, Any] = {}
-        at = 0
-        for f in fields(self):
-            own = getattr(self, f.name)
-            if isinstance(own, (Packed, list)):
-                width = len(own.pack()) if isinstance(own, Packed) else len(own)
-                part = list(flat[at : at + width])
-                values[f.name] = own.unpack(part) if isinstance(own, Packed) else part
-            else:
-                width, values[f.name] = 1, flat[at]
-            at += width
-        return type(self)(**values)
+        return self._filled(iter(flat))
+
+    def _filled(self: P, values: Iterator[float]) -> P:
+        def like(own: Any) -> Any:
+            if isinstance(own, Packed):
+                return own._filled(values)
+            return [next(values) for _ in own] if isinstance(own, list) else next(values)
+
+        return type(self)(**{f.name: like(getattr(self, f.name)) for f in fields(self)})
 
     @classmethod
     def total(cls, parts: list[P]) -> P:
@@ -94,7 +92,7 @@ class MicroBatchStats(HeadTotals):
 
     @staticmethod
     def on_device(sums: HeadSums, loss: torch.Tensor) -> torch.Tensor:
-        """The record's flat values where they were computed, without waiting for them: float32, detached."""
+        """The flat values where they were computed, without waiting for them: float32, detached."""
         values = [loss if f.name == "loss" else getattr(sums, f.name) for f in fields(MicroBatchStats)]
         return torch.cat([value.detach().float().reshape(-1) for value in values])
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,7 +22,9 @@ from .step_stats import ForwardReport, LabelCounts, MicroBatchStats, RankStep, S
 
 if TYPE_CHECKING:
     from .model.flops import Utilisation
+    from .report.samples import Sampler
     from .report.tracking import Tracker
+    from .saver import Saver
 
 
 @dataclass
@@ -54,22 +56,6 @@ class Best:
         return better
 
 
-class Saves(Protocol):
-    """Interface that the loop saves through: `saver.Saver`. Every rank calls every method."""
-
-    def save(self, step: StepPlan, trainer: Trainer) -> None:
-        """A checkpoint after this step."""
-
-    def save_before_validation(self, step: StepPlan, trainer: Trainer) -> None:
-        """The run's last step, on the disk when this returns."""
-
-    def save_best(self, step: int, trainer: Trainer) -> None:
-        """The adapter of the step just validated."""
-
-    def raise_if_failed(self) -> None:
-        """Raises the OSError of a checkpoint that could not be written in the background."""
-
-
 @dataclass
 class Trainer:
     """Runs optimizer steps through the engine, under the guard. `tracker` is rank 0's, None elsewhere."""
@@ -86,7 +72,9 @@ class Trainer:
     first_step: int = 1
     validation: Callable[[], AbstractContextManager[Iterable[tuple[StepPlan, list[Batch]]]]] | None = None
     tracker: Tracker | None = None
-    saver: Saves | None = None
+    saver: Saver | None = None  # without one nothing is saved
+    sampler: Sampler | None = None  # speaks samples of the voice; None: there are none
+    sample_every: int | None = None  # None: at validations
     save_every: int | None = None
     save_minutes: float = 0.0  # 0: not by the clock
     keep_best: bool = False
@@ -118,13 +106,15 @@ class Trainer:
             BadLossError: on every rank, when a check failed on some rank and `on_bad_loss` is "raise".
         """
         self.engine.train()
-        # A run that goes on may owe its last step a validation, and may be over by it.
+        # Before the first step: a resumed run may owe its last one a validation, and may be over by it.
         if self.owes_validation:
             if not self._validate(self.first_step - 1):
                 return False
             self._last = self.resumed_from  # should no step follow, its checkpoint is to say that it was validated
         if self.is_over():
             return True
+        if self.first_step == 1:
+            self._speak(0)  # where the base begins
         self._clock.begin()
         self.at(self.first_step, "reading its batches")
         for plan, batches in steps:
@@ -132,8 +122,9 @@ class Trainer:
             lr = self.learning_rate(plan.step)
             # The checkpoint before may still be written; one that failed ends the run before more work stands on it.
             if self.saver:
-                self.saver.raise_if_failed()
+                self.saver.writer.raise_if_failed()
             result = self.train_step(plan.step, batches, lr)
+            # A failed check ends the run here, or with `on_bad_loss` "skip" costs the step.
             if result.failures:
                 self._report(result.failures)
                 self.dropped_steps += 1
@@ -148,9 +139,13 @@ class Trainer:
                     self.owes_validation = True
                     self.saver.save_before_validation(plan, self)
                 validated = self._validate(plan.step, stopped=result.stop)
+                if validated and not self.sample_every:
+                    self._speak(plan.step)
                 if not validated or self.is_over():
                     self._log_rest()
                     return validated
+            if self.sample_every and not result.stop and (last or plan.step % self.sample_every == 0):
+                self._speak(plan.step)
             if result.stop or last:
                 return last  # `save_end` saves it
             # By count, by the clock of rank 0, or because it is the best: all ranks come to the same answer.
@@ -197,6 +192,15 @@ class Trainer:
                 self.saver.save_best(step, self)
         return not stopped
 
+    def _speak(self, step: int) -> None:
+        """Samples of the voice as it is now, where there are any; nothing of the training moves."""
+        if self.sampler is None or not self.sampler.is_on:
+            return
+        self.at(step, "speaking samples")
+        samples, seconds = self.sampler.speak(step)
+        if self.tracker:
+            self.tracker.samples(samples, step, seconds)
+
     def train_step(self, step: int, batches: list[Batch], lr: float) -> StepResult:
         """One optimizer step over this rank's micro-batches; the update happens only if no rank saw a failure.
 
@@ -215,8 +219,11 @@ class Trainer:
             if self._checklist_due:
                 self._checklist_due = False
                 say("\n".join(f"FAIL [rank {f.rank}] {f.check}: {f.found}" for f in failures))
-            return StepResult(self._exchange(failures, sums), self._all_failures(failures))
-        self._say_missing_kind(step, counts.text, counts.codebooks)
+            return self._dropped(failures, sums)
+        if not counts.text:
+            self._say_once("text", f"step {step}: no text label on any rank; its loss is the audio term alone")
+        if not any(counts.codebooks):
+            self._say_once("audio", f"step {step}: no audio label on any rank; its loss is the text term alone")
         text_scale, scales = loss_scales(self.weights, counts.text, counts.codebooks, self.ranks.world_size)
         codebook_scales = torch.tensor(scales, device=self.ranks.device)
 
@@ -246,9 +253,8 @@ class Trainer:
         orders = [rank.gradients for rank in ranks]
         if orders.count(orders[0]) < len(orders):
             self.engine.drop_step()
-            failures = self.guard.check_gradient_order(batches, orders, step)
-            return StepResult(self._exchange(failures, sums), self._all_failures(failures))
-        self._say_oddities(step, sums)
+            return self._dropped(self.guard.check_gradient_order(batches, orders, step), sums)
+        self._warn_of_oddities(step, sums)
         # 4. The update. A norm that is not finite means that it was not made.
         self.at(step, "updating the weights")
         grad_norm = self.engine.step(lr)
@@ -256,9 +262,12 @@ class Trainer:
             if self.engine.overflows_by_design:
                 self.dropped_steps += 1
             else:
-                failures = self.guard.check_gradient(batches, grad_norm, step)
-                return StepResult(self._exchange(failures, sums), self._all_failures(failures))
+                return self._dropped(self.guard.check_gradient(batches, grad_norm, step), sums)
         return StepResult(ranks, [], grad_norm)
+
+    def _dropped(self, failures: list[Failure], sums: StepSums) -> StepResult:
+        """A step of which nothing was trained; `failures` are this rank's."""
+        return StepResult(self._exchange(failures, sums), self._all_failures(failures))
 
     def _check_results(
         self,
@@ -394,37 +403,23 @@ class Trainer:
             figures["mfu"] = f"{100 * metrics['perf/mfu']:.1f} %"
         self.tracker.progress(plan.step, **figures)
 
-    def _say(self, key: str, text: str) -> None:
-        """Once a run, on rank 0's console."""
-        if key not in self._said:
-            self._said.add(key)
-            if self.tracker:
-                self.tracker.message(text)
+    def _say_once(self, key: str, text: str, *, of_this_rank: bool = False) -> None:
+        """A line, once a run: on rank 0's console, or as a warning of this rank's own."""
+        if key in self._said:
+            return
+        self._said.add(key)
+        if of_this_rank:
+            say(f"WARNING [rank {self.ranks.rank}] {text} (said once)")
+        elif self.tracker:
+            self.tracker.message(text)
 
-    def _say_missing_kind(self, step: int, text_count: float, codebook_counts: list[float]) -> None:
-        if not text_count:
-            self._say("text", f"step {step}: no text label on any rank; its loss is the audio term alone")
-        if not any(codebook_counts):
-            self._say("audio", f"step {step}: no audio label on any rank; its loss is the text term alone")
-
-    def _say_oddities(self, step: int, sums: StepSums) -> None:
+    def _warn_of_oddities(self, step: int, sums: StepSums) -> None:
         if self.guard.honest_zeros:
-            self._say_of_this_rank(
-                step,
-                "honest zero",
-                "a text loss of exactly 0.0 is honest: the margins of all labelled tokens are beyond what float32 "
-                "can tell from 0",
-            )
+            text = "a text loss of exactly 0.0 is honest: the margins of all labelled tokens are beyond float32"
+            self._say_once("honest zero", f"step {step}: {text}", of_this_rank=True)
         if sums.re_expanded:
-            self._say_of_this_rank(
-                step, "re-expanded", "the model returned no expanded_labels; re-expanding them from the batch"
-            )
-
-    def _say_of_this_rank(self, step: int, key: str, text: str) -> None:
-        """Once a run and rank; plain print, because libraries silence Python's warnings."""
-        if key not in self._said:
-            self._said.add(key)
-            say(f"WARNING [rank {self.ranks.rank}] step {step}: {text} (said once)")
+            text = "the model returned no expanded_labels; re-expanding them from the batch"
+            self._say_once("re-expanded", f"step {step}: {text}", of_this_rank=True)
 
     def _say_checklist(
         self, batch: Batch, report: ForwardReport, stats: MicroBatchStats, failures: list[Failure]

@@ -38,14 +38,15 @@ step "2/4 the sample codec, fitted on the shipped speech"
 "$PYTHON" -m higgs_ds sample-codec --train_manifest "$speech" --output_dir "$output_dir/codec"
 
 step "3/4 training: $ranks ranks, ZeRO-$stage"
-deepspeed --num_accelerators "$ranks" --master_port "$("$PYTHON" launch/free_port.py)" train_ds.py \
+port=$("$PYTHON" -c 'from higgs_ds.distributed.ports import free_port; print(free_port())')
+deepspeed --num_accelerators "$ranks" --master_port "$port" train_ds.py \
   --config examples/quickstart.yaml --deepspeed_config "ds_configs/zero$stage.json" \
   --train_manifest "$speech" --val_manifest examples/speech/val.jsonl --codec "$output_dir/codec" \
   --base_ckpt "$output_dir/base" --batch_size $(( ranks < 8 ? 8 / ranks : 1 )) --output_dir "$output_dir" \
   --base_dtype "$base_dtype"
 
 step "4/4 every training sentence, spoken by upstream's own generate"
-"$PYTHON" -m higgs_ds recite --base_ckpt "$output_dir/base" --adapter "$output_dir/adapter" \
+"$PYTHON" -m higgs_ds reproduce --base_ckpt "$output_dir/base" --adapter "$output_dir/adapter" \
   --codec "$output_dir/codec" --train_manifest "$speech" --output_dir "$output_dir/speech"
 
 step "done"

@@ -11,7 +11,8 @@ source launch/setup.sh
 
 of_job() { # NODELIST JOB: where the ranks of a Slurm job meet
   "$PYTHON" -c 'import sys
-from higgs_ds.distributed.launch_env import first_host, port_of_job
+from higgs_ds.distributed.launch_env import first_host
+from higgs_ds.distributed.ports import port_of_job
 print(first_host(sys.argv[1]), port_of_job(sys.argv[2]))' "$1" "$2"
 }
 if [ -n "${SLURM_STEP_ID:-}" ] && [ -z "${NNODES:-}" ]; then
@@ -44,7 +45,10 @@ for name in NODE_RANK MASTER_ADDR; do
 done
 MASTER_PORT=${MASTER_PORT:-29500}
 if [ "$NODE_RANK" -eq 0 ]; then
-  "$PYTHON" launch/free_port.py "$MASTER_PORT" || exit 2
+  "$PYTHON" -c 'import sys
+from higgs_ds.distributed.ports import is_free, taken
+port = int(sys.argv[1])
+sys.exit(None if is_free(port) else taken(port))' "$MASTER_PORT" || exit 2
 fi
 exec torchrun --nnodes "$NNODES" --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" \
   --nproc_per_node "$ranks" train_ds.py "$@"

@@ -4,7 +4,6 @@ import fcntl
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -46,9 +45,9 @@ def codec_dir(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_config(tiny_dir):
-    from higgs_ds.model.higgs_v2.checkpoint import read_model_config
+    from higgs_ds.model.higgs_v2.config import read_checkpoint_config
 
-    return read_model_config(tiny_dir)
+    return read_checkpoint_config(tiny_dir)
 
 
 @pytest.fixture(scope="session")
@@ -61,6 +60,7 @@ def tokenizer(tiny_dir):
 @pytest.fixture(scope="session")
 def flags_of(tiny_dir, codec_dir):
     def flags(output_dir, **changes) -> list[str]:
+        """Of `train_ds.py`; None leaves one out, a list is several words."""
         settings = {
             "train_manifest": SPEECH,
             "base_ckpt": tiny_dir,
@@ -73,46 +73,30 @@ def flags_of(tiny_dir, codec_dir):
             "lr": 1e-2,
             "epochs": 10,
         }
-        return [str(word) for name, value in (settings | changes).items() for word in (f"--{name}", value)]
+        given = {name: value for name, value in (settings | changes).items() if value is not None}
+        words = ((f"--{name}", *(value if isinstance(value, list) else [value])) for name, value in given.items())
+        return [str(word) for flag in words for word in flag]
 
     return flags
 
 
 @pytest.fixture(scope="session")
-def shared_folder(tmp_path_factory) -> Path:
-    """One folder for all processes that the tests are divided among."""
+def quickstart(tmp_path_factory) -> tuple[Path, str]:
+    """The main job as a user starts it, under ZeRO-2, once for all processes of the tests: (folder, output)."""
     own = tmp_path_factory.getbasetemp()
-    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
-
-
-@pytest.fixture(scope="session")
-def quickstart_of(shared_folder):
-    """The main job as a user starts it, once a ZeRO stage, whichever process needs it: stage -> (folder, output)."""
-
-    def run(stage: int) -> tuple[Path, str]:
-        folder = shared_folder / "quickstart" / f"stage{stage}"
-        log = folder.with_suffix(".log")
-        folder.parent.mkdir(exist_ok=True)
-        with folder.with_suffix(".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not log.exists():
-                run_quickstart(stage, folder, log)
-        return folder, log.read_text()
-
-    return run
-
-
-def run_quickstart(stage: int, folder: Path, log: Path) -> None:
-    """The log, with the seconds it took as its last line, is there once it has ended well."""
-    command = ["bash", "launch/quickstart.sh", "--ranks", "2", "--stage", str(stage), "--output_dir", folder]
-    env = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
-    env |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "WANDB_MODE": "offline"}
-    started = time.monotonic()
-    ran = subprocess.run(
-        command, cwd=ROOT, env=env, text=True, timeout=600, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-    assert ran.returncode == 0, ran.stdout[-5000:]
-    log.write_text(f"{ran.stdout}main job: {time.monotonic() - started:.0f} s\n")
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "quickstart"
+    log = folder.with_suffix(".log")
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not log.exists():
+            command = ["bash", "launch/quickstart.sh", "--ranks", "2", "--output_dir", folder]
+            env = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+            env |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "WANDB_MODE": "offline"}
+            both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+            ran = subprocess.run(command, cwd=ROOT, env=env, text=True, timeout=600, **both)
+            assert ran.returncode == 0, ran.stdout[-5000:]
+            log.write_text(ran.stdout)  # there once it has ended well
+    return folder, log.read_text()
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""What the documentation says: every flag, the drawing of an index, and that its commands parse."""
+"""The documentation: every flag, the drawing of an index, and that its commands parse."""
 
 import argparse
 import dataclasses
@@ -64,7 +64,7 @@ def flags_table() -> str:
 
 
 def test_the_list_of_flags_is_that_of_the_options():
-    """Where this fails: `python -m tests.test_docs` writes the page anew."""
+    """`python -m tests.test_docs` writes the page anew."""
     assert (ROOT / "docs/flags.md").read_text() == FLAGS_HEAD + flags_table()
 
 
@@ -96,7 +96,7 @@ def commands() -> list[tuple[str, list[str]]]:
 
 @pytest.mark.parametrize(("where", "words"), commands(), ids=lambda value: value if isinstance(value, str) else "")
 def test_every_command_has_a_verb_and_flags_that_exist(where, words):
-    """What they do is run elsewhere: test_train.py, tools, report/test_cards.py, data."""
+    """Their effects are tested elsewhere: test_train.py, tools, report/test_cards.py, data."""
     if "train_ds.py" in words:
         flags = words[words.index("train_ds.py") + 1 :]
         parse_args(flags, may_lack=("train_manifest", "output_dir"))

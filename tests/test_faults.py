@@ -1,4 +1,4 @@
-"""What happens to a run when ranks, launchers and disks fail: it ends, says why, and can go on."""
+"""Runs whose ranks, launchers and disks fail: such a run ends, says why, and can go on."""
 
 import contextlib
 import json
@@ -43,8 +43,7 @@ def run_flags(flags_of):
 def whole(forks, run_flags, tmp_path_factory):
     """The adapter and losses of a run that nothing happened to."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    results = forks.run(run_flags(folder), 2)
-    assert [r.returncode for r in results] == [0, 0], results[0].output[-3000:]
+    assert_all(forks.run(run_flags(folder), 2))
     return folder
 
 
@@ -138,7 +137,7 @@ def kill_one_launched(flags, folder, draw) -> bool:
 
 
 # More: HIGGS_DS_KILLS=100 python -m pytest tests/test_faults.py -k random_moments
-KILLS = int(os.environ.get("HIGGS_DS_KILLS", "20"))
+KILLS = int(os.environ.get("HIGGS_DS_KILLS", "10"))
 
 
 def test_killed_at_random_moments_it_reaches_the_same_adapter(forks, run_flags, whole, tmp_path):
@@ -162,9 +161,9 @@ def test_killed_at_random_moments_it_reaches_the_same_adapter(forks, run_flags, 
             killed_in_a_save += bool(being_written(folder / "checkpoints"))
         else:  # it was faster: the next run is killed
             folders.append(tmp_path / f"run{len(folders)}")
-    assert killed_in_a_save >= 3
+    assert killed_in_a_save >= KILLS // 10
     for folder in folders:
-        assert [r.returncode for r in forks.run(run_flags(folder), 2)] == [0, 0]
+        assert_all(forks.run(run_flags(folder), 2))
         assert_same_run(folder, whole)
         assert not being_written(folder / "checkpoints")
 
@@ -220,7 +219,7 @@ def test_resumed_runs_are_over_when_they_have_said_so(forks, run_flags, tmp_path
 
 
 def left_in_group_of(leader: int) -> list[str]:
-    """What is alive of the process group that a forked rank has led."""
+    """The live processes of the group that a forked rank has led."""
     left = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
@@ -310,7 +309,7 @@ def test_whatever_ends_a_launched_run_it_is_saved_and_no_process_stays(
         assert 0 < stopped["saved_step"] == steps_done(folder) < STEPS
     typed = shlex.split(stopped["command"])
     assert os.path.basename(typed[0]) == launcher and " --resume auto" in stopped["command"] and str(folder) in typed
-    assert [r.returncode for r in forks.run(run_flags(folder), 2)] == [0, 0]
+    assert_all(forks.run(run_flags(folder), 2))
     assert_same_run(folder, whole)
     assert not (folder / "stopped.json").exists()
 
@@ -346,22 +345,22 @@ def test_a_cpu_may_take_minutes_for_what_a_gpu_does_in_seconds(given, code, fork
     assert ("rank 0 has not moved for 300 s (--stall_timeout_sec)" in result.output) == bool(given)
 
 
-@pytest.mark.parametrize("phase", ["load", "data", "forward", "backward", "validate", "save", "write"])
+@pytest.mark.parametrize("phase", ["load", "data", "backward", "validate", "save", "write"])
 def test_a_stop_signal_in_any_phase(phase, forks, run_flags, whole, tmp_path):
     flags = run_flags(tmp_path / "run", grad_accum=1)
     rank = 0 if phase == "write" else 1  # one rank writes
     results = forks.run(flags, 2, patches={rank: ["signal_in", phase, {"load": 1, "validate": 3}.get(phase, 4)]})
-    assert [r.returncode for r in results] == [75, 75], results[rank].output[-3000:]
+    assert_all(results, returncode=75)
     stopped = json.loads((tmp_path / "run/stopped.json").read_text())
     assert stopped["exit_code"] == 75 and "SIGTERM" in stopped["reason"]
     if phase == "load":
         assert "ending: rank 1 was asked to stop (SIGTERM) before the first step" in results[0].output
         assert stopped["saved_step"] == steps_done(tmp_path / "run") == 0
     else:
-        position = read_checkpoint(list_checkpoints(tmp_path / "run/checkpoints")[-1]).position
-        assert position.step == stopped["saved_step"] == steps_done(tmp_path / "run") < STEPS
-        assert position.owes_validation == (position.step % 4 == 0) and (phase != "validate" or position.step == 12)
-    assert [r.returncode for r in forks.run(flags, 2)] == [0, 0]
+        progress = read_checkpoint(list_checkpoints(tmp_path / "run/checkpoints")[-1]).progress
+        assert progress.step == stopped["saved_step"] == steps_done(tmp_path / "run") < STEPS
+        assert progress.owes_validation == (progress.step % 4 == 0) and (phase != "validate" or progress.step == 12)
+    assert_all(forks.run(flags, 2))
     assert_same_run(tmp_path / "run", whole)
 
 
@@ -379,42 +378,23 @@ def small_disk(folder, size: str):
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def test_a_full_disk_costs_nothing_that_was_saved(forks, run_flags, whole, tmp_path):
-    with small_disk(tmp_path / "disk", "16m") as disk:
-        folder = disk / "run"
-        assert [r.returncode for r in forks.run(run_flags(folder, max_steps=4), 2)] == [0, 0]
-        ballast = disk / "ballast"
-        free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
-        ballast.write_bytes(bytes(free - 400_000))
-        results = forks.run(run_flags(folder, max_steps=STEPS), 2)
-        assert_write_failed(results, folder)
-        ballast.unlink()
-        assert [r.returncode for r in forks.run(run_flags(folder), 2)] == [0, 0]
-        # The schedule of the first four steps was that of a run of four, so the weights are not `whole`'s.
-        assert steps_done(folder) == STEPS
-
-
-def test_a_quota_costs_nothing_that_was_saved(forks, run_flags, whole, tmp_path):
+def test_a_disk_that_takes_no_more_costs_nothing_that_was_saved(forks, run_flags, whole, tmp_path):
+    """By a quota; test_saving.py has a full disk, at the end of a run."""
     folder = tmp_path / "run"
     results = forks.run(run_flags(folder), 2, patches={0: ["quota_from_step", 5, 100_000]})
-    assert_write_failed(results, folder)
-    assert [r.returncode for r in forks.run(run_flags(folder), 2)] == [0, 0]
-    assert_same_run(folder, whole)
-
-
-def assert_write_failed(results, folder) -> None:
     assert [r.returncode for r in results] == [1, 1], results[0].output[-3000:]
     for result in results:
         assert "ending: rank 0 failed in step" in result.output, result.output[-3000:]
         found = re.search(r"checkpoint step-(\d+) could not be written to (\S+): ", result.output)
         assert found and found[2] == str(folder / "checkpoints"), result.output[-3000:]
-        failed = int(found[1])
         assert "--resume auto goes on" in result.output
     assert "Traceback" not in results[0].output
     newest = list_checkpoints(folder / "checkpoints")[-1]
     # Step 4 was still being written in the background when the limit came, or step 6 was the first to meet it.
-    assert failed in (4, 6) and read_checkpoint(newest).position.step == failed - 2
+    assert int(found[1]) in (4, 6) and read_checkpoint(newest).progress.step == int(found[1]) - 2
     assert not being_written(folder / "checkpoints")
+    assert_all(forks.run(run_flags(folder), 2))
+    assert_same_run(folder, whole)
 
 
 def test_a_read_only_output_dir_is_refused_before_training(forks, run_flags, tmp_path):

@@ -54,7 +54,7 @@ def test_a_stage_that_fails_or_takes_too_long_does_not_hold(tmp_path):
 
 
 def alive(process: int) -> bool:
-    """Whether it runs; one that waits to be reaped does not."""
+    """True if it runs; one that waits to be reaped does not."""
     try:
         status = open(f"/proc/{process}/stat").read()
     except FileNotFoundError:

@@ -178,20 +178,7 @@ def test_checklist_names_what_the_first_batch_showed(batch):
 
 
 SETUPS = ["ZeRO-2", "ZeRO-3", "upstream"]  # of tests/support/workers/broken_losses.py: both forwards
-BREAKAGES = [
-    "batch_keys",
-    "audio_out_count",
-    "code_range",
-    "expanded_labels",
-    "audio_logits",
-    "label_count",
-    "finite",
-    "gradient",
-    "gradient_order",
-    "text_loss",
-    "audio_loss",
-    "total",
-]
+BREAKAGES = list(CHECKS)  # each has one of its name there
 
 
 @pytest.fixture(scope="module")
@@ -203,10 +190,6 @@ def broken_runs(tiny_dir, codec_dir, tmp_path_factory):
     )
     assert_all(results)
     return [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(2)]
-
-
-def test_every_check_has_a_breakage():
-    assert set(BREAKAGES) == set(CHECKS)
 
 
 @pytest.mark.parametrize("check", BREAKAGES)

@@ -1,5 +1,6 @@
 """docs/decisions/input-policy.md: damaged files end in lines, and nothing in a file is executed or fetched."""
 
+import contextlib
 import copy
 import json
 import os
@@ -95,16 +96,33 @@ def written(value: object) -> bytes:
     return json.dumps(value).encode("utf-8", "surrogatepass")
 
 
+def damaged(file: Path, by_bytes: bool, value: object, draw: random.Random) -> bytes:
+    """A file's content with damage to its bytes, or to a value of its JSON."""
+    content = file.read_bytes()
+    if by_bytes or file.suffix != ".json":
+        return damaged_bytes(content, draw)
+    return written(damaged_json(json.loads(content), value, draw))
+
+
+@contextlib.contextmanager
+def told_in_lines(prefix: str = ""):
+    """Inside, nothing is raised but a ConfigError of whole lines that begin with `prefix`."""
+    try:
+        yield
+    except ConfigError as error:
+        assert all(line.startswith(prefix) and line and "\n" not in line for line in error.problems)
+
+
 @fuzz
-@given(seed=seeds, value=values, whole=st.booleans())
-def test_damaged_manifests_are_lines(seed, value, whole, tmp_path):
+@given(seed=seeds, value=values, by_bytes=st.booleans())
+def test_damaged_manifests_are_lines(seed, value, by_bytes, tmp_path):
     draw = random.Random(seed)
     lines = [line.encode() for line in SPEECH.read_text().splitlines()[:4]]
     lines += [
         b'{"messages": [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Yes."}]}',
         b'{"audio": "clips/a.wav", "text": "Hm.", "duration": 1.5, "speaker": "a", "scene": "quiet"}',
     ]
-    if whole:
+    if by_bytes:
         content = damaged_bytes(b"\n".join(lines), draw)
     else:
         at = draw.randrange(len(lines))
@@ -112,11 +130,9 @@ def test_damaged_manifests_are_lines(seed, value, whole, tmp_path):
         content = b"\n".join(lines)
     file = tmp_path / draw.choice(["m.jsonl", "m.json", "m.csv", "m.tsv", "m.txt", "m.list"])
     file.write_bytes(content)
-    try:
+    with told_in_lines():
         rows, faults = read_manifest(file)
         assert all(str(fault) for fault in faults) and all(row.origin for row in rows)
-    except ConfigError as error:
-        assert all(line and "\n" not in line for line in error.problems)
 
 
 @pytest.fixture(scope="module")
@@ -150,19 +166,16 @@ def test_damaged_audio_is_a_line(seed, sounds, tmp_path):
 
 
 @fuzz
-@given(seed=seeds, value=values, whole=st.booleans())
-def test_damaged_deepspeed_files_are_lines(seed, value, whole, tmp_path):
+@given(seed=seeds, value=values, by_bytes=st.booleans())
+def test_damaged_deepspeed_files_are_lines(seed, value, by_bytes, tmp_path):
     draw = random.Random(seed)
-    content = draw.choice(sorted((ROOT / "ds_configs").glob("*.json"))).read_bytes()
     file = tmp_path / "ds.json"
-    file.write_bytes(damaged_bytes(content, draw) if whole else written(damaged_json(json.loads(content), value, draw)))
+    file.write_bytes(damaged(draw.choice(sorted((ROOT / "ds_configs").glob("*.json"))), by_bytes, value, draw))
     layer = LayerSizes(parameters=1_000_000, widest=4096)
     options = parse_args(["--train_manifest", "x", "--output_dir", "x", "--dtype", "fp32"])
-    try:
+    with told_in_lines():
         resolved = resolve(read_deepspeed_config(str(file)), options, world_size=2, on_cpu=True, layer=layer)
         check_config(resolved, str(file))
-    except ConfigError as error:
-        assert all(line and "\n" not in line for line in error.problems)
 
 
 @pytest.fixture(scope="module")
@@ -176,21 +189,16 @@ def adapter(tiny_dir, tiny_config, tmp_path_factory) -> Path:
 
 
 @fuzz
-@given(seed=seeds, value=values, whole=st.booleans())
-def test_damaged_adapters_are_lines(seed, value, whole, adapter, tiny_config, tmp_path):
+@given(seed=seeds, value=values, by_bytes=st.booleans())
+def test_damaged_adapters_are_lines(seed, value, by_bytes, adapter, tiny_config, tmp_path):
     draw = random.Random(seed)
     shutil.rmtree(tmp_path / "adapter", ignore_errors=True)
     shutil.copytree(adapter, tmp_path / "adapter")
     file = tmp_path / "adapter" / draw.choice(["adapter_config.json", "adapter_model.safetensors"])
-    if file.suffix == ".json" and not whole:
-        file.write_bytes(written(damaged_json(json.loads(file.read_bytes()), value, draw)))
-    else:
-        file.write_bytes(damaged_bytes(file.read_bytes(), draw))
-    try:
+    file.write_bytes(damaged(file, by_bytes, value, draw))
+    with told_in_lines("--adapter: "):
         config = read_adapter_config(tmp_path / "adapter")
         read_adapter(tmp_path / "adapter", adaptable_modules(tiny_config), config)
-    except ConfigError as error:
-        assert all(line.startswith("--adapter: ") and "\n" not in line for line in error.problems)
 
 
 @pytest.fixture(scope="module")
@@ -203,37 +211,32 @@ def saved(forks, flags_of, tmp_path_factory) -> Path:
 
 
 @fuzz
-@given(seed=seeds, value=values, whole=st.booleans())
-def test_damaged_checkpoints_are_lines(seed, value, whole, saved, tmp_path):
+@given(seed=seeds, value=values, by_bytes=st.booleans())
+def test_damaged_checkpoints_are_lines(seed, value, by_bytes, saved, tmp_path):
     draw = random.Random(seed)
     copied = tmp_path / saved.name
     shutil.rmtree(copied, ignore_errors=True)
     shutil.copytree(saved, copied)
     file = draw.choice(sorted(path for path in copied.rglob("*") if path.is_file()))
-    if file.suffix == ".json" and not whole:
-        file.write_bytes(written(damaged_json(json.loads(file.read_bytes()), value, draw)))
-    else:
-        file.write_bytes(damaged_bytes(file.read_bytes(), draw))
-    with pytest.raises((checkpoint.CheckpointError, ConfigError)) as refused:
+    file.write_bytes(damaged(file, by_bytes, value, draw))
+    with pytest.raises(ConfigError) as refused:
         checkpoint.read_checkpoint(copied)
         if file.read_bytes() == (saved / file.relative_to(copied)).read_bytes():
-            raise checkpoint.CheckpointError("not damaged at all")
+            raise ConfigError(["not damaged at all"])
     assert "\n" not in str(refused.value)
 
 
 @fuzz
-@given(seed=seeds, value=values, whole=st.booleans())
-def test_damaged_options_are_lines(seed, value, whole, tmp_path):
+@given(seed=seeds, value=values, by_bytes=st.booleans())
+def test_damaged_options_are_lines(seed, value, by_bytes, tmp_path):
     draw = random.Random(seed)
     content = (ROOT / "examples/quickstart.yaml").read_bytes()
-    if not whole:
+    if not by_bytes:
         content += f"\nlora_r: {json.dumps(value)}\n".encode("utf-8", "surrogatepass")
     file = tmp_path / "options.yaml"
-    file.write_bytes(damaged_bytes(content, draw) if whole else content)
-    try:
+    file.write_bytes(damaged_bytes(content, draw) if by_bytes else content)
+    with told_in_lines():
         parse_args(["--config", str(file), "--train_manifest", "x", "--output_dir", "x"])
-    except ConfigError as error:
-        assert all(line and "\n" not in line for line in error.problems)
 
 
 EVIL = "open({!r}, 'w').close()"

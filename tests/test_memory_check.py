@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from higgs_ds.batching.batch_plan import Plan, TokenPlan
 from higgs_ds.batching.length_buckets import BLUR
 from higgs_ds.distributed.allocator import grow_segments
-from higgs_ds.memory_check import Advice, is_wanted
+from higgs_ds.memory_check import advice, is_wanted
+from higgs_ds.options.parse import parse_args
 from tests.conftest import ROOT
 from tests.support.ranks import assert_all
 
@@ -28,8 +29,7 @@ def losses(folder) -> list[dict]:
 @pytest.mark.parametrize(
     ("stage", "changes"),
     [
-        (0, {"dtype": "fp32"}),
-        (2, {"dtype": "bf16", "grad_accum": 2}),
+        (2, {"dtype": "fp32", "grad_accum": 2}),
         (3, {"dtype": "bf16", "batch_size": 1, "max_tokens_per_batch": 700, "save_every": 3}),
     ],
 )
@@ -117,12 +117,16 @@ def test_no_micro_batch_of_a_plan_by_tokens_costs_more_than_its_most_expensive()
 
 
 def test_advice_names_what_can_still_be_changed():
-    assert str(Advice(1, 16384, 0, 2)) == (
+    def said(stage, *flags):
+        return advice(parse_args(["--train_manifest", "m", "--output_dir", "o", *flags]), stage)
+
+    tokens, all_layers = ["--max_tokens_per_batch", "16384"], ["--activation_checkpointing", "full"]
+    assert said(2, *tokens) == (
         "a --max_tokens_per_batch below 16384, or --activation_checkpointing full, "
         "or --base_dtype nf4, or --deepspeed_config ds_configs/zero3.json"
     )
-    assert str(Advice(1, 16384, 1, 2, quantized=True)) == "a --max_tokens_per_batch below 16384"
-    assert str(Advice(1, None, 1, 3)) == "shorter rows (--max_duration_sec)"
+    assert said(2, *tokens, *all_layers, "--base_dtype", "nf4") == "a --max_tokens_per_batch below 16384"
+    assert said(3, *all_layers) == "shorter rows (--max_duration_sec)"
 
 
 def test_the_allocators_segments_grow_unless_the_user_said_otherwise():

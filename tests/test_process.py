@@ -1,4 +1,4 @@
-"""How processes end that have had a process group."""
+"""The end of processes that have had a process group."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""What a run leaves without being asked: by the clock, at its end, its best; and what it refuses to write over."""
+"""Files that a run leaves unasked: by the clock, at its end, its best; and those that it refuses to write over."""
 
 import contextlib
 import errno
@@ -109,7 +109,7 @@ def test_nothing_stands_between_the_last_step_and_the_disk(phase, count, validat
         ours, wanted = weights_of(folder / name), weights_of(whole / name)
         assert ours.keys() == wanted.keys() and all(torch.equal(ours[key], wanted[key]) for key in wanted)
         assert "| validation loss |" in (folder / name / "README.md").read_text()
-    assert not read_checkpoint(folder / "checkpoints/step-000004").position.owes_validation
+    assert not read_checkpoint(folder / "checkpoints/step-000004").progress.owes_validation
 
 
 def test_a_console_that_is_gone_costs_nothing(forks, flags_of, tmp_path):
@@ -155,7 +155,7 @@ def test_what_a_killed_run_was_writing_goes_once_the_folder_is_this_runs_alone(t
 
 
 def _waits_for(lock: Path, pid: int) -> bool:
-    """Whether a process has the file open, as one has that asks for its lock."""
+    """True if a process has the file open, as one has that asks for its lock."""
     with contextlib.suppress(OSError):
         return any(os.path.realpath(name.path) == str(lock) for name in os.scandir(f"/proc/{pid}/fd"))
     return False

@@ -4,12 +4,14 @@ import math
 
 import pytest
 
-from higgs_ds.schedule import jump, learning_rate, schedule
+from higgs_ds.schedule import jump, schedule
+
+SETTINGS = {"lr": 1.0, "lr_scheduler": "cosine", "warmup_ratio": 0.0, "warmup_steps": None, "lr_schedule_steps": None}
 
 
 def test_learning_rate_shapes():
     def at(step, shape, warmup=0.1):
-        return learning_rate(step, peak=1.0, total_steps=100, warmup_ratio=warmup, shape=shape)
+        return schedule(SETTINGS | {"lr_scheduler": shape, "warmup_ratio": warmup}, 100)(step)
 
     assert [at(s, "cosine") for s in (1, 5, 10, 11)] == pytest.approx([0.1, 0.5, 1.0, 1.0])
     assert at(56, "cosine") == pytest.approx(0.5) and 0 < at(100, "cosine") < 0.001
@@ -19,7 +21,7 @@ def test_learning_rate_shapes():
 
 @pytest.mark.parametrize("shape", ["cosine", "linear", "constant"])
 def test_after_the_schedule_the_rate_stays_and_a_warm_up_may_be_longer(shape):
-    settings = {"lr": 1.0, "lr_scheduler": shape, "warmup_ratio": None, "warmup_steps": 4, "lr_schedule_steps": 20}
+    settings = SETTINGS | {"lr_scheduler": shape, "warmup_ratio": None, "warmup_steps": 4, "lr_schedule_steps": 20}
     rate, run = schedule(settings, 100), schedule({**settings, "lr_schedule_steps": None}, 100)
     assert [rate(s) for s in (1, 2, 4, 5)] == pytest.approx([0.25, 0.5, 1.0, 1.0])
     assert rate(20) == rate(21) == rate(100) and 0 < rate(20) <= run(20)
@@ -29,7 +31,7 @@ def test_after_the_schedule_the_rate_stays_and_a_warm_up_may_be_longer(shape):
 
 
 def test_a_resume_under_another_schedule_says_from_where_to_where_and_what_keeps_the_old_one():
-    saved = {"lr": 1e-3, "lr_scheduler": "cosine", "warmup_ratio": 0.0}
+    saved = SETTINGS | {"lr": 1e-3}
 
     def said(done, saved_steps, now, steps):
         return jump(saved, saved_steps, saved | now, steps, done)

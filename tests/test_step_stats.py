@@ -102,27 +102,23 @@ def test_every_second_of_the_loop_is_in_one_step(monkeypatch):
     assert seen == [(3.0, 1.0), (7.0, 1.0), (7.0, 1.0)]
 
 
-def test_the_ranks_meet_twice_a_step(forks, flags_of, tmp_path):
-    """For the counts of labels before the first forward, and for the verdict with all that is logged; a real run."""
-    patches = {0: ["count_exchanges"]}
-    results = forks.run(flags_of(tmp_path / "run", max_steps=3, grad_accum=2, eval_every=9), 2, patches=patches)
-    assert_all(results)
-    met = [line for line in results[0].output.splitlines() if "met by" in line]
-    assert met == [f"step {step} met by: sum table" for step in (1, 2, 3)]
-    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert all(0 < row["perf/data_sec"] < row["perf/step_sec"] < 60 for row in rows)
-    assert all(row["memory/reserved_gib"] >= row["memory/peak_gib"] > 0 for row in rows)
+def test_the_ranks_meet_twice_a_step_and_a_logged_point_covers_the_steps_since_the_last_one(forks, flags_of, tmp_path):
+    """They meet for the counts of labels before the first forward, and for the verdict with all that is logged.
 
-
-def test_a_logged_point_covers_the_steps_since_the_last_one(forks, flags_of, tmp_path):
-    """Points of steps 1-2, 3-4 and 5 against every step's own: losses weighted by labels, counts added up."""
+    Points of steps 1-2, 3-4 and 5 against every step's own: losses weighted by labels, counts added up.
+    """
     found = {}
     for log_every in (1, 2):
         folder = tmp_path / str(log_every)
         flags = flags_of(folder, max_steps=5, grad_accum=2, eval_every=9, log_every=log_every)
-        assert_all(forks.run(flags, 2))
+        results = forks.run(flags, 2, patches={0: ["count_exchanges"]})
+        assert_all(results)
+        met = [line for line in results[0].output.splitlines() if "met by" in line]
+        assert met == [f"step {step} met by: sum table" for step in range(1, 6)]
         found[log_every] = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps, points = found[1], found[2]
+    assert all(0 < row["perf/data_sec"] < row["perf/step_sec"] < 60 for row in steps)
+    assert all(row["memory/reserved_gib"] >= row["memory/peak_gib"] > 0 for row in steps)
     assert [row["global_step"] for row in points] == [2, 4, 5]
     for point, covered in zip(points, (steps[:2], steps[2:4], steps[4:]), strict=True):
         for loss, labels in (("text_loss", "text_tokens"), ("codebook_loss/3", "audio_frames")):

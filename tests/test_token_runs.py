@@ -15,30 +15,13 @@ from tests.support.ranks import assert_all
 BUDGET = 700
 
 
-def test_stopped_on_two_ranks_and_gone_on_with_on_one(forks, tiny_dir, codec_dir, tmp_path):
+def test_stopped_on_two_ranks_and_gone_on_with_on_one(forks, flags_of, tmp_path):
+    fixed = {"codes_cache": tmp_path / "codes", "max_tokens_per_batch": BUDGET, "batch_size": None, "num_workers": 1}
+    fixed |= {"dtype": "fp32", "lora_dropout": 0, "lr_scheduler": "constant", "warmup_ratio": 0}
+    fixed |= {"val_manifest": SPEECH, "save_every": 3, "eval_every": 5}
+
     def run(folder, ranks, **changes):
-        settings = {
-            "train_manifest": SPEECH,
-            "val_manifest": SPEECH,
-            "base_ckpt": tiny_dir,
-            "codec": codec_dir,
-            "output_dir": tmp_path / folder,
-            "codes_cache": tmp_path / "codes",
-            "max_tokens_per_batch": BUDGET,
-            "num_workers": 1,
-            "wandb_mode": "disabled",
-            "lora_r": 8,
-            "lr": 1e-2,
-            "epochs": 10,
-            "dtype": "fp32",
-            "lora_dropout": 0,
-            "lr_scheduler": "constant",
-            "warmup_ratio": 0,
-            "save_every": 3,
-            "eval_every": 5,
-        }
-        flags = [str(w) for name, value in (settings | changes).items() for w in (f"--{name}", value)]
-        results = forks.run(flags, ranks)
+        results = forks.run(flags_of(tmp_path / folder, **fixed, **changes), ranks)
         assert_all(results)
         return results[0].output
 
@@ -48,7 +31,7 @@ def test_stopped_on_two_ranks_and_gone_on_with_on_one(forks, tiny_dir, codec_dir
     output = run("parts", 1, grad_accum=1, max_steps=5, resume="auto")
     assert "resuming after step 3" in output and "4 accumulation × 1 ranks = 4 micro-batches" in output
     ours, wanted = (read_checkpoint(tmp_path / name / "checkpoints/step-000005") for name in ("parts", "whole"))
-    assert ours.position.epoch == wanted.position.epoch and ours.position.micro_batches_per_step == 4
+    assert ours.progress.epoch == wanted.progress.epoch and ours.progress.micro_batches_per_step == 4
     assert distance(ours.state.weights, wanted.state.weights) < 1e-5
     assert distance(ours.state.exp_avg, wanted.state.exp_avg) < 1e-4
     losses = [
@@ -66,7 +49,7 @@ def config_of(*flags):
 
 def checkpoint_of(config, /, **changes):
     fixed = {"step": 3, "epoch": 0.5, "dropped_steps": 0, "rows_per_step": 0, "num_rows": 9, "world_size": 2}
-    return SimpleNamespace(position=Progress(**{**fixed, "config": config.as_dict(), **changes}))
+    return SimpleNamespace(progress=Progress(**{**fixed, "config": config.as_dict(), **changes}))
 
 
 def test_the_accumulation_keeps_the_number_of_micro_batches():

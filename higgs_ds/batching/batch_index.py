@@ -8,7 +8,7 @@ sizes the host knows; attention alone needs sequences, and gets them by an index
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -59,9 +59,8 @@ class BatchIndex:
         return self._each(lambda tensor: tensor.pin_memory())
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> BatchIndex:
-        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        values |= {k: change(v) for k, v in values.items() if isinstance(v, torch.Tensor)}
-        return BatchIndex(**values)
+        changed: dict[str, Any] = {k: change(v) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
+        return replace(self, **changed)
 
 
 def make_batch_index(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 import random
@@ -39,10 +40,7 @@ class StepPlan:
 
 
 def total_steps(steps_per_epoch: int, epochs: float | None, max_steps: int | None) -> int:
-    """Optimizer steps of a whole run: the fewer of both where both are given, an epoch where neither is.
-
-    A part of an epoch is rounded up to a step.
-    """
+    """Optimizer steps of a run: the fewer of both, or one epoch where neither is given; part of a step is a step."""
     if epochs is None and max_steps is not None:
         return max_steps
     steps = math.ceil((1.0 if epochs is None else epochs) * steps_per_epoch - 1e-9)
@@ -70,15 +68,18 @@ class Plan:
     ):
         if num_rows < 1:
             raise ValueError("there are no rows to train on")
-        self.mixture = mixture or Mixture([num_rows])
-        self.num_rows = len(self.mixture)  # of an epoch
+        self._share_out(mixture or Mixture([num_rows]), grad_accum, world_size, seed)
         self.batch_size = batch_size
+        self.rows_per_step = batch_size * self.micro_batches_per_step  # 0 where it is not fixed
+        self.steps_per_epoch = math.ceil(self.num_rows / self.rows_per_step)
+
+    def _share_out(self, mixture: Mixture, grad_accum: int, world_size: int, seed: int) -> None:
+        self.mixture = mixture
+        self.num_rows = len(mixture)  # of an epoch
         self.grad_accum = grad_accum
         self.world_size = world_size
         self.seed = seed
         self.micro_batches_per_step = grad_accum * world_size
-        self.rows_per_step = batch_size * self.micro_batches_per_step  # 0 where it is not fixed
-        self.steps_per_epoch = math.ceil(self.num_rows / self.rows_per_step)
 
     def total_steps(self, epochs: float | None, max_steps: int | None) -> int:
         """Optimizer steps of the whole run; see `total_steps`."""
@@ -90,6 +91,12 @@ class Plan:
             f"global batch: {self._global_batch()}\n"
             f"run: {self.num_rows} rows = {self.steps_per_epoch} steps an epoch, {total_steps} steps "
             f"= {total_steps / self.steps_per_epoch:.2f} epochs"
+        )
+
+    def _global_batch(self) -> str:
+        return (
+            f"{self.batch_size} rows × {self.grad_accum} accumulation × {self.world_size} ranks "
+            f"= {self.rows_per_step} rows"
         )
 
     def mean_tokens(self, tokens: np.ndarray | None) -> float | None:
@@ -104,18 +111,17 @@ class Plan:
     def most_expensive(
         self, tokens: np.ndarray, first_step: int, last_step: int, *, padded: bool = False
     ) -> tuple[int, ...]:
-        """Row numbers of the micro-batch that costs most, of steps `first_step`…`last_step`; see `packing`.
+        """Row numbers of the micro-batch that costs most, of steps `first_step`…`last_step`; see `micro_batch_costs`.
 
         Of a very long run its beginning is looked at: as many epochs as hold `ROWS_LOOKED_AT` rows.
         """
         first_epoch, last_epoch = (first_step - 1) // self.steps_per_epoch, (last_step - 1) // self.steps_per_epoch
-        # Epoch by epoch the rows in the order of training, those before and behind the run's steps left out.
         most, most_expensive = -1, ()
         for epoch in range(first_epoch, min(last_epoch, first_epoch + ROWS_LOOKED_AT // self.num_rows) + 1):
+            # The rows in the order of training, those before and behind the run's steps left out.
             first = max(0, first_step - 1 - epoch * self.steps_per_epoch) * self.rows_per_step
             behind = min(self.steps_per_epoch, last_step - epoch * self.steps_per_epoch) * self.rows_per_step
-            rows = np.array(self.order(epoch)[first:behind])
-            # Micro-batches are cut alike at every world size, so that one look serves all ranks.
+            rows = self.epoch(epoch).rows[first:behind]
             starts = np.arange(0, len(rows), self.batch_size)
             costs = micro_batch_costs(np.asarray(tokens, np.int64)[rows], starts, padded=padded)
             place = int(costs.argmax())
@@ -124,31 +130,36 @@ class Plan:
                 most, most_expensive = int(costs[place]), tuple(rows[start : start + self.batch_size].tolist())
         return most_expensive
 
-    def _global_batch(self) -> str:
-        return (
-            f"{self.batch_size} rows × {self.grad_accum} accumulation × {self.world_size} ranks "
-            f"= {self.rows_per_step} rows"
+    def epoch(self, epoch: int) -> Epoch:
+        """The micro-batches of an epoch (0-based)."""
+        rows = self.mixture.rows(epoch).tolist()
+        random.Random(_epoch_seed(self.seed, epoch)).shuffle(rows)
+        starts = np.arange(0, len(rows), self.batch_size)
+        return Epoch(
+            rows=np.array(rows),
+            starts=starts,
+            sizes=np.diff(np.append(starts, len(rows))),
+            step_order=np.arange(self.steps_per_epoch),
+            micro_batches_per_step=self.micro_batches_per_step,
         )
 
     def order(self, epoch: int) -> list[int]:
         """Row numbers of an epoch (0-based) in the order in which they are trained on."""
-        rows = self.mixture.rows(epoch).tolist()
-        random.Random(_epoch_seed(self.seed, epoch)).shuffle(rows)
-        return rows
+        drawn = self.epoch(epoch)
+        return [row for place in range(self.steps_per_epoch) for rows in drawn.step(place) for row in rows]
 
     def steps(self, rank: int, first_step: int, last_step: int) -> Iterator[StepPlan]:
         """This rank's share of the steps `first_step`…`last_step`, both included."""
-        epoch_drawn, order = -1, []
+        epoch_drawn = -1
         for step in range(first_step, last_step + 1):
             epoch, place = divmod(step - 1, self.steps_per_epoch)
             if epoch != epoch_drawn:
-                epoch_drawn, order = epoch, self.order(epoch)
-            # The global batch, the same at every world size, and this rank's micro-batches of it.
-            first = place * self.rows_per_step
-            rows = order[first : first + self.rows_per_step]
-            done = epoch + min(1.0, (first + len(rows)) / self.num_rows)
-            micro_batches = split(rows, self.batch_size, rank, self.world_size)
-            yield StepPlan(step, done, micro_batches, self.mixture.shares(rows))
+                epoch_drawn, drawn = epoch, self.epoch(epoch)
+                rows_done = drawn.rows_done()
+            micro_batches = drawn.step(place)
+            mine = spread(micro_batches, drawn.filler or micro_batches[0][:1], rank, self.world_size)
+            shares = self.mixture.shares([row for rows in micro_batches for row in rows])
+            yield StepPlan(step, epoch + rows_done[place].item() / self.num_rows, mine, shares)
 
 
 class TokenPlan(Plan):
@@ -173,13 +184,8 @@ class TokenPlan(Plan):
 
         A `mixture` must have been given the same tokens. Raises ValueError for other tokens, and for no rows.
         """
-        self.mixture = mixture or Mixture([len(tokens)])
-        self.num_rows = len(self.mixture)
+        self._share_out(mixture or Mixture([len(tokens)]), grad_accum, world_size, seed)
         self.max_tokens = max_tokens
-        self.grad_accum = grad_accum
-        self.world_size = world_size
-        self.seed = seed
-        self.micro_batches_per_step = grad_accum * world_size
         self.rows_per_step = 0
         # Once for all epochs: the longest rows that each place of the mixture may hold.
         self._packing = pack(
@@ -207,30 +213,12 @@ class TokenPlan(Plan):
         )
 
     def epoch(self, epoch: int) -> Epoch:
-        """The micro-batches of an epoch (0-based), by slots of the mixture."""
+        """The micro-batches of an epoch (0-based)."""
+        rows = self.mixture.rows(epoch)
         # Not numpy's newer generators: what RandomState draws is the same in every version, and so after a resume.
-        return self._packing.epoch(np.random.RandomState(_epoch_seed(self.seed, epoch) & 0xFFFFFFFF))
-
-    def order(self, epoch: int) -> list[int]:
-        """Row numbers of an epoch (0-based) in the order in which they are trained on."""
-        drawn, rows = self.epoch(epoch), self.mixture.rows(epoch)
-        slots = [slot for place in range(self.steps_per_epoch) for slots in drawn.step(place) for slot in slots]
-        return rows[slots].tolist()
-
-    def steps(self, rank: int, first_step: int, last_step: int) -> Iterator[StepPlan]:
-        """This rank's share of the steps `first_step`…`last_step`, both included."""
-        epoch_drawn = -1
-        for step in range(first_step, last_step + 1):
-            epoch, place = divmod(step - 1, self.steps_per_epoch)
-            if epoch != epoch_drawn:
-                epoch_drawn, drawn, rows = epoch, self.epoch(epoch), self.mixture.rows(epoch)
-                rows_done = drawn.rows_done()
-            filler = (int(rows[self._packing.order[-1]]),)  # the shortest row there is
-            # Slots of the packing to rows of this epoch; then they are dealt out over the ranks.
-            micro_batches = [tuple(rows[list(slots)].tolist()) for slots in drawn.step(place)]
-            mine = spread(micro_batches, filler, rank, self.world_size)
-            shares = self.mixture.shares([row for batch in micro_batches for row in batch])
-            yield StepPlan(step, epoch + rows_done[place].item() / self.num_rows, mine, shares)
+        drawn = self._packing.epoch(np.random.RandomState(_epoch_seed(self.seed, epoch) & 0xFFFFFFFF))
+        shortest = int(rows[self._packing.order[-1]])
+        return dataclasses.replace(drawn, rows=rows[drawn.rows], filler=(shortest,))
 
 
 def make_plan(
@@ -255,12 +243,6 @@ def make_plan(
 
 def _epoch_seed(seed: int, epoch: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed}:{epoch}".encode()).digest()[:8], "little")
-
-
-def split(rows: list[int], batch_size: int, rank: int, world_size: int) -> tuple[MicroBatch, ...]:
-    """One rank's share of rows, in micro-batches; as many on every rank, filled up with fillers."""
-    chunks = [tuple(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
-    return spread(chunks, tuple(rows[:1]), rank, world_size)
 
 
 def spread(
@@ -288,5 +270,6 @@ def evaluation_plans(
         plan = TokenPlan(tokens, max_tokens=max_tokens, round_to=round_to, grad_accum=1, world_size=world_size, seed=0)
         yield from plan.steps(rank, 1, plan.steps_per_epoch)
         return
-    for i, micro_batch in enumerate(split(list(range(num_rows)), batch_size, rank, world_size)):
-        yield StepPlan(i + 1, 0.0, (micro_batch,))
+    rows = [tuple(range(num_rows)[first : first + batch_size]) for first in range(0, num_rows, batch_size)]
+    for step, micro_batch in enumerate(spread(rows, (0,), rank, world_size), start=1):
+        yield StepPlan(step, 0.0, (micro_batch,))

@@ -7,7 +7,7 @@ sample comes back without audio labels in the second epoch), and every batch kno
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -52,35 +52,21 @@ class Batch:
     filler: bool = False  # computed so that ranks stay in step; nothing in it is learned
     index: BatchIndex | None = None  # for the padding-free forward
 
-    MODEL_KEYS = (
-        "input_ids",
-        "attention_mask",
-        "audio_features",
-        "audio_feature_attention_mask",
-        "audio_out_ids",
-        "audio_out_ids_start",
-        "audio_out_ids_start_group_loc",
-        "audio_in_ids",
-        "audio_in_ids_start",
-        "label_ids",
-        "label_audio_ids",
-        "reward",
-    )
+    def upstream_fields(self) -> dict[str, Any]:
+        """The fields of upstream's batch by name."""
+        return {name: value for name, value in vars(self).items() if name not in ("origins", "filler", "index")}
 
     def model_inputs(self, device: torch.device | str = "cpu") -> dict[str, torch.Tensor | BatchIndex | None]:
-        """Every field of upstream's batch, and the index where there is one, on the device."""
-        inputs = {
-            key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-            for key in self.MODEL_KEYS
-            for value in (getattr(self, key),)
-        }
+        """The fields of upstream's batch, and the index where there is one, on the device."""
+        inputs = self.upstream_fields()
+        inputs |= {k: v.to(device, non_blocking=True) for k, v in inputs.items() if isinstance(v, torch.Tensor)}
         return inputs if self.index is None else {**inputs, "index": self.index.to(device)}
 
     def pin_memory(self) -> Batch:
         """For the data loader: tensors in page-locked memory, from where a GPU copies without waiting."""
-        held: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        held |= {k: v.pin_memory() for k, v in held.items() if isinstance(v, (torch.Tensor, BatchIndex))}
-        return Batch(**held)
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, (torch.Tensor, BatchIndex))}
+        pinned: dict[str, Any] = {name: value.pin_memory() for name, value in tensors.items()}
+        return replace(self, **pinned)
 
     @property
     def text_count(self) -> int:
@@ -118,14 +104,10 @@ def build_sample(
 
 
 class Collator:
-    """Samples to a `Batch`, as a checkpoint's spec ask for it."""
+    """Samples to a `Batch`, as a checkpoint's spec asks for it."""
 
     def __init__(self, spec: ModelSpec, *, round_to: int = 8, with_index: bool = False):
-        """
-        Args:
-            round_to: rows are padded to a multiple of so many tokens.
-            with_index: adds to every batch what the padding-free forward needs.
-        """
+        """`round_to`: rows are padded to a multiple of so many tokens; `with_index`: for the padding-free forward."""
         self.spec = spec
         self.round_to = round_to
         self.with_index = with_index
@@ -185,12 +167,8 @@ class Collator:
                 batch.label_audio_ids,
                 audio_out_token=self.spec.audio_out_token,
                 audio_in_token=self.spec.audio_in_token,
-                out_lengths=torch.tensor([clip.shape[1] for clip in out_codes], dtype=torch.long),
-                in_lengths=(
-                    torch.tensor([clip.shape[1] for clip in in_codes], dtype=torch.long)
-                    if self.spec.audio_in_codes
-                    else None
-                ),
+                out_lengths=_lengths(out_codes),
+                in_lengths=_lengths(in_codes) if self.spec.audio_in_codes else None,
                 num_codebooks=self.spec.num_codebooks,
             )
         return batch
@@ -200,5 +178,9 @@ class Collator:
         """Clips one after the other, and where each starts; upstream's empty shapes where there are none."""
         if not clips:
             return torch.zeros((0, 0), dtype=torch.long), torch.zeros(0, dtype=torch.long)
-        lengths = torch.tensor([0] + [clip.shape[1] for clip in clips[:-1]])
-        return torch.cat(clips, dim=1), lengths.cumsum(0)
+        lengths = _lengths(clips)
+        return torch.cat(clips, dim=1), lengths.cumsum(0) - lengths
+
+
+def _lengths(clips: list[torch.Tensor]) -> torch.Tensor:
+    return torch.tensor([clip.shape[1] for clip in clips], dtype=torch.long)

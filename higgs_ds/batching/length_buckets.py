@@ -5,6 +5,7 @@ numpy only, and no loop over rows: a million rows take seconds.
 
 from __future__ import annotations
 
+import bisect
 import math
 from dataclasses import dataclass
 
@@ -25,15 +26,14 @@ CANDIDATES = 8
 class Packing:
     """The cut of an epoch's rows; the same for all epochs, so that each has as many steps.
 
-    Positions are places in the order of rows from long to short. A cell is a run of positions of nearly one length;
-    its micro-batches hold the same number of rows, each. `steps × micro_batches_per_step` may be more than there are
-    micro-batches: the last step is filled up with fillers.
+    A cell is a run of rows of nearly one length in `order`; its micro-batches hold the same number of rows, each.
+    `steps × micro_batches_per_step` may be more than there are micro-batches; fillers fill the last step.
     """
 
     tokens: np.ndarray  # int64 [rows], rounded up as the forward does
     order: np.ndarray  # int64 [rows], row numbers from long to short
-    cell: np.ndarray  # int32 [rows], the cell of each position
-    starts: np.ndarray  # int64 [micro-batches], first position of each
+    cell: np.ndarray  # int32 [rows], the cell of each row of `order`
+    starts: np.ndarray  # int64 [micro-batches], where each begins in `order`
     steps: int
     micro_batches_per_step: int
 
@@ -50,7 +50,7 @@ class Packing:
     def epoch(self, random: np.random.RandomState) -> Epoch:
         """One epoch's shuffle, drawn from `random`."""
         count = len(self.order)
-        # A row at position p is never longer than (1 + BLUR) × the length that `pack` cut position p for.
+        # The p-th row is never longer than (1 + BLUR) × the length that `pack` cut the p-th place for.
         blurred = self.tokens[self.order] * (1 + BLUR * random.random_sample(count))
         order = self.order[np.argsort(-blurred, kind="stable")]
         order = order[np.lexsort((random.random_sample(count), self.cell))]
@@ -73,6 +73,7 @@ class Epoch:
     sizes: np.ndarray  # int64 [micro-batches], rows in each
     step_order: np.ndarray  # int64 [steps]
     micro_batches_per_step: int
+    filler: tuple[int, ...] = ()  # rows of a filler; the first row of its step where there are none
 
     def step(self, place: int) -> list[tuple[int, ...]]:
         """The micro-batches of the epoch's step `place` (0-based), as row numbers; the most expensive first."""
@@ -141,7 +142,7 @@ def pack(tokens: np.ndarray, *, max_tokens: int, micro_batches_per_step: int, ro
 
 
 def _cells(longest_first: np.ndarray, budget: int) -> list[tuple[int, int, int]]:
-    """(first position, rows a micro-batch, position after the last) of each cell."""
+    """(first row, rows a micro-batch, row after the last) of each cell, as places from long to short."""
     negative, count = -longest_first, len(longest_first)
     cells, at = [], 0
     while at < count:
@@ -167,14 +168,7 @@ def _count(longest_first: np.ndarray, budget: int) -> int:
 
 def _smallest_budget(longest_first: np.ndarray, limit: int, most: int) -> int:
     """The smallest budget with at most `most` micro-batches; `limit` is known to be one."""
-    low, high = 1, limit
-    while low < high:
-        middle = (low + high) // 2
-        if _count(longest_first, middle) <= most:
-            high = middle
-        else:
-            low = middle + 1
-    return high
+    return 1 + bisect.bisect_left(range(1, limit), True, key=lambda budget: _count(longest_first, budget) <= most)
 
 
 def _waste(longest_first: np.ndarray, budget: int, per_step: int) -> float:

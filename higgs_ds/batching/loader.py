@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
 import multiprocessing
 import os
@@ -51,12 +50,10 @@ class MicroBatches(Dataset):
         return len(self.rows)
 
     def __getitem__(self, micro_batch: MicroBatch) -> Batch:
-        rows = [self._row(i, micro_batch.epoch) for i in micro_batch.rows]
+        references = self.references
+        rows = [references.row(i, micro_batch.epoch) if references else self.rows[i] for i in micro_batch.rows]
         samples = [build_sample(row, self.tokenizer, self._codes, self.collator.spec.tokenize) for row in rows]
         return self.collator(samples, filler=micro_batch.filler)
-
-    def _row(self, i: int, epoch: int | None) -> Row:
-        return self.rows[i] if self.references is None else self.references.row(i, epoch)
 
     def _codes(self, ref: AudioRef) -> torch.Tensor:
         return torch.from_numpy(self.cache.get(ref).astype("int64"))
@@ -125,5 +122,4 @@ def _outlive_stop_signals(worker: int) -> None:
 
 def describe_bad_batch(batch: Batch) -> dict[str, torch.Tensor]:
     """The batch's tensors, for saving what a failed check saw."""
-    values = {f.name: getattr(batch, f.name) for f in dataclasses.fields(batch)}
-    return {name: value.contiguous() for name, value in values.items() if isinstance(value, torch.Tensor)}
+    return {name: value.contiguous() for name, value in vars(batch).items() if isinstance(value, torch.Tensor)}

@@ -12,14 +12,10 @@ LAUNCH_BOUND_TOKENS = 8_000
 def settle_micro_batches(
     batch_size: int | None, max_tokens: int | None, *, device_type: str, resumed: dict | None = None
 ) -> tuple[int, int | None]:
-    """(`batch_size`, `max_tokens_per_batch`) of a run, from what its flags and YAML say; None for what they do not.
+    """(`batch_size`, `max_tokens_per_batch`) of a run, from its flags and YAML, or the options that it had before.
 
-    Where they say nothing, a resumed run keeps what it had, and a new one is cut by tokens on a GPU and by single rows
-    on a CPU. Beside a token budget the batch size is 1 and means nothing. What this returns gives itself again.
-
-    Args:
-        device_type: "cuda" or "cpu".
-        resumed: all options of the run that is gone on with.
+    A new run without either is cut by tokens on a GPU and by single rows on a CPU. Beside a token budget the batch size
+    is 1 and means nothing.
     """
     if batch_size is None and max_tokens is None:
         if resumed is not None:

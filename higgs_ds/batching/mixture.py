@@ -57,12 +57,8 @@ class Mixture:
         ]
         self.taken = [part.taken for part in self._parts]  # rows of each manifest an epoch
         if sum(self.taken) > max(MOST_ROWS, sum(self.counts)):
-            raise ConfigError(
-                [
-                    f"--train_manifest: an epoch of {sum(self.taken):,} rows by these weights, over {MOST_ROWS:,}; "
-                    "divide all weights by the same number and give more --epochs"
-                ]
-            )
+            long = f"an epoch of {sum(self.taken):,} rows by these weights, over {MOST_ROWS:,}"
+            raise ConfigError([f"--train_manifest: {long}; divide all weights by the same number, give more --epochs"])
         # [slots]: the row than which none that ever takes this place has more tokens.
         self.longest = np.concatenate([part.longest() for part in self._parts])
 

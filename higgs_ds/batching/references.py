@@ -41,9 +41,9 @@ class References:
         self._behind = np.searchsorted(ascending, speaker_number * width + room, side="right")
         own = rows.voices["referenced"].astype(bool)
         self._behind[own | (rows.voices["speaker"] == 0)] = 0
-        alone = self._behind == self._first + 1
-        alone[alone] = self._donors[self._first[alone]] == np.flatnonzero(alone)
-        self._behind[alone] = 0  # of the speaker's rows only this one itself fits
+        only_itself = self._behind == self._first + 1
+        only_itself[only_itself] = self._donors[self._first[only_itself]] == np.flatnonzero(only_itself)
+        self._behind[only_itself] = 0
         # Without its reference a row gets upstream's system turn, which may be longer than a very short clip.
         system = len(tokenize((Turn("system", (SYSTEM_PROMPT,)),)))
         self._optional = own & (tokens + system <= max_tokens)
@@ -65,9 +65,9 @@ class References:
         for more in range(count):  # past the row itself, and past others that speak the same clip
             place = count - 1 - more if epoch is None else (choice + more) % count
             donor = self._rows[int(self._donors[self._first[i] + place])]
-            spoken = donor.target()
-            assert spoken is not None  # a speech row: no other has a speaker's number
-            text, clip = spoken
+            answer = donor.target()
+            assert answer is not None  # a speech row: no other has a speaker's number
+            text, clip = answer
             reference = donor.audio_refs[clip][1]
             if reference.key != target.key:
                 return row.with_reference((text, reference))

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from ..errors import ConfigError
 from .batch_plan import MicroBatch
+from .collate import Batch
 from .loader import PREFETCH, MicroBatches
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -27,16 +26,13 @@ def check_shared_memory(
     ranks_here: int,
     folder: Path = SHARED_MEMORY,
 ) -> None:
-    """Refuses data workers whose batches would not fit, by the largest of a few rows.
+    """Raises ConfigError for data workers whose batches would not fit, by the largest of a few rows.
 
     Args:
         num_workers: of one rank, over all of its loaders; each builds `PREFETCH` micro-batches ahead.
         batch_size: rows a micro-batch, unless `max_tokens` bounds its tokens.
         kept: micro-batches that a rank holds on to in shared memory beside those.
         ranks_here: ranks on this machine.
-
-    Raises:
-        ConfigError: with what is free, what is needed, and both remedies.
     """
     if not num_workers or not folder.is_dir():
         return
@@ -49,25 +45,12 @@ def check_shared_memory(
     needed = size * ranks_here * (num_workers * PREFETCH + kept)
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise ConfigError(
-            [
-                f"--num_workers: {folder} has {free / 1e6:,.0f} MB free, and the batches that the data workers of "
-                f"{ranks_here} ranks build ahead take about {needed / 1e6:,.0f} MB of it; make it larger (docker: "
-                "--ipc=host, or --shm-size), or give --num_workers 0"
-            ]
-        )
+        sizes = f"{folder} has {free / 1e6:,.0f} MB free, and the batches that the data workers of {ranks_here} ranks "
+        sizes += f"build ahead take about {needed / 1e6:,.0f} MB of it"
+        ways = "make it larger (docker: --ipc=host, or --shm-size), or give --num_workers 0"
+        raise ConfigError([f"--num_workers: {sizes}; {ways}"])
 
 
-def _bytes_of(value: object) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(value))
-
-
-def _tensors(value: object) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif dataclasses.is_dataclass(value):
-        for field in dataclasses.fields(value):
-            yield from _tensors(getattr(value, field.name))
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)
+def _bytes_of(batch: Batch) -> int:
+    values = [*vars(batch).values(), *(vars(batch.index).values() if batch.index else ())]
+    return sum(value.nbytes for value in values if isinstance(value, torch.Tensor))

@@ -31,16 +31,9 @@ class LengthIndex:
         self._collator = collator
         self._records: Records | None = None
         # The codec is in the folder's name.
-        self._context = hashlib.sha256(
-            json.dumps(
-                [
-                    _fingerprint(tokenizer),
-                    collator.spec.num_codebooks,
-                    collator.spec.use_delay_pattern,
-                    collator.spec.audio_in_codes,
-                ]
-            ).encode()
-        ).digest()
+        spec = collator.spec
+        context = [_fingerprint(tokenizer), spec.num_codebooks, spec.use_delay_pattern, spec.audio_in_codes]
+        self._context = hashlib.sha256(json.dumps(context).encode()).digest()
 
     def count(self, rows: list[Row], on_row: Callable[[], None] = lambda: None) -> np.ndarray:
         """int32 [rows]: the tokens of each row, read from disk where they were counted before.

@@ -7,16 +7,10 @@ from typing import Protocol
 import numpy as np
 
 from ..errors import ConfigError
-from ..process import say
-
-
-def to_stderr(line: str) -> None:
-    """Says a line of a codec's on stderr, where they go unless the caller says otherwise."""
-    say(line, error=True)
 
 
 class Codec(Protocol):
-    """Boson's codec, the sample codec, or another: what the rest of the program asks of one."""
+    """The interface that Boson's codec and the sample codec share."""
 
     num_codebooks: int
     codebook_size: int  # codes are 0..codebook_size - 1
@@ -54,13 +48,9 @@ def check_fits(codec: Codec, num_codebooks: int, codebook_size: int) -> None:
 
 def check_codes(codes: np.ndarray, codec: Codec) -> None:
     """Raises ValueError unless codes are whole numbers [num_codebooks, 1 or more frames] that the codec has."""
-    if not np.issubdtype(codes.dtype, np.integer):
-        raise ValueError(f"codes must be whole numbers, found {codes.dtype}")
-    if codes.ndim != 2 or codes.shape[0] != codec.num_codebooks:
-        raise ValueError(f"codes must have shape [{codec.num_codebooks}, frames], found {list(codes.shape)}")
-    if codes.shape[1] == 0:
-        raise ValueError("codes have no frames")
-    low, high = codes.min(), codes.max()
-    if low < 0 or high >= codec.codebook_size:
-        found = low if low < 0 else high
-        raise ValueError(f"codes must be 0..{codec.codebook_size - 1}, found {found}")
+    expected = f"codes must be whole numbers 0..{codec.codebook_size - 1} of shape [{codec.num_codebooks}, frames]"
+    is_2d = codes.ndim == 2 and codes.shape[0] == codec.num_codebooks and codes.shape[1] > 0
+    if not is_2d or not np.issubdtype(codes.dtype, np.integer):
+        raise ValueError(f"{expected}, found {codes.dtype} of shape {list(codes.shape)}")
+    if codes.min() < 0 or codes.max() >= codec.codebook_size:
+        raise ValueError(f"{expected}, found {codes.min()}..{codes.max()}")

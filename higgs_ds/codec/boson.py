@@ -7,7 +7,7 @@ import ctypes
 import functools
 import gc
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,30 +16,18 @@ import numpy as np
 from ..errors import ConfigError, reading
 from ..files import stamp
 from ..options.sections import DEFAULT_CODEC, DEFAULT_CODEC_REVISION
-from .base import check_codes, to_stderr
+from .base import check_codes
 
 
 class BosonCodec:
-    """Boson's own codec, `HiggsAudioTokenizer` of boson_multimodal.
+    """Boson's own codec, `HiggsAudioTokenizer` of boson_multimodal, built by the first `encode` or `decode`."""
 
-    What is known without its network is read at once; the network is built by the first `encode` or `decode`.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        device: str = "cpu",
-        warn: Callable[[str], None] = to_stderr,
-        weights: str = "model.pth",
-    ):
-        """Reads config.json and the list of tensors in `weights`; `warn` gets a line on weights that are left out.
-
-        Raises ValueError for files that are not such, OSError for files that cannot be read.
-        """
+    def __init__(self, folder: Path, device: str = "cpu", weights: str = "model.pth"):
+        """Reads config.json and the list of tensors in `weights`. Raises ValueError or OSError for damaged files."""
         from .boson_tokenizer import read_tokenizer_config, read_weights
 
         self._config_path, self._weights_path = folder / "config.json", folder / weights
-        self._device, self._warn = device, warn
+        self._device = device
         self.files = self._files_now()  # all that the fingerprint follows from
         self._config = read_tokenizer_config(self._config_path)
         read_weights(self._weights_path)
@@ -61,16 +49,15 @@ class BosonCodec:
         return f"boson:{digest.hexdigest()}"
 
     def build(self) -> None:
-        """Builds the network, unless it is there. Raises ConfigError for weights that do not fit config.json one to
-        one, the unexpected ones aside, and for files that have changed since they were looked at first."""
+        """Builds the network, unless it is there. Raises ConfigError for weights that do not fit config.json."""
         from .boson_tokenizer import build_tokenizer
 
         if self._model is not None:
             return
         fits = f"{DEFAULT_CODEC} at revision {DEFAULT_CODEC_REVISION} does"
         with self._unchanged_files(), reading(f"--codec: {self._weights_path} does not fit its config.json ({fits})"):
-            model = build_tokenizer(self._config, self._weights_path, self._device, self._warn)
-        self._model = model  # of files that are the same still
+            model = build_tokenizer(self._config, self._weights_path, self._device)
+        self._model = model  # of unchanged files
 
     def release(self) -> None:
         """Gives the network's memory back, 0.8 GB for Boson's, on a GPU to others too; `encode` builds it anew."""
@@ -86,7 +73,7 @@ class BosonCodec:
             torch.cuda.empty_cache()
 
     def encode(self, waveform: np.ndarray, sample_rate: int) -> np.ndarray:
-        """Codes int16 [8, frames] of a mono waveform float32 [samples]. Raises ConfigError as `build` does."""
+        """Codes int16 [8, frames] of a mono waveform float32 [samples]."""
         from .boson_tokenizer import exact_float32
 
         self.build()
@@ -99,10 +86,7 @@ class BosonCodec:
         return codes.cpu().numpy().astype(np.int16)
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
-        """Waveform float32 [samples] of codes [8, frames].
-
-        Raises ValueError for codes that there are not, ConfigError as `build` does.
-        """
+        """Waveform float32 [samples] of codes [8, frames]. Raises ValueError for codes out of range."""
         import torch
 
         from .boson_tokenizer import exact_float32
@@ -118,8 +102,7 @@ class BosonCodec:
 
     @contextlib.contextmanager
     def _unchanged_files(self) -> Iterator[None]:
-        """Around all that reads them again: codes of one file under the fingerprint of another would never be found
-        out."""
+        """Refuses files that changed: codes of one file under another's fingerprint would never be found out."""
         try:
             yield
             changed = self._files_now() != self.files

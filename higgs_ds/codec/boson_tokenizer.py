@@ -10,7 +10,7 @@ import json
 import math
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt, TypeAdapter
 
 from ..errors import reading
 from ..model.files.config_values import checked
+from ..process import say
 from . import codec_layout
 
 if TYPE_CHECKING:
@@ -94,15 +95,13 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     return weights
 
 
-def build_tokenizer(
-    config: TokenizerConfig, weights_path: Path, device: str, warn: Callable[[str], None]
-) -> torch.nn.Module:
+def build_tokenizer(config: TokenizerConfig, weights_path: Path, device: str) -> torch.nn.Module:
     """Upstream's tokenizer with the weights of a file, float32 on `device`, in eval mode, without gradients.
 
-    Leaves the random generator as it was. `warn` gets one line if the file holds weights without a place.
+    Leaves the random generator as it was, and says on stderr which weights have no place.
 
-    Raises ValueError for a config that cannot be built, a weight that is missing, of another shape or not finite, and
-    codebooks that were never fitted; whatever torch raises.
+    Raises ValueError for a weight that is missing or not finite, and for codebooks that were never fitted; whatever
+    torch raises for a config that cannot be built and for weights of another shape.
     """
     import torch
 
@@ -129,9 +128,9 @@ def build_tokenizer(
     if unfitted:
         raise ValueError(f"codebooks that were never fitted: {listed(unfitted)} must be 1")
     if unexpected:
-        warn(
-            f"--codec: {weights_path} holds {len(unexpected)} weight{'s' * (len(unexpected) != 1)} that Boson's codec "
-            f"has no place for, left out: {listed(unexpected)}"
+        say(
+            f"--codec: {weights_path}: left out, since Boson's codec has no place for it: {listed(unexpected)}",
+            error=True,
         )
     return model.eval()
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import reading
 from ..options.sections import DEFAULT_CODEC, DEFAULT_CODEC_REVISION, revision_of
-from .base import Codec, to_stderr
+from .base import Codec
 from .boson import BosonCodec
 from .codec_layout import WEIGHTS, is_renamed
 from .sample import SampleCodec
@@ -16,25 +15,16 @@ from .sample import SampleCodec
 CODEC_FILES = ("config.json", "model.pth", "sample_codec.json", "codebooks.safetensors")
 
 
-def load_codec(
-    name_or_path: str,
-    revision: str | None = None,
-    device: str = "cpu",
-    warn: Callable[[str], None] = to_stderr,
-) -> Codec:
+def load_codec(name_or_path: str, revision: str | None = None, device: str = "cpu") -> Codec:
     """The codec in a local folder (Boson's or a sample codec) or in a repository of the hub.
 
-    Cheap: the network of Boson's codec is built by the first `encode` or `decode`, or by `build`, which raise
-    ConfigError for weights that do not fit config.json.
+    Cheap: the network of Boson's codec is built on `device` by the first `encode` or `decode`, or by `build`.
 
     Args:
         revision: of the hub; None means the pinned one for `DEFAULT_CODEC`, the newest for any other.
-        device: where the network is to be.
-        warn: gets a line on weights that are left out.
 
     Raises:
-        ConfigError: what is neither, a folder that lacks a file, a config.json or model.pth
-            that is none, and what the hub does not give.
+        ConfigError: it is neither, or lacks a file; a file of it is damaged; the hub does not give it.
     """
     with reading(f"--codec: {name_or_path!r} cannot be loaded (a folder is looked for first, then the hub)"):
         folder = Path(name_or_path)
@@ -42,7 +32,7 @@ def load_codec(
             folder = _download(name_or_path, revision)
         elif revision is not None:
             raise ValueError(f"it is a local folder, which has no revision: leave {revision!r} out")
-        return _load_folder(folder, device, warn)
+        return _load_folder(folder, device)
 
 
 def _download(repo: str, revision: str | None) -> Path:
@@ -65,14 +55,14 @@ def _is_renamed(folder: Path) -> bool:
     return isinstance(raw, dict) and is_renamed(raw)
 
 
-def _load_folder(folder: Path, device: str, warn: Callable[[str], None]) -> Codec:
+def _load_folder(folder: Path, device: str) -> Codec:
     files = {path.name for path in folder.iterdir()}
     if "sample_codec.json" in files:
         return SampleCodec.load(folder)
     weights = WEIGHTS if _is_renamed(folder) else "model.pth"
     if {"config.json", weights} <= files:
-        return BosonCodec(folder, device, warn, weights)
-    lacking = "config.json" if weights in files else weights if "config.json" in files else f"config.json and {weights}"
+        return BosonCodec(folder, device, weights)
+    lacking = " and ".join(name for name in ("config.json", weights) if name not in files)
     raise ValueError(
         f"it has no {lacking} (Boson's, as {DEFAULT_CODEC} at revision {DEFAULT_CODEC_REVISION} "
         "has them), and no sample_codec.json (a sample codec)"

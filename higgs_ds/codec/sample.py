@@ -15,7 +15,7 @@ import numpy as np
 import soxr
 
 from ..errors import reading
-from ..files import replacing
+from ..files import replacing, write_text
 from .base import check_codes
 
 NUM_CODEBOOKS = 8
@@ -95,10 +95,7 @@ class SampleCodec:
         return cls(codebooks)
 
     def encode(self, waveform: np.ndarray, sample_rate: int) -> np.ndarray:
-        """Codes int16 [8, frames] of a mono waveform [samples]; one frame for each 40 ms begun.
-
-        Raises ValueError for a waveform that is empty or not one-dimensional.
-        """
+        """Codes int16 [8, frames] of a mono waveform [samples]; one frame for each 40 ms begun."""
         residual = _frames(waveform, sample_rate)
         codes = np.empty((NUM_CODEBOOKS, len(residual)), dtype=np.int16)
         for codebook, book in enumerate(self._codebooks):
@@ -107,10 +104,7 @@ class SampleCodec:
         return codes
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
-        """Waveform float32 [frames * 960] at 24 kHz of codes [8, frames].
-
-        Raises ValueError for codes that this codec does not have.
-        """
+        """Waveform float32 [frames * 960] at 24 kHz of codes [8, frames]. Raises ValueError for codes out of range."""
         check_codes(codes, self)
         frames = np.zeros((codes.shape[1], FRAME_DIM))
         for codebook, book in zip(codes, self._codebooks, strict=True):
@@ -126,20 +120,16 @@ class SampleCodec:
         """Nothing to do: the codebooks take 20 MB at most."""
 
     def save(self, folder: str | Path) -> None:
-        """Write the codec into a folder, which is made if it is not there."""
+        """Writes the codec into a folder, which is made if it is not there."""
         from safetensors.numpy import save
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {f"codebook_{codebook}": book for codebook, book in enumerate(self._tensors)}
-        settings = {"settings": SETTINGS, "sha256": self._checksum}
+        with replacing(folder / TENSORS_FILE) as beside:
+            beside.write_bytes(save({f"codebook_{codebook}": book for codebook, book in enumerate(self._tensors)}))
         # The settings last: it is by them that a folder is known to hold a codec.
-        for name, content in (
-            (TENSORS_FILE, save(tensors)),
-            (SETTINGS_FILE, (json.dumps(settings, indent=2) + "\n").encode()),
-        ):
-            with replacing(folder / name) as beside:
-                beside.write_bytes(content)
+        settings = {"settings": SETTINGS, "sha256": self._checksum}
+        write_text(folder / SETTINGS_FILE, json.dumps(settings, indent=2) + "\n")
 
     @classmethod
     def load(cls, folder: str | Path) -> "SampleCodec":

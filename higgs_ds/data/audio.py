@@ -14,15 +14,17 @@ import soundfile
 
 from ..errors import reason_of
 from ..files import replacing
-from .chatml import AudioRef
-from .containers import LENGTH_TOLERANCE_SEC, ContainerFile
-from .sound_headers import CUT_OFF_SEC, AudioError, mended, share_there
+from .chatml import MIX, AudioRef
+from .containers import LENGTH_TOLERANCE_SEC, ContainerFile, TrackError
+from .sound_headers import CUT_OFF_SEC, AudioError, mended, share_there, uncounted
 
 # A header may claim any rate; resampling from 1 Hz would turn a small file into more than memory holds.
 MIN_SAMPLE_RATE, MAX_SAMPLE_RATE = 4000, 768_000
 # More samples than any clip has: what libsndfile gives for a stream whose header leaves its length open.
 UNKNOWN_LENGTH = 1 << 48
 READ_SAMPLES = 1 << 20
+# Channels of one sound are loud at the same times, wherever its microphones stood; those of two speakers are not.
+LEVEL_SEC, LEAST_LEVELS, SAME_SOUND = 0.05, 8, 0.5
 SILENT_PEAK = 1e-3  # -60 dB of full scale: below what any recording of speech peaks at
 # Lossy decoders overshoot full scale by some 10 %; integers that were written as floats, by thousands.
 LARGEST_PEAK = 2.0
@@ -40,11 +42,12 @@ MALFORMED = 3  # libsndfile's SF_ERR_MALFORMED_FILE
 
 
 def read_audio(ref: AudioRef) -> tuple[np.ndarray, int]:
-    """Mono waveform float32 [samples], channels averaged, and its sample rate in Hz.
+    """Mono waveform float32 [samples] and its sample rate in Hz: the channel that is chosen, or the mean of all.
 
     A slice that goes on past the end stops at the end. Raises AudioError for a clip that is missing, cannot be
     decoded whole, is empty, holds NaN, infinite or far too large samples, or whose offset is past its end; and for
-    silence, also where only its channels cancel out: it would teach the model to say nothing.
+    silence, also where only its channels cancel out: it would teach the model to say nothing; and for channels of
+    which each holds another voice, where none is chosen.
     """
     with _opened(ref) as file:
         start, stop = _slice(file, ref)
@@ -55,6 +58,8 @@ def read_audio(ref: AudioRef) -> tuple[np.ndarray, int]:
         # In blocks, so that memory follows what is there and not what the header claims.
         block = max(1, READ_SAMPLES // file.channels)
         mono: list[np.ndarray] = []
+        levels: list[np.ndarray] = []
+        channel = ref.channel if ref.channel is not None else None if file.channels > 1 else MIX
         left, channel_peak = stop - start, 0.0
         while left > 0:
             samples = file.read(min(left, block), dtype="float32", always_2d=True)  # [samples, channels]
@@ -63,10 +68,19 @@ def read_audio(ref: AudioRef) -> tuple[np.ndarray, int]:
             if len(samples) == 0:
                 at, whole = (stop - left) / file.samplerate, file.frames / file.samplerate
                 raise AudioError(f"cannot be decoded: it ends after {at:.2f} s of {whole:.2f} s")
+            if channel is None:
+                levels.append(_levels(samples, file.samplerate))
+            elif channel != MIX:
+                samples = samples[:, channel : channel + 1]
             mono.append(samples.mean(axis=1))
             channel_peak = max(channel_peak, float(np.abs(samples).max()))
             left -= len(samples)
         waveform, sample_rate = np.concatenate(mono), file.samplerate
+        if levels and _differ(np.concatenate(levels)):
+            raise AudioError(
+                f"holds something else on each of its {file.channels} channels; choose one, from 0 on, with --channel "
+                "or the row's `channel` (-1: all mixed)"
+            )
     if not np.isfinite(waveform).all():
         raise AudioError("holds NaN or infinite samples")
     if channel_peak > LARGEST_PEAK:
@@ -104,8 +118,7 @@ def content_hash(ref: AudioRef) -> str:
                     content.update(chunk)
         except OSError as error:
             raise AudioError(f"cannot be read: {reason_of(error)}") from error
-    span = f"{ref.offset_sec or 0.0} {ref.duration_sec}"
-    return hashlib.sha256(content.digest() + span.encode()).hexdigest()
+    return hashlib.sha256(content.digest() + ref.span.encode()).hexdigest()
 
 
 def write_wav(path: str | Path, waveform: np.ndarray, sample_rate: int) -> None:
@@ -145,10 +158,18 @@ def _opened(ref: AudioRef) -> Iterator[soundfile.SoundFile | ContainerFile]:
     """The clip's file; what is said against it, also while it is read, becomes an AudioError."""
     source = io.BytesIO(_decoded_base64(ref.raw_audio)) if ref.raw_audio is not None else _existing(ref)
     try:
-        with _sound(mended(source)) as file:
+        with _sound(mended(source), ref.audio_track) as file:
             if not MIN_SAMPLE_RATE <= file.samplerate <= MAX_SAMPLE_RATE:
                 raise AudioError(
                     f"has a sample rate of {file.samplerate} Hz, must be {MIN_SAMPLE_RATE} to {MAX_SAMPLE_RATE}"
+                )
+            if ref.sample_rate not in (None, file.samplerate):
+                raise AudioError(
+                    f"has a sample rate of {file.samplerate} Hz, its row says {ref.sample_rate}; correct it"
+                )
+            if ref.channel is not None and ref.channel >= file.channels:
+                raise AudioError(
+                    f"has {file.channels} channels, counted from 0; its channel {ref.channel} is not there"
                 )
             if file.frames >= UNKNOWN_LENGTH:
                 raise AudioError("does not say in its header how long it is; write it anew as a plain WAV or FLAC")
@@ -163,12 +184,29 @@ def _opened(ref: AudioRef) -> Iterator[soundfile.SoundFile | ContainerFile]:
         raise AudioError(f"cannot be read: {reason_of(error)}") from error
 
 
-def _sound(source: Path | io.BytesIO) -> soundfile.SoundFile | ContainerFile:
-    """By libsndfile, or by PyAV where libsndfile knows not the container, or not what is in it.
+def _levels(samples: np.ndarray, sample_rate: int) -> np.ndarray:
+    """Loudness of each channel over time: [samples, channels] -> [parts of LEVEL_SEC, channels]."""
+    size = max(1, round(LEVEL_SEC * sample_rate))
+    parts = samples[: len(samples) // size * size].reshape(-1, size, samples.shape[1])
+    return np.sqrt(np.square(parts).mean(axis=1))
+
+
+def _differ(levels: np.ndarray) -> bool:
+    """True if channels, `levels` [parts, channels], speak by turns: two are heard, and not at the same times."""
+    heard = levels[:, levels.max(axis=0, initial=0.0) >= SILENT_PEAK]
+    if len(heard) < LEAST_LEVELS or heard.shape[1] < 2 or (heard.std(axis=0) < 0.1 * heard.mean(axis=0)).any():
+        return False
+    return bool(np.corrcoef(heard.T).min() < SAME_SOUND)
+
+
+def _sound(source: Path | io.BytesIO, track: int | None) -> soundfile.SoundFile | ContainerFile:
+    """By libsndfile, or by PyAV where libsndfile knows not the container, or not what is in it, or not how long it is.
 
     Whatever PyAV cannot open either is libsndfile's error, and so is a file that it knows and finds malformed: of one
     that was cut off PyAV would give what is left.
     """
+    if (content := uncounted(source)) is not None:
+        return ContainerFile(content, track)
     try:
         return soundfile.SoundFile(source)
     except soundfile.LibsndfileError as error:
@@ -177,7 +215,9 @@ def _sound(source: Path | io.BytesIO) -> soundfile.SoundFile | ContainerFile:
         if not isinstance(source, Path):
             source.seek(0)
         try:
-            return ContainerFile(source)
+            return ContainerFile(source, track)
+        except TrackError:
+            raise
         except AudioError:
             raise error from None
 

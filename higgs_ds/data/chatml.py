@@ -9,12 +9,16 @@ from pathlib import Path
 import numpy as np
 
 from .faults import Fault, origin
+from .texts import composed, with_plain_letters
 
 ROLES = ("system", "user", "assistant")
 SYSTEM_PROMPT = "Generate audio following instruction."
 SCENE_START, SCENE_END = "<|scene_desc_start|>", "<|scene_desc_end|>"
 # served: what transformers' processor and vllm-omni build. boson: upstream's `examples/generation.py`.
 SERVED, BOSON_EXAMPLE = PROMPT_STYLES = ("served", "boson")
+
+
+MIX = -1  # the channel that is the mean of all
 
 
 @dataclass(frozen=True)
@@ -29,10 +33,21 @@ class AudioRef:
     field: str = dataclasses.field(default="audio", compare=False)
     # Key of its codes once they are made, which then need no look at the file; see `codes`.
     key: bytes | None = dataclasses.field(default=None, compare=False)
+    channel: int | None = None  # from 0; MIX for the mean of channels that differ
+    audio_track: int | None = None  # of a container, from 0
+    sample_rate: int | None = None  # that its row says; the clip must have it
+
+    @property
+    def span(self) -> str:
+        """Part of the file that it is, as text."""
+        part = f"{self.offset_sec or 0.0} {self.duration_sec}"
+        if self.channel is None and self.audio_track is None:
+            return part
+        return f"{part} channel {self.channel} track {self.audio_track}"
 
     def holds(self, other: AudioRef) -> bool:
         """True for the same file from no later on, to no earlier an end."""
-        if (self.path, self.raw_audio) != (other.path, other.raw_audio):
+        if (self.path, self.raw_audio, self.channel) != (other.path, other.raw_audio, other.channel):
             return False
         start, other_start = self.offset_sec or 0.0, other.offset_sec or 0.0
         ends = [
@@ -91,7 +106,8 @@ class Row:
             if isinstance(piece, str):
                 return piece
             key = next(following).tobytes()
-            return AudioRef(piece.path, piece.raw_audio, piece.offset_sec, piece.duration_sec, piece.field, key)
+            cut = (piece.offset_sec, piece.duration_sec, piece.field, key)
+            return AudioRef(piece.path, piece.raw_audio, *cut, piece.channel, piece.audio_track, piece.sample_rate)
 
         turns = tuple(Turn(t.role, tuple(map(with_key, t.content)), t.recipient) for t in self.messages)
         return dataclasses.replace(self, messages=turns)
@@ -113,6 +129,8 @@ class Row:
 
     def target_clip(self) -> int | None:
         """The number in `audio_refs` of the clip that the row's last turn speaks; None for none, or several."""
+        if self.is_speech:
+            return 0 if self.start_index is None else 1
         last = self.messages[-1]
         if last.role != "assistant" or sum(isinstance(piece, AudioRef) for piece in last.content) != 1:
             return None
@@ -127,6 +145,8 @@ class Row:
         clip = self.target_clip()
         if clip is None:
             return None
+        if self.is_speech and isinstance(text := self.messages[-2].content[0], str):
+            return text, clip
         for turn in reversed(self.messages[-2:]):
             if text := " ".join(piece for piece in turn.content if isinstance(piece, str)):
                 return text, clip
@@ -142,7 +162,7 @@ def speech_messages(
     ref_audio: AudioRef | None = None,
     prompt_style: str = SERVED,
 ) -> tuple[tuple[Turn, ...], int | None]:
-    """The prompt of one speaker, every text trimmed, and its `start_index`.
+    """The prompt of one speaker, every text trimmed and composed, and its `start_index`.
 
     `audio` None leaves the last assistant turn out: the prompt to generate from. With a reference clip training starts
     at the last user turn, and as the `boson` style has it the system turn then stands only if there is a scene; as
@@ -154,7 +174,8 @@ def speech_messages(
     if (ref_text is None) != (ref_audio is None):
         raise ValueError("ref_text and ref_audio belong together: give the reference clip and its transcript, or none")
     turns = []
-    text, scene, ref_text = text.strip(), scene and scene.strip(), ref_text and ref_text.strip()
+    text, ref_text = composed(text.strip()).strip(), ref_text and composed(ref_text.strip()).strip()
+    scene = scene and with_plain_letters(scene.strip()).strip()
     if scene:
         scene_block = f"{SCENE_START}\n{scene}\n{SCENE_END}"
         turns.append(Turn("system", (f"{SYSTEM_PROMPT}\n\n{scene_block}",)))

@@ -1,9 +1,11 @@
-"""Places of a manifest's clips: beside it, else under `--audio_root` or the working folder."""
+"""Places of a manifest's clips: under `--audio_root`, else beside the manifest, else in the working folder."""
 
 from __future__ import annotations
 
+import functools
 import os
 import re
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
@@ -14,36 +16,64 @@ class ClipPaths:
     """Turns what a row says into an absolute path."""
 
     def __init__(self, manifest: str | Path, audio_root: str | Path | None = None):
-        folder = os.path.dirname(os.path.abspath(manifest))
-        roots = [os.path.abspath(os.path.expanduser(audio_root))] if audio_root else []
-        self.folders = list(dict.fromkeys([folder, *roots, os.getcwd()]))
+        self.own = os.path.dirname(os.path.abspath(manifest))
+        self.root = os.path.abspath(os.path.expanduser(audio_root)) if audio_root else None
+        self.folders = list(dict.fromkeys([*([self.root] if self.root else []), self.own, os.getcwd()]))
         self.elsewhere: Counter[str] = Counter()  # paths that were found in another folder than the manifest's
 
     def find(self, value: str) -> Path | None:
         """A file's path, or None; one that is elsewhere than beside the manifest is counted."""
+        if os.path.isabs(_join("", value)):
+            return Path(path) if (path := _file("", value)) else None
         for folder in self.folders:
-            if os.path.isfile(path := _join(folder, value)):
-                if folder != self.folders[0]:
+            if path := _file(folder, value):
+                if folder != self.own:
                     self.elsewhere[folder] += 1
                 return Path(path)
         return None
 
     def path(self, value: str) -> Path:
         """The same, of a clip that was found before; looked for only where some are not beside the manifest."""
-        paths = [_join(folder, value) for folder in (self.folders if self.elsewhere else self.folders[:1])]
-        return Path(paths[0] if len(paths) == 1 else next(filter(os.path.isfile, paths), paths[0]))
+        if not self.elsewhere and value.isascii():
+            return Path(_join(self.own, value))
+        paths = (_file(folder, value) for folder in self.folders)
+        return Path(next(filter(None, paths), None) or _join(self.own, value))
 
     def holds(self, value: str) -> bool:
         """True if a file of that name is in one of the folders."""
-        return any(os.path.isfile(_join(folder, value)) for folder in self.folders)
+        return any(_file(folder, value) for folder in self.folders)
 
     def said(self, file: str) -> list[str]:
         """One line for each other folder that clips were found in."""
+        unused = self.root not in (None, self.own) and self.root not in self.elsewhere
         return [
-            f"{file}: {count:,} path{'s' * (count != 1)} found in {folder}, not in the manifest's own folder"
-            for folder, count in self.elsewhere.most_common()
+            *([f"{file}: no clip was found under --audio_root {self.root}"] if unused else []),
+            *(
+                f"{file}: {count:,} path{'s' * (count != 1)} found in {folder}, not in the manifest's own folder"
+                for folder, count in self.elsewhere.most_common()
+            ),
         ]
 
 
 def _join(folder: str, value: str) -> str:
     return os.path.join(folder, os.path.expanduser(value) if value.startswith("~") else value)
+
+
+def _file(folder: str, value: str) -> str | None:
+    """The file of that name in a folder, also where its letters are composed otherwise; None for none."""
+    path = _join(folder, value)
+    if os.path.isfile(path):
+        return path
+    if value.isascii():
+        return None
+    parts = Path(path).parts
+    found = parts[0]
+    for part in parts[1:]:
+        spellings = (os.path.join(found, f(part)) for f in (str, _composed, _decomposed))
+        found = next(filter(os.path.lexists, spellings), "")
+        if not found:
+            return None
+    return found if os.path.isfile(found) else None
+
+
+_composed, _decomposed = (functools.partial(unicodedata.normalize, form) for form in ("NFC", "NFD"))

@@ -309,7 +309,7 @@ class FileHashes:
             stat = ref.path.stat()
         except OSError:
             return None, False  # what is wrong with it is said by whoever reads it
-        span = f"{ref.offset_sec or 0.0} {ref.duration_sec}"
-        name = f"{ref.path}\0{stat.st_size} {stat.st_mtime_ns} {span}"
+        rate = "" if ref.sample_rate is None else f" {ref.sample_rate} Hz"
+        name = f"{ref.path}\0{stat.st_size} {stat.st_mtime_ns} {ref.span}{rate}"
         may_remember = time.time() - stat.st_mtime > MIN_AGE_SEC
         return hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest(), may_remember

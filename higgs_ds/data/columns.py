@@ -9,9 +9,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 # `id`, the last of both, is known and not read.
-CHATML_FIELDS = ("messages", "start_index", "speaker", "misc", "id")
-SPEECH_FIELDS = ("audio", "text", "speaker", "ref_audio", "ref_text", "scene", "offset", "duration", "id")
-ITEM_FIELDS = ("type", "text", "audio_url", "raw_audio", "offset", "duration", "row_id")  # of a turn's texts and clips
+CHATML_FIELDS = ("messages", "start_index", "speaker", "misc", "split", "id")
+CUT_FIELDS = ("offset", "end", "duration", "channel", "audio_track", "sampling_rate")  # of every clip
+SPEECH_FIELDS = ("audio", "text", "speaker", "ref_audio", "ref_text", "scene", "split", *CUT_FIELDS, "id")
+ITEM_FIELDS = ("type", "text", "audio_url", "raw_audio", *CUT_FIELDS, "row_id")  # of a turn's texts and clips
 # What other tools call the fields of a speech row; `file_name` is not here: it marks an audiofolder, which is imported.
 SYNONYMS = {
     "audio": "audio_path audio_file audio_filepath audio_filename audio_file_path path file filename filepath "
@@ -21,11 +22,27 @@ SYNONYMS = {
     "ref_audio": "reference_audio ref_audio_path ref_audio_file reference_audio_path ref_wav ref_wav_path prompt_audio "
     "prompt_wav prompt_audio_path ref_path",
     "ref_text": "reference_text ref_transcript reference_transcript prompt_text prompt_transcript",
+    "channel": "channel_selector channel_id channel_index ch",
+    "sampling_rate": "sample_rate samplerate sr",
+    "split": "subset partition data_split",
 }
 # Misspelt, these would change what is trained on, and nothing would show it.
 WEIGHTY = ("start_index", "ref_audio", "ref_text", "offset", "raw_audio", "recipient", "scene")
 
 _CANONICAL = {name: canonical for canonical, names in SYNONYMS.items() for name in (canonical, *names.split())}
+# Edges of a slice by any other name, and the unit that stands in it: `begin_time`, `start_sec`, `endTime`, `offset_ms`.
+_EDGE = re.compile(
+    r"(?P<of>(?:segment|seg|audio|clip|utt|utterance|speech|word|vad|time|ts|t)_?)?"
+    r"(?P<edge>start|begin|onset|offset|end|stop|duration|dur)_?(?:times?tamp|time|at|pos)?_?(?P<unit>[a-z]+)?"
+)
+_EDGES = {"start": "offset", "begin": "offset", "onset": "offset", "stop": "end", "dur": "duration"}
+_SECONDS = dict.fromkeys((None, *"s sec secs second seconds".split()), 1.0)
+_SECONDS |= dict.fromkeys("ms msec msecs millisecond milliseconds".split(), 0.001)
+_OTHER_UNITS = frozenset("sample samples frame frames us ns min minute minutes tick ticks".split())
+_OF_REFERENCE = re.compile(r"(ref|reference|prompt)_(start|begin|end|offset|duration|channel|audio_track)(_.*)?")
+_CODES = re.compile(
+    r"(audio|speech|codec|acoustic|semantic|discrete)?_?(codes?|tokens?|units?|token_ids)(_(path|file))?"
+)
 _PLAIN_KEY = re.compile(r"[A-Za-z0-9_-]{1,40}")
 _INDEX = re.compile(r"\[\d+\]")
 
@@ -35,8 +52,9 @@ class Reading:
     """Rule by which rows with the same columns are read."""
 
     kind: str | None  # chatml, speech, or None where it is neither
-    column: dict[str, str] = field(default_factory=dict)  # of each field of a speech row
+    column: dict[str, str] = field(default_factory=dict)  # of each field of a speech row that is there
     unread: tuple[str, ...] = ()
+    scale: dict[str, float] = field(default_factory=dict)  # seconds that one unit of a field is, where it is not one
     faults: tuple[tuple[str, str], ...] = ()  # (field, problem)
 
 
@@ -45,29 +63,59 @@ def reading(columns: tuple[str, ...]) -> Reading:
     """From the names of a row's columns alone."""
     if "messages" in columns:
         misspelt, unread = _others(columns, CHATML_FIELDS)
-        return Reading("chatml", {}, unread, misspelt)
+        return Reading("chatml", {}, unread, faults=misspelt)
     held: dict[str, list[str]] = {}
     for column in columns:
-        if column not in SPEECH_FIELDS and (canonical := _CANONICAL.get(plain(column))):
+        if column in SPEECH_FIELDS:
+            continue
+        if canonical := _CANONICAL.get(plain(column)):
             held.setdefault(canonical, []).append(column)
+        elif (edge := _edge(column)) and edge[1] is not None:
+            held.setdefault(edge[0], []).append(column)
     names = {name: of_name[0] for name, of_name in held.items() if name not in columns}
     faults = [
         (of_name[0], f"{', '.join(f'`{_shown(c)}`' for c in of_name)}: which is the {name}? rename that to `{name}`")
         for name, of_name in held.items()
-        if name in names and len(of_name) > 1 and name != "speaker"
+        if len(of_name) > (name in names)
+        and (name in names or name in CUT_FIELDS)
+        and name not in ("speaker", "duration")
     ]
+    codes = next((column for column in columns if _CODES.fullmatch(plain(column))), None)
+    if codes is not None and "audio" not in {*columns, *held}:
+        problem = f"is missing; codes are not read (`{_shown(codes)}`): give the clip, it is encoded here"
+        return Reading(None, faults=(("audio", problem),))
     if not ({"audio", "text"} & ({*columns} | {*held})):
         neither = "has neither `messages` (a ChatML row) nor `audio` and `text` (a speech row)"
         return Reading(None, faults=(("row", neither),))
-    known = (*SPEECH_FIELDS, *names.values())
+    known = (*SPEECH_FIELDS, *names.values(), *(column for name in CUT_FIELDS for column in held.get(name, ())))
     more, unread = _others(tuple(c for c in columns if c not in known), SPEECH_FIELDS)
-    of_field = {name: names.get(name, name) for name in SPEECH_FIELDS[:-1]}
-    return Reading("speech", of_field, unread, (*faults, *more))
+    of_field = {name: column for name in SPEECH_FIELDS[:-1] if (column := names.get(name, name)) in columns}
+    units = {name: edge[1] for name, column in names.items() if (edge := _edge(column))}
+    scale = {name: unit for name, unit in units.items() if unit not in (None, 1.0)}
+    return Reading("speech", of_field, unread, scale, (*faults, *more))
+
+
+def _edge(column: str) -> tuple[str, float | None] | None:
+    """(field, seconds of its unit, None where it counts something else) of a column that cuts its clip."""
+    found = _EDGE.fullmatch(plain(column))
+    edge = found and _EDGES.get(found["edge"], found["edge"])
+    if found is None or edge is None or (edge == "duration" and (found["of"] or found["unit"] not in _SECONDS)):
+        return None
+    return (edge, _SECONDS.get(found["unit"])) if found["unit"] in _OTHER_UNITS | _SECONDS.keys() else None
 
 
 @functools.lru_cache(1024)
 def weighty_misspelling(key: str, names: tuple[str, ...]) -> str | None:
     """Hint about an unknown field that looks like one which changes what is trained on."""
+    name = plain(key)
+    if _OF_REFERENCE.fullmatch(name):
+        return "a reference is taken whole; cut it into a file of its own"
+    if (edge := _edge(key)) and edge[1] is None:
+        return "is not in seconds; give `offset` and `duration` in seconds instead"
+    if edge and edge[0] != "duration":
+        return "cuts a clip; give it as `offset` and `duration` or `end`, in seconds, beside the clip's path"
+    if name not in names and _CANONICAL.get(name) in ("channel", "audio_track") and "audio" not in names:
+        return "chooses a part of a clip; give it as `channel` beside the clip's path"
     near = difflib.get_close_matches(plain(key), [name for name in names if name in WEIGHTY], n=1, cutoff=0.8)
     return f"unknown field; did you mean `{near[0]}`?" if near else None
 

@@ -19,17 +19,27 @@ MOST_SAMPLES = 1 << 28
 LENGTH_TOLERANCE_SEC = 0.25
 # Containers of one file. Playlists are left out: they would open other files, or fetch them.
 DEMUXERS = (
-    "mov,matroska,avi,asf,flv,mpegts,mpeg,aac,ac3,eac3,amr,amrnb,amrwb,mp3,ape,tta,wv,dsf,iff,caf,wav,w64,ogg,aiff,au"
+    "mov,matroska,avi,asf,flv,mpegts,mpeg,aac,ac3,eac3,amr,amrnb,amrwb,mp3,ape,tta,wv,dsf,iff,caf,wav,w64,ogg,aiff,au,"
+    "flac"
 )
+# Those without a length of their own: FFmpeg guesses it, and so they are whole where they decode to their end.
+STREAMS = frozenset("mpegts mpeg aac ac3 eac3 amr amrnb amrwb mp3 flac".split())
 
 _CLOCK = re.compile(r"(\d+):(\d{2}):(\d{2}(?:\.\d*)?)")
 
 
-class ContainerFile:
-    """The first sound of a file that PyAV opens, as much of `soundfile.SoundFile` as clips need."""
+class TrackError(AudioError):
+    """No sound track of several is chosen, or one that is not there."""
 
-    def __init__(self, source: Path | io.BytesIO):
-        """Raises AudioError for what PyAV cannot open, what holds no sound, or less than its header says."""
+
+class ContainerFile:
+    """The chosen or only sound of a file that PyAV opens, as much of `soundfile.SoundFile` as clips need."""
+
+    def __init__(self, source: Path | io.BytesIO, track: int | None = None):
+        """Raises AudioError for what PyAV cannot open, what holds no sound, or less than its header says.
+
+        TrackError where it holds several sounds and no `track`, from 0, or another is chosen.
+        """
         import av
 
         options = {"format_whitelist": DEMUXERS, "protocol_whitelist": "file"}
@@ -37,12 +47,13 @@ class ContainerFile:
             self._container = av.open(str(source) if isinstance(source, Path) else source, "r", options=options)
             if not self._container.streams.audio:
                 raise AudioError("cannot be decoded: it holds no sound")
-            self._stream = self._container.streams.audio[0]
+            self._stream = self._container.streams.audio[_chosen(self._container.streams.audio, track)]
             self.samplerate = int(self._stream.rate)
             self.channels = max(1, int(self._stream.channels or 1))
             self._samples: np.ndarray | None = None  # [samples, channels]
             self._at = 0
-            promised = self._promised_sec()
+            is_guess = not STREAMS.isdisjoint(self._container.format.name.split(","))
+            promised = [] if is_guess else self._promised_sec()
             if len(promised) == 1:
                 self.frames = round(promised[0] * self.samplerate)
             else:
@@ -114,6 +125,20 @@ class ContainerFile:
             raise AudioError(f"cannot be decoded: it ends after {there:.2f} s of {promised[0]:.2f} s")
         if not there:
             raise AudioError("cannot be decoded: it holds no sound")
+
+
+def _chosen(tracks: tuple, track: int | None) -> int:
+    if len(tracks) > 1 and track is None:
+        titles = (
+            f"{i}: {t.metadata.get('title') or t.metadata.get('language') or t.name}" for i, t in enumerate(tracks)
+        )
+        raise TrackError(
+            f"holds {len(tracks)} sound tracks ({', '.join(titles)}); choose one with --audio_track or the row's "
+            "`audio_track`"
+        )
+    if (track or 0) >= len(tracks):
+        raise TrackError(f"holds {len(tracks)} sound tracks, counted from 0; its track {track} is not there")
+    return track or 0
 
 
 @contextlib.contextmanager

@@ -50,6 +50,19 @@ DELIMITERS = (",", "\t", ";", "|")
 FILE_COLUMNS = ("file_name", "audio", *SYNONYMS["audio"].split())
 
 
+# Files that are taken for a manifest, by how they begin.
+_STARTS = {
+    b"version https://git-lfs": "a Git LFS pointer, not the file itself; `git lfs pull` brings it",
+    b"<!doctype html": "a web page, as a download that needs a login leaves it; download the file again",
+    b"<html": "a web page, as a download that needs a login leaves it; download the file again",
+    b"par1": "Parquet; `python -m higgs_ds import` makes a manifest of a corpus",
+    b"arrow1": "Arrow; `python -m higgs_ds import` makes a manifest of a corpus",
+    b"\x1f\x8b": "packed with gzip; unpack it",
+    b"pk\x03\x04": "a ZIP; unpack it",
+    b"\x28\xb5\x2f\xfd": "packed with zstd; unpack it",
+}
+
+
 class KeyedOnce(dict):
     """A JSON object that remembers which of its keys were given more than once."""
 
@@ -83,7 +96,7 @@ def keys_given_twice(content: bytes, value: object) -> list[str]:
 
 def _count_keys(value: object) -> int:
     if isinstance(value, dict):
-        return len(value) + sum(map(_count_keys, value.values()))
+        return len(value) + sum([_count_keys(part) for part in value.values() if isinstance(part, dict | list)])
     return sum(map(_count_keys, value)) if isinstance(value, list) else 0
 
 
@@ -139,10 +152,52 @@ def lines_in(text: str) -> list[str]:
 
 def no_manifest(path: str, content: bytes) -> str | None:
     """One sentence about a file in another tool's format; None for any other."""
+    if problem := _other_file(content):
+        return problem
     kind = guess_content(content, rows=1)  # of mixed rows each has a fault of its own
     if kind is None:
-        return None
+        return _other_json(content)
     return f"is {FORMATS[kind]}, not a manifest; this makes one of it: {import_command(kind, path)}"
+
+
+def _other_file(content: bytes) -> str | None:
+    head = content[:64].removeprefix(codecs.BOM_UTF8).lstrip().lower()
+    what = next((what for start, what in _STARTS.items() if head.startswith(start)), None)
+    return what and f"is {what}"
+
+
+def _other_json(content: bytes) -> str | None:
+    """One sentence about JSON that is no manifest, though it may hold rows."""
+    head = content[:HEAD_BYTES].decode("utf-8-sig", "replace").lstrip()
+    if isinstance(value := _json(head.split("\n", 1)[0]), dict) and _is_row(value):
+        return None
+    text = content.decode("utf-8-sig", "replace").strip()
+    first, second = (*[line.strip() for line in text.split("\n", 2)[:2]], "")[:2]
+    if not text.startswith("{") or text.startswith("{'"):
+        python = text.startswith(("{'", "[{'"))
+        return "is written with Python's quotes (str), not as JSON; write it with json.dumps" if python else None
+    lines = [line for line in (first, second) if line]
+    if all(line.endswith(",") and isinstance(_json(line[:-1]), dict) for line in lines):
+        return "has a comma behind each line; take them away, or make a JSON array of it, with [ before and ] behind"
+    if not isinstance(value := _json(first), dict):
+        try:
+            value, behind = json.JSONDecoder().raw_decode(text)
+        except (ValueError, RecursionError):
+            return None
+        if behind < len(first):
+            return "has several objects on a line; write one a line" if text[behind:].lstrip().startswith("{") else None
+        if _is_row(value):
+            return "has objects over several lines; write each on one line, or all of them as a JSON array"
+    names = ", ".join(f"`{name[:40]}`" for name in [*value][:3]) + ", …" * (len(value) > 3)
+    if value and not _is_row(value) and all(isinstance(part, list) for part in value.values()):
+        return f"is one object that holds lists of rows ({names}); write each list to a file of its own"
+    if value and not _is_row(value) and all(isinstance(part, dict) for part in value.values()):
+        return f"is one object that holds a row under each id ({names}); write these rows as a JSON array"
+    return None
+
+
+def _is_row(value: dict) -> bool:
+    return not {"messages", *TEXT_COLUMNS, *FILE_COLUMNS}.isdisjoint(map(plain, value))
 
 
 def _json(text: str) -> Any:

@@ -30,6 +30,7 @@ from .controls import DEFAULT_CONTROLS
 from .faults import Fault
 from .foreign import import_command, keys_given_twice, no_manifest
 from .schema import Rules, read_row
+from .text_findings import TextFindings
 
 __all__ = ["AudioRef", "Fault", "Manifest", "Row", "Turn", "read_manifest", "speech_messages"]
 
@@ -54,6 +55,9 @@ class Manifest:
         audio_root: str | Path | None = None,
         controls: re.Pattern[str] = DEFAULT_CONTROLS,
         prompt_style: str = SERVED,
+        channel: int | None = None,
+        audio_track: int | None = None,
+        trains: bool | None = None,
     ):
         """Raises nothing for what the file holds, nor when it cannot be read: that is in `faults`.
 
@@ -62,7 +66,9 @@ class Manifest:
         """
         self.file = str(path)
         self.faults: list[Fault] = []  # of the file as a whole; those of rows come from `check`
-        self._rules = Rules(self.file, ClipPaths(path, audio_root), controls, prompt_style)
+        self._rules = Rules(
+            self.file, ClipPaths(path, audio_root), controls, prompt_style, channel, audio_track, trains
+        )
         self._known = dataclasses.replace(self._rules, again=True)  # of rows that were checked
         self._content = b""
         self._spans: np.ndarray = np.zeros((0, 2), np.int64)  # bytes of `_content`, first and behind the last
@@ -70,6 +76,9 @@ class Manifest:
         self._shared = False  # whether rows share lines, as elements of an array
         try:
             content = Path(path).read_bytes().removeprefix(codecs.BOM_UTF8)
+            if problem := no_manifest(self.file, content):
+                self._fault(1, "manifest", problem)
+                return
             text = content.decode("utf-8")
         except UnicodeDecodeError as error:
             line = error.object.count(b"\n", 0, error.start) + 1
@@ -79,9 +88,6 @@ class Manifest:
         except (OSError, ValueError) as error:  # ValueError: a NUL byte in the path
             makes_one = f"; of a corpus, `{import_command(None, path)}` makes one" if Path(path).is_dir() else ""
             self._fault(1, "manifest", f"cannot be read ({reason_of(error)}); {_INSTEAD}{makes_one}")
-            return
-        if problem := no_manifest(self.file, content):
-            self._fault(1, "manifest", problem)
             return
         self._content = content
         if text.startswith("[", _after_space(text, 0)):
@@ -145,24 +151,31 @@ class Manifest:
 
     def seen(self) -> tuple:
         """Counts that `check` has made in this process over the rows given to it, for everybody's `set_seen`."""
-        return dict(self._rules.unread), dict(self._rules.paths.elsewhere), self._rules.scenes
+        rules = self._rules
+        return rules.texts, dict(rules.unread), dict(rules.paths.elsewhere), rules.scenes
 
     def set_seen(self, of_ranks: list[tuple]) -> None:
         """All ranks' `seen` together in the place of this process's own."""
         self._rules.unread.clear()
         self._rules.paths.elsewhere.clear()
         self._rules.scenes = sum(seen[-1] for seen in of_ranks)
-        for unread, elsewhere, _ in of_ranks:
+        self._rules.texts = TextFindings.merged([seen[0] for seen in of_ranks])
+        for _, unread, elsewhere, _ in of_ranks:
             self._rules.unread.update(unread)
             self._rules.paths.elsewhere.update(elsewhere)
 
     def notes(self) -> list[str]:
         """One line for each thing that concerns many rows and hurts none: columns not read, clips found elsewhere."""
-        notes = [*self._rules.paths.said(self.file), *unread_lines(self._rules.unread, self.file)]
+        rules = self._rules
+        notes = [*rules.paths.said(self.file), *unread_lines(rules.unread, self.file), *rules.texts.notes(self.file)]
         if count := self._rules.scenes:
             rows = f"{count:,} row{' has' if count == 1 else 's have'}"
             notes.append(f"{self.file}: {rows} a scene; vllm-omni serves no scene, the other stacks do")
         return notes
+
+    def of_texts(self) -> tuple[list[Fault], list[Fault]]:
+        """(faults, warnings) that all texts give together."""
+        return self._rules.texts.faults(self.file), self._rules.texts.warnings(self.file)
 
     def _fault(self, line: int, field: str, problem: str) -> None:
         self.faults.append(Fault(self.file, line, field, problem))

@@ -50,15 +50,18 @@ class RowOptions:
     count_tokens: bool = True
     max_tokens: int | None = None  # of a batch; where tokens are counted, a row of more is a fault
     max_row_tokens: int | None = None
-    audio_root: str | None = None  # where paths are looked for that are not beside the manifest
+    audio_root: str | None = None  # where paths are looked for before the manifest's folder
+    channel: int | None = None  # of clips, from 0, whose rows name none; and likewise the track of a container
+    audio_track: int | None = None
     controls: re.Pattern[str] = DEFAULT_CONTROLS  # tokens that no text may hold; see `controls.control_tokens`
     prompt_style: str = SERVED  # of speech rows; see `chatml.speech_messages`
     faults_dir: Path | None = None  # where all faults and warnings go, as `faults.jsonl`
     outcome: str = "nothing was trained (--skip_bad_rows trains without them)"  # a list of faults ends with it
 
-    def open(self, manifest: str) -> Manifest:
-        """A manifest whose rows are read so."""
-        return Manifest(manifest, audio_root=self.audio_root, controls=self.controls, prompt_style=self.prompt_style)
+    def open(self, manifest: str, trains: bool) -> Manifest:
+        """A manifest whose rows are read so, to train on or to validate with."""
+        names = ("audio_root", "controls", "prompt_style", "channel", "audio_track")
+        return Manifest(manifest, trains=trains, **{name: getattr(self, name) for name in names})
 
 
 def load_rows(
@@ -84,7 +87,7 @@ def load_rows(
         ConfigError: all faults of all manifests without `skip_bad_rows`, a manifest without a usable row, or a cache
             that cannot be written to.
     """
-    read = [options.open(manifest) for manifest in manifests]
+    read = [options.open(manifest, number < trained) for number, manifest in enumerate(manifests)]
     check_same_files(read, ranks)
     loader = _Loader(cache, ranks, options, lengths, on_progress)
     total = sum(map(len, read))
@@ -115,21 +118,26 @@ def _tell(
     """
     faults = [fault for found in loader.faults for fault in found]
     bad_rows = plural(len({fault.row for fault in faults}), "bad row")
+    of_texts = [manifest.of_texts() for manifest in read]
+    stops = [fault for found, _ in of_texts for fault in found]
     warnings = warnings_of(loader.speech, trained) if ranks.is_main else []
+    warnings += [warning for _, found in of_texts for warning in found]
     path = None
     if ranks.is_main and options.faults_dir is not None:
-        path = write_faults(options.faults_dir, [*faults, *warnings])
+        path = write_faults(options.faults_dir, [*faults, *stops, *warnings])
     notes = [note for manifest in read for note in manifest.notes()]
     if warnings:
         rows = plural(len({f.row for f in warnings}), "row")
         notes += [f"{rows} to look at, trained on as they are:", *grouped(warnings)]
-    lines = grouped(faults)
+    lines = grouped([*faults, *stops])
     if path is not None and len(faults) + len(warnings) > SHOWN_OF_A_KIND:
         (lines if faults else notes).append(f"all of it, one a line: {path}")
     if notes:
         ranks.say("\n".join(notes))
     if faults and not options.skip_bad_rows:
         raise ConfigError([*lines, f"{bad_rows}; {options.outcome}"])
+    if stops:
+        raise ConfigError([*lines, "nothing was trained"])
     if faults:
         ranks.say("\n".join([f"--skip_bad_rows: training without {bad_rows}:", *lines]))
 
@@ -350,8 +358,5 @@ def _share(chunk: range, rank: int, world_size: int) -> list[int]:
 
 def _identity(ref: AudioRef) -> bytes:
     """16 bytes, the same for refs that are equal."""
-    if ref.path is not None:
-        name = f"{ref.path}\0{ref.offset_sec} {ref.duration_sec}"
-    else:
-        name = f"\0{ref.raw_audio}\0{ref.offset_sec} {ref.duration_sec}"
+    name = f"{ref.path or ''}\0{ref.raw_audio or ''}\0{ref.span} {ref.sample_rate}"
     return hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=16).digest()

@@ -28,13 +28,18 @@ from pydantic import (
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from ..errors import shown
-from .chatml import SERVED, AudioRef, Row, Turn, speech_messages
+from .chatml import MIX, SERVED, AudioRef, Row, Turn, speech_messages
 from .clip_paths import URL, ClipPaths
 from .columns import ITEM_FIELDS, Reading, member, reading, unread_name, weighty_misspelling
 from .controls import DEFAULT_CONTROLS, find_control
 from .faults import Fault
 from .foreign import import_command
+from .text_findings import TextFindings
+from .texts import composed, holds_times, is_visible, with_plain_letters
 
+TRAINED = re.compile(r"tr|train(ing)?([-_./].*)?", re.IGNORECASE)
+HELD_OUT = re.compile(r"(test(ing)?|dev(el|elopment)?|val(id|idation)?|eval(uation)?)([-_./].*)?", re.IGNORECASE)
+_A_FILE = re.compile(r"[^\n]{0,400}\.[A-Za-z]\w{1,8}|[./~][^\s]{1,400}")
 NOT_THERE = ("", "placeholder", None)  # what upstream's dataclasses hold where there is no clip
 _AN_OBJECT = re.compile(r"a valid dictionary( or instance of \w+)?")
 OWN_REFERENCE = "the clip that is to be spoken; give another clip of the voice, or none"
@@ -48,9 +53,13 @@ class Rules:
     paths: ClipPaths
     controls: re.Pattern[str] = DEFAULT_CONTROLS
     prompt_style: str = SERVED  # of speech rows
+    channel: int | None = None  # of clips whose row names none
+    audio_track: int | None = None
+    trains: bool | None = None  # whether its rows are trained on, or validated with; None where that is not known
     again: bool = False  # rows without faults: nothing is counted, and clips are not looked for
     unread: Counter[str] = field(default_factory=Counter)  # columns and fields that nobody reads, in how many rows
     scenes: int = 0  # rows without faults that have one
+    texts: TextFindings = field(default_factory=TextFindings)
 
 
 def read_row(value: Any, rules: Rules, line: int, element: int = -1) -> tuple[Row | None, list[Fault]]:
@@ -79,7 +88,7 @@ def read_row(value: Any, rules: Rules, line: int, element: int = -1) -> tuple[Ro
             talk = TalkRow.model_validate(value, context=rules)
             row = _of_talk(talk, rules, line, element)
             if not rules.again:
-                for name, problem in _unknown(talk, unread):
+                for name, problem in (*_unknown(talk, unread), *_of_spoken(row, rules)):
                     told(name, problem)
     except ValidationError as error:
         for name, problem in _problems(error, read):
@@ -88,6 +97,8 @@ def read_row(value: Any, rules: Rules, line: int, element: int = -1) -> tuple[Ro
         rules.unread.update(unread.keys())
         for name, problem in _own_reference(row) if row is not None else ():
             told(name, problem)
+        if row is not None and not faults and (said := row.target()) is not None:
+            rules.texts.look(said[0], value[read.column["text"]] if row.is_speech else said[0], (line, element))
     return (None, faults) if faults else (row, [])
 
 
@@ -114,9 +125,37 @@ def _name(value: Any) -> Any:
 def _text(value: str, info: ValidationInfo[Rules]) -> str:
     if value.isspace() or not value:
         raise fault("is empty")
+    value = with_plain_letters(value)
     if problem := find_control(value, info.context.controls):
         raise fault(problem)
     return value
+
+
+def _transcript(value: str, info: ValidationInfo[Rules]) -> str:
+    """A text that a clip speaks."""
+    value = _text(value, info)
+    if not info.context.again:
+        if problem := _unspeakable(value):
+            raise fault(problem)
+        if _A_FILE.fullmatch(value) and info.context.paths.holds(value):
+            raise fault(f"{shown(value)} is the path of a file that is there; write what it says in its place")
+    return composed(value)
+
+
+def _unspeakable(text: str) -> str | None:
+    """Problem of a text that cannot be what a clip says."""
+    if not is_visible(text):
+        return f"holds no letter and no digit, found {shown(text)}"
+    if form := holds_times(text):
+        return f"holds times ({form}), which nobody says; give the words alone"
+    return None
+
+
+def _of_spoken(row: Row, rules: Rules) -> Iterator[tuple[str, str]]:
+    """Faults of the text that a conversation's last clip speaks."""
+    said = row.target()
+    if said is not None and (problem := _unspeakable(said[0])):
+        yield "messages", problem
 
 
 def _bytes(value: Any) -> AudioRef:
@@ -146,10 +185,36 @@ def _clip(value: Any, info: ValidationInfo[Rules]) -> AudioRef:
     return AudioRef(path)
 
 
+def _whole(value: Any) -> Any:
+    """A count; beside rows without one tables make it a float."""
+    value = _given(value)
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _channel(value: Any) -> Any:
+    """A channel's number, alone or in a list as lhotse and NeMo may have it; NeMo's `average` is the mean of all."""
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    return MIX if value in ("average", "mix") else _whole(value)
+
+
+def _split(value: Any, info: ValidationInfo[Rules]) -> Any:
+    """A corpus's own split, which a row must not leave."""
+    trains = info.context.trains
+    if isinstance(value, str) and trains is not None and (HELD_OUT if trains else TRAINED).fullmatch(value.strip()):
+        side, other = ("trained on", "--val_manifest") if trains else ("validated with", "--train_manifest")
+        raise fault(f"is {shown(value)}, so it must not be {side}; keep such rows in a file of their own, for {other}")
+    return value
+
+
 Text = Annotated[str, AfterValidator(_text)]
+Transcript = Annotated[str, AfterValidator(_transcript)]
 Maybe = BeforeValidator(_given)
 Seconds = Annotated[float | None, Field(allow_inf_nan=False), Maybe]
 Offset = Annotated[float | None, Field(ge=0, allow_inf_nan=False), Maybe]
+Channel = Annotated[int | None, Field(ge=MIX), BeforeValidator(_channel)]
+Count = Annotated[int | None, Field(ge=0), BeforeValidator(_whole)]
+Split = Annotated[Any, AfterValidator(_split)]
 Speaker = Annotated[str | None, BeforeValidator(_name)]
 Clip = Annotated[AudioRef, PlainValidator(_clip)]
 
@@ -161,7 +226,19 @@ class _Slice(BaseModel):
     """
 
     offset: Offset = None
+    end: Offset = None
     duration: Seconds = None
+    channel: Channel = None
+    audio_track: Count = None
+    sampling_rate: Count = None
+
+    @field_validator("end")
+    @classmethod
+    def _behind_start(cls, value: float | None, info: ValidationInfo[Rules]) -> float | None:
+        start = info.data.get("offset") or 0.0
+        if value and value <= start:
+            raise fault(f"must be behind the start at {start:g} s, found {value:g}")
+        return value or None
 
     @field_validator("duration")
     @classmethod
@@ -172,22 +249,34 @@ class _Slice(BaseModel):
             return None
         return value
 
-    def of(self, clip: AudioRef, name: str) -> AudioRef:
+    @property
+    def seconds(self) -> float | None:
+        """Its stated length."""
+        return self.duration if self.end is None else self.end - (self.offset or 0.0)
+
+    def of(self, clip: AudioRef, name: str, rules: Rules) -> AudioRef:
         """The clip's part, under the field that a fault in it is reported by."""
-        if self.offset is None or (self.offset == 0 and self.duration is None):
-            return AudioRef(clip.path, clip.raw_audio, field=name)
-        return AudioRef(clip.path, clip.raw_audio, self.offset, self.duration, name)
+        offset = 0.0 if self.offset is None and self.end is not None else self.offset
+        seconds = self.seconds
+        if offset is None or (offset == 0 and seconds is None):
+            offset = seconds = None
+        channel = rules.channel if self.channel is None else self.channel
+        track = rules.audio_track if self.audio_track is None else self.audio_track
+        return AudioRef(
+            clip.path, clip.raw_audio, offset, seconds, name, None, channel, track, self.sampling_rate or None
+        )
 
 
 class SpeechRow(_Slice):
     """A clip and its transcript."""
 
     audio: Clip
-    text: Text
+    text: Transcript
     speaker: Speaker = None
+    split: Split = None
     scene: Text | None = None
     ref_audio: Clip | None = None
-    ref_text: Annotated[Text | None, Field(validate_default=True)] = None
+    ref_text: Annotated[Transcript | None, Field(validate_default=True)] = None
 
     @field_validator("ref_text")
     @classmethod
@@ -265,7 +354,7 @@ class TurnPart(_Part):
         if role != "system" and not any(isinstance(p, AudioPiece) for p in pieces) and not "".join(texts).strip():
             raise fault("is empty; give text or audio")
         for text in texts:
-            if problem := find_control(text, info.context.controls, markup=role != "assistant"):
+            if problem := find_control(with_plain_letters(text), info.context.controls, markup=role != "assistant"):
                 raise fault(problem)
         return content
 
@@ -283,6 +372,7 @@ class TalkRow(BaseModel):
     messages: Annotated[list[TurnPart], Field(min_length=1)]
     start_index: Annotated[int | None, Field(ge=0, strict=True), Maybe] = None
     speaker: Speaker = None
+    split: Split = None
     misc: Any = None
 
     @field_validator("messages")
@@ -305,26 +395,33 @@ def _translated(value: dict[str, Any], read: Reading) -> dict[str, Any]:
     """A speech row under the names of our fields, without those that say nothing."""
     named = {}
     for name, column in read.column.items():
-        found = value.get(column)
+        found = value[column]
         if found is not None and found == found and (name in ("audio", "text") or _given(found) is not None):
-            named[name] = found
+            named[name] = _in_seconds(found, read.scale[name]) if name in read.scale else found
     return named
+
+
+def _in_seconds(value: Any, unit: float) -> Any:
+    try:
+        return value if isinstance(value, bool) else float(value) * unit
+    except (TypeError, ValueError, OverflowError):
+        return value
 
 
 def _of_speech(speech: SpeechRow, column: dict[str, str], rules: Rules, line: int, element: int) -> Row:
     reference = speech.ref_audio
     if reference is not None:
-        reference = AudioRef(reference.path, reference.raw_audio, field=column["ref_audio"])
+        reference = _Slice().of(reference, column["ref_audio"], rules)
     turns, start_index = speech_messages(
         speech.text,
-        speech.of(speech.audio, column["audio"]),
+        speech.of(speech.audio, column["audio"], rules),
         scene=speech.scene,
         ref_text=speech.ref_text,
         ref_audio=reference,
         prompt_style=rules.prompt_style,
     )
     scene = speech.scene and speech.scene.strip()
-    place = (rules.file, line, speech.duration)
+    place = (rules.file, line, speech.seconds)
     return Row(turns, start_index, speech.speaker, *place, True, scene, rules.prompt_style, element)
 
 
@@ -336,12 +433,12 @@ def _of_talk(talk: TalkRow, rules: Rules, line: int, element: int) -> Row:
         clips = []
         for where, piece in _pieces(turn, f"messages[{i}].content"):
             if isinstance(piece, AudioPiece):
-                pieces.append(piece.of(piece.audio_url, where))
+                pieces.append(piece.of(piece.audio_url, where, rules))
                 clips.append(piece)
             else:
-                pieces.append(piece.text if isinstance(piece, TextPiece) else piece or "")
+                pieces.append(with_plain_letters(piece.text if isinstance(piece, TextPiece) else piece or ""))
         turns.append(Turn(turn.role, _without_blanks(pieces) or ("",), turn.recipient))
-        stated_sec = clips[0].duration if turn.role == "assistant" and len(clips) == 1 else None
+        stated_sec = clips[0].seconds if turn.role == "assistant" and len(clips) == 1 else None
     speaker = talk.speaker
     if speaker is None and isinstance(talk.misc, dict) and isinstance(named := talk.misc.get("speaker"), str):
         speaker = _given(named)
@@ -371,15 +468,17 @@ def _unknown(talk: TalkRow, unread: dict[str, None]) -> Iterator[tuple[str, str]
     for i, turn in enumerate(talk.messages):
         for where, part in ((f"messages[{i}]", turn), *_pieces(turn, f"messages[{i}].content")):
             for key, value in (getattr(part, "__pydantic_extra__", None) or {}).items():
+                if not value and key in ITEM_FIELDS:  # in a table each item has all of them
+                    continue
                 if problem := weighty_misspelling(key, tuple(type(part).model_fields)):
                     yield member(where, key), problem
-                elif value or key not in ITEM_FIELDS:  # in a table each item has all of them
+                else:
                     unread[unread_name(where, key)] = None
 
 
 def _own_reference(row: Row) -> Iterator[tuple[str, str]]:
     """Faults of earlier clips that hold the one to be spoken; that a copy does is known once contents are."""
-    if (clip := row.target_clip()) is None or clip == 0:
+    if (row.is_speech and row.start_index is None) or not row.target_clip():
         return
     *earlier, (_, spoken) = row.audio_refs
     for where, ref in earlier:

@@ -26,6 +26,10 @@ CHUNKS = frozenset(
     "PEAK cart umid acid strc afsp DISP LGWV SyLp minf elm1 regn bmrk".split()
 )
 TAGS = (b"TAG", b"ID3", b"APETAGEX", b"LYRICSBEGIN")
+HEAD_BYTES = 64
+MOST_TAIL_BYTES = 1 << 16  # of tags at an MP3's end
+MPEG1_KBITS = (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320)
+MPEG2_KBITS = (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)
 _SHOULD_BE = re.compile(r": (\d+) \(should be (\d+)\)")
 
 
@@ -49,6 +53,8 @@ def mended(source: Path | io.BytesIO) -> Path | io.BytesIO:
         size = file.seek(0, io.SEEK_END)
         file.seek(0)
         head = file.read(12)
+        if head == b"version http":
+            raise AudioError("is a Git LFS pointer, not the clip itself; `git lfs pull` brings it")
         if head[:4] == b"OggS":
             _check_last_page(file, size)
         if head[:4] == b"RIFF" and head[8:] == b"WAVE":
@@ -119,3 +125,87 @@ def _check_last_page(file: BinaryIO, size: int) -> None:
     page = tail[max(0, tail.rfind(b"OggS\0")) :]
     if page.startswith(b"OggS\0") and (len(page) < 27 or 27 + page[26] + sum(page[27 : 27 + page[26]]) > len(page)):
         raise AudioError("cannot be decoded: it is cut off within a page")
+
+
+def uncounted(source: Path | io.BytesIO) -> Path | io.BytesIO | None:
+    """A FLAC or an MP3 whose header does not count all of its samples, of the MP3 its frames alone; None for others.
+
+    An MP3's Xing or Info header counts; several glued together hold more than their first says.
+    Raises AudioError for an MP3 that is cut off.
+    """
+    with source.open("rb") if isinstance(source, Path) else io.BytesIO(source.getbuffer()) as file:
+        head = file.read(HEAD_BYTES)
+        if head[:4] == b"fLaC" and len(head) >= 26:
+            return None if head[21] & 0x0F or any(head[22:26]) else source
+        if head[:3] != b"ID3" and not _mpeg_frame(head[:4]):
+            return None
+        return _of_mp3(head + file.read())
+
+
+def _of_mp3(content: bytes) -> io.BytesIO | None:
+    """`uncounted` of an MP3."""
+    at, end = _behind_tags(content, 0), len(content)
+    if not _mpeg_frame(content[at : at + 4]):
+        return None  # not what it seemed, or damaged: its decoder says it
+    end -= 128 * (content[-128:-125] == b"TAG")
+    for name in (b"APETAGEX", b"LYRICSBEGIN"):
+        found = content.find(name, max(at, end - MOST_TAIL_BYTES))
+        end = found if found > 0 else end
+    frames: list[bytes] = []
+    counted: int | None = None
+    while at < end:
+        size = _mpeg_frame(content[at : at + 4])
+        if not size:
+            behind = _behind_tags(content, at)
+            at = behind if behind > at else _next_frame(content, at, end)
+            continue
+        if at + size > end and end - at > 4:
+            raise AudioError(f"cannot be decoded: it is cut off within its frame {len(frames)}")
+        frame = content[at : at + size]
+        count = _xing_count(frame)
+        if count is None:  # else it is a header, no sound
+            frames.append(frame)
+        elif not frames:
+            counted = count
+        at += size
+    if counted is not None and len(frames) < counted:
+        raise AudioError(f"cannot be decoded: it ends after {len(frames)} frames of {counted}")
+    return None if len(frames) == counted else io.BytesIO(b"".join(frames))
+
+
+def _mpeg_frame(head: bytes) -> int:
+    """Bytes of the MPEG audio frame, layer III, that begins so; 0 for anything else."""
+    if len(head) < 4 or head[0] != 0xFF or head[1] & 0xE6 != 0xE2:
+        return 0
+    version, rate, index = head[1] >> 3 & 3, head[2] >> 2 & 3, head[2] >> 4
+    if version == 1 or rate == 3 or index in (0, 15):
+        return 0
+    of_one = version == 3
+    kbit = (MPEG1_KBITS if of_one else MPEG2_KBITS)[index - 1]
+    sample_rate = (44100, 48000, 32000)[rate] >> {3: 0, 2: 1, 0: 2}[version]
+    return (144 if of_one else 72) * kbit * 1000 // sample_rate + (head[2] >> 1 & 1)
+
+
+def _behind_tags(content: bytes, at: int) -> int:
+    while content[at : at + 3] == b"ID3" and len(content) >= at + 10:
+        sizes = content[at + 6 : at + 10]
+        at += 10 + sum((byte & 0x7F) << 7 * (3 - i) for i, byte in enumerate(sizes))
+    return at
+
+
+def _next_frame(content: bytes, at: int, end: int) -> int:
+    """The next place from which two frames follow each other, or the end."""
+    while 0 <= (at := content.find(b"\xff", at + 1)) < end:
+        size = _mpeg_frame(content[at : at + 4])
+        if size and (at + size >= end or _mpeg_frame(content[at + size : at + size + 4])):
+            return at
+    return end
+
+
+def _xing_count(frame: bytes) -> int | None:
+    """Frames by a Xing, Info or VBRI header; None without one."""
+    for name, skipped, flag in ((b"Xing", 8, True), (b"Info", 8, True), (b"VBRI", 14, False)):
+        place = frame.find(name, 4, 64)
+        if place > 0 and len(frame) >= place + skipped + 4 and not (flag and not frame[place + 7] & 1):
+            return struct.unpack(">I", frame[place + skipped : place + skipped + 4])[0]
+    return None

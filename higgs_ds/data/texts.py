@@ -28,7 +28,11 @@ _CLOCK = r"(?:\d{1,3}:)?\d{1,3}:\d{2}(?:[.,]\d{1,6})?"
 _TIME = rf"(?:{_CLOCK}|\d+(?:\.\d+)?\s?s?)"
 _ARROW = re.compile(rf"{_TIME}\s*-+>\s*{_TIME}")
 _TIMING_LINE = re.compile(rf"\s*{_CLOCK}\s*-->\s*{_CLOCK}.*")
-_BRACKET = re.compile(rf"[\[(<]\s*(?:{_CLOCK}|{_TIME}\s*(?:-+>|-|–|,|:|to)\s*{_TIME})\s*[\])>]\s*:?")
+_SEP = r"\s*(?:-|–|,|:|to)\s*"
+_EXACT = r"\d+\.\d+\s?s?"
+_BRACKET = re.compile(
+    rf"[\[(<]\s*(?:{_CLOCK}(?:{_SEP}{_CLOCK})?|{_TIME}\s*-+>\s*{_TIME}|{_EXACT}{_SEP}{_EXACT})\s*[\])>]\s*:?"
+)
 _LRC_TAG = re.compile(r"\[[a-z#]+:[^\]]*\]", re.IGNORECASE)
 _CUE_MARKUP = re.compile(r"</?[^<>]{0,80}>|\{\\[^{}]*\}")
 _CLOCK_FIRST = re.compile(rf"{_CLOCK}(?:\s*[-–|,;]+\s*{_CLOCK})?(?:\s*[-–|,;:]+|\b)\s*(.*)")
@@ -37,9 +41,10 @@ _NUMBER_FIRST = re.compile(r"#?(\d{1,5})(?:[.):]\s*|\s+|$)(.*)")
 _NUMBER = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?")
 _QUOTED = re.compile(r'"((?:[^"]|"")*)"')
 _PRAAT_PHONES = re.compile(r"phone|phon|segment|ipa|mau|sampa", re.IGNORECASE)
-_SILENCE = re.compile(r"<?\b(?:eps|sil|silence|silB|silE|sp|spn|pau|unk|p:)\b>?|#|<s>|</s>|<p:>|h#", re.IGNORECASE)
+_SILENCE = re.compile(r"<?(?:eps|sil|silB|silE|sp|spn|pau|unk|p:)>?|#|h#", re.IGNORECASE)  # as a label
+_SENTENCE = re.compile(r"</?s>|<eps>|<sil>")
 _CONSOLE = re.compile(
-    r"Detect(?:ing|ed) language\b.*|\s*(?:UserWarning|INFO|WARNING)\b.*|(?:ph|w)seq\d+:.*|.*score\d+:.*"
+    r"Detect(?:ing|ed) language\b.*|.*\b(?:UserWarning|INFO|WARNING)\s*[:\]].*|(?:ph|w)seq\d+:.*|.*score\d+:.*"
 )
 _JULIUS = re.compile(r"^sentence\d+:(.*)$", re.MULTILINE)
 
@@ -47,18 +52,17 @@ _JULIUS = re.compile(r"^sentence\d+:(.*)$", re.MULTILINE)
 _FULL_CONTEXT = re.compile(r"\S+[-^]\S*\+\S+[=/@]\S*")
 _ARPABET = frozenset(
     "AA AE AH AO AW AX AXR AY B BCL CH D DCL DH DX EH EL EM EN ENG EPI ER EY F G GCL HH HV IH IX IY JH K KCL L M N NG "
-    "NX OW OY P PCL PAU Q R S SH T TCL TH UH UW UX V W Y Z ZH".split()
+    "NX OW OY P PCL PAU Q R S SH T TCL TH UH UW UX V W Y Z ZH SIL SP SPN H#".split()
 )
 _STRESSED = re.compile(r"[A-Z]{2}[0-2]")
 _PINYIN = re.compile(r"[a-zü:]{1,6}[1-5]")
 _IPA = re.compile(r"[\u0250-\u02af\u02c8\u02cc\u02d0]")
-_PHONE_LENGTH = 2.2  # letters of a label on average, up to which labels are phones: words are longer
+_PHONE_LENGTH = 1.6  # letters of a label on average, up to which labels are phones: words are longer
 
 
 def composed(text: str) -> str:
     """The text as it is trained on and spoken: composed (NFC), without line breaks, no-break blanks as blanks."""
-    text = _LINE_BREAK.sub(" ", text)
-    return text if text.isascii() else with_plain_letters(text)
+    return with_plain_letters(_LINE_BREAK.sub(" ", text) if len(text.splitlines()) > 1 else text)
 
 
 def with_plain_letters(text: str) -> str:
@@ -86,10 +90,13 @@ def read_transcript(source: Path | str) -> Transcript:
     lines = [line for line in lines if line and not _CONSOLE.fullmatch(line)]
     found = next(((name, said) for name, read in _FORMS.items() if (said := read(text, lines)) is not None), None)
     form, said = found or (None, lines)
-    said = [words for label in said if (words := _SILENCE.sub("", label).strip() if form else label.strip())]
-    if stem and said:
+    labels = [label for label in said if label.strip()]
+    said = labels
+    if form is not None:
+        said = [_SENTENCE.sub("", label).strip() for label in labels if not _SILENCE.fullmatch(label.strip())]
+    if _is_id(stem):
         said, form = _without_id(said, stem, form)
-    if are_phones(said) or (form is None and spelled_by_sound(" ".join(said))):
+    if are_phones(labels) or (form is None and spelled_by_sound(" ".join(said))):
         return Transcript(None, "phone labels")
     if form is None and (_ARROW.search(text) or any(map(_is_timed, lines))):
         return Transcript(None, "times in a form that is not known")
@@ -109,7 +116,9 @@ def are_phones(labels: list[str]) -> bool:
     if len(latin) < len(labels) or len(labels) < 2:
         return False
     known = sum(label.rstrip("012").upper() in _ARPABET for label in labels)
-    return known > 0.8 * len(labels) or (len(labels) > 3 and mean(map(len, labels)) <= _PHONE_LENGTH)
+    sounds = [label for label in labels if not _SILENCE.fullmatch(label)]
+    longest = _PHONE_LENGTH + 0.6 * (len(sounds) < len(labels))
+    return known > 0.8 * len(labels) or (len(labels) > 3 and mean(map(len, sounds or labels)) <= longest)
 
 
 def spelled_by_sound(text: str) -> bool:
@@ -129,13 +138,14 @@ def spelled_by_sound(text: str) -> bool:
 
 def holds_times(text: str) -> str | None:
     """Form of the times that a row's text holds, such as cues of subtitles; None for a text without."""
-    if _MAY_HOLD_TIMES.search(text) is None:
+    plain = text[:1] not in _TIMES_START and "\n" not in text and "\t" not in text and "->" not in text
+    if plain and text.count(".") < 2 and text.count(":") < 1:
         return None
     words, form = read_transcript(text)
     return form if form not in (None, "phone labels", "no words", _NUMBERED) else None
 
 
-_MAY_HOLD_TIMES = re.compile(r"\d:\d\d|->|\d[\s,;|]+\d|\d[\t\n]|[\[(<]\d|WEBVTT|ooTextFile")
+_TIMES_START = frozenset('0123456789[(<{#WFO;"')  # characters that a text may begin with where times do
 _NUMBERED = "numbered lines"
 
 
@@ -190,7 +200,7 @@ def _json(text: str, lines: list[str]) -> list[str] | None:
     try:
         value = json.loads(text.lstrip("\ufeff"))
     except (ValueError, RecursionError):
-        return []
+        return None
     values = value if isinstance(value, list) else value.get("segments", [value]) if "text" not in value else [value]
     said = [part.get("text") if isinstance(part, dict) else None for part in values]
     return [words for words in said if isinstance(words, str)]
@@ -327,6 +337,11 @@ def _numbers(text: str, lines: list[str]) -> list[str] | None:
     return [m[2] for m in found] if [int(m[1]) for m in found] == [*range(first, first + len(found))] else None
 
 
+def _is_id(stem: str) -> bool:
+    """True for a file's name that is no word or number of its text: `84-121-0001`, `SA1`."""
+    return len(stem) >= (6 if stem.isdigit() else 3) and any(map(str.isdigit, stem))
+
+
 def _without_id(said: list[str], stem: str, form: str | None) -> tuple[list[str], str | None]:
     """The lines without the clip's id before them or, in brackets, behind them."""
     kept = [re.sub(rf"^{re.escape(stem)}(?:\.\w+)?[\s|:,]+|\s*\({re.escape(stem)}\)$", "", line) for line in said]
@@ -378,17 +393,18 @@ _ODD = {
     "phonemes": re.compile(r"(?!)"),  # see `spelled_by_sound`
 }
 _SOUND_TAG = re.compile(r"</?SE(_[A-Za-z]+)?>|\[SPEAKER\d+\]")
+_SUSPECT_ASCII = re.compile(r"[<\[&%\\\x00-\x08\x0e-\x1f\x7f]")
 _SUSPECT = re.compile(
     r"[<\[&%\\\x00-\x08\x0e-\x1f\x7f-\x9f\u00ad\u00c2\u00c3\u00d0\u00d1\u00e2-\u00e9\u00ef\u00f0\u0250-\u02af\u02c8"
-    r"\u200b\u200e\u200f\u2060-\u2064\u202a-\u202e\ufeff\ufffd]|[A-Z]{2}[0-2]\b|[a-z][1-5] |"
-    + _ODD["scripts mixed within a word"].pattern
+    r"\u0370-\u04ff\u200b\u200e\u200f\u2060-\u2064\u202a-\u202e\ufeff\ufffd]"
 )
 LOST = "U+FFFD, a letter that was lost"
 
 
 def oddities(text: str) -> Iterator[tuple[str, str]]:
     """(kind, example) of everything in a text that nobody speaks, one of a kind."""
-    if _SUSPECT.search(text) is None:
+    suspect = _SUSPECT_ASCII if text.isascii() else _SUSPECT
+    if suspect.search(text) is None and not text.isupper() and _PINYIN.match(text) is None:
         return
     for kind, pattern in _ODD.items():
         for found in pattern.finditer(text):

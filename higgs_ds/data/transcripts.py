@@ -53,6 +53,7 @@ _TAG = re.compile(r"</?SE(_[a-z]+)?>|\[[^\[\]]*\]")
 EVEN_CHARS, EVEN_SEC = 5, 0.5
 OUTLIER_DEVIATIONS = 3.0
 OUTLIER_FACTOR = 2.0
+MANY_CLIPS = 5  # under which nobody has one text by chance
 LEAST_ROWS = 20  # of a script, below which nothing is usual
 USUAL_RATES = (8000, 16000, 22050, 24000, 44100, 48000)
 RATE_TOLERANCE, FRAME_SEC = 0.01, 0.04  # a clip's length is known to a frame of the codec
@@ -230,6 +231,17 @@ def clips_of_two_texts(sides: Sequence[SpeechStats]) -> Iterator[Fault]:
         yield side.fault(row, "audio", problem, warning=True)
 
 
+def texts_of_many_clips(speech: SpeechStats) -> Iterator[Fault]:
+    """One warning about texts that stand under many clips each."""
+    pairs = np.stack([speech.stats["text"], speech.clips], axis=1)[speech.stats["text"] != 0]
+    texts, clips = np.unique(np.unique(pairs, axis=0)[:, 0], return_counts=True)
+    many = clips >= MANY_CLIPS
+    if many.any():
+        i = int(np.flatnonzero(speech.stats["text"] == texts[clips.argmax()])[0])
+        others = f", and {plural(int(many.sum()) - 1, 'other text')} under many too" if many.sum() > 1 else ""
+        yield speech.fault(i, "text", f"stands under {clips.max():,} clips{others}: is it theirs?", warning=True)
+
+
 def texts_on_both_sides(train: SpeechStats, val: SpeechStats) -> Iterator[Fault]:
     """Warnings for validation rows whose text is trained on."""
     known, first = np.unique(train.stats["text"], return_index=True)
@@ -258,7 +270,9 @@ def first_lines(speech: SpeechStats) -> list[str]:
 
 def warnings_of(sides: Sequence[SpeechStats], trained: int = 1) -> list[Fault]:
     """All warnings about the rows of so many training manifests and, where there is one, of the validation manifest."""
-    found = [fault for side in sides for check in (wrong_lengths, outliers) for fault in check(side)]
+    found = [
+        fault for side in sides for check in (wrong_lengths, outliers, texts_of_many_clips) for fault in check(side)
+    ]
     found += clips_of_two_texts(sides)
     for val in sides[trained:]:
         for train in sides[:trained]:

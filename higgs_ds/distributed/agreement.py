@@ -15,7 +15,7 @@ import secrets
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from ..errors import ConfigError, first_of, reason_of
 from ..files import write_text
@@ -29,7 +29,6 @@ T = TypeVar("T")
 # A host may not yet see what another has written: NFS clients remember a folder's names for up to half a minute.
 PATIENCE_SEC = 30.0
 PAUSE_SEC = 0.5
-LEFTOVER_SEC = 3600.0
 
 
 def check_same(values: Mapping[str, object], ranks: Ranks | SingleProcess) -> None:
@@ -87,18 +86,16 @@ def check_shared(folders: Mapping[str, Path], ranks: Ranks | SingleProcess) -> N
         mine = ranks.each(lambda: [_mark(flag, folders[flag], written) for flag in folders] if ranks.is_main else [])
         marks = ranks.gather(mine)[0]
 
-        def unseen() -> list[int]:
-            return [
-                i for i, (flag, mark) in enumerate(zip(folders, marks, strict=True)) if not mark.seen(folders[flag])
-            ]
+        def unseen() -> list[str]:
+            return [flag for flag, mark in zip(folders, marks, strict=True) if not mark.seen(folders[flag])]
 
         missing = patiently(unseen, lambda found: not found)
-        of_ranks = ranks.gather((missing, [str(folder.absolute()) for folder in folders.values()]))
+        of_ranks = ranks.gather((missing, {flag: str(folder.absolute()) for flag, folder in folders.items()}))
     problems = []
-    for i, flag in enumerate(folders):
-        blind = [rank for rank, (theirs, _) in enumerate(of_ranks) if i in theirs]
+    for flag in folders:
+        blind = [rank for rank, (theirs, _) in enumerate(of_ranks) if flag in theirs]
         if blind:
-            here, there = of_ranks[0][1][i], of_ranks[blind[0]][1][i]
+            here, there = of_ranks[0][1][flag], of_ranks[blind[0]][1][flag]
             problems.append(
                 f"{flag}: {ranks.named(blind)} cannot see what {ranks.named([0])} has written to {here}"
                 f"{f' ({there} there)' if there != here else ''}; "
@@ -116,19 +113,18 @@ def patiently(look: Callable[[], T], enough: Callable[[T], bool]) -> T:
     return found
 
 
-class Mark:
-    """A sign in a folder, by which another rank knows it for rank 0's."""
+class Mark(NamedTuple):
+    """A sign in a folder, by which another rank knows it for rank 0's: a file with a token, or all names' digest."""
 
-    def __init__(self, file: str | None, content: str):
-        self._file, self._content = file, content
+    file: str | None
+    content: str
 
     def seen(self, folder: Path) -> bool:
         """Looks for it in the folder; False where it is not there or cannot be read."""
         with contextlib.suppress(OSError):
-            names = os.listdir(folder)  # opens the folder, which has NFS ask the server what is new
-            if self._file is None:
-                return _digest(names) == self._content
-            return (folder / self._file).read_text(encoding="utf-8") == self._content
+            digest = _digest_of_names(folder)  # opens the folder, which has NFS ask the server what is new
+            found = digest if self.file is None else (folder / self.file).read_text(encoding="utf-8")
+            return found == self.content
         return False
 
 
@@ -138,15 +134,12 @@ def _mark(flag: str, folder: Path, written: contextlib.ExitStack) -> Mark:
     file = folder / f".seen-by-all-{token}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob(".seen-by-all-*"):  # of a killed run; one that is starting is younger
-            if time.time() - left.stat().st_mtime > LEFTOVER_SEC:
-                left.unlink(missing_ok=True)
         written.callback(_remove, file)
         write_text(file, token)
         return Mark(file.name, token)
     except OSError as error:
         with contextlib.suppress(OSError):
-            return Mark(None, _digest(os.listdir(folder)))
+            return Mark(None, _digest_of_names(folder))
         raise ConfigError([f"{flag}: {folder} cannot be used: {reason_of(error)}"]) from None
 
 
@@ -155,5 +148,5 @@ def _remove(file: Path) -> None:
         file.unlink(missing_ok=True)
 
 
-def _digest(names: list[str]) -> str:
-    return hashlib.sha256("\0".join(sorted(names)).encode("utf-8", "surrogateescape")).hexdigest()
+def _digest_of_names(folder: Path) -> str:
+    return hashlib.sha256("\0".join(sorted(os.listdir(folder))).encode("utf-8", "surrogateescape")).hexdigest()

@@ -6,25 +6,21 @@ A GPU that cannot be used is an error, and never a run of weeks on the CPU inste
 from __future__ import annotations
 
 import os
-import re
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import ConfigError, first_line
+from ..errors import ConfigError
 from ..process import say
 
 if TYPE_CHECKING:
     import torch
-
-DRIVER_FILE = Path("/proc/driver/nvidia/version")
 
 
 def pick_device() -> torch.device:
     """The CPU where `DS_ACCELERATOR` is "cpu", else the GPU that `LOCAL_RANK` counts to (0 without a launcher).
 
     Raises:
-        ConfigError: no GPU can be used, with the driver, torch's CUDA and the remedy; there are more ranks on this
-            machine than GPUs to be seen, with both numbers; or `DS_ACCELERATOR` names something else.
+        ConfigError: no GPU can be used; there are more ranks on this machine than GPUs to be seen; or
+            `DS_ACCELERATOR` names something else.
     """
     wanted = os.environ.get("DS_ACCELERATOR", "").strip().lower()
     import torch
@@ -36,7 +32,7 @@ def pick_device() -> torch.device:
     # Set by DeepSpeed's launcher. With it torch counts the cards that are plugged in, even if the driver is too old.
     os.environ.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)
     if not torch.cuda.is_available():
-        raise _refused(_no_gpu(torch.version.cuda))
+        raise _refused(_no_gpu())
     local_rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     # torchrun and DeepSpeed's launcher say how many ranks they started on this machine, others do not.
     started = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 0)
@@ -79,8 +75,7 @@ def take_device(device: torch.device, *, deterministic: bool = False) -> None:
         try:
             torch.cuda.set_device(device)
         except RuntimeError as error:
-            versions = f"NVIDIA driver {driver_version()}, torch is built for CUDA {torch.version.cuda}"
-            text = f"{device} cannot be used: {first_line(error)}; {versions}; nvidia-smi shows its state"
+            text = f"{device} cannot be used: {str(error).splitlines()[0]}; nvidia-smi shows its state"
             raise _refused(text, first_to_know=device.index or 0) from None
         # On an H100 torch 2.11 prefers cuDNN's attention, which plans each new shape (public figures: a second, forward
         # and backward). With token budgets nearly every step has one. FlashAttention-2, the next choice, has no plans.
@@ -100,29 +95,18 @@ def describe_devices(device: torch.device, count: int) -> str:
     return f"{count} × {torch.cuda.get_device_name(device)}"
 
 
-def driver_version() -> str | None:
-    """The version of NVIDIA's driver, from the kernel; None where it knows none."""
+def _no_gpu() -> str:
+    """Says in torch's own words why no GPU can be used, and how to do without."""
+    import torch
+
+    why = "torch.cuda.is_available() is False"
     try:
-        found = re.search(r"\b\d{3,}\.\d+(\.\d+)?\b", DRIVER_FILE.read_text(encoding="utf-8", errors="replace"))
-    except OSError:
-        return None
-    return found[0] if found else None
-
-
-def _no_gpu(built_for: str | None) -> str:
-    """Says that no GPU can be used, with the driver, torch's CUDA and the remedy."""
-    driver = driver_version()
-    found = f"NVIDIA driver {driver}" if driver else f"no NVIDIA driver in {DRIVER_FILE.parent}"
-    on_purpose = "or set DS_ACCELERATOR=cpu to run on the CPU on purpose"
-    if built_for is None:
-        return (
-            f"no usable GPU: {found}, and this torch is built without CUDA (torch.version.cuda is None); install the "
-            f"one of requirements.txt, {on_purpose}"
-        )
-    needed = "580 or newer" if built_for.startswith("13.") else f"for CUDA {built_for}"
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:  # the latter where torch is built without CUDA
+        why = str(error).splitlines()[0]  # advice on debugging follows
     return (
-        f"no usable GPU: {found}, torch is built for CUDA {built_for} (torch.version.cuda){_visible()}; install a "
-        f"driver {needed}, {on_purpose}"
+        f"no usable GPU: {why}; torch {torch.__version__} is built for CUDA {torch.version.cuda}{_visible()}; "
+        "set DS_ACCELERATOR=cpu to run on the CPU on purpose"
     )
 
 

@@ -2,7 +2,7 @@
 
 DeepSpeed's own models judge its sections, in `engine.check_config`. Importing them takes 10 s, and they neither resolve
 "auto" nor look at top-level keys that they do not know (`gradient_cliping` ran, unclipped). Both are done here, and
-what would train something else is refused, before torch is imported.
+values that would train something else are refused, before torch is imported.
 """
 
 from __future__ import annotations
@@ -22,59 +22,50 @@ from ..options.sections import PROJECT_ROOT, TrainConfig
 if TYPE_CHECKING:
     from ..model.spec import ModelSpec
 
-# Keys of files that others use, which cannot change a LoRA run here: left out, and named in one line.
+# Keys of other trainers' files that cannot change a LoRA run: left out, and named in one line.
 IGNORED_KEYS = {
-    *("aio", "autotuning", "checkpoint", "compile", "dataloader_drop_last", "use_node_local_storage", "datastates"),
-    *("comms_config", "monitor_config", "vocabulary_size", "log_level", "disable_python_gc", "pipeline"),
-    *("weight_quantization", "seq_parallel_communication_data_type", "use_data_before_expert_parallelism"),
+    *("aio", "autotuning", "checkpoint", "compile", "dataloader_drop_last", "use_node_local_storage"),
+    *("comms_config", "monitor_config"),
     *("zero_optimization.stage3_gather_16bit_weights_on_model_save", "zero_optimization.load_from_fp32_weights"),
     *("zero_optimization.stage3_gather_fp16_weights_on_model_save", "zero_optimization.elastic_checkpoint"),
-    *("zero_optimization.gather_16bit_weights_on_model_save", "zero_optimization.save_muon_momentum_buffer_in_memory"),
-    *("zero_optimization.ignore_unused_parameters", "zero_optimization.log_trace_cache_warnings"),
-    *("zero_optimization.override_module_apply", "zero_optimization.pipeline_loading_checkpoint"),
+    *("zero_optimization.gather_16bit_weights_on_model_save", "zero_optimization.ignore_unused_parameters"),
+    *("zero_optimization.override_module_apply", "zero_optimization.cpu_offload_use_pin_memory"),
+    *("zero_optimization.legacy_stage1", "zero_optimization.log_trace_cache_warnings"),
     # It deals the weights out in another order than the module's, to no use where LoRA's gradients fill one bucket.
     "zero_optimization.round_robin_gradients",
-    *("zero_optimization.cpu_offload_use_pin_memory", "zero_optimization.legacy_stage1"),
 }
-# Blocks and switches that do nothing as long as they say so.
+# Switches that are left out likewise with these values, and refused with any other.
 IGNORED_VALUES = {
-    **dict.fromkeys(("prescale_gradients", "sparse_gradients", "disable_allgather", "fp32_allreduce"), (False,)),
+    **dict.fromkeys(("prescale_gradients", "sparse_gradients", "graph_harvesting"), (False,)),
+    **dict.fromkeys(("disable_allgather", "fp32_allreduce"), (False,)),
+    **dict.fromkeys(("gradient_predivide_factor", "sequence_parallel_size"), (1,)),
     **dict.fromkeys((f"zero_optimization.cpu_offload{end}" for end in ("", "_param", "_params")), (False, None)),
-    **dict.fromkeys(("optimizer", "zero_optimization.offload_param", "zero_optimization.offload_optimizer"), (None,)),
-    "gradient_predivide_factor": (1,),
-    "sequence_parallel_size": (1,),
+    **dict.fromkeys((f"zero_optimization.{key}" for key in ("zenflow", "leaf_module")), (None,)),
     "tensor_parallel": ({"autotp_size": 0}, {"autotp_size": 1}),
-    "zero_optimization.mics_shard_size": (-1,),
-    "zero_optimization.mics_hierarchical_params_gather": (False,),
-    "zero_optimization.zenflow": (None,),
 }
-# Features that DeepSpeed has removed, and refuses in its own words unless they are switched off, which we leave out.
-_REMOVED = {
-    *("amp", "elasticity", "curriculum_learning", "nebula", "eigenvalue", "progressive_layer_drop"),
-    *("quantize_training", "sparse_gradients", "compression_training", "sparse_attention", "graph_harvesting"),
+# Blocks likewise, with `"enabled": false` or no `enabled`. DeepSpeed refuses some of them even then.
+OFF_BLOCKS = {
+    *("amp", "compression_training", "curriculum_learning", "data_efficiency", "eigenvalue", "elasticity"),
+    *("expert_parallel", "fp8", "hybrid_engine", "nebula", "progressive_layer_drop", "quantize_training"),
+    *("sparse_attention", "torch_autocast", "wandb", "tensorboard", "csv_monitor", "comet"),
 }
-OFF_BLOCKS = _REMOVED | {
-    *("wandb", "tensorboard", "csv_monitor", "comet", "torch_autocast", "data_efficiency", "hybrid_engine"),
-    *("expert_parallel", "fp8"),
-}
-# DeepSpeed's own two names for one thing.
-_PREFIXED = (
-    *("prefetch_bucket_size", "param_persistence_threshold", "model_persistence_threshold", "max_live_parameters"),
-    *("max_reuse_distance", "module_granularity_threshold", "use_all_reduce_for_fetch_params", "allgather_sequential"),
-)
+# Blocks that mean the same when they are null.
+NULLABLE = {"optimizer", "zero_optimization.offload_param", "zero_optimization.offload_optimizer"}
+# Of the keys that DeepSpeed takes with `stage3_` and without, those that are judged or filled in here.
+_PREFIXED = ("prefetch_bucket_size", "param_persistence_threshold", "module_granularity_threshold")
 
 SECTIONS = {
     *("zero_optimization", "bf16", "fp16", "data_types", "comms_logger", "flops_profiler", "optimizer", "timers"),
     *("optimizer.params", "timers.throughput"),
     *("zero_optimization.offload_param", "zero_optimization.offload_optimizer"),
 }
-# The names of the top level, and of the sections in which DeepSpeed passes over what it does not know.
+# The names of the top level, and of the sections in which DeepSpeed ignores unknown keys.
 KEYS: dict[str, set[str]] = {
     "": {
         *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
         *("managed_gradient_accumulation", "zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer"),
         *("communication_data_type", "steps_per_print", "wall_clock_breakdown", "memory_breakdown", "dump_state"),
-        *(*(name for name in SECTIONS if "." not in name), *_REMOVED),
+        *(name for name in SECTIONS if "." not in name),
     },
     "data_types": {"grad_accum_dtype"},
     "flops_profiler": {
@@ -86,24 +77,16 @@ KEYS: dict[str, set[str]] = {
     },
     "timers": {"throughput"},
 }
-_OTHERWISE = "this trainer has its own way, or none; remove it"
-# What DeepSpeed knows and would train something else, or not what this trainer promises.
+# Blocks in whose place there are flags.
 REFUSED = {
     "scheduler": "the learning rate follows --lr_scheduler, --warmup_ratio and --lr; remove the block, or give each of "
     "its params as 'auto'",
     "activation_checkpointing": "it has no effect on this model, --activation_checkpointing has; remove the block",
-    **dict.fromkeys(("wandb", "tensorboard", "csv_monitor", "comet"), "give --wandb_project instead; remove it"),
-    **dict.fromkeys(("gradient_allreduce_op", "prescale_gradients", "gradient_predivide_factor"), _OTHERWISE),
+    "wandb": "give --wandb_project instead; remove the block",
     "torch_autocast": "the computing dtype is --dtype; remove the block",
-    **dict.fromkeys(("data_efficiency", "tensor_parallel", "expert_parallel", "sequence_parallel_size"), _OTHERWISE),
-    **dict.fromkeys(("hybrid_engine", "fp8", "zero_optimization.zenflow", "zero_optimization.leaf_module"), _OTHERWISE),
-    "bfloat16": "old name of bf16; rename it",
-    "zero_optimization.cpu_offload": 'old name; give "offload_optimizer": {"device": "cpu"}',
-    "zero_optimization.cpu_offload_param": 'old name; give "offload_param": {"device": "cpu"}',
-    "zero_optimization.cpu_offload_params": 'old name; give "offload_param": {"device": "cpu"}',
 }
 _STAGE = "zero_optimization.stage"
-# Of what would train something else, or hide an update that was not made, the values that this trainer takes.
+# The values that this trainer takes of keys that could train something else, or hide an update that was not made.
 ALLOWED: dict[str, tuple] = {
     _STAGE: (0, 1, 2, 3),
     **{f"zero_optimization.offload_{what}.device": ("cpu", "none") for what in ("param", "optimizer")},
@@ -151,19 +134,19 @@ def ignored_keys(raw: dict) -> list[str]:
             return _leaves_the_rate_to_flags(value)
         if name == "activation_checkpointing" and isinstance(value, dict):
             return all(item in (False, None) for item in value.values())
-        return name in IGNORED_KEYS or value in IGNORED_VALUES.get(name, ())
+        return name in IGNORED_KEYS or value in IGNORED_VALUES.get(name, ()) or (name in NULLABLE and value is None)
 
     return [name for _, _, name, value in _places(raw) if means_nothing(name, value)]
 
 
 def _leaves_the_rate_to_flags(scheduler: object) -> bool:
-    """True if each of the block's params is "auto", as in Hugging Face's examples."""
+    """True if all params of the block are "auto", as in Hugging Face's examples."""
     params = scheduler.get("params") if isinstance(scheduler, dict) and scheduler.keys() <= {"type", "params"} else None
     return isinstance(params, dict) and bool(params) and all(value == "auto" for value in params.values())
 
 
 def _content(raw: dict, file: str) -> dict:
-    """Copies the file's content, without what is ignored. Raises ConfigError: all that can stand in no such file."""
+    """Copies the file's content without the ignored keys. Raises ConfigError for any invalid part."""
     content = copy.deepcopy(raw)
     for name in ignored_keys(raw):
         section, _, key = name.rpartition(".")
@@ -183,11 +166,13 @@ def _fault(section: str, key: str, name: str, value: object) -> str | None:
     """A line on a key or value of a file that DeepSpeed's models would let through, or none."""
     if name in REFUSED:
         return f"{name}: {REFUSED[name]}"
-    if key not in KEYS.get(section, {key}):
+    if name in OFF_BLOCKS:
+        return f"{name}: this trainer does not use it; remove it, or give 'enabled': false"
+    if key not in KEYS.get(section, {key}) and name not in IGNORED_VALUES:
         return f"{shown(name)[1:-1]}: unknown key{nearest(key, KEYS[section])}"
     if name in SECTIONS and not isinstance(value, dict):
         return f"{name}: must be an object, it is {shown(value)}"
-    allowed = ALLOWED.get(name, (value,))
+    allowed = ALLOWED.get(name) or IGNORED_VALUES.get(name) or (value,)
     if value in allowed or (value == "auto" and name != _STAGE):
         return None
     return f"{name} is {shown(value)}, this trainer takes {' or '.join(map(repr, allowed))}"
@@ -207,7 +192,7 @@ def read_deepspeed_config(path: str) -> dict:
         found: dict[str, object] = {}
         for key, value in pairs:
             if key in found:
-                raise ValueError(f"key {shown(key)} stands there twice")
+                raise ValueError(f"duplicate key {shown(key)}")
             found[key] = value
         return found
 
@@ -236,13 +221,9 @@ class LayerSizes(NamedTuple):
 
 
 def resolve(raw: dict, config: TrainConfig, *, world_size: int, on_cpu: bool, layer: LayerSizes) -> dict:
-    """The content for `deepspeed.initialize`, with every "auto" replaced and what the flags say checked against them.
+    """The content for `deepspeed.initialize`, with every "auto" replaced and checked against the flags.
 
-    Args:
-        raw: the file's content.
-        world_size: number of ranks.
-        on_cpu: True on CPU, where fp16 and pinned memory are not to be had.
-        layer: sizes of a decoder layer, for stage 3's persistence threshold and prefetching.
+    On CPU, fp16 and pinned memory are not to be had.
 
     Raises:
         ConfigError: every contradiction and unknown key, each with both values or the nearest valid name.
@@ -291,7 +272,7 @@ def _resolve(file: _File, config: TrainConfig, world_size: int, on_cpu: bool, la
 
 @dataclass
 class _File:
-    """The file's content as it is being resolved, and what was found wrong with it."""
+    """The file's content as it is being resolved, and the problems found in it."""
 
     name: str
     content: dict
@@ -356,7 +337,7 @@ def _settle_dtype(file: _File, config: TrainConfig, stage: int, world_size: int,
 
 def _fill_zero(zero: dict, stage: int, config: TrainConfig, layer: LayerSizes, on_cpu: bool) -> None:
     """The "auto" values of the ZeRO section."""
-    # A LoRA matrix below the threshold stays whole on every rank, instead of being gathered on its own.
+    # A LoRA matrix below the threshold stays unsharded on every rank, instead of being gathered on its own.
     if stage == 3 and zero.get("stage3_param_persistence_threshold", "auto") == "auto":
         zero["stage3_param_persistence_threshold"] = max(100_000, config.lora.lora_r * layer.widest)
     # To scatter them, DeepSpeed cuts each of LoRA's gradients into ranks on the host at the end of every backward: at
@@ -391,11 +372,7 @@ def _check_offload(file: _File, zero: dict, stage: int, on_cpu: bool) -> None:
 
 
 def nothing_to_shard_note(ds_config: dict, *, world_size: int) -> str | None:
-    """A sentence for a run on one rank at a stage that costs it and gives it nothing; else None.
-
-    Args:
-        ds_config: as resolved.
-    """
+    """A sentence for a run on one rank at a stage that costs it and gives it nothing; else None."""
     zero = ds_config["zero_optimization"]
     offloads = any((zero.get(f"offload_{what}") or {}).get("device") == "cpu" for what in ("param", "optimizer"))
     costs = {2: "seven times ZeRO-1's kernel launches an update", 3: "the hooks that gather every layer"}

@@ -1,8 +1,11 @@
 """The DeepSpeed engine and the process group: the only file that imports deepspeed.
 
+In the order of a run: `meet_ranks` finds the other ranks, `join_group` makes the process group, `check_config` has
+DeepSpeed judge its JSON, `loading` shards the base while it loads, `Engine` trains and hands out its state,
+`leave_ranks` ends it.
+
 The boundaries of an optimizer step are ours (`managed_gradient_accumulation: false`): any number of `backward` calls,
-then one `step`. Only public calls are used, but for the ones in `_without_kernel_build` and
-`_without_pynvml`.
+then one `step`. Only public calls are used, but for the ones in `_without_kernel_build` and `_without_pynvml`.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from peft import LoraConfig
 from torch import nn
 
 from ..errors import ConfigError, nearest, reading, shown
+from ..model.lora import with_lora
 from ..process import end_in_time, say
 from .adamw import DroppableAdamW
 from .device import describe_devices, name_accelerator, take_device
@@ -35,7 +39,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's place among the others; `device` is what it computes on."""
+    """This process's place among the others, and the device that it computes on."""
 
     rank: int
     world_size: int
@@ -80,6 +84,10 @@ class Ranks:
             raise ConfigError(list(found))
         return value
 
+    def on_main(self, function: Callable[[], T]) -> T | None:
+        """`function()` on rank 0, None on the others; a ConfigError is raised on all of them."""
+        return self.each(lambda: function() if self.is_main else None)
+
     def named(self, ranks: list[int]) -> str:
         """`ranks 2, 3`; where the run is on several hosts, `ranks 2, 3 on node02`."""
         return named(ranks, self.hosts)
@@ -93,7 +101,7 @@ class Ranks:
         torch.manual_seed(seed + self.rank)
 
     def say(self, text: str) -> None:
-        """A line to the console, from rank 0 alone."""
+        """A line to the console, from rank 0 only."""
         if self.is_main:
             say(text)
 
@@ -136,7 +144,7 @@ def join_group(ranks: Ranks, meeting: Meeting) -> None:
         rank=ranks.rank,
         world_size=ranks.world_size,
         timeout=timedelta(days=1),
-        # NCCL need not guess the rank's GPU, and connects now, where an error has a place. One rank alone has nobody to
+        # NCCL need not guess the rank's GPU, and connects now, where an error has a place. A single rank has nobody to
         # connect to, and doing it all the same has failed on some machines (DeepSpeed's issue 8248).
         device_id=ranks.device if not on_cpu and ranks.world_size > 1 else None,
     )
@@ -150,7 +158,7 @@ def join_group(ranks: Ranks, meeting: Meeting) -> None:
 
 
 def _without_kernel_build(deepspeed: ModuleType) -> None:
-    """Keeps DeepSpeed from compiling its shared-memory kernel (65 s) on CPU, where it serves inference alone.
+    """Keeps DeepSpeed from compiling its shared-memory kernel (65 s) on CPU, where only inference uses it.
 
     `deepspeed.ops.__compatible_ops__` is what `deepspeed.comm.torch.build_shm_op` asks;
     tests/distributed/test_engine.py fails when that changes.
@@ -172,7 +180,7 @@ def leave_ranks(exit_code: int, last_line: str = "", *, wait: bool = True) -> in
     """Leaves the process group; returns `exit_code`, to end with by `process.end_process`, within END_SEC from here.
 
     Args:
-        last_line: what rank 0 says, once nobody is waited for any more.
+        last_line: printed by rank 0, once nobody is waited for any more.
         wait: for the other ranks, where all of them are known to come here.
     """
     if dist.is_initialized():
@@ -186,7 +194,7 @@ def leave_ranks(exit_code: int, last_line: str = "", *, wait: bool = True) -> in
 
 
 def check_config(ds_config: dict, name: str) -> None:
-    """Has DeepSpeed's own models read what will be handed to it, before anything is loaded.
+    """Has DeepSpeed's own models validate the resolved file, before anything is loaded.
 
     Args:
         ds_config: as resolved by `ds_config.resolve`; it stays as it is.
@@ -233,6 +241,7 @@ class Engine:
     def __init__(self, module: nn.Module, ds_config: dict, *, weight_decay: float, max_grad_norm: float):
         import deepspeed
 
+        # 1. The optimizer, with the duties that DeepSpeed's stage leaves to it.
         # With fp16 the loss is scaled up until gradients overflow now and then: such a step is dropped, and no failure.
         self.overflows_by_design: bool = ds_config["fp16"]["enabled"]
         self.stage: int = ds_config["zero_optimization"]["stage"]
@@ -244,18 +253,19 @@ class Engine:
         # At stage 0 in bf16, DeepSpeed takes a step on zero gradients to make the moments, and leaves it counted:
         # Adam's bias correction would then be off by one, and the first update 0.74 of what it should be.
         self._optimizer.drop_next = self.stage == 0
-        whole = list(getattr(module, "leaf_modules", ()))
-        if self.stage == 3 and whole:
-            deepspeed.utils.set_z3_leaf_modules(module, whole)
+        # 2. The modules that stage 3 gathers at once, with all that is in them.
+        leaves = list(getattr(module, "leaf_modules", ()))
+        if self.stage == 3 and leaves:
+            deepspeed.utils.set_z3_leaf_modules(module, leaves)
             # DeepSpeed reduces such a module's gradients once the one of its input is there. Without one it would do so
             # before the module's backward, and take the gradients for zero.
             module.input_gradient = True  # type: ignore[assignment]  # a flag of the training forward's
-        # DeepSpeed's own groups keep NCCL's ten minutes. A rank that reads the base from a slower disk may take longer
-        # than that, so the ranks meet before there are any, on the group that has a day's patience.
+        # 3. DeepSpeed's engine. Its own groups keep NCCL's ten minutes, and a rank that reads the base from a slow disk
+        # may take longer: the ranks meet before there are any, on the group that has a day's patience.
         dist.barrier()
         self._engine, *_ = deepspeed.initialize(model=module, optimizer=self._optimizer, config=ds_config)
         self._optimizer.drop_next = False
-        # At stages 2 and 3 the order in which gradients come must be every rank's: it is noted, and compared each step.
+        # 4. At stages 2 and 3 all ranks must add up their gradients in one order: noted here, compared in each step.
         self._came = [0, 0]  # gradients since the last step, and a checksum of their order
         for number, parameter in enumerate(_trained(module).values() if self.stage >= 2 else ()):
             parameter.register_post_accumulate_grad_hook(functools.partial(self._note_gradient, number))
@@ -275,10 +285,10 @@ class Engine:
         """Stage, dtype, devices and how many parameters train, as text."""
         sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in self.module.parameters()]
         trained = sum(size for size, learns in sizes if learns)
-        whole = sum(size for size, _ in sizes)
-        whole += sum(getattr(module, "quantized_values", 0) for module in self.module.modules())
+        total = sum(size for size, _ in sizes)
+        total += sum(getattr(module, "quantized_values", 0) for module in self.module.modules())
         where = describe_devices(self._engine.device, dist.get_world_size())
-        return f"engine: ZeRO-{self.stage}, {dtype} on {where}; {trained:,} of {whole:,} parameters train"
+        return f"engine: ZeRO-{self.stage}, {dtype} on {where}; {trained:,} of {total:,} parameters train"
 
     def train(self, mode: bool = True) -> None:
         """Dropout on or off."""
@@ -315,6 +325,7 @@ class Engine:
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         self._came = [0, 0]
+        # DeepSpeed sums the gradients over the ranks, clips, has the optimizer step, and clears them.
         self._engine.step()
         norm = self._optimizer.norm if self._optimizer.clip_norm is not None else self._engine.get_global_grad_norm()
         return float("nan") if norm is None else float(norm)
@@ -328,6 +339,40 @@ class Engine:
         finally:
             self._optimizer.drop_next = False
 
+    @contextlib.contextmanager
+    def generating(self, empty: Callable[[], nn.Module]) -> Iterator[nn.Module | None]:
+        """The base model with LoRA, dropout off and every weight whole, to generate with beside the engine.
+
+        Under ZeRO-3 it is a copy that every rank gathers, so that no rank waits for another while it generates; None on
+        every rank where a copy does not fit into some rank's memory. Every rank must enter it; training mode after it.
+
+        Args:
+            empty: makes the base model on the meta device.
+        """
+        self.train(False)
+        try:
+            yield self.module.model.get_base_model() if self.stage < 3 else self._copy_of_model(empty)
+        finally:
+            self.train()
+
+    def _copy_of_model(self, empty: Callable[[], nn.Module]) -> nn.Module | None:
+        source, device = self.module.model, self._engine.device
+        num_bytes = sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in source.parameters())
+        fits = torch.ones(1, device=device)
+        if device.type == "cuda":
+            unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+            fits *= torch.cuda.mem_get_info(device)[0] + unused > 1.1 * num_bytes
+        dist.all_reduce(fits, op=dist.ReduceOp.MIN)
+        if not fits:
+            return None
+        with torch.device("meta"):
+            model = with_lora(empty(), self.lora_config)
+        weights = {name: full_weight(parameter) for name, parameter in source.named_parameters()}
+        model.load_state_dict(weights, assign=True, strict=False)
+        for place, module in source.named_modules():
+            model.get_submodule(place)._buffers.update(module._buffers)  # rotary tables, not in a state dict
+        return model.eval().get_base_model()
+
     def gather_state(self) -> GatheredState | None:
         """Weights in float32 and Adam's moments for rank 0, which put themselves together when called; None elsewhere.
 
@@ -335,7 +380,7 @@ class Engine:
         this. Training may go on before the result is called, in another thread too: all of it is on the host by then.
         Three collectives in all: gathered tensor by tensor, a large adapter would hold up training for seconds.
         """
-        # On every rank: these are the collectives.
+        # First the collectives, on every rank; the rest is rank 0's.
         weights, exp_avg, exp_avg_sq = [self._gather(parts) for parts in self._local_state()]
         if dist.get_rank() != 0:
             return None
@@ -376,20 +421,20 @@ class Engine:
                 yield [self._optimizer.state[master][key].flatten() for master in self._optimizer.parameters]
 
     def _check_layout(self, state: GatheredState) -> None:
-        """The masters, rounded, are the module's weights: fails loudly where a DeepSpeed cuts them otherwise.
+        """Raises RuntimeError where the gathered weights, rounded, are not the module's: the layout has changed.
 
-        At stage 3 no rank has them whole, and DeepSpeed itself says which part of which is whose.
+        Not at stage 3, where no rank has the full weights, and DeepSpeed itself says which part of which is whose.
         """
         if self.stage < 3:
             trained = _trained(self.module)
-            for name, weight in state.whole_weights().items():
+            for name, weight in state.full_weights().items():
                 own = trained[name].detach().cpu()
                 if not torch.equal(weight.to(own.dtype), own):
                     raise RuntimeError(f"{name}: gathered weights are not the model's; DeepSpeed's layout has changed")
         self._layout_is_known = True
 
     def load_state(self, state: OptimizerState, first_inputs: dict) -> None:
-        """Sets what `gather_state` gave; the module's own weights must hold the same, in the engine's dtype, already.
+        """Sets a state of `gather_state`; the module's own weights must hold the same, in the engine's dtype, already.
 
         Args:
             first_inputs: any micro-batch's model inputs. One step with gradients of zero and learning rate 0 on it
@@ -397,7 +442,7 @@ class Engine:
         """
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-        # A step that changes nothing, for the moments that it makes.
+        # First a step that changes nothing, for the moments that it makes.
         books = self.module.num_codebooks
         device = next(value for value in first_inputs.values() if value is not None).device
         loss, _, _ = self.forward(first_inputs, 0.0, torch.zeros(books, device=device))
@@ -426,7 +471,7 @@ class Engine:
         return steps.pop()
 
     def gather_trainable(self) -> dict[str, torch.Tensor]:
-        """Trained weights, whole, on the CPU, by their names in the module. Every rank must call it."""
+        """The full trained weights on the CPU, by their names in the module. Every rank must call it."""
         trained = _trained(self.module)
         with _gathered(trained.values()):
             return {name: parameter.detach().cpu().clone() for name, parameter in trained.items()}
@@ -437,15 +482,15 @@ def _trained(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
-def whole(parameter: nn.Parameter) -> torch.Tensor:
-    """A copy of a weight, before the engine; ZeRO-3 has cut it while loading. Every rank must call this."""
+def full_weight(parameter: nn.Parameter) -> torch.Tensor:
+    """A copy of a weight, which ZeRO-3 may have sharded. Every rank must call it."""
     with _gathered([parameter]):
         return parameter.detach().clone()
 
 
 @contextlib.contextmanager
 def _gathered(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Inside, those that ZeRO-3 has cut are whole on every rank."""
+    """Inside, those that ZeRO-3 has sharded are gathered on every rank."""
     import deepspeed
 
     sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]

@@ -55,23 +55,18 @@ def resume_command(chain: list[tuple[int, int]], environment: Mapping[str, str] 
 
 
 def _started_elsewhere(launcher: list[str], environment: Mapping[str, str]) -> str:
-    """The kind of command that has started this process from another host; empty for one that is seen here.
+    """The kind of command that started this process from another host; empty for one that is seen here.
 
-    Args:
-        launcher: the topmost launcher's command line, if there is one.
+    `launcher` is the topmost launcher's command line, empty without one.
     """
     if any(word.startswith("deepspeed.launcher.launch") for word in launcher):  # a host's share of it
         return "launch/multi_node.sh (or deepspeed --hostfile)"
-    several = environment.get("SLURM_STEP_NUM_TASKS", environment.get("SLURM_NTASKS", "1")) != "1"
-    of_srun = several and is_step(environment)
-    if launcher:
-        return "sbatch or srun" if of_srun else ""
-    if environment.get("WORLD_SIZE", "1") == "1":
+    if is_step(environment) and environment.get("SLURM_STEP_NUM_TASKS", "1") != "1":
+        return "sbatch or srun"
+    if launcher or environment.get("WORLD_SIZE", "1") == "1":
         return ""
     if environment.get("OMPI_COMM_WORLD_SIZE") or environment.get("MV2_COMM_WORLD_SIZE"):
         return "mpirun"
-    if of_srun:
-        return "sbatch or srun"
     return "mpiexec" if environment.get("PMI_SIZE") else ""
 
 

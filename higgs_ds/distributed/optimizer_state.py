@@ -1,4 +1,4 @@
-"""The trained state, whole: float32 weights and Adam's moments by name, from every rank's share on the host."""
+"""The full trained state: float32 weights and Adam's moments by name, from every rank's share on the host."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ class GatheredState:
     by_parameter: bool  # stage 3 cuts each parameter into equal parts, padded; the others cut all of them as one
 
     def __call__(self) -> OptimizerState:
-        """The whole tensors, each in memory of its own."""
-        weights, exp_avg, exp_avg_sq = map(self._whole, (self.weights, self.exp_avg, self.exp_avg_sq))
+        """The full tensors, each in memory of its own."""
+        weights, exp_avg, exp_avg_sq = map(self._full, (self.weights, self.exp_avg, self.exp_avg_sq))
         return OptimizerState(weights, exp_avg, exp_avg_sq, self.adam_steps)
 
-    def whole_weights(self) -> dict[str, torch.Tensor]:
-        """The weights alone."""
-        return self._whole(self.weights)
+    def full_weights(self) -> dict[str, torch.Tensor]:
+        """The weights only."""
+        return self._full(self.weights)
 
-    def _whole(self, shares: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-        whole, at = {}, 0
+    def _full(self, shares: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+        full, at = {}, 0
         for name, shape in self.shapes.items():
             size = shape.numel()
             if self.by_parameter:
@@ -51,8 +51,8 @@ class GatheredState:
             else:
                 value = _span(shares, at, size)
                 at += size
-            whole[name] = value.view(shape)
-        return whole
+            full[name] = value.view(shape)
+        return full
 
 
 def _span(shares: list[torch.Tensor], start: int, length: int) -> torch.Tensor:

@@ -20,7 +20,7 @@ from ..process import END_SEC, leave_now, say
 from .engine import Ranks
 from .launchers import find_launchers, gone_launcher, resume_command
 from .stop import StopRequest
-from .watch_sockets import HEARTBEAT_SEC, JsonConnection, RankState, Verdict, WatchClient, WatchServer
+from .watch_sockets import HEARTBEAT_SEC, JsonConnection, Peers, RankState, Verdict
 
 NEWS_WAIT_SEC = 3.0  # how long an error waits for the news that another rank's death is behind it
 SUSPENDED_SEC = 10 * HEARTBEAT_SEC  # a heartbeat that takes longer: this process did not run meanwhile
@@ -72,12 +72,10 @@ class Watch:
         self._launchers = find_launchers()
         self.resume_command = resume_command(self._launchers)
         self._stop = stop
-        # What must be done even then: a checkpoint being written is finished.
+        # Actions that come before any end: a checkpoint being written is finished.
         self.before_end: list[Callable[[Verdict], None]] = []
         hosts = [ranks.host_of(rank) for rank in range(ranks.world_size)]
-        self._connection = (
-            WatchServer(connections, hosts) if ranks.is_main else WatchClient(connections[0], host_of_0=hosts[0])
-        )
+        self._peers = Peers(ranks.rank, connections, hosts)
         # A data worker may outlive its rank, and must not hold the connection by whose end that rank is missed.
         os.register_at_fork(after_in_child=partial(_close_all, connections))
         if stop is not None:
@@ -94,7 +92,7 @@ class Watch:
         self._move_on(self._state.step, doing, timed=False)
 
     def progressed(self) -> None:
-        """This rank goes on with what it is doing, alone: not one of the moves that all ranks make."""
+        """This rank goes on with what it is doing: not one of the moves that all ranks make."""
         with self._lock:
             self._progress_at = time.monotonic()
 
@@ -115,11 +113,11 @@ class Watch:
 
     def _fail(self, error: BaseException) -> None:
         """Ends all ranks with this error; does not return."""
-        alone = self._ranks.world_size == 1
+        single = self._ranks.world_size == 1
         for_user = hasattr(error, "exit_code")
         # Where another rank died, an error of a collective is only its echo: the verdict ends this process first.
-        # What is the user's to mend may have met all ranks at once: rank 0 is the first to say so.
-        time.sleep(0.0 if alone or (for_user and self._ranks.is_main) else NEWS_WAIT_SEC)
+        # An error that the user is to mend may have met all ranks at once: rank 0 is the first to say so.
+        time.sleep(0.0 if single or (for_user and self._ranks.is_main) else NEWS_WAIT_SEC)
         if for_user:
             say(str(error), error=True)
         elif not isinstance(error, OSError):  # whose message says it all
@@ -130,7 +128,7 @@ class Watch:
                 f"rank {self._state.name} failed {self._state}: {_first_line(error)}",
                 exit_code if isinstance(exit_code, int) else ExitCode.FAILED,
             )
-        if not alone:
+        if not single:
             self._own_failure_sent.wait(10 * HEARTBEAT_SEC)
         self._end(self._own_failure)
 
@@ -144,25 +142,25 @@ class Watch:
         while not self._closing.is_set():
             slept = time.monotonic() - woken
             if slept > SUSPENDED_SEC:  # this process was suspended itself, perhaps with all others
-                self._connection.extend_deadlines(slept)
+                self._peers.extend_deadlines(slept)
                 with self._lock:
                     self._progress_at += slept
             woken = time.monotonic()
             if self._own_failure is not None:
-                self._connection.send_verdict(self._own_failure)
+                self._peers.send_verdict(self._own_failure)
                 self._own_failure_sent.set()
                 return
             verdict = self._asked_to_end()
             if verdict is not None:
-                self._connection.send_verdict(verdict)
+                self._peers.send_verdict(verdict)
             else:
-                verdict = self._connection.exchange(self._current_state(), self._stall_timeout_sec)
+                verdict = self._peers.exchange(self._current_state(), self._stall_timeout_sec)
             if verdict is not None:
                 self._end(verdict)
-        self._connection.leave()
+        self._peers.leave()
 
     def _asked_to_end(self) -> Verdict | None:
-        """True if this rank was asked for an end that need not wait for a step."""
+        """The verdict where this rank is asked for an end that need not wait for a step."""
         launcher = gone_launcher(self._launchers)
         gone = None if launcher is None else f"the launcher (process {launcher}) is gone"
         if self._stop is None:

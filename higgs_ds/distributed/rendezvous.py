@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import secrets
 import socket
-import struct
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 
+import psutil  # which deepspeed requires
 import torch.distributed as dist
 
 from ..errors import ConfigError, reason_of
 from ..process import say
+from .ports import free_port, taken
 from .watch_sockets import JsonConnection
 
 # Torch's default. Once they have met, one rank may encode for hours while the others wait: a dead or stuck rank is then
@@ -26,8 +27,8 @@ from .watch_sockets import JsonConnection
 MEETING_TIMEOUT = timedelta(minutes=30)
 SAID_TO_WAIT_SEC = 60.0
 REACH_TIMEOUT_SEC = 20.0
+PORT_RANGE_FILE = Path("/proc/sys/net/ipv4/ip_local_port_range")
 HELLO_TIMEOUT_SEC = 10.0  # for a connection to say which rank it is
-SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of a network interface
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,8 @@ def meet(*, on_cpu: bool) -> Meeting:
             firewall stands between two hosts.
     """
     if not os.environ.get("RANK"):
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-        os.environ["MASTER_PORT"] = str(free_port(0))
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
+        os.environ["MASTER_PORT"] = str(free_port())
     _check_address()
     try:
         with _said_to_wait():
@@ -59,7 +60,7 @@ def meet(*, on_cpu: bool) -> Meeting:
     except dist.DistError as error:
         raise _not_met(error) from None
     if on_cpu and other_host is not None:
-        _take_the_way_to(other_host)
+        _set_gloo_interface(other_host)
     return Meeting(store, rank, world_size, hosts, connections)
 
 
@@ -108,30 +109,10 @@ def _said_to_wait() -> Iterator[None]:
 def _not_met(error: dist.DistError) -> ConfigError:
     """Puts torch's error into one line."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    if os.environ["RANK"] == "0" and "EADDRINUSE" in str(error):
-        free = free_port(port + 1)
-        return _refused(
-            f"MASTER_PORT: {port} is taken on {socket.gethostname()}, by another run perhaps; {free} is free: "
-            f"{_port_option(free)}"
-        )
+    if "EADDRINUSE" in str(error):
+        return _refused(taken(port))
     reason = str(error).strip().splitlines()[0]
     return _refused(f"MASTER_ADDR, MASTER_PORT: the ranks did not meet at {address}:{port}: {reason}")
-
-
-def _port_option(port: int) -> str:
-    """The option that gives another port to the launcher that started this process."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        return f"torchrun --master_port {port}"
-    return f"deepspeed --master_port {port}" if "CROSS_RANK" in os.environ else f"MASTER_PORT={port}"
-
-
-def free_port(first: int = 0) -> int:
-    """The first free port from `first` on, of a hundred; any free one where those are taken, or `first` is 0."""
-    for port in (*(range(first, min(first + 100, 65536)) if first else ()), 0):
-        with contextlib.suppress(OSError), socket.socket() as free:
-            free.bind(("", port))
-            return free.getsockname()[1]
-    raise _refused(f"{socket.gethostname()} has no free TCP port")
 
 
 def connect(
@@ -151,89 +132,80 @@ def connect(
     if world_size == 1:
         return (socket.gethostname(),), {}, None
     if rank == 0:
-        connections, hellos, failed = _let_in(store, world_size)
-        hosts = [socket.gethostname(), *(hello["host"] for _, hello in sorted(hellos.items()))]
-        others = [hello["address"] for hello in hellos.values() if not _is_loopback(hello["address"])]
-        store.set("reach/all", json.dumps([failed, hosts, others[:1]]))
+        connections = _accept_all(store, world_size)
+        _report(store, rank)
     else:
-        connections = _reach(store, rank)
-        failed, hosts, others = json.loads(store.get("reach/all"))
-        if failed:
-            store.set(f"reach/{rank}/told", "")
-    if failed:
+        connections = _connect_to_0(store, rank)
+    reports = [json.loads(text) for text in store.multi_get([f"reach/{rank}" for rank in range(world_size)])]
+    if failed := [report["failed"] for report in reports if report["failed"]]:
+        store.set(f"reach/{rank}/told", "")
         if rank == 0:  # the store ends with this process, so the others must have read it
             with contextlib.suppress(dist.DistError):
-                store.wait([f"reach/{other}/told" for other in range(1, world_size)], timedelta(seconds=10))
-        first, last = _ephemeral_ports()
+                store.wait([f"reach/{other}/told" for other in range(world_size)], timedelta(seconds=10))
+        first, last = PORT_RANGE_FILE.read_text(encoding="ascii").split()
         raise ConfigError(
             [*failed, f"hosts must reach each other on TCP ports {first}-{last} (net.ipv4.ip_local_port_range)"]
         )
-    return tuple(hosts), connections, others[0] if others else None
+    elsewhere = (report["address"] for report in reports if not _is_loopback(report["address"]))
+    return tuple(report["host"] for report in reports), connections, next(elsewhere, None)
 
 
-def _let_in(store: dist.Store, world_size: int) -> tuple[dict[int, JsonConnection], dict[int, dict], list[str]]:
-    """Rank 0's connections to all others, what they said of themselves, and why others could not connect."""
+def _report(store: dist.Store, rank: int, *, address: str = "127.0.0.1", failed: str = "") -> None:
+    """Tells all ranks where this one is, and why it could not connect to rank 0, if so."""
+    report = {"host": socket.gethostname(), "address": address, "failed": failed}
+    store.set(f"reach/{rank}", json.dumps(report))
+
+
+def _accept_all(store: dist.Store, world_size: int) -> dict[int, JsonConnection]:
+    """Rank 0's connections to all others, without those that report that they could not connect."""
     token, until = secrets.token_hex(16), time.monotonic() + MEETING_TIMEOUT.total_seconds()
     connections: dict[int, JsonConnection] = {}
-    hellos: dict[int, dict] = {}
-    failed: dict[int, str] = {}
-    with listen(world_size) as listener:
+    missing = set(range(1, world_size))
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    with socket.create_server(("", 0), family=family, backlog=world_size, dualstack_ipv6=both) as listener:
         listener.settimeout(1.0)
         store.set("reach/at", json.dumps([listener.getsockname()[1], token]))
-        while missing := set(range(1, world_size)) - hellos.keys() - failed.keys():
+        while missing:
             try:
                 connection = JsonConnection(listener.accept()[0])
             except TimeoutError:
-                for rank in filter(lambda rank: store.check([f"reach/{rank}"]), missing):
-                    failed[rank] = store.get(f"reach/{rank}").decode()
-                if time.monotonic() > until:
+                reported = [rank for rank in missing if store.check([f"reach/{rank}"])]
+                missing -= {rank for rank in reported if json.loads(store.get(f"reach/{rank}"))["failed"]}
+                if missing and time.monotonic() > until:
                     raise dist.DistStoreError(f"{_listed(sorted(missing))} did not come") from None
                 continue
-            hello = connection.wait_for_one(HELLO_TIMEOUT_SEC)
+            hello = connection.receive_first(HELLO_TIMEOUT_SEC)
             if hello.get("token") == token and hello.get("rank") in missing:
-                connections[hello["rank"]], hellos[hello["rank"]] = connection, hello
+                connections[hello["rank"]] = connection
+                missing.remove(hello["rank"])
             else:
                 connection.close()  # a stranger
-    return connections, hellos, [failed[rank] for rank in sorted(failed)]
+    return connections
 
 
-def _reach(store: dist.Store, rank: int) -> dict[int, JsonConnection]:
-    """Connects another rank to rank 0; an empty dict where that fails, of which rank 0 is told."""
-    (port, token), host = json.loads(store.get("reach/at")), socket.gethostname()
+def _connect_to_0(store: dist.Store, rank: int) -> dict[int, JsonConnection]:
+    """Another rank's connection to rank 0; an empty dict where that fails, which it reports."""
+    port, token = json.loads(store.get("reach/at"))
     address = os.environ["MASTER_ADDR"]
     try:
         reached = socket.create_connection((address, port), timeout=REACH_TIMEOUT_SEC)
     except OSError as error:
         met_at = f"{address} on port {os.environ['MASTER_PORT']} (MASTER_PORT)"
-        store.set(f"reach/{rank}", f"rank {rank} on {host} reaches {met_at}, but not on port {port}: {error}")
+        where = f"rank {rank} on {socket.gethostname()}"
+        _report(store, rank, failed=f"{where} reaches {met_at}, but not on port {port}: {error}")
         return {}
     connection = JsonConnection(reached)
-    connection.send({"token": token, "rank": rank, "host": host, "address": reached.getsockname()[0]})
+    connection.send({"token": token, "rank": rank})
+    _report(store, rank, address=reached.getsockname()[0])
     return {0: connection}
-
-
-def listen(backlog: int) -> socket.socket:
-    """A socket for other hosts to connect to, on a port that the system chooses."""
-    both = socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if both else socket.AF_INET
-    return socket.create_server(("", 0), family=family, backlog=backlog, dualstack_ipv6=both)
 
 
 def _is_loopback(address: str) -> bool:
     return address.startswith(("127.", "::ffff:127.")) or address == "::1"
 
 
-def _ephemeral_ports() -> tuple[str, str]:
-    """The first and last port that this system hands out."""
-    try:
-        with open("/proc/sys/net/ipv4/ip_local_port_range", encoding="ascii") as file:
-            first, last = file.read().split()
-    except (OSError, ValueError):
-        return "32768", "60999"
-    return first, last
-
-
-def _take_the_way_to(other_host: str) -> None:
+def _set_gloo_interface(other_host: str) -> None:
     """Has gloo use the network interface that leads to rank 0, or from rank 0 to `other_host`, unless one is named.
 
     By default gloo takes the address of this host's name, which is 127.0.1.1 on many systems, where no other host can
@@ -241,16 +213,10 @@ def _take_the_way_to(other_host: str) -> None:
     """
     if os.environ.get("GLOO_SOCKET_IFNAME"):
         return
-    mine = next(filter(None, map(_own_address, (os.environ["MASTER_ADDR"], other_host))), None)
-    if mine is None:
-        return
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
-        for _, name in socket.if_nameindex():
-            with contextlib.suppress(OSError):
-                answer = fcntl.ioctl(any_socket, SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
-                if socket.inet_ntoa(answer[20:24]) == mine:
-                    os.environ["GLOO_SOCKET_IFNAME"] = name
-                    return
+    mine = _own_address(os.environ["MASTER_ADDR"]) or _own_address(other_host)
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(address.address == mine for address in addresses):
+            os.environ["GLOO_SOCKET_IFNAME"] = name
 
 
 def _own_address(other: str) -> str | None:

@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class SingleProcess:
-    """`Ranks` of a process without others: what reading the data asks of them."""
+    """`Ranks` of a process without others, as far as reading the data needs them."""
 
     rank: int = 0
     world_size: int = 1

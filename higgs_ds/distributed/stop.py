@@ -1,4 +1,4 @@
-"""Asked to end: by whom, and what that means where the run stands."""
+"""Requests to stop, by a signal or a launcher that is gone, and their effect in each part of a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..errors import ExitCode
 from ..process import say
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-# A launcher passes on what the whole group has already got: a second signal means it only after so long.
+# A launcher passes on what its process group already has: a signal counts as a second one only after so long.
 SECOND_SIGNAL_SEC = 3.0
 
 
@@ -29,7 +29,7 @@ class StopRequest:
     def __init__(self):
         self.reason: str | None = None  # who asked; None: nobody
         self.ends_at_once = True  # there is nothing to finish and save
-        self._alone = True
+        self._joined = False
         self._first_signal_at: float | None = None
         self._waking, woken = os.pipe()
         os.set_blocking(woken, False)
@@ -42,7 +42,7 @@ class StopRequest:
 
     def joined(self) -> None:
         """The ranks watch each other from here on."""
-        self._alone = False
+        self._joined = True
 
     def training(self) -> None:
         """There are steps to finish and to save from here on."""
@@ -68,7 +68,7 @@ class StopRequest:
         elif now - self._first_signal_at > SECOND_SIGNAL_SEC:
             os._exit(128 + number)
         self.ask(signal.Signals(number).name)
-        if self._alone:
+        if not self._joined:
             say(f"asked to stop ({self.reason}) before anything was begun")
             os._exit(ExitCode.STOPPED)
 

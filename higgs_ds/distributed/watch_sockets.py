@@ -1,8 +1,7 @@
-"""The ranks' word to each other, to find one that died or is stuck: JSON lines over one TCP connection a rank.
+"""Heartbeats between rank 0 and every other rank, to find one that died or is stuck: JSON lines over TCP.
 
-Rank 0 is the server. Every other rank is a client, which sends its state each half second and believes the server's
-verdict. They are connected before the first collective (`rendezvous.meet`). A process that dies closes its connection
-at once, whatever killed it; a host that dies falls silent.
+Each side sends its state every half second. The connections are made before the first collective (`rendezvous.meet`).
+A process that dies closes its connection at once, whatever killed it; a host that dies falls silent.
 """
 
 from __future__ import annotations
@@ -23,14 +22,14 @@ MAX_LINE = 65536
 
 @dataclass
 class RankState:
-    """The step that a rank is at, and what it is doing there."""
+    """A rank's step, and its activity there."""
 
     rank: int
     progress: int = 0  # how often it has begun something new; all ranks begin the same things in the same order
     step: int = 0  # 0 before the first
     doing: str = "starting"
     no_progress_sec: float = 0.0  # how long it has been without any sign of progress
-    timed: bool = False  # whether the stall timeout holds for what it is doing
+    timed: bool = False  # True: the stall timeout holds for this activity
     host: str = ""  # where it is, in a run on several hosts
 
     @property
@@ -50,141 +49,84 @@ class Verdict:
     exit_code: int = ExitCode.FAILED
 
 
-class WatchServer:
-    """Rank 0's side: hears every rank, finds who is gone or stuck, tells all."""
+class Peers:
+    """The ranks that this one is connected to: all others for rank 0, and rank 0 for each of them.
 
-    def __init__(self, connections: dict[int, JsonConnection], hosts: list[str]):
+    Rank 0 hears of a failure first, and relays the verdict to all.
+    """
+
+    def __init__(self, rank: int, connections: dict[int, JsonConnection], hosts: list[str]):
         """`connections` are those of `rendezvous.meet`, `hosts` every rank's as `RankState.host` has it."""
-        self._selector = selectors.DefaultSelector()
-        self._connections = connections
-        self._states = {rank: RankState(rank, host=hosts[rank]) for rank in connections}
+        self._rank = rank
+        self._connections = dict(connections)  # without those that have left
+        self._states = {peer: RankState(peer, host=hosts[peer]) for peer in connections}
         self._heard_at = dict.fromkeys(connections, time.monotonic())
-        self._left: set[int] = set()  # ranks that have ended in good order
-        for rank, connection in connections.items():
-            connection.never_wait()
-            self._selector.register(connection, selectors.EVENT_READ, rank)
+        self._selector = selectors.DefaultSelector()
+        for peer, connection in connections.items():
+            connection.set_nonblocking()
+            self._selector.register(connection, selectors.EVENT_READ, peer)
 
     def exchange(self, mine: RankState, stall_timeout_sec: float) -> Verdict | None:
-        """Listens for half a second, then sends rank 0's state or the verdict to all; returns the verdict, if any."""
-        self._states[0] = mine
-        verdict = self._listen() or self._find_silent() or find_stalled(list(self._states.values()), stall_timeout_sec)
-        if verdict is None:
-            self._send({"state": asdict(mine)})
-        else:
+        """Sends this rank's state, listens for half a second; returns the verdict, if any. Only rank 0 finds stalls."""
+        self._send({"state": asdict(mine)})
+        verdict = self._listen() or self._find_silent()
+        if verdict is None and self._rank == 0:
+            verdict = find_stalled([mine, *self._states.values()], stall_timeout_sec)
+        if verdict is not None and self._rank == 0:
             self.send_verdict(verdict)
         return verdict
 
-    def _listen(self) -> Verdict | None:
-        if not self._selector.get_map():
-            time.sleep(HEARTBEAT_SEC)
-            return None
-        until = time.monotonic() + HEARTBEAT_SEC
-        while (left := until - time.monotonic()) > 0:
-            for key, _ in self._selector.select(left):
-                if (verdict := self._read(key)) is not None:
-                    return verdict
-        return None
-
-    def _read(self, key: selectors.SelectorKey) -> Verdict | None:
-        rank = key.data
-        messages, is_open = self._connections[rank].read()
-        for message in messages:
-            self._heard_at[rank] = time.monotonic()
-            if "verdict" in message:
-                return Verdict(message["verdict"], message["exit_code"])
-            if "leaving" in message:
-                self._left.add(rank)
-            if "state" in message:
-                self._states[rank] = RankState(**message["state"])
-        if not is_open:
-            self._selector.unregister(key.fileobj)
-            if rank not in self._left:
-                return Verdict(f"rank {self._states[rank].name} died {self._states[rank]}")
-            self._states.pop(rank)
-            self._heard_at.pop(rank)
-        return None
-
-    def _find_silent(self) -> Verdict | None:
-        for rank, at in self._heard_at.items():
-            if rank not in self._left and time.monotonic() - at > SILENCE_TIMEOUT_SEC:
-                return _silent(self._states[rank])
-        return None
-
     def extend_deadlines(self, seconds: float) -> None:
-        """Forgives the ranks that long a silence: this process was suspended and could not hear them."""
-        self._heard_at = {rank: at + seconds for rank, at in self._heard_at.items()}
+        """Forgives the peers that long a silence: this process was suspended and could not hear them."""
+        self._heard_at = {peer: at + seconds for peer, at in self._heard_at.items()}
 
     def send_verdict(self, verdict: Verdict) -> None:
-        """Has every rank end."""
-        self._send(_verdict_message(verdict))
+        """Has every peer end, and through rank 0 every rank."""
+        self._send({"verdict": verdict.text, "exit_code": verdict.exit_code})
 
     def leave(self) -> None:
-        """Tells all that this rank's end is in good order."""
+        """Tells the peers that this rank ends in good order."""
         self._send({"leaving": True})
 
     def _send(self, message: dict) -> None:
-        for rank, connection in self._connections.items():
-            if rank not in self._left:
-                connection.send(message)
+        for connection in self._connections.values():
+            connection.send(message)
 
-
-class WatchClient:
-    """Every other rank's side: tells rank 0 what it is doing, and believes its verdict."""
-
-    def __init__(self, connection: JsonConnection, host_of_0: str):
-        """`connection` is that of `rendezvous.meet`."""
-        self._connection = connection
-        self._connection.never_wait()
-        self._heard_at = time.monotonic()
-        self._state_of_0 = RankState(0, host=host_of_0)
-        self._server_left = False
-
-    def exchange(self, mine: RankState, stall_timeout_sec: float) -> Verdict | None:
-        """Sends this rank's state, then listens for half a second; returns the verdict, if any.
-
-        `stall_timeout_sec` is for rank 0 to hold against.
-        """
-        if self._server_left:
-            time.sleep(HEARTBEAT_SEC)
-            return None
-        self._connection.send({"state": asdict(mine)})
+    def _listen(self) -> Verdict | None:
         until = time.monotonic() + HEARTBEAT_SEC
-        while (left := until - time.monotonic()) > 0 and not self._server_left:
-            with selectors.DefaultSelector() as selector:
-                selector.register(self._connection, selectors.EVENT_READ)
-                if not selector.select(left):
-                    break
-            if (verdict := self._read()) is not None:
-                return verdict
-        if not self._server_left and time.monotonic() - self._heard_at > SILENCE_TIMEOUT_SEC:
-            return _silent(self._state_of_0)
+        while self._connections and (left := until - time.monotonic()) > 0:
+            for key, _ in self._selector.select(left):
+                if (verdict := self._read(key.data)) is not None:
+                    return verdict
+        time.sleep(max(0.0, until - time.monotonic()))  # every peer has left
         return None
 
-    def _read(self) -> Verdict | None:
-        messages, is_open = self._connection.read()
+    def _read(self, peer: int) -> Verdict | None:
+        messages, is_open = self._connections[peer].read()
         for message in messages:
-            self._heard_at = time.monotonic()
+            self._heard_at[peer] = time.monotonic()
             if "verdict" in message:
                 return Verdict(message["verdict"], message["exit_code"])
-            self._server_left = self._server_left or "leaving" in message
-            if "state" in message:
-                self._state_of_0 = RankState(**message["state"])
-        if not is_open and not self._server_left:
-            return Verdict(f"rank {self._state_of_0.name} died {self._state_of_0}")
+            if "leaving" in message:
+                self._forget(peer)
+                return None
+            self._states[peer] = RankState(**message["state"])
+        if not is_open:
+            state = self._states[peer]
+            self._forget(peer)
+            return Verdict(f"rank {state.name} died {state}")
         return None
 
-    def extend_deadlines(self, seconds: float) -> None:
-        """Forgives rank 0 that long a silence: this process was suspended and could not hear it."""
-        self._heard_at += seconds
+    def _forget(self, peer: int) -> None:
+        self._selector.unregister(self._connections.pop(peer))
+        del self._states[peer], self._heard_at[peer]
 
-    def send_verdict(self, verdict: Verdict) -> None:
-        """Has rank 0 end all ranks."""
-        self._connection.send(_verdict_message(verdict))
-
-    def leave(self) -> None:
-        """Tells rank 0 that this rank's end is in good order, and closes the connection."""
-        self._connection.send({"leaving": True})
-        self._connection.close()
+    def _find_silent(self) -> Verdict | None:
+        for peer, at in self._heard_at.items():
+            if time.monotonic() - at > SILENCE_TIMEOUT_SEC:
+                state = self._states[peer]
+                return Verdict(f"rank {state.name} has not been heard from for {SILENCE_TIMEOUT_SEC:.0f} s, {state}")
+        return None
 
 
 class JsonConnection:
@@ -198,7 +140,7 @@ class JsonConnection:
         """The socket's, for selectors."""
         return self._socket.fileno()
 
-    def never_wait(self) -> None:
+    def set_nonblocking(self) -> None:
         """From here on neither sending nor reading waits."""
         self._socket.setblocking(False)
 
@@ -223,16 +165,11 @@ class JsonConnection:
         self._unfinished = self._unfinished[-MAX_LINE:]
         return [message for line in lines if (message := _parsed(line))], bool(data)
 
-    def wait_for_one(self, timeout_sec: float) -> dict:
-        """The first message, in however many parts it comes; empty if none is whole by then."""
+    def receive_first(self, timeout_sec: float) -> dict:
+        """The peer's first message, before it sends another; empty where it is anything else, or does not come."""
         self._socket.settimeout(timeout_sec)
-        until = time.monotonic() + timeout_sec
-        while time.monotonic() < until:
-            messages, is_open = self.read()
-            if messages:
-                return messages[0]
-            if not is_open or len(self._unfinished) >= MAX_LINE:
-                break
+        with contextlib.suppress(OSError), self._socket.makefile("rb") as lines:
+            return _parsed(lines.readline(MAX_LINE)) or {}
         return {}
 
 
@@ -248,14 +185,6 @@ def find_stalled(states: list[RankState], stall_timeout_sec: float) -> Verdict |
         who = ("rank " if len(behind) == 1 else "ranks ") + ", ".join(state.name for state in behind)
         who += " has not" if len(behind) == 1 else " have not"
     return Verdict(f"{who} moved for {stall_timeout_sec:g} s (--stall_timeout_sec), {behind[0]}")
-
-
-def _silent(state: RankState) -> Verdict:
-    return Verdict(f"rank {state.name} has not been heard from for {SILENCE_TIMEOUT_SEC:.0f} s, {state}")
-
-
-def _verdict_message(verdict: Verdict) -> dict:
-    return {"verdict": verdict.text, "exit_code": verdict.exit_code}
 
 
 def _parsed(line: bytes) -> dict | None:

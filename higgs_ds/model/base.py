@@ -24,13 +24,13 @@ class BaseCheckpoint:
     name: str  # as the user gave it: a folder or a hub id
     revision: str | None
     folder: Path
-    layout: str  # of its files, one of `higgs_v2.layouts.LAYOUTS`
+    layout: str  # of its files, one of its family's `layouts`
     config: Any  # of its family
     tokenizer: PreTrainedTokenizerFast
     spec: ModelSpec
     notes: tuple[str, ...]  # what the user should read once, a line each
     flag: str = "--base_ckpt"  # that named it
-    stored: dict[str, Stored] = field(default_factory=dict)  # weights by boson_multimodal's names, in the model's order
+    stored: dict[str, Stored] = field(default_factory=dict)  # weights by the model's names, in its order
 
 
 def locate_checkpoint(

@@ -45,8 +45,8 @@ def peak_flops(card: str, dtype: str) -> float | None:
 def touched_parameters(spec: ModelSpec) -> int:
     """Weights of the decoder's projections that one token is multiplied with, text and audio alike.
 
-    A token goes through one of a layer's two FFNs. Embedding, norms and heads are left out: the heads see labelled
-    positions alone.
+    A token goes through one FFN of a layer, however many it has. Embedding, norms and heads are left out: the heads
+    see labelled positions alone.
     """
     return spec.num_layers * sum(a * b for _, a, b in _projections(spec))
 
@@ -119,7 +119,13 @@ def mean_row_tokens(tokens: np.ndarray) -> float:
 
 
 def utilisation(
-    config: TrainConfig, spec: ModelSpec, *, tokens: np.ndarray | None, device: torch.device, world_size: int
+    config: TrainConfig,
+    spec: ModelSpec,
+    *,
+    lora_targets: list[str],
+    tokens: np.ndarray | None,
+    device: torch.device,
+    world_size: int,
 ) -> Utilisation | None:
     """Of a run on cards like `device`; None where their peak is not known, or the rows' tokens [rows] are not."""
     card = card_name(device)
@@ -129,7 +135,7 @@ def utilisation(
     cost = flop_per_token(
         spec,
         lora_rank=config.lora.lora_r,
-        lora_targets=config.lora.target_suffixes,
+        lora_targets=lora_targets,
         checkpoint_every=config.model.checkpoint_every,
         row_tokens=mean_row_tokens(tokens),
     )

@@ -14,7 +14,7 @@ below half a step of that sum is lost, always in the same direction: half of a t
 backward adds every product into the input's one gradient, and makes again what dropout left.
 Modules, weights and names stay PEFT's.
 
-Weights are read from several modules at once, which under ZeRO-3 must all be gathered: see `padding_free.DecoderLayer`,
+Weights are read from several modules at once, which under ZeRO-3 must all be gathered: see `higgs_v2.layers`
 and `TrainingForward.leaf_modules`.
 """
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import model as pefts
 from torch import nn
 
 from ..errors import ConfigError, first_of, nearest
-from .files.adapter_file import with_lora
-from .files.adapter_names import SAVABLE_MODULES, layers_named, naming_nothing, peft_key
-from .higgs_v2.modules import LORA_TARGET_GROUPS
+from .files.adapter_file import Adapter
+from .files.adapter_names import layers_named, naming_nothing, peft_key
 
 
 def attach_lora(
@@ -26,6 +26,7 @@ def attach_lora(
     base_name: str,
     base_revision: str | None = None,
     rslora: bool = False,
+    groups: Iterable[str] = (),
     modules_to_save: Sequence[str] = (),
     whole: Callable[[nn.Parameter], torch.Tensor] = lambda parameter: parameter.detach().clone(),
 ) -> PeftModel:
@@ -34,16 +35,18 @@ def attach_lora(
     The draw depends on the seed and the weight's name alone: the same start under every ZeRO stage and world size.
 
     Args:
-        modules_to_save: module names, or their ends, from `SAVABLE_MODULES`; they train in full, from the base's on.
+        groups: names for several layers at once, suggested where a target misspells one.
+        modules_to_save: module names, or their ends; they train in full, from the base's on.
         whole: gives a copy of a base weight, which ZeRO-3 has cut.
 
     Raises:
         ConfigError: a target that names no linear layer.
     """
+    modules = [name for name, _ in model.named_modules()]
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     suffixes = {name.rsplit(".", 1)[-1] for name in linears}
     problems = [
-        f"--lora_target_modules: {target!r} names no linear layer{nearest(target, [*suffixes, *LORA_TARGET_GROUPS])}"
+        f"--lora_target_modules: {target!r} names no linear layer{nearest(target, [*suffixes, *groups])}"
         for target in naming_nothing(target_modules, linears)
     ]
     if problems:
@@ -64,10 +67,28 @@ def attach_lora(
         if parameter.requires_grad:
             parameter.data.copy_(initial_lora(name, tuple(parameter.shape), seed))
     # Not by PEFT, whose wrapper would keep the frozen weight beside a copy: its file and config say the same without.
-    for name in layers_named(modules_to_save, SAVABLE_MODULES):
+    for name in layers_named(modules_to_save, modules):
         module = model.get_submodule(name)
         module.weight = nn.Parameter(whole(module.get_parameter("weight")))
     peft_model.peft_config["default"].modules_to_save = list(modules_to_save) or None
+    return peft_model
+
+
+def attach_adapter(model: nn.Module, adapter: Adapter) -> PeftModel:
+    """A checked adapter on the model that it was checked against; PEFT sees a config of ours, and not the file's."""
+    config = adapter.config
+    peft_model = attach_lora(
+        model,
+        rank=config.rank,
+        alpha=config.alpha,
+        rslora=config.rslora,
+        dropout=0.0,
+        target_modules=list(adapter.weights),
+        modules_to_save=list(adapter.whole),
+        seed=0,
+        base_name=config.base_name or "",
+    )
+    set_lora(peft_model, adapter.state_dict(), "--adapter")
     return peft_model
 
 
@@ -99,3 +120,14 @@ def initial_lora(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
     bound = shape[-1] ** -0.5
     return torch.rand(shape, generator=generator) * (2 * bound) - bound
+
+
+def with_lora(model: nn.Module, config: LoraConfig) -> PeftModel:
+    """PEFT's `get_peft_model` for plain LoRA, in the dtype of the layers that it is put on.
+
+    PEFT's default would keep float32 copies of LoRA under zero.Init alone, so that the stages would differ. And where
+    bitsandbytes is installed it imports it (1.5 s and 44 MB a rank), to look for that library's own layers: here are
+    none. `tests/model/test_quantized.py` fails when that changes.
+    """
+    pefts.is_bnb_available = pefts.is_bnb_4bit_available = lambda: False  # type: ignore[assignment]
+    return get_peft_model(model, config, autocast_adapter_dtype=False)

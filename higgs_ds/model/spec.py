@@ -22,12 +22,13 @@ class ModelSpec(ABC):
     stream_bos: int
     stream_eos: int
     use_delay_pattern: bool  # codebook k starts k frames later
-    audio_in_token: int  # id of `<|AUDIO|>`, which stands for a clip in a user turn
-    audio_out_token: int  # id of `<|AUDIO_OUT|>`, which stands for a clip in an assistant turn
-    audio_in_codes: bool  # whether the model is given the codes of clips in user turns
+    audio_in_token: int  # id that stands for all positions of a clip that is given
+    audio_out_token: int  # id that stands for all positions of a clip that is, or might be, learned
+    audio_in_codes: bool  # whether the model is given the codes of clips at `audio_in_token`
     pad_token: int
     hidden_size: int
     ffn_size: int
+    num_ffns: int  # feed-forward networks of a layer; a token goes through one of them
     num_layers: int
     num_heads: int
     num_key_value_heads: int
@@ -52,9 +53,9 @@ class ModelSpec(ABC):
 
     @property
     def layer_parameters(self) -> int:
-        """Parameters of a decoder layer's projections: attention, and a feed-forward network for text and for audio."""
+        """Parameters of a decoder layer's projections: attention and its feed-forward networks."""
         attention = 2 * self.hidden_size * self.head_dim * (self.num_heads + self.num_key_value_heads)
-        return attention + 2 * 3 * self.hidden_size * self.ffn_size
+        return attention + self.num_ffns * 3 * self.hidden_size * self.ffn_size
 
     @abstractmethod
     def tokenize(
@@ -68,7 +69,7 @@ class ModelSpec(ABC):
 
     @abstractmethod
     def stream_labels(self, codes: torch.Tensor, trained: bool) -> torch.Tensor:
-        """The label at each place of `stream(codes)`, not shifted; -100 elsewhere, or everywhere."""
+        """The label at each place of `stream(codes)`, not shifted; -100 at the first and elsewhere, or everywhere."""
 
     @abstractmethod
     def stream_length(self, frames: int) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from ..model.higgs_v2.modules import HEADS
 from .sections import TrainConfig
 
 # Pairs of options that say one thing in two ways: a flag for one wins over the file's other.
@@ -21,6 +20,12 @@ def contradictions(config: TrainConfig) -> list[str]:
         problems.append(f"--codebook_weights: {loss.codebook_weights} sum to 0; give at least one above 0")
     if config.run.early_stop is not None and config.data.val_manifest is None:
         problems.append("--early_stop: there is nothing to validate on; give --val_manifest with it")
+    run = config.run
+    if (run.sample_every or run.sample_count) and not (run.sample_texts or config.data.val_manifest):
+        flag = "--sample_every" if run.sample_every else "--sample_count"
+        problems.append(f"{flag}: there is nothing to speak; give --sample_texts or --val_manifest with it")
+    if run.sample_texts and not (run.sample_every or config.data.val_manifest):
+        problems.append("--sample_texts: when is not said; give --sample_every or --val_manifest with it")
     if config.lora.lora_dora:
         problems.append(
             "--lora_dora: not supported: DoRA scales each row of the weight by a learned size, which the fused layers, "
@@ -32,7 +37,7 @@ def contradictions(config: TrainConfig) -> list[str]:
         problems.append("--warmup_ratio: needs a value, 0 for no warm-up")
     if optim.warmup_steps is not None and optim.warmup_ratio is not None and "warmup_ratio" in config.given:
         problems.append("--warmup_steps, --warmup_ratio: both say how long the warm-up is; leave one out")
-    return problems + _forward_problems(config) + head_problems(config)
+    return problems + _forward_problems(config)
 
 
 def _forward_problems(config: TrainConfig) -> list[str]:
@@ -49,19 +54,4 @@ def _forward_problems(config: TrainConfig) -> list[str]:
         problems.append("--activation_checkpointing: upstream's forward has none; use --forward_impl padding_free")
     if config.model.compile:
         problems.append("--compile: upstream's forward is not compiled; use --forward_impl padding_free")
-    return problems
-
-
-def head_problems(config: TrainConfig) -> list[str]:
-    """A line for each head with LoRA that is trained whole too, or beside the fused loss."""
-    problems = []
-    for target in config.lora.target_suffixes:
-        head = target.rsplit(".", 1)[-1]
-        if head in config.lora.modules_to_save:
-            problems.append(f"--train_heads: {head} has LoRA already (--lora_target_modules); one of them trains it")
-        elif head in HEADS and config.loss.loss_impl == "fused":
-            problems.append(
-                f"--lora_target_modules: LoRA on {target} would get no gradient from the fused loss; "
-                "use --loss_impl reference"
-            )
     return problems

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-import operator
 import re
-import types
 import typing
 from typing import Any, Literal, NamedTuple
 
@@ -34,9 +31,9 @@ def option(default: Any, text: str, *, also: str = "", others: dict[str, Other] 
     Args:
         also: other names with the same values.
         others: other names with other words.
-        rest: `resume`, `required` and `whole` of `Option`, and pydantic's rules for a value (ge, gt, le, lt, …).
+        rest: `resume`, `required` and `verbatim` of `Option`, and pydantic's rules for a value (ge, gt, le, lt, …).
     """
-    rules: Any = {name: rest.pop(name) for name in ("resume", "required", "whole") if name in rest}
+    rules: Any = {name: rest.pop(name) for name in ("resume", "required", "verbatim") if name in rest}
     rules |= {"also": tuple(also.split()), "others": others or {}}
     return Field(default, description=text, json_schema_extra=rules, **rest)
 
@@ -46,7 +43,7 @@ class Option(NamedTuple):
 
     section: str
     field: FieldInfo
-    hint: Any  # the type of its values in JSON; that of a choice is `str`
+    is_switch: bool  # true or false
     choices: tuple[str, ...]  # its only values; empty where it has others
     is_list: bool
     may_be_none: bool
@@ -54,7 +51,7 @@ class Option(NamedTuple):
     others: dict[str, Other]
     resume: str | None = None  # FIXED, SAID, or None: a resumed run may change it
     required: bool = False
-    whole: bool = False  # the words of a list are taken as they are, with whatever blanks and commas are in them
+    verbatim: bool = False  # words of a list are not split at blanks and commas
 
     @classmethod
     def of(cls, section: str, field: FieldInfo) -> Option:
@@ -63,7 +60,7 @@ class Option(NamedTuple):
         choices = next((typing.get_args(arm) for arm in arms if typing.get_origin(arm) is Literal), ())
         is_list = any(typing.get_origin(arm) is list for arm in arms)
         rules: Any = field.json_schema_extra
-        return cls(section, field, _plain(arms[0]), choices, is_list, type(None) in arms, **rules)
+        return cls(section, field, field.annotation is bool, choices, is_list, type(None) in arms, **rules)
 
     @property
     def default(self) -> str:
@@ -89,7 +86,7 @@ class Section(BaseModel):
         if not known.is_list or not isinstance(value, (str, list)):
             return value
         items = [value] if isinstance(value, str) else value
-        if known.whole:
+        if known.verbatim:
             return items
         words = [re.split(r"[\s,]+", item.strip()) if isinstance(item, str) else [item] for item in items]
         return [word for several in words for word in several]
@@ -103,16 +100,3 @@ def options_of(config: type[BaseModel]) -> dict[str, Option]:
         if isinstance(kind, type) and issubclass(kind, Section)
         for name, field in kind.model_fields.items()
     }
-
-
-def _plain(hint: Any) -> Any:
-    origin, arms = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        return str
-    if origin is typing.Annotated:
-        return _plain(arms[0])
-    if origin is list:
-        return list[_plain(arms[0])]  # type: ignore[misc]
-    if origin in (typing.Union, types.UnionType):
-        return functools.reduce(operator.or_, map(_plain, arms))
-    return hint

@@ -52,9 +52,9 @@ def build_parser(prog: str = "train_ds.py") -> argparse.ArgumentParser:
         options: dict[str, Any] = {"dest": name, "action": _Given}
         if known.is_list:
             options["nargs"] = "+"
-        elif known.hint is bool or name in known.others:
+        elif known.is_switch or name in known.others:
             options |= {"nargs": "?", "const": known.others[name].bare if name in known.others else "true"}
-        words = ("true", "false") if known.hint is bool else known.choices
+        words = ("true", "false") if known.is_switch else known.choices
         metavar = "|".join(words) or name.split("_")[-1].upper()
         default = "" if known.required or not known.default else f" (default: {known.default})"
         group.add_argument(

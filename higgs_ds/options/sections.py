@@ -1,4 +1,4 @@
-"""Every option of a training run, in sections that travel whole; `parse` fills them.
+"""Every option of a training run, in sections; `parse` fills them.
 
 An option's type, range, choices, help, other names and what a resumed run may change all stand on its field. Nothing
 here imports torch, so that a wrong flag is reported in a fraction of a second.
@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from ..data.portions import Portion, portions_of
-from ..model.higgs_v2.modules import DEFAULT_LORA_TARGETS, EMBEDDINGS, LORA_TARGET_GROUPS, TRAINED_HEADS
+from ..model.higgs_v2.modules import DEFAULT_LORA_TARGETS
 from .option import FIXED, SAID, Other, Section, option, options_of
 
 DEFAULT_BASE = "bosonai/higgs-tts-2-3b-base"
@@ -51,20 +51,22 @@ class DataOptions(Section):
         "Training manifests, JSON or JSONL. PATH=WEIGHT over- or undersamples a manifest: 0.3 takes a new random 30 % "
         "each epoch, 2 takes every row twice.",
         required=True,
-        whole=True,
+        verbatim=True,
         resume=SAID,
         min_length=1,
     )
-    val_manifest: str | None = option(None, "Manifest of validation rows.")
+    val_manifest: str | None = option(None, "Validation manifest.")
     codec: str = option(
         DEFAULT_CODEC, "Higgs audio tokenizer (hub id or folder), or a folder with the sample codec.", resume=SAID
     )
-    codec_revision: str | None = option(None, f"Hub revision of the codec (Boson's: {DEFAULT_CODEC_REVISION[:12]}…).")
+    codec_revision: str | None = option(
+        None, f"Hub revision of the codec (default for Boson's: {DEFAULT_CODEC_REVISION[:12]}…)."
+    )
     codes_cache: str | None = option(
         None, "Cache folder for the encoded clips; runs can share it (default: codes_cache in --output_dir)."
     )
     max_duration_sec: float = option(30.0, "Longest accepted clip, in seconds.", gt=0, resume=SAID)
-    max_row_tokens: int = option(8192, "Longest accepted row, in tokens (at most the model's positions).", ge=1)
+    max_row_tokens: int = option(8192, "Longest accepted row, in tokens (at most the model's context).", ge=1)
     reference_rate: float | None = option(
         None,
         "Fraction of speech rows that get a reference clip, redrawn each epoch: another clip of the same speaker, or "
@@ -74,17 +76,30 @@ class DataOptions(Section):
         resume=SAID,
     )
     audio_root: str | None = option(
-        None, "Base folder for clips not found next to the manifest (default: working directory)."
+        None, "Base folder for clips, before the manifest's own folder and the working directory."
+    )
+    channel: int | None = option(
+        None,
+        "Channel of clips with several, from 0; -1: mix all (default: mix, if all hold the same).",
+        ge=-1,
+        resume=SAID,
+    )
+    audio_track: int | None = option(
+        None, "Sound track of containers with several, from 0 (default: the only one).", ge=0, resume=SAID
     )
     prompt_style: Literal["served", "boson"] = option(
         "served",
-        "Prompt format of speech rows. served: of transformers and vllm-omni, always with a system turn; boson: of "
-        "boson_multimodal's example, without one before a reference.",
+        "Prompt format of speech rows. served: as in transformers and vllm-omni, always with a system turn; boson: as "
+        "in boson_multimodal's example, no system turn before a reference.",
         resume=SAID,
     )
     skip_bad_rows: bool = option(False, "Skip invalid rows and report them, instead of refusing to train.")
     num_workers: int = option(
-        2, "Data loading processes per rank (0: the training process).", ge=0, le=256, also="dataloader_num_workers"
+        2,
+        "Data loading processes per rank (0: load in the training process).",
+        ge=0,
+        le=256,
+        also="dataloader_num_workers",
     )
 
     @property
@@ -103,7 +118,7 @@ class ModelOptions(Section):
         resume=SAID,
     )
     base_revision: str | None = option(
-        None, f"Hub revision of the base checkpoint (Boson's: {DEFAULT_BASE_REVISION[:12]}…).", resume=SAID
+        None, f"Hub revision of the base checkpoint (default for Boson's: {DEFAULT_BASE_REVISION[:12]}…).", resume=SAID
     )
     dtype: Literal["bf16", "fp16", "fp32"] = option(
         "bf16",
@@ -113,23 +128,23 @@ class ModelOptions(Section):
     )
     base_dtype: Literal["nf4"] | None = option(
         None,
-        "Storage of frozen decoder layers (default: --dtype). nf4: 4-bit, for GPUs up to 24 GB; ZeRO stages 0 to 2.",
+        "Storage of the frozen decoder layers (default: --dtype). nf4: 4-bit, for GPUs up to 24 GB; not with ZeRO-3.",
         resume=SAID,
     )
     forward_impl: Literal["padding_free", "upstream"] = option(
         "padding_free",
-        "padding_free: computes real tokens only, without GPU syncs; upstream: boson_multimodal's own forward.",
+        "padding_free: compute real tokens only, without GPU syncs; upstream: boson_multimodal's own forward.",
         resume=SAID,
     )
     activation_checkpointing: Annotated[str, AfterValidator(_layers)] = option(
         "none",
-        "Recompute decoder activations in the backward pass to save memory: none, full, or N for every N-th layer.",
+        "Recompute activations in the backward pass to save memory: in no layer (none), all (full) or every N-th (N).",
         others={"gradient_checkpointing": Other({"true": "full", "false": "none"})},
     )
     compile: bool = option(
         False,
-        "torch.compile the decoder layers (with several ranks: ZeRO stage 0 or 1). Compiling takes a minute or more; "
-        "the speed-up on GPUs is not measured.",
+        "Compile the decoder layers with torch.compile (on several ranks: ZeRO stage 0 or 1). Takes a minute or more "
+        "at the start; the speed-up on GPUs has not been measured.",
         also="torch_compile",
     )
 
@@ -144,8 +159,8 @@ class LoraOptions(Section):
     """Weights that train."""
 
     lora_r: int = option(16, "LoRA rank.", ge=1, also="lora_rank", resume=FIXED)
-    lora_alpha: float = option(32.0, "LoRA alpha: updates are scaled by alpha / r.", gt=0, le=1e6, resume=SAID)
-    lora_rslora: bool = option(False, "Rank-stabilised LoRA: scale by alpha / sqrt(r) instead.", resume=SAID)
+    lora_alpha: float = option(32.0, "LoRA alpha; updates are scaled by alpha / r.", gt=0, le=1e6, resume=SAID)
+    lora_rslora: bool = option(False, "Rank-stabilised LoRA: scale updates by alpha / sqrt(r) instead.", resume=SAID)
     lora_dora: bool = option(False, "DoRA: not supported.")
     train_audio_embeddings: bool = option(
         False,
@@ -154,36 +169,25 @@ class LoraOptions(Section):
     )
     train_heads: Literal["none", "audio", "text", "both"] = option(
         "none",
-        "Also train an output head in full, at the same --lr (without a value: audio). On speech rows the text head "
-        "(394 M parameters) only learns where a clip starts and ends.",
+        "Also train output heads in full (no value: audio). On speech rows the text head (394 M parameters) only "
+        "learns where clips start and end.",
         resume=FIXED,
         others={"train_heads": Other({"true": "audio", "false": "none"}, only=False)},
     )
-    lora_dropout: float = option(0.05, "Dropout on the LoRA input.", ge=0, lt=1, resume=SAID)
+    lora_dropout: float = option(0.05, "Dropout on the input of LoRA.", ge=0, lt=1, resume=SAID)
     lora_target_modules: list[str] = option(
         list(DEFAULT_LORA_TARGETS),
-        "Linear layers that get LoRA, by the end of their path (q_proj, audio_mlp.up_proj, layers.3.self_attn.o_proj) "
-        "or by group: attention, text_mlp, audio_mlp, all.",
+        "Linear layers that get LoRA: ends of their paths (q_proj, audio_mlp.up_proj, layers.3.self_attn.o_proj), or "
+        "groups: attention, text_mlp, audio_mlp, all.",
         min_length=1,
         resume=FIXED,
     )
     init_adapter: str | None = option(
         None,
-        "Start a new run from this adapter: its weights, rank, alpha, rslora, targets and fully trained modules. To "
-        "continue a run, use --resume.",
+        "Start a new run from this adapter: its weights, rank, alpha, rslora, targets and fully trained modules (to "
+        "continue a run: --resume).",
     )
-    other_base: bool = option(False, "Accept an --init_adapter that was trained on another base than --base_ckpt.")
-
-    @property
-    def target_suffixes(self) -> list[str]:
-        """`lora_target_modules` with the names of `LORA_TARGET_GROUPS` written out, each once."""
-        suffixes = [s for name in self.lora_target_modules for s in LORA_TARGET_GROUPS.get(name, (name,))]
-        return list(dict.fromkeys(suffixes))
-
-    @property
-    def modules_to_save(self) -> tuple[str, ...]:
-        """The modules that are trained whole, by the end of their path."""
-        return ((EMBEDDINGS,) if self.train_audio_embeddings else ()) + TRAINED_HEADS[self.train_heads]
+    other_base: bool = option(False, "Accept an --init_adapter trained on a base other than --base_ckpt.")
 
 
 class OptimOptions(Section):
@@ -192,13 +196,13 @@ class OptimOptions(Section):
     # None: not given. Which of the two holds then is settled once the device is known: see `batching/micro_batches.py`.
     batch_size: int | None = option(
         None,
-        "Rows per rank and micro-batch (default on a CPU: 1).",
+        "Rows per rank and micro-batch (default on CPUs: 1).",
         ge=1,
         also="per_device_train_batch_size micro_batch_size",
     )
     max_tokens_per_batch: int | None = option(
         None,
-        "Token budget per micro-batch of similar-length rows, instead of --batch_size (default on GPUs: 16384).",
+        "Token budget per micro-batch of rows of similar length, instead of --batch_size (GPU default: 16384).",
         ge=1,
         resume=SAID,
     )
@@ -212,22 +216,22 @@ class OptimOptions(Section):
         resume=SAID,
     )
     max_steps: int | None = option(
-        None, "Stop after this many optimizer steps, or after --epochs if sooner.", ge=1, resume=SAID
+        None, "Stop after this many optimizer steps, or after --epochs if that is sooner.", ge=1, resume=SAID
     )
     lr: float = option(2e-4, "Peak learning rate of AdamW.", gt=0, le=100, also="learning_rate", resume=SAID)
     lr_scheduler: Literal["cosine", "linear", "constant"] = option(
         "cosine", "Learning rate schedule after warm-up.", also="lr_scheduler_type", resume=SAID
     )
     warmup_ratio: float | None = option(0.03, "Fraction of the schedule used for warm-up.", ge=0, lt=1, resume=SAID)
-    warmup_steps: int | None = option(None, "Number of warm-up steps, instead of --warmup_ratio.", ge=0, resume=SAID)
+    warmup_steps: int | None = option(None, "Warm-up steps, instead of --warmup_ratio.", ge=0, resume=SAID)
     lr_schedule_steps: int | None = option(
-        None, "Steps of the learning rate schedule (default: the whole run); after them the rate stays constant.", ge=1
+        None, "Length of the learning rate schedule in steps (default: the run); the rate is constant after it.", ge=1
     )
     weight_decay: float = option(0.0, "AdamW weight decay of the trained parameters.", ge=0, le=1000, resume=SAID)
     max_grad_norm: float = option(
         1.0, "Gradient clipping norm (0: none).", ge=0, also="max_grad_norm_clip", resume=SAID
     )
-    seed: int = option(42, "Seed of LoRA initialisation, data order and dropout.", ge=0, le=2**53 - 1, resume=SAID)
+    seed: int = option(42, "Seed for LoRA initialisation, data order and dropout.", ge=0, le=2**53 - 1, resume=SAID)
 
 
 class LossOptions(Section):
@@ -240,7 +244,7 @@ class LossOptions(Section):
     )
     loss_impl: Literal["fused", "reference"] = option(
         "fused",
-        "fused: labelled positions in chunks, for heads without LoRA; reference: plain cross-entropy on their logits.",
+        "fused: computed in chunks of labelled positions, for heads without LoRA; reference: plain cross-entropy.",
     )
     on_bad_loss: Literal["raise", "skip"] = option(
         "raise", "When a loss check fails: raise ends the run (exit code 3), skip drops the step."
@@ -251,25 +255,30 @@ class RunOptions(Section):
     """Files, checkpoints, clocks and curves."""
 
     deepspeed_config: str = option(
-        "ds_configs/zero2.json", "DeepSpeed JSON file; it sets the ZeRO stage.", also="deepspeed"
+        "ds_configs/zero2.json", "DeepSpeed JSON file; sets the ZeRO stage.", also="deepspeed"
     )
     output_dir: str | None = option(None, "Folder for everything the run writes.", required=True)
     log_every: int = option(1, "Log every N optimizer steps.", ge=1, also="logging_steps")
     eval_every: int | None = option(
         None, "Validate every N optimizer steps (default: once per epoch).", ge=1, also="eval_steps val_steps"
     )
-    save_every: int | None = option(None, "Save a checkpoint every N optimizer steps too.", ge=1, also="save_steps")
-    save_minutes: float = option(15.0, "Save a checkpoint every N minutes too (0: not by time).", ge=0)
-    keep_last: int = option(3, "Checkpoints to keep; older ones are deleted.", ge=1, also="save_total_limit")
+    sample_every: int | None = option(
+        None, "Also speak samples every N optimizer steps (default: at validations, with the two options below).", ge=1
+    )
+    sample_texts: str | None = option(None, "File of texts to speak as samples while training, one per line.")
+    sample_count: int | None = option(None, "Number of validation rows to speak as samples (default: 4).", ge=1)
+    save_every: int | None = option(None, "Also save a checkpoint every N optimizer steps.", ge=1, also="save_steps")
+    save_minutes: float = option(15.0, "Also save a checkpoint every N minutes (0: never by time).", ge=0)
+    keep_last: int = option(3, "Number of checkpoints to keep; older ones are deleted.", ge=1, also="save_total_limit")
     keep_best: bool = option(
-        True, "Also keep the checkpoint with the lowest validation loss; its adapter: adapter-best/."
+        True, "Also keep the checkpoint with the lowest validation loss, and its adapter in adapter-best/."
     )
     early_stop: int | None = option(
         None, "Stop after this many validations without improvement (default: never).", ge=1
     )
     resume: str = option(
         "none",
-        "Continue a run. auto, or no value: from the newest whole checkpoint in --output_dir; or a checkpoint folder.",
+        "Continue a run from a checkpoint folder; auto, or no value: from the newest intact one in --output_dir.",
         others=dict.fromkeys(
             ("resume", "resume_from_checkpoint"), Other({"true": "auto", "false": "none"}, only=False)
         ),
@@ -277,12 +286,14 @@ class RunOptions(Section):
     stall_timeout_sec: float | None = option(
         None,
         "End the run, naming the stuck rank, after this many seconds without progress (default: 300 on GPUs, where it "
-        "must be below 600; 3600 on CPUs, where one pass over a large model takes minutes).",
+        "must be below 600; 3600 on CPUs).",
         gt=0,
     )
     deterministic: bool = option(False, "Use deterministic GPU kernels, for bit-identical reruns; slower.")
     debug: bool = option(False, "Show the traceback behind an error line.")
-    run_name: str | None = option(None, "Run name in W&B and plot (default: WANDB_NAME, or --output_dir's).")
+    run_name: str | None = option(
+        None, "Run name in W&B and in the plot (default: WANDB_NAME, or the name of --output_dir)."
+    )
     wandb_project: str | None = option(None, "W&B project (default: WANDB_PROJECT, or higgs-ds).", also="project_name")
     wandb_mode: Literal["auto", "online", "offline", "disabled"] = option(
         "auto",
@@ -292,7 +303,7 @@ class RunOptions(Section):
 
 
 class TrainConfig(BaseModel):
-    """The options of `train_ds.py` in sections, which travel whole. An option is a flag (`--name`) and a YAML key.
+    """The options of `train_ds.py` in sections. An option is a flag (`--name`) and a YAML key.
 
     Nothing changes it: what a run settles is in the copy that `settled` makes.
     """

@@ -70,35 +70,18 @@ def _card(
 ) -> str:
     codec_folder = os.path.abspath(codec) if os.path.isdir(codec) else None
     codec_flags = _flags(codec=codec_folder or codec, codec_revision=None if codec_folder else codec_revision)
-    return (
-        _templates()
-        .get_template(f"{template}.md.j2")
-        .render(
-            details,
-            layout=layout,
-            place=str(folder.resolve()),
-            codec=codec,
-            codec_folder=codec_folder,
-            codec_revision=revision_of(codec, codec_revision),
-            codec_flags=codec_flags,
-            is_served=_is_served(codec),
-            speak=SPEAK,
-            system_prompt=SYSTEM_PROMPT,
-        )
-    )
+    details |= {"codec": codec, "codec_folder": codec_folder, "codec_revision": revision_of(codec, codec_revision)}
+    details |= {"codec_flags": codec_flags, "is_served": _is_served(codec), "layout": layout}
+    details |= {"place": str(folder.resolve()), "speak": SPEAK, "system_prompt": SYSTEM_PROMPT}
+    return _templates().get_template(f"{template}.md.j2").render(details)
 
 
 @cache
 def _templates() -> jinja2.Environment:
     """Of Markdown and code: nothing is escaped for HTML, and values are quoted by `repr` and `quote`."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
-    environment = jinja2.Environment(
-        loader=loader,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    blocks: dict[str, Any] = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
+    environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, **blocks)
     environment.filters |= {"repr": repr, "quote": shlex.quote, "loss_text": loss_text}
     return environment
 

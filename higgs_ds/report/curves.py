@@ -68,10 +68,7 @@ def make_figure(history: History, title: str):
     for codebook, name in enumerate(CODEBOOK_METRICS):
         books.train(name, colormaps["viridis"](0.92 * codebook / (NUM_CODEBOOKS - 1)), f"{codebook}:")
     books.finish(legend_columns=4)
-    for place, loss, heading, colour in (
-        (0, "text_loss", "Text loss", BLUE),
-        (1, "loss", "Total loss", BLACK),
-    ):
+    for place, loss, heading, colour in ((0, "text_loss", "Text loss", BLUE), (1, "loss", "Total loss", BLACK)):
         panel = _Panel(figure.add_subplot(below[place]), history, heading, small=True)
         panel.train(f"train/{loss}", colour, "")
         panel.validation(f"eval/{loss}")
@@ -185,15 +182,12 @@ class _Panel:
                 self._axes.yaxis.set_major_formatter("{x:g}")
                 self._axes.yaxis.set_minor_formatter(NullFormatter())
             return
-        if self._is_tiny():
+        if self._shown and max(np.nanmax(np.abs(shown), initial=0.0) for shown in self._shown) < 1e-2:
             self._axes.yaxis.set_major_formatter("{x:.1e}")
         if values.size:
             low, high = values.min(), values.max()
             margin = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
             self._axes.set_ylim(low - margin, high + margin)
-
-    def _is_tiny(self) -> bool:
-        return bool(self._shown) and max(np.nanmax(np.abs(values), initial=0.0) for values in self._shown) < 1e-2
 
     def _mark_resumes(self, in_words: bool) -> None:
         resumed = self._history.resumed_after

@@ -30,19 +30,12 @@ def strict(value: Any) -> Any:
     return value
 
 
-def json_line(row: dict) -> str:
-    """One row with its newline."""
-    return json.dumps({name: strict(value) for name, value in row.items()}, allow_nan=False) + "\n"
-
-
 def append_rows(path: Path, rows: list[dict]) -> None:
     """Adds rows to a file, which is made if it is not there."""
+    lines = [json.dumps({name: strict(value) for name, value in row.items()}, allow_nan=False) + "\n" for row in rows]
     # Opened for each write: a reader sees every step, and a killed run loses at most the line being written.
-    try:
-        with open(path, "a", encoding="utf-8") as file:
-            file.write("".join(map(json_line, rows)))
-    except OSError as error:
-        raise OSError(error.errno, f"{error.strerror}: {path} cannot be written") from error
+    with open(path, "a", encoding="utf-8") as file:
+        file.write("".join(lines))
 
 
 def read_rows(path: Path) -> Iterator[dict]:
@@ -58,8 +51,7 @@ def read_rows(path: Path) -> Iterator[dict]:
 def rows_until(path: Path, last_step: int, kept: Kept) -> Iterator[dict]:
     """The rows up to the first one after `last_step`, one at a time; `kept` is told where they end.
 
-    The whole file is read, so that a damaged line after them is found too. None of a file that is not there, and none
-    up to 0.
+    The whole file is read, so that a damaged line after them is found too; of a missing file there are none.
 
     Raises:
         ConfigError: a row that is no JSON object, or has no `global_step`.

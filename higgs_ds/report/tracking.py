@@ -7,13 +7,16 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..errors import ConfigError, reading
+from ..errors import ConfigError, first_of, reading
 from .console import Console
 from .curves import draw_history
 from .history import RESUMED, History
 from .jsonl import Kept, append_rows, cut, read_rows, rows_until
+from .page import PAGE, read_run, write_page
+from .samples import FOLDER, Sample, folder_of, write_list
 from .wandb_run import WandbChoice, WandbRun
 
 METRICS_FILE = "metrics.jsonl"
@@ -40,7 +43,7 @@ def open_tracker(
     wandb: WandbChoice,
     first_step: int = 0,
 ) -> Tracker:
-    """Open every sink of a run. Call it on rank 0 only.
+    """Opens every sink of a run.
 
     Args:
         output_dir: receives metrics.jsonl, loss.png, guard_failures.jsonl, wandb/ and wandb_run.json; made if absent.
@@ -48,25 +51,21 @@ def open_tracker(
         total_steps: optimizer steps of the whole run, those before `first_step` included.
         run_name: shown in W&B and over the plot; None takes WANDB_NAME, or else the name of `output_dir`.
         wandb_project: None means WANDB_PROJECT, or else "higgs-ds".
-        wandb: of `choose_wandb`.
         first_step: optimizer steps already done. Above 0 the files of `output_dir` and the W&B run are continued, and
-            what the files hold of later steps is dropped; at 0 they are replaced.
+            rows of later steps are dropped from the files; at 0 they are replaced.
 
     Raises:
         ConfigError: wandb does not start, and is to be online whatever happens; a metrics.jsonl to continue that is
             damaged or cannot be read.
     """
-    output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     title = run_name or os.environ.get("WANDB_NAME") or output_dir.resolve().name
-    history = History()
-    failures: deque[dict] = deque(maxlen=TABLE_ROWS)
-    kept, validated_step = {METRICS_FILE: Kept(), FAILURES_FILE: Kept()}, 0
+    earlier = Earlier(first_step)
     with reading("--resume"):
-        for row in rows_until(output_dir / METRICS_FILE, first_step, kept[METRICS_FILE]):
-            history.add(row)
-            validated_step = row["global_step"] if "eval/loss" in row else validated_step
-        failures.extend(rows_until(output_dir / FAILURES_FILE, first_step, kept[FAILURES_FILE]))
+        for row in rows_until(output_dir / METRICS_FILE, first_step, earlier.metrics):
+            earlier.history.add(row)
+            earlier.validated_step = row["global_step"] if "eval/loss" in row else earlier.validated_step
+        earlier.failure_rows.extend(rows_until(output_dir / FAILURES_FILE, first_step, earlier.failures))
     # Files are cut last: if W&B does not start, those of an earlier run in output_dir are still whole.
     wandb_run, no_wandb = None, ""
     if wandb.mode != "disabled":
@@ -78,19 +77,22 @@ def open_tracker(
             if wandb.mode == "online" and not wandb.may_fall_back:  # as the user insists
                 raise ConfigError([str(error)]) from error
             no_wandb = str(error)
-    console = Console(total_steps, first_step)
-    tracker = Tracker(
-        output_dir,
-        title=title,
-        console=console,
-        wandb_run=wandb_run,
-        first_step=first_step,
-        validated_step=validated_step,
-    )
+    tracker = Tracker(output_dir, title, Console(total_steps, first_step), wandb_run, earlier)
     if no_wandb:
         tracker.leave_out("W&B", no_wandb)
-    tracker.go_on_from(history, failures, kept)
     return tracker
+
+
+@dataclass
+class Earlier:
+    """The part of a run before this start, as its files hold it."""
+
+    first_step: int
+    history: History = field(default_factory=History)
+    failure_rows: deque[dict] = field(default_factory=lambda: deque(maxlen=TABLE_ROWS))
+    validated_step: int = 0  # the last one with a validation
+    metrics: Kept = field(default_factory=Kept)
+    failures: Kept = field(default_factory=Kept)
 
 
 class Tracker:
@@ -102,27 +104,19 @@ class Tracker:
     An exception that leaves the `with` block closes the tracker with exit code 1, SystemExit with its own code.
     """
 
-    def __init__(
-        self,
-        output_dir: Path,
-        *,
-        title: str,
-        console: Console,
-        wandb_run: WandbRun | None,
-        first_step: int,
-        validated_step: int = 0,
-    ) -> None:
+    def __init__(self, output_dir: Path, title: str, console: Console, wandb_run: WandbRun | None, earlier: Earlier):
+        """Cuts the files to the earlier part, and gives W&B what it lacks of it."""
         self.metrics_path = output_dir / METRICS_FILE
         self.failures_path = output_dir / FAILURES_FILE
         self.plot_path = output_dir / PLOT_FILE
         self._title = title
         self._console = console
         self._wandb_run = wandb_run
-        self._first_step = self._global_step = first_step
-        self._mark_resume = first_step > 0
-        self._validated_step = validated_step  # the last one that an earlier part of the run has told of
-        self._history = History()
-        self._failure_rows: deque[dict] = deque(maxlen=TABLE_ROWS)
+        self._first_step = self._global_step = earlier.first_step
+        self._mark_resume = earlier.first_step > 0
+        self._validated_step = earlier.validated_step
+        self._history = earlier.history
+        self._failure_rows = earlier.failure_rows
         now = time.monotonic()
         self._drawn = False
         self._next_plot_time = now + FIRST_PLOT_SEC
@@ -132,18 +126,12 @@ class Tracker:
         self._table_is_stale = False
         self._closed = False
         self._failed: dict[str, str] = {}  # sinks that are left out, and why
-
-    def go_on_from(self, history: History, failures: deque[dict], kept: dict[str, Kept]) -> None:
-        """Takes what the files hold of an earlier part of a run, and cuts them to it; W&B gets what it lacks of it."""
-        for path in (self.metrics_path, self.failures_path):
-            self._sink(path.name, cut, path, kept[path.name].end)
-        self._history, self._failure_rows = history, failures
-        wandb_run = self._wandb_run
-        if wandb_run:
-            if wandb_run.note:
-                self.message(wandb_run.note)
-            if wandb_run.is_behind(self._first_step):
-                self._sink("W&B", self._catch_up, wandb_run, kept[METRICS_FILE].rows)
+        self._sink(METRICS_FILE, cut, self.metrics_path, earlier.metrics.end)
+        self._sink(FAILURES_FILE, cut, self.failures_path, earlier.failures.end)
+        if wandb_run and wandb_run.note:
+            self.message(wandb_run.note)
+        if wandb_run and wandb_run.is_behind(self._first_step):
+            self._sink("W&B", self._catch_up, wandb_run, earlier.metrics.rows)
 
     def _catch_up(self, wandb_run: WandbRun, rows: int) -> None:
         """Gives W&B the steps that it lacks, or, of very many, every so manieth and all validations."""
@@ -173,13 +161,11 @@ class Tracker:
         self.message(f"WARNING: {name} failed and is left out from here on: {reason}")
 
     def log(self, metrics: Mapping[str, float | list], step: int) -> None:
-        """Send the metrics of optimizer step `step`, or of those up to it since the last call, to every sink.
+        """Sends the metrics of optimizer step `step`, or of those up to it since the last call, to every sink.
 
         The JSONL line is {"global_step", *metrics, "time" in unix seconds}; in the first one of a resumed run,
-        "resumed_after" is the step that it went on from. NaN and infinities are logged as such. A list has a value a
-        rank, None where a rank has none.
+        "resumed_after" is the step that it went on from. A list has a value a rank, None where a rank has none.
         """
-        assert not metrics.keys() & {"global_step", "time", RESUMED}, "these are added by the tracker"
         if step <= self._validated_step:  # killed between this validation and the checkpoint that tells of it
             return
         self._global_step = step
@@ -201,27 +187,23 @@ class Tracker:
             self._send_rank_losses()
 
     def progress(self, step: int, **figures: float | str) -> None:
-        """Show that optimizer step `step` is done, with figures such as loss=5.12, lr=1e-4, tok_per_sec=1234.
-
-        A call without figures leaves those of the call before on show.
-        """
+        """Shows that optimizer step `step` is done; without figures those of the call before stay on show."""
         self._console.progress(step, figures)
 
     def message(self, text: str) -> None:
-        """Print a line above the progress bar, on stderr."""
+        """Prints a line above the progress bar, on stderr."""
         self._console.message(text)
 
     def alert(self, title: str, text: str) -> None:
-        """Print a warning and send it as a W&B alert (mail or Slack, as the user set it up there)."""
+        """Prints a warning and sends it as a W&B alert (mail or Slack, as the user set it up there)."""
         self._console.message(f"ALERT {title}: {text}")
         if self._wandb_run:
             self._sink("W&B", self._wandb_run.alert, title, text)
 
     def failures(self, rows: list[dict]) -> None:
-        """Record failures that the loss guard found; they accumulate over the run.
+        """Records failures that the loss guard found, each with the step last logged unless it has a "step".
 
-        Each row becomes a line of guard_failures.jsonl at once, and a row of the W&B table guard/failures within
-        30 s or at close. "global_step" is the row's own "step", or else the step last logged.
+        A row becomes a line of guard_failures.jsonl at once, and one of W&B's table guard/failures within 30 s.
         """
         rows = [{"global_step": row.get("step", self._global_step), **row} for row in rows]
         self._sink(FAILURES_FILE, append_rows, self.failures_path, rows)
@@ -230,12 +212,22 @@ class Tracker:
         if time.monotonic() - self._last_table_time >= TABLE_INTERVAL_SEC:
             self._send_failures()
 
-    def close(self, exit_code: int = 0) -> None:
-        """Draw the plot, end the progress bar and the W&B run, say where to look. A second call does nothing.
+    def samples(self, samples: list[Sample], step: int, seconds: float) -> None:
+        """Say what the voice spoke at this step, and send it to W&B, where it is a table with sounds."""
+        problems = [f"{sample.name}: {sample.problem}" for sample in samples if sample.problem]
+        spoken = sum(sample.file is not None for sample in samples)
+        ended = sum(sample.ended for sample in samples if sample.file)
+        folder = folder_of(self.metrics_path.parent / FOLDER, step)
+        if samples:
+            self._sink("samples", write_list, samples, folder)
+            self.message(f"step {step}: {spoken} samples in {folder} ({ended} ended by themselves; {seconds:.1f} s)")
+        if problems:
+            self.message("\n".join(f"WARNING: sample {problem}" for problem in first_of(problems)))
+        if self._wandb_run and spoken and step > self._validated_step:
+            self._sink("W&B", self._wandb_run.log_samples, samples, folder, step)
 
-        Args:
-            exit_code: shown by W&B; anything but 0 marks the run as failed.
-        """
+    def close(self, exit_code: int = 0) -> None:
+        """Draws the plot, ends the progress bar and the W&B run, says where to look. A second call does nothing."""
         if self._closed:
             return
         self._closed = True
@@ -243,15 +235,24 @@ class Tracker:
         self._draw()
         self._send_rank_losses()
         self._send_failures()
+        self._sink(PAGE, self._write_page)
         if self._wandb_run:
             self._sink("W&B", self._wandb_run.finish, exit_code)
         self._say_where_to_look()
+
+    def _write_page(self) -> None:
+        """The run's page, over what its folder holds."""
+        if self.metrics_path.exists():
+            write_page([read_run(self.metrics_path.parent)], self.metrics_path.parent / PAGE)
 
     def __enter__(self) -> Tracker:
         return self
 
     def __exit__(self, exception_type, exception, traceback) -> None:
-        self.close(_exit_code(exception))
+        if isinstance(exception, SystemExit) and isinstance(exception.code, (int, type(None))):
+            self.close(exception.code or 0)
+        else:
+            self.close(0 if exception is None else 1)
 
     def _draw(self) -> None:
         began = time.monotonic()
@@ -281,6 +282,9 @@ class Tracker:
             self.message(f"metrics: {self.metrics_path}")
         if self.plot_path.is_file():
             self.message(f"curves: {self.plot_path}")
+        page = self.metrics_path.parent / PAGE
+        if page.is_file():
+            self.message(f"page: {page}")
         if self._failure_rows:
             self.message(f"guard failures: {self.failures_path} ({len(self._failure_rows)} rows)")
         wandb_run = self._wandb_run
@@ -288,12 +292,3 @@ class Tracker:
             self._sink("W&B", lambda: self.message(wandb_run.where_to_look()))
         for name, reason in self._failed.items():
             self.message(f"WARNING: {name} failed during the run and is not complete: {reason}")
-
-
-def _exit_code(exception: BaseException | None) -> int:
-    """The run's exit code for W&B: 0, or 1 for an exception, or SystemExit's own code."""
-    if exception is None:
-        return 0
-    if isinstance(exception, SystemExit) and isinstance(exception.code, (int, type(None))):
-        return exception.code or 0
-    return 1

@@ -1,4 +1,4 @@
-"""One Weights & Biases run: whether there is one, which, and what of it W&B has already.
+"""One Weights & Biases run, continued by a resumed run.
 
 This is the only file that imports wandb, and it does so only where a run is wanted.
 
@@ -29,9 +29,9 @@ from ..errors import ConfigError, reading
 from ..files import write_text
 from .jsonl import strict
 from .redact import redact
+from .samples import RECORDINGS, Sample
 
 WANDB_MODES = ("auto", "online", "offline", "disabled")
-OLD_MODE_NAMES = {"run": "online", "dryrun": "offline"}  # which wandb still takes
 DEFAULT_WANDB_PROJECT = "higgs-ds"
 IDENTITY_FILE = "wandb_run.json"
 EARLIER_PARTS = "earlier-parts"
@@ -50,26 +50,24 @@ class WandbChoice:
     note: str = ""  # what the user should read
 
 
-def choose_wandb(wandb_mode: str, project: str | None = None) -> WandbChoice:
+def settle_mode(wandb_mode: str, project: str | None = None) -> WandbChoice:
     """Settles --wandb_mode within seconds: "auto" follows the environment variable WANDB_MODE; without it, it is online
     where an API key is present and the server answers, and offline elsewhere.
 
     Raises:
         ConfigError: an unknown mode; "online" without an API key or a server; wandb is not installed or does not start;
-            a project, id or tag that W&B does not take, before anything takes long.
+            a project or id that W&B does not take.
     """
     mode = wandb_mode
     if wandb_mode == "auto":
         mode = os.environ.get("WANDB_MODE") or "auto"
-        mode = OLD_MODE_NAMES.get(mode, mode)
     if mode not in WANDB_MODES:
         source = "--wandb_mode" if wandb_mode != "auto" else "the environment variable WANDB_MODE"
         raise ConfigError([f"{source} is {mode!r}; use one of {', '.join(WANDB_MODES)}"])
     if mode == "disabled":
         return WandbChoice(mode)
     try:
-        wandb = _import_wandb()
-        _set_up(wandb)
+        wandb = _set_up()
         with reading("--wandb_project"):
             wandb.Settings(project=project)
         if mode == "offline":
@@ -79,17 +77,12 @@ def choose_wandb(wandb_mode: str, project: str | None = None) -> WandbChoice:
             settings = wandb.setup().settings
     except RuntimeError as error:
         raise ConfigError([str(error)]) from error
-    if not has_key:
-        if mode == "auto":
-            return WandbChoice("offline")
-        # Without this check wandb would ask for a key on the terminal while the other ranks wait.
-        raise ConfigError(
-            [
-                "--wandb_mode online found no W&B API key; run `wandb login`, set WANDB_API_KEY, "
-                "or use --wandb_mode offline or disabled"
-            ]
-        )
-    if answers(settings.base_url, _proxies(settings)):
+    if not has_key and mode == "auto":
+        return WandbChoice("offline")
+    if not has_key:  # wandb would ask for one on the terminal while the other ranks wait
+        ways = "run `wandb login`, set WANDB_API_KEY, or use --wandb_mode offline or disabled"
+        raise ConfigError([f"--wandb_mode online found no W&B API key; {ways}"])
+    if answers(settings.base_url, _proxies(settings), PROBE_SEC):
         return WandbChoice("online", may_fall_back=mode == "auto")
     silent = f"{settings.base_url} does not answer within {PROBE_SEC:.0f} s"
     if mode == "online":
@@ -102,7 +95,7 @@ def _proxies(settings) -> dict[str, str]:
     return {scheme: proxy for scheme, proxy in proxies.items() if proxy}
 
 
-def answers(url: str, proxies: dict[str, str] | None = None, *, within_sec: float = PROBE_SEC) -> bool:
+def answers(url: str, proxies: dict[str, str], within_sec: float) -> bool:
     """True if a server says anything at all at this address."""
     import requests
 
@@ -112,8 +105,8 @@ def answers(url: str, proxies: dict[str, str] | None = None, *, within_sec: floa
         with contextlib.suppress(requests.RequestException, OSError, ValueError):
             # Whether its certificate is one that Python knows is wandb's to judge, which reads other settings.
             with contextlib.suppress(requests.exceptions.SSLError):
-                given = proxies or None
-                requests.get(url, allow_redirects=False, stream=True, timeout=within_sec, proxies=given).close()
+                options: dict[str, Any] = {"timeout": within_sec, "proxies": proxies or None}
+                requests.get(url, allow_redirects=False, stream=True, **options).close()
             heard.set()
 
     # A thread, because nothing bounds the time that a name takes to be resolved.
@@ -127,21 +120,13 @@ class WandbRun:
     """One W&B run, online or offline. Every method raises RuntimeError with what to do where W&B fails."""
 
     def __init__(
-        self,
-        output_dir: Path,
-        config: dict,
-        *,
-        run_name: str,
-        project: str | None,
-        choice: WandbChoice,
-        resumed: bool,
+        self, output_dir: Path, config: dict, *, run_name: str, project: str | None, choice: WandbChoice, resumed: bool
     ) -> None:
         """`project` None means WANDB_PROJECT, or else "higgs-ds". WANDB_ENTITY and WANDB_RUN_ID are wandb's to read.
 
         `note` has what the user should read once.
         """
-        self._wandb = _import_wandb()
-        _set_up(self._wandb)
+        self._wandb = _set_up()
         self._output_dir = output_dir
         self.mode, self.note = choice.mode, ""
         kept = _read_identity(output_dir) if resumed else {}
@@ -174,7 +159,8 @@ class WandbRun:
         # What the server has of an earlier part; nothing of a folder that is new.
         self._had = self.last_step = max(0, self._run.step - 1) if self.mode == "online" else 0
         try:
-            self._keep_identity()
+            identity = {"id": self._run.id, "project": self._run.project}
+            write_text(output_dir / IDENTITY_FILE, json.dumps(identity) + "\n")
         except OSError as error:
             self.note += f"{IDENTITY_FILE} cannot be written ({error}): resumed, this will be another W&B run"
 
@@ -191,10 +177,6 @@ class WandbRun:
             **({"init_timeout": init_sec} if init_sec else {}),
         )
         return self._wandb.init(**options, mode=self.mode, settings=settings, resume=resume)
-
-    def _keep_identity(self) -> None:
-        identity = {"id": self._run.id, "project": self._run.project}
-        write_text(self._output_dir / IDENTITY_FILE, json.dumps(identity) + "\n")
 
     def is_behind(self, step: int) -> bool:
         """True if this run lacks steps up to this one."""
@@ -229,7 +211,7 @@ class WandbRun:
 
     def takes_tables(self) -> bool:
         """True if a table or a chart can be sent now: wandb asks the server first, and waits minutes for a dead one."""
-        return self.mode == "offline" or answers(*self._server, within_sec=TABLE_PROBE_SEC)
+        return self.mode == "offline" or answers(*self._server, TABLE_PROBE_SEC)
 
     def log_table(self, name: str, rows: list[dict], step: int) -> None:
         """All rows so far: a W&B table cannot grow once logged, so a new one takes its place."""
@@ -237,6 +219,23 @@ class WandbRun:
         data = [[_table_cell(row.get(column)) for column in columns] for row in rows]
         with _wandb_errors("log a table"):
             self._log_late(name, self._wandb.Table(columns=columns, data=data, allow_mixed_types=True), step)
+
+    def log_samples(self, samples: list[Sample], folder: Path, step: int) -> None:
+        """A table of what the voice spoke at a step, playable beside the recordings."""
+        if step <= self._had or not self.takes_tables():
+            return
+
+        def sound(path: Path) -> Any:
+            return self._wandb.Audio(str(path)) if path.exists() else None
+
+        rows = [
+            [s.text, sound(folder / s.file), sound(folder.parent / RECORDINGS / s.file), s.seconds, s.ended]
+            for s in samples
+            if s.file
+        ]
+        with _wandb_errors("log samples"):
+            columns = ["text", "voice", "recording", "seconds", "ended by itself"]
+            self._log_late("samples/voice", self._wandb.Table(columns=columns, data=rows), step)
 
     def log_rank_losses(self, by_rank: list[tuple[list[int], list[float]]], step: int) -> None:
         """One chart with a line a rank, over (steps, losses) of each; it takes the place of the one before."""
@@ -318,23 +317,20 @@ def _read_identity(output_dir: Path) -> dict:
         return {}
 
 
-def _import_wandb():
+def _set_up():
+    """The module wandb; warnings and errors alone are said, since its notices would break the progress bar."""
     try:
         import wandb
     except ImportError as error:
         raise RuntimeError(f"cannot import wandb ({error}); pip install wandb, or --wandb_mode disabled") from error
-    return wandb
-
-
-def _set_up(wandb) -> None:
-    """Warnings and errors alone are said: its notices would break the progress bar."""
     with _wandb_errors("start"):
         wandb.setup(settings=wandb.Settings(show_info=False))
+    return wandb
 
 
 @contextlib.contextmanager
 def _wandb_errors(action: str) -> Iterator[None]:
-    """Say which sink failed and what to do. wandb raises its own errors as well as ConnectionError and others."""
+    """Says which sink failed and what to do."""
     try:
         yield
     except Exception as error:

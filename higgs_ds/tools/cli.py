@@ -7,19 +7,24 @@ import traceback
 
 from ..data.audio import AudioError
 from ..distributed.launch_env import enter_launch
-from ..errors import ConfigError, ExitCode, words_of
+from ..errors import ConfigError, ExitCode, reading, words_of
 from ..files import writing
 from ..options.parse import parse_args
 from ..process import say, tell
 from . import flag_types
 from .merge import add_export, add_merge
 from .outputs import writable_folder
-from .speak import add_generate, add_recite
+from .report import add_report
+from .reproduce import add_reproduce
+from .speak import add_generate
 
 
 def main(argv: list[str]) -> int:
     """Runs one verb; returns the exit code (0 done, 1 failed, 2 wrong flags or data)."""
     try:
+        if argv[:1] == ["recite"]:
+            say("recite is now called reproduce", error=True)
+            argv = ["reproduce", *argv[1:]]
         if argv[:1] == ["check"]:
             enter_launch()
             return _check(argv[1:])
@@ -29,6 +34,9 @@ def main(argv: list[str]) -> int:
             enter_launch()
             return prepare(argv[1:])
         args = build_parser().parse_args(argv)
+        given = [word.split("=")[0] for word in argv if word.startswith("--")]
+        if twice := {name: None for name in given if given.count(name) > 1}:  # of which argparse keeps the last
+            raise ConfigError([f"{name}: given twice; leave one out" for name in twice])
         return args.verb(args)
     except (ConfigError, AudioError, FileExistsError) as error:
         return tell(error, argv)
@@ -73,9 +81,10 @@ def build_parser() -> argparse.ArgumentParser:
     verbs.add_parser("prepare", help="encode all clips and count all tokens in advance; takes the flags of train_ds.py")
     verbs.add_parser("check", help="run the loss checks on the first batches; takes the flags of train_ds.py")
     add_generate(verbs)
-    add_recite(verbs)
+    add_reproduce(verbs)
     add_merge(verbs)
     add_export(verbs)
+    add_report(verbs)
     for name, verb in verbs.choices.items():
         if name not in ("check", "prepare"):  # which have it from the options of a run
             verb.add_argument("--debug", action="store_true", help="print the traceback behind an error message")
@@ -110,10 +119,7 @@ def _import_flags(parser: argparse.ArgumentParser) -> None:
     add("--trim", action="store_true", help="write new clips without leading and trailing silence")
     loudness_help = "write new clips at this loudness (-23 if no value is given)"
     add("--loudness", type=number(float, -70, 0), nargs="?", const=-23.0, metavar="LUFS", help=loudness_help)
-    rate, rate_help = (
-        number(int, MIN_SAMPLE_RATE, MAX_SAMPLE_RATE),
-        "write new clips at this rate (24000 if none is given)",
-    )
+    rate, rate_help = number(int, MIN_SAMPLE_RATE, MAX_SAMPLE_RATE), "write new clips at this rate (default: 24000)"
     add("--resample", type=rate, nargs="?", const=24000, metavar="HZ", help=rate_help)
     parser.set_defaults(verb=_import)
 
@@ -135,8 +141,10 @@ def _describe_flags(parser: argparse.ArgumentParser) -> None:
     add("--val_manifest", type=flag_types.name, metavar="FILE", help="validation manifest")
     output_help = "write describe.html, describe.png and faults.jsonl here (default: print only)"
     add("--output_dir", type=flag_types.path, metavar="DIR", help=output_help)
-    root_help = "folder for clips that are not beside the manifest"
+    root_help = "folder for clips, before the manifest's own"
     add("--audio_root", type=flag_types.name, metavar="DIR", help=root_help)
+    add("--channel", type=number(int, -1), metavar="N", help="channel of clips with several, from 0 (-1: all mixed)")
+    add("--audio_track", type=number(int, 0), metavar="N", help="sound track of containers with several, from 0")
     base_help = "count tokens with this checkpoint's tokenizer (default: estimate them)"
     add("--base_ckpt", type=flag_types.name, help=base_help)
     add("--max_tokens_per_batch", type=number(int, 1), default=16384, help="as set for the run (default: 16384)")
@@ -157,16 +165,14 @@ def _tiny(args) -> int:
 def _import(args) -> int:
     from .importers.ingest import Sound, run_import
 
-    lines = run_import(
-        args.path,
-        args.output,
-        kind=args.source,
-        val_share=args.val_share,
-        val_speakers=args.val_speakers,
-        with_test=args.with_test,
-        seed=args.seed,
-        sound=Sound(args.trim, args.loudness, args.resample),
-    )
+    split = {
+        "val_share": args.val_share,
+        "val_speakers": args.val_speakers,
+        "with_test": args.with_test,
+        "seed": args.seed,
+    }
+    sound = Sound(args.trim, args.loudness, args.resample)
+    lines = run_import(args.path, args.output, kind=args.source, sound=sound, **split)
     say("\n".join(lines))
     return ExitCode.OK
 
@@ -177,16 +183,19 @@ def _describe(args) -> int:
 
     tokenizer = family = None
     if args.base_ckpt is not None:
-        from ..model.base import load_tokenizer, locate_checkpoint
+        from ..model.base import locate_checkpoint
         from ..model.families import family_at
 
         folder = locate_checkpoint(args.base_ckpt, weights=False)
-        tokenizer, family = load_tokenizer(folder), family_at(folder)
+        family = family_at(folder)
+        tokenizer = family.load_tokenizer(folder)
     lines = run_describe(
         portions_of(args.train_manifest),
         args.val_manifest,
         args.output_dir,
         audio_root=args.audio_root,
+        channel=args.channel,
+        audio_track=args.audio_track,
         tokenizer=tokenizer,
         family=family,
         max_tokens=args.max_tokens_per_batch,
@@ -206,15 +215,15 @@ def _sample_codec(args) -> int:
     from ..data.manifest import read_manifest
 
     rows, faults = read_manifest(args.train_manifest)
+    if faults:
+        raise ConfigError(grouped(faults))
     clips: dict[AudioRef, tuple[np.ndarray, int]] = {}
     for row in rows:
         for where, ref in row.audio_refs:
-            try:
+            with reading(f"{row.origin}: {where}"):
                 clips[ref] = clips[ref] if ref in clips else read_audio(ref)
-            except AudioError as error:
-                faults.append(row.fault(where, str(error)))
-    if faults or not clips:
-        raise ConfigError([*grouped(faults), f"{args.train_manifest}: no codec fitted"])
+    if not clips:
+        raise ConfigError([f"--train_manifest: {args.train_manifest} has no clips"])
     writable_folder(args.output_dir)
     codec = SampleCodec.fit(clips.values(), seed=args.seed)
     with writing(f"--output_dir: {args.output_dir}"):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -35,12 +35,15 @@ TOKENS_PER_TURN = 5
 CARD, TOKENS_PER_SEC = "H100", 32_000
 
 
-def describe(path: str, *, audio_root: str | None = None, tokenizer=None, family: Family | None = None) -> Described:
-    """Reads a manifest and its clips' headers. With a tokenizer and its family, tokens are counted, else estimated."""
+def describe(path: str, *, tokenizer=None, family: Family | None = None, **read_as: Any) -> Described:
+    """Reads a manifest and its clips' headers. With a tokenizer and its family, tokens are counted, else estimated.
+
+    `read_as` are `Manifest`'s own options.
+    """
     from ..data.controls import DEFAULT_CONTROLS, control_tokens
 
     controls = DEFAULT_CONTROLS if tokenizer is None else control_tokens(tokenizer)
-    manifest = Manifest(path, audio_root=audio_root, controls=controls)
+    manifest = Manifest(path, controls=controls, **read_as)
     lengths: dict[AudioRef, float] = {}
     rows: list[Row] = []
     of_rows: list[list[float]] = []
@@ -62,6 +65,7 @@ def describe(path: str, *, audio_root: str | None = None, tokenizer=None, family
         if not found:
             rows.append(row)
             of_rows.append(seconds)
+    of_texts, warnings = manifest.of_texts()
     stats = np.array([text_stats_of(row) for row in rows], TEXT_STATS)
     speech = [
         (row.audio_refs[clip][1], seconds[clip]) if clip >= 0 else (None, 0.0)
@@ -75,8 +79,9 @@ def describe(path: str, *, audio_root: str | None = None, tokenizer=None, family
         rows,
         np.array([sum(seconds) for seconds in of_rows], np.float64),
         np.array([_tokens(row, sec, tokenizer, family) for row, sec in zip(rows, of_rows, strict=True)], np.int64),
-        faults,
+        [*faults, *of_texts],
         manifest.notes(),
+        warnings,
     )
 
 
@@ -145,22 +150,25 @@ def run_describe(
     val_manifest: str | None,
     output_dir: Path | None,
     *,
-    audio_root: str | None = None,
     tokenizer=None,
     family: Family | None = None,
     max_tokens: int = 16_384,
     epochs: float = 1.0,
+    **read_as: Any,
 ) -> list[str]:
     """The lines to print; with `output_dir`, describe.html, describe.png and faults.jsonl are left there.
 
-    The page plays clips of the first manifest.
+    The page plays clips of the first manifest. `read_as` are `Manifest`'s own options.
 
     Raises:
         ConfigError: a manifest without a usable row, or a folder that cannot be written to.
     """
     trained = len(portions)
     sides = [*portions, *([Portion(val_manifest)] if val_manifest else [])]
-    described = [describe(side.path, audio_root=audio_root, tokenizer=tokenizer, family=family) for side in sides]
+    described = [
+        describe(side.path, tokenizer=tokenizer, family=family, trains=number < trained, **read_as)
+        for number, side in enumerate(sides)
+    ]
     said: list[str] = []
     for number, found in enumerate(described):
         if not found.rows:
@@ -170,7 +178,8 @@ def run_describe(
             said += epoch_lines(described[:trained], portions, max_tokens=max_tokens, epochs=epochs)
         elif number >= trained:
             said += epoch_lines([found], sides[trained:], max_tokens=max_tokens, epochs=None)
-    warnings = warnings_of([found.speech for found in described], trained)
+    warnings = [warning for found in described for warning in found.warnings]
+    warnings += warnings_of([found.speech for found in described], trained)
     faults = [fault for found in described for fault in found.faults]
     for count, what, some in ((len(faults), "fault", faults), (len(warnings), "warning", warnings)):
         if some:

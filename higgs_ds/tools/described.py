@@ -23,6 +23,7 @@ class Described:
     tokens: np.ndarray  # int64 [rows]
     faults: list[Fault]
     notes: list[str] = field(default_factory=list)
+    warnings: list[Fault] = field(default_factory=list)  # of all texts together
 
 
 def oddest(found: Described) -> list[int]:

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 DTYPES = ("bf16", "fp16", "fp32")
-OTHER_BASE = "accept an adapter that was trained on another base"
 
 
 def name(text: str) -> str:
@@ -21,6 +20,13 @@ def name(text: str) -> str:
 def path(text: str) -> Path:
     """A file or a folder. Raises ArgumentTypeError for an empty word, which pathlib takes for the working folder."""
     return Path(name(text))
+
+
+def base_flags(parser: argparse.ArgumentParser, base_help: str, default: str | None = None) -> None:
+    """The base checkpoint, its revision, and whether an adapter may be of another one."""
+    parser.add_argument("--base_ckpt", type=name, default=default, help=base_help)
+    parser.add_argument("--base_revision", help="revision of the base on the hub")
+    parser.add_argument("--other_base", action="store_true", help="accept an adapter that was trained on another base")
 
 
 def number(kind: type, least: float, most: float = math.inf) -> Callable[[str], float]:

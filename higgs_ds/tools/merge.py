@@ -4,39 +4,33 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import ConfigError, ExitCode
 from ..files import filling, writing
-from ..model.higgs_v2.layouts import BOSON, LAYOUTS, TRANSFORMERS
+from ..model.higgs_v2.layouts import LAYOUTS, TRANSFORMERS
 from ..options.sections import DEFAULT_BASE, DEFAULT_CODEC
 from ..process import say
 from . import flag_types
 from .outputs import empty_place
 
+if TYPE_CHECKING:
+    from ..model.family import Family
+
 
 def add_merge(verbs) -> None:
     """The flags of `merge`."""
     parser = verbs.add_parser("merge", help="merge an adapter into its base and write one checkpoint, in either layout")
-    parser.add_argument(
-        "--base_ckpt", type=flag_types.name, default=DEFAULT_BASE, help=f"folder or hub id (default: {DEFAULT_BASE})"
-    )
-    parser.add_argument("--base_revision", help="revision of the base on the hub")
+    flag_types.base_flags(parser, f"folder or hub id (default: {DEFAULT_BASE})", DEFAULT_BASE)
     parser.add_argument("--adapter", type=flag_types.path, metavar="DIR", help="LoRA adapter (default: none)")
-    parser.add_argument(
-        "--output_dir",
-        type=flag_types.path,
-        required=True,
-        metavar="DIR",
-        help="new or empty folder for the checkpoint",
-    )
+    folder_help = "new or empty folder for the checkpoint"
+    parser.add_argument("--output_dir", type=flag_types.path, required=True, metavar="DIR", help=folder_help)
     parser.add_argument("--layout", choices=LAYOUTS, required=True, help="the library that will load the checkpoint")
     parser.add_argument("--dtype", choices=flag_types.DTYPES, help="data type of the weights (default: as in the base)")
-    parser.add_argument(
-        "--codec", type=flag_types.name, default=DEFAULT_CODEC,
-        help="audio tokenizer to load with the checkpoint: hub id, or folder in the same layout",
-    )  # fmt: skip
+    codec_help = "audio tokenizer to load with the checkpoint: hub id, or folder in the same layout"
+    parser.add_argument("--codec", type=flag_types.name, default=DEFAULT_CODEC, help=codec_help)
     parser.add_argument("--codec_revision", help="revision of the codec on the hub, for the commands in README.md")
-    parser.add_argument("--other_base", action="store_true", help=flag_types.OTHER_BASE)
     parser.set_defaults(verb=run_merge)
 
 
@@ -45,23 +39,16 @@ def add_export(verbs) -> None:
     parser = verbs.add_parser("export", help="rename an adapter's weights for use with transformers and PEFT")
     parser.add_argument("--adapter", type=flag_types.path, required=True, metavar="DIR", help="LoRA adapter to export")
     parser.add_argument("--layout", choices=(TRANSFORMERS,), required=True, help="the library that will load it")
-    parser.add_argument(
-        "--output_dir", type=flag_types.path, metavar="DIR",
-        help="new or empty folder (default: the adapter's, with `-transformers` appended)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--base_ckpt", type=flag_types.name, help="base that the adapter was trained on (default: as recorded in it)"
-    )
-    parser.add_argument("--base_revision", help="revision of the base on the hub")
-    parser.add_argument("--other_base", action="store_true", help=flag_types.OTHER_BASE)
+    folder_help = "new or empty folder (default: the adapter's, with `-transformers` appended)"
+    parser.add_argument("--output_dir", type=flag_types.path, metavar="DIR", help=folder_help)
+    flag_types.base_flags(parser, "base that the adapter was trained on (default: as recorded in it)")
     parser.set_defaults(verb=run_export)
 
 
 def run_merge(args: argparse.Namespace) -> int:
     """Checks the adapter's config before the base is looked for, and its weights before anything is written."""
-    from ..model.families import family_of, open_base
+    from ..model.families import open_base
     from ..model.files.adapter_file import check_base, read_adapter, read_adapter_config, revision_for
-    from ..model.higgs_v2.processor_files import codec_reference
     from ..model.voice_record import RECORD, base_note, read_record, record_text
     from ..report.cards import merged_card, pinned
 
@@ -70,14 +57,15 @@ def run_merge(args: argparse.Namespace) -> int:
     args.base_revision = revision_for(lora, args.base_ckpt, args.base_revision)
     if lora and not args.other_base:
         check_base(lora, args.base_ckpt, args.base_revision)
-    codec_reference(args.codec, args.layout)
+    _, family = _family_for(args.layout, args.base_ckpt, args.base_revision)
+    family.check_codec(args.codec, args.layout)  # before the base's weights are downloaded
     base = open_base(args.base_ckpt, args.base_revision)
-    adapter = read_adapter(args.adapter, family_of(base).adaptable_modules(base), lora) if lora else None
+    adapter = read_adapter(args.adapter, family.adaptable_modules(base.config), lora) if lora else None
     record = read_record(args.adapter, "--adapter") if lora else None
     name, revision = pinned(args.base_ckpt, args.base_revision)
     table = {"dtype": args.dtype or "as the base"}
-    if lora and adapter:
-        table |= {"adapter": f"`{args.adapter.resolve()}`", **lora.describe(), "layers merged": len(adapter.weights)}
+    if adapter:
+        table |= {"adapter": f"`{args.adapter.resolve()}`", **adapter.describe(), "layers merged": len(adapter.weights)}
     table |= record.table() if record else {}
     where = {"base": name, "revision": revision, "layout": args.layout, "folder": args.output_dir}
     where |= {"codec": args.codec, "codec_revision": args.codec_revision}
@@ -85,9 +73,7 @@ def run_merge(args: argparse.Namespace) -> int:
     note = base_note(args.adapter, "--adapter") if lora else None
     for line in [*base.notes, *([note] if note else [])]:
         say(line)
-    size = family_of(base).merge(
-        base, adapter, args.output_dir, args.layout, dtype=args.dtype, codec=args.codec, texts=texts
-    )
+    size = family.merge(base, adapter, args.output_dir, args.layout, dtype=args.dtype, codec=args.codec, texts=texts)
     merged = f"{len(adapter.weights)} layers merged" if adapter else "nothing merged"
     merged += f", {' and '.join(adapter.whole)} replaced whole" if adapter and adapter.whole else ""
     say(
@@ -97,16 +83,24 @@ def run_merge(args: argparse.Namespace) -> int:
     return ExitCode.OK
 
 
+def _family_for(layout: str, base_name: str, revision: str | None) -> tuple[Path, Family]:
+    """The folder of a base, without its weights, and its family. Raises ConfigError where that has no such layout."""
+    from ..model.base import locate_checkpoint
+    from ..model.families import family_at
+
+    folder = locate_checkpoint(base_name, revision, weights=False)
+    family = family_at(folder)
+    if layout not in family.layouts:
+        raise ConfigError([f"--layout: {layout} is no layout of {base_name}, expected {' or '.join(family.layouts)}"])
+    return folder, family
+
+
 def run_export(args: argparse.Namespace) -> int:
     """Renames a checked adapter's weights and layers."""
     from safetensors.torch import save_file
 
-    from ..model.base import locate_checkpoint
     from ..model.files.adapter_file import CONFIG, WEIGHTS, check_base, read_adapter, read_adapter_config, revision_for
     from ..model.files.adapter_names import PREFIX
-    from ..model.higgs_v2.config import read_checkpoint_config
-    from ..model.higgs_v2.layouts import layout_of, name_in
-    from ..model.higgs_v2.load import adaptable_modules
 
     lora = read_adapter_config(args.adapter)
     adapter_dir = args.adapter if args.adapter.name not in ("", "..") else args.adapter.resolve()  # of `.`
@@ -119,25 +113,27 @@ def run_export(args: argparse.Namespace) -> int:
     revision = revision_for(lora, base_name, given)
     if not args.other_base:
         check_base(lora, base_name, revision)
-    folder = locate_checkpoint(base_name, revision, weights=False)
-    adapter = read_adapter(args.adapter, adaptable_modules(read_checkpoint_config(folder)), lora)
+    folder, family = _family_for(args.layout, base_name, revision)
+    adapter = read_adapter(args.adapter, family.adaptable_modules(family.read_config(folder)), lora)
+
+    def renamed(name: str) -> str:
+        return family.name_in(args.layout, name)
+
     config = {
-        "base_model_name_or_path": None if layout_of(folder) == BOSON else base_name,
+        "base_model_name_or_path": base_name if family.layout_of(folder) == args.layout else None,
         "bias": "none",
         "inference_mode": True,
         "lora_alpha": lora.alpha,
         "lora_dropout": 0.0,
-        "modules_to_save": [name_in(TRANSFORMERS, name) for name in adapter.whole] or None,
+        "modules_to_save": [renamed(name) for name in adapter.whole] or None,
         "peft_type": "LORA",
         "r": lora.rank,
         # Whole names: a suffix that boson_multimodal's names have may mean other layers there.
-        "target_modules": sorted(name_in(TRANSFORMERS, name) for name in adapter.weights),
+        "target_modules": sorted(renamed(name) for name in adapter.weights),
         "task_type": None,  # PEFT's wrapper for language models passes arguments that this model does not take
         "use_rslora": lora.rslora,
     }
-    weights = {
-        PREFIX + name_in(TRANSFORMERS, key.removeprefix(PREFIX)): value for key, value in adapter.state_dict().items()
-    }
+    weights = {PREFIX + renamed(key.removeprefix(PREFIX)): value for key, value in adapter.state_dict().items()}
     with writing(f"--output_dir: {output_dir}"), filling(output_dir) as beside:
         (beside / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         save_file(weights, beside / WEIGHTS, metadata={"format": "pt"})

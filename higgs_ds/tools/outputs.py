@@ -20,6 +20,4 @@ def empty_place(folder: Path) -> Path:
     with writing(f"--output_dir: {folder}"):
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ConfigError([f"--output_dir: {folder} exists; it is not overwritten"])
-        if folder.is_symlink() and not folder.exists():
-            raise ConfigError([f"--output_dir: {folder} is a broken link; name another folder"])
         return folder.resolve()

@@ -1,4 +1,4 @@
-"""Flags and checks that `generate` and `recite` share, and the loading of the model that speaks."""
+"""Flags and checks that `generate` and `reproduce` share, and the loading of the model that speaks."""
 
 from __future__ import annotations
 
@@ -6,12 +6,17 @@ import argparse
 import dataclasses
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..data.chatml import PROMPT_STYLES
+from ..data.texts import composed, is_visible
 from ..errors import ConfigError, reading
 from ..options.sections import DEFAULT_BASE, DEFAULT_CODEC
 from ..process import say
 from . import flag_types
+
+if TYPE_CHECKING:
+    from ..model.speech import Sampling, Speaker
 
 SAMPLERS = ("greedy", "boson", "served")
 MOST_TOKENS = 1 << 20
@@ -19,12 +24,10 @@ MOST_TOKENS = 1 << 20
 
 def voice_flags(parser: argparse.ArgumentParser) -> None:
     """Base, adapter or merged folder, codec and dtype."""
-    parser.add_argument("--base_ckpt", type=flag_types.name, help=f"folder or hub id (default: {DEFAULT_BASE})")
-    parser.add_argument("--base_revision", help="revision of the base on the hub")
+    flag_types.base_flags(parser, f"folder or hub id (default: {DEFAULT_BASE})")
     parser.add_argument("--adapter", type=flag_types.name, metavar="DIR", help="LoRA adapter (default: none)")
     merged_help = "merged checkpoint in either layout, instead of --base_ckpt and --adapter"
     parser.add_argument("--merged", type=flag_types.name, metavar="DIR", help=merged_help)
-    parser.add_argument("--other_base", action="store_true", help=flag_types.OTHER_BASE)
     codec_help = f"folder or hub id (default: {DEFAULT_CODEC})"
     parser.add_argument("--codec", type=flag_types.name, default=DEFAULT_CODEC, help=codec_help)
     parser.add_argument("--codec_revision", help="revision of the codec on the hub")
@@ -49,7 +52,7 @@ def prompt_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top_k", type=number(int, 1, MOST_TOKENS), help="default: the sampler's")
     parser.add_argument("--top_p", type=number(float, 1e-6, 1), help="default: the sampler's")
     parser.add_argument("--seed", type=number(int, 0, (1 << 63) - 1), help="random seed of the sampler")
-    tokens_help = "longest answer, in tokens (default: 1024; in recite, twice the frames of the clip)"
+    tokens_help = "longest answer, in tokens (default: 1024; in reproduce, twice the frames of the clip)"
     parser.add_argument("--max_new_tokens", type=number(int, 1, MOST_TOKENS), help=tokens_help)
 
 
@@ -59,20 +62,26 @@ def refuse(problems: list[str]) -> None:
         raise ConfigError(problems)
 
 
-def flag_problems(args: argparse.Namespace) -> list[str]:
-    """Fills in the base; flags that exclude each other."""
-    problems = []
+def check_flags(args: argparse.Namespace) -> None:
+    """Fills in the base. Raises ConfigError for flags that exclude each other."""
     given = [f"--{name}" for name in ("base_ckpt", "base_revision", "adapter", "other_base") if getattr(args, name)]
     if args.merged is None:
         args.base_ckpt = args.base_ckpt or DEFAULT_BASE
     elif given:
-        problems.append(f"--merged: is base and adapter in one; leave {', '.join(given)} out")
+        raise ConfigError([f"--merged: is base and adapter in one; leave {', '.join(given)} out"])
     elif not os.path.isdir(args.merged):
-        problems.append(f"--merged: {args.merged} is not a folder; `merge` makes one")
+        raise ConfigError([f"--merged: {args.merged} is not a folder; `merge` makes one"])
     is_greedy = args.sampler == "greedy"
     if args.temperature is not None and args.sampler and (args.temperature == 0) != is_greedy:
-        problems.append(f"--temperature: {args.temperature:g} and --sampler {args.sampler} exclude each other")
-    return problems
+        raise ConfigError([f"--temperature: {args.temperature:g} and --sampler {args.sampler} exclude each other"])
+
+
+def keep_existing(flag: str, files: list[Path], args: argparse.Namespace) -> None:
+    """Raises ConfigError if files would be overwritten without `--overwrite`."""
+    there = [file for file in files if os.path.lexists(file)]
+    if there and not args.overwrite:
+        more = f" and {len(there) - 1} more" if len(there) > 1 else ""
+        raise ConfigError([f"{flag}: {there[0]}{more} exists and is kept; --overwrite overwrites it"])
 
 
 def check_adapter(args: argparse.Namespace) -> None:
@@ -99,48 +108,58 @@ def base_of(args: argparse.Namespace) -> tuple[str, str]:
     return (args.base_ckpt, "--base_ckpt") if args.merged is None else (args.merged, "--merged")
 
 
-def sampling_of(args: argparse.Namespace):
+def sampling_of(args: argparse.Namespace, speaker: Speaker) -> Sampling:
     """The sampler's settings, overridden by the flags."""
-    from ..model.higgs_v2.speaker import SAMPLERS as SETTINGS
-
     given = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "seed", "max_new_tokens")}
     given = {name: value for name, value in given.items() if value is not None}
-    return dataclasses.replace(SETTINGS[args.sampler or "greedy"], **given)
+    return dataclasses.replace(speaker.samplers[args.sampler or "greedy"], **given)
 
 
-def say_unused(args: argparse.Namespace, sampling) -> None:
+def say_unused(args: argparse.Namespace, sampling: Sampling) -> None:
     """Says which flags have no effect on greedy decoding."""
     unused = [f"--{name}" for name in ("top_k", "top_p", "seed") if getattr(args, name) is not None]
     if unused and not sampling.temperature:
         say(f"{', '.join(unused)}: no effect on greedy decoding (--sampler, --temperature)")
 
 
-def text_problems(args: argparse.Namespace, texts: list[tuple[str, str]]) -> list[str]:
-    """Empty texts, each with its flag or line."""
-    asked = [*texts, *([("--ref_text", args.ref_text)] if args.ref_text is not None else [])]
-    return [f"{where}: is empty" for where, text in asked if not text.strip()]
+def empty_texts(texts: list[tuple[str, str]]) -> list[str]:
+    """Texts that cannot be spoken, each with its flag or line."""
+    return [
+        f"{where}: holds no letter and no digit" if text else f"{where}: is empty"
+        for where, text in texts
+        if not is_visible(text)
+    ]
 
 
 def texts_of(args: argparse.Namespace) -> list[tuple[str, str]]:
     """(flag or line, text) of everything to be spoken."""
     if not args.texts:
-        return [("--text", args.text.strip())]
+        return _as_trained([("--text", args.text.strip())])
     with reading(f"--texts: {args.texts}"):
         lines = args.texts.read_text(encoding="utf-8-sig").rstrip().split("\n")
     if lines == [""]:
         raise ConfigError([f"--texts: {args.texts} holds no text; put one on each line"])
-    return [(f"--texts: {args.texts}:{number}", line.strip()) for number, line in enumerate(lines, 1)]
+    return _as_trained([(f"--texts: {args.texts}:{number}", line.strip()) for number, line in enumerate(lines, 1)])
 
 
-def reference_clip(args: argparse.Namespace, problems: list[str]):
-    """The clip of the voice to clone, read once so that a broken one is refused before anything is loaded."""
+def _as_trained(texts: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """The texts composed as those of a manifest are, which is said once."""
+    found = [(where, composed(text).strip()) for where, text in texts]
+    if changed := [where for (where, text), (_, given) in zip(found, texts, strict=True) if text != given]:
+        say(f"{changed[0]}: read with composed letters (NFC) and blanks for line breaks, as in training")
+    return found
+
+
+def reference_clip(args: argparse.Namespace):
+    """The clip of the voice to clone, read once so that a damaged one is refused before anything is loaded."""
     from ..data.audio import read_audio
     from ..data.chatml import AudioRef
 
     if (args.ref_audio is None) != (args.ref_text is None):
-        problems.append("--ref_audio, --ref_text: one needs the other")
-    if problems or args.ref_audio is None:
+        raise ConfigError(["--ref_audio, --ref_text: one needs the other"])
+    if args.ref_audio is None:
         return None
+    refuse(empty_texts([("--ref_text", args.ref_text.strip())]))
     ref = AudioRef(args.ref_audio)
     with reading(f"--ref_audio: {args.ref_audio}"):
         read_audio(ref)
@@ -170,14 +189,14 @@ def check_prompts(args: argparse.Namespace, texts: list[tuple[str, str]], prompt
     """
     from ..data.audio import duration_sec
     from ..data.controls import control_tokens, find_control
-    from ..model.base import load_tokenizer, locate_checkpoint
+    from ..model.base import locate_checkpoint
     from ..model.families import family_at
     from .describe import frames_of
 
     name, flag = base_of(args)
     folder = locate_checkpoint(name, args.base_revision, flag, weights=False)
     family = family_at(folder, flag)  # a folder without a config.json has no tokenizer either, which says less
-    tokenizer = load_tokenizer(folder, flag)
+    tokenizer = family.load_tokenizer(folder, flag)
     controls = control_tokens(tokenizer)
     asked = [*texts, *((f"--{name}", text) for name in ("scene", "ref_text") if (text := getattr(args, name)))]
     refuse([f"{where}: {problem}" for where, text in asked if (problem := find_control(text, controls))])
@@ -194,7 +213,7 @@ def check_prompts(args: argparse.Namespace, texts: list[tuple[str, str]], prompt
     )
 
 
-def open_speaker(args: argparse.Namespace):
+def open_speaker(args: argparse.Namespace) -> Speaker:
     """Base, adapter and codec, loaded. Raises ConfigError."""
     from ..codec.load import load_codec
     from ..model.families import family_of, open_base

@@ -38,12 +38,6 @@ def test_every_row_once_an_epoch_in_another_order(num_rows):
     assert plan(num_rows, 4, 2, seed=8).order(0) != p.order(0) == plan(num_rows, 1, 8).order(0)
 
 
-def test_windows_can_start_anywhere():
-    p = plan(37, 2, 2)
-    assert list(p.steps(1, 6, 9)) == list(p.steps(1, 1, 9))[5:]
-    assert list(p.steps(0, 1, p.steps_per_epoch))[-1].epoch == 1.0
-
-
 @pytest.mark.parametrize(("num_rows", "world_size"), [(4, 2), (5, 4), (1, 3)])
 def test_evaluation_sees_every_row_once_with_equal_forwards(num_rows, world_size):
     plans = [list(evaluation_plans(num_rows, 2, rank, world_size)) for rank in range(world_size)]

@@ -73,26 +73,22 @@ def test_codes_and_speech_of_both_layouts_are_equal(boson_folder, folded):  # no
     samples, rate = clips_of("manifest.jsonl")[0]
     wanted, waveforms = {}, {}
     for codec in (old, new):
-        for length in (rate, rate + 123, len(samples)):
+        for length in (rate + 123, 2 * rate):
             codes = codec.encode(samples[:length], rate)
             assert np.array_equal(wanted.setdefault(length, codes), codes)
         waveforms[codec is old] = codec.decode(codes)
-        codec.release()
-    assert len(np.unique(wanted[len(samples)])) > 20
+    assert len(np.unique(wanted[2 * rate])) > 20
     assert np.allclose(waveforms[True], waveforms[False], atol=1e-5) and np.abs(waveforms[True]).max() > 1e-3
-
-
-def test_every_weight_comes_back_to_the_bit(folded):
-    codec = load_codec(str(folded))
-    codec.build()
+    # Every weight comes back to the bit.
     with safe_open(folded / WEIGHTS, framework="pt") as stored:
         left = set(stored.keys())
-        for name, weight in codec._model.state_dict().items():
+        for name, weight in new._model.state_dict().items():
             if name != "semantic_model.masked_spec_embed":
                 assert torch.equal(weight, stored.get_tensor(new_name(name))), name
                 left.remove(new_name(name))
         assert not left and len(stored.keys()) == 602 - 74 - 1
-    codec.release()
+    old.release()
+    new.release()
 
 
 def test_the_config_says_the_same():

@@ -116,14 +116,87 @@ def test_a_header_that_lies_costs_no_memory(tmp_path):
     assert duration_sec(AudioRef(path=path)) > 4e6
     assert problem(AudioRef(path=path)).startswith("cannot be decoded: ")
 
-    flac[21] &= 0xF0  # 0 stands for "unknown", as an encoder writes that cannot seek back
-    flac[22:26] = bytes(4)
-    path.write_bytes(flac)
-    assert "does not say in its header how long it is" in problem(AudioRef(path=path), duration_sec)
-
     for sample_rate in (1, 2**31 - 1):  # resampling from such would not end
         wrong = write(tmp_path / f"{sample_rate}.wav", tone(1000), sample_rate)
         assert problem(wrong) == f"has a sample rate of {sample_rate} Hz, must be 4000 to 768000"
+
+
+def encoded(
+    path: Path, waveform: np.ndarray, *, sample_rate: int = 16000, codec: str, tracks: int = 1, **options
+) -> Path:
+    """A file that PyAV writes; of several tracks each holds other sound."""
+    with av.open(str(path), "w", **options) as container:
+        streams = [container.add_stream(codec, rate=sample_rate, layout="mono") for _ in range(tracks)]
+        for number, stream in enumerate(streams):
+            stream.codec_context.format = stream.codec_context.codec.audio_formats[0]
+            frame = av.AudioFrame.from_ndarray(((number + 1) * waveform[None]).astype(np.float32), "fltp", "mono")
+            frame.sample_rate = sample_rate
+            resampler = av.AudioResampler(stream.codec_context.format, "mono", sample_rate, 1024)
+            for part in (*resampler.resample(frame), *resampler.resample(None)):
+                container.mux(stream.encode(part))
+            container.mux(stream.encode(None))
+    return path
+
+
+def without_length(path: Path) -> Path:
+    """The clip of a shipped FLAC four times over, in a format that does not count its samples."""
+    waveform = np.tile(soundfile.read(SPEECH.parent / "audio/conf-full.flac", dtype="float32")[0], 4)
+    if path.suffix == ".flac":
+        soundfile.write(path, waveform, 16000)
+        content = bytearray(path.read_bytes())
+        content[21] &= 0xF0  # the 36 bits of STREAMINFO that count samples: 0 stands for "unknown"
+        content[22:26] = bytes(4)
+        path.write_bytes(content)
+        return path
+    if path.suffix == ".aac":
+        return encoded(path, waveform, codec="aac", format="adts")
+    return encoded(path, waveform, codec="mp3", options={"write_xing": "0", "id3v2_version": "0"})
+
+
+@pytest.mark.parametrize("suffix", ["mp3", "aac", "flac"])
+def test_what_decodes_to_its_end_is_whole_and_half_of_it_is_not(tmp_path, suffix):
+    path = without_length(tmp_path / f"clip.{suffix}")
+    seconds = duration_sec(AudioRef(path=path))
+    waveform, sample_rate = read_audio(AudioRef(path=path))
+    assert len(waveform) / sample_rate == seconds == pytest.approx(6.65, abs=0.15)
+    assert np.abs(waveform[-sample_rate:]).max() > 0.01
+    assert len(read_audio(in_base64(path))[0]) == len(waveform)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2 + 50])
+    assert problem(AudioRef(path=path)).startswith("cannot be decoded: ")
+
+
+@pytest.mark.parametrize("counted", ["0", "1"])
+def test_mp3s_glued_together_are_read_to_the_last(tmp_path, counted):
+    waveform = soundfile.read(SPEECH.parent / "audio/conf-full.flac", dtype="float32")[0]
+    path = encoded(tmp_path / "one.mp3", waveform, codec="mp3", options={"write_xing": counted})
+    seconds = duration_sec(AudioRef(path=path))
+    path.write_bytes(2 * path.read_bytes())
+    assert duration_sec(AudioRef(path=path)) == pytest.approx(2 * seconds, abs=0.25)
+    assert len(read_audio(AudioRef(path=path))[0]) / 16000 == pytest.approx(2 * seconds, abs=0.25)
+
+
+def test_one_of_several_sound_tracks_must_be_chosen(tmp_path):
+    waveform = soundfile.read(SPEECH.parent / "audio/conf-full.flac", dtype="float32")[0] / 4
+    path = encoded(tmp_path / "obs.mp4", waveform, codec="aac", tracks=2)
+    for action in (duration_sec, read_audio):
+        assert "holds 2 sound tracks" in problem(AudioRef(path=path), action)
+        assert "its track 2 is not there" in problem(AudioRef(path=path, audio_track=2), action)
+    first, second = (read_audio(AudioRef(path=path, audio_track=n))[0] for n in (0, 1))
+    assert np.abs(second).max() > 1.5 * np.abs(first).max()
+    assert len({content_hash(AudioRef(path=path, audio_track=n)) for n in (None, 0, 1)}) == 3
+
+
+def test_channels_of_two_speakers_are_not_mixed_unless_that_is_said(tmp_path):
+    voice = soundfile.read(SPEECH.parent / "audio/conf-full.flac", dtype="float32")[0]
+    quiet = np.zeros_like(voice)
+    call = np.stack([np.r_[voice, quiet], np.r_[quiet, voice]], axis=1)
+    path = write(tmp_path / "call.flac", call).path
+    assert "on each of its 2 channels" in problem(AudioRef(path=path))
+    assert "channel 2 is not there" in problem(AudioRef(path=path, channel=2))
+    for channel, wanted in ((0, call[:, 0]), (1, call[:, 1]), (-1, call.mean(axis=1))):
+        assert np.abs(read_audio(AudioRef(path=path, channel=channel))[0] - wanted).max() < 1e-3
+    apart = np.stack([voice, 0.5 * np.roll(voice, 40)], axis=1)  # one voice before two microphones
+    assert len(read_audio(write(tmp_path / "stereo.flac", apart))[0]) == len(voice)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

@@ -268,7 +268,7 @@ def test_the_duration_limit_also_holds_for_cached_clips(tmp_path, codec):
 def test_codes_that_the_codec_does_not_have_are_not_stored(tmp_path, codec):
     codec.encode = lambda waveform, sample_rate: np.full((8, 3), 16, dtype=np.int16)
     problems = CodeCache(tmp_path, codec).ensure(REFS[:1])
-    assert problems == {REFS[0]: "codes must be 0..15, found 16"}
+    assert list(problems) == REFS[:1] and "0..15" in problems[REFS[0]]
     assert not [path for path in cache_files(tmp_path) if path.suffix != ".hashes"]
 
 

@@ -45,7 +45,7 @@ def corpus(tmp_path):
     """30 rows whose clips last as long as their texts want, and the folder for more."""
     rows = []
     for i in range(30):
-        text = " ".join(WORDS[: 3 + i % 8]) + f" {i}"
+        text = f"{i} " + " ".join(WORDS[: 3 + i % 8])
         seconds = len(text) / 15 + 0.1 * (i % 3)
         rows.append({"audio": noise(tmp_path / f"{i}.wav", seconds, i), "text": text, "duration": round(seconds, 2)})
     return rows

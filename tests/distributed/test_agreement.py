@@ -1,4 +1,4 @@
-"""What all ranks must have in common; ranks are threads here, whole processes on two hosts in test_many_hosts.py."""
+"""Checks of what all ranks must share; ranks are threads here, and processes on two hosts in test_many_hosts.py."""
 
 import shutil
 import threading
@@ -59,13 +59,13 @@ def test_ranks_that_share_a_file_have_it_read_by_the_first_of_them(tmp_path):
 
 @pytest.fixture
 def of_two_hosts(monkeypatch, tmp_path):
-    """Looks at one folder from two hosts; what of the one `late(host0, host1)` brings to the other, and when."""
-    monkeypatch.setattr(agreement, "PATIENCE_SEC", 3.0)
+    """Looks at one folder from two hosts, while `late(host0, host1)` brings to the one what the other has written."""
     monkeypatch.setattr(agreement, "PAUSE_SEC", 0.05)
     hosts = tmp_path / "host0", tmp_path / "host1"
     hosts[1].mkdir()
 
-    def look(late) -> list:
+    def look(late=lambda one, other: None, *, patience_sec: float = 0.3) -> list:
+        monkeypatch.setattr(agreement, "PATIENCE_SEC", patience_sec)
         helper = threading.Thread(target=late, args=hosts)
         helper.start()
         results = on_ranks(2, lambda ranks: check_shared({"--output_dir": hosts[ranks.rank]}, ranks))
@@ -76,13 +76,13 @@ def of_two_hosts(monkeypatch, tmp_path):
 
 
 def test_a_stale_listing_is_waited_for_and_another_folder_is_refused(of_two_hosts, tmp_path):
-    def a_second_later(one, other) -> None:
-        time.sleep(1)
+    def later(one, other) -> None:
+        time.sleep(0.5)
         shutil.copytree(one, other, dirs_exist_ok=True)
 
-    assert of_two_hosts(a_second_later) == [None, None]
+    assert of_two_hosts(later, patience_sec=60) == [None, None]
     assert list((tmp_path / "host0").iterdir()) == []
-    errors = of_two_hosts(lambda one, other: None)
+    errors = of_two_hosts()
     assert str(errors[0]) == str(errors[1])
     paths = f"{tmp_path / 'host0'} ({tmp_path / 'host1'} there)"
     assert f"--output_dir: rank 1 cannot see what rank 0 has written to {paths}" in str(errors[0])
@@ -97,6 +97,6 @@ def test_a_folder_that_may_only_be_read_is_known_by_the_names_in_it(of_two_hosts
     for host in ("host0", "host1"):
         (tmp_path / host).mkdir(exist_ok=True)
         (tmp_path / host / "a.index").touch()
-    assert of_two_hosts(lambda one, other: None) == [None, None]
+    assert of_two_hosts() == [None, None]
     (tmp_path / "host0/b.index").touch()
-    assert "cannot see what rank 0" in str(of_two_hosts(lambda one, other: None)[0])
+    assert "cannot see what rank 0" in str(of_two_hosts()[0])

@@ -1,4 +1,4 @@
-"""Which device a run takes: a GPU that cannot be used is said, and the CPU is taken only where that was asked for."""
+"""The device that a run takes: an unusable GPU is an error, and the CPU is taken only where it was asked for."""
 
 import os
 
@@ -7,13 +7,13 @@ import torch
 import torch.distributed as dist
 
 import train_ds
-from higgs_ds.distributed import device, engine
-from higgs_ds.distributed.device import describe_devices, driver_version, pick_device, take_device
+from higgs_ds.distributed import engine
+from higgs_ds.distributed.device import describe_devices, pick_device, take_device
 from higgs_ds.distributed.engine import start_ranks
 from higgs_ds.distributed.rank_watch import NCCL_TIMEOUT_SEC, STALL_TIMEOUT_SEC, check_stall_timeout
 from higgs_ds.distributed.rendezvous import Meeting
 from higgs_ds.errors import ConfigError
-from higgs_ds.model.higgs_v2.speaker import default_dtype
+from higgs_ds.model.speech import default_dtype
 from higgs_ds.tools.cli import main as higgs_ds
 from tests.conftest import SPEECH
 from tests.support.ranks import assert_all, run_ranks
@@ -47,7 +47,7 @@ def refusal() -> str:
 
 
 @needs_no_gpu
-@pytest.mark.parametrize("verb", ["train", "check", "prepare", "generate", "recite"])
+@pytest.mark.parametrize("verb", ["train", "check", "prepare", "generate", "reproduce"])
 def test_no_usable_gpu_ends_every_verb_with_2_before_anything_is_made(verb, monkeypatch, tmp_path, capfd):
     monkeypatch.delenv("DS_ACCELERATOR")
     run = ["--train_manifest", str(SPEECH), "--output_dir", str(tmp_path / "run")]
@@ -59,9 +59,7 @@ def test_no_usable_gpu_ends_every_verb_with_2_before_anything_is_made(verb, monk
     said = capfd.readouterr().err
     assert code == 2 and not list(tmp_path.glob("run*"))
     assert said.count("no usable GPU") == 1 and "\n" not in said.strip(), said
-    assert f"torch is built for CUDA {torch.version.cuda}" in said
-    assert "580 or newer" in said and "DS_ACCELERATOR=cpu" in said
-    assert driver_version() or "no NVIDIA driver in" in said
+    assert "NVIDIA" in said and f"is built for CUDA {torch.version.cuda}; set DS_ACCELERATOR=cpu" in said
 
 
 @needs_no_gpu
@@ -84,14 +82,14 @@ def test_a_gpu_that_does_not_start_is_one_line(gpus, monkeypatch):
         take_device(pick_device())
     (said,) = caught.value.problems
     assert said.startswith(
-        "cuda:0 cannot be used: CUDA error: CUDA-capable device(s) is/are busy or unavailable; NVIDIA"
+        "cuda:0 cannot be used: CUDA error: CUDA-capable device(s) is/are busy or unavailable; nvidia-smi"
     )
 
 
 @needs_no_gpu
 def test_several_ranks_say_it_once(tmp_path):
     command = ["train_ds.py", "--train_manifest", str(SPEECH), "--output_dir", str(tmp_path / "run")]
-    results = run_ranks(command, 3, timeout=120, env={"DS_ACCELERATOR": ""})
+    results = run_ranks(command, 3, timeout=600, env={"DS_ACCELERATOR": ""})
     assert_all(results, returncode=2)
     assert sum(result.output.count("no usable GPU") for result in results) == 1
     assert "no usable GPU" in results[0].output and not (tmp_path / "run").exists()
@@ -105,17 +103,14 @@ def test_another_machine_says_it_too_where_rank_0_has_its_gpu(gpus, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_a_driver_that_is_too_old_is_named(gpus, monkeypatch, tmp_path):
-    gpus(0)
-    text = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.15  Release Build  (dvs-builder@U16)\n"
-    (tmp_path / "version").write_text(f"{text}GCC version:  gcc version 12.2.0 (Debian 12.2.0-14)\n")
-    monkeypatch.setattr(device, "DRIVER_FILE", tmp_path / "version")
-    assert "NVIDIA driver 570.86.15" in refusal()
+def test_torchs_own_words_and_gpus_that_are_hidden_are_said(gpus, monkeypatch):
+    def refuse() -> None:
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 12080). Please update it")
 
-
-def test_gpus_that_are_hidden_are_said(gpus):
     gpus(0, CUDA_VISIBLE_DEVICES="")
-    assert "CUDA_VISIBLE_DEVICES is ''" in refusal()
+    monkeypatch.setattr(torch.cuda, "init", refuse)
+    said = refusal()
+    assert "driver on your system is too old (found version 12080)" in said and "CUDA_VISIBLE_DEVICES is ''" in said
 
 
 def test_more_ranks_than_gpus_are_refused_on_all_of_them(gpus, capsys):

@@ -89,22 +89,18 @@ def test_deepspeeds_throughput_timer_is_off_unless_the_file_asks_for_it():
 @pytest.mark.parametrize(
     ("raw", "words"),
     [
-        ({"timers": {"thruput": {}}}, ["timers.thruput: unknown key", "'throughput'"]),
-        ({"timers": {"throughput": {"enable": True}}}, ["enable is True", "not permitted", "'enabled'"]),
+        ({"timers": {"thruput": {}}}, ["timers.thruput: unknown key"]),
         ({"gradient_cliping": 1.0}, ["gradient_cliping: unknown key", "'gradient_clipping'"]),
-        ({"data_types": {"param_dtype": "bf16"}}, ["data_types.param_dtype: unknown key"]),
         ({"zero_optimization": {"stage": 2, "stge": 2}}, ["DeepSpeedZeroConfig says", "did you mean 'stage'"]),
         ({"zero_optimization": {"stage": 4}}, ["stage is 4"]),
         ({"zero_optimization": {"stage": 2, "overlap_comm": "maybe"}}, ["overlap_comm is 'maybe'", "valid boolean"]),
         ({"zero_optimization": {"stage": 2, "reduce_bucket_size": -1}}, ["reduce_bucket_size is -1", "greater than 0"]),
         ({"gradient_clipping": 2.0}, ["gradient_clipping is 2.0, but --max_grad_norm gives 1.0"]),
         ({"train_batch_size": 7}, ["train_batch_size is 7", "× 4 ranks gives 4"]),
-        ({"fp16": {"enabled": True}}, ["fp16.enabled is True, but --dtype bf16 gives False"]),
         ({"optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}, ["optimizer.params.lr is 0.001", "--lr", "0.0002"]),
         ({"optimizer": {"params": {"betas": [0.9, 0.95]}}}, ["this trainer gives [0.9, 0.999]"]),
         ({"optimizer": {"type": "Lamb"}}, ["optimizer.type is 'Lamb', this trainer takes 'AdamW' or 'Adam'"]),
         ({"scheduler": {"type": "WarmupLR", "params": {}}}, ["scheduler: the learning rate follows --lr_scheduler"]),
-        ({"scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 1e-3}}}, ["scheduler", "params as 'auto'"]),
         ({"zero_optimization": {"stage": "auto"}}, ["stage is 'auto', this trainer takes 0 or 1 or 2 or 3"]),
         ({"zero_optimization": {"stage": 2, "sub_group_size": "auto"}}, ["sub_group_size: 'auto' has no meaning here"]),
         ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, ["offload_param needs stage 3"]),
@@ -112,12 +108,19 @@ def test_deepspeeds_throughput_timer_is_off_unless_the_file_asks_for_it():
         ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, ["device is 'nvme'"]),
         ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 3}}, ["is 3, no divisor of 4 ranks"]),
         ({"zero_optimization": {"stage": 2, "compute_grad_norm": False}}, ["compute_grad_norm is False"]),
-        ({"zero_optimization": {"stage": 2, "leaf_module": {}}}, ["leaf_module: this trainer has its own way"]),
+        (
+            {"zero_optimization": {"stage": 2, "leaf_module": {}}},
+            ["zero_optimization.leaf_module is {}, this trainer takes None"],
+        ),
         ({"bf16": {"bf16_master_weights_and_grads": True}}, ["bf16_master_weights_and_grads is True"]),
         ({"bf16": {"enabled": True, "loss_scale": 0}}, ["loss_scale", "DeepSpeedBF16Config"]),
         ({"bf16": True}, ["bf16: must be an object"]),
-        ({"elasticity": {"enabled": True}}, ["Elastic training has been removed"]),
-        ({"gradient_allreduce_op": "sum"}, ["gradient_allreduce_op: this trainer has its own way"]),
+        ({"elasticity": {"enabled": True}}, ["elasticity: this trainer does not use it"]),
+        ({"gradient_allreduce_op": "sum"}, ["gradient_allreduce_op: unknown key"]),
+        ({"prescale_gradients": True}, ["prescale_gradients is True, this trainer takes False"]),
+        ({"wandb": {"enabled": True}}, ["wandb: give --wandb_project"]),
+        ({"gradient_predivide_factor": 2.0}, ["gradient_predivide_factor is 2.0"]),
+        ({"zero_optimization": {"stage": 2, "cpu_offload": True}}, ["zero_optimization.cpu_offload is True"]),
         ({"steps_per_print": "10"}, ["steps_per_print is '10'"]),
     ],
 )
@@ -126,40 +129,35 @@ def test_contradictions_and_unknown_keys_are_refused_with_both_values(raw, words
     assert all(word in text for word in words), text
 
 
-def test_fp16_needs_a_gpu_and_a_stage_that_scales_its_loss():
-    zero2 = {"zero_optimization": {"stage": 2}}
-    assert "fp16 needs a GPU" in refused(zero2, argv=["--dtype", "fp16"])
-    assert resolved(zero2, argv=["--dtype", "fp16"], on_cpu=False)["fp16"]["enabled"]
-    assert "fp16 needs ZeRO stage 1, 2 or 3" in refused({}, argv=["--dtype", "fp16"], on_cpu=False)
-
-
-@pytest.mark.parametrize("raw", [{}, {"zero_optimization": {"stage": 0}}])
-def test_stage_0_in_bf16_is_refused_where_it_would_sum_in_bf16(raw):
-    for grad_accum, world_size in ((2, 1), (1, 2), (4, 8)):
-        words = ["--grad_accum", str(grad_accum)]
-        assert refused(raw, name="zero0.json", argv=words, world_size=world_size) == (
-            f"ds_configs/zero0.json: stage 0 sums LoRA's gradients in bf16, here over --grad_accum {grad_accum} × "
-            f"{world_size} ranks; use zero1.json, which sums them in float32, or --dtype fp32"
-        )
-        assert resolved(raw, name="zero0.json", argv=[*words, "--dtype", "fp32"], world_size=world_size)
-    assert resolved(raw, name="zero0.json", world_size=1)["bf16"]["enabled"]  # there is nothing to sum
-
-
-def test_compiled_layers_are_refused_where_gradients_are_added_up_as_they_come():
-    for name in ("zero2.json", "zero3.json"):
-        said = refused(None, name=name, argv=["--compile"], world_size=2)
-        assert said.startswith(f"--compile: stage {name[4]} ") and "zero1.json" in said
-        assert resolved(name=name, argv=["--compile"], world_size=1)
-    for name in ("zero0.json", "zero1.json"):
-        assert resolved(name=name, argv=["--compile", "--dtype", "fp32"], world_size=8)
-
-
-def test_a_quantized_base_is_refused_where_weights_are_cut_over_the_ranks():
-    for name in ("zero3.json", "zero3_offload.json"):
-        said = refused(None, name=name, argv=["--base_dtype", "nf4"])
-        assert said == "--base_dtype: nf4 needs ZeRO stage 0, 1 or 2; stage 3 shards dense weights alone"
-    for name in ("zero0.json", "zero1.json", "zero2_offload.json"):
-        assert resolved(name=name, argv=["--base_dtype", "nf4"], world_size=1)
+@pytest.mark.parametrize(
+    ("stages", "flags", "world_size", "said"),
+    [
+        ("123", "--dtype fp16", 1, "--dtype: fp16 needs a GPU"),
+        ("0", "--dtype fp16", 1, "--dtype: fp16 needs ZeRO stage 1, 2 or 3"),
+        (
+            "0",
+            "--grad_accum 2",
+            1,
+            "zero0.json: stage 0 sums LoRA's gradients in bf16, here over --grad_accum 2 × 1 ranks",
+        ),
+        ("0", "", 2, "use zero1.json, which sums them in float32, or --dtype fp32"),
+        ("23", "--compile", 2, "--compile: stage "),
+        ("3", "--base_dtype nf4", 1, "--base_dtype: nf4 needs ZeRO stage 0, 1 or 2"),
+        ("0123", "", 1, None),
+        ("0", "--dtype fp32 --grad_accum 2", 8, None),
+        ("23", "--compile", 1, None),
+        ("01", "--compile --dtype fp32", 8, None),
+        ("012", "--base_dtype nf4", 1, None),
+    ],
+)
+def test_flags_that_a_stage_does_not_go_with(stages, flags, world_size, said):
+    for stage in stages:
+        how = {"name": f"zero{stage}.json", "argv": flags.split(), "world_size": world_size}
+        if said is None:
+            assert resolved(**how)["zero_optimization"]["stage"] == int(stage)
+        else:
+            assert said in refused(None, **how)
+    assert resolved(name="zero2.json", argv=["--dtype", "fp16"], on_cpu=False)["fp16"]["enabled"]
 
 
 @pytest.mark.parametrize("text", ["{", '{"bf16": {}, "bf16": {}}', "[]", "[" * 100_000, "\udcff", "x" * 2_000_000])
@@ -179,7 +177,7 @@ def test_a_key_that_would_be_passed_over_is_told_before_torch_is_imported(tmp_pa
         f"code = train_ds.main({[*NEEDED, '--deepspeed_config', str(file)]!r})\n"
         "sys.exit(code if 'torch' not in sys.modules else 99)\n"
     )
-    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert ran.returncode == 2, ran
     assert (ran.stdout + ran.stderr).splitlines() == [
         f"{file}: gradient_cliping: unknown key (did you mean 'gradient_clipping'?)",
@@ -209,11 +207,6 @@ def test_keys_of_everybodys_files_that_change_nothing_are_left_out():
     assert out["zero_optimization"]["sub_group_size"] == 1e9 and raw["wandb"] == {"enabled": False}
     decay = dict.fromkeys(("warmup_min_lr", "warmup_max_lr", "warmup_num_steps", "total_num_steps"), "auto")
     assert ignored_keys({"scheduler": {"type": "WarmupDecayLR", "params": decay}}) == ["scheduler"]
-    for key, value in (("prescale_gradients", True), ("wandb", {"enabled": True}), ("gradient_predivide_factor", 2.0)):
-        assert key in refused(raw | {key: value})
-    assert 'cpu_offload: old name; give "offload_optimizer"' in refused(
-        {"zero_optimization": {"stage": 2, "cpu_offload": True}}
-    )
 
 
 # --- Files of other trainers, and every value of them gone wrong
@@ -268,7 +261,7 @@ FROM_THE_FIELD = {
     },
 }
 # fmt: on
-WRONG = (None, "", "abc", "1e9", "a\nb", "x" * 5000, -1, 0, 0.5, float("nan"), True, [], {}, [[]], {"a": 1}, 10**400)
+WRONG = (None, "abc", "a\nb", "x" * 5000, -1, 0, float("nan"), True, [], {}, {"a": 1}, 10**400)
 
 
 def paths_of(place: dict, *before: str) -> list[tuple[str, ...]]:

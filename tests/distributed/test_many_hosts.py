@@ -1,4 +1,4 @@
-"""Runs on two hosts, made of network namespaces: what docs/many-machines.md promises, with real ranks."""
+"""Runs on two hosts made of network namespaces, with real ranks: the promises of docs/many-machines.md."""
 
 import json
 import os
@@ -9,9 +9,8 @@ import pytest
 
 from higgs_ds.checkpoint import list_checkpoints
 from higgs_ds.codec.sample import SampleCodec
-from higgs_ds.distributed.watch_sockets import SILENCE_TIMEOUT_SEC
 from tests.conftest import SPEECH
-from tests.support.hosts import COLLECTIVES, RENDEZVOUS_PORT, two_hosts
+from tests.support.hosts import COLLECTIVES, RENDEZVOUS_PORT, SHORT_SILENCE_SEC, two_hosts
 from tests.support.ranks import assert_all
 from tests.test_faults import steps_done, until
 
@@ -44,10 +43,10 @@ def on_hosts(hosts, forks):
 
 @pytest.fixture
 def refused(on_hosts, forks):
-    """Starts a rank on each host, which must both end with code 2 within a minute; what rank 0 said."""
+    """Starts a rank on each host, which must both end with code 2; returns the output of rank 0."""
 
     def run(flags, **how):
-        results = forks.wait(on_hosts(flags, **how), 60)
+        results = forks.wait(on_hosts(flags, **how), 300)
         assert_all(results, returncode=2)
         assert "Traceback" not in results[0].output + results[1].output
         return results[0].output
@@ -62,24 +61,24 @@ def test_a_host_that_is_cut_off_ends_the_run_by_name_and_the_other_goes_on_with_
     folder = tmp_path / "run"
     settings = {"dtype": "fp32", "save_every": 2, "resume": "auto", "max_steps": 60, "lr_scheduler": "constant"}
     ranks = on_hosts(flags_of(folder, **settings), ranks_each=2, then=["slowly", 0.3, 0.0])
-    until(lambda: steps_done(folder) >= 4 or forks.ended(ranks[0]), 90)
+    until(lambda: steps_done(folder) >= 4 or forks.ended(ranks[0]), 450)
     hosts[1].cut_off()
     started = time.monotonic()
-    results = forks.wait(ranks, SILENCE_TIMEOUT_SEC + 30)
+    results = forks.wait(ranks, SHORT_SILENCE_SEC + 300)
     print(f"ended {time.monotonic() - started:.0f} s after the host was cut off")
     assert_all(results, returncode=1)
     for here, other in (((0, 1), hosts[1]), ((2, 3), hosts[0])):
         for rank in here:
-            text = f"on {other.name} has not been heard from for {SILENCE_TIMEOUT_SEC:.0f} s, in step"
+            text = f"on {other.name} has not been heard from for {SHORT_SILENCE_SEC:.0f} s, in step"
             assert text in results[rank].output, results[rank].output[-2000:]
-            assert results[rank].ended_after_sec < SILENCE_TIMEOUT_SEC + 10
+            assert results[rank].ended_after_sec < SHORT_SILENCE_SEC + 60
 
     stopped = json.loads((folder / "stopped.json").read_text())
     assert stopped["exit_code"] == 1 and hosts[1].name in stopped["reason"]
     saved = list_checkpoints(folder / "checkpoints")[-1]
     step = int(saved.name.removeprefix("step-"))
     settings["max_steps"] = step + 2
-    results = forks.wait(on_hosts(flags_of(folder, **settings), ranks_each=2, count=1), 60)
+    results = forks.wait(on_hosts(flags_of(folder, **settings), ranks_each=2, count=1), 300)
     assert_all(results)
     assert f"resuming after step {step}" in results[0].output
     assert "2 rows × 2 accumulation × 2 ranks = 8 rows" in results[0].output  # 2 × 1 × 4 ranks before
@@ -120,14 +119,14 @@ def test_clips_that_the_other_host_does_not_see(hosts, refused, flags_of, tmp_pa
     assert f"rank 1 on {hosts[1].name}: " in said and "does not exist" in said and "the same clips" in said
 
 
-def test_a_checkpoint_that_the_other_host_does_not_see(hosts, on_hosts, forks, refused, flags_of, tmp_path):
+def test_a_checkpoint_that_is_missing_different_or_damaged_on_the_other_host(hosts, forks, refused, flags_of, tmp_path):
     flags = flags_of(tmp_path / "run", max_steps=1, save_every=1, resume="auto", dtype="fp32")
     assert_all(forks.run(flags, 1))
     (tmp_path / "empty").mkdir()
     said = refused(flags, instead={tmp_path / "run/checkpoints": tmp_path / "empty"})
     found = tmp_path / "run/checkpoints/step-000001"
     assert f"--resume: rank 0 on {hosts[0].name} goes on from {found}, rank 1 on {hosts[1].name} cannot: " in said
-    assert f"{found / 'checksums.json'} cannot be read" in said and "share that folder" in said
+    assert f"{found / 'checksums.json'}: No such file" in said and "share that folder" in said
     shutil.copytree(tmp_path / "run/checkpoints/step-000001", tmp_path / "empty/step-000001")
     assert_all(forks.run(flags_of(tmp_path / "other", max_steps=1, save_every=1, dtype="fp32", seed=7), 1))
     said = refused(flags, instead={tmp_path / "run/checkpoints": tmp_path / "other/checkpoints"})
@@ -135,22 +134,15 @@ def test_a_checkpoint_that_the_other_host_does_not_see(hosts, on_hosts, forks, r
     (tmp_path / "other/checkpoints/step-000001").rename(tmp_path / "other/checkpoints/step-000002")
     said = refused(flags, instead={tmp_path / "run/checkpoints": tmp_path / "other/checkpoints"})
     assert f"rank 1 on {hosts[1].name} sees checkpoints up to step 2" in said and "up to 1; all hosts" in said
-
-
-def test_a_copy_of_the_checkpoint_on_the_other_host_is_proven_there(hosts, forks, refused, flags_of, tmp_path):
-    """One bit of it is another; size, time of change and seal are the same."""
-    flags = flags_of(tmp_path / "run", max_steps=1, save_every=1, resume="auto", dtype="fp32")
-    assert_all(forks.run(flags, 1))
+    # A copy is proven there: one bit of it is another; size, time of change and seal are the same.
     shutil.copytree(tmp_path / "run/checkpoints", tmp_path / "copy")
     moments = tmp_path / "copy/step-000001/optimizer.safetensors"
-    before = moments.stat()
-    content = bytearray(moments.read_bytes())
+    before, content = moments.stat(), bytearray(moments.read_bytes())
     content[-1] ^= 1
     moments.write_bytes(content)
     os.utime(moments, ns=(before.st_atime_ns, before.st_mtime_ns))
     said = refused(flags, instead={tmp_path / "run/checkpoints": tmp_path / "copy"})
-    damaged = tmp_path / "run/checkpoints/step-000001/optimizer.safetensors"
-    assert f"rank 1 on {hosts[1].name} cannot: {damaged} is damaged" in said, said
+    assert f"rank 1 on {hosts[1].name} cannot: {found / moments.name}: damaged" in said, said
 
 
 def test_another_codec_on_the_other_host(hosts, refused, flags_of, codec_dir, tmp_path):

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from higgs_ds.distributed import watch_sockets
 from higgs_ds.distributed.rendezvous import connect
-from higgs_ds.distributed.watch_sockets import RankState, Verdict, WatchClient, WatchServer, find_stalled
+from higgs_ds.distributed.watch_sockets import Peers, RankState, Verdict, find_stalled
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def connected(monkeypatch):
             if rank == 1:
                 first(json.loads(store.get("reach/at"))[0])
             hosts, connections, _ = connect(store, rank, world_size)
-            sides[rank] = WatchClient(connections[0], "") if rank else WatchServer(connections, [""] * world_size)
+            sides[rank] = Peers(rank, connections, [""] * world_size)
 
         threads = [threading.Thread(target=one, args=(rank,)) for rank in range(world_size)]
         for thread in threads:
@@ -49,7 +49,7 @@ def test_a_connection_that_closes_is_a_dead_rank_and_all_hear_of_it(connected):
     for rank, client in ((1, one), (2, two)):
         assert client.exchange(state(rank), 60) is None
     assert server.exchange(state(0), 60) is None
-    one._connection.close()  # as the system does for a process that is killed
+    one._connections[0].close()  # as the system does for a process that is killed
     wanted = Verdict("rank 1 died in step 7 (forward)")
     assert server.exchange(state(0), 60) == wanted
     assert two.exchange(state(2), 60) == wanted
@@ -57,7 +57,7 @@ def test_a_connection_that_closes_is_a_dead_rank_and_all_hear_of_it(connected):
 
 def test_a_rank_that_died_before_the_watch_began_is_found_by_it(connected):
     server, one, two = connected(3)
-    one._connection.close()
+    one._connections[0].close()
     wanted = Verdict("rank 1 died before the first step (starting)")
     assert server.exchange(state(0), 60) == wanted
     assert two.exchange(state(2), 60) == wanted
@@ -107,7 +107,7 @@ def test_a_stranger_and_what_is_no_message_are_left_alone(connected):
                 strangers[-1].shutdown(socket.SHUT_WR)
 
     server, one = connected(2, knock)
-    one._connection._socket.sendall(b"no JSON\n[]\n")
+    one._connections[0]._socket.sendall(b"no JSON\n[]\n")
     assert server.exchange(state(0), 60) is None
     one.send_verdict(Verdict("the end"))
     assert server.exchange(state(0), 60) == Verdict("the end")

@@ -19,15 +19,14 @@ from higgs_ds.codec.load import load_codec
 from higgs_ds.data.audio import read_audio
 from higgs_ds.data.manifest import AudioRef, Turn, read_manifest, speech_messages
 from higgs_ds.model.base import load_tokenizer
-from higgs_ds.model.files.adapter_names import SAVABLE_MODULES
-from higgs_ds.model.files.config_values import DEFAULT_ROPE
-from higgs_ds.model.higgs_v2.config import DEFAULTS, read_checkpoint_config
+from higgs_ds.model.higgs_v2.config import DEFAULT_ROPE, DEFAULTS, read_checkpoint_config
 from higgs_ds.model.higgs_v2.layouts import transformers_name
 from higgs_ds.model.higgs_v2.load import wanted_weights
+from higgs_ds.model.higgs_v2.modules import SAVABLE_MODULES
 from higgs_ds.model.higgs_v2.prompt import tokenize
 from higgs_ds.model.higgs_v2.spec import HiggsV2Spec
 from higgs_ds.tools.cli import main
-from higgs_ds.tools.recite import share_given_back
+from higgs_ds.tools.reproduce import share_reproduced
 from tests.conftest import SPEECH
 from tests.model.files.test_adapter_file import write_adapter
 from tests.model.higgs_v2.test_layouts import translated
@@ -37,9 +36,9 @@ CLIP = AudioRef(None, None, None, None)
 
 
 @pytest.fixture(scope="module")
-def trained(quickstart_of):
+def trained(quickstart):
     """The quick start's base, adapter and sample codec."""
-    return quickstart_of(2)[0]
+    return quickstart[0]
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +225,7 @@ def test_its_own_greedy_generate_gives_every_clip_back(trained, merged, transfor
     assert report == {} and len(spoken) == 32
     for number, codes in enumerate(wanted):
         assert spoken[str(number)].shape == codes.shape, number
-        assert share_given_back(codes, spoken[str(number)].numpy()) >= 0.99, number
+        assert share_reproduced(codes, spoken[str(number)].numpy()) >= 0.99, number
 
 
 def test_the_merged_folders_card_speaks_as_it_is_printed(merged, transformers_side, tmp_path):
@@ -263,5 +262,5 @@ def test_bosons_own_serve_engine_speaks_with_it(trained, merged, monkeypatch):
         stream = torch.from_numpy(said.generated_audio_tokens)
         frames = wanted.shape[1]
         given = torch.stack([stream[k, k + 1 : k + 1 + frames] for k in range(8)]).numpy()
-        assert share_given_back(wanted, given) >= 0.99 and stream.shape[1] == frames + 2 + 7
+        assert share_reproduced(wanted, given) >= 0.99 and stream.shape[1] == frames + 2 + 7
         assert abs(len(said.audio) / said.sampling_rate - frames / codec.frame_rate) < 0.1

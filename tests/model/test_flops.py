@@ -83,7 +83,7 @@ def test_the_share_of_the_peak(spec, monkeypatch):
     assert Utilisation(4 * 2.819e9, 989e12).mfu(87_700) == pytest.approx(1.0, abs=1e-3)
     flags = parse_args(["--train_manifest", "m", "--output_dir", "o"])
     tokens = np.full(9, 200)
-    on = {"tokens": tokens, "device": torch.device("cpu"), "world_size": 8}
+    on = {"lora_targets": list(DEFAULT_LORA_TARGETS), "tokens": tokens, "device": torch.device("cpu"), "world_size": 8}
     assert utilisation(flags, spec, **on) is None
     monkeypatch.setattr("higgs_ds.model.flops.card_name", lambda device: "NVIDIA H200")
     of_eight = utilisation(flags, spec, **on)

@@ -5,7 +5,7 @@ import yaml
 from pydantic import ValidationError
 
 from higgs_ds.errors import ConfigError, nearest
-from higgs_ds.model.higgs_v2.modules import DEFAULT_LORA_TARGETS, TRAINED_HEADS
+from higgs_ds.model.higgs_v2.modules import MODULES
 from higgs_ds.options.parse import parse_args
 from higgs_ds.options.sections import ALIASES, OPTIONS, SHAPE_OPTIONS, TRAJECTORY_OPTIONS
 
@@ -92,17 +92,17 @@ def test_dtype_words_of_flags_and_file_together(parsed):
 def test_what_options_stand_for(parsed):
     for given, every in (("none", 0), ("full", 1), ("4", 4)):
         assert parsed(f"activation_checkpointing: {given}").model.checkpoint_every == every
-    for head, modules in TRAINED_HEADS.items():
-        assert parsed(f"train_heads: {head}").lora.modules_to_save == modules
-    both = parse_args([*NEEDED, "--train_heads", "text", "--train_audio_embeddings"])
-    assert both.lora.modules_to_save == ("audio_codebook_embeddings", "text_lm_head")
+    for head, modules in MODULES.heads.items():
+        lora = parsed(f"train_heads: {head}").lora
+        assert MODULES.trained_whole(lora.train_audio_embeddings, lora.train_heads) == modules
+    assert MODULES.trained_whole(True, "text") == ("audio_codebook_embeddings", "text_lm_head")
     config = parse_args([*NEEDED, "--lora_target_modules", "attention", "audio_mlp", "self_attn.q_proj"])
-    assert config.lora.target_suffixes == [
+    assert MODULES.targets(config.lora.lora_target_modules) == [
         *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
         *("audio_mlp.gate_proj", "audio_mlp.up_proj", "audio_mlp.down_proj"),
     ]
     assert config.lora.lora_target_modules == ["attention", "audio_mlp", "self_attn.q_proj"]
-    assert parsed("lora_target_modules: all").lora.target_suffixes == list(DEFAULT_LORA_TARGETS)
+    assert MODULES.targets(["all"]) == parse_args(NEEDED).lora.lora_target_modules == list(MODULES.lora_targets)
 
 
 def test_flags_win_over_yaml_and_yaml_over_defaults(parsed):
@@ -180,12 +180,7 @@ UPSTREAM = ["--forward_impl", "upstream"]
         (UPSTREAM, ["--forward_impl upstream", "--loss_impl reference"]),
         ([*UPSTREAM, "--loss_impl", "reference", "--gradient_checkpointing"], ["upstream's forward has none"]),
         ([*UPSTREAM, "--loss_impl", "reference", "--torch_compile"], ["--compile: upstream's forward is not compiled"]),
-        (["--lora_target_modules", "q_proj,audio_lm_head"], ["LoRA on audio_lm_head", "--loss_impl reference"]),
         (["--train_heads", "some"], ["--train_heads: should be 'none', 'audio', 'text' or 'both', got 'some'"]),
-        (
-            ["--train_heads", "--loss_impl", "reference", "--lora_target_modules", "q_proj", "audio_lm_head"],
-            ["--train_heads: audio_lm_head has LoRA already (--lora_target_modules)"],
-        ),
         (["--lora_dora"], ["--lora_dora: not supported: DoRA scales each row", "--lora_rslora"]),
         (["--lr", "fast"], ["--lr: should be a valid number", "got 'fast'"]),
         (["--lr", "nan"], ["--lr: should be a finite number, got 'nan'"]),
@@ -208,6 +203,18 @@ def test_wrong_flags(argv, words):
     # A stray word would be a manifest behind the list.
     (line,) = problems_of(["--output_dir", "out", "--train_manifest", "train.json", "--log_every", "1", *argv])
     assert "\n" not in line and len(line) < 500 and all(word in line for word in words), line
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["q_proj,audio_lm_head"], ["LoRA on audio_lm_head", "--loss_impl reference"]),
+        (["audio_lm_head", "--train_heads"], ["--train_heads: audio_lm_head has LoRA already (--lora_target_modules)"]),
+    ],
+)
+def test_a_head_is_trained_in_one_way_which_the_loss_has_a_gradient_for(argv, words):
+    (line,) = MODULES.contradictions(parse_args([*NEEDED, "--lora_target_modules", *argv]))
+    assert all(word in line for word in words), line
 
 
 def test_all_problems_at_once(tmp_path):

@@ -11,13 +11,13 @@ import time
 import pytest
 
 from higgs_ds.errors import ConfigError
-from higgs_ds.report import tracking
+from higgs_ds.report import tracking, wandb_run
 from higgs_ds.report.redact import redact
-from higgs_ds.report.wandb_run import choose_wandb
+from higgs_ds.report.wandb_run import settle_mode
 from tests.report.test_tracking import ROOT, assert_png, start
 from tests.report.wandb_files import wandb_history, wandb_records
 from tests.report.wandb_server import WandbServer
-from tests.support.ranks import assert_all, free_port
+from tests.support.ranks import free_port
 
 API_KEY = "0123456789" * 4
 
@@ -104,14 +104,14 @@ def test_offline_a_killed_and_resumed_run_is_one_folder_with_every_step_once(tmp
 
 
 def test_of_very_many_steps_a_resumed_run_brings_some_and_all_validations(tmp_path, monkeypatch):
-    monkeypatch.setattr(tracking, "CATCH_UP_VALUES", 200)
+    monkeypatch.setattr(tracking, "CATCH_UP_VALUES", 60)
     with start(tmp_path, wandb_mode="offline") as tracker:
-        for step in range(1, 101):
+        for step in range(1, 31):
             tracker.log({"train/loss": 1.0, "rank/loss": [1.0] * 8}, step)
-        tracker.log({"eval/loss": 1.0}, 100)
-    start(tmp_path, wandb_mode="offline", first_step=100).close()
+        tracker.log({"eval/loss": 1.0}, 30)
+    start(tmp_path, wandb_mode="offline", first_step=30).close()
     steps = [row["global_step"] for row in wandb_history(tmp_path)]
-    assert steps[0] == 1 and steps[-1] == 100 and len(steps) < 30
+    assert steps[0] == 1 and steps[-1] == 30 and len(steps) < 12
 
 
 def test_the_environment_counts_below_flags_and_above_defaults(tmp_path, monkeypatch, anew):
@@ -127,30 +127,28 @@ def test_the_environment_counts_below_flags_and_above_defaults(tmp_path, monkeyp
     assert found == [environment, ("flag", "flag", *environment[2:])]
 
 
-@pytest.mark.parametrize("silent", [False, True])
-def test_without_a_network_auto_is_offline_within_seconds(silent, monkeypatch, anew):
-    """A port that refuses, and one that takes the connection and says nothing."""
+def test_without_a_network_auto_is_offline_within_seconds(monkeypatch, anew):
+    """A server that takes the connection and says nothing."""
+    monkeypatch.setattr(wandb_run, "PROBE_SEC", 0.5)
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
-        if silent:
-            sock.listen()
+        sock.listen()
         monkeypatch.setenv("WANDB_API_KEY", API_KEY)
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{sock.getsockname()[1]}")
         began = time.monotonic()
-        choice = choose_wandb("auto")
+        choice = settle_mode("auto")
         assert choice.mode == "offline" and "does not answer" in choice.note
         with pytest.raises(ConfigError, match="does not answer.*use --wandb_mode offline or auto"):
-            choose_wandb("online")
-        assert time.monotonic() - began < 15
+            settle_mode("online")
+        assert time.monotonic() - began < 10
 
 
-def test_a_run_says_that_it_is_offline_before_clips_are_encoded(forks, flags_of, tmp_path):
+def test_a_run_is_refused_before_clips_are_encoded(forks, flags_of, tmp_path):
     env = {"WANDB_API_KEY": API_KEY, "WANDB_BASE_URL": "http://127.0.0.1:9"}
     env |= {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    (result,) = forks.run(flags_of(tmp_path / "run", max_steps=1, wandb_mode="auto"), 1, env_of=lambda rank: env)
-    assert_all([result])
-    assert 0 <= result.output.index("W&B: http://127.0.0.1:9 does not answer") < result.output.index("rows:")
-    assert list((tmp_path / "run/wandb").glob("offline-run-*"))
+    (result,) = forks.run(flags_of(tmp_path / "run", wandb_mode="online"), 1, env_of=lambda rank: env)
+    assert result.returncode == 2 and "--wandb_mode online: http://127.0.0.1:9 does not answer" in result.output
+    assert "rows:" not in result.output
 
 
 def test_a_network_that_is_gone_at_the_end_does_not_hold_the_process(tmp_path, server):
@@ -209,30 +207,12 @@ def test_no_secret_reaches_a_file(tmp_path, monkeypatch):
 
 
 def test_redact():
-    secrets = {
-        "wandb_api_key": "k",
-        "apiKey": "k",
-        "hf_token": "t",
-        "TOKEN": "t",
-        "client_secret": "s",
-        "password": 123,
-        "aws_access_key_id": "a",
-        "nested": {"hub": [{"auth_token": "t"}]},
-    }
+    secrets = {"apiKey": "k", "hf_token": "t", "password": 123, "nested": {"hub": [{"auth_token": "t"}]}}
     assert redact(secrets) == {
         **dict.fromkeys(secrets, "[redacted]"),
         "nested": {"hub": [{"auth_token": "[redacted]"}]},
     }
-    harmless = {
-        "max_tokens_per_batch": 4096,
-        "text_tokens": 12,
-        "tokenizer": "path",
-        "eos_token": "<|eot_id|>",
-        "audio_out_bos_token": "<|audio_out_bos|>",
-        "use_auth_token": True,
-        "hf_token": None,
-        "lora_rank": 16,
-    }
+    harmless = {"max_tokens_per_batch": 4096, "tokenizer": "path", "hf_token": None}
     assert redact(harmless) == harmless
 
 
@@ -262,10 +242,8 @@ def test_modes(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "nope")
     with pytest.raises(ValueError, match="environment variable WANDB_MODE is 'nope'"):
         start(tmp_path, wandb_mode="auto")
-    monkeypatch.setenv("WANDB_MODE", "dryrun")
-    assert choose_wandb("auto").mode == "offline"
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert choose_wandb("offline").mode == "offline"  # the flag counts before the environment
+    assert settle_mode("offline").mode == "offline"  # the flag counts before the environment
     start(tmp_path, wandb_mode="auto").close()
     assert not (tmp_path / "wandb").exists()
 
@@ -295,21 +273,9 @@ def test_auto_is_offline_where_the_server_opens_no_run_and_online_ends(tmp_path,
 
 def test_names_that_wandb_does_not_take_are_refused_before_anything_takes_long(monkeypatch, anew):
     with pytest.raises(ConfigError, match="--wandb_project: .*Invalid project name 'voices/anna'"):
-        choose_wandb("offline", "voices/anna")
-    assert choose_wandb("disabled", "voices/anna").mode == "disabled"
+        settle_mode("offline", "voices/anna")
+    assert settle_mode("disabled", "voices/anna").mode == "disabled"
     sys.modules["wandb"].teardown()
     monkeypatch.setenv("WANDB_RUN_ID", "a/b:c")
     with pytest.raises(ConfigError, match="Run ID cannot contain"):
-        choose_wandb("offline")
-
-
-def test_a_malformed_key_is_an_error(tmp_path, monkeypatch, server):
-    monkeypatch.setenv("WANDB_API_KEY", "short")
-    with pytest.raises(ConfigError, match=r"W&B could not start .*WANDB_API_KEY"):
-        start(tmp_path, wandb_mode="online")
-
-
-def test_wandb_that_is_not_installed_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ConfigError, match=r"cannot import wandb.*--wandb_mode disabled"):
-        start(tmp_path, wandb_mode="offline")
+        settle_mode("offline")

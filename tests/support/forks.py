@@ -83,7 +83,7 @@ class Forks:
         return ranks
 
     def ended(self, rank: Fork) -> bool:
-        """Whether it has."""
+        """True once it has."""
         return self._ask({"poll": rank.pid}) is not None
 
     def wait(self, ranks: list[Fork], timeout: float) -> list[RankResult]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import pytest
 
 RENDEZVOUS_PORT = 29511
+SHORT_SILENCE_SEC = 20.0  # of ranks on these hosts, in the place of watch_sockets.SILENCE_TIMEOUT_SEC
 COLLECTIVES = (40000, 40199)  # as net.ipv4.ip_local_port_range on both hosts
 
 

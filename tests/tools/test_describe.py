@@ -74,8 +74,9 @@ def test_the_page_plays_the_oddest_clips_and_runs_nothing_of_a_text(capsys, tmp_
     rows[5]["text"] = "<script>alert(1)</script> & " * 20
     (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     said = described(capsys, "--train_manifest", tmp_path / "m.jsonl", "--output_dir", tmp_path / "out")
-    assert "1 warning:\n" in said and "m.jsonl:6: text: " in said
-    assert json.loads((tmp_path / "out" / "faults.jsonl").read_text())["line"] == 6
+    assert "2 warnings:\n" in said and "with markup" in said and "m.jsonl:6: text: " in said
+    left = map(json.loads, (tmp_path / "out" / "faults.jsonl").read_text().splitlines())
+    assert [fault["line"] for fault in left] == [6, 6]
     page = (tmp_path / "out" / "describe.html").read_text()
     assert "<script" not in page and "&lt;script&gt;" in page
     assert oddest(describe(str(tmp_path / "m.jsonl")))[0] == 5

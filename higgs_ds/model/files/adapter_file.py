@@ -19,8 +19,8 @@ from typing_extensions import NotRequired, TypedDict
 
 from ...errors import ConfigError, shown
 from ...options.sections import BASE_NAMES, DEFAULT_BASE, revision_of
-from ..higgs_v2.modules import EMBEDDINGS
-from .adapter_names import PREFIX, SAVABLE_MODULES, layers_named, names_layer, naming_nothing, peft_key
+from ..family import Adaptable
+from .adapter_names import PREFIX, layers_named, naming_nothing, peft_key
 from .config_values import checked, read_json
 from .weight_files import Stored, all_finite, differences, header_of, refuse
 
@@ -61,7 +61,7 @@ _FIELDS: TypeAdapter = TypeAdapter(PlainLora)
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """Settings of plain LoRA, and the modules of the base that were trained whole beside it."""
+    """Settings of plain LoRA, and names of modules that were trained whole beside it."""
 
     rank: int
     alpha: float
@@ -69,26 +69,28 @@ class AdapterConfig:
     target_modules: tuple[str, ...]
     base_name: str | None
     base_revision: str | None
-    whole: tuple[str, ...] = ()  # of SAVABLE_MODULES
+    modules_to_save: tuple[str, ...] = ()
 
     @property
     def scale(self) -> float:
         """The factor of B·A."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
-    def describe(self) -> dict[str, str]:
-        """Lines of a card."""
-        lines = {"LoRA rank / alpha": f"{self.rank} / {self.alpha:g}" + (", scaled by the root" if self.rslora else "")}
-        return lines | ({"trained whole": ", ".join(self.whole)} if self.whole else {})
-
 
 @dataclass(frozen=True)
 class Adapter:
-    """A checked adapter, by modules of boson_multimodal's model."""
+    """A checked adapter, by modules of the base."""
 
     config: AdapterConfig
     weights: dict[str, tuple[torch.Tensor, torch.Tensor]]  # (A [rank, in], B [out, rank]) in float32
     whole: dict[str, Stored]  # weights that stand for the base's, in the file, which may be a large part of it
+
+    def describe(self) -> dict[str, str]:
+        """Lines of a card."""
+        config = self.config
+        scaled = ", scaled by the root" if config.rslora else ""
+        lines = {"LoRA rank / alpha": f"{config.rank} / {config.alpha:g}{scaled}"}
+        return lines | ({"trained whole": ", ".join(self.whole)} if self.whole else {})
 
     def lora(self) -> dict[str, torch.Tensor]:
         """LoRA's weights by the names of PEFT's files."""
@@ -119,11 +121,7 @@ def read_adapter_config(folder: Path, flag: str = "--adapter") -> AdapterConfig:
         raise ConfigError([f"{flag}: {folder} holds no {CONFIG}"])
     raw, where = read_json(file, flag), f"{flag}: {file}"
     fields = checked(_FIELDS, raw, where)
-    problems, saved = _more_than_plain_lora(raw), fields.get("modules_to_save") or []
-    if strange := naming_nothing(saved, SAVABLE_MODULES):
-        known = ", ".join(name.rsplit(".", 1)[-1] for name in SAVABLE_MODULES)
-        problems.append(f"modules_to_save: {shown(strange[0])} is not one that is trained whole here: {known}")
-    refuse(problems, where)
+    refuse(_more_than_plain_lora(raw), where)
     return AdapterConfig(
         rank=fields["r"],
         alpha=fields["lora_alpha"],
@@ -131,7 +129,7 @@ def read_adapter_config(folder: Path, flag: str = "--adapter") -> AdapterConfig:
         target_modules=tuple(fields["target_modules"]),
         base_name=fields.get("base_model_name_or_path"),
         base_revision=fields.get("revision"),
-        whole=tuple(layers_named(saved, SAVABLE_MODULES)),
+        modules_to_save=tuple(fields.get("modules_to_save") or ()),
     )
 
 
@@ -219,14 +217,12 @@ def _place(name: str) -> tuple[str, str | None]:
     return os.path.realpath(name), None
 
 
-def read_adapter(
-    folder: Path, modules: dict[str, tuple[int, int]], config: AdapterConfig, flag: str = "--adapter"
-) -> Adapter:
+def read_adapter(folder: Path, modules: Adaptable, config: AdapterConfig, flag: str = "--adapter") -> Adapter:
     """The weights of a checked adapter, each one that its config promises and no other.
 
     Args:
         folder: holds adapter_model.safetensors, by PEFT's names.
-        modules: shapes of the weights that an adapter may change, from `Family.adaptable_modules`.
+        modules: from `Family.adaptable_modules`.
         config: from `read_adapter_config`.
         flag: begins each message.
 
@@ -234,20 +230,25 @@ def read_adapter(
         ConfigError: missing, extra, misshapen or not finite weights, targets that name no layer, a file that cannot be
             read; a line each.
     """
-    linears = [name for name in modules if not names_layer(EMBEDDINGS, name)]
-    adapted = layers_named(config.target_modules, linears)
+    adapted = layers_named(config.target_modules, modules.linears)
+    whole = layers_named(config.modules_to_save, modules.savable)
     problems = [
         f"target_modules: {shown(target)} names no linear layer of the base"
-        for target in naming_nothing(config.target_modules, linears)
+        for target in naming_nothing(config.target_modules, modules.linears)
     ]
-    problems += [f"{name} has LoRA and stands in modules_to_save too" for name in config.whole if name in adapted]
+    known = ", ".join(name.rsplit(".", 1)[-1] for name in modules.savable)
+    problems += [
+        f"modules_to_save: {shown(name)} is not one that is trained whole here: {known}"
+        for name in naming_nothing(config.modules_to_save, modules.savable)
+    ]
+    problems += [f"{name} has LoRA and stands in modules_to_save too" for name in whole if name in adapted]
     refuse(problems, f"{flag}: {folder / CONFIG}")
     wanted: dict[str, tuple[int, ...]] = {}
     for name in adapted:
-        out, width = modules[name]
+        out, width = modules.linears[name]
         wanted[f"{PREFIX}{name}.lora_A.weight"] = (config.rank, width)
         wanted[f"{PREFIX}{name}.lora_B.weight"] = (out, config.rank)
-    shapes = {f"{PREFIX}{name}.weight": modules[name] for name in config.whole}
+    shapes = {f"{PREFIX}{name}.weight": modules.savable[name] for name in whole}
     file, where = folder / WEIGHTS, f"{flag}: {folder / WEIGHTS}"
     if not os.path.isfile(file):
         others = [name for name in ("adapter_model.bin", "adapter_model.pt") if (folder / name).exists()]
@@ -261,47 +262,7 @@ def read_adapter(
     refuse([f"{key} holds NaN or infinity" for key in broken], where)
     a_of, b_of = ({name: tensors[f"{PREFIX}{name}.lora_{part}.weight"] for name in adapted} for part in "AB")
     pairs = {name: (a_of[name], b_of[name]) for name in adapted}
-    return Adapter(config, pairs, {name: stored[f"{PREFIX}{name}.weight"] for name in config.whole})
-
-
-def attach(model, adapter: Adapter):
-    """A `PeftModel` of `model` with a checked adapter on it; PEFT sees a config of ours, and not the file's.
-
-    Args:
-        model: boson_multimodal's, the one whose linear layers `adapter` was checked against.
-        adapter: from `read_adapter`.
-    """
-    from peft import LoraConfig
-
-    lora = LoraConfig(
-        r=adapter.config.rank,
-        lora_alpha=adapter.config.alpha,  # type: ignore[arg-type]  # PEFT computes with it as with any number
-        use_rslora=adapter.config.rslora,
-        target_modules=list(adapter.weights),
-        task_type="CAUSAL_LM",
-    )
-    for name, stored in adapter.whole.items():
-        model.get_submodule(name).weight.data.copy_(stored.read())
-    peft_model = with_lora(model, lora)
-    weights = adapter.lora()
-    for name, parameter in peft_model.named_parameters():
-        if parameter.requires_grad:
-            parameter.data.copy_(weights[peft_key(name)])
-    return peft_model
-
-
-def with_lora(model, config):
-    """PEFT's `get_peft_model` for plain LoRA, in the dtype of the layers that it is put on.
-
-    PEFT's default would keep float32 copies of LoRA under zero.Init alone, so that the stages would differ. And where
-    bitsandbytes is installed it imports it (1.5 s and 44 MB a rank), to look for that library's own layers: here are
-    none. `tests/model/test_quantized.py` fails when that changes.
-    """
-    from peft import get_peft_model
-    from peft.tuners.lora import model as pefts
-
-    pefts.is_bnb_available = pefts.is_bnb_4bit_available = lambda: False
-    return get_peft_model(model, config, autocast_adapter_dtype=False)
+    return Adapter(config, pairs, {name: stored[f"{PREFIX}{name}.weight"] for name in whole})
 
 
 def write_adapter(folder: Path, config, weights: dict[str, torch.Tensor]) -> None:

@@ -7,12 +7,6 @@ from collections.abc import Iterable
 ADAPTER = "default"  # PEFT's name for the one adapter
 TRAINING_MODULE = "model."  # what the training forward adds before PEFT's names
 PREFIX = "base_model.model."  # before a module's name in PEFT's files
-# What can be trained whole: the audio codes' embeddings, and the heads.
-SAVABLE_MODULES = (
-    "audio_codebook_embeddings",
-    "audio_decoder_proj.text_lm_head",
-    "audio_decoder_proj.audio_lm_head",
-)
 
 
 def peft_key(name: str) -> str:

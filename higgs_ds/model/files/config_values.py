@@ -1,14 +1,11 @@
-"""Types and ranges of the fields of a config.json that change what is computed, in either layout.
-
-The shapes of the weights say the rest. A field that stands in no table here is not read.
-"""
+"""Kinds of values in a config.json, rotary parameters, and one way to check a table of fields."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 from pydantic_core import from_json
 from typing_extensions import TypedDict
 
@@ -19,15 +16,6 @@ Size = Annotated[int, Field(ge=1, lt=1 << 31)]
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 Positive = Annotated[float, Field(gt=0, lt=1e12)]
 Dtype = Literal["bfloat16", "float16", "float32"]
-
-DEFAULT_ROPE: dict[str, Any] = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 32.0,
-    "high_freq_factor": 0.5,
-    "low_freq_factor": 0.125,
-    "original_max_position_embeddings": 1024,
-}
 
 
 @with_config(ConfigDict(strict=True, extra="forbid"))
@@ -50,29 +38,6 @@ class Llama3Rope(TypedDict):
     original_max_position_embeddings: Size
 
 
-class LlamaFields(BaseModel):
-    """Llama's own fields, under the same names in both layouts; left out, they are as in transformers' layout."""
-
-    model_config = ConfigDict(strict=True)
-    vocab_size: Size = 128256
-    hidden_size: Size = 3072
-    intermediate_size: Size = 8192
-    num_hidden_layers: Count = 28
-    num_attention_heads: Count = 24
-    num_key_value_heads: Count = 8
-    head_dim: Size = 128
-    hidden_act: str = "silu"
-    max_position_embeddings: Size = 2048
-    initializer_range: float = 0.02
-    rms_norm_eps: Annotated[float, Field(gt=0, le=1)] = 1e-5
-    use_cache: bool = True
-    pretraining_tp: Literal[1] = 1  # the projections are computed whole
-    attention_bias: bool = False
-    attention_dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
-    mlp_bias: bool = False
-
-
-LLAMA_FIELDS = tuple(LlamaFields.model_fields)
 ROPE: TypeAdapter = TypeAdapter(Annotated[DefaultRope | Llama3Rope, Field(discriminator="rope_type")])
 
 
@@ -94,7 +59,7 @@ def checked(kind: TypeAdapter, raw: Any, where: str) -> Any:
 
 
 def rope_of(scaling: dict | None, theta: object, where: str) -> dict[str, Any]:
-    """Rotary parameters as transformers' layout has them: `rope_theta`, `rope_type` and that type's own.
+    """Rotary parameters by transformers' names: `rope_theta`, `rope_type` and that type's own.
 
     Args:
         scaling: `rope_scaling` of a Llama's config; None is none.

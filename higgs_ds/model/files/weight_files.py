@@ -18,7 +18,6 @@ from pydantic_core import from_json
 from safetensors import safe_open
 
 from ...errors import ConfigError, first_of, reading
-from ..higgs_v2.layouts import BOSON, boson_name
 
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 DTYPES_BY_NAME = {name: dtype for dtype, name in DTYPE_NAMES.items()}
@@ -70,11 +69,16 @@ def header_of(file: Path, where: str) -> dict[str, Stored]:
         return {key: Stored(file, key, tuple(one.get_shape()), one.get_dtype()) for key, one in slices.items()}
 
 
-def weight_headers(folder: Path, layout: str = BOSON, flag: str = "--base_ckpt") -> dict[str, Stored]:
+def weight_headers(
+    folder: Path, name_of: Callable[[str], str | None] = lambda key: key, flag: str = "--base_ckpt"
+) -> dict[str, Stored]:
     """Weights in the folder's safetensors files, from their headers alone.
 
+    Args:
+        name_of: the model's name of a weight, from its name in the files; None where it has none.
+
     Returns:
-        weights by boson_multimodal's names; one that has none there by "foreign" and its own.
+        weights by the model's names; one that has none there by "foreign" and its own.
 
     Raises:
         ConfigError: files that are missing or cannot be read; two weights of one name.
@@ -82,7 +86,7 @@ def weight_headers(folder: Path, layout: str = BOSON, flag: str = "--base_ckpt")
     found: dict[str, Stored] = {}
     for file in _weight_files(folder, f"{flag}: {folder}"):
         for key, stored in header_of(file, f"{flag}: {file}").items():
-            name = key if layout == BOSON else boson_name(key) or f"foreign {key}"
+            name = name_of(key) or f"foreign {key}"
             if name in found:
                 raise ConfigError([f"{flag}: {file}: {key} stands in {found[name].file.name} too"])
             found[name] = stored
@@ -192,7 +196,7 @@ def write_safetensors(file: Path, planned: list[Planned], pieces_of) -> None:
         os.fsync(out.fileno())
 
 
-def write_zeros(file: Path, planned: list[Planned]) -> None:
+def write_sparse(file: Path, planned: list[Planned]) -> None:
     """One file of zeros in the safetensors format: its header, and a hole for the values, which takes no disk."""
     head = _head(planned)
     with file.open("wb") as out:

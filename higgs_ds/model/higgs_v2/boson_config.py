@@ -1,16 +1,45 @@
-"""Reading Boson's own config.json, and what the config of a checkpoint in either layout must hold together."""
+"""Reading Boson's own config.json, and what the config of a checkpoint in either layout must hold together.
+
+The tables have the fields that change what is computed; the shapes of the weights say the rest. A field that stands in
+no table is not read, so that nothing in a file reaches transformers' config but what is known to be plain.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from boson_multimodal.model.higgs_audio import HiggsAudioConfig
-from pydantic import ConfigDict, TypeAdapter, with_config
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, with_config
 from typing_extensions import TypedDict
 
 from ...errors import reading, shown
-from ..files.config_values import Count, Dtype, LlamaFields, Size, TokenId, checked, rope_of
+from ..files.config_values import Count, Dtype, Size, TokenId, checked, rope_of
 from ..files.weight_files import refuse
+
+
+class LlamaFields(BaseModel):
+    """Llama's own fields, under the same names in both layouts; left out, they are as in transformers' layout."""
+
+    model_config = ConfigDict(strict=True)
+    vocab_size: Size = 128256
+    hidden_size: Size = 3072
+    intermediate_size: Size = 8192
+    num_hidden_layers: Count = 28
+    num_attention_heads: Count = 24
+    num_key_value_heads: Count = 8
+    head_dim: Size = 128
+    hidden_act: str = "silu"
+    max_position_embeddings: Size = 2048
+    initializer_range: float = 0.02
+    rms_norm_eps: Annotated[float, Field(gt=0, le=1)] = 1e-5
+    use_cache: bool = True
+    pretraining_tp: Literal[1] = 1  # the projections are computed whole
+    attention_bias: bool = False
+    attention_dropout: Annotated[float, Field(ge=0, le=1)] = 0.0
+    mlp_bias: bool = False
+
+
+LLAMA_FIELDS = tuple(LlamaFields.model_fields)
 
 
 class TextFields(LlamaFields):

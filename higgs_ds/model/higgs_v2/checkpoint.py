@@ -45,11 +45,6 @@ def open_base(
     return BaseCheckpoint(name_or_path, revision, *known)
 
 
-def read_model_config(folder: Path, flag: str = "--base_ckpt") -> HiggsAudioConfig:
-    """The config of a checkpoint in either layout. Raises ConfigError for what this trainer does not train."""
-    return read_checkpoint_config(folder, flag)
-
-
 # What the prompt is written with: a tokenizer that cuts one of these to pieces would train another prompt.
 _PROMPT_TOKENS = (
     *("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>", "<|recipient|>"),
@@ -80,6 +75,12 @@ def check_tokenizer(folder: Path, tokenizer, config: HiggsAudioConfig, flag: str
     if len(tokenizer) > config.text_config.vocab_size:
         problems.append(f"its tokenizer has {len(tokenizer)} tokens, the model {config.text_config.vocab_size}")
     refuse(problems, f"{flag}: {folder}")
+
+
+def empty_base(config: HiggsAudioConfig, dtype: str) -> HiggsAudioForTraining:
+    """The model of `load_base` on the meta device: names and shapes, no weight."""
+    with torch.device("meta"):
+        return HiggsAudioForTraining._from_config(config, torch_dtype=DTYPES[dtype])
 
 
 def load_base(

@@ -14,20 +14,9 @@ from boson_multimodal.model.higgs_audio import HiggsAudioConfig
 from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
-from ..files.config_values import (
-    DEFAULT_ROPE,
-    LLAMA_FIELDS,
-    Count,
-    Dtype,
-    LlamaFields,
-    Size,
-    TokenId,
-    checked,
-    read_json,
-    rope_of,
-)
+from ..files.config_values import Count, Dtype, Size, TokenId, checked, read_json, rope_of
 from ..files.weight_files import refuse
-from .boson_config import config_from_boson, made
+from .boson_config import LLAMA_FIELDS, LlamaFields, config_from_boson, made
 from .layouts import TRANSFORMERS, layout_of
 from .spec import peculiarities
 
@@ -42,6 +31,15 @@ TOKENS = {
     "audio_out": "<|AUDIO_OUT|>",
 }
 DELAY_TOKEN = "<|reserved_special_token_6|>"
+# Of a config without rotary parameters.
+DEFAULT_ROPE: dict[str, Any] = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 32.0,
+    "high_freq_factor": 0.5,
+    "low_freq_factor": 0.125,
+    "original_max_position_embeddings": 1024,
+}
 
 
 class TransformersFields(LlamaFields):

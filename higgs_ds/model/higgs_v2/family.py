@@ -1,54 +1,66 @@
-"""Higgs Audio v2 as the trainer sees it; see `model/family.py`. What takes long to import is imported when called."""
+"""Higgs Audio v2 as the trainer sees it: each method is `family.Family`'s, and imports what it needs when called."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .layouts import LAYOUTS, layout_of, name_in
+from .modules import MODULES
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from ...codec.base import Codec
     from ...data.chatml import AudioRef, Turn
-    from ...options.sections import TrainConfig
     from ..base import BaseCheckpoint
+    from ..family import Adaptable
     from ..files.adapter_file import Adapter
+    from ..speech import Speaker
 
 
 class HiggsV2:
     """boson_multimodal's `HiggsAudioModel`: two feed-forward networks a layer, a text head and 8 codebooks."""
 
     name = "higgs_audio"
+    modules = MODULES
+    layouts: tuple[str, ...] = LAYOUTS
+    layout_of = staticmethod(layout_of)
+    name_in = staticmethod(name_in)
+
+    def read_config(self, folder: Path, flag: str = "--base_ckpt") -> Any:
+        from .config import read_checkpoint_config
+
+        return read_checkpoint_config(folder, flag)
+
+    def load_tokenizer(self, folder: Path, flag: str = "--base_ckpt") -> Any:
+        from ..base import load_tokenizer
+
+        return load_tokenizer(folder, flag)
 
     def open_base(self, name_or_path: str, revision: str | None, flag: str, folder: Path) -> BaseCheckpoint:
-        """See `Family.open_base`."""
         from .checkpoint import open_base
 
         return open_base(name_or_path, revision, flag, folder)
 
     def check_forward(self, base: BaseCheckpoint) -> None:
-        """Refuses layers or projections that `layers.py` does not compute."""
         from .layers import check_supported
 
         check_supported(base.config)
 
-    def settle_lora(
-        self, config: TrainConfig, base: BaseCheckpoint, resumed: dict | None
-    ) -> tuple[TrainConfig, dict[str, torch.Tensor] | None]:
-        """See `Family.settle_lora`."""
-        from .init_adapter import settle_lora
+    def adaptable_modules(self, config: Any) -> Adaptable:
+        from .load import adaptable_modules
 
-        return settle_lora(config, base.config, resumed)
+        return adaptable_modules(config)
 
     def load_base(self, folder: Path, config: Any, dtype: str, *, quantize_on: torch.device | None = None) -> nn.Module:
-        """See `Family.load_base`."""
         from .checkpoint import load_base
 
         return load_base(folder, config, dtype, quantize_on=quantize_on)
 
     def training_forward(self, model: nn.Module, config: Any, **options: Any) -> nn.Module:
-        """See `forward.training_forward`."""
         from .forward import training_forward
 
         return training_forward(model, config, **options)
@@ -56,27 +68,33 @@ class HiggsV2:
     def tokenize(
         self, messages: Sequence[Turn], start_index: int | None, tokenizer: Any
     ) -> tuple[list[int], list[int], list[AudioRef]]:
-        """Boson's ChatML, see `prompt.tokenize`."""
         from .prompt import tokenize
 
         return tokenize(messages, start_index, tokenizer)
 
-    def adaptable_modules(self, base: BaseCheckpoint) -> dict[str, tuple[int, int]]:
-        """See `load.adaptable_modules`."""
-        from .load import adaptable_modules
+    def check_codec(self, codec: str, layout: str) -> None:
+        from .processor_files import codec_reference
 
-        return adaptable_modules(base.config)
+        codec_reference(codec, layout)
 
     def merge(
         self, base: BaseCheckpoint, adapter: Adapter | None, output_dir: Path, layout: str, **options: Any
     ) -> int:
-        """See `merge.merge`."""
         from .merge import merge
 
         return merge(base, adapter, output_dir, layout, **options)
 
-    def speaker(self, base: BaseCheckpoint, adapter: str | None, codec: Any, **options: Any) -> Any:
+    def voice(
+        self, base: BaseCheckpoint, dtype: str, codec: Codec, device: torch.device
+    ) -> tuple[Callable[[], nn.Module], Callable[[nn.Module], Any]]:
+        """See `Family.voice`."""
+        from .checkpoint import empty_base
+        from .speaker import Speaker
+
+        return lambda: empty_base(base.config, dtype), lambda model: Speaker(model, base, codec, device)
+
+    def speaker(self, base: BaseCheckpoint, adapter: str | None, codec: Any, **options: Any) -> Speaker:
         """Upstream's own generate, see `speaker.Speaker`."""
         from .speaker import Speaker
 
-        return Speaker(base, adapter, codec, **options)
+        return Speaker.load(base, adapter, codec, **options)

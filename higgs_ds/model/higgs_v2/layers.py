@@ -8,11 +8,9 @@ from the batch's `BatchIndex`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from boson_multimodal.model.higgs_audio.modeling_higgs_audio import HiggsAudioDualFFNDecoderLayer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -20,15 +18,16 @@ from torch.utils.checkpoint import checkpoint
 from ...batching.batch_index import BatchIndex
 from ...errors import ConfigError
 from ...loss import HeadSums, head_sums, scaled_loss
+from ..flat_rows import Rotate, RowsToSequences, SequencesToRows, causal_attention
 from ..fused_head import LabelledRows, head_sums_of
 from ..fused_lora import project
 from ..fused_mlp import add_mlps
+from ..training_forward import Objective, PaddingFreeOutput
 from .spec import peculiarities
 
 if TYPE_CHECKING:
     from boson_multimodal.model.higgs_audio import HiggsAudioConfig, HiggsAudioModel
     from boson_multimodal.model.higgs_audio.audio_head import HiggsAudioDecoderProjector
-    from transformers.models.llama.modeling_llama import LlamaAttention
 
     Rope = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, [N, 1, head_dim] each
 
@@ -45,25 +44,6 @@ def check_supported(config: HiggsAudioConfig) -> None:
     ]
     if problems:
         raise ConfigError(problems)
-
-
-@dataclass(frozen=True)
-class Objective:
-    """The way from the heads' sums to a loss: `impl` "fused" or "reference", factors from `loss_scales`."""
-
-    impl: str
-    text_scale: float
-    codebook_scales: torch.Tensor  # [codebooks] float32
-
-
-class PaddingFreeOutput(NamedTuple):
-    """Loss and sums of a micro-batch, and what was computed for them; a tuple, which DeepSpeed's hooks know."""
-
-    loss: torch.Tensor  # [] float32
-    sums: HeadSums
-    num_rows: int  # of the hidden states
-    num_frames: int  # audio frames that reached the model
-    audio_logits_shape: tuple[int, ...]  # rows × codebooks × classes that the audio head computed
 
 
 def padding_free_forward(
@@ -171,7 +151,9 @@ class DecoderLayer(HiggsAudioDualFFNDecoderLayer):
         if outputs_only:
             hidden, places = (rows.index_select(0, index.output_rows) for rows in (hidden, places))
             num_text = index.num_output_text
-        attended = _Ungroup.apply(_attention(self.self_attn, heads, index), places)
+        attn = self.self_attn
+        attended = causal_attention(heads, index, dropout=attn.attention_dropout if attn.training else 0.0)
+        attended = SequencesToRows.apply(attended, places)
         return self.after_attention(hidden, attended, num_text)
 
     def before_attention(
@@ -183,8 +165,8 @@ class DecoderLayer(HiggsAudioDualFFNDecoderLayer):
         projected = project([attn.q_proj, attn.k_proj, attn.v_proj], normed)
         query, key, value = (rows.unflatten(1, (-1, attn.head_dim)) for rows in projected)  # [N, heads, head_dim]
         # Rotated while the rows are flat: padding needs no rotation.
-        query, key = _Rotate.apply(query, *rope), _Rotate.apply(key, *rope)
-        return tuple(_Regroup.apply(rows, pack_index, unpack_index) for rows in (query, key, value))
+        query, key = Rotate.apply(query, *rope), Rotate.apply(key, *rope)
+        return tuple(RowsToSequences.apply(rows, pack_index, unpack_index) for rows in (query, key, value))
 
     def after_attention(self, hidden: torch.Tensor, attended: torch.Tensor, num_text: int) -> torch.Tensor:
         """The layer's output for rows of its input and what attention made of them: [N, hidden] each -> [N, hidden]"""
@@ -200,92 +182,6 @@ def _normed(norms: list[nn.Module], rows: torch.Tensor, num_text: int) -> torch.
     """Each norm of its own slice of the rows. [N, hidden] -> [N, hidden]"""
     text, audio = norms
     return torch.cat([text(rows[:num_text]), audio(rows[num_text:])])
-
-
-def _attention(attn: LlamaAttention, heads: tuple[torch.Tensor, ...], index: BatchIndex) -> torch.Tensor:
-    """Causal self-attention within each sequence. [places, heads, head_dim] each -> [places, hidden]
-
-    Padding stands to the right of all that a sequence holds, so that causality alone keeps it from being seen.
-    """
-    shape = (index.num_sequences, index.longest, -1, attn.head_dim)
-    query, key, value = (part.view(shape).transpose(1, 2) for part in heads)  # [batch, heads, longest, head_dim]
-    # Kernels in half precision share key heads among query heads by themselves; in float32 only the slow one does.
-    shares = query.is_cuda and query.dtype != torch.float32
-    if not shares:
-        key, value = (_repeat_heads(part, attn.num_key_value_groups) for part in (key, value))
-    attended = F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        dropout_p=attn.attention_dropout if attn.training else 0.0,
-        is_causal=True,
-        enable_gqa=shares,
-    )
-    return attended.transpose(1, 2).flatten(2).flatten(0, 1)
-
-
-class _Rotate(torch.autograd.Function):
-    """Rotary position embedding, halves of the head rotated against each other. [N, heads, head_dim]
-
-    In place where autograd would make five tensors each way; the gradient is rotated back.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(cos, sin)
-        sin_first, sin_second = sin.chunk(2, dim=-1)
-        first, second = rows.chunk(2, dim=-1)
-        rotated = rows * cos
-        to_first, to_second = rotated.chunk(2, dim=-1)
-        to_first.addcmul_(second, sin_first, value=-1)
-        to_second.addcmul_(first, sin_second)
-        return rotated
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        cos, sin = ctx.saved_tensors
-        sin_first, sin_second = sin.chunk(2, dim=-1)
-        first, second = grad.chunk(2, dim=-1)
-        rotated = grad * cos
-        to_first, to_second = rotated.chunk(2, dim=-1)
-        to_first.addcmul_(second, sin_second)
-        to_second.addcmul_(first, sin_first, value=-1)
-        return rotated, None, None
-
-
-def _repeat_heads(states: torch.Tensor, times: int) -> torch.Tensor:
-    """[batch, key heads, length, head_dim] -> [batch, key heads × times, length, head_dim]"""
-    return states if times == 1 else states.repeat_interleave(times, dim=1)
-
-
-class _Regroup(torch.autograd.Function):
-    """Flat rows to padded places. The gradient of padding is zero, so that a gather takes each row's gradient back."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, pack_index: torch.Tensor, unpack_index: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(unpack_index)
-        return rows.index_select(0, pack_index)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (unpack_index,) = ctx.saved_tensors
-        return grad.index_select(0, unpack_index), None, None
-
-
-class _Ungroup(torch.autograd.Function):
-    """Padded places to flat rows; padding is left out, and its gradient is zero."""
-
-    @staticmethod
-    def forward(ctx: Any, places: torch.Tensor, unpack_index: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(unpack_index)
-        ctx.num_places = places.shape[0]
-        return places.index_select(0, unpack_index)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        (unpack_index,) = ctx.saved_tensors
-        places = grad.new_zeros((ctx.num_places, *grad.shape[1:]))
-        return places.index_copy_(0, unpack_index, grad), None
 
 
 def _heads(

@@ -5,6 +5,7 @@ The tensors are the same, bit for bit; their names and the config differ. Everyt
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from ...errors import ConfigError, shown
@@ -52,6 +53,11 @@ def name_in(layout: str, boson_name: str) -> str:
     if name is None:
         raise ValueError(f"{boson_name} has no name in transformers' layout")
     return name
+
+
+def boson_names(layout: str) -> Callable[[str], str | None]:
+    """Gives boson_multimodal's name of a weight from its name in `layout`, None for one that has none."""
+    return boson_name if layout == TRANSFORMERS else lambda name: name
 
 
 def layout_of(folder: Path, flag: str = "--base_ckpt") -> str:

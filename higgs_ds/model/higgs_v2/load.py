@@ -19,10 +19,11 @@ from transformers import GenerationConfig
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ...errors import reading
-from ..files.adapter_names import SAVABLE_MODULES
+from ..family import Adaptable
 from ..files.weight_files import Stored, differences, refuse, weight_headers
 from ..quantized import QuantizedLinear
-from .layouts import CARRIED_ALONG, TRANSFORMERS, layout_of, name_in
+from .layouts import CARRIED_ALONG, TRANSFORMERS, boson_names, layout_of, name_in
+from .modules import SAVABLE_MODULES
 
 TEXT_HEAD = "audio_decoder_proj.text_lm_head.weight"
 Model = TypeVar("Model", bound=HiggsAudioModel)
@@ -33,13 +34,12 @@ def wanted_weights(config: HiggsAudioConfig, flag: str = "--base_ckpt") -> dict[
     return {name: tuple(value.shape) for name, value in _without_memory(config, flag).state_dict().items()}
 
 
-def adaptable_modules(config: HiggsAudioConfig) -> dict[str, tuple[int, int]]:
-    """Modules that an adapter may change, the linear layers and all that can be trained whole, with their shapes."""
-    return {
-        name: tuple(module.weight.shape)
-        for name, module in _without_memory(config).named_modules()
-        if isinstance(module, torch.nn.Linear) or name in SAVABLE_MODULES
-    }
+def adaptable_modules(config: HiggsAudioConfig) -> Adaptable:
+    """See `Family.adaptable_modules`."""
+    model = _without_memory(config)
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    shapes = {name: tuple(module.weight.shape) for name, module in linears.items()}
+    return Adaptable(shapes, {name: tuple(model.get_submodule(name).weight.shape) for name in SAVABLE_MODULES})
 
 
 def _without_memory(config: HiggsAudioConfig, flag: str = "--base_ckpt") -> HiggsAudioModel:
@@ -66,7 +66,7 @@ def check_weights(
             or cannot be read.
     """
     layout, wanted = layout_of(folder, flag), wanted_weights(config, flag)
-    stored = weight_headers(folder, layout, flag)
+    stored = weight_headers(folder, boson_names(layout), flag)
     left_out = [one.key for one in stored.values() if re.search(CARRIED_ALONG, one.key)]
     stored = {name: one for name, one in stored.items() if one.key not in left_out}
     problems = differences(stored, wanted, lambda name: name_in(layout, name))
@@ -97,7 +97,7 @@ def load_checkpoint(
         dtype: of the weights in the model.
         quantize_on: keeps the linear layers of the decoder in NF4, made on this device; not under ZeRO-3.
     """
-    stored = weight_headers(folder, layout_of(folder))
+    stored = weight_headers(folder, boson_names(layout_of(folder)))
     stored = {name: one for name, one in stored.items() if not re.search(CARRIED_ALONG, one.key)}
     if is_deepspeed_zero3_enabled():
         mapped = {name: one.read() for name, one in stored.items()}

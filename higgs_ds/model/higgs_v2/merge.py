@@ -30,7 +30,7 @@ from ..files.weight_files import (
 )
 from .checkpoint import check_tokenizer
 from .config import token_ids, transformers_config, without_private
-from .layouts import BOSON, TRANSFORMERS, name_in
+from .layouts import BOSON, TRANSFORMERS, boson_names, name_in
 from .processor_files import TOKENIZER_FILES, generation_config, write_processor
 
 SAMPLED_TENSORS = 12  # of the merged and of the others, read back and computed anew
@@ -169,7 +169,7 @@ def prove(
         ConfigError: a difference, named.
     """
     where = f"--output_dir: {folder} failed verification (nothing is kept)"
-    found = weight_headers(folder, layout, "--output_dir")
+    found = weight_headers(folder, boson_names(layout), "--output_dir")
     wanted = {name: tensor.shape for name, tensor in planned.items()}
     problems = differences(found, wanted, lambda name: name_in(layout, name))
     index = folder / INDEX

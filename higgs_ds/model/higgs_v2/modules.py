@@ -1,6 +1,8 @@
-"""The modules of Boson's model that options name: which layers take LoRA, what is trained whole beside it. No torch."""
+"""Modules of Boson's model that options and adapters name: which layers take LoRA, what is trained whole. No torch."""
 
 from __future__ import annotations
+
+from ..family import ModuleNames
 
 DEFAULT_LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # Names for several layers of the decoder at once; everything else is a layer's name or the end of its path.
@@ -11,6 +13,9 @@ LORA_TARGET_GROUPS = {
     "all": DEFAULT_LORA_TARGETS,
 }
 HEADS = ("text_lm_head", "audio_lm_head")
-# Modules of the model that can be trained whole beside LoRA, by the end of their path.
+# Modules that can be trained whole beside LoRA, by the end of their path; and by their whole path.
 EMBEDDINGS = "audio_codebook_embeddings"
 TRAINED_HEADS = {"none": (), "audio": ("audio_lm_head",), "text": ("text_lm_head",), "both": HEADS}
+SAVABLE_MODULES = (EMBEDDINGS, *(f"audio_decoder_proj.{head}" for head in HEADS))
+
+MODULES = ModuleNames(DEFAULT_LORA_TARGETS, LORA_TARGET_GROUPS, EMBEDDINGS, TRAINED_HEADS)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 from ...codec.codec_layout import MODEL_TYPE, is_renamed
@@ -26,47 +27,7 @@ TOKENIZER_FILES = (
 )
 SAMPLE_RATE = 24000
 RAS_WINDOW, RAS_MAX_REPEATS = 7, 2  # Boson's repetition-aware resampling
-
-CHAT_TEMPLATE = """\
-{%- macro header(role) %}{{ '<|start_header_id|>' ~ role ~ '<|end_header_id|>\\n\\n' }}{% endmacro -%}
-{%- set clip = '<|audio_out_bos|><|AUDIO_OUT|><|audio_eos|>' -%}
-{%- if not messages or messages[0]['role'] != 'system' -%}
-  {{- raise_exception('The first message must be the system message.') -}}
-{%- endif -%}
-{{- bos_token -}}
-{%- for message in messages -%}
-  {%- set role, content = message['role'], message['content'] -%}
-  {%- set parts = [{'type': 'text', 'text': content}] if content is string else content -%}
-  {%- set scene_follows = not loop.last and loop.index0 == 0 and messages[1]['role'] == 'scene' -%}
-  {%- if role == 'scene' -%}
-    {%- if loop.index0 != 1 -%}{{- raise_exception('A scene must follow the system message.') -}}{%- endif -%}
-    {{- '\\n\\n<|scene_desc_start|>\\n' -}}
-    {%- for part in parts -%}
-      {%- if part['type'] == 'audio' -%}
-        {{- ' ' ~ clip ~ ('' if loop.last else '\\n') -}}
-      {%- else -%}
-        {{- part['text'] | trim -}}
-        {%- if not loop.last and (loop.first or loop.nextitem['type'] != 'audio') -%}
-          {{- '\\n\\n' if loop.first else '\\n' -}}
-        {%- endif -%}
-      {%- endif -%}
-    {%- endfor -%}
-    {{- '\\n<|scene_desc_end|><|eot_id|>' -}}
-  {%- else -%}
-    {{- header(role) -}}
-    {%- if role == 'assistant' -%}
-      {%- if content is string or parts | length != 1 or parts[0]['type'] != 'audio' -%}
-        {{- raise_exception('An assistant message must be one audio.') -}}
-      {%- endif -%}
-      {{- clip -}}
-    {%- else -%}
-      {%- for part in parts if part['type'] == 'text' -%}{{- part['text'] | trim -}}{%- endfor -%}
-    {%- endif -%}
-    {{- '' if scene_follows else '<|eot_id|>' -}}
-  {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- header('assistant') ~ '<|audio_out_bos|>' -}}{%- endif -%}
-"""
+CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 
 
 def generation_config(layout: str, config, written: dict) -> dict:
@@ -120,7 +81,7 @@ def write_processor(folder: Path, codec: str, config) -> None:
     }
     for name, values in (("processor_config.json", processor), ("preprocessor_config.json", extractor)):
         (folder / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    shutil.copyfile(CHAT_TEMPLATE, folder / CHAT_TEMPLATE.name)
 
 
 def codec_reference(codec: str, layout: str) -> str:
@@ -135,15 +96,10 @@ def codec_reference(codec: str, layout: str) -> str:
             raise ConfigError([f"--codec: {codec} is neither a folder nor a hub id (owner/name)"])
         return codec
     raw = read_json(folder / "config.json", "--codec") if (folder / "config.json").is_file() else {}
+    fits, files = is_renamed(raw), f"model_type {MODEL_TYPE!r}"
     if layout == BOSON:
-        if not raw or is_renamed(raw) or not (folder / "model.pth").is_file():
-            words = "is no codec in Boson's layout (config.json and model.pth), and its engine loads no other"
-            raise ConfigError([f"--codec: {codec} {words}; give the hub id"])
-    elif not is_renamed(raw):
-        raise ConfigError(
-            [
-                f"--codec: {codec} is no codec in transformers' layout (model_type {raw.get('model_type')!r}, "
-                f"expected {MODEL_TYPE!r}), and its processor loads no other; give the hub id"
-            ]
-        )
+        fits, files = bool(raw) and not fits and (folder / "model.pth").is_file(), "config.json and model.pth"
+    if not fits:
+        found = f"{codec} is no codec in {layout}'s layout ({files}), and what loads the model loads no other"
+        raise ConfigError([f"--codec: {found}; give the hub id"])
     return str(folder.resolve())

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 
 from ...data.chatml import AudioRef, Turn
 from ...loss import IGNORE
-from ..spec import ModelSpec
 
 
 def tokenize(
@@ -63,16 +61,3 @@ def delay(codes: torch.Tensor, bos: int, eos: int) -> torch.Tensor:
         out[k, :k] = bos
         out[k, k : k + frames] = codes[k]
     return out
-
-
-def stream(codes: torch.Tensor, spec: ModelSpec) -> torch.Tensor:
-    """BOS, codes, EOS, with the delay pattern. [codebooks, frames] -> [codebooks, frames + 2 (+ codebooks - 1)]"""
-    framed = F.pad(F.pad(codes, (1, 0), value=spec.stream_bos), (0, 1), value=spec.stream_eos)
-    return delay(framed, spec.stream_bos, spec.stream_eos) if spec.use_delay_pattern else framed
-
-
-def stream_labels(codes: torch.Tensor, spec: ModelSpec, trained: bool) -> torch.Tensor:
-    """The codes and one EOS a codebook, at their delayed places; -100 elsewhere, or everywhere if not trained."""
-    framed = F.pad(F.pad(codes, (1, 0), value=IGNORE), (0, 1), value=spec.stream_eos)
-    labels = delay(framed, IGNORE, IGNORE) if spec.use_delay_pattern else framed
-    return labels if trained else torch.full_like(labels, IGNORE)

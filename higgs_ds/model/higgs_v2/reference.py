@@ -124,13 +124,9 @@ class ReferenceForward(nn.Module):
         labels = self._expanded_labels(inputs, outputs, report)
         frames = self._frames(inputs)
         if report.audio_logits_shape != (frames, self.num_codebooks, self.classes):
-            report.problems.append(
-                (
-                    "audio_logits",
-                    f"audio logits have shape {report.audio_logits_shape}, expected "
-                    f"({frames}, {self.num_codebooks}, {self.classes})",
-                )
-            )
+            wanted = (frames, self.num_codebooks, self.classes)
+            found = f"audio logits have shape {report.audio_logits_shape}, expected {wanted}"
+            report.problems.append(("audio_logits", found))
         if report.problems or labels is None:
             # The step will not be taken (guard); this keeps every collective of backward in step with other ranks.
             loss = sum(out.float().sum() * 0 for out in (outputs.logits, audio_logits) if out is not None)
@@ -159,12 +155,8 @@ class ReferenceForward(nn.Module):
                 return None
         report.expanded_labels_shape = tuple(labels.shape)
         if labels.shape != outputs.logits.shape[:2]:
-            report.problems.append(
-                (
-                    "expanded_labels",
-                    f"expanded labels have shape {tuple(labels.shape)}, the logits {tuple(outputs.logits.shape)}",
-                )
-            )
+            found = f"expanded labels have shape {tuple(labels.shape)}, the logits {tuple(outputs.logits.shape)}"
+            report.problems.append(("expanded_labels", found))
         return labels
 
     def _re_expand(self, inputs, length: int) -> torch.Tensor:

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from ...data.chatml import AudioRef, Turn
+from ...loss import IGNORE
 from ..spec import ModelSpec
 from . import prompt
 
@@ -33,6 +35,7 @@ class HiggsV2Spec(ModelSpec):
             pad_token=config.pad_token_id,
             hidden_size=text.hidden_size,
             ffn_size=text.intermediate_size,
+            num_ffns=2,  # one for text, one for audio
             num_layers=text.num_hidden_layers,
             num_heads=text.num_attention_heads,
             num_key_value_heads=text.num_key_value_heads,
@@ -49,11 +52,14 @@ class HiggsV2Spec(ModelSpec):
 
     def stream(self, codes: torch.Tensor) -> torch.Tensor:
         """BOS, codes, EOS, with the delay pattern: [codebooks, frames] -> [codebooks, `stream_length(frames)`]"""
-        return prompt.stream(codes, self)
+        framed = F.pad(F.pad(codes, (1, 0), value=self.stream_bos), (0, 1), value=self.stream_eos)
+        return prompt.delay(framed, self.stream_bos, self.stream_eos) if self.use_delay_pattern else framed
 
     def stream_labels(self, codes: torch.Tensor, trained: bool) -> torch.Tensor:
         """The codes and one EOS a codebook, at their delayed places; -100 elsewhere, or everywhere if not trained."""
-        return prompt.stream_labels(codes, self, trained)
+        framed = F.pad(F.pad(codes, (1, 0), value=IGNORE), (0, 1), value=self.stream_eos)
+        labels = prompt.delay(framed, IGNORE, IGNORE) if self.use_delay_pattern else framed
+        return labels if trained else torch.full_like(labels, IGNORE)
 
     def stream_length(self, frames: int) -> int:
         """The width of `stream`: BOS, EOS, and the delay of the last codebook."""

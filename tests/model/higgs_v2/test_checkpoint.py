@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,13 +12,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from higgs_ds.errors import ConfigError
 from higgs_ds.model.base import locate_checkpoint
-from higgs_ds.model.higgs_v2.checkpoint import load_base, open_base, read_model_config
-from higgs_ds.model.higgs_v2.modules import DEFAULT_LORA_TARGETS
+from higgs_ds.model.higgs_v2.checkpoint import load_base, open_base
+from higgs_ds.model.higgs_v2.config import read_checkpoint_config
+from higgs_ds.model.higgs_v2.modules import DEFAULT_LORA_TARGETS, MODULES
 from higgs_ds.model.higgs_v2.spec import HiggsV2Spec
 from higgs_ds.model.higgs_v2.tiny import SPECIAL_TOKENS, byte_tokenizer, write_tiny
 from higgs_ds.model.higgs_v2.upstream import HiggsAudioForTraining
 from higgs_ds.model.lora import attach_lora, initial_lora
-from higgs_ds.options.sections import LoraOptions
 
 
 def test_upstreams_own_classes_load_the_tiny_checkpoint(tiny_dir):
@@ -33,74 +34,20 @@ def test_upstreams_own_classes_load_the_tiny_checkpoint(tiny_dir):
     assert model.audio_decoder_proj.audio_lm_head.weight.shape == (8 * 1026, 64)
 
 
-BOSON = {  # what Boson's config.json says, but for sizes and for ids, which follow the vocabulary's size
-    "architectures": ["HiggsAudioModel"],
-    "model_type": "higgs_audio",
-    "audio_adapter_type": "dual_ffn_fast_forward",
-    "audio_embed_avg": False,
-    "audio_decoder_proj_num_layers": 0,
-    "audio_num_codebooks": 8,
-    "audio_codebook_size": 1024,
-    "audio_stream_bos_id": 1024,
-    "audio_stream_eos_id": 1025,
-    "audio_tokenizer_config": None,
-    "encode_audio_in_tokens": True,
-    "encode_whisper_embed": False,
-    "skip_audio_tower": True,
-    "use_audio_out_embed_projector": False,
-    "use_audio_out_self_attention": 0,
-    "use_delay_pattern": True,
-    "use_rq_transformer": False,
-    "rq_transformer_num_hidden_layers": 3,
-    "torch_dtype": "bfloat16",
-}
-BOSON_TEXT = {
-    "architectures": ["LlamaForCausalLM"],
-    "hidden_act": "silu",
-    "max_position_embeddings": 131072,
-    "rms_norm_eps": 1e-05,
-    "rope_theta": 500000.0,
-    "rope_scaling": {
-        "factor": 32.0,
-        "high_freq_factor": 4.0,
-        "low_freq_factor": 1.0,
-        "original_max_position_embeddings": 8192,
-        "rope_type": "llama3",
-    },
-    "tie_word_embeddings": True,
-    "torch_dtype": "bfloat16",
-}
-BOSON_TOKENS = {  # id in Boson's vocabulary of 128,256
-    "<|begin_of_text|>": 128000,
-    "<|end_of_text|>": 128001,
-    "<|start_header_id|>": 128006,
-    "<|end_header_id|>": 128007,
-    "<|eom_id|>": 128008,
-    "<|eot_id|>": 128009,
-    "<|audio_bos|>": 128011,
-    "<|audio_eos|>": 128012,
-    "<|audio_out_bos|>": 128013,
-    "<|reserved_special_token_6|>": 128014,
-    "<|AUDIO|>": 128015,
-    "<|AUDIO_OUT|>": 128016,
-    "<|recipient|>": 128017,
-    "<|scene_desc_start|>": 128018,
-    "<|scene_desc_end|>": 128019,
-    "<SE>": 128022,
-    "</SE_e>": 128027,
-    "<|reserved_special_token_247|>": 128255,
-}
+# Config fields of Boson's checkpoint, but for sizes; ids in its vocabulary of 128,256; and what the config in
+# transformers' layout becomes.
+FACTS = json.loads(Path(__file__).with_name("boson.json").read_text())
 
 
 def test_the_tiny_checkpoint_is_of_bosons_kind(tiny_dir):
     config = json.loads((tiny_dir / "config.json").read_text())
-    assert config | BOSON == config and config["text_config"] | BOSON_TEXT == config["text_config"]
+    assert config | FACTS["config"] == config and config["text_config"] | FACTS["text"] == config["text_config"]
     assert "tie_word_embeddings" not in config and config["audio_dual_ffn_layers"] == [0, 1]
     assert config["audio_encoder_config"]["d_model"] == 1280 and config["hidden_size"] == 64
     tokenizer = AutoTokenizer.from_pretrained(tiny_dir)
     assert type(tokenizer) is PreTrainedTokenizerFast and len(tokenizer) == config["text_config"]["vocab_size"] == 512
     shift = 128256 - 512
-    for token, boson_id in BOSON_TOKENS.items():
+    for token, boson_id in FACTS["tokens"].items():
         assert tokenizer.convert_tokens_to_ids(token) == boson_id - shift, token
     ids = {"pad_token_id": 128001, "audio_in_token_idx": 128015, "audio_out_token_idx": 128016}
     ids |= {"audio_out_bos_token_id": 128013, "audio_eos_token_id": 128012}
@@ -173,14 +120,14 @@ def test_missing_extra_misshapen_and_quantized_weights_are_refused(copy):
 
 def test_how_a_checkpoint_would_generate_is_not_read(copy):
     (copy / "generation_config.json").write_text('{"suppress_tokens": [1], "eos_token_id": "x", "num_beams": []}')
-    found = load_base(copy, read_model_config(copy), "fp32").generation_config
+    found = load_base(copy, read_checkpoint_config(copy), "fp32").generation_config
     assert (found.bos_token_id, found.eos_token_id, found.pad_token_id) == (256, 257, 257)
     assert found.suppress_tokens is None and found.num_beams == 1
 
 
 def test_files_that_do_not_say_who_wrote_them_are_loaded_all_the_same(copy):
     """safetensors' own `save_file` leaves the mark out, and transformers' loader ends in a traceback without it."""
-    config = read_model_config(copy)
+    config = read_checkpoint_config(copy)
     wanted = load_base(copy, config, "fp32").state_dict()
     for file, metadata in zip(sorted(copy.glob("*.safetensors")), (None, {"format": "tf"}, {"by": "me"}), strict=True):
         save_file({name: value.clone() for name, value in load_file(file).items()}, file, metadata=metadata)
@@ -308,7 +255,7 @@ def test_a_target_that_names_nothing_is_refused(tiny_dir, tiny_config):
 
 @pytest.mark.parametrize(("group", "in_layer"), [("attention", 4), ("text_mlp", 3), ("audio_mlp", 3), ("all", 10)])
 def test_a_group_of_targets_is_its_layers_and_no_others(group, in_layer, tiny_dir, tiny_config):
-    suffixes = LoraOptions(lora_target_modules=[group]).target_suffixes
+    suffixes = MODULES.targets([group])
     model = lora_on(load_base(tiny_dir, tiny_config, "fp32"), target_modules=suffixes)
     adapted = [name for name, p in model.named_parameters() if p.requires_grad and "lora_A" in name]
     assert len(adapted) == 2 * in_layer

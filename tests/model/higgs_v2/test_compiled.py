@@ -12,8 +12,8 @@ from torch._dynamo.backends.debugging import aot_eager
 from higgs_ds.errors import ConfigError
 from higgs_ds.model import compiler, fused_lora
 from higgs_ds.model.higgs_v2 import compiled
-from higgs_ds.model.higgs_v2.checkpoint import read_model_config
 from higgs_ds.model.higgs_v2.compiled import CompiledDecoderLayer
+from higgs_ds.model.higgs_v2.config import read_checkpoint_config
 from higgs_ds.model.higgs_v2.forward import training_forward
 from higgs_ds.model.higgs_v2.tiny import write_tiny
 from tests.model.higgs_v2.test_forward import (
@@ -40,7 +40,7 @@ def base_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def config(base_dir):
-    return read_model_config(base_dir)
+    return read_checkpoint_config(base_dir)
 
 
 @pytest.fixture
@@ -70,7 +70,8 @@ def test_two_programs_give_eagers_gradients_whatever_the_micro_batch(
     eager = training_forward(model, config)
     monkeypatch.setattr(fused_lora, "drops_by_bits", lambda device_type: False)  # draws as where a compiler traces
     programs = 0
-    for name in [*WITHOUT_AUDIO, *ALL_BATCHES]:
+    # All shapes with dropout; without it, which is another program, a few are enough.
+    for name in [*WITHOUT_AUDIO, *(ALL_BATCHES if dropout else ("mixed lengths", "a filler"))]:
         batch = batch_called(name, tokenizer, config)
         wanted = computed(eager, batch, seed=3)
         for module in modules:

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import json
 import math
 
@@ -13,12 +14,13 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from higgs_ds.batching.collate import Collator
 from higgs_ds.errors import ConfigError
 from higgs_ds.model import fused_head
-from higgs_ds.model.files.adapter_names import PREFIX, SAVABLE_MODULES
+from higgs_ds.model.files.adapter_names import PREFIX
 from higgs_ds.model.fused_mlp import FusedRmsNorm
-from higgs_ds.model.higgs_v2.checkpoint import load_base, read_model_config
+from higgs_ds.model.higgs_v2.checkpoint import load_base
+from higgs_ds.model.higgs_v2.config import read_checkpoint_config
 from higgs_ds.model.higgs_v2.forward import training_forward
 from higgs_ds.model.higgs_v2.layers import check_supported
-from higgs_ds.model.higgs_v2.modules import DEFAULT_LORA_TARGETS, EMBEDDINGS, HEADS
+from higgs_ds.model.higgs_v2.modules import DEFAULT_LORA_TARGETS, EMBEDDINGS, HEADS, SAVABLE_MODULES
 from higgs_ds.model.higgs_v2.spec import HiggsV2Spec
 from higgs_ds.model.higgs_v2.tiny import write_tiny
 from higgs_ds.model.lora import attach_lora
@@ -27,8 +29,12 @@ from tests.batching.test_collate import samples_of
 from tests.support.ranks import assert_all, run_ranks
 from tests.support.workers.common import with_lora_b, without_text_labels
 
-# Relative L2 distance ‖a − b‖ / ‖b‖, of the loss and of its sums.
-TOLERANCE = 1e-6
+# Relative L2 distance ‖a − b‖ / ‖b‖, of the loss and of its sums, on whatever CPU. Float32's rounding (2^-24) over n
+# terms grows by √n, and a row comes to its logit by 2 layers of 128 + 128 + 128 + 128 + 512 terms and a head of 128:
+# 2,200. Logits (rms 1.7) are a quarter of a label's loss (7), two forwards differ by √2 of what each has, and a batch
+# may have a handful of labels, so that three deviations are allowed: 3 · √2 · √2200 · 2^-24 / 4 = 3e-6. What is more
+# than rounding shows in float64, where the bar is 1e-12.
+TOLERANCE = 3e-6
 # Of gradients, in multiples of how far upstream's float32 ones stand from float64's, which differs from CPU to CPU (all
 # together 7e-7 to 9e-7 on one, 1.1e-6 on another): of all LoRA weights together, and of the worst one.
 TOGETHER, WORST = 1.5, 4.0
@@ -56,7 +62,7 @@ def base_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def config(base_dir):
-    return read_model_config(base_dir)
+    return read_checkpoint_config(base_dir)
 
 
 def lora_on(base_dir, config, targets=DEFAULT_LORA_TARGETS, *, dtype="fp32", dropout=0.0, rslora=False, whole=()):
@@ -172,13 +178,24 @@ def batch_called(name, tokenizer, config):
 ALL_BATCHES = [*BATCHES, "no text labels", "a filler"]
 
 
-@pytest.mark.parametrize("loss_impl", ["fused", "reference"])
+@pytest.fixture(scope="module")
+def known(config, tokenizer):
+    """A batch by its name, and a model's results for it: upstream's and those in float64, computed once."""
+
+    @functools.cache
+    def of(model, name):
+        batch = batch_called(name, tokenizer, config)
+        return batch, computed(upstreams_on(model, config), batch, index=False), exact_on(model, config, batch)
+
+    return of
+
+
 @pytest.mark.parametrize("name", ALL_BATCHES)
-def test_agrees_with_upstream_in_loss_and_every_gradient(name, loss_impl, model, config, tokenizer):
-    batch = batch_called(name, tokenizer, config)
+@pytest.mark.parametrize("loss_impl", ["fused", "reference"])
+def test_agrees_with_upstream_in_loss_and_every_gradient(loss_impl, name, model, config, known):
+    batch, wanted, exact = known(model, name)
     ours = computed(ours_on(model, config, loss_impl=loss_impl), batch)
-    wanted = computed(upstreams_on(model, config), batch, index=False)
-    assert_agree(ours, wanted, exact_on(model, config, batch))
+    assert_agree(ours, wanted, exact)
     assert ours[2].path == "collator"
     moved = [bool(gradient.any()) for gradient in ours[3].values()]
     assert not any(moved) if name == "a filler" else any(moved)
@@ -203,17 +220,16 @@ def with_whole(base_dir, config):
     return model
 
 
-@pytest.mark.parametrize("loss_impl", ["fused", "fused, chunk by chunk", "reference"])
 @pytest.mark.parametrize("name", ALL_BATCHES)
+@pytest.mark.parametrize("loss_impl", ["fused", "fused, chunk by chunk", "reference"])
 def test_embeddings_and_heads_that_are_trained_whole_get_upstreams_gradient(
-    name, loss_impl, with_whole, config, tokenizer, monkeypatch
+    loss_impl, name, with_whole, config, known, monkeypatch
 ):
     if "chunk" in loss_impl:
         monkeypatch.setattr(fused_head, "CHUNK_BYTES", 5 * 4 * 8 * 1026)
-    batch = batch_called(name, tokenizer, config)
+    batch, wanted, exact = known(with_whole, name)
     ours = computed(ours_on(with_whole, config, loss_impl=loss_impl.split(",")[0]), batch)
-    wanted = computed(upstreams_on(with_whole, config), batch, index=False)
-    assert_agree(ours, wanted, exact_on(with_whole, config, batch))
+    assert_agree(ours, wanted, exact)
     assert len(ours[3]) == 2 * 20 + 3
     if name in ("mixed lengths", "several clips a row"):
         assert all(gradient.any() for gradient in ours[3].values())
@@ -276,7 +292,7 @@ def deep(tmp_path_factory):
     """All 28 layers, at the real model's ratios of widths; and its config."""
     folder = tmp_path_factory.mktemp("deep")
     write_tiny(folder, seed=0, hidden_size=192, num_layers=28, ffn_size=512)
-    config = read_model_config(folder)
+    config = read_checkpoint_config(folder)
     return lora_on(folder, config), config
 
 
@@ -375,7 +391,8 @@ def test_what_did_not_reach_the_model_is_a_problem(model, config, tokenizer):
     module.zero_grad()
 
 
-VARIANTS = ["fused", "reference", "checkpointed", "every second layer checkpointed"]
+# Under ZeRO-2 a layer computes as in one process, which is held against upstream above.
+VARIANTS = [("2", "fused"), ("2", "fused, whole modules"), ("3", "fused"), ("3", "reference"), ("3", "checkpointed")]
 # With other modules than the default ones in training: what each is held against, and how many weights more there are.
 OTHERS = {"fused, whole modules": ("upstream, whole modules", 3), "reference, heads": ("upstream, heads", 4)}
 
@@ -389,8 +406,7 @@ def sharded(base_dir, codec_dir, tmp_path_factory):
     return {tuple(file.stem.split("-")): load_file(file) for file in out.glob("*.safetensors")} | mixed
 
 
-@pytest.mark.parametrize("variant", [*VARIANTS, *OTHERS])
-@pytest.mark.parametrize("stage", ["2", "3"])
+@pytest.mark.parametrize(("stage", "variant"), [*VARIANTS, *(("3", variant) for variant in OTHERS)])
 def test_gradients_are_upstreams_under_zero_with_two_ranks(stage, variant, sharded):
     upstream, more = OTHERS.get(variant, ("upstream", 0))
     ours, wanted = sharded[stage, variant], sharded[stage, upstream]
@@ -398,7 +414,8 @@ def test_gradients_are_upstreams_under_zero_with_two_ranks(stage, variant, shard
     assert ours.keys() == wanted.keys() and all(value.any() for value in wanted.values())
     assert distance(joined(ours), joined(wanted)) <= SHARDED
     assert worst_distance(ours, wanted) <= EACH_FLOAT32
-    assert distance(joined(ours), joined(sharded["2", upstream])) <= SHARDED
+    if ("2", upstream) in sharded:
+        assert distance(joined(ours), joined(sharded["2", upstream])) <= SHARDED
 
 
 def test_gradients_that_come_in_another_order_on_one_rank_train_nothing(sharded):

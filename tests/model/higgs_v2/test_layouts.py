@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from boson_multimodal.model.higgs_audio import HiggsAudioConfig
 
 from higgs_ds.errors import ConfigError
-from higgs_ds.model.files.config_values import DEFAULT_ROPE
-from higgs_ds.model.higgs_v2.config import config_from_transformers, read_checkpoint_config, transformers_config
+from higgs_ds.model.higgs_v2.config import (
+    DEFAULT_ROPE,
+    config_from_transformers,
+    read_checkpoint_config,
+    transformers_config,
+)
 from higgs_ds.model.higgs_v2.layouts import boson_name, layout_of, transformers_name
 from higgs_ds.model.higgs_v2.load import adaptable_modules, wanted_weights
 
@@ -60,47 +65,10 @@ def test_every_name_of_the_real_model_goes_there_and_back():
 
 
 def test_the_hubs_config_is_bosons():
-    config = translated()
-    wanted = {
-        "audio_adapter_type": "dual_ffn_fast_forward",
-        "audio_dual_ffn_layers": list(range(28)),
-        "audio_ffn_hidden_size": 3072,
-        "audio_ffn_intermediate_size": 8192,
-        "audio_num_codebooks": 8,
-        "audio_codebook_size": 1024,
-        "audio_stream_bos_id": 1024,
-        "audio_stream_eos_id": 1025,
-        "audio_in_token_idx": 128015,
-        "audio_out_token_idx": 128016,
-        "audio_out_bos_token_id": 128013,
-        "audio_eos_token_id": 128012,
-        "encode_audio_in_tokens": True,
-        "encode_whisper_embed": False,
-        "skip_audio_tower": True,
-        "use_delay_pattern": True,
-        "use_audio_out_self_attention": 0,
-        "use_audio_out_embed_projector": False,
-        "use_rq_transformer": False,
-        "audio_decoder_proj_num_layers": 0,
-        "audio_embed_avg": False,
-        "pad_token_id": 128001,
-        "hidden_size": 3072,
-        "torch_dtype": torch.bfloat16,
-    }
-    assert {key: getattr(config, key) for key in wanted} == wanted
-    text = {
-        "vocab_size": 128256,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 24,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 500000.0,
-        "bos_token_id": 128000,
-        "eos_token_id": 128001,
-        "model_type": "llama",
-    }
-    assert {key: getattr(config.text_config, key) for key in text} == text
+    config, facts = translated().to_dict(), json.loads(Path(__file__).with_name("boson.json").read_text())["translated"]
+    text = facts.pop("text_config")
+    assert {key: config[key] for key in facts} == facts
+    assert {key: config["text_config"][key] for key in text} == text
 
 
 def test_both_spellings_of_the_rotary_parameters_turn_by_the_same_angles_to_the_bit():
@@ -192,7 +160,7 @@ def test_the_layout_is_told_by_the_config(tmp_path, tiny_dir):
 
 
 def test_the_adaptable_modules_are_those_that_lora_adapts():
-    linears = adaptable_modules(translated())
-    assert len(linears) == 28 * 10 + 2 + 1 and linears["audio_codebook_embeddings"] == (8208, 3072)
+    linears, savable = adaptable_modules(translated())
+    assert len(linears) == 28 * 10 + 2 and len(savable) == 3 and savable["audio_codebook_embeddings"] == (8208, 3072)
     assert linears["layers.3.self_attn.k_proj"] == (1024, 3072)
     assert linears["audio_decoder_proj.audio_lm_head"] == (8208, 3072)

@@ -36,13 +36,13 @@ def losses(folder):
     return [tuple(row[key] for key in keys) for row in rows if "train/loss" in row]
 
 
-@pytest.mark.parametrize(("stage", "dtype"), [(2, "fp32"), (3, "bf16")])
-def test_either_layout_trains_to_the_same_losses(stage, dtype, tiny_dir, renamed, flags_of, forks, tmp_path):
+def test_either_layout_trains_to_the_same_losses(tiny_dir, renamed, flags_of, forks, tmp_path):
+    """Under ZeRO-3, which loads by transformers' loader; the other way in gives the same weights, see test_merge."""
     found = []
     for base in (tiny_dir, renamed):
         out = tmp_path / base.name
-        settings = {"base_ckpt": base, "max_steps": 3, "dtype": dtype, "lora_dropout": 0.1, "batch_size": 1}
-        flags = flags_of(out, deepspeed_config=f"ds_configs/zero{stage}.json", **settings)
+        settings = {"base_ckpt": base, "max_steps": 3, "dtype": "bf16", "lora_dropout": 0.1, "batch_size": 1}
+        flags = flags_of(out, deepspeed_config="ds_configs/zero3.json", **settings)
         results = forks.run(flags, 2)
         assert_all(results)
         found.append(losses(out))
@@ -59,10 +59,6 @@ def test_every_rank_refuses_a_wrong_checkpoint_with_code_2(renamed, flags_of, fo
     weight_map = json.loads(index.read_text())["weight_map"]
     first = {name: file for name, file in weight_map.items() if file.startswith("model-00001")}
     index.write_text(json.dumps({"weight_map": first}))
-    config = json.loads((copy / "config.json").read_text())
     results = forks.run(flags_of(tmp_path / "a", base_ckpt=copy), 2)
     assert_all(results, returncode=2)
     assert "missing weight model." in results[0].output and "Traceback" not in results[0].output
-    (copy / "config.json").write_text(json.dumps(config | {"codebook_size": 1024}))
-    (refused,) = forks.run(flags_of(tmp_path / "b", base_ckpt=copy), 1)
-    assert refused.returncode == 2 and "codebook_size is 1024, with audio_stream_bos_id 1024" in refused.output

@@ -13,15 +13,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from higgs_ds.errors import ConfigError
-from higgs_ds.model.files.adapter_file import attach, read_adapter, read_adapter_config
-from higgs_ds.model.files.adapter_names import SAVABLE_MODULES
+from higgs_ds.model.files.adapter_file import read_adapter, read_adapter_config
 from higgs_ds.model.files.weight_files import Planned, shards, weight_headers, write_checkpoint_weights
 from higgs_ds.model.higgs_v2.checkpoint import open_base
 from higgs_ds.model.higgs_v2.config import read_checkpoint_config
 from higgs_ds.model.higgs_v2.layouts import transformers_name
 from higgs_ds.model.higgs_v2.load import adaptable_modules, load_checkpoint, wanted_weights
 from higgs_ds.model.higgs_v2.merge import merge, prove, prove_tokenizer
-from higgs_ds.model.higgs_v2.modules import DEFAULT_LORA_TARGETS
+from higgs_ds.model.higgs_v2.modules import DEFAULT_LORA_TARGETS, SAVABLE_MODULES
+from higgs_ds.model.lora import attach_adapter
 from higgs_ds.tools.cli import main
 from tests.model.files.test_adapter_file import edit, write_adapter
 from tests.model.higgs_v2.test_layouts import translated
@@ -60,7 +60,8 @@ def test_boson_loads_it_with_nothing_missing_and_the_weights_are_pefts(merged, t
     pefts = PeftModel.from_pretrained(HiggsAudioModel.from_pretrained(tiny_dir), adapter_dir).merge_and_unload()
     wanted, changed = pefts.state_dict(), set()
     ours = read_adapter(adapter_dir, adaptable_modules(model.config), read_adapter_config(adapter_dir))
-    spoken = attach(HiggsAudioModel.from_pretrained(tiny_dir), ours).merge_and_unload().state_dict()  # in `generate`
+    # As `generate` has it.
+    spoken = attach_adapter(HiggsAudioModel.from_pretrained(tiny_dir), ours).merge_and_unload().state_dict()
     base = {name: value.float() for file in tiny_dir.glob("*.safetensors") for name, value in load_file(file).items()}
     for name, value in model.state_dict().items():
         assert torch.allclose(value, wanted[name], atol=1e-6, rtol=0), name

@@ -12,7 +12,7 @@ import torch
 
 from higgs_ds.distributed.engine import leave_ranks, start_ranks
 from higgs_ds.guard import BadLossError
-from higgs_ds.model.higgs_v2.layers import PaddingFreeOutput
+from higgs_ds.model.training_forward import PaddingFreeOutput
 from higgs_ds.process import end_process
 from higgs_ds.step_stats import MicroBatchStats
 from tests.support.workers.common import build

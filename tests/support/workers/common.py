@@ -113,8 +113,7 @@ def build(
     setup = open_setup(config, raw, ranks, watch)
     data = load_data(setup, ranks, watch)
     engine = assembly.load_model(setup, ranks, watch, **({"wrap": wrap_model} if wrap_model else {}))
-    guard = assembly.make_guard(setup, ranks)
-    trainer = assembly.make_trainer(setup, data, engine, guard, ranks, watch)
+    trainer = assembly.make_trainer(setup, data, engine, ranks, watch)
     trainer.eval_every = 10**9
     dataset = data.dataset(data.corpus.train_rows)
-    return Run(ranks, data.plan, data, dataset, engine, guard, trainer, setup.weights)
+    return Run(ranks, data.plan, data, dataset, engine, trainer.guard, trainer, setup.weights)

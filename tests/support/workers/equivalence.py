@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from higgs_ds.distributed.engine import leave_ranks, start_ranks
 from higgs_ds.loss import loss_scales
-from higgs_ds.model.higgs_v2.checkpoint import read_model_config
+from higgs_ds.model.higgs_v2.config import read_checkpoint_config
 from higgs_ds.model.higgs_v2.forward import training_forward
 from higgs_ds.process import end_process
 from tests.support.workers.common import build, with_lora_b
@@ -68,7 +68,7 @@ def main() -> None:
             if ranks.is_main:
                 save_file(state().exp_avg, output_dir / f"bf16_{name}_step{step}.safetensors")
         if ranks.world_size == 1 and name == "stage0":
-            exact = train_exactly(training_forward(kept["model"], read_model_config(base_dir)), run)
+            exact = train_exactly(training_forward(kept["model"], read_checkpoint_config(base_dir)), run)
             for step in (1, 4):
                 save_file(exact[step - 1], output_dir / f"float64_step{step}.safetensors")
     end_process(leave_ranks(0))

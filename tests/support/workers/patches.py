@@ -1,4 +1,4 @@
-"""What can be done to a rank before it runs, for failures that no input can cause. Each is named by tests."""
+"""Changes to a rank before it runs, for failures that no input can cause. Each is named by tests."""
 
 import ctypes
 import multiprocessing
@@ -21,11 +21,13 @@ from higgs_ds import setup as run_setup
 from higgs_ds.batching import batch_index, collate
 from higgs_ds.batching import loader as dataset
 from higgs_ds.codec import boson_tokenizer
-from higgs_ds.distributed import agreement, engine, rank_watch, rendezvous
+from higgs_ds.codec.sample import SampleCodec
+from higgs_ds.distributed import agreement, engine, rank_watch, rendezvous, watch_sockets
 from higgs_ds.model import flops
 from higgs_ds.model.higgs_v2 import reference
 from higgs_ds.model.higgs_v2 import upstream as higgs
 from higgs_ds.model.higgs_v2.family import HiggsV2
+from tests.support.hosts import SHORT_SILENCE_SEC
 
 
 def _at_step(step: int, action) -> None:
@@ -172,6 +174,25 @@ def fails_in(phase: str, count: int) -> None:
     signal_in(phase, count)
 
 
+def voice_fails() -> None:
+    """The codec cannot decode what the voice speaks."""
+
+    def decode(self, codes):
+        raise RuntimeError("no such layer")
+
+    SampleCodec.decode = decode
+
+
+def killed_speaking() -> None:
+    """This rank is killed while it speaks, when the others have heard that it does."""
+
+    def generating(self, empty):
+        time.sleep(3)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    engine.Engine.generating = generating
+
+
 def stuck_workers(how: str, step: int, then: list | None) -> None:
     """Data workers that do not go: suspended in a step, or "lingering" in a thread. `then` is another patch."""
     dataset.WORKERS_END_SEC = 1.0
@@ -249,6 +270,7 @@ def on_host(name: str, instead: dict[str, str], then: list | None) -> None:
     for place, folder in instead.items():
         subprocess.run(["mount", "--bind", folder, place], check=True)
     agreement.PATIENCE_SEC, rendezvous.REACH_TIMEOUT_SEC = 2.0, 3.0
+    watch_sockets.SILENCE_TIMEOUT_SEC = SHORT_SILENCE_SEC
     if then:
         globals()[then[0]](*then[1:])
 

@@ -12,7 +12,7 @@ from higgs_ds.batching.batch_plan import MicroBatch, StepPlan
 from higgs_ds.batching.collate import Collator, Sample
 from higgs_ds.data.manifest import AudioRef, Turn, speech_messages
 from higgs_ds.distributed.engine import leave_ranks, start_ranks
-from higgs_ds.model.higgs_v2.checkpoint import read_model_config
+from higgs_ds.model.higgs_v2.config import read_checkpoint_config
 from higgs_ds.model.higgs_v2.prompt import tokenize
 from higgs_ds.model.higgs_v2.spec import HiggsV2Spec
 from higgs_ds.process import end_process
@@ -27,7 +27,7 @@ def main() -> None:
     steps = int(sys.argv[4])
     ranks = start_ranks()
     run = build(ranks, base_dir, codec_dir, out, 2, stage=3, total_steps=steps)
-    collator = Collator(HiggsV2Spec.from_config(read_model_config(base_dir)), with_index=True)
+    collator = Collator(HiggsV2Spec.from_config(read_checkpoint_config(base_dir)), with_index=True)
     draw = torch.Generator().manual_seed(ranks.rank)
 
     def batch_of(kind: int):

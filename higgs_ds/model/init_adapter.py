@@ -2,31 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
-from boson_multimodal.model.higgs_audio import HiggsAudioConfig
 
-from ...errors import ConfigError
-from ...options.checks import head_problems
-from ...options.sections import TrainConfig
-from ..files.adapter_file import AdapterConfig, check_base, read_adapter, read_adapter_config
-from ..files.adapter_names import layers_named
-from .load import adaptable_modules
-from .modules import DEFAULT_LORA_TARGETS, EMBEDDINGS, TRAINED_HEADS
+from ..errors import ConfigError
+from ..options.sections import TrainConfig
+from .files.adapter_file import AdapterConfig, check_base, read_adapter, read_adapter_config
+from .files.adapter_names import layers_named
+
+if TYPE_CHECKING:
+    from .family import Adaptable, Family, ModuleNames
 
 OPTIONS = ("lora_r", "lora_alpha", "lora_rslora", "lora_target_modules", "train_audio_embeddings", "train_heads")
 FLAG = "--init_adapter"
 
 
 def settle_lora(
-    config: TrainConfig, base: HiggsAudioConfig, resumed: dict | None = None
+    config: TrainConfig, family: Family, base: Any, resumed: dict | None = None
 ) -> tuple[TrainConfig, dict[str, torch.Tensor] | None]:
     """Fills `OPTIONS` that were not given from the adapter.
 
     Args:
-        config: the run's; nothing happens where it has no `--init_adapter`.
+        config: the run's; where it has no `--init_adapter` its own heads and targets are checked.
+        family: of the base checkpoint.
         base: the base checkpoint's config.
         resumed: all options of the run that is gone on with, which then stand in for the adapter.
 
@@ -39,30 +39,33 @@ def settle_lora(
             differs from what was given; a line each.
     """
     if config.lora.init_adapter is None:
+        if problems := family.modules.contradictions(config):
+            raise ConfigError(problems)
         return config, None
     if resumed is not None:
         return _filled(config, {name: resumed[name] for name in OPTIONS if name in resumed}), None
-    folder, linears = Path(config.lora.init_adapter), adaptable_modules(base)
+    folder, modules = Path(config.lora.init_adapter), family.adaptable_modules(base)
     adapter = read_adapter_config(folder, FLAG)
+    found = _options_of(adapter, family, modules)
     if not config.lora.other_base:
         check_base(adapter, config.model.base_ckpt, config.model.base_revision, FLAG)
-    if problems := _contradictions(config, adapter, linears):
+    if problems := _contradictions(config, found, family.modules, modules):
         raise ConfigError([f"{FLAG}: {problem}" for problem in problems])
-    weights = read_adapter(folder, linears, adapter, FLAG).state_dict()
-    config = _filled(config, _options_of(adapter))
-    if problems := head_problems(config):
+    weights = read_adapter(folder, modules, adapter, FLAG).state_dict()
+    config = _filled(config, found)
+    if problems := family.modules.contradictions(config):
         raise ConfigError([f"{FLAG}: {problem}" for problem in problems])
     return config, weights
 
 
-def _options_of(adapter: AdapterConfig) -> dict:
+def _options_of(adapter: AdapterConfig, family: Family, modules: Adaptable) -> dict[str, Any]:
     """Settings of an adapter by our flags' names."""
+    names = family.modules
     targets = sorted(adapter.target_modules)  # PEFT writes a set, in any order
-    if targets == sorted(DEFAULT_LORA_TARGETS):
-        targets = list(DEFAULT_LORA_TARGETS)
-    whole = {name.rsplit(".", 1)[-1] for name in adapter.whole}
-    heads = next(name for name, modules in TRAINED_HEADS.items() if set(modules) == whole - {EMBEDDINGS})
-    values = (adapter.rank, adapter.alpha, adapter.rslora, targets, EMBEDDINGS in whole, heads)
+    if targets == sorted(names.lora_targets):
+        targets = list(names.lora_targets)
+    whole = names.options_of(layers_named(adapter.modules_to_save, modules.savable))
+    values = (adapter.rank, adapter.alpha, adapter.rslora, targets, *whole)
     return dict(zip(OPTIONS, values, strict=True))
 
 
@@ -70,19 +73,20 @@ def _filled(config: TrainConfig, values: dict) -> TrainConfig:
     return config.settled(**{name: value for name, value in values.items() if name not in config.given})
 
 
-def _contradictions(config: TrainConfig, adapter: AdapterConfig, linears: Iterable[str]) -> list[str]:
+def _contradictions(config: TrainConfig, found: dict[str, Any], names: ModuleNames, modules: Adaptable) -> list[str]:
     """Options that were given and say something else than the adapter, a line each."""
     problems = []
-    for name, value in _options_of(adapter).items():
+    for name, value in found.items():
         given = config.get(name)
         same = given == value
         if name == "lora_target_modules":
             # Two lists of targets mean the same where they name the same layers.
-            same = layers_named(config.lora.target_suffixes, linears) == layers_named(value, linears)
+            asked = layers_named(names.targets(config.lora.lora_target_modules), modules.linears)
+            same = asked == layers_named(value, modules.linears)
         if name in config.given and not same:
-            problems.append(f"--{name} is {_shown(given)}, the adapter has {_shown(value)}; leave the flag out")
+            problems.append(f"--{name} is {_words(given)}, the adapter has {_words(value)}; leave the flag out")
     return problems
 
 
-def _shown(value) -> str:
+def _words(value) -> str:
     return " ".join(value) if isinstance(value, list) else f"{value:g}" if isinstance(value, float) else str(value)

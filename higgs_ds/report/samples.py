@@ -1,0 +1,192 @@
+"""Samples of the voice while it is trained: the same few texts at every step that is asked for, beside the recordings.
+
+The ranks share the texts. Nothing of the training moves: generators are put back and no weight is touched. A voice
+that fails is said and left out. Files: `samples/step-000500/01-name.wav`, each with a line in `samples.jsonl` beside
+it, and `samples/recordings/01-name.wav`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from ..data.audio import read_audio, write_wav
+from ..data.chatml import AudioRef, Row, Turn, speech_messages
+from ..distributed.engine import Ranks
+from ..errors import ConfigError, reading, words_of
+from ..files import write_text
+
+FOLDER, LIST, RECORDINGS = "samples", "samples.jsonl", "recordings"
+COUNT = 4  # of validation rows, where nobody said how many
+# A clip that does not stop is cut at twice the recording's frames and a bit, or at 15 s where there is none.
+SPARE_FRAMES, MOST_FRAMES = 64, 375
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text to speak, and the recording to hold it against."""
+
+    name: str  # of its files
+    text: str
+    origin: str  # file and line
+    turns: tuple[Turn, ...]
+    context: tuple[np.ndarray, ...] = ()  # codes of the clips in the turns, int16 [codebooks, frames]
+    recording: AudioRef | None = None
+    recorded_frames: int | None = None
+
+    @property
+    def most_frames(self) -> int:
+        """Frames after which the answer is cut."""
+        return MOST_FRAMES if self.recorded_frames is None else 2 * self.recorded_frames + SPARE_FRAMES
+
+
+@dataclass
+class Sample:
+    """A line of `samples.jsonl`."""
+
+    global_step: int
+    name: str
+    text: str
+    origin: str
+    file: str | None  # None: the model answered without audio, or failed
+    seconds: float
+    recorded_sec: float | None
+    ended: bool  # by the model, and not cut
+    problem: str | None = None
+
+
+def folder_of(samples: Path, step: int) -> Path:
+    """The folder of a step's samples."""
+    return samples / f"step-{step:06d}"
+
+
+def write_list(samples: Sequence[Sample], folder: Path) -> None:
+    """`samples.jsonl` of a step. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / LIST, "".join(json.dumps(dataclasses.asdict(sample)) + "\n" for sample in samples))
+
+
+class Voice(Protocol):
+    """The part of a family's speaker that samples need."""
+
+    codec: Any
+
+    def sample(
+        self, turns: Sequence[Turn], context: Sequence[np.ndarray], *, most_frames: int, seed: int
+    ) -> tuple[np.ndarray | None, bool]:
+        """Codes int16 [codebooks, frames] or None, and whether the model ended by itself."""
+
+    def decode(self, codes: np.ndarray) -> np.ndarray:
+        """Waveform float32 [samples]."""
+
+
+def prompts_from_rows(rows: Sequence[Row], count: int, codes_of: Callable[[AudioRef], np.ndarray]) -> list[Prompt]:
+    """Rows that end with a clip, spread evenly over the manifest, at most `count`."""
+    picked = np.unique(np.linspace(0, len(rows) - 1, num=min(count, len(rows))).round().astype(int)).tolist()
+    prompts: list[Prompt] = []
+    for row in (rows[place] for place in picked):
+        target = row.target()
+        if target is None:
+            continue
+        text, clip = target
+        refs = [ref for _, ref in row.audio_refs]
+        name = f"{len(prompts) + 1:02d}-{refs[clip].path.stem if refs[clip].path else 'clip'}"
+        context = tuple(codes_of(ref) for ref in refs[:clip])
+        frames = codes_of(refs[clip]).shape[1]
+        prompts.append(Prompt(name, text, row.origin, row.messages[:-1], context, refs[clip], frames))
+    return prompts
+
+
+def prompts_from_file(path: Path, prompt_style: str) -> list[Prompt]:
+    """A text a line, spoken without a reference clip. Raises ConfigError."""
+    with reading(f"--sample_texts: {path}"):
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        if text := line.strip():
+            turns, _ = speech_messages(text, None, prompt_style=prompt_style)
+            prompts.append(Prompt(f"text-{number:02d}", text, f"{path}:{number}", turns))
+    if not prompts:
+        raise ConfigError([f"--sample_texts: {path} holds no text; put one on each line"])
+    return prompts
+
+
+class Sampler:
+    """Speaks the prompts at a step; every rank must call it."""
+
+    def __init__(
+        self,
+        prompts: Sequence[Prompt],
+        output_dir: Path,
+        ranks: Ranks,
+        voice: Callable[[], AbstractContextManager[Voice | None]],
+        *,
+        seed: int,
+        progressed: Callable[[], None] = lambda: None,
+    ):
+        """
+        Args:
+            voice: opens the model in training as a voice, on every rank; None where it cannot speak, which it has said.
+            seed: of every sample's draw, the same at every step.
+            progressed: told after every clip.
+        """
+        self.prompts = list(prompts)
+        self.folder = output_dir / FOLDER
+        self._ranks, self._voice, self._seed, self._progressed = ranks, voice, seed, progressed
+        self.is_on = True
+
+    def speak(self, step: int) -> tuple[list[Sample], float]:
+        """Speaks at this step: all ranks' samples in the prompts' order, and the seconds that it took.
+
+        Generators are as before when it returns, on the CPU and on the rank's device.
+        """
+        began = time.monotonic()
+        device = self._ranks.device
+        with (
+            torch.random.fork_rng([device] if device.type == "cuda" else [], device_type="cuda"),
+            torch.no_grad(),
+            self._voice() as voice,
+        ):
+            mine = [] if voice is None else list(self._speak_mine(voice, step))
+            if voice is not None:
+                voice.codec.release()
+        parts = self._ranks.gather((voice is not None, mine))
+        self.is_on = all(speaks for speaks, _ in parts)
+        samples = sorted((sample for _, part in parts for sample in part), key=lambda sample: sample.name)
+        return samples, time.monotonic() - began
+
+    def _write_recording(self, prompt: Prompt) -> None:
+        file = self.folder / RECORDINGS / f"{prompt.name}.wav"
+        if prompt.recording is not None and not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_wav(file, *read_audio(prompt.recording))
+
+    def _speak_mine(self, voice: Voice, step: int) -> Iterator[Sample]:
+        """This rank's prompts, one by one; whatever fails is the sample's problem and nobody else's."""
+        folder = folder_of(self.folder, step)
+        for prompt in self.prompts[self._ranks.rank :: self._ranks.world_size]:
+            rate = voice.codec.frame_rate
+            recorded = None if prompt.recorded_frames is None else prompt.recorded_frames / rate
+            sample = Sample(step, prompt.name, prompt.text, prompt.origin, None, 0.0, recorded, ended=False)
+            try:
+                self._write_recording(prompt)
+                codes, sample.ended = voice.sample(
+                    prompt.turns, prompt.context, most_frames=prompt.most_frames, seed=self._seed
+                )
+                if codes is not None and codes.shape[1]:
+                    folder.mkdir(parents=True, exist_ok=True)
+                    write_wav(folder / f"{prompt.name}.wav", voice.decode(codes), voice.codec.sample_rate)
+                    sample.file, sample.seconds = f"{prompt.name}.wav", codes.shape[1] / rate
+            except (ConfigError, OSError, RuntimeError, ValueError) as error:
+                sample.problem = words_of(error)
+            self._progressed()
+            yield sample

@@ -1,0 +1,230 @@
+"""`python -m higgs_ds reproduce`: training rows synthesised again and compared with their codes."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..data.audio import read_audio, write_wav
+from ..data.chatml import AudioRef, Row, Turn, speech_messages
+from ..errors import ConfigError, ExitCode, first_of
+from ..files import write_text, writing
+from ..process import say
+from . import flag_types
+from . import speak_flags as flags
+from .outputs import writable_folder
+
+if TYPE_CHECKING:
+    from ..model.speech import Answer, Sampling, Speaker
+
+STOP_RULES = ("boson", "transformers", "vllm")
+RESULTS = "recital.json"
+
+
+def add_reproduce(verbs) -> None:
+    """The flags of `reproduce`."""
+    about = "synthesise the training rows again and report the share of their codes that is reproduced"
+    parser = verbs.add_parser("reproduce", help=about)
+    flags.voice_flags(parser)
+    flags.prompt_flags(parser)
+    parser.add_argument("--train_manifest", required=True, metavar="FILE", help="the training rows")
+    texts_help = "reproduce only the rows with these texts, one a line"
+    parser.add_argument("--texts", type=flag_types.path, metavar="FILE", help=texts_help)
+    dir_help = "folder for original and synthesised clips"
+    parser.add_argument("--output_dir", type=flag_types.path, required=True, metavar="DIR", help=dir_help)
+    stop_help = (
+        "stop rules: a clip ends at the end token of codebook 0 (vllm), of any codebook (transformers), or of the "
+        "lowest codebook with one (boson). Default: all three in turn; with a sampler, boson"
+    )
+    parser.add_argument("--stop", nargs="+", choices=STOP_RULES, help=stop_help)
+    parser.add_argument("--overwrite", action="store_true", help="overwrite earlier results in --output_dir")
+    share, least_help = flag_types.number(float, 0, 1), "exit with 1 if a clip reproduces a smaller share of its codes"
+    parser.add_argument("--at_least", type=share, default=0.0, metavar="SHARE", help=least_help)
+    parser.set_defaults(verb=run_reproduce, max_row_tokens=flags.MOST_TOKENS)
+
+
+def run_reproduce(args: argparse.Namespace) -> int:
+    """Synthesises the training rows; returns 1 if a clip reproduces less than `--at_least` under any stop rule."""
+    from ..distributed.device import name_accelerator
+
+    flags.check_flags(args)
+    sampled = bool(args.temperature or (args.sampler or "greedy") != "greedy")
+    rules = list(dict.fromkeys(args.stop or ()))
+    if sampled and rules not in ([], ["boson"]):
+        raise ConfigError(["--stop: rules are compared with greedy decoding; leave the sampler out, or take boson"])
+    ref = flags.reference_clip(args)
+    earlier = [*sorted(args.output_dir.glob("*.spoken.wav")), args.output_dir / RESULTS]
+    flags.keep_existing("--output_dir", earlier, args)
+    more = flags.prompt_options(args, ref)
+    rows = _chosen_rows(args, more["prompt_style"])
+    flags.check_adapter(args)
+    name_accelerator()  # refused before anything is downloaded or loaded
+    replaced = more if ref or more["scene"] else None
+    if replaced:
+        flags.check_prompts(args, [], [])
+    writable_folder(args.output_dir)
+    speaker = flags.open_speaker(args)
+    sampling = flags.sampling_of(args, speaker)
+    rules = rules or list(speaker.stop_rules[:1] if sampled else speaker.stop_rules)
+    if strange := [rule for rule in rules if rule not in speaker.stop_rules]:
+        raise ConfigError([f"--stop: {strange[0]} is no rule of this model, expected {', '.join(speaker.stop_rules)}"])
+    flags.say_unused(args, sampling)
+    options = {"rules": rules, "sampling": sampling, "prompt": replaced, "max_new_tokens": args.max_new_tokens}
+    with writing(f"--output_dir: {args.output_dir}"):
+        clips = reproduce(speaker, rows, args.output_dir, **options)
+    say("\n".join(table(clips, rules)))
+    say(f"listen: {args.output_dir}/*.spoken.wav beside *.original.wav")
+    worst = min(share for clip in clips for share in (clip.share, *(end.share for end in clip.endings.values())))
+    return ExitCode.OK if worst >= args.at_least else ExitCode.FAILED
+
+
+def _chosen_rows(args: argparse.Namespace, prompt_style: str) -> list[Row]:
+    """The manifest's rows, or those of `--texts`; says which lines of that are in none of them."""
+    from ..data.faults import grouped
+    from ..data.manifest import read_manifest
+
+    wanted = [(where, text) for where, text in flags.texts_of(args) if text] if args.texts else None
+    rows, faults = read_manifest(args.train_manifest, prompt_style=prompt_style)
+    if faults:
+        raise ConfigError(grouped(faults))
+    if wanted is not None:
+        texts = {text for _, text in wanted}
+        of_text = [(text, row) for row in rows if (text := (row.target() or ("",))[0].strip()) in texts]
+        rows, found = [row for _, row in of_text], {text for text, _ in of_text}
+        missing = [f"{at}: no row of {args.train_manifest} has this text" for at, text in wanted if text not in found]
+        if not rows:
+            raise ConfigError(first_of(missing))
+        if missing:
+            say("\n".join(first_of(missing)))
+    if not any(target_of(row) for row in rows):
+        raise ConfigError([f"{args.train_manifest}: no row ends with a clip to reproduce"])
+    return rows
+
+
+@dataclass(frozen=True)
+class Ending:
+    """A clip as one stop rule ends it."""
+
+    share: float  # of the training codes reproduced, over the longer of the two
+    frames: int
+    ended: bool  # by itself, and not at the most frames that it was given
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """One training row synthesised again, as `recital.json` has it; `share` and `spoken_frames` by the first rule."""
+
+    origin: str
+    text: str
+    share: float  # of the training codes reproduced, over the longer of the two
+    frames: int
+    spoken_frames: int
+    file: str
+    endings: dict[str, Ending] = field(default_factory=dict)  # by stop rule
+
+
+def reproduce(
+    speaker: Speaker,
+    rows: Sequence[Row],
+    output_dir: Path,
+    *,
+    rules: Sequence[str],
+    sampling: Sampling,
+    prompt: dict | None,
+    max_new_tokens: int | None,
+) -> list[Reproduction]:
+    """Synthesises the last assistant clip of each row and compares it with the training codes.
+
+    Writes `<n>-<clip>.spoken.wav`, `<n>-<clip>.original.wav` and `recital.json`. Raises OSError.
+
+    Args:
+        rules: the clip of the first one is written.
+        prompt: voice or scene for all rows, as `speech_messages` takes it; None keeps each row's own.
+        max_new_tokens: longest answer; None is twice the frames of the clip, plus 64.
+    """
+    clips = []
+    for number, row in enumerate(rows, 1):
+        target = target_of(row)
+        if target is None:
+            continue
+        turns = row.messages[: _answer_of(row)]
+        text = " ".join(piece for turn in turns[-1:] for piece in turn.content if isinstance(piece, str))
+        if prompt is not None:
+            turns, _ = speech_messages(text, None, **prompt)
+        original, rate = read_audio(target)
+        wanted = speaker.codec.encode(original, rate)[: speaker.spec.num_codebooks]
+        longest = max_new_tokens or 2 * wanted.shape[1] + 64
+        answers = _answers(speaker, turns, dataclasses.replace(sampling, max_new_tokens=longest), rules=rules)
+        endings = {
+            rule: Ending(share_reproduced(wanted, a.codes), 0 if a.codes is None else a.codes.shape[1], a.ended)
+            for rule, a in answers.items()
+        }
+        stem = f"{number:02d}-{target.path.stem if target.path else 'clip'}"
+        write_wav(output_dir / f"{stem}.original.wav", original, rate)
+        codes, first = answers[rules[0]].codes, endings[rules[0]]
+        file = output_dir / f"{stem}.spoken.wav"
+        if codes is not None and first.frames:
+            write_wav(file, speaker.decode(codes), speaker.codec.sample_rate)
+        else:
+            file.unlink(missing_ok=True)  # of an earlier call
+        clips.append(Reproduction(row.origin, text, first.share, wanted.shape[1], first.frames, file.name, endings))
+    results = [dataclasses.asdict(clip) for clip in clips]
+    write_text(output_dir / RESULTS, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+    return clips
+
+
+def target_of(row: Row) -> AudioRef | None:
+    """The clip of a row's last assistant turn, or None."""
+    return next((piece for piece in row.messages[_answer_of(row)].content if isinstance(piece, AudioRef)), None)
+
+
+def _answer_of(row: Row) -> int:
+    return max(i for i, turn in enumerate(row.messages) if turn.role == "assistant")
+
+
+def _answers(speaker: Speaker, turns: Sequence[Turn], sampling: Sampling, *, rules: Sequence[str]) -> dict[str, Answer]:
+    """The answer to a prompt by stop rule; generated once if all rules end it at the same frame."""
+    clips = [piece for turn in turns for piece in turn.content if isinstance(piece, AudioRef)]
+    context = [speaker.codec.encode(*read_audio(clip)) for clip in clips]
+    answers: dict[str, Answer] = {}
+    for rule in rules:
+        same = next((answer for answer in answers.values() if answer.rules_agree), None)
+        answers[rule] = same or speaker.speak(turns, context, sampling, force_audio=False, stop=rule)
+    return answers
+
+
+def table(clips: Sequence[Reproduction], rules: Sequence[str]) -> list[str]:
+    """A line for each clip, and one for each stop rule."""
+    lines = []
+    for clip in clips:
+        right = clip.frames == clip.spoken_frames
+        length = "right length" if right else f"{clip.spoken_frames} frames for {clip.frames}"
+        cut = [rule for rule, ending in clip.endings.items() if not ending.ended]
+        note = f"  (not ended by the model: {', '.join(cut)})" if cut else ""
+        lines.append(f"{100 * clip.share:6.2f} %  {length:<22}  {clip.text[:60]}{note}")
+    frames = np.array([clip.frames for clip in clips])
+    for rule in rules:
+        shares = np.array([clip.endings[rule].share for clip in clips])
+        lengths = np.array([clip.endings[rule].frames for clip in clips])
+        share, right = 100 * np.average(shares, weights=frames), (lengths == frames).sum()
+        lines.append(
+            f"stop as {rule + ':':<13} {share:.2f} % of the codes of {len(clips)} clips reproduced "
+            f"(worst clip {100 * shares.min():.2f} %), {right} of {len(clips)} lengths right"
+        )
+    return lines
+
+
+def share_reproduced(wanted: np.ndarray, codes: np.ndarray | None) -> float:
+    """Share of equal codes, 0 to 1, over the longer of the two clips."""
+    if codes is None:
+        return 0.0
+    frames = min(wanted.shape[1], codes.shape[1])
+    equal = int((wanted[:, :frames] == codes[:, :frames]).sum())
+    return equal / (wanted.shape[0] * max(wanted.shape[1], codes.shape[1]))

@@ -1,0 +1,213 @@
+"""Rows that would silently teach something wrong: fields that choose part of a clip, texts that nobody says, files."""
+
+import json
+import os
+import shutil
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from higgs_ds.data.chatml import AudioRef
+from higgs_ds.data.manifest import Manifest
+
+SPEECH = Path(__file__).parents[2] / "examples/speech/audio"
+CLIPS = sorted(SPEECH.glob("*.flac"))
+SAID = "Followed by the pound key."
+ROW = {"audio": "0.flac", "text": SAID}
+
+
+@pytest.fixture
+def check(tmp_path, monkeypatch):
+    """Writes rows beside clips 0.flac … 3.flac; gives (rows, faults, notes, findings on all texts as text)."""
+    monkeypatch.chdir(tmp_path)
+    for i in range(4):
+        shutil.copy(CLIPS[i], tmp_path / f"{i}.flac")
+
+    def check(rows, **options):
+        path = tmp_path / "m.jsonl"
+        path.write_text(rows if isinstance(rows, str) else "".join(json.dumps(row) + "\n" for row in rows))
+        manifest = Manifest(path, **options)
+        found = [manifest.check(number) for number in range(len(manifest))]
+        faults = [*manifest.faults, *(fault for _, faults in found for fault in faults)]
+        whole, warnings = manifest.of_texts()
+        usable = [row for row, _ in found if row is not None]
+        assert all(manifest.row(number) == row for number, (row, _) in enumerate(found) if row is not None)
+        said = [str(fault).split(": ", 1)[1] for fault in (*whole, *warnings)]
+        return usable, [str(fault).split(": ", 1)[1] for fault in faults], manifest.notes(), said
+
+    return check
+
+
+@pytest.mark.parametrize(
+    ("fields", "offset", "duration"),
+    [
+        ({"start": 0.0, "end": 1.5}, 0.0, 1.5),
+        ({"start": "0.5", "end": "1.5", "duration": 1.0}, 0.5, 1.0),
+        ({"begin_time": 0.5, "end_time": 1.5}, 0.5, 1.0),
+        ({"start_sec": 0.5, "end_sec": 1.5}, 0.5, 1.0),
+        ({"startTime": 0.5, "endTime": 1.5}, 0.5, 1.0),
+        ({"segment_start": 0.5, "segment_end": 1.5}, 0.5, 1.0),
+        ({"start_ms": 500, "end_ms": 1500}, 0.5, 1.0),
+        ({"offset_ms": 500, "duration_ms": 1000}, 0.5, 1.0),
+        ({"start": 0.5}, 0.5, None),
+        ({"end": 1.5}, 0.0, 1.5),
+        ({"start": 0, "end": 0}, None, None),
+        ({"start": None, "end": None, "duration": 1.5}, None, None),
+    ],
+)
+def test_a_slice_is_taken_by_whatever_name(check, fields, offset, duration):
+    [row], faults, notes, _ = check([ROW | fields])
+    assert faults == notes == []
+    [(_, ref)] = row.audio_refs
+    assert (ref.offset_sec, ref.duration_sec) == (offset, duration)
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"start": 1.5, "end": 0.5}, "end: must be behind the start"),
+        ({"start": "0:01.5"}, "start: must be a valid number"),
+        ({"start": 1, "begin_time": 1}, "which is the offset?"),
+        ({"offset": 1, "start": 1}, "which is the offset?"),
+        ({"start_sample": 16000}, "start_sample: is not in seconds"),
+        ({"end_frame": 16000}, "end_frame: is not in seconds"),
+        ({"ref_start": 1.0}, "ref_start: a reference is taken whole"),
+        ({"channel": "left"}, "channel: must be a valid integer"),
+        ({"channel_selector": [0, 1]}, "channel_selector: must be a valid integer"),
+        ({"text": "0.txt"}, "text: '0.txt' is the path of a file"),
+        ({"text": "\u200b\u200b"}, "text: holds no letter and no digit"),
+        ({"text": "\ufeff"}, "text: holds no letter and no digit"),
+        ({"text": "\u3164 ... !"}, "text: holds no letter and no digit"),
+        ({"text": "1\n00:00:00,000 --> 00:00:01,520\nHi."}, "text: holds times (SRT or VTT)"),
+        ({"text": "[00:00.000 --> 00:01.520] Hi."}, "text: holds times (times in brackets)"),
+    ],
+)
+def test_a_field_that_would_teach_something_else_is_a_fault(check, tmp_path, fields, problem):
+    (tmp_path / "0.txt").write_text(SAID)
+    rows, [fault], _, _ = check([ROW | fields])
+    assert rows == [] and problem in fault
+
+
+@pytest.mark.parametrize("fields", [{"channel": 1}, {"channel_selector": [1]}, {"channel": 1.0}, {"ch": 1}])
+def test_a_channel_is_taken_by_the_row_before_the_flag(check, fields):
+    rows, faults, notes, _ = check([ROW | fields, ROW], channel=0)
+    assert faults == notes == []
+    assert [row.audio_refs[0][1].channel for row in rows] == [1, 0]
+
+
+def test_a_conversations_clip_is_chosen_alike(check):
+    clip = {"type": "audio", "audio_url": "0.flac", "offset": 0.5, "end": 1.5, "channel": 0, "audio_track": 1}
+    talk = {"messages": [{"role": "user", "content": SAID}, {"role": "assistant", "content": clip}]}
+    [row], faults, _, _ = check([talk])
+    assert faults == []
+    assert row.audio_refs[0][1] == AudioRef(Path.cwd() / "0.flac", None, 0.5, 1.0, channel=0, audio_track=1)
+    clip["start"] = clip.pop("end")
+    assert "cuts a clip" in check([talk])[1][0]
+    assert "cuts a clip" in check([talk | {"end": 1.5}])[1][-1]
+
+
+@pytest.mark.parametrize(
+    ("split", "trains", "is_fault"),
+    [("test", True, True), ("dev-clean", True, True), ("validation", True, True), ("train", False, True)]
+    + [("train-other", True, False), ("test", False, False), ("XL", True, False), ("test", None, False)],
+)
+def test_rows_of_another_split_are_faults(check, split, trains, is_fault):
+    rows, faults, _, _ = check([ROW | {"split": split}], trains=trains)
+    assert (len(faults), len(rows)) == (is_fault, not is_fault)
+    assert all(fault.startswith(f"split: is '{split}'") for fault in faults)
+
+
+@pytest.mark.parametrize("opening", ["Speaker 0: ", "tara: ", "<en> "])
+def test_an_opening_that_most_texts_have_is_said_once(check, opening):
+    texts = ["Followed by the key.", "You are now muted.", "To leave it.", "That is full."]
+    *_, said = check([{"audio": f"{i}.flac", "text": f"{opening}{text}"} for i, text in enumerate(texts)])
+    [line] = [line for line in said if "begin with" in line]
+    assert f"4 of 4 texts begin with {opening!r}" in line
+    assert check([ROW | {"text": text} for text in texts])[3] == check(25 * [ROW])[3] == []
+
+
+def test_what_nobody_says_is_a_line_a_kind_and_lost_letters_in_most_rows_stop(check):
+    rows = [ROW | {"text": f"R&amp;D {i}<br>"} for i in range(3)] + [ROW | {"text": "caf\ufffd"}, ROW]
+    usable, faults, _, said = check(rows)
+    assert len(usable) == 5 and faults == []
+    assert [line.split(", ")[0] for line in said] == ["text: 3 rows with markup or entities", "text: 1 row with U+FFFD"]
+    *_, (whole, *_) = check([ROW | {"text": "caf\ufffd"}, ROW | {"text": "\ufffdber"}, ROW])
+    assert "2 of 3 texts hold U+FFFD" in whole and "UTF-8" in whole
+
+
+def test_texts_are_composed_in_rows_and_that_is_said_once(check):
+    text = "Xin chào các bạn."
+    rows, faults, notes, _ = check(
+        [ROW | {"text": unicodedata.normalize("NFD", text)}, ROW | {"text": "Xin\u00a0chào\ncác bạn."}]
+    )
+    assert faults == [] and {row.messages[-2].content for row in rows} == {(text,)}
+    [note] = notes
+    assert "2 texts are read with composed letters" in note
+
+
+def test_a_decomposed_file_name_is_found_from_a_composed_one_and_back(check, tmp_path):
+    names = ["été/ü.flac", "Việt.flac"]
+    for name, form in zip(names, ("NFD", "NFC"), strict=True):
+        path = tmp_path / unicodedata.normalize(form, name)
+        path.parent.mkdir(exist_ok=True)
+        shutil.copy(CLIPS[0], path)
+    rows, faults, notes, _ = check(
+        [ROW | {"audio": unicodedata.normalize(f, n)} for n in names for f in ("NFC", "NFD")]
+    )
+    assert len(rows) == 4 and faults == notes == []
+    assert all(row.audio_refs[0][1].path.is_file() for row in rows)
+
+
+def test_audio_root_wins_where_both_have_the_clip(check, tmp_path):
+    (tmp_path / "clean").mkdir()
+    shutil.copy(CLIPS[3], tmp_path / "clean/0.flac")
+    rows, _, [note], _ = check([ROW, ROW | {"audio": "1.flac"}], audio_root=tmp_path / "clean")
+    assert [row.audio_refs[0][1].path.parent.name for row in rows] == ["clean", tmp_path.name]
+    assert f"1 path found in {tmp_path / 'clean'}" in note
+    (tmp_path / "clean/0.flac").unlink()
+    assert "no clip was found under --audio_root" in check([ROW], audio_root=tmp_path / "clean")[2][0]
+
+
+LINE = json.dumps(ROW)
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 12\n", "is a Git LFS pointer"),
+        (f"{LINE},\n{LINE},\n", "has a comma behind each line"),
+        (f"{ROW}\n{ROW}\n", "is written with Python's quotes"),
+        (f"{json.dumps(ROW, indent=1)}\n{json.dumps(ROW, indent=1)}\n", "has objects over several lines"),
+        (f"{LINE}{LINE}\n", "has several objects on a line"),
+        (json.dumps({"train": [ROW], "validation": [ROW]}), "holds lists of rows (`train`, `validation`)"),
+        (json.dumps({"utt0": {"wav": "0.flac", "words": "Hi."}}), "holds a row under each id (`utt0`)"),
+        (json.dumps({"audio_codes": [[1]], "text": SAID}), "codes are not read (`audio_codes`)"),
+        ("<!DOCTYPE html><html></html>", "is a web page"),
+    ],
+)
+def test_a_refusal_names_the_thing_in_one_line(check, content, problem):
+    rows, [fault], _, _ = check(content)
+    assert rows == [] and problem in fault
+
+
+def test_a_rate_that_a_row_says_must_be_its_clips(check, tmp_path):
+    from higgs_ds.data.audio import AudioError, duration_sec
+
+    rate = soundfile.info(tmp_path / "0.flac").samplerate
+    rows, faults, notes, _ = check([ROW | {"sampling_rate": rate}, ROW | {"sample_rate": 2 * rate}])
+    assert faults == notes == []
+    assert duration_sec(rows[0].audio_refs[0][1]) > 1
+    with pytest.raises(AudioError, match=f"{rate} Hz, its row says {2 * rate}"):
+        duration_sec(rows[1].audio_refs[0][1])
+
+
+def test_a_pointer_in_the_place_of_a_clip_is_named(tmp_path):
+    from higgs_ds.data.audio import AudioError, read_audio
+
+    (tmp_path / "c.flac").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 12\n")
+    with pytest.raises(AudioError, match="Git LFS pointer"):
+        read_audio(AudioRef(tmp_path / "c.flac"))
+    assert np.size(read_audio(AudioRef(CLIPS[0]))[0]) and os.path.getsize(tmp_path / "c.flac") < 200

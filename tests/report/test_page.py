@@ -1,0 +1,104 @@
+"""The page of a run: what it shows, that nothing of a run can become markup, and that a real browser opens it."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import soundfile
+
+from higgs_ds.tools import cli
+
+HOSTILE = "</script><img src=x onerror=\"document.title='taken'\"> {{ 7 * 7 }} & \u2028"
+
+
+def _run(folder, *, lr="1e-3", offset=0.0, steps=300):
+    """A run's folder as training and `reproduce` leave it, its texts and names hostile."""
+    folder.mkdir()
+    rows = []
+    for step in range(1, steps + 1):
+        row = {"global_step": step, "train/loss": 5 / step + offset, "train/audio_loss": 4 / step + offset}
+        row |= {"rank/loss": [5 / step, None, 6 / step], "guard/failed_checks": 1, "perf/tokens_per_sec": 1000.0}
+        rows.append(row | ({"eval/loss": "NaN" if step == 100 else 3.0 - step / 1000} if step % 100 == 0 else {}))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "config.yaml").write_text(f"lr: {lr}\nrun_name: {json.dumps(HOSTILE)}\nepochs: 2\n")
+    failure = {"check": "code_range", "rank": 1, "step": 7, "micro_batch": 0, "rows": [HOSTILE], "found": HOSTILE}
+    (folder / "guard_failures.jsonl").write_text(json.dumps(failure) + "\n")
+    speech = folder / "speech"
+    speech.mkdir()
+    recitals = []
+    for number, share in enumerate((1.0, 0.25)):
+        for kind, hertz in (("spoken", 220), ("original", 330)):
+            sound = 0.3 * np.sin(2 * np.pi * hertz * np.arange(24000) / 24000)
+            soundfile.write(speech / f"{number}.{kind}.wav", sound, 24000)
+        row = {"origin": f"m.jsonl:{number}", "text": f"{number} {HOSTILE}", "share": share}
+        recitals.append(row | {"file": f"../speech/{number}.spoken.wav"})
+    (speech / "recital.json").write_text(json.dumps(recitals))
+    return folder
+
+
+def test_the_page_shows_a_run_and_nothing_of_it_is_markup(tmp_path):
+    run = _run(tmp_path / "out")
+    assert cli.main(["report", str(run)]) == 0
+    page = (run / "report.html").read_text()
+    assert len(page) < 10e6
+    assert "<img src=x" not in page and "49" not in page.split("<nav")[0]
+    shown = page[: page.index("plotly.js")]
+    assert shown.index("1 &lt;/script&gt;") < shown.index("0 &lt;/script&gt;"), "the worst clip comes first"
+    assert shown.count("data:audio/mpeg;base64,") == 4
+    charts = [json.loads(part.split("</script>")[0]) for part in shown.split('<script type="application/json">')[1:]]
+    lines = {trace["name"]: trace for chart in charts for trace in chart["data"]}
+    assert lines["highest"]["y"][:2] == [6.0, 3.0] and lines["lowest"]["y"][:2] == [5.0, 2.5]
+    assert "2.7000" in shown and "code_range" in shown
+
+
+def test_several_runs_share_charts_and_their_differences_come_first(tmp_path):
+    one, other = _run(tmp_path / "a"), _run(tmp_path / "b", lr="2e-4", offset=1.0, steps=5)
+    page = tmp_path / "both.html"
+    assert cli.main(["report", str(one), str(other), "--output_file", str(page)]) == 0
+    text = page.read_text()
+    table = text[text.index('id="settings"') :]
+    assert table.index(">lr<") < table.index(">epochs<") and table.count('class="differs"') == 1
+    assert '"b: train"' in text and not (one / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("metrics.jsonl", None), ("metrics.jsonl", "{]\n"), ("speech/recital.json", "[{}]")]
+)
+def test_a_folder_that_is_no_run_is_one_line(tmp_path, capsys, name, content):
+    run = _run(tmp_path / "out")
+    (run / name).unlink() if content is None else (run / name).write_text(content)
+    assert cli.main(["report", str(run)]) == 2
+    said = capsys.readouterr()
+    lines = (said.out + said.err).strip().splitlines()
+    assert str(run) in lines[-1] and "Traceback" not in said.err
+    assert not (run / "report.html").exists()
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs a Chromium")
+def test_a_browser_draws_hovers_plays_and_asks_for_nothing(tmp_path):
+    sync_api = pytest.importorskip("playwright.sync_api")
+    run = _run(tmp_path / "out")
+    assert cli.main(["report", str(run)]) == 0
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        page = browser.new_page()
+        requests, errors = [], []
+        page.on("request", lambda request: requests.append(request.url))
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.goto((run / "report.html").as_uri())
+        page.wait_for_selector(".plot .main-svg")
+        page.hover(".nsewdrag >> nth=0")
+        page.wait_for_selector(".hoverlayer .hovertext, .hoverlayer .legend", state="attached")
+        hovered = page.text_content(".hoverlayer >> nth=0")
+        assert hovered in {f"{step}{4 / step:.6g}" for step in range(1, 301)}, "a step, and the audio loss there"
+        page.focus("figure button >> nth=0")
+        page.keyboard.press("Enter")
+        assert page.get_attribute("figure button >> nth=0", "aria-pressed") == "true"
+        page.focus("audio >> nth=0")
+        played = "a => a.play().then(() => new Promise(done => a.ontimeupdate = () => done(a.duration)))"
+        page.click("h1")  # a browser plays nothing before somebody has touched the page
+        assert page.eval_on_selector("audio >> nth=0", played) == pytest.approx(1.0, abs=0.2)
+        assert page.title() == "out" and not errors
+        assert all(url.startswith(("file:", "data:", "blob:")) for url in requests)
+        browser.close()

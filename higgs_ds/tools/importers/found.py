@@ -20,6 +20,7 @@ REF_AUDIO_COLUMNS = ("ref_audio", *SYNONYMS["ref_audio"].split())
 REF_TEXT_COLUMNS = ("ref_text", *SYNONYMS["ref_text"].split())
 _SYNONYMS = (FILE_COLUMNS, TEXT_COLUMNS, SPEAKER_COLUMNS, REF_AUDIO_COLUMNS, REF_TEXT_COLUMNS)
 _SINGLE = ("scene", "offset", "duration", "id")  # of which `id` is known and not read
+_SPLITS = frozenset(SPLIT_COLUMNS)
 TWICE = "rows that have a column twice"
 _FOLDERS = ("", "wavs", "wav", "audio", "clips")
 _COMMON_SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".m4a")
@@ -125,16 +126,17 @@ class Found:
 
     def has_clip(self, clip: Path | None, origin: str) -> TypeGuard[Path]:
         """True if a manifest can name the clip; counts it as left out otherwise."""
-        example = origin if origin == str(clip) else f"{origin}: {clip}"
         if clip is None:
             self.leave_out("rows that name no clip", origin)
-        elif not os.path.isfile(clip):
-            self.leave_out("clips that do not exist", example)
+            return False
+        reason = None
+        if not os.path.isfile(clip):
+            reason = "clips that do not exist"
         elif _SURROGATE.search(os.path.abspath(clip)):  # bytes that are no UTF-8, as Python escapes them
-            self.leave_out("clips whose file name is not UTF-8", example)
-        else:
-            return True
-        return False
+            reason = "clips whose file name is not UTF-8"
+        if reason is not None:
+            self.leave_out(reason, origin if origin == str(clip) else f"{origin}: {clip}")
+        return reason is None
 
     def leave_out(self, reason: str, example: str) -> None:
         """Counts something that does not become a row."""
@@ -229,21 +231,20 @@ def below_root(folder: str | Path, root: Path) -> tuple[str, ...]:
 
 def split_of(values: dict[str, Any]) -> str | None:
     """A row's part by its own word: `split`, or another such column if its word is a part's."""
+    if _SPLITS.isdisjoint(values):
+        return None
     for name in SPLIT_COLUMNS:
-        word = first(values, name)
-        if word and (name == "split" or part_of(word)):
+        if (word := first(values, name)) and (name == "split" or part_of(word)):
             return word
     return None
 
 
 def read_of(values: dict[str, Any]) -> set[str]:
     """The columns of a speech row that are read: of synonyms the first that is filled."""
-    of_split = {name for name in SPLIT_COLUMNS if values.get(name) and (name == "split" or part_of(str(values[name])))}
-    return {
-        *_SINGLE,
-        *of_split,
-        *(next((n for n in names if values.get(n) not in (None, "")), "") for names in _SYNONYMS),
-    }
+    read = {*_SINGLE, *(next((n for n in names if values.get(n) not in (None, "")), "") for names in _SYNONYMS)}
+    if split_of(values):
+        read.update(name for name in SPLIT_COLUMNS if name == "split" or part_of(str(values.get(name) or "")))
+    return read
 
 
 def named(row: dict) -> dict[str, Any] | None:

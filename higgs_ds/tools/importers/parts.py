@@ -80,6 +80,8 @@ def _label(names: tuple[str, ...], parents: dict[str, set[tuple[str, ...]]]) -> 
 
 def one_format_each(rows: list[dict]) -> tuple[list[dict], list[dict]]:
     """(rows, those that give a clip and its text again in another format); the format without losses is kept."""
+    if len({os.path.splitext(row["audio"])[1] for row in rows if "audio" in row}) < 2:
+        return rows, []
     best: dict[tuple, dict] = {}
     for row in rows:
         if "audio" in row:

@@ -122,19 +122,24 @@ def test_texts_under_other_endings(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("folders", "speakers"),
+    ("clips", "speakers"),
     [
-        (["train-clean-100/84/121", "dev-clean/85/1", "dev-clean/84/2"], ["84", "85", "84"]),
-        (["84/121", "85/121"], ["84", "85"]),
-        (["wav48/p225", "wav48/p226"], ["p225", "p226"]),
-        (["train", "test"], [None, None]),
-        (["anna", "bert/train"], ["anna", "bert"]),
-        (["anna/x", "anna/y"], [None, None]),
+        ("train-clean-100/84/121/84-121-0 dev-clean/85/1/85-1-0 dev-clean/84/2/84_2_0", "84 85 84"),
+        ("84/121/84_121_0 85/121/85_121_0", "84 85"),
+        ("wav48/p225/c wav48/p226/c", "p225 p226"),
+        ("train/c dev/c", "- -"),
+        ("anna/c bert/train/c", "anna bert"),
+        ("anna/wavs/c anna/happy/c", "- -"),
+        ("anna/x/c anna/y/c", "x y"),  # maybe one speaker's, but never two speakers as one
+        ("en/anna/c en/bob/c de_DE/female/carla/c", "carla anna bob"),
+        ("s1/anna/c s1/bob/c s2/anna/c", "s1/anna bob s2/anna"),
+        ("book/anna/c diary/bob/c", "anna bob"),
+        ("en/c de/c", "- -"),
     ],
 )
-def test_a_folder_is_a_speakers_unless_it_is_a_part_of_the_corpus(tmp_path, folders, speakers):
-    rows = folder(tmp_path, *(f"{name}/c{suffix}" for name in folders for suffix in (".wav", ".txt")))
-    assert [speaker for *_, speaker in rows] == speakers
+def test_a_folder_is_a_speakers_if_it_tells_clips_apart(tmp_path, clips, speakers):
+    rows = folder(tmp_path, *(f"{clip}{suffix}" for clip in clips.split() for suffix in (".wav", ".txt")))
+    assert [speaker or "-" for *_, speaker in rows] == speakers.split()
 
 
 def test_a_file_name_that_is_no_text_is_left_out(tmp_path):

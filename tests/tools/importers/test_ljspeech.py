@@ -1,5 +1,7 @@
 """Which column of a table without a header is the text: as trainers of speech publish their file lists."""
 
+import re
+
 import pytest
 
 from higgs_ds.errors import ConfigError
@@ -77,7 +79,10 @@ def test_a_text_is_told_from_its_other_forms(table, columns, rows, count):
         ((NAMES, NUMBERS, SPELT), by(SPELT)),
         ((NAMES, ["ZH"] * 12, HAN, PINYIN, ["2 2 3"] * 12, ["1 1 1"] * 12), by(HAN)),
         ((TEXTS, ["de"] * 12), alone(TEXTS)),
-        ((NUMBERS, SPELT, PHONEMES, ["3.5", "2.25", "3.5"] * 4, TEXTS), alone(SPELT)),  # with lengths and a translation
+        ((NUMBERS, SPELT, PHONEMES, ["3.5", "2.25", "3.5"] * 4), alone(SPELT)),  # with lengths
+        ((TEXTS, NAMES, ["train", "dev", "train"] * 4), by(TEXTS)),
+        ((NAMES, ["s1", "s2", "s1", "s3"] * 3, TEXTS), by(TEXTS)),  # an id and a name of each speaker
+        ((TEXTS, ["M", "F", "F"] * 4), alone(TEXTS)),
     ],
 )
 def test_a_speaker_is_who_comes_again(table, columns, rows, count):
@@ -104,6 +109,36 @@ def test_columns_that_cannot_be_told_apart_are_asked_for(table, tmp_path):
     _, found = read_foreign(path, None)
     assert [(row["text"], row["speaker"]) for row in found.rows] == by(words)
     assert table(words, [word.title() for word in words])[0] == alone([word.title() for word in words])
+
+
+@pytest.mark.parametrize(
+    ("columns", "header"),
+    [
+        ((TEXTS, ["happy", "sad", "happy"] * 4, NAMES), "id|text|other2|speaker"),
+        ((["M", "F", "F"] * 4, NAMES, TEXTS), "id|other1|speaker|text"),
+        ((["sjp", "mal", "mal"] * 4, NAMES, TEXTS), "id|other1|speaker|text"),
+        ((TEXTS, SPANISH), "id|other1|text"),
+        ((SPANISH, NUMBERS, SPELT), "id|other1|other2|text"),
+    ],
+)
+def test_columns_that_compete_are_refused_with_the_header_to_write(table, tmp_path, columns, header):
+    with pytest.raises(ConfigError, match=f"such as `{re.escape(header)}`"):
+        table(*columns)
+    path = tmp_path / "metadata.csv"
+    path.write_text(f"{header}\n{path.read_text()}")
+    _, found = read_foreign(path, None)
+    names = header.split("|")
+    assert [row["text"] for row in found.rows] == columns[names.index("text") - 1]
+    if "speaker" in names:
+        assert [row["speaker"] for row in found.rows] == NAMES
+
+
+@pytest.mark.parametrize("phones", ["HH AH0 L OW1", "ka2 er2 pu3 pei2", "hɛlˈoʊ wˈɜːld", "12 45 7 8"])
+def test_phonemes_are_no_text(table, phones):
+    phones = [f"{phones}{'' if phones[-1].isdigit() else chr(97 + i)}" for i in range(12)]
+    assert table(phones, TEXTS)[0] == alone(TEXTS)
+    with pytest.raises(ConfigError, match="column 2 holds phonemes"):
+        table(phones)
 
 
 def test_lines_with_other_columns_are_left_out_and_the_columns_named(table, tmp_path):

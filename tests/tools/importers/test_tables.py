@@ -67,6 +67,13 @@ CSV, TSV = "file_name,text\n", "path\tsentence\n"
             {"a": 'He said "hello"', "b": "One two", "c": "Three"},
             {},
         ),
+        # A table that doubles quotes within others encloses its cells: one that does not close costs its row alone.
+        (
+            "m.tsv",
+            TSV + 'a.wav\t"""Good-bye,"" he said."\nb.wav\tPlain.\nc.wav\t"Well\nd.wav\t5" and 6"',
+            {"a": '"Good-bye," he said.', "b": "Plain.", "d": '5" and 6"'},
+            {NEVER_CLOSED: 1},
+        ),
         ("m.csv", CSV + "a.wav,So, so\nb.wav,One\nc.wav\nd.wav,Two,, ", {"b": "One", "d": "Two"}, {OTHER_WIDTH: 2}),
         (
             "m.csv",
@@ -102,6 +109,12 @@ def test_what_is_left_out_is_named_with_its_line(tmp_path, clips):
     (tmp_path / "m.csv").write_text("file_name,text\n\na.wav,One\nb.wav,Two, three\n")
     _, found = read_foreign(tmp_path / "m.csv", None)
     assert found.lines(tmp_path) == [f"left out: 1 × {OTHER_WIDTH}, e.g. {tmp_path}/m.csv:4: 3 instead of 2"]
+
+
+def test_two_texts_of_which_none_is_called_so(read):
+    with pytest.raises(ConfigError, match="`sentence`, `raw_text`: which is the text"):
+        read("m.csv", "file_name,sentence,raw_text\na.wav,One,Two\n")
+    assert read("m.csv", "file_name,sentence,raw_text\na.wav,One,One\n")[0] == [("a", "One")]
 
 
 @pytest.mark.parametrize("header", ["file_name,text,Text", "file_name,text,Speaker ID,speaker-id"])

@@ -197,7 +197,8 @@ def _value(text: str) -> Any:
 def _add_manifests(found: Found, manifests: Any, path: Path, names: tuple[str, ...]) -> bool:
     """Rows of what a recipe gives back, parts and languages being keys; False where there are none.
 
-    Sets are told by their class: the recipe of AISHELL-3 gives each by the other's name.
+    In the order of their names, since recipes give them in that of the disk. Sets are told by their class: the recipe
+    of AISHELL-3 gives each by the other's name.
     """
     from lhotse import CutSet, RecordingSet, SupervisionSet
 
@@ -210,10 +211,12 @@ def _add_manifests(found: Found, manifests: Any, path: Path, names: tuple[str, .
     if CutSet in held:
         _add_cuts(found, ((f"{where}: {cut.id}", cut) for cut in held[CutSet]), part)
     elif RecordingSet in held and SupervisionSet in held:
-        segments = ((f"{where}: {segment.id}", segment) for segment in held[SupervisionSet])
+        segments = (
+            (f"{where}: {segment.id}", segment) for segment in sorted(held[SupervisionSet], key=lambda of: of.id)
+        )
         _add_segments(found, held[RecordingSet], segments, part)
     else:
-        added = [_add_manifests(found, item, path, (*names, str(key))) for key, item in manifests.items()]
+        added = [_add_manifests(found, item, path, (*names, str(key))) for key, item in sorted(manifests.items())]
         return any(added)
     return True
 

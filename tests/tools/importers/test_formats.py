@@ -124,7 +124,7 @@ def test_texts_under_other_endings(tmp_path):
 @pytest.mark.parametrize(
     ("clips", "speakers"),
     [
-        ("train-clean-100/84/121/84-121-0 dev-clean/85/1/85-1-0 dev-clean/84/2/84_2_0", "84 84 85"),
+        ("train-clean-100/84/121/84-121-0 dev-clean/85/1/85-1-0 dev-clean/84/2/84_2_0", "84 85 84"),
         ("84/121/84_121_0 85/121/85_121_0", "84 85"),
         ("wav48/p225/c wav48/p226/c", "p225 p226"),
         ("train/c dev/c", "- -"),

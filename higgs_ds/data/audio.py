@@ -41,13 +41,13 @@ HASH_BYTES = 1 << 20
 MALFORMED = 3  # libsndfile's SF_ERR_MALFORMED_FILE
 
 
-def read_audio(ref: AudioRef) -> tuple[np.ndarray, int]:
+def read_audio(ref: AudioRef, *, may_be_silent: bool = False) -> tuple[np.ndarray, int]:
     """Mono waveform float32 [samples] and its sample rate in Hz: the channel that is chosen, or the mean of all.
 
     A slice that goes on past the end stops at the end. Raises AudioError for a clip that is missing, cannot be
     decoded whole, is empty, holds NaN, infinite or far too large samples, or whose offset is past its end; and for
-    silence, also where only its channels cancel out: it would teach the model to say nothing; and for channels of
-    which each holds another voice, where none is chosen.
+    silence unless it `may_be_silent`, also where only its channels cancel out: it would teach the model to say nothing;
+    and for channels of which each holds another voice, where none is chosen.
     """
     with _opened(ref) as file:
         start, stop = _slice(file, ref)
@@ -85,6 +85,8 @@ def read_audio(ref: AudioRef) -> tuple[np.ndarray, int]:
         raise AudioError("holds NaN or infinite samples")
     if channel_peak > LARGEST_PEAK:
         raise AudioError(f"peaks at {channel_peak:.4g}, samples must be within -1 to 1; write it anew, scaled")
+    if may_be_silent:
+        return waveform, sample_rate
     level = float(waveform.mean(dtype=np.float64))
     peak = float(np.abs(waveform - np.float32(level)).max())  # without the level that a bad sound card adds
     if peak < SILENT_PEAK and abs(level) >= SILENT_PEAK:

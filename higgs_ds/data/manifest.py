@@ -18,6 +18,7 @@ import hashlib
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from pydantic_core import from_json
@@ -124,6 +125,11 @@ class Manifest:
         row, faults = self._read(number, self._known)
         assert row is not None, faults
         return row
+
+    def column(self, number: int, name: str) -> Any:
+        """Value of a column of a row that `check` found no fault in, one that training does not read too, or None."""
+        first, behind = self._spans[number]
+        return from_json(self._content[first:behind]).get(name)
 
     def clips_here(self, number: int) -> str:
         """Findings of this process about a row's clips, as text: their sizes, or what is wrong; nothing is counted."""

@@ -12,6 +12,7 @@ from ..files import writing
 from ..options.parse import parse_args
 from ..process import say, tell
 from . import flag_types
+from .judge import add_judge
 from .merge import add_export, add_merge
 from .outputs import writable_folder
 from .report import add_report
@@ -82,6 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
     verbs.add_parser("check", help="run the loss checks on the first batches; takes the flags of train_ds.py")
     add_generate(verbs)
     add_reproduce(verbs)
+    add_judge(verbs)
     add_merge(verbs)
     add_export(verbs)
     add_report(verbs)

@@ -1,0 +1,25 @@
+"""Does it stop? Lengths against the pace at which the recordings are spoken."""
+
+from __future__ import annotations
+
+from .clips import Clip
+
+
+class Stops:
+    """The judge of the end."""
+
+    def __init__(self) -> None:
+        self._pace: dict[str | None, tuple[int, float]] = {}  # by speaker: characters, seconds
+
+    def enrol(self, recording: Clip) -> None:
+        """Learns the speaker's pace."""
+        sentence = recording.sentence
+        characters, seconds = self._pace.get(sentence.speaker, (0, 0.0))
+        self._pace[sentence.speaker] = characters + len(sentence.text), seconds + recording.seconds
+
+    def judge(self, clip: Clip) -> dict[str, object]:
+        """Fields of a clip's line; `length` is its seconds over those that its text takes at the speaker's pace."""
+        characters, seconds = self._pace.get(clip.sentence.speaker, (0, 0.0))
+        expected = len(clip.sentence.text) * seconds / characters if characters else 0.0
+        length = clip.seconds / expected if expected else None
+        return {"seconds": clip.seconds, "ended": clip.ended, "length": length}

@@ -1,0 +1,90 @@
+"""All figures of several sets of clips as a table, and their differences from the recordings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from .figures import Bootstrap, Figure, Ratios, Unit
+
+RECORDINGS = "recordings"
+COLUMNS = 3  # sets side by side
+
+Line = dict  # fields of a clip, see `Panel.judge`
+Judged = Sequence[tuple[Unit, Line]]
+
+
+def _mean(field: str) -> Callable[[Line], tuple[float, float] | None]:
+    return lambda line: (line[field], 1) if line.get(field) is not None else None
+
+
+def _of_words(field: str) -> Callable[[Line], tuple[float, float] | None]:
+    return lambda line: (line[field], line["units"]) if "units" in line else None
+
+
+def _wer(line: Line) -> tuple[float, float] | None:
+    errors = sum(line.get(field, 0) for field in ("dropped", "inserted", "replaced"))
+    return None if line.get("wer") is None else (errors, line["units"])
+
+
+# Each with 1 where more of it is better, -1 where less is, 0 where neither.
+MEASURES: dict[str, tuple[Callable[[Line], tuple[float, float] | None], int]] = {
+    "WER": (_wer, -1),
+    "CER": (lambda line: (line["cer"] * line["characters"], line["characters"]) if "cer" in line else None, -1),
+    "words dropped": (_of_words("dropped"), 0),
+    "words inserted": (_of_words("inserted"), 0),
+    "words looped": (_of_words("looped"), 0),
+    "similarity": (_mean("similarity"), 1),
+    "DNSMOS": (_mean("dnsmos"), 1),
+    "loudness, LUFS": (_mean("loudness"), 0),
+    "silence before, s": (_mean("silence_before"), 0),
+    "silence within, s": (_mean("silence_within"), 0),
+    "silence behind, s": (_mean("silence_behind"), 0),
+    "samples clipped": (_mean("clipped"), 0),
+    "ended by itself": (_mean("ended"), 0),
+    "length": (_mean("length"), 0),
+}
+
+
+def _ratios(judged: Judged, measure: str) -> Ratios:
+    of_line, _ = MEASURES[measure]
+    return [(unit, ratio) for unit, line in judged if (ratio := of_line(line)) is not None]
+
+
+def summary(sets: Mapping[str, Judged]) -> list[str]:
+    """Lines for a console, of the sets by name; that of the `RECORDINGS` is compared with the others."""
+    bootstrap = Bootstrap([unit for judged in sets.values() for unit, _ in judged])
+    names, lines = list(sets), []
+    for first in range(0, len(names), COLUMNS):
+        shown = names[first : first + COLUMNS]
+        lines.append(_row("", shown))
+        lines.append(_row("clips", [str(len(sets[name])) for name in shown]))
+        for measure in MEASURES:
+            figures = [bootstrap.figure(_ratios(sets[name], measure)) for name in shown]
+            if any(figures):
+                lines.append(_row(measure, [_text(figure) for figure in figures]))
+    for name in names:
+        if name != RECORDINGS and RECORDINGS in sets:
+            lines += _compared(name, sets[name], sets[RECORDINGS], bootstrap)
+    return lines
+
+
+def _row(measure: str, cells: Sequence[str]) -> str:
+    return "".join([f"{measure:<18}", *(f"{cell:<29}" for cell in cells)]).rstrip()
+
+
+def _text(figure: Figure | None, sign: str = "") -> str:
+    if figure is None:
+        return "-"
+    return f"{figure.value:{sign}.3f} [{figure.low:{sign}.3f}, {figure.high:{sign}.3f}]"
+
+
+def _compared(name: str, judged: Judged, recordings: Judged, bootstrap: Bootstrap) -> list[str]:
+    """A line on the differences of a set from the recordings of the same texts."""
+    found = []
+    for measure, (_, better) in MEASURES.items():
+        difference = bootstrap.difference(_ratios(judged, measure), _ratios(recordings, measure)) if better else None
+        if difference is not None:
+            sides = difference.low * better, difference.high * better
+            verdict = "better" if min(sides) > 0 else "worse" if max(sides) < 0 else "no clear difference"
+            found.append(f"{measure} {_text(difference, '+')} {verdict}")
+    return [f"{name} against the {RECORDINGS}: {'; '.join(found)}"] if found else []

@@ -1,0 +1,73 @@
+"""Sentences spoken with every reference, sampler and stop rule asked for, as files to be judged."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..data.audio import read_audio, write_wav
+from ..data.chatml import AudioRef, Turn, speech_messages
+from ..judges.clips import Sentence
+from ..model.speech import Answer, Sampling, Speaker
+from ..process import say
+from .judge_texts import Asked, Made
+
+GREEDY, BOSON = "greedy", "boson"
+
+
+def prompt_of(sentence: Sentence, reference: str, asked: Asked, args: argparse.Namespace, style: str) -> list[Turn]:
+    """The turns before the answer. A reference that there is not is none."""
+    row = asked.rows.get(sentence.origin)
+    if reference == "row" and row is not None:
+        return list(row.messages[:-1])
+    more: dict = {"scene": row.scene if row is not None else None, "prompt_style": style}
+    if reference == "clip":
+        more |= {"ref_text": args.ref_text, "ref_audio": AudioRef(args.ref_audio)}
+    if reference == "speaker":
+        of_speaker = [s for s in asked.corpus if s.speaker == sentence.speaker and s.origin != sentence.origin]
+        if of_speaker:  # of middle length, as `generate --speaker` takes
+            chosen = sorted(of_speaker, key=lambda other: len(other.text))[len(of_speaker) // 2]
+            more |= {"ref_text": chosen.text, "ref_audio": chosen.recording}
+    return list(speech_messages(sentence.text, None, **more)[0])
+
+
+def speak_all(
+    speaker: Speaker, asked: Asked, args: argparse.Namespace, style: str, folder: Path
+) -> dict[str, list[Made]]:
+    """The sentences by set, `sampler, stop rule, reference`, written to a folder of that name. Raises OSError."""
+    spoken: dict[str, list[Made]] = {}
+    given = {name: value for name in ("seed", "max_new_tokens") if (value := getattr(args, name)) is not None}
+    for reference in args.reference:
+        for sampler in args.sampler:
+            sampling = dataclasses.replace(speaker.samplers[sampler], **given)
+            rules = args.stop if sampler == GREEDY else [BOSON]
+            say(f"speaking {len(asked.sentences)} texts: {sampler}, {', '.join(rules)}, reference {reference}")
+            for number, sentence in enumerate(asked.sentences, 1):
+                turns = prompt_of(sentence, reference, asked, args, style)
+                for rule, answer in _answers(speaker, turns, sampling, rules).items():
+                    name = f"{sampler}, {rule}, {reference}"
+                    file = _written(speaker, answer, folder / f"{sampler}-{rule}-{reference}" / f"{number:04d}.wav")
+                    spoken.setdefault(name, []).append(Made(sentence, file, answer.ended))
+    return spoken
+
+
+def _answers(speaker: Speaker, turns: Sequence[Turn], sampling: Sampling, rules: Sequence[str]) -> dict[str, Answer]:
+    """The answer by stop rule; generated once where all rules end it at the same frame."""
+    clips = [piece for turn in turns for piece in turn.content if isinstance(piece, AudioRef)]
+    context = [speaker.codec.encode(*read_audio(clip)) for clip in clips]
+    answers: dict[str, Answer] = {}
+    for rule in rules:
+        same = next((answer for answer in answers.values() if answer.rules_agree), None)
+        answers[rule] = same or speaker.speak(turns, context, sampling, force_audio=True, stop=rule)
+    return answers
+
+
+def _written(speaker: Speaker, answer: Answer, file: Path) -> Path | None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if answer.codes is None or answer.codes.shape[1] == 0:
+        file.unlink(missing_ok=True)  # an earlier one's
+        return None
+    write_wav(file, speaker.decode(answer.codes), speaker.codec.sample_rate)
+    return file

@@ -1,0 +1,128 @@
+"""Sentences to be judged, from a manifest or a file of texts, and the clips of a folder that say them."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from ..data.audio import SOUND_FORMATS
+from ..data.chatml import Row
+from ..data.faults import grouped
+from ..data.manifest import Manifest
+from ..errors import ConfigError, first_of, nearest, reading
+from ..judges.clips import Sentence
+
+ENROLLED = 32  # recordings of a speaker that voices and paces are learnt from
+
+
+@dataclass
+class Asked:
+    """Sentences, and what the manifest knows of them."""
+
+    sentences: list[Sentence]
+    corpus: list[Sentence] = field(default_factory=list)  # those with recordings, some of each speaker
+    rows: dict[str, Row] = field(default_factory=dict)  # by the sentence's origin
+
+    def drawn(self, count: int | None) -> Asked:
+        """With `count` of the sentences, evenly spread."""
+        return Asked(_spread(self.sentences, count or len(self.sentences)), self.corpus, self.rows)
+
+
+@dataclass(frozen=True)
+class Made:
+    """A file that should say a sentence."""
+
+    sentence: Sentence
+    file: Path | None  # None where the answer has no frame of audio
+    ended: bool | None = None
+
+
+def asked_of(args: argparse.Namespace, prompt_style: str) -> Asked:
+    """The sentences of `--texts`, else of `--manifest`. Raises ConfigError."""
+    known = _of_manifest(args, prompt_style) if args.manifest else Asked([])
+    if args.texts is None:
+        return known
+    with reading(f"--texts: {args.texts}"):
+        texts = args.texts.read_text(encoding="utf-8-sig").rstrip().split("\n")
+    if empty := [n for n, text in enumerate(texts, 1) if not text.strip()]:
+        raise ConfigError([f"--texts: {args.texts}:{n}: is empty" for n in empty])
+    speakers = sorted({sentence.speaker or "" for sentence in known.corpus})
+    if len(speakers) > 1:
+        raise ConfigError([f"--speaker: name whose voice it should be: {', '.join(filter(None, speakers[:20]))}"])
+    speaker = known.corpus[0].speaker if known.corpus else args.speaker
+    sentences = [Sentence(text.strip(), f"{args.texts}:{n}", speaker) for n, text in enumerate(texts, 1)]
+    return Asked(sentences, known.corpus)
+
+
+def _of_manifest(args: argparse.Namespace, prompt_style: str) -> Asked:
+    manifest = Manifest(args.manifest, audio_root=args.audio_root, prompt_style=prompt_style)
+    rows: dict[str, Row] = {}
+    sentences: list[Sentence] = []
+    faults = list(manifest.faults)
+    for number in range(len(manifest)):
+        row, found = manifest.check(number)
+        faults += found
+        if row is not None and (target := row.target()):
+            text, clip = target
+            language = manifest.column(number, "language")
+            code = language if isinstance(language, str) else None
+            sentences.append(Sentence(text.strip(), row.origin, row.speaker, code, row.audio_refs[clip][1]))
+            rows[row.origin] = row
+    if faults or not sentences:
+        raise ConfigError(grouped(faults) or [f"--manifest: {args.manifest} has no row that speaks a clip"])
+    names = {sentence.speaker for sentence in sentences if sentence.speaker is not None}
+    if args.speaker is not None:
+        sentences = [sentence for sentence in sentences if sentence.speaker == args.speaker]
+        if not sentences:
+            hint = nearest(args.speaker, names)
+            raise ConfigError([f"--speaker: {args.manifest} has no row of {args.speaker!r}{hint}"])
+    # A row without a speaker is anybody's, unless all are.
+    of_speakers: dict[str | None, list[Sentence]] = {}
+    for sentence in sentences:
+        if sentence.speaker is not None or not names:
+            of_speakers.setdefault(sentence.speaker, []).append(sentence)
+    corpus = [sentence for of_one in of_speakers.values() for sentence in _spread(of_one, ENROLLED)]
+    return Asked(sentences, corpus, rows)
+
+
+def _spread(sentences: list[Sentence], count: int) -> list[Sentence]:
+    places = np.unique(np.linspace(0, len(sentences) - 1, min(count, len(sentences))).astype(int))
+    return [sentences[place] for place in places.tolist()]
+
+
+def clips_in(folder: Path, asked: Asked) -> list[Made]:
+    """The clips of a folder, in the order of the sentences: named as the recording, or numbered as the row or line.
+
+    `x.wav`, `07-x.wav` and `07-x.spoken.wav` are named as the recording x; numbers count where no file is.
+
+    Raises:
+        ConfigError: no file is either, or several are the same sentence's.
+    """
+    with reading(f"--clips: {folder}"):
+        files = sorted(file for file in folder.iterdir() if file.suffix.lower() in SOUND_FORMATS)
+    stems = {file: file.stem.removesuffix(".spoken") for file in files if not file.stem.endswith(".original")}
+    names: dict[str, list[str]] = {}
+    for sentence in asked.sentences:
+        if sentence.recording is not None and sentence.recording.path is not None:
+            names.setdefault(sentence.recording.path.stem, []).append(sentence.origin)
+    said = {file: names.get(stem) or names.get(re.sub(r"^\d+-", "", stem), []) for file, stem in stems.items()}
+    if not any(said.values()):
+        numbers = {number: [sentence.origin] for number, sentence in enumerate(asked.sentences, 1)}
+        said = {file: numbers.get(int(stem), []) if stem.isdecimal() else [] for file, stem in stems.items()}
+    found: dict[str, Path] = {}
+    problems = []
+    for file, origins in said.items():
+        if len(origins) > 1:
+            problems.append(f"--clips: {file.name} may be {' or '.join(origins[:3])}; number the clips: 0001.wav")
+        elif origins and origins[0] in found:
+            problems.append(f"--clips: {found[origins[0]].name} and {file.name} are both {origins[0]}; keep one")
+        elif origins:
+            found[origins[0]] = file
+    if problems or not found:
+        nothing = f"--clips: {folder} has no clip named as a recording, or by its row or line: 0001.wav"
+        raise ConfigError(first_of(problems) or [nothing])
+    return [Made(sentence, found[sentence.origin]) for sentence in asked.sentences if sentence.origin in found]

@@ -89,8 +89,8 @@ class DataOptions(Section):
     )
     prompt_style: Literal["served", "boson"] = option(
         "served",
-        "Prompt format of speech rows. served: as in transformers and vllm-omni, always with a system turn; boson: as "
-        "in boson_multimodal's example, no system turn before a reference.",
+        "Prompt format of speech rows. served: as in transformers and vllm-omni; boson: as in boson_multimodal's "
+        "example, without a system turn before a reference.",
         resume=SAID,
     )
     skip_bad_rows: bool = option(False, "Skip invalid rows and report them, instead of refusing to train.")

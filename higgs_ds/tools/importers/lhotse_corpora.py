@@ -154,7 +154,7 @@ def _count_custom(found: Found, *fields: dict | None) -> None:
 
 
 def _read_recipe(path: Path, found: Found, recipe: str) -> None:
-    """What `lhotse.recipes.prepare_RECIPE` makes of a corpus; `RECIPE,NAME=VALUE` gives it an option."""
+    """The manifests that `lhotse.recipes.prepare_RECIPE` makes of a corpus; `RECIPE,NAME=VALUE` gives it an option."""
     recipes = library("lhotse.recipes")
     name, *options = recipe.split(",")
     known = [key.removeprefix("prepare_") for key in dir(recipes) if key.startswith("prepare_")]

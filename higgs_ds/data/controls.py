@@ -15,8 +15,9 @@ _FAMILY = (
     "begin_of_text end_of_text start_header_id end_header_id eom_id eot_id audio_bos audio_eos audio_out_bos AUDIO "
     "AUDIO_OUT recipient scene_desc_start scene_desc_end generation_instruction_start generation_instruction_end"
 ).split()
-# Sound tags are special tokens too, and are meant to stand in a text: <SE>[Laughter]</SE>, <SE_s>, <SE_e>.
-_SOUND_TAG = re.compile(r"</?SE(_[A-Za-z]+)?>|\[[^\[\]]*\]")
+# Tags of sound and delivery are special tokens too, and are meant to stand in a text: <SE>[Laughter]</SE>, <SE_s>,
+# <SE_e> in Higgs Audio v2, <|sfx:laughter|> in Higgs TTS 3.
+_SOUND_TAG = re.compile(r"</?SE(_[A-Za-z]+)?>|\[[^\[\]]*\]|<\|(emotion|style|sfx|prosody):\w+\|>")
 
 DEFAULT_CONTROLS = re.compile(
     "|".join(re.escape(f"<|{name}|>") for name in _FAMILY) + r"|<\|reserved_special_token_\d+\|>"

@@ -5,8 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from ...errors import ConfigError
-from ..fused_lora import LoraHead
-from ..higgs_v2.forward import TrainingForward
+from ..training_forward import TrainingForward
 from .config import HiggsV3Config
 from .layers import CodeTable, DecoderLayer
 
@@ -35,13 +34,11 @@ def training_forward(
     for module in model.modules():
         if isinstance(module, CodeTable):
             module.trained = module.weight.requires_grad
-    forward = TrainingForward(
+    return TrainingForward(
         model,
         num_codebooks=config.num_codebooks,
         classes=config.num_classes,
+        leaf_kinds=(DecoderLayer,),
         loss_impl=loss_impl,
         checkpoint_every=checkpoint_every,
     )
-    kinds = {type(module) for module in model.modules()}
-    forward.leaf_modules = tuple(kind for kind in (DecoderLayer, LoraHead) if kind in kinds)
-    return forward

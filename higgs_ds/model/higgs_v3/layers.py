@@ -7,7 +7,7 @@ the same layers go on from the keys and values that they have kept.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,15 +18,14 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from ...batching.batch_index import BatchIndex
 from ...loss import HeadSums, head_sums, scaled_loss
+from ..flat_rows import Rotate, RowsToSequences, SequencesToRows, causal_attention
 from ..fused_head import FusedHead, HeadLoss, LabelledRows, head_sums_of
 from ..fused_lora import project
 from ..fused_mlp import FusedRmsNorm, add_mlps
-from ..higgs_v2.layers import Objective, PaddingFreeOutput, _attention, _Regroup, _Rotate, _Ungroup
+from ..training_forward import Objective, PaddingFreeOutput
 from .config import HiggsV3Config
 
-if TYPE_CHECKING:
-    from ..higgs_v2.layers import Rope
-
+Rope = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, [N, 1, head_dim] each
 Cache = list[tuple[torch.Tensor, torch.Tensor]]  # keys and values of a layer so far, [heads, positions, head_dim]
 
 
@@ -50,7 +49,7 @@ class Attention(nn.Module):
         """Query, key and value of rows: [N, hidden] -> [N, heads, head_dim] each."""
         projected = project([self.q_proj, self.k_proj, self.v_proj], normed)
         query, key, value = (rows.unflatten(1, (-1, self.head_dim)) for rows in projected)
-        return _Rotate.apply(self.q_norm(query), *rope), _Rotate.apply(self.k_norm(key), *rope), value
+        return Rotate.apply(self.q_norm(query), *rope), Rotate.apply(self.k_norm(key), *rope), value
 
 
 class DecoderLayer(nn.Module):
@@ -78,11 +77,11 @@ class DecoderLayer(nn.Module):
         heads = self.self_attn.heads(self.input_layernorm(hidden), rope)
         places = index.unpack_index
         # Flat rows to padded sequences, attention, and back to flat rows.
-        packed = tuple(_Regroup.apply(rows, index.pack_index, places) for rows in heads)
+        packed = tuple(RowsToSequences.apply(rows, index.pack_index, places) for rows in heads)
         if outputs_only:
             hidden, places = (rows.index_select(0, index.output_rows) for rows in (hidden, places))
-        attended = _attention(self.self_attn, packed, index)  # type: ignore[arg-type]  # has what is asked of Llama's
-        return self._behind_attention(hidden, _Ungroup.apply(attended, places))
+        attended = causal_attention(packed, index, dropout=self.self_attn.attention_dropout if self.training else 0.0)
+        return self._behind_attention(hidden, SequencesToRows.apply(attended, places))
 
     def go_on(self, hidden: torch.Tensor, rope: Rope, cache: Cache, number: int) -> torch.Tensor:
         """The next rows of one sequence behind all that the cache holds, which then holds them too."""

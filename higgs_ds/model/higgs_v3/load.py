@@ -17,15 +17,16 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ...errors import reading
 from ..base import DTYPES, BaseCheckpoint
+from ..family import Adaptable
 from ..files.config_values import read_json
 from ..files.weight_files import Stored, differences, refuse, weight_headers
 from ..quantized import QuantizedLinear
 from .config import HiggsV3Config, config_from
-from .layers import HiggsV3Model
+from .family import LAYOUT
+from .layers import TABLE, HiggsV3Model
 from .prompt import AUDIO, PROMPT_TOKENS, REF_AUDIO
 from .spec import HiggsV3Spec
 
-LAYOUT = "native"
 CODEC = "tied.embedding.modality_embeddings.0.model."  # before the names of the bundled codec's weights
 COPIES = "tied.head."  # before those of copies that no index lists
 
@@ -36,14 +37,18 @@ def open_base(name_or_path: str, revision: str | None, flag: str, folder: Path) 
     Raises:
         ConfigError: weights or a tokenizer that do not fit its config; all that is wrong with it, a line each.
     """
-    file = folder / "config.json"
-    config = config_from(read_json(file, flag), f"{flag}: {file}")
-    tokenizer = load_tokenizer(folder, flag)
+    config, tokenizer = read_config(folder, flag), load_tokenizer(folder, flag)
     ids = _prompt_ids(folder, tokenizer, config, flag)
     config.audio_token, config.reference_token = ids[AUDIO], ids[REF_AUDIO]
     stored = check_weights(folder, config, flag)
     spec = HiggsV3Spec.from_config(config, ids)
     return BaseCheckpoint(name_or_path, revision, folder, LAYOUT, config, tokenizer, spec, (), flag, stored)
+
+
+def read_config(folder: Path, flag: str = "--base_ckpt") -> HiggsV3Config:
+    """The checkpoint's config. Raises ConfigError."""
+    file = folder / "config.json"
+    return config_from(read_json(file, flag), f"{flag}: {file}")
 
 
 def load_tokenizer(folder: Path, flag: str = "--base_ckpt") -> PreTrainedTokenizerFast:
@@ -77,10 +82,12 @@ def wanted_weights(config: HiggsV3Config, flag: str = "--base_ckpt") -> dict[str
     return {name: tuple(value.shape) for name, value in _without_memory(config, flag).state_dict().items()}
 
 
-def adaptable_modules(config: HiggsV3Config) -> dict[str, tuple[int, int]]:
-    """(outputs, inputs) of the linear layers that LoRA may stand on; the table of codes is none of them."""
+def adaptable_modules(config: HiggsV3Config) -> Adaptable:
+    """LoRA may stand on the decoder's linear layers; the table of codes may be trained whole, as one tensor."""
     model = _without_memory(config)
-    return {name: tuple(module.weight.shape) for name, module in model.named_modules() if type(module) is nn.Linear}  # type: ignore[return-value]
+    linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+    shapes: dict[str, tuple[int, ...]] = {name: (one.out_features, one.in_features) for name, one in linears.items()}
+    return Adaptable(shapes, {TABLE: tuple(model.code_table.weight.shape)})
 
 
 def _without_memory(config: HiggsV3Config, flag: str = "--base_ckpt") -> HiggsV3Model:
@@ -123,7 +130,7 @@ def load_base(
         with init_empty_weights():
             model = HiggsV3Model(copy.deepcopy(config))
         if quantize_on is not None:
-            for name in [name for name in adaptable_modules(config) if name.startswith("body.")]:
+            for name in adaptable_modules(config).linears:
                 weight = stored.pop(f"{name}.weight").read()
                 model.set_submodule(name, QuantizedLinear(weight, None, kind, quantize_on))
         # Where the dtype is the file's, `to` gives the mapped tensor itself.

@@ -93,6 +93,8 @@ def _rows(stored: Stored, adapter: Adapter | None, planned: Planned) -> Iterator
         ConfigError: NaN or an infinity, in the base or made by the sum or by the dtype.
     """
     module, start = planned.name.removesuffix(".weight"), 0
+    if adapter is not None and module in adapter.whole:
+        stored = adapter.whole[module]
     for rows in stored.rows():
         merged = rows
         if adapter is not None and module in adapter.weights:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from ...data.chatml import SYSTEM_PROMPT, AudioRef, Turn
+from ...errors import ConfigError
 from ...loss import IGNORE
 
 TTS, REF_TEXT, REF_AUDIO, TEXT, AUDIO = PROMPT_TOKENS = (
@@ -34,6 +35,14 @@ CONTROL_TAGS = tuple(f"<|{kind}:{name}|>" for kind, names in _TAGS.items() for n
 _LIKE_A_TAG = re.compile(r"<\|[A-Za-z_]+:[^|<>\s]*\|>")
 
 
+class UnsayableError(ConfigError):
+    """This format has no words for a row; `problem` says for what of it."""
+
+    def __init__(self, problem: str):
+        self.problem = problem
+        super().__init__([f"the prompt {problem}"])
+
+
 class Said(NamedTuple):
     """A row in this family's words."""
 
@@ -47,25 +56,27 @@ def said_in(messages: Sequence[Turn], start_index: int | None) -> Said | None:
     """The row that messages are; None for a system turn alone, which has no tokens here.
 
     Raises:
-        ValueError: this format has no words for them, and for which part of them.
+        UnsayableError: there are no words for them.
     """
     turns = [turn for turn in messages if not (turn.role == "system" and turn.content == (SYSTEM_PROMPT,))]
     if not turns:
         return None
     if any(turn.role == "system" for turn in turns):
-        raise ValueError("holds a system turn or a scene; Higgs TTS 3 has tags in the text instead")
+        raise UnsayableError("holds a system turn or a scene; Higgs TTS 3 has tags in the text instead")
     if any(turn.recipient for turn in turns):
-        raise ValueError("names a recipient, which Higgs TTS 3 has not")
+        raise UnsayableError("names a recipient, which Higgs TTS 3 has not")
     spoken = turns.pop() if turns[-1].role == "assistant" else None
     clip = None if spoken is None else _only_clip(spoken)
     ref_text = reference = None
     if [turn.role for turn in turns] == ["user", "assistant", "user"]:
         ref_text, reference = _text_of(turns[0]), _only_clip(turns[1])
         if clip is not None and (start_index is None or start_index <= messages.index(turns[1])):
-            raise ValueError("has two clips to learn; Higgs TTS 3 learns the last (start_index says from where on)")
+            raise UnsayableError("has two clips to learn; Higgs TTS 3 learns the last (start_index says from where on)")
         turns = turns[2:]
     if [turn.role for turn in turns] != ["user"]:
-        raise ValueError("is no text and its clip with at most one reference, all that Higgs TTS 3 has a prompt for")
+        raise UnsayableError(
+            "is no text and its clip with at most one reference, all that Higgs TTS 3 has a prompt for"
+        )
     content = turns[0].content
     if reference is None and len(content) == 2 and isinstance(content[0], AudioRef):
         reference, content = content[0], content[1:]
@@ -74,14 +85,14 @@ def said_in(messages: Sequence[Turn], start_index: int | None) -> Said | None:
 
 def _text_of(turn: Turn) -> str:
     if any(isinstance(piece, AudioRef) for piece in turn.content):
-        raise ValueError("has a clip in a user turn that is not a single reference before the text")
+        raise UnsayableError("has a clip in a user turn that is not a single reference before the text")
     return "".join(piece for piece in turn.content if isinstance(piece, str))
 
 
 def _only_clip(turn: Turn) -> AudioRef:
     clips = [piece for piece in turn.content if isinstance(piece, AudioRef)]
     if len(clips) != 1 or len(turn.content) != 1:
-        raise ValueError("has an assistant turn that is not one clip; Higgs TTS 3 answers with speech alone")
+        raise UnsayableError("has an assistant turn that is not one clip; Higgs TTS 3 answers with speech alone")
     return clips[0]
 
 
@@ -93,7 +104,7 @@ def tokenize(
     Every text is encoded by itself and as it is. Without a clip to speak the ids end before `<|audio|>`.
 
     Raises:
-        ValueError: see `said_in`.
+        UnsayableError: see `said_in`.
     """
     said = said_in(messages, start_index)
     if said is None:

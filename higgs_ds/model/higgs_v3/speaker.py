@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,20 +13,24 @@ from ...data.chatml import Turn
 from ...distributed.device import pick_device, take_device
 from ...errors import ConfigError
 from ..base import BaseCheckpoint
-from ..files.adapter_file import attach, check_base, read_adapter, read_adapter_config
+from ..files.adapter_file import check_base, read_adapter, read_adapter_config
 from ..files.weight_files import all_finite
-from ..higgs_v2.speaker import Answer, Sampling, default_dtype
+from ..lora import attach_adapter
+from ..speech import Answer, Sampling, default_dtype
 from .layers import Cache
 from .load import adaptable_modules, load_base
 from .prompt import AUDIO, delayed, tokenize
-from .stop_rules import SGLANG, Rows
+from .stop_rules import SGLANG, STOP_RULES, Rows
 
 # boson: Boson's own recommendation, as sglang-omni's speech door has it; served: vllm-omni's.
 SAMPLERS = {"greedy": Sampling(), "boson": Sampling(0.8, 30, 0.8), "served": Sampling(1.0, 50, 0.95)}
 
 
 class Speaker:
-    """Base checkpoint, adapter and codec, ready to speak."""
+    """See `speech.Speaker`."""
+
+    samplers: Mapping[str, Sampling] = SAMPLERS
+    stop_rules: tuple[str, ...] = STOP_RULES
 
     def __init__(
         self,
@@ -60,7 +64,7 @@ class Speaker:
         self.codec = codec
         model = load_base(base.folder, base.config, self.dtype)
         if weights is not None:
-            model = attach(model, weights).merge_and_unload()
+            model = attach_adapter(model, weights).merge_and_unload()
         self.model = model.to(self.device).eval()
         broken = [name for name, value in self.model.state_dict().items() if not all_finite(value)]
         if broken:

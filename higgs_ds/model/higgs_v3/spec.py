@@ -34,6 +34,7 @@ class HiggsV3Spec(ModelSpec):
             pad_token=config.eos_token_id if config.eos_token_id < config.vocab_size else 0,
             hidden_size=config.hidden_size,
             ffn_size=config.intermediate_size,
+            num_ffns=1,
             num_layers=config.num_hidden_layers,
             num_heads=config.num_attention_heads,
             num_key_value_heads=config.num_key_value_heads,
@@ -42,17 +43,19 @@ class HiggsV3Spec(ModelSpec):
             max_positions=config.max_position_embeddings,
         )
 
-    @property
-    def layer_parameters(self) -> int:
-        """Parameters of a decoder layer's projections: attention, and one feed-forward network."""
-        attention = 2 * self.hidden_size * self.head_dim * (self.num_heads + self.num_key_value_heads)
-        return attention + 3 * self.hidden_size * self.ffn_size
-
     def tokenize(
         self, messages: Sequence[Turn], start_index: int | None, tokenizer: Any
     ) -> tuple[list[int], list[int], list[AudioRef]]:
         """See `prompt.tokenize`."""
         return prompt.tokenize(messages, start_index, tokenizer)
+
+    def problem_of(self, messages: Sequence[Turn], start_index: int | None) -> str | None:
+        """See `prompt.said_in`."""
+        try:
+            prompt.said_in(messages, start_index)
+        except prompt.UnsayableError as error:
+            return error.problem
+        return None
 
     def stream(self, codes: torch.Tensor) -> torch.Tensor:
         """The row of the text token before it, then the delayed codes: [codebooks, frames + codebooks]"""

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from ..files.weight_files import INDEX, SINGLE, Planned, write_safetensors, write_zeros
+from ..files.weight_files import INDEX, SINGLE, Planned, write_safetensors, write_sparse
 from .config import MODEL_TYPE, config_from
 from .load import wanted_weights
 from .prompt import CONTROL_TAGS
@@ -145,9 +145,9 @@ def write_tiny(output_dir: Path, *, seed: int = 0, hidden_size: int = 256, num_l
     return _write_checkpoint(output_dir, small_sizes(hidden_size, num_layers), write)
 
 
-def write_zero_weights(output_dir: Path, sizes: Sizes | None = None) -> int:
+def write_zeros(output_dir: Path, sizes: Sizes | None = None) -> int:
     """The same of zeros, at real size unless told otherwise, in a sparse file; its loss is ln 1026 in each codebook."""
-    return _write_checkpoint(output_dir, sizes or Sizes(), write_zeros)
+    return _write_checkpoint(output_dir, sizes or Sizes(), write_sparse)
 
 
 def _write_checkpoint(output_dir: Path, sizes: Sizes, write: Callable[[Path, list[Planned]], None]) -> int:

@@ -13,7 +13,7 @@ from higgs_ds.errors import ConfigError
 from higgs_ds.model.higgs_v3.config import config_from
 from higgs_ds.model.higgs_v3.layers import HiggsV3Model
 from higgs_ds.model.higgs_v3.load import load_base, open_base
-from higgs_ds.model.higgs_v3.tiny import ADDED_TOKENS, Sizes, base_config, write_zero_weights
+from higgs_ds.model.higgs_v3.tiny import ADDED_TOKENS, Sizes, base_config, write_zeros
 from higgs_ds.model.lora import attach_lora
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -24,7 +24,7 @@ def open_at(folder):
 
 
 def test_the_real_size_has_the_published_names_shapes_and_ids(tmp_path):
-    assert write_zero_weights(tmp_path) == 4_043_480_576
+    assert write_zeros(tmp_path) == 4_043_480_576
     base = open_at(tmp_path)
     shapes = {name: list(one.shape) for name, one in base.stored.items()}
     assert len(shapes) == 399 and sum(name.startswith("body.layers.35.") for name in shapes) == 11

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from higgs_ds.data.chatml import AudioRef, Turn, speech_messages
+from higgs_ds.errors import ConfigError
 from higgs_ds.model.higgs_v3.prompt import CONTROL_TAGS, tokenize, undelayed, unknown_tags
 
 CLIP, REF = AudioRef(Path("/a.wav")), AudioRef(Path("/b.wav"))
@@ -49,9 +49,10 @@ def test_prompts_are_pieces_encoded_apart():
         ((Turn("user", ("x",)), Turn("user", ("y",)), Turn("assistant", (CLIP,))), None, "at most one reference"),
     ],
 )
-def test_rows_that_the_format_has_no_words_for_are_named(messages, start, words):
-    with pytest.raises(ValueError, match=words):
+def test_rows_that_the_format_has_no_words_for_are_named(messages, start, words, v3_base):
+    with pytest.raises(ConfigError, match=words):
         tokenize(messages, start, Names())
+    assert words in v3_base.spec.problem_of(messages, start)
 
 
 def test_every_control_tag_is_one_token_and_an_unknown_one_is_text(v3_base):
@@ -89,4 +90,4 @@ def test_a_batch_counts_what_the_format_says(v3_base):
     assert batch.text_count == 0 and batch.codebook_counts == [9 + 7 - c for c in range(8)]
     # <|tts|> <|ref_text|> a <|ref_audio|> 11 rows <|text|> H i <|audio|> 16 rows, the last of which predicts nothing.
     assert batch.num_tokens == batch.index.num_rows == 3 + 1 + 11 + 3 + 1 + 16
-    assert replace(spec, num_layers=1).layer_parameters == 2 * 64 * 64 * (2 + 1) + 3 * 64 * 256
+    assert spec.layer_parameters == 2 * 64 * 64 * (2 + 1) + 3 * 64 * 256

@@ -1,4 +1,4 @@
-"""Sentences that the licence of Higgs TTS 3 asks for beside every derivative: LoRA weights and merged models are some."""
+"""Sentences that the licence of Higgs TTS 3 asks for beside derivatives, as LoRA weights and merged models are."""
 
 from __future__ import annotations
 

@@ -41,8 +41,8 @@ def add_reproduce(verbs) -> None:
     parser.add_argument("--output_dir", type=flag_types.path, required=True, metavar="DIR", help=dir_help)
     stop_help = (
         "stop rules: a clip ends at the end token of codebook 0 (vllm), of any codebook (transformers), or of the "
-        "lowest codebook with one (boson). Default: all three in turn; with a sampler, boson. Higgs TTS 3 has sglang and "
-        "vllm, as its two servers end a clip"
+        "lowest codebook with one (boson). Default: all three in turn; with a sampler, boson. Higgs TTS 3 has "
+        "sglang and vllm, as its two servers end a clip"
     )
     parser.add_argument("--stop", nargs="+", choices=STOP_RULES, help=stop_help)
     parser.add_argument("--overwrite", action="store_true", help="overwrite earlier results in --output_dir")

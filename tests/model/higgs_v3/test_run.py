@@ -75,15 +75,15 @@ def test_a_merged_folder_is_what_the_servers_load_and_speaks_as_base_and_adapter
     assert len(spoken[0]) > 1000
 
 
-def test_recite_knows_both_servers_rules_and_no_others(runs, v3_dir, codec_dir, tmp_path, capsys):
+def test_reproduce_knows_both_servers_rules_and_no_others(runs, v3_dir, codec_dir, tmp_path, capsys):
     voice = ["--base_ckpt", str(v3_dir), "--adapter", str(runs[2] / "adapter"), "--codec", str(codec_dir)]
     texts = tmp_path / "texts.txt"
     texts.write_text("You are now muted.\n")
     more = ["--train_manifest", str(SPEECH), "--texts", str(texts), "--max_new_tokens", "20", "--output_dir"]
-    assert main(["recite", *voice, *more, str(tmp_path / "a")]) == 0
+    assert main(["reproduce", *voice, *more, str(tmp_path / "a")]) == 0
     (recital,) = json.loads((tmp_path / "a/recital.json").read_text())
     assert recital["endings"].keys() == {"sglang", "vllm"}
-    assert main(["recite", *voice, *more, str(tmp_path / "b"), "--stop", "boson"]) == 2
+    assert main(["reproduce", *voice, *more, str(tmp_path / "b"), "--stop", "boson"]) == 2
     assert "--stop" in capsys.readouterr().err
 
 

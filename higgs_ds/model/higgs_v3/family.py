@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from ...codec.base import Codec
     from ...data.chatml import AudioRef, Turn
     from ..base import BaseCheckpoint
     from ..family import Adaptable
@@ -89,7 +90,15 @@ class HiggsV3:
 
         return merge(base, adapter, output_dir, layout, **options)
 
+    def voice(
+        self, base: BaseCheckpoint, dtype: str, codec: Codec, device: torch.device
+    ) -> tuple[Callable[[], nn.Module], Callable[[nn.Module], Any]]:
+        from .load import empty_base
+        from .speaker import Speaker
+
+        return lambda: empty_base(base.config, dtype), lambda model: Speaker(model, base, codec, device)
+
     def speaker(self, base: BaseCheckpoint, adapter: str | None, codec: Any, **options: Any) -> Speaker:
         from .speaker import Speaker
 
-        return Speaker(base, adapter, codec, **options)
+        return Speaker.load(base, adapter, codec, **options)

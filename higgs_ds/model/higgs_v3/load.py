@@ -113,6 +113,11 @@ def check_weights(folder: Path, config: HiggsV3Config, flag: str = "--base_ckpt"
     return {name: stored[name] for name in wanted}
 
 
+def empty_base(config: HiggsV3Config, dtype: str) -> HiggsV3Model:
+    """The model of `load_base` on the meta device: names and shapes, no weight."""
+    return _without_memory(config).to(DTYPES[dtype])
+
+
 def load_base(
     folder: Path, config: HiggsV3Config, dtype: str, *, quantize_on: torch.device | None = None
 ) -> HiggsV3Model:

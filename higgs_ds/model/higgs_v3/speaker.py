@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from ...codec.base import Codec, check_fits
 from ...data.chatml import Turn
@@ -27,21 +30,36 @@ SAMPLERS = {"greedy": Sampling(), "boson": Sampling(0.8, 30, 0.8), "served": Sam
 
 
 class Speaker:
-    """See `speech.Speaker`."""
+    """A model and a codec, ready to speak; see `speech.Speaker`."""
 
     samplers: Mapping[str, Sampling] = SAMPLERS
     stop_rules: tuple[str, ...] = STOP_RULES
 
-    def __init__(
-        self,
+    def __init__(self, model: nn.Module, base: BaseCheckpoint, codec: Codec, device: torch.device):
+        """
+        Args:
+            model: a `HiggsV3Model`, with LoRA or merged, on `device`; in training too.
+
+        Raises:
+            ConfigError: a codec of another model.
+        """
+        check_fits(codec, base.spec.num_codebooks, base.spec.codebook_size)
+        self.model: Any = model
+        self.spec, self.tokenizer = base.spec, base.tokenizer
+        self.codec, self.device = codec, device
+
+    @classmethod
+    def load(
+        cls,
         base: BaseCheckpoint,
         adapter: str | None,
         codec: Codec,
         *,
         dtype: str | None = None,
         other_base: bool = False,
-    ):
-        """
+    ) -> Speaker:
+        """Of a base checkpoint, an adapter, and a codec.
+
         Args:
             dtype: what the model computes in; None is bf16 on a GPU and fp32 on the CPU.
 
@@ -49,29 +67,28 @@ class Speaker:
             ConfigError: no usable GPU unless DS_ACCELERATOR=cpu; a codec of another model; an adapter that does not
                 fit the base one to one, or, without `other_base`, was trained on another; NaN or infinite weights.
         """
-        self.device = pick_device()
-        take_device(self.device)
-        self.dtype = dtype or default_dtype(self.device)
-        self.spec, self.tokenizer = base.spec, base.tokenizer
+        device = pick_device()
+        take_device(device)
+        dtype = dtype or default_dtype(device)
         weights = None
         if adapter is not None:
             lora = read_adapter_config(Path(adapter))
             if not other_base:
                 check_base(lora, base.name, base.revision)
             weights = read_adapter(Path(adapter), adaptable_modules(base.config), lora)
-        check_fits(codec, self.spec.num_codebooks, self.spec.codebook_size)
+        check_fits(codec, base.spec.num_codebooks, base.spec.codebook_size)
         codec.build()  # what is wrong with it is said before the base is loaded
-        self.codec = codec
-        model = load_base(base.folder, base.config, self.dtype)
+        model: Any = load_base(base.folder, base.config, dtype)
         if weights is not None:
             model = attach_adapter(model, weights).merge_and_unload()
-        self.model = model.to(self.device).eval()
-        broken = [name for name, value in self.model.state_dict().items() if not all_finite(value)]
+        model = model.to(device).eval()
+        broken = [name for name, value in model.state_dict().items() if not all_finite(value)]
         if broken:
             more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
             adapted = f" with {adapter}" if adapter else ""
             where = f"{base.flag}: {base.folder}{adapted}: {broken[0]}{more}"
-            raise ConfigError([f"{where} holds NaN or infinity in {self.dtype}"])
+            raise ConfigError([f"{where} holds NaN or infinity in {dtype}"])
+        return cls(model, base, codec, device)
 
     @torch.no_grad()
     def speak(
@@ -111,8 +128,7 @@ class Speaker:
         logits = self.model.go_on(ids, None, cache)
         for more in reversed(range(sampling.max_new_tokens)):
             if not all_finite(logits * 1000):  # a temperature of 0.001 is the lowest that divides them
-                hint = "the weights are broken" if self.dtype == "fp32" else "--dtype fp32 may hold it"
-                raise ConfigError([f"--dtype: the model computes NaN or infinity in {self.dtype}; {hint}"])
+                raise ConfigError(["--dtype: the model computes NaN or infinity; fp32 may hold it"])
             row = answer.add(logits, choose)
             if answer.ended or not more:
                 break
@@ -122,6 +138,14 @@ class Speaker:
     def decode(self, codes: np.ndarray) -> np.ndarray:
         """Waveform of codes, float32 [samples]; ids that the codec does not know are taken as its last."""
         return self.codec.decode(np.minimum(codes, self.codec.codebook_size - 1))
+
+    def sample(
+        self, turns: Sequence[Turn], context: Sequence[np.ndarray], *, most_frames: int, seed: int
+    ) -> tuple[np.ndarray | None, bool]:
+        """An answer by Boson's own sampler: codes int16 [codebooks, frames], and whether it ended by itself."""
+        sampling = replace(SAMPLERS["boson"], seed=seed, max_new_tokens=most_frames + self.spec.num_codebooks)
+        answer = self.speak(turns, context, sampling)
+        return answer.codes, answer.ended
 
 
 def chooser(sampling: Sampling, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:

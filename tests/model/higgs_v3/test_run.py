@@ -30,6 +30,7 @@ def runs(v3_dir, flags_of, forks, tmp_path_factory):
         found[stage] = folder / f"zero{stage}"
         settings = {"base_ckpt": v3_dir, "max_steps": 3, "dtype": "fp32", "lora_dropout": 0.0, "lr": 1e-3}
         settings |= {"train_audio_embeddings": "true", "activation_checkpointing": "2", "reference_rate": 0.5}
+        settings |= {"sample_count": 1, "val_manifest": SPEECH.with_name("val.jsonl")}
         flags = flags_of(found[stage], deepspeed_config=f"ds_configs/zero{stage}.json", **settings)
         assert_all(forks.run(flags, 2))
     return found
@@ -47,6 +48,7 @@ def test_the_stages_train_the_same_and_the_table_as_one_tensor(runs, v3_dir):
     table = first[f"base_model.model.{TABLE}.weight"]
     moved = (table - base[f"{TABLE}.weight"].float()).abs()
     assert moved.max() > 1e-4 and (moved.amax(1) > 0).float().mean() > 0.1
+    assert list(two.glob("samples/**/*.wav"))  # spoken while it was trained
     card = (two / "adapter/README.md").read_text()
     assert DERIVED in card and NOTICE in card and "Higgs TTS 3" not in card.split("\n## Licence")[0]
 

@@ -8,7 +8,6 @@ it takes the place of the clip's placeholder, and the forward embeds it as the t
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -32,7 +31,6 @@ _TAGS = {
     "expressive_high expressive_low",
 }
 CONTROL_TAGS = tuple(f"<|{kind}:{name}|>" for kind, names in _TAGS.items() for name in names.split())
-_LIKE_A_TAG = re.compile(r"<\|[A-Za-z_]+:[^|<>\s]*\|>")
 
 
 class UnsayableError(ConfigError):
@@ -126,11 +124,6 @@ def tokenize(
         input_ids += audio
         label_ids += audio if learned else [IGNORE]
     return input_ids, label_ids, [clip for clip in (said.reference, said.clip) if clip is not None]
-
-
-def unknown_tags(text: str) -> list[str]:
-    """Parts of a text that look like control tags and are none: the model reads them aloud."""
-    return [found for found in _LIKE_A_TAG.findall(text) if found not in CONTROL_TAGS]
 
 
 def delayed(codes: torch.Tensor, before: int, behind: int) -> torch.Tensor:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
 from higgs_ds.data.chatml import AudioRef, Turn, speech_messages
+from higgs_ds.data.controls import control_tokens, find_control, without_tags
+from higgs_ds.data.manifest import Manifest
 from higgs_ds.errors import ConfigError
-from higgs_ds.model.higgs_v3.prompt import CONTROL_TAGS, tokenize, undelayed, unknown_tags
+from higgs_ds.model.higgs_v3.prompt import CONTROL_TAGS, tokenize, undelayed
+from tests.conftest import SPEECH
 
 CLIP, REF = AudioRef(Path("/a.wav")), AudioRef(Path("/b.wav"))
+CLIPS = sorted(SPEECH.parent.rglob("*.wav")) + sorted(SPEECH.parent.rglob("*.flac"))
 B, E = 1024, 1025
 
 
@@ -61,10 +66,20 @@ def test_every_control_tag_is_one_token_and_an_unknown_one_is_text(v3_base):
 
     assert len(set(CONTROL_TAGS)) == 43 and all(len(encode(tag)) == 1 for tag in CONTROL_TAGS)
     assert len(encode("<|sfx:laughter|>Haha")) == 5
-    assert unknown_tags("<|sfx:laughter|>Ha <|sfx:laugh|> a <|b|> <|emotion:joy|>") == [
-        "<|sfx:laugh|>",
-        "<|emotion:joy|>",
-    ]
+    controls = control_tokens(v3_base.tokenizer)
+    text = "<|sfx:laughter|>Ha <|sfx:laugh|>, <|prosody:pause|>then"
+    assert find_control(text, controls) is None and without_tags(text, controls) == "Ha <|sfx:laugh|>, then"
+    assert find_control("a <|ref_audio|>", controls).startswith("holds <|ref_audio|>")
+
+
+def test_a_tag_that_the_model_does_not_know_is_warned_of_and_others_are_not(v3_base, tmp_path):
+    rows = [{"text": text, "audio": str(CLIPS[0])} for text in ("<|style:singing|>La.", "<|style:humming|>Hm.")]
+    manifest = tmp_path / "rows.jsonl"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read = Manifest(str(manifest), controls=control_tokens(v3_base.tokenizer))
+    assert [read.check(number)[1] for number in range(2)] == [[], []]
+    (warning,) = read._rules.texts.warnings("rows.jsonl")
+    assert "<|style:humming|>" in warning.problem and "1 row" in warning.problem
 
 
 def test_three_frames_are_ten_rows_behind_the_text_token(v3_base):

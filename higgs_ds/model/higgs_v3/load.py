@@ -67,7 +67,8 @@ def _prompt_ids(folder: Path, tokenizer: PreTrainedTokenizerFast, config: HiggsV
     """
     problems, ids = [], {}
     for token in PROMPT_TOKENS:
-        encoded = tokenizer.encode(token, add_special_tokens=False)
+        with reading(f"{flag}: {folder / 'tokenizer.json'} cannot encode {token}"):
+            encoded = tokenizer.encode(token, add_special_tokens=False)
         ids[token] = encoded[0] if encoded else 0
         if len(encoded) != 1:
             problems.append(f"its tokenizer cuts {token} into {len(encoded)} tokens; it must be one special token")

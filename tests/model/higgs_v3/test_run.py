@@ -89,6 +89,16 @@ def test_reproduce_knows_both_servers_rules_and_no_others(runs, v3_dir, codec_di
     assert "--stop" in capsys.readouterr().err
 
 
+def test_judge_speaks_by_the_familys_own_rules(v3_dir, codec_dir, tmp_path, capsys):
+    flags = ["judge", "--base_ckpt", str(v3_dir), "--codec", str(codec_dir), "--manifest", str(SPEECH), "--count", "1"]
+    flags += ["--words", "none", "--voice", "none", "--sound", "none", "--max_new_tokens", "20", "--output_dir"]
+    assert main([*flags, str(tmp_path / "a"), "--sampler", "greedy", "served"]) == 0
+    names = {json.loads(line)["set"] for line in (tmp_path / "a/judged.jsonl").read_text().splitlines()}
+    assert {name.rsplit(", ", 1)[0] for name in names if ", " in name} == {"greedy, sglang", "served, sglang"}
+    assert main([*flags, str(tmp_path / "b"), "--sampler", "greedy", "--stop", "boson"]) == 2
+    assert "--stop: boson is no rule" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [

@@ -94,6 +94,7 @@ def load_corpus(
         audio_track=data.audio_track,
         controls=control_tokens(base.tokenizer),
         prompt_style=data.prompt_style,
+        problem_of=lambda row: spec.problem_of(row.messages, row.start_index),
         faults_dir=Path(config.run.output_dir or codes_folder(config)),
         outcome=outcome,
     )

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Set-up, then the main job on CPU: a small model learns to speak real recordings under DeepSpeed, and speaks them.
 #   bash launch/quickstart.sh [--ranks N] [--stage 0|1|2|3] [--output_dir DIR] [--base_dtype nf4]
+#       [--family v2|v3]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-ranks=2 stage=2 output_dir=runs/quickstart base_dtype=none
-usage() { echo "usage: bash launch/quickstart.sh [--ranks N] [--stage 0|1|2|3] [--output_dir DIR] [--base_dtype nf4]" >&2; exit 2; }
+ranks=2 stage=2 output_dir=runs/quickstart base_dtype=none family=v2
+usage() { echo "usage: bash launch/quickstart.sh [--ranks N] [--stage 0|1|2|3] [--output_dir DIR] [--base_dtype nf4] [--family v2|v3]" >&2; exit 2; }
 while [ $# -gt 0 ]; do
   [ $# -ge 2 ] || usage
   case "$1" in
@@ -12,11 +13,13 @@ while [ $# -gt 0 ]; do
     --stage) stage=$2 ;;
     --output_dir) output_dir=$2 ;;
     --base_dtype) base_dtype=$2 ;;
+    --family) family=$2 ;;
     *) echo "unknown flag: $1" >&2; usage ;;
   esac
   shift 2
 done
 [[ "$stage" =~ ^[0-3]$ ]] || { echo "--stage: $stage is not a ZeRO stage (0 to 3)" >&2; exit 2; }
+[[ "$family" =~ ^v[23]$ ]] || { echo "--family: $family is not v2 or v3" >&2; exit 2; }
 [[ "$ranks" =~ ^[1-8]$ ]] || { echo "--ranks: $ranks is not 1 to 8" >&2; exit 2; }
 source launch/setup.sh
 
@@ -32,7 +35,7 @@ started=$SECONDS
 step() { echo; echo "== $* ($((SECONDS - started)) s)"; }
 
 step "1/4 a small random base checkpoint"
-"$PYTHON" -m higgs_ds tiny --output_dir "$output_dir/base"
+"$PYTHON" -m higgs_ds tiny --output_dir "$output_dir/base" --family "$family"
 
 step "2/4 the sample codec, fitted on the shipped speech"
 "$PYTHON" -m higgs_ds sample-codec --train_manifest "$speech" --output_dir "$output_dir/codec"
@@ -45,7 +48,7 @@ deepspeed --num_accelerators "$ranks" --master_port "$port" train_ds.py \
   --base_ckpt "$output_dir/base" --batch_size $(( ranks < 8 ? 8 / ranks : 1 )) --output_dir "$output_dir" \
   --base_dtype "$base_dtype"
 
-step "4/4 every training sentence, spoken by upstream's own generate"
+step "4/4 every training sentence, spoken and compared"
 "$PYTHON" -m higgs_ds reproduce --base_ckpt "$output_dir/base" --adapter "$output_dir/adapter" \
   --codec "$output_dir/codec" --train_manifest "$speech" --output_dir "$output_dir/speech"
 

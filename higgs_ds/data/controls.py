@@ -15,8 +15,10 @@ _FAMILY = (
     "begin_of_text end_of_text start_header_id end_header_id eom_id eot_id audio_bos audio_eos audio_out_bos AUDIO "
     "AUDIO_OUT recipient scene_desc_start scene_desc_end generation_instruction_start generation_instruction_end"
 ).split()
-# Sound tags are special tokens too, and are meant to stand in a text: <SE>[Laughter]</SE>, <SE_s>, <SE_e>.
+# Sound tags are special tokens too, and are meant to stand in a text: <SE>[Laughter]</SE>, <SE_s>, <SE_e>. So are
+# Higgs TTS 3's tags of sound and delivery, such as <|sfx:laughter|>.
 _SOUND_TAG = re.compile(r"</?SE(_[A-Za-z]+)?>|\[[^\[\]]*\]")
+_TAG = re.compile(r"<\|(emotion|style|sfx|prosody):\w+\|>")
 
 DEFAULT_CONTROLS = re.compile(
     "|".join(re.escape(f"<|{name}|>") for name in _FAMILY) + r"|<\|reserved_special_token_\d+\|>"
@@ -24,12 +26,24 @@ DEFAULT_CONTROLS = re.compile(
 
 
 def control_tokens(tokenizer) -> re.Pattern[str]:
-    """Pattern of `find_control`: every special token of a tokenizer but its sound tags, and the placeholders."""
+    """Pattern of `find_control`: every special token of a tokenizer but its sound tags, and the placeholders.
+
+    Tags such as `<|sfx:laughter|>` are its group `tag`, which a text may hold.
+    """
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
     special = {token.content for token in added if token.special or re.fullmatch(r"<\|.*\|>", token.content)}
     special.update(getattr(tokenizer, "all_special_tokens", ()), AUDIO_PLACEHOLDERS)
     tokens = sorted((t for t in special if t and not _SOUND_TAG.fullmatch(t)), key=lambda t: (-len(t), t))
-    return re.compile("|".join(map(re.escape, tokens)))
+    tags = [token for token in tokens if _TAG.fullmatch(token)]
+    pattern = "|".join(re.escape(token) for token in tokens if token not in tags)
+    return re.compile(f"{pattern}|(?P<tag>{'|'.join(map(re.escape, tags))})" if tags else pattern)
+
+
+def without_tags(text: str, controls: re.Pattern[str]) -> str:
+    """A text without the tags that the model knows, which nobody reads aloud."""
+    if "<|" not in text:
+        return text
+    return controls.sub(lambda found: "" if found.lastgroup == "tag" else found[0], text)
 
 
 def find_control(text: str, controls: re.Pattern[str], *, markup: bool = False) -> str | None:
@@ -38,6 +52,8 @@ def find_control(text: str, controls: re.Pattern[str], *, markup: bool = False) 
         return None
     for found in controls.finditer(text):
         token = found[0]
+        if found.lastgroup == "tag":
+            continue
         if token in AUDIO_PLACEHOLDERS:
             return f"holds {token}, which stands for a clip; give clips as audio content"
         if not (markup and token in MARKUP):

@@ -55,6 +55,7 @@ class RowOptions:
     audio_track: int | None = None
     controls: re.Pattern[str] = DEFAULT_CONTROLS  # tokens that no text may hold; see `controls.control_tokens`
     prompt_style: str = SERVED  # of speech rows; see `chatml.speech_messages`
+    problem_of: Callable[[Row], str | None] = lambda row: None  # what the model's family cannot say of a row
     faults_dir: Path | None = None  # where all faults and warnings go, as `faults.jsonl`
     outcome: str = "nothing was trained (--skip_bad_rows trains without them)"  # a list of faults ends with it
 
@@ -232,7 +233,9 @@ class _Loader:
         for number in _share(chunk, self._ranks.rank, self._ranks.world_size):
             row, found = manifest.check(number)
             faults += found
-            if row is not None:
+            if row is not None and (problem := self._options.problem_of(row)):
+                faults.append(row.fault("row", problem))
+            elif row is not None:
                 rows.append(row)
                 numbers.append(number)
             self._on_progress()

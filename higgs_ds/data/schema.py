@@ -31,7 +31,7 @@ from ..errors import shown
 from .chatml import MIX, SERVED, AudioRef, Row, Turn, speech_messages
 from .clip_paths import URL, ClipPaths
 from .columns import ITEM_FIELDS, Reading, member, reading, unread_name, weighty_misspelling
-from .controls import DEFAULT_CONTROLS, find_control
+from .controls import DEFAULT_CONTROLS, find_control, without_tags
 from .faults import Fault
 from .foreign import import_command
 from .text_findings import TextFindings
@@ -98,7 +98,9 @@ def read_row(value: Any, rules: Rules, line: int, element: int = -1) -> tuple[Ro
         for name, problem in _own_reference(row) if row is not None else ():
             told(name, problem)
         if row is not None and not faults and (said := row.target()) is not None:
-            rules.texts.look(said[0], value[read.column["text"]] if row.is_speech else said[0], (line, element))
+            given = value[read.column["text"]] if row.is_speech else said[0]
+            text, given = (without_tags(one, rules.controls) for one in (said[0], given))
+            rules.texts.look(text, given, (line, element))
     return (None, faults) if faults else (row, [])
 
 

@@ -8,9 +8,14 @@ from .base import BaseCheckpoint, locate_checkpoint
 from .family import Family
 from .files.config_values import read_json
 from .higgs_v2.family import HiggsV2
+from .higgs_v3.family import HiggsV3
 
 HIGGS_V2 = HiggsV2()
-FAMILIES: dict[str, Family] = {"higgs_audio": HIGGS_V2, "higgs_audio_v2": HIGGS_V2}  # Boson's and transformers' name
+FAMILIES: dict[str, Family] = {
+    "higgs_audio": HIGGS_V2,  # Boson's name
+    "higgs_audio_v2": HIGGS_V2,  # and transformers'
+    "higgs_multimodal_qwen3": HiggsV3(),
+}
 
 
 def open_base(name_or_path: str, revision: str | None = None, flag: str = "--base_ckpt") -> BaseCheckpoint:

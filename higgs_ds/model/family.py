@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from ..errors import ConfigError
+from .files.adapter_names import names_layer
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -64,9 +65,10 @@ class ModuleNames:
 
     def options_of(self, whole: Collection[str]) -> tuple[bool, str]:
         """--train_audio_embeddings and --train_heads, from the modules that were trained whole; the way back."""
-        names = {name.rsplit(".", 1)[-1] for name in whole}
-        heads = next(value for value, modules in self.heads.items() if set(modules) == names - {self.embeddings})
-        return self.embeddings in names, heads
+        embeddings = {name for name in whole if names_layer(self.embeddings, name)}
+        names = {name.rsplit(".", 1)[-1] for name in whole if name not in embeddings}
+        heads = next(value for value, modules in self.heads.items() if set(modules) == names)
+        return bool(embeddings), heads
 
 
 class Adaptable(NamedTuple):

@@ -57,6 +57,10 @@ class ModelSpec(ABC):
         attention = 2 * self.hidden_size * self.head_dim * (self.num_heads + self.num_key_value_heads)
         return attention + self.num_ffns * 3 * self.hidden_size * self.ffn_size
 
+    def problem_of(self, messages: Sequence[Turn], start_index: int | None) -> str | None:
+        """Says what of a row this family has no words for; None for nothing."""
+        return None
+
     @abstractmethod
     def tokenize(
         self, messages: Sequence[Turn], start_index: int | None, tokenizer: Any

@@ -18,6 +18,8 @@ import jinja2
 from ..data.chatml import SYSTEM_PROMPT, AudioRef, Row
 from ..errors import ConfigError
 from ..model.higgs_v2.layouts import TRANSFORMERS
+from ..model.higgs_v3.family import LAYOUT as NATIVE
+from ..model.higgs_v3.licence import DERIVED, NOTICE
 from ..model.voice_record import PROMPT_DETAILS
 from ..options.sections import revision_of
 from ..process import loss_text
@@ -73,7 +75,9 @@ def _card(
     details |= {"codec": codec, "codec_folder": codec_folder, "codec_revision": revision_of(codec, codec_revision)}
     details |= {"codec_flags": codec_flags, "is_served": _is_served(codec), "layout": layout}
     details |= {"place": str(folder.resolve()), "speak": SPEAK, "system_prompt": SYSTEM_PROMPT}
-    return _templates().get_template(f"{template}.md.j2").render(details)
+    details |= {"derived": DERIVED, "notice": NOTICE}
+    name = f"{template}_v3.md.j2" if layout == NATIVE else f"{template}.md.j2"
+    return _templates().get_template(name).render(details)
 
 
 @cache

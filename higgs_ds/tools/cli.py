@@ -70,6 +70,8 @@ def build_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(required=True, metavar="VERB")
 
     tiny = verbs.add_parser("tiny", help="write a small, randomly initialised base checkpoint for trying things out")
+    family_help = "model family: v2 is Higgs Audio v2 (default), v3 Higgs TTS 3"
+    tiny.add_argument("--family", choices=("v2", "v3"), default="v2", help=family_help)
     tiny.set_defaults(verb=_tiny)
     codec = verbs.add_parser("sample-codec", help="fit the sample codec to the clips of a manifest")
     codec.add_argument("--train_manifest", type=flag_types.name, required=True, metavar="FILE", help="names the clips")
@@ -155,7 +157,10 @@ def _describe_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _tiny(args) -> int:
-    from ..model.higgs_v2.tiny import write_tiny
+    if args.family == "v3":
+        from ..model.higgs_v3.tiny import write_tiny
+    else:
+        from ..model.higgs_v2.tiny import write_tiny
 
     writable_folder(args.output_dir)
     with writing(f"--output_dir: {args.output_dir}"):

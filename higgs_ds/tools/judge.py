@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .judge_texts import Asked, Made
 
 REFERENCES = ("row", "none", "speaker", "clip")
-STOP_RULES = ("boson", "transformers", "vllm")
+STOP_RULES = ("boson", "transformers", "vllm", "sglang")
 WORDS, VOICE = "openai/whisper-large-v3-turbo", "microsoft/wavlm-base-plus-sv"
 CODEC, CLIPS = "codec", "clips"
 
@@ -59,7 +59,7 @@ def add_judge(verbs) -> None:
     add("--ref_audio", type=flag_types.path, metavar="FILE", help="clip of the voice to clone; needs --ref_text")
     add("--ref_text", help="transcript of --ref_audio")
     add("--sampler", nargs="+", choices=flags.SAMPLERS, default=["greedy"], help="as in generate (default: greedy)")
-    add("--stop", nargs="+", choices=STOP_RULES, default=["boson"], help="stop rules, for greedy (default: boson)")
+    add("--stop", nargs="+", choices=STOP_RULES, help="stop rules, for greedy (default: boson; Higgs TTS 3: sglang)")
     add("--seed", type=number(int, 0, (1 << 63) - 1), help="random seed of the samplers")
     tokens_help = "longest answer, in tokens (default: 1024)"
     add("--max_new_tokens", type=number(int, 1, flags.MOST_TOKENS), help=tokens_help)
@@ -124,8 +124,8 @@ def _check_flags(args: argparse.Namespace) -> str:
     flags.check_flags(argparse.Namespace(**{**vars(args), "sampler": None}))
     args.base_ckpt = args.base_ckpt if args.merged else args.base_ckpt or DEFAULT_BASE
     args.reference = list(dict.fromkeys(args.reference or ["clip" if args.ref_audio else "row"]))
-    args.sampler, args.stop = list(dict.fromkeys(args.sampler)), list(dict.fromkeys(args.stop))
-    if "greedy" not in args.sampler and args.stop != ["boson"]:
+    args.sampler, args.stop = list(dict.fromkeys(args.sampler)), list(dict.fromkeys(args.stop or ()))
+    if "greedy" not in args.sampler and args.stop not in ([], ["boson"], ["sglang"]):
         problems.append("--stop: stop rules are compared with greedy decoding; leave it out, or add --sampler greedy")
     if ("clip" in args.reference) != (args.ref_audio is not None):
         problems.append("--reference clip, --ref_audio: one needs the other")

@@ -9,12 +9,13 @@ from pathlib import Path
 
 from ..data.audio import read_audio, write_wav
 from ..data.chatml import AudioRef, Turn, speech_messages
+from ..errors import ConfigError
 from ..judges.clips import Sentence
 from ..model.speech import Answer, Sampling, Speaker
 from ..process import say
 from .judge_texts import Asked, Made
 
-GREEDY, BOSON = "greedy", "boson"
+GREEDY = "greedy"
 
 
 def prompt_of(sentence: Sentence, reference: str, asked: Asked, args: argparse.Namespace, style: str) -> list[Turn]:
@@ -38,11 +39,14 @@ def speak_all(
 ) -> dict[str, list[Made]]:
     """The sentences by set, `sampler, stop rule, reference`, written to a folder of that name. Raises OSError."""
     spoken: dict[str, list[Made]] = {}
+    asked_for = args.stop or [speaker.stop_rules[0]]
+    if strange := [rule for rule in asked_for if rule not in speaker.stop_rules]:
+        raise ConfigError([f"--stop: {strange[0]} is no rule of this model, expected {', '.join(speaker.stop_rules)}"])
     given = {name: value for name in ("seed", "max_new_tokens") if (value := getattr(args, name)) is not None}
     for reference in args.reference:
         for sampler in args.sampler:
             sampling = dataclasses.replace(speaker.samplers[sampler], **given)
-            rules = args.stop if sampler == GREEDY else [BOSON]
+            rules = asked_for if sampler == GREEDY else [speaker.stop_rules[0]]
             say(f"speaking {len(asked.sentences)} texts: {sampler}, {', '.join(rules)}, reference {reference}")
             for number, sentence in enumerate(asked.sentences, 1):
                 turns = prompt_of(sentence, reference, asked, args, style)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from ..errors import ConfigError, ExitCode
 from ..files import filling, writing
 from ..model.higgs_v2.layouts import LAYOUTS, TRANSFORMERS
+from ..model.higgs_v3.family import LAYOUT as NATIVE
 from ..options.sections import DEFAULT_BASE, DEFAULT_CODEC
 from ..process import say
 from . import flag_types
@@ -26,7 +27,8 @@ def add_merge(verbs) -> None:
     parser.add_argument("--adapter", type=flag_types.path, metavar="DIR", help="LoRA adapter (default: none)")
     folder_help = "new or empty folder for the checkpoint"
     parser.add_argument("--output_dir", type=flag_types.path, required=True, metavar="DIR", help=folder_help)
-    parser.add_argument("--layout", choices=LAYOUTS, required=True, help="the library that will load the checkpoint")
+    layout_help = "the library that will load the checkpoint; Higgs TTS 3 has one layout, native, and needs no flag"
+    parser.add_argument("--layout", choices=(*LAYOUTS, NATIVE), help=layout_help)
     parser.add_argument("--dtype", choices=flag_types.DTYPES, help="data type of the weights (default: as in the base)")
     codec_help = "audio tokenizer to load with the checkpoint: hub id, or folder in the same layout"
     parser.add_argument("--codec", type=flag_types.name, default=DEFAULT_CODEC, help=codec_help)
@@ -58,6 +60,7 @@ def run_merge(args: argparse.Namespace) -> int:
     if lora and not args.other_base:
         check_base(lora, args.base_ckpt, args.base_revision)
     _, family = _family_for(args.layout, args.base_ckpt, args.base_revision)
+    args.layout = args.layout or family.layouts[0]
     family.check_codec(args.codec, args.layout)  # before the base's weights are downloaded
     base = open_base(args.base_ckpt, args.base_revision)
     adapter = read_adapter(args.adapter, family.adaptable_modules(base.config), lora) if lora else None
@@ -83,14 +86,16 @@ def run_merge(args: argparse.Namespace) -> int:
     return ExitCode.OK
 
 
-def _family_for(layout: str, base_name: str, revision: str | None) -> tuple[Path, Family]:
+def _family_for(layout: str | None, base_name: str, revision: str | None) -> tuple[Path, Family]:
     """The folder of a base, without its weights, and its family. Raises ConfigError where that has no such layout."""
     from ..model.base import locate_checkpoint
     from ..model.families import family_at
 
     folder = locate_checkpoint(base_name, revision, weights=False)
     family = family_at(folder)
-    if layout not in family.layouts:
+    if layout is None and len(family.layouts) > 1:
+        raise ConfigError([f"--layout: is required for {base_name}: {' or '.join(family.layouts)}"])
+    if layout is not None and layout not in family.layouts:
         raise ConfigError([f"--layout: {layout} is no layout of {base_name}, expected {' or '.join(family.layouts)}"])
     return folder, family
 

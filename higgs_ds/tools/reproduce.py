@@ -24,7 +24,7 @@ from .outputs import writable_folder
 if TYPE_CHECKING:
     from ..model.speech import Answer, Sampling, Speaker
 
-STOP_RULES = ("boson", "transformers", "vllm")
+STOP_RULES = ("boson", "transformers", "vllm", "sglang")
 RESULTS = "recital.json"
 
 
@@ -41,7 +41,8 @@ def add_reproduce(verbs) -> None:
     parser.add_argument("--output_dir", type=flag_types.path, required=True, metavar="DIR", help=dir_help)
     stop_help = (
         "stop rules: a clip ends at the end token of codebook 0 (vllm), of any codebook (transformers), or of the "
-        "lowest codebook with one (boson). Default: all three in turn; with a sampler, boson"
+        "lowest codebook with one (boson). Default: all three in turn; with a sampler, boson. Higgs TTS 3 has "
+        "sglang and vllm, as its two servers end a clip"
     )
     parser.add_argument("--stop", nargs="+", choices=STOP_RULES, help=stop_help)
     parser.add_argument("--overwrite", action="store_true", help="overwrite earlier results in --output_dir")
@@ -57,8 +58,9 @@ def run_reproduce(args: argparse.Namespace) -> int:
     flags.check_flags(args)
     sampled = bool(args.temperature or (args.sampler or "greedy") != "greedy")
     rules = list(dict.fromkeys(args.stop or ()))
-    if sampled and rules not in ([], ["boson"]):
-        raise ConfigError(["--stop: rules are compared with greedy decoding; leave the sampler out, or take boson"])
+    if sampled and rules not in ([], ["boson"], ["sglang"]):
+        take = "take boson, or sglang for Higgs TTS 3"
+        raise ConfigError([f"--stop: rules are compared with greedy decoding; leave the sampler out, or {take}"])
     ref = flags.reference_clip(args)
     earlier = [*sorted(args.output_dir.glob("*.spoken.wav")), args.output_dir / RESULTS]
     flags.keep_existing("--output_dir", earlier, args)

@@ -21,6 +21,8 @@ from transformers import (
     HiggsAudioV2ForConditionalGeneration,
     HiggsAudioV2TokenizerConfig,
     HiggsAudioV2TokenizerModel,
+    Qwen3Config,
+    Qwen3Model,
 )
 
 warnings.simplefilter("ignore")
@@ -151,6 +153,55 @@ def encode(folder, waveform, output):
     with torch.no_grad():
         codes = codec.encode(samples[None, None]).audio_codes[0]
     save_file({"codes": codes.contiguous()}, output)
+
+
+def higgs_v3(folder, lora, scale, prompts, codes, output):
+    """Higgs TTS 3 by transformers' Qwen3 on embedded rows and one product with the table of codes.
+
+    Args:
+        lora: file of the factors A and B by PEFT's names; `scale` is the factor of their product.
+        prompts: token ids of each sequence up to `<|audio|>`; -100 stands for a row of its reference's codes.
+        codes: file of each sequence's clips by "<sequence>.target" and "<sequence>.reference", [codebooks, frames].
+        output: file of the logits of every predicted row, each codebook's sum of cross-entropy, and the gradients of A
+            and B in the sum of them all.
+    """
+    with open(os.path.join(folder, "config.json")) as file:
+        model = Qwen3Model(Qwen3Config(**json.load(file)["text_config"])).float().eval()
+    stored = {name: value.float() for name, value in load_file(os.path.join(folder, "model.safetensors")).items()}
+    table = stored["tied.embedding.modality_embeddings.0.embedding.weight"]
+    embedding = stored["tied.embedding.text_embedding.weight"]
+    factors = {name: value.requires_grad_() for name, value in load_file(lora).items()}
+    weights = {}
+    for name in model.state_dict():
+        weights[name] = stored[f"body.{name}"] if name != "embed_tokens.weight" else embedding
+        a, b = (factors.get(f"base_model.model.body.{name[:-7]}.lora_{part}.weight") for part in "AB")
+        if a is not None:
+            weights[name] = weights[name] + scale * b @ a
+    clips, found, sums = load_file(codes), {}, 0.0
+
+    def delayed(clip):
+        frames = clip.shape[1]
+        return [
+            [1024 if row < c else 1025 if row >= c + frames else int(clip[c, row - c]) for c in range(8)]
+            for row in range(frames + 7)
+        ]
+
+    def embedded(row):
+        return sum(table[1026 * c + code] for c, code in enumerate(row))
+
+    for number, ids in enumerate(prompts):
+        reference = iter(delayed(clips[f"{number}.reference"])) if -100 in ids else iter(())
+        rows = [embedded(next(reference)) if token == -100 else embedding[token] for token in ids]
+        target = delayed(clips[f"{number}.target"])
+        inputs = torch.stack([*rows, *map(embedded, target[:-1])])[None]
+        hidden = torch.func.functional_call(model, weights, (), {"inputs_embeds": inputs}).last_hidden_state[0]
+        logits = torch.nn.functional.linear(hidden[len(ids) - 1 :], table).view(len(target), 8, 1026)
+        labels = torch.tensor(target)
+        losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+        sums = sums + (losses.view(labels.shape) * (labels != 1024)).sum(0)
+        found[f"{number}.logits"] = logits.detach().contiguous()
+    sums.sum().backward()
+    save_file(found | {"sums": sums.detach()} | {name: value.grad for name, value in factors.items()}, output)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from higgs_ds.data.audio import read_audio, write_wav
 from higgs_ds.data.manifest import read_manifest
 from higgs_ds.model.higgs_v2 import speaker as speaking
 from higgs_ds.model.higgs_v2 import stop_rules
+from higgs_ds.model.higgs_v3 import stop_rules as v3_stop_rules
 from higgs_ds.tools import judge as judge_cli
 from higgs_ds.tools.cli import main
 from tests.conftest import SPEECH
@@ -220,5 +221,5 @@ def test_wrong_flags_are_one_line_before_anything_is_loaded(
 def test_the_names_that_the_parser_knows_are_those_that_there_are():
     from higgs_ds.judges import recognisers, voice
 
-    assert judge_cli.STOP_RULES == stop_rules.STOP_RULES
+    assert tuple(dict.fromkeys((*stop_rules.STOP_RULES, *v3_stop_rules.STOP_RULES))) == judge_cli.STOP_RULES
     assert (judge_cli.WORDS, judge_cli.VOICE) == (recognisers.WHISPER, voice.WAVLM)

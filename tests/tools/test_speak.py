@@ -15,6 +15,7 @@ from higgs_ds.model.higgs_v2 import speaker as speaking
 from higgs_ds.model.higgs_v2 import stop_rules
 from higgs_ds.model.higgs_v2.checkpoint import open_base
 from higgs_ds.model.higgs_v2.speaker import Speaker
+from higgs_ds.model.higgs_v3 import speaker as v3_speaker
 from higgs_ds.model.speech import Sampling
 from higgs_ds.options.sections import BASE_NAMES
 from higgs_ds.tools import reproduce, speak_flags
@@ -53,7 +54,8 @@ def nothing_loads(monkeypatch):
 
 
 def test_the_names_that_the_parser_knows_are_those_that_there_are():
-    assert tuple(speaking.SAMPLERS) == speak_flags.SAMPLERS and reproduce.STOP_RULES == stop_rules.STOP_RULES
+    assert tuple(speaking.SAMPLERS) == tuple(v3_speaker.SAMPLERS) == speak_flags.SAMPLERS
+    assert tuple(dict.fromkeys((*stop_rules.STOP_RULES, *v3_speaker.STOP_RULES))) == reproduce.STOP_RULES
 
 
 @pytest.mark.parametrize(

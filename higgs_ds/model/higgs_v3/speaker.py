@@ -1,0 +1,170 @@
+"""Speaking with Higgs TTS 3: the training model's own layers with kept keys and values, and the servers' stop rules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ...codec.base import Codec, check_fits
+from ...data.chatml import Turn
+from ...distributed.device import pick_device, take_device
+from ...errors import ConfigError
+from ..base import BaseCheckpoint
+from ..files.adapter_file import check_base, read_adapter, read_adapter_config
+from ..files.weight_files import all_finite
+from ..lora import attach_adapter
+from ..speech import Answer, Sampling, default_dtype
+from .layers import Cache
+from .load import adaptable_modules, load_base
+from .prompt import AUDIO, delayed, tokenize
+from .stop_rules import SGLANG, STOP_RULES, Rows
+
+# boson: Boson's own recommendation, as sglang-omni's speech door has it; served: vllm-omni's.
+SAMPLERS = {"greedy": Sampling(), "boson": Sampling(0.8, 30, 0.8), "served": Sampling(1.0, 50, 0.95)}
+
+
+class Speaker:
+    """A model and a codec, ready to speak; see `speech.Speaker`."""
+
+    samplers: Mapping[str, Sampling] = SAMPLERS
+    stop_rules: tuple[str, ...] = STOP_RULES
+
+    def __init__(self, model: nn.Module, base: BaseCheckpoint, codec: Codec, device: torch.device):
+        """
+        Args:
+            model: a `HiggsV3Model`, with LoRA or merged, on `device`; in training too.
+
+        Raises:
+            ConfigError: a codec of another model.
+        """
+        check_fits(codec, base.spec.num_codebooks, base.spec.codebook_size)
+        self.model: Any = model
+        self.spec, self.tokenizer = base.spec, base.tokenizer
+        self.codec, self.device = codec, device
+
+    @classmethod
+    def load(
+        cls,
+        base: BaseCheckpoint,
+        adapter: str | None,
+        codec: Codec,
+        *,
+        dtype: str | None = None,
+        other_base: bool = False,
+    ) -> Speaker:
+        """Of a base checkpoint, an adapter, and a codec.
+
+        Args:
+            dtype: what the model computes in; None is bf16 on a GPU and fp32 on the CPU.
+
+        Raises:
+            ConfigError: no usable GPU unless DS_ACCELERATOR=cpu; a codec of another model; an adapter that does not
+                fit the base one to one, or, without `other_base`, was trained on another; NaN or infinite weights.
+        """
+        device = pick_device()
+        take_device(device)
+        dtype = dtype or default_dtype(device)
+        weights = None
+        if adapter is not None:
+            lora = read_adapter_config(Path(adapter))
+            if not other_base:
+                check_base(lora, base.name, base.revision)
+            weights = read_adapter(Path(adapter), adaptable_modules(base.config), lora)
+        check_fits(codec, base.spec.num_codebooks, base.spec.codebook_size)
+        codec.build()  # what is wrong with it is said before the base is loaded
+        model: Any = load_base(base.folder, base.config, dtype)
+        if weights is not None:
+            model = attach_adapter(model, weights).merge_and_unload()
+        model = model.to(device).eval()
+        broken = [name for name, value in model.state_dict().items() if not all_finite(value)]
+        if broken:
+            more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
+            adapted = f" with {adapter}" if adapter else ""
+            where = f"{base.flag}: {base.folder}{adapted}: {broken[0]}{more}"
+            raise ConfigError([f"{where} holds NaN or infinity in {dtype}"])
+        return cls(model, base, codec, device)
+
+    @torch.no_grad()
+    def speak(
+        self,
+        messages: Sequence[Turn],
+        context: Sequence[np.ndarray],
+        sampling: Sampling,
+        *,
+        force_audio: bool = True,
+        stop: str = SGLANG,
+    ) -> Answer:
+        """Answers a prompt.
+
+        Args:
+            messages: the prompt's turns.
+            context: codes of the reference clip, where the prompt has one.
+            force_audio: of no effect: this model answers with speech alone.
+            stop: one of `STOP_RULES`.
+
+        Raises:
+            ConfigError: the model computes NaN or infinity.
+        """
+        prompt, _, clips = tokenize(messages, None, self.tokenizer)
+        prompt += self.tokenizer.encode(AUDIO, add_special_tokens=False)
+        if len(clips) != len(context):
+            raise ValueError(f"the prompt has {len(clips)} clips, codes were given for {len(context)}")
+        ids = torch.tensor(prompt, device=self.device)
+        cache: Cache = []
+        if len(context):
+            before = prompt.index(self.spec.audio_in_token) + 1
+            codes = torch.from_numpy(np.asarray(context[0], np.int64))[: self.spec.num_codebooks]
+            rows = delayed(codes, self.spec.stream_bos, self.spec.stream_eos)
+            self.model.go_on(ids[:before], rows.to(self.device), cache)
+            ids = ids[before:]
+        answer = Rows(stop, self.spec.num_codebooks, self.spec.stream_bos)
+        choose, none = chooser(sampling, self.device), ids[:0]
+        logits = self.model.go_on(ids, None, cache)
+        for more in reversed(range(sampling.max_new_tokens)):
+            if not all_finite(logits * 1000):  # a temperature of 0.001 is the lowest that divides them
+                raise ConfigError(["--dtype: the model computes NaN or infinity; fp32 may hold it"])
+            row = answer.add(logits, choose)
+            if answer.ended or not more:
+                break
+            logits = self.model.go_on(none, row[:, None], cache)
+        return Answer(answer.frames().cpu().numpy().astype(np.int16), answer.ended)
+
+    def decode(self, codes: np.ndarray) -> np.ndarray:
+        """Waveform of codes, float32 [samples]; ids that the codec does not know are taken as its last."""
+        return self.codec.decode(np.minimum(codes, self.codec.codebook_size - 1))
+
+    def sample(
+        self, turns: Sequence[Turn], context: Sequence[np.ndarray], *, most_frames: int, seed: int
+    ) -> tuple[np.ndarray | None, bool]:
+        """An answer by Boson's own sampler: codes int16 [codebooks, frames], and whether it ended by itself."""
+        sampling = replace(SAMPLERS["boson"], seed=seed, max_new_tokens=most_frames + self.spec.num_codebooks)
+        answer = self.speak(turns, context, sampling)
+        return answer.codes, answer.ended
+
+
+def chooser(sampling: Sampling, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The choice of one code a codebook: [codebooks, classes] -> [codebooks]"""
+    if sampling.temperature == 0:
+        return lambda logits: logits.argmax(-1)
+    generator = torch.Generator(device)
+    if sampling.seed is None:
+        generator.seed()
+    else:
+        generator.manual_seed(sampling.seed)
+
+    def draw(logits: torch.Tensor) -> torch.Tensor:
+        kept, order = (logits / sampling.temperature).sort(-1, descending=True)
+        if sampling.top_k is not None:
+            kept[:, sampling.top_k :] = -torch.inf
+        shares = kept.softmax(-1)
+        # Codes from the likeliest on, as long as those before them have less than top_p together.
+        shares = shares.masked_fill(shares.cumsum(-1) - shares >= sampling.top_p, 0.0)
+        return order.gather(-1, torch.multinomial(shares, 1, generator=generator)).squeeze(-1)
+
+    return draw

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 
-from ..data.audio import read_audio, write_wav
+from ..data.audio import write_wav
 from ..data.chatml import AudioRef, Turn, speech_messages
 from ..errors import ConfigError
 from ..judges.clips import Sentence
-from ..model.speech import Answer, Sampling, Speaker
+from ..model.speech import Answer, Speaker
 from ..process import say
 from .judge_texts import Asked, Made
+from .reproduce import answers_by_rule
 
 GREEDY = "greedy"
 
@@ -50,22 +50,11 @@ def speak_all(
             say(f"speaking {len(asked.sentences)} texts: {sampler}, {', '.join(rules)}, reference {reference}")
             for number, sentence in enumerate(asked.sentences, 1):
                 turns = prompt_of(sentence, reference, asked, args, style)
-                for rule, answer in _answers(speaker, turns, sampling, rules).items():
+                for rule, answer in answers_by_rule(speaker, turns, sampling, rules=rules, force_audio=True).items():
                     name = f"{sampler}, {rule}, {reference}"
                     file = _written(speaker, answer, folder / f"{sampler}-{rule}-{reference}" / f"{number:04d}.wav")
                     spoken.setdefault(name, []).append(Made(sentence, file, answer.ended))
     return spoken
-
-
-def _answers(speaker: Speaker, turns: Sequence[Turn], sampling: Sampling, rules: Sequence[str]) -> dict[str, Answer]:
-    """The answer by stop rule; generated once where all rules end it at the same frame."""
-    clips = [piece for turn in turns for piece in turn.content if isinstance(piece, AudioRef)]
-    context = [speaker.codec.encode(*read_audio(clip)) for clip in clips]
-    answers: dict[str, Answer] = {}
-    for rule in rules:
-        same = next((answer for answer in answers.values() if answer.rules_agree), None)
-        answers[rule] = same or speaker.speak(turns, context, sampling, force_audio=True, stop=rule)
-    return answers
 
 
 def _written(speaker: Speaker, answer: Answer, file: Path) -> Path | None:

@@ -163,7 +163,7 @@ def reproduce(
         original, rate = read_audio(target)
         wanted = speaker.codec.encode(original, rate)[: speaker.spec.num_codebooks]
         longest = max_new_tokens or 2 * wanted.shape[1] + 64
-        answers = _answers(speaker, turns, dataclasses.replace(sampling, max_new_tokens=longest), rules=rules)
+        answers = answers_by_rule(speaker, turns, dataclasses.replace(sampling, max_new_tokens=longest), rules=rules)
         endings = {
             rule: Ending(share_reproduced(wanted, a.codes), 0 if a.codes is None else a.codes.shape[1], a.ended)
             for rule, a in answers.items()
@@ -191,14 +191,16 @@ def _answer_of(row: Row) -> int:
     return max(i for i, turn in enumerate(row.messages) if turn.role == "assistant")
 
 
-def _answers(speaker: Speaker, turns: Sequence[Turn], sampling: Sampling, *, rules: Sequence[str]) -> dict[str, Answer]:
+def answers_by_rule(
+    speaker: Speaker, turns: Sequence[Turn], sampling: Sampling, *, rules: Sequence[str], force_audio: bool = False
+) -> dict[str, Answer]:
     """The answer to a prompt by stop rule; generated once if all rules end it at the same frame."""
     clips = [piece for turn in turns for piece in turn.content if isinstance(piece, AudioRef)]
     context = [speaker.codec.encode(*read_audio(clip)) for clip in clips]
     answers: dict[str, Answer] = {}
     for rule in rules:
         same = next((answer for answer in answers.values() if answer.rules_agree), None)
-        answers[rule] = same or speaker.speak(turns, context, sampling, force_audio=False, stop=rule)
+        answers[rule] = same or speaker.speak(turns, context, sampling, force_audio=force_audio, stop=rule)
     return answers
 
 

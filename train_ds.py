@@ -65,7 +65,7 @@ def train(config: TrainConfig, ds_raw: dict, stop: StopRequest) -> int:
         watch.before_end.insert(0, saver.writer.finish)  # before stopped.json says what is saved
         try:
             with saver.open_tracker() as tracker:
-                sampler = run.make_sampler(setup, data, engine, ranks, watch)
+                sampler = run.make_sampler(setup, data, engine, ranks, watch, stop)
                 sinks = {"tracker": tracker, "saver": saver, "sampler": sampler}
                 trainer = run.make_trainer(setup, data, engine, ranks, watch, **sinks, stop=stop)
                 stop.training()

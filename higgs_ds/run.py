@@ -206,7 +206,9 @@ def check_memory(setup: Setup, data: Data, engine: Engine, ranks: Ranks, watch: 
         ranks.say(f"compiled the decoder layers: {slowest:.0f} s on the slowest rank")
 
 
-def make_sampler(setup: Setup, data: Data, engine: Engine, ranks: Ranks, watch: Watch | NoWatch) -> Sampler | None:
+def make_sampler(
+    setup: Setup, data: Data, engine: Engine, ranks: Ranks, watch: Watch | NoWatch, stop: StopRequest
+) -> Sampler | None:
     """The samples that the run speaks, as its options say; None where there are none.
 
     Raises:
@@ -232,7 +234,12 @@ def make_sampler(setup: Setup, data: Data, engine: Engine, ranks: Ranks, watch: 
                 ranks.say("WARNING: samples are left out: a copy of the model does not fit beside ZeRO-3's shards")
             yield None if model is None else voice_of(model)
 
-    return Sampler(prompts, setup.output_dir, ranks, voice, seed=config.optim.seed, progressed=watch.progressed)
+    return Sampler(
+        *(prompts, setup.output_dir, ranks, voice),
+        seed=config.optim.seed,
+        progressed=watch.progressed,
+        stop_requested=lambda: stop.reason is not None,
+    )
 
 
 def make_trainer(

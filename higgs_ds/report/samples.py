@@ -133,16 +133,19 @@ class Sampler:
         *,
         seed: int,
         progressed: Callable[[], None] = lambda: None,
+        stop_requested: Callable[[], bool] = lambda: False,
     ):
         """
         Args:
             voice: opens the model in training as a voice, on every rank; None where it cannot speak, which it has said.
             seed: of every sample's draw, the same at every step.
             progressed: told after every clip.
+            stop_requested: whether this rank was asked to stop, which leaves out the clips that are still to come.
         """
         self.prompts = list(prompts)
         self.folder = output_dir / FOLDER
-        self._ranks, self._voice, self._seed, self._progressed = ranks, voice, seed, progressed
+        self._ranks, self._voice, self._seed = ranks, voice, seed
+        self._progressed, self._stop_requested = progressed, stop_requested
         self.is_on = True
 
     def speak(self, step: int) -> tuple[list[Sample], float]:
@@ -177,6 +180,8 @@ class Sampler:
         """This rank's prompts, one by one; whatever fails is the sample's problem and nobody else's."""
         folder = folder_of(self.folder, step)
         for prompt in self.prompts[self._ranks.rank :: self._ranks.world_size]:
+            if self._stop_requested():
+                return
             rate = voice.codec.frame_rate
             recorded = None if prompt.recorded_frames is None else prompt.recorded_frames / rate
             sample = Sample(step, prompt.name, prompt.text, prompt.origin, None, 0.0, recorded, ended=False)

@@ -59,3 +59,12 @@ def test_texts_are_lines_and_an_empty_file_is_refused(tmp_path):
     texts.write_text("\n \n")
     with pytest.raises(Exception, match="--sample_texts: .*holds no text"):
         prompts_from_file(texts, "served")
+
+
+def test_a_stop_between_clips_leaves_out_the_rest_and_saves(forks, flags_of, tmp_path):
+    flags = flags_of(tmp_path / "run", max_steps=3, val_manifest=VAL, sample_every=1, sample_count=4, epochs=None)
+    (result,) = forks.run(flags, 1, patches={0: ["stopped_speaking"]})
+    assert result.returncode == 75, result.output
+    (folder,) = (tmp_path / "run/samples").glob("step-000001")
+    assert len((folder / "samples.jsonl").read_text().splitlines()) == 1
+    assert json.loads((tmp_path / "run/stopped.json").read_text())["saved_step"] == 2

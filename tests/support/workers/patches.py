@@ -27,6 +27,7 @@ from higgs_ds.model import flops
 from higgs_ds.model.higgs_v2 import reference
 from higgs_ds.model.higgs_v2 import upstream as higgs
 from higgs_ds.model.higgs_v2.family import HiggsV2
+from higgs_ds.report.samples import Sampler
 from tests.support.hosts import SHORT_SILENCE_SEC
 
 
@@ -191,6 +192,23 @@ def killed_speaking() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     engine.Engine.generating = generating
+
+
+def stopped_speaking() -> None:
+    """SIGTERM to this rank while it speaks the first clip after a step."""
+    original = Sampler.speak
+    answer = SampleCodec.decode
+
+    def speak(self, step):
+        def decode(codec, codes):
+            if step == 1:
+                _signal_all()
+            return answer(codec, codes)
+
+        SampleCodec.decode = decode
+        return original(self, step)
+
+    Sampler.speak = speak
 
 
 def stuck_workers(how: str, step: int, then: list | None) -> None:

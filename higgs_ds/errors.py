@@ -1,4 +1,4 @@
-"""Errors that a user can make, how they are told, and the exit codes of every command."""
+"""User errors, their messages, and the exit codes of every command."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class ConfigError(ValueError):
 
 @contextlib.contextmanager
 def reading(what: str) -> Iterator[None]:
-    """Turns whatever a library raises inside into one line, so that no room foresees what may be wrong with a file.
+    """Turns whatever a library raises inside into one line: no module has to foresee what may be wrong with a file.
 
     Args:
         what: the flag with the file, folder or line, as `--adapter: /x/adapter_config.json`; the line begins with it.

@@ -1,4 +1,4 @@
-"""Files that a reader never sees half of: written beside, brought to the disk, renamed."""
+"""Atomic writes: to a temporary file beside the target, synced to disk, then renamed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loss guard: on every rank and every micro-batch, is this loss real?
+"""The loss guard: a check, on every rank and for every micro-batch, that the loss is real.
 
 Checks of the batch run before the first forward of an optimizer step, checks of its result before the update. Both
 verdicts travel with collectives that the step needs anyway, so that all ranks agree and none is left waiting.

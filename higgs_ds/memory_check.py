@@ -1,6 +1,7 @@
-"""The most expensive micro-batch of a run, forward and backward, before its first step: does the run fit on its GPUs?
+"""The most expensive micro-batch of a run, forward and backward, before its first step.
 
-Without it a run ends in the step in which its longest rows happen to meet: hours later, and after its first epochs.
+Without this check a run that is too large ends in the step in which its longest rows happen to meet: hours later, and
+after its first epochs.
 """
 
 from __future__ import annotations

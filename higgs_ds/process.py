@@ -1,4 +1,4 @@
-"""The end of a process that has had a process group, and its lines where several share a console."""
+"""Ending a process that was in a process group, and printing from one of several that share a console."""
 
 from __future__ import annotations
 

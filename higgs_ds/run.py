@@ -1,4 +1,4 @@
-"""A run put together, once for all who need one: `train_ds.py`, `check`, `prepare`, benchmarks and tests.
+"""The assembly of a run, shared by `train_ds.py`, `check`, `prepare`, benchmarks and tests.
 
 open_setup    options settled, checkpoint looked at     -> Setup     nothing large is loaded
 load_data     manifests checked, clips encoded, planned -> Data

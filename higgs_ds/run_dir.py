@@ -1,4 +1,4 @@
-"""The files of a run's folder, written so that a reader never sees half of one."""
+"""The files of a run's folder, written atomically."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All that a run leaves: checkpoints, adapters, numbers."""
+"""Saving a run: checkpoints, adapters, numbers."""
 
 from __future__ import annotations
 

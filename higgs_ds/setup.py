@@ -1,4 +1,4 @@
-"""A run's options as they hold on this checkpoint and this many ranks."""
+"""A run's options, resolved for its checkpoint and number of ranks."""
 
 from __future__ import annotations
 

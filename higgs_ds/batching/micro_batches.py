@@ -1,4 +1,4 @@
-"""The cut of micro-batches where nobody said one, and a note where they are too small for a GPU."""
+"""The default size of micro-batches, and a note where they are too small for a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A check that /dev/shm has room for what the data workers hand over in it; without, they die of a bus error."""
+"""A check that /dev/shm has room for the batches of the data workers; without it they die of a bus error."""
 
 from __future__ import annotations
 

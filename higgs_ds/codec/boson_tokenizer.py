@@ -1,6 +1,6 @@
 """The network of Boson's codec: upstream's `HiggsAudioTokenizer`, built with nothing from the hub.
 
-Upstream is imported by `build_tokenizer` alone, so that whoever needs no network does not wait for it.
+Upstream is imported by `build_tokenizer` alone, so that code that needs no network does not wait for it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A codec from a folder or the hub: which of them a folder holds is told by its files."""
+"""Loading a codec from a folder or the hub; the files of a folder tell which codec it is."""
 
 from __future__ import annotations
 

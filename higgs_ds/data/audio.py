@@ -1,4 +1,4 @@
-"""Clips as a manifest names them: read, measured, told apart by content, and written."""
+"""Clips of a manifest: reading, measuring, hashing by content, and writing."""
 
 import base64
 import hashlib

@@ -1,4 +1,4 @@
-"""Fields that a row may have, other names that they are known by, and what is done about the others."""
+"""Fields of a row, other tools' names for them, and the treatment of unknown ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Faults to correct in a manifest, and how much of it a console can bear: kinds with counts, all of it in a file."""
+"""Faults of a manifest: kinds with counts and examples on the console, all of them in a file."""
 
 from __future__ import annotations
 

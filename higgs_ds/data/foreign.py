@@ -1,4 +1,4 @@
-"""Formats of other tools: recognised by its content, and answered with the command that makes a manifest of it."""
+"""Manifests of other tools: recognised by content, and refused with the command that imports them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Headers that do not hold what they promise: WAVs that count wrong are mended, files that end early are refused.
+"""Wrong audio headers: sizes of WAVs are corrected, files that end early are refused.
 
 Only RIFF/WAV is read by hand, and the last page of an Ogg, which has no length; of all others libsndfile's log says it.
 """

@@ -1,4 +1,4 @@
-"""Texts that are not speech: transcript files with times and labels, and what stands in a text that nobody says."""
+"""Texts that are not speech: transcript files with times and labels, and parts of a text that nobody says."""
 
 from __future__ import annotations
 

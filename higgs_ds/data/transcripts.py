@@ -1,4 +1,4 @@
-"""Check that texts can belong to their clips: characters a second, stated lengths, and what stands there twice.
+"""Check that texts can belong to their clips: characters a second, stated lengths, and duplicates.
 
 Nothing is heard here. A transcript that slipped to the wrong line shows in how fast it would have to be speech, a clip
 of a wrong sample rate in a length that its row knows better.

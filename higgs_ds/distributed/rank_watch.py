@@ -1,4 +1,4 @@
-"""Ends this rank when another one has died or nothing moves any more, and says which rank it was and in which step.
+"""Ends this rank when another one has died or hangs, and names that rank and its step.
 
 A collective waits for a dead rank until the process group's timeout, half an hour by default, and then names nobody.
 So every rank keeps a connection to rank 0 (`watch_sockets`) and tells it each half second what it is doing, in a thread

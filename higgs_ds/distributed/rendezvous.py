@@ -1,4 +1,4 @@
-"""Brings the ranks together; a host name, a port or a firewall that keeps them apart is said in one line."""
+"""Brings the ranks together; a host name, a port or a firewall that keeps them apart is one error line."""
 
 from __future__ import annotations
 

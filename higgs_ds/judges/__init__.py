@@ -1,1 +1,1 @@
-"""Judges of synthesised speech: its words, its voice, its sound, its end; one file a question."""
+"""Judges of synthesised speech: its words, its voice, its sound, its end; one file each."""

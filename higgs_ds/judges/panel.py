@@ -1,4 +1,4 @@
-"""All judges of a clip; one that fails on it is said, and left out of its line."""
+"""All judges of a clip; one that fails on it is reported, and left out of its line."""
 
 from __future__ import annotations
 

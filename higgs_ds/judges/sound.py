@@ -1,4 +1,4 @@
-"""Is it clean? DNSMOS, and what can be measured without a model: loudness, silence, clipping."""
+"""Sound quality: DNSMOS, and measures that need no model: loudness, silence, clipping."""
 
 from __future__ import annotations
 

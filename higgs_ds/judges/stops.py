@@ -1,4 +1,4 @@
-"""Does it stop? Lengths against the pace at which the recordings are spoken."""
+"""Endings: the length of a clip against the pace of the recordings."""
 
 from __future__ import annotations
 

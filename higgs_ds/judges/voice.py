@@ -1,4 +1,4 @@
-"""Is it the voice? Cosine similarity of a clip to its speaker's recordings, those of the same sentence left out."""
+"""Speaker similarity: cosine similarity of a clip to its speaker's recordings, those of the same sentence left out."""
 
 from __future__ import annotations
 

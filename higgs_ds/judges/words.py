@@ -1,4 +1,4 @@
-"""Does it say the words? Error rates of what a recogniser hears, and the words dropped, inserted and looped."""
+"""Intelligibility: error rates of a recogniser's transcript, and the words dropped, inserted and looped."""
 
 from __future__ import annotations
 

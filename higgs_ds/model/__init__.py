@@ -1,1 +1,1 @@
-"""Boson's model: its checkpoint, the adapter on it, the training forward. Nothing outside names its classes."""
+"""Model families: their checkpoints, the adapter on them, the training forward. Nothing outside names their classes."""

@@ -1,4 +1,4 @@
-"""torch's compiler on this machine: can it build kernels, and how long has it taken?"""
+"""torch's compiler on this machine: a test that it can build kernels, and the time that it has taken."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The seam between the trainer and a model family: what a family gives.
+"""The interface between the trainer and a model family.
 
-Loop, loss, guard, batching and engine know a model by its `ModelSpec` and by these methods alone. A second family is a
+Loop, loss, guard, batching and engine know a model by its `ModelSpec` and by these methods alone. Another family is a
 folder beside `higgs_v2/` with an object like its `HiggsV2`, named in `families.py`; `docs/internals.md` says how.
 """
 

@@ -1,4 +1,4 @@
-"""Settling `--init_adapter`: the adapter that a new run starts from, and that says what the run's LoRA is."""
+"""Settling `--init_adapter`: the adapter that a new run starts from, and that determines the run's LoRA."""
 
 from __future__ import annotations
 

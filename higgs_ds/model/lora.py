@@ -1,4 +1,4 @@
-"""LoRA on a base model: attached, drawn from a seed, set."""
+"""LoRA on a base model: attaching it, initialising it from a seed, loading its weights."""
 
 from __future__ import annotations
 

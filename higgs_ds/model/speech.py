@@ -1,4 +1,4 @@
-"""Speaking with a model of any family: the choice of tokens, an answer, and the object that gives it."""
+"""Speaking with a model of any family: sampling, an answer, and the protocol of a speaker."""
 
 from __future__ import annotations
 

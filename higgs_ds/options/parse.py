@@ -40,7 +40,7 @@ class _Given(argparse.Action):
 @functools.cache
 def build_parser(prog: str = "train_ds.py") -> argparse.ArgumentParser:
     """Flags as text: conversion and checks are done together afterwards, so that all errors show at once."""
-    parser = _Parser(prog=prog, description="LoRA fine-tuning of Higgs Audio v2 on DeepSpeed.", allow_abbrev=False)
+    parser = _Parser(prog=prog, description="LoRA fine-tuning of Higgs Audio v2 and Higgs TTS 3.", allow_abbrev=False)
     text = "YAML file of options, by the same names; flags override it."
     parser.add_argument("--config", metavar="FILE.yaml", help=text, action=_Given)
     # DeepSpeed's launcher passes the one, torch.distributed.launch the other.

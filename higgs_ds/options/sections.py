@@ -113,7 +113,7 @@ class ModelOptions(Section):
 
     base_ckpt: str = option(
         DEFAULT_BASE,
-        "Base checkpoint: hub id or folder, in boson_multimodal's or transformers' layout.",
+        "Base checkpoint, hub id or folder: Higgs Audio v2 (boson_multimodal's or transformers' layout), Higgs TTS 3.",
         also="model_name_or_path",
         resume=SAID,
     )
@@ -263,10 +263,12 @@ class RunOptions(Section):
         None, "Validate every N optimizer steps (default: once per epoch).", ge=1, also="eval_steps val_steps"
     )
     sample_every: int | None = option(
-        None, "Also speak samples every N optimizer steps (default: at validations, with the two options below).", ge=1
+        None, "Speak samples every N optimizer steps (default: at validations, with the two options below).", ge=1
     )
     sample_texts: str | None = option(None, "File of texts to speak as samples while training, one per line.")
-    sample_count: int | None = option(None, "Number of validation rows to speak as samples (default: 4).", ge=1)
+    sample_count: int | None = option(
+        None, "Number of validation rows to speak as samples (default: none; 4 with --sample_every alone).", ge=1
+    )
     save_every: int | None = option(None, "Also save a checkpoint every N optimizer steps.", ge=1, also="save_steps")
     save_minutes: float = option(15.0, "Also save a checkpoint every N minutes (0: never by time).", ge=0)
     keep_last: int = option(3, "Number of checkpoints to keep; older ones are deleted.", ge=1, also="save_total_limit")

@@ -1,1 +1,1 @@
-"""The ways that numbers take: JSON lines, curves, the console, Weights & Biases."""
+"""Outputs of a run's numbers: JSON lines, curves, the console, Weights & Biases, report.html."""

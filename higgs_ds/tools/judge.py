@@ -38,7 +38,7 @@ def add_judge(verbs) -> None:
     parser = verbs.add_parser("judge", help="measure words, voice, sound and ends of a voice or of a folder of clips")
     add, number = parser.add_argument, flag_types.number
     add("--manifest", type=flag_types.path, metavar="FILE", help="held-out rows: texts, speakers and recordings")
-    add("--audio_root", type=flag_types.name, metavar="DIR", help="folder for clips that are not beside the manifest")
+    add("--audio_root", type=flag_types.name, metavar="DIR", help="folder for clips, before the manifest's own")
     add("--texts", type=flag_types.path, metavar="FILE", help="speak these texts, one a line, instead of the rows'")
     add("--speaker", type=flag_types.name, help="judge this speaker's rows, or --texts as in this speaker's voice")
     add("--count", type=number(int, 1), metavar="N", help="judge N texts, evenly spread (default: all)")

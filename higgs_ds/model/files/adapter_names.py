@@ -1,4 +1,4 @@
-"""The names of what trains: in the module that is trained, and in PEFT's files; which layers a name means."""
+"""Names of trained parameters, in the model and in PEFT's files, and the layers that a name selects."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Decoder layers by torch.compile: what stands before attention and what follows it, a program each for all layers.
+"""Decoder layers by torch.compile: one program for all layers up to attention, and one from there on.
 
 Attention's own kernel stays between them, and with it everything that counts sequences. So a micro-batch of one row
 needs no program of its own, and neither does the last layer, which goes on with fewer rows.

@@ -232,7 +232,7 @@ def _recitals(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def _clip(row: dict[str, Any]) -> dict[str, str]:
-    """A recited row as the page shows it: what was said, and both sounds as MP3."""
+    """A reproduced row as the page shows it: what was said, and both sounds as MP3."""
     spoken = os.path.basename(row["file"])  # a name in this folder, never a path out of it
     original = spoken.replace(".spoken.", ".original.")
     return {

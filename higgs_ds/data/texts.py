@@ -210,6 +210,19 @@ def _julius(text: str, lines: list[str]) -> list[str] | None:
     return _JULIUS.findall(text) or None
 
 
+def _dialogue(text: str, lines: list[str]) -> list[str] | None:
+    """SubStation Alpha: the tenth field of each `Dialogue:`."""
+    if not text.lstrip("\ufeff").startswith("[Script Info]"):
+        return None
+    cues = [line.split(",", 9)[9:] for line in lines if line.startswith("Dialogue:")]
+    return [_CUE_MARKUP.sub("", words).replace("\\N", " ").replace("\\n", " ") for cue in cues for words in cue]
+
+
+def _xml(text: str, lines: list[str]) -> list[str] | None:
+    """TTML, ELAN and other XML: none of it is taken for words."""
+    return [] if re.match(r"\ufeff?\s*<(?:\?xml|tt)\b", text) else None
+
+
 def _table(text: str, lines: list[str]) -> list[str] | None:
     """Rows with a header that names begin, end and words: Whisper's TSV, an aligner's CSV."""
     if len(lines) < 2:
@@ -231,6 +244,9 @@ def _table(text: str, lines: list[str]) -> list[str] | None:
 
 def _rows_with_times(text: str, lines: list[str]) -> list[str] | None:
     """Audacity, TIMIT, HTK and HTS, CTM, STM, aligners: columns of numbers beside one of words."""
+    tabs = [line.split("\t") for line in lines]
+    if tabs and all(sum(re.fullmatch(_CLOCK, cell) is not None for cell in row) > 1 for row in tabs):
+        return [row[-1] for row in tabs if not re.fullmatch(_CLOCK, row[-1])]  # ELAN's export, a tier's name first
     if "#" in lines:  # xwaves: behind a header
         lines = lines[lines.index("#") + 1 :]
     rows = [line for line in lines if line != "." and not re.match(r'#!MLF!#|"[^"]*"$|;;|\\', line)]
@@ -354,6 +370,8 @@ def _is_timed(line: str) -> bool:
 
 _FORMS: dict[str, Callable[[str, list[str]], list[str] | None]] = {
     "SRT or VTT": _subtitles,
+    "SubStation Alpha": _dialogue,
+    "XML": _xml,
     "TextGrid": _textgrid,
     "JSON": _json,
     "a recogniser's output": _julius,

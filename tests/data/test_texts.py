@@ -17,6 +17,9 @@ TIMED = {
     "STM": "c 1 anna 0.00 1.52 <o,f0,female> Followed by the pound key.\n",
     "SRT": "1\n00:00:00,000 --> 00:00:01,000\n<i>Followed</i> by\n\n2\n00:00:01,000 --> 00:00:01,520\nthe pound key.\n",
     "VTT": "WEBVTT\n\nNOTE of it\n\n00:00.000 --> 00:01.520 \n<v Bob>Followed <00:00.700>by the pound key.\n",
+    "ASS": "[Script Info]\nTitle: x\n\n[Events]\nFormat: Layer, Start, End, Style, Name, L, R, V, Effect, Text\n"
+    "Dialogue: 0,0:00:00.00,0:00:01.52,Default,,0,0,0,,Followed by {\\i1}the{\\i0}\\Npound key.\n",
+    "ELAN's table": "anna\t00:00:00.000\t00:00:01.520\t00:00:01.520\tFollowed by the pound key.\n",
     "LRC": "[ar:Somebody]\n[00:00.00]Followed by\n[00:01.20]the <00:01.30>pound key.\n",
     "Whisper": "Detected language: English\n[00:00.000 --> 00:01.520]  Followed by the pound key.\n",
     "Whisper TSV": "start\tend\ttext\n0\t1520\tFollowed by the pound key.\n",
@@ -44,6 +47,7 @@ def test_a_file_of_times_is_read_as_its_words(form, tmp_path):
     "text",
     [
         HTS,
+        '<tt xmlns="http://www.w3.org/ns/ttml"><body><p begin="00:00:01" end="00:00:02">Hi</p></body></tt>',
         "xx^xx-sil+m=i/A:xx+xx+xx\nxx^sil-m+i=z/A:-3+1+7\n",
         "0 100 sil -1.2\n100 200 f -44.0\n200 300 o -3.2\n300 400 l -1\n",
         "0 2000 h#\n2000 4000 f\n4000 5000 aa\n",

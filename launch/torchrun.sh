@@ -46,9 +46,12 @@ done
 MASTER_PORT=${MASTER_PORT:-29500}
 if [ "$NODE_RANK" -eq 0 ]; then
   "$PYTHON" -c 'import sys
-from higgs_ds.distributed.ports import is_free, taken
+from higgs_ds.distributed.ports import free_port, taken
 port = int(sys.argv[1])
-sys.exit(None if is_free(port) else taken(port))' "$MASTER_PORT" || exit 2
+try:
+    free_port(port)
+except OSError:
+    sys.exit(taken(port))' "$MASTER_PORT" || exit 2
 fi
 exec torchrun --nnodes "$NNODES" --node_rank "$NODE_RANK" --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" \
   --nproc_per_node "$ranks" train_ds.py "$@"

@@ -11,27 +11,29 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import platform
 import secrets
+import subprocess
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from ..errors import ConfigError, first_of, reason_of
-from ..files import write_text
+from ..errors import ConfigError, first_of, reading
 
 if TYPE_CHECKING:
-    from .engine import Ranks
-    from .single_process import SingleProcess
+    from .ranks import Ranks
 
 T = TypeVar("T")
+
+LIBRARIES = ("torch", "deepspeed", "transformers", "peft")
 
 # A host may not yet see what another has written: NFS clients remember a folder's names for up to half a minute.
 PATIENCE_SEC = 30.0
 PAUSE_SEC = 0.5
 
 
-def check_same(values: Mapping[str, object], ranks: Ranks | SingleProcess) -> None:
+def check_same(values: Mapping[str, object], ranks: Ranks) -> None:
     """Raises ConfigError where a rank has another value than rank 0 under one of these names.
 
     Args:
@@ -55,10 +57,33 @@ def check_same(values: Mapping[str, object], ranks: Ranks | SingleProcess) -> No
 
 def versions() -> dict[str, str]:
     """Versions of the libraries that all ranks must share, for `check_same`."""
-    return {f"installed {name}": importlib.metadata.version(name) for name in ("torch", "deepspeed", "transformers")}
+    return {f"installed {name}": importlib.metadata.version(name) for name in LIBRARIES}
 
 
-def made_once(files: object, make: Callable[[], T], ranks: Ranks | SingleProcess) -> T:
+def trained_with(ranks: Ranks) -> dict[str, str]:
+    """Versions and devices that a run is trained with."""
+    import torch
+
+    name = ranks.device.type if ranks.device.type != "cuda" else torch.cuda.get_device_name(ranks.device)
+    found = {"devices": f"{ranks.world_size} × {name}", "python": platform.python_version()}
+    found |= {name: importlib.metadata.version(name) for name in LIBRARIES}
+    root = Path(__file__).parents[2]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        if (root / ".git").exists():  # a checkout of this project, not the repository of a user's environment
+            command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+            found["higgs_ds"] = subprocess.check_output(
+                command, text=True, stderr=subprocess.DEVNULL, timeout=10
+            ).strip()
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        found.setdefault("higgs_ds", importlib.metadata.version("higgs-ds"))
+    if ranks.device.type == "cuda":
+        found["CUDA"] = str(torch.version.cuda)
+        with contextlib.suppress(OSError):
+            found["driver"] = Path("/sys/module/nvidia/version").read_text(encoding="utf-8").strip()
+    return found
+
+
+def made_once(files: object, make: Callable[[], T], ranks: Ranks) -> T:
     """Calls `make` on the first rank of those with the same `files`, and gives its result to all of them.
 
     Args:
@@ -69,8 +94,8 @@ def made_once(files: object, make: Callable[[], T], ranks: Ranks | SingleProcess
     return ranks.gather(made)[first]
 
 
-def check_shared(folders: Mapping[str, Path], ranks: Ranks | SingleProcess) -> None:
-    """Proves that every rank sees the same folders, by a file that rank 0 writes to each and all others read.
+def check_shared(folders: Mapping[str, Path], ranks: Ranks) -> None:
+    """Proves that every rank sees the same folders, by a file that rank 0 writes to each and all others look for.
 
     A folder that rank 0 may only read is compared by the names in it. Rank 0 makes those that are missing.
 
@@ -83,11 +108,11 @@ def check_shared(folders: Mapping[str, Path], ranks: Ranks | SingleProcess) -> N
     if ranks.world_size == 1:
         return
     with contextlib.ExitStack() as written:
-        mine = ranks.each(lambda: [_mark(flag, folders[flag], written) for flag in folders] if ranks.is_main else [])
-        marks = ranks.gather(mine)[0]
+        mine = ranks.on_main(lambda: {flag: _mark(flag, folders[flag], written) for flag in folders})
+        marks: dict[str, str] = ranks.gather(mine)[0]
 
         def unseen() -> list[str]:
-            return [flag for flag, mark in zip(folders, marks, strict=True) if not mark.seen(folders[flag])]
+            return [flag for flag, folder in folders.items() if marks[flag] not in _names_of(folder)]
 
         missing = patiently(unseen, lambda found: not found)
         of_ranks = ranks.gather((missing, {flag: str(folder.absolute()) for flag, folder in folders.items()}))
@@ -113,40 +138,24 @@ def patiently(look: Callable[[], T], enough: Callable[[T], bool]) -> T:
     return found
 
 
-class Mark(NamedTuple):
-    """A sign in a folder, by which another rank knows it for rank 0's: a file with a token, or all names' digest."""
-
-    file: str | None
-    content: str
-
-    def seen(self, folder: Path) -> bool:
-        """Looks for it in the folder; False where it is not there or cannot be read."""
-        with contextlib.suppress(OSError):
-            digest = _digest_of_names(folder)  # opens the folder, which has NFS ask the server what is new
-            found = digest if self.file is None else (folder / self.file).read_text(encoding="utf-8")
-            return found == self.content
-        return False
-
-
-def _mark(flag: str, folder: Path, written: contextlib.ExitStack) -> Mark:
-    """Leaves rank 0's sign in a folder until the stack closes. Raises ConfigError: it can neither be made nor read."""
-    token = secrets.token_hex(16)
-    file = folder / f".seen-by-all-{token}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        written.callback(_remove, file)
-        write_text(file, token)
-        return Mark(file.name, token)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            return Mark(None, _digest_of_names(folder))
-        raise ConfigError([f"{flag}: {folder} cannot be used: {reason_of(error)}"]) from None
+def _mark(flag: str, folder: Path, written: contextlib.ExitStack) -> str:
+    """Leaves rank 0's sign in a folder until the stack closes: a file's name, or that of all names, see `_names_of`."""
+    file = folder / f".seen-by-all-{secrets.token_hex(16)}"
+    with reading(f"{flag}: {folder} cannot be used"):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file.touch()
+        except OSError:
+            if not (names := _names_of(folder)):
+                raise
+            return names[0]
+    written.callback(file.unlink, missing_ok=True)
+    return file.name
 
 
-def _remove(file: Path) -> None:
+def _names_of(folder: Path) -> list[str]:
+    """The digest of all names in a folder, and these names; nothing for a folder that cannot be read."""
     with contextlib.suppress(OSError):
-        file.unlink(missing_ok=True)
-
-
-def _digest_of_names(folder: Path) -> str:
-    return hashlib.sha256("\0".join(sorted(os.listdir(folder))).encode("utf-8", "surrogateescape")).hexdigest()
+        names = os.listdir(folder)  # opens the folder, which has NFS ask the server what is new
+        return [hashlib.sha256(os.fsencode("\0".join(sorted(names)))).hexdigest(), *names]
+    return []

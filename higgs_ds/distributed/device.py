@@ -22,24 +22,32 @@ def pick_device() -> torch.device:
         ConfigError: no GPU can be used; there are more ranks on this machine than GPUs to be seen; or
             `DS_ACCELERATOR` names something else.
     """
-    wanted = os.environ.get("DS_ACCELERATOR", "").strip().lower()
     import torch
 
+    wanted = os.environ.get("DS_ACCELERATOR", "").strip().lower()
     if wanted == "cpu":
         return torch.device("cpu")
     if wanted not in ("", "cuda"):
         raise _refused(f"DS_ACCELERATOR is {wanted!r}; this program runs on cuda (or leave it out) and on cpu")
     # Set by DeepSpeed's launcher. With it torch counts the cards that are plugged in, even if the driver is too old.
     os.environ.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    visible = "" if hidden is None else f" (CUDA_VISIBLE_DEVICES is {hidden!r})"
     if not torch.cuda.is_available():
-        raise _refused(_no_gpu())
+        why = "torch.cuda.is_available() is False"
+        try:
+            torch.cuda.init()
+        except (RuntimeError, AssertionError) as error:  # the latter where torch is built without CUDA
+            why = str(error).splitlines()[0]  # advice on debugging follows
+        built = f"torch {torch.__version__} is built for CUDA {torch.version.cuda}{visible}"
+        raise _refused(f"no usable GPU: {why}; {built}; set DS_ACCELERATOR=cpu to run on the CPU on purpose")
     local_rank, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     # torchrun and DeepSpeed's launcher say how many ranks they started on this machine, others do not.
     started = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 0)
     if max(started, local_rank + 1) > count:
         raise _refused(
             f"LOCAL_RANK goes up to {max(started - 1, local_rank)} on this machine, but the GPUs to be seen are "
-            f"{count}{_visible()}; start as many ranks as there are GPUs (--num_gpus, --nproc_per_node)",
+            f"{count}{visible}; start as many ranks as there are GPUs (--num_gpus, --nproc_per_node)",
             first_to_know=0 if started else count,
         )
     return torch.device("cuda", local_rank)
@@ -84,36 +92,6 @@ def take_device(device: torch.device, *, deterministic: bool = False) -> None:
         # may round the parts to bf16 or fp16 before adding them.
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
-
-
-def describe_devices(device: torch.device, count: int) -> str:
-    """`cpu`, or the number of GPUs and their name."""
-    if device.type != "cuda":
-        return device.type
-    import torch
-
-    return f"{count} × {torch.cuda.get_device_name(device)}"
-
-
-def _no_gpu() -> str:
-    """Says in torch's own words why no GPU can be used, and how to do without."""
-    import torch
-
-    why = "torch.cuda.is_available() is False"
-    try:
-        torch.cuda.init()
-    except (RuntimeError, AssertionError) as error:  # the latter where torch is built without CUDA
-        why = str(error).splitlines()[0]  # advice on debugging follows
-    return (
-        f"no usable GPU: {why}; torch {torch.__version__} is built for CUDA {torch.version.cuda}{_visible()}; "
-        "set DS_ACCELERATOR=cpu to run on the CPU on purpose"
-    )
-
-
-def _visible() -> str:
-    """CUDA_VISIBLE_DEVICES, where it is set, since it may hide GPUs."""
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return "" if hidden is None else f" (CUDA_VISIBLE_DEVICES is {hidden!r})"
 
 
 def _refused(text: str, *, first_to_know: int = 0) -> ConfigError:

@@ -13,14 +13,14 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from multiprocessing.connection import Connection
 
 from ..errors import ConfigError, ExitCode
 from ..process import END_SEC, leave_now, say
-from .engine import Ranks
 from .launchers import find_launchers, gone_launcher, resume_command
+from .ranks import Ranks
 from .stop import StopRequest
-from .watch_sockets import HEARTBEAT_SEC, JsonConnection, Peers, RankState, Verdict
+from .watch_sockets import HEARTBEAT_SEC, Peers, RankState, Verdict
 
 NEWS_WAIT_SEC = 3.0  # how long an error waits for the news that another rank's death is behind it
 SUSPENDED_SEC = 10 * HEARTBEAT_SEC  # a heartbeat that takes longer: this process did not run meanwhile
@@ -29,18 +29,10 @@ NCCL_TIMEOUT_SEC = 600.0  # torch's, which DeepSpeed's own groups keep, whatever
 
 
 def check_stall_timeout(seconds: float, *, on_gpu: bool) -> None:
-    """Refuses a `--stall_timeout_sec` that NCCL's own end of a stuck collective, which names nobody, comes before.
-
-    Raises:
-        ConfigError: with both numbers.
-    """
+    """Refuses a `--stall_timeout_sec` that NCCL's own end of a stuck collective, which names nobody, comes before."""
     if on_gpu and seconds >= NCCL_TIMEOUT_SEC:
-        raise ConfigError(
-            [
-                f"--stall_timeout_sec: {seconds:g} is not below {NCCL_TIMEOUT_SEC:g}, the seconds after which NCCL "
-                "ends a stuck collective without saying which rank is stuck; give less, or leave it out"
-            ]
-        )
+        text = f"--stall_timeout_sec: {seconds:g} is not below {NCCL_TIMEOUT_SEC:g}, the seconds after which NCCL ends"
+        raise ConfigError([f"{text} a stuck collective without saying which rank is stuck; give less, or leave it out"])
 
 
 class Watch:
@@ -54,7 +46,7 @@ class Watch:
     def __init__(
         self,
         ranks: Ranks,
-        connections: dict[int, JsonConnection],
+        connections: dict[int, Connection],
         *,
         stall_timeout_sec: float,
         stop: StopRequest | None = None,
@@ -62,22 +54,20 @@ class Watch:
         """`connections` as in `Meeting`. `stop` is told of a launcher that is gone, which without it ends all ranks."""
         self._ranks = ranks
         self._stall_timeout_sec = stall_timeout_sec
-        self._lock = threading.Lock()  # of the three that follow
+        self._lock = threading.Lock()  # of the two that follow
         self._state = RankState(ranks.rank, host=ranks.host_of(ranks.rank))
         self._progress_at = time.monotonic()
-        self._own_failure: Verdict | None = None
-        self._own_failure_sent = threading.Event()
         self._ending = threading.Lock()
         self._closing = threading.Event()
         self._launchers = find_launchers()
-        self.resume_command = resume_command(self._launchers)
+        self.resume_command = resume_command(self._launchers[1:])
         self._stop = stop
         # Actions that come before any end: a checkpoint being written is finished.
         self.before_end: list[Callable[[Verdict], None]] = []
-        hosts = [ranks.host_of(rank) for rank in range(ranks.world_size)]
-        self._peers = Peers(ranks.rank, connections, hosts)
+        self._peers = Peers(ranks.rank, connections, [ranks.host_of(rank) for rank in range(ranks.world_size)])
         # A data worker may outlive its rank, and must not hold the connection by whose end that rank is missed.
-        os.register_at_fork(after_in_child=partial(_close_all, connections))
+        for connection in connections.values():
+            os.register_at_fork(after_in_child=connection.close)
         if stop is not None:
             stop.joined()
         self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
@@ -113,24 +103,25 @@ class Watch:
 
     def _fail(self, error: BaseException) -> None:
         """Ends all ranks with this error; does not return."""
-        single = self._ranks.world_size == 1
-        for_user = hasattr(error, "exit_code")
+        single, for_user = self._ranks.world_size == 1, hasattr(error, "exit_code")
         # Where another rank died, an error of a collective is only its echo: the verdict ends this process first.
         # An error that the user is to mend may have met all ranks at once: rank 0 is the first to say so.
         time.sleep(0.0 if single or (for_user and self._ranks.is_main) else NEWS_WAIT_SEC)
+        name = f"{type(error).__name__}: "
         if for_user:
             say(str(error), error=True)
-        elif not isinstance(error, OSError):  # whose message says it all
+        elif isinstance(error, OSError):
+            name = ""  # its message says it all
+        else:
             traceback.print_exception(error)
-        exit_code = getattr(error, "exit_code", ExitCode.FAILED)
-        with self._lock:
-            self._own_failure = Verdict(
-                f"rank {self._state.name} failed {self._state}: {_first_line(error)}",
-                exit_code if isinstance(exit_code, int) else ExitCode.FAILED,
-            )
-        if not single:
-            self._own_failure_sent.wait(10 * HEARTBEAT_SEC)
-        self._end(self._own_failure)
+        text, exit_code = str(error).strip().partition("\n")[0], getattr(error, "exit_code", ExitCode.FAILED)
+        state = self._current_state()
+        failed = Verdict(
+            f"rank {state.name} failed {state}: {name}{text}",
+            exit_code if isinstance(exit_code, int) else ExitCode.FAILED,
+        )
+        self._peers.send_verdict(failed)
+        self._end(failed)
 
     def _current_state(self) -> RankState:
         with self._lock:
@@ -146,10 +137,6 @@ class Watch:
                 with self._lock:
                     self._progress_at += slept
             woken = time.monotonic()
-            if self._own_failure is not None:
-                self._peers.send_verdict(self._own_failure)
-                self._own_failure_sent.set()
-                return
             verdict = self._asked_to_end()
             if verdict is not None:
                 self._peers.send_verdict(verdict)
@@ -162,7 +149,7 @@ class Watch:
     def _asked_to_end(self) -> Verdict | None:
         """The verdict where this rank is asked for an end that need not wait for a step."""
         launcher = gone_launcher(self._launchers)
-        gone = None if launcher is None else f"the launcher (process {launcher}) is gone"
+        gone = launcher and f"the launcher (process {launcher}) is gone"
         if self._stop is None:
             return Verdict(gone) if gone else None
         if gone:
@@ -186,14 +173,3 @@ class Watch:
                 action(verdict)
             except Exception as error:
                 say(f"[rank {self._ranks.rank}] {error}", error=True)
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    name = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
-    return name + (text[0] if text else "")
-
-
-def _close_all(connections: dict[int, JsonConnection]) -> None:
-    for connection in connections.values():
-        connection.close()

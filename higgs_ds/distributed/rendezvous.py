@@ -12,15 +12,15 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import psutil  # which deepspeed requires
 import torch.distributed as dist
 
-from ..errors import ConfigError, reason_of
+from ..errors import ConfigError, words_of
 from ..process import say
 from .ports import free_port, taken
-from .watch_sockets import JsonConnection
 
 # Torch's default. Once they have met, one rank may encode for hours while the others wait: a dead or stuck rank is then
 # found by `rank_watch`, and not by a collective's timeout.
@@ -29,6 +29,7 @@ SAID_TO_WAIT_SEC = 60.0
 REACH_TIMEOUT_SEC = 20.0
 PORT_RANGE_FILE = Path("/proc/sys/net/ipv4/ip_local_port_range")
 HELLO_TIMEOUT_SEC = 10.0  # for a connection to say which rank it is
+HELLO_BYTES = 200
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Meeting:
     rank: int
     world_size: int
     hosts: tuple[str, ...]  # every rank's
-    connections: dict[int, JsonConnection]  # rank 0's by rank; another's to rank 0
+    connections: dict[int, Connection]  # rank 0's by rank; another's to rank 0
 
 
 def meet(*, on_cpu: bool) -> Meeting:
@@ -52,13 +53,19 @@ def meet(*, on_cpu: bool) -> Meeting:
     if not os.environ.get("RANK"):
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
         os.environ["MASTER_PORT"] = str(free_port())
-    _check_address()
+    where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     try:
-        with _said_to_wait():
+        with _said_to_wait(where):
+            socket.getaddrinfo(os.environ.get("MASTER_ADDR", "localhost"), None)  # torch would ask for half an hour
             store, rank, world_size = next(dist.rendezvous("env://", timeout=MEETING_TIMEOUT))
             hosts, connections, other_host = connect(store, rank, world_size)
-    except dist.DistError as error:
-        raise _not_met(error) from None
+    except ConfigError:
+        raise
+    except (dist.DistError, OSError, ValueError) as error:
+        if "EADDRINUSE" in str(error):
+            raise _refused(taken(int(os.environ["MASTER_PORT"]))) from None
+        words = f"the ranks did not meet at {where}, says {socket.gethostname()}: {words_of(error)}"
+        raise _refused(f"MASTER_ADDR, MASTER_PORT: {words}") from None
     if on_cpu and other_host is not None:
         _set_gloo_interface(other_host)
     return Meeting(store, rank, world_size, hosts, connections)
@@ -66,35 +73,18 @@ def meet(*, on_cpu: bool) -> Meeting:
 
 def named(ranks: list[int], hosts: tuple[str, ...]) -> str:
     """`rank 2`, `ranks 2, 3`; where there are several hosts, `ranks 2, 3 on node02 and rank 5 on node03`."""
-    if len(set(hosts)) < 2:
-        return _listed(ranks)
     of_host: dict[str, list[int]] = {}
     for rank in ranks:
-        of_host.setdefault(hosts[rank], []).append(rank)
-    return " and ".join(f"{_listed(those)} on {host}" for host, those in of_host.items())
-
-
-def _listed(ranks: list[int]) -> str:
-    """`rank 2` or `ranks 2, 3`."""
-    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
-
-
-def _check_address() -> None:
-    """Raises ConfigError on a rank where MASTER_ADDR cannot be resolved."""
-    address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
-    if not address or not port:
-        return
-    try:
-        socket.getaddrinfo(address, int(port), type=socket.SOCK_STREAM)
-    except (OSError, ValueError, OverflowError) as error:
-        reason = reason_of(error)
-        raise _refused(f"MASTER_ADDR: {address}:{port} has no address on {socket.gethostname()}: {reason}") from None
+        of_host.setdefault(hosts[rank] if len(set(hosts)) > 1 else "", []).append(rank)
+    return " and ".join(
+        f"rank{'s' * (len(those) > 1)} {', '.join(map(str, those))}{f' on {host}' if host else ''}"
+        for host, those in of_host.items()
+    )
 
 
 @contextlib.contextmanager
-def _said_to_wait() -> Iterator[None]:
+def _said_to_wait(where: str) -> Iterator[None]:
     """Has rank 0 say where it waits, and for how many ranks, once that has taken a minute."""
-    where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     text = f"still waiting at {where} for all {os.environ.get('WORLD_SIZE')} ranks to come"
     timer = threading.Timer(SAID_TO_WAIT_SEC, say, [text])
     timer.daemon = True
@@ -106,18 +96,7 @@ def _said_to_wait() -> Iterator[None]:
         timer.cancel()
 
 
-def _not_met(error: dist.DistError) -> ConfigError:
-    """Puts torch's error into one line."""
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    if "EADDRINUSE" in str(error):
-        return _refused(taken(port))
-    reason = str(error).strip().splitlines()[0]
-    return _refused(f"MASTER_ADDR, MASTER_PORT: the ranks did not meet at {address}:{port}: {reason}")
-
-
-def connect(
-    store: dist.Store, rank: int, world_size: int
-) -> tuple[tuple[str, ...], dict[int, JsonConnection], str | None]:
+def connect(store: dist.Store, rank: int, world_size: int) -> tuple[tuple[str, ...], dict[int, Connection], str | None]:
     """Connects every rank to a port of rank 0 that the system chose, for the watch, and as collectives will do.
 
     Behind a firewall that lets only MASTER_PORT through, the first collective would wait for hours.
@@ -131,35 +110,25 @@ def connect(
     """
     if world_size == 1:
         return (socket.gethostname(),), {}, None
-    if rank == 0:
-        connections = _accept_all(store, world_size)
-        _report(store, rank)
-    else:
-        connections = _connect_to_0(store, rank)
+    connections, address, failed = _accept_all(store, world_size) if rank == 0 else _connect_to_0(store, rank)
+    store.set(f"reach/{rank}", json.dumps([socket.gethostname(), address, failed]))
     reports = [json.loads(text) for text in store.multi_get([f"reach/{rank}" for rank in range(world_size)])]
-    if failed := [report["failed"] for report in reports if report["failed"]]:
-        store.set(f"reach/{rank}/told", "")
+    if found := [failed for _, _, failed in reports if failed]:
+        store.set(f"told/{rank}", "")
         if rank == 0:  # the store ends with this process, so the others must have read it
             with contextlib.suppress(dist.DistError):
-                store.wait([f"reach/{other}/told" for other in range(world_size)], timedelta(seconds=10))
+                store.wait([f"told/{other}" for other in range(world_size)], timedelta(seconds=10))
         first, last = PORT_RANGE_FILE.read_text(encoding="ascii").split()
-        raise ConfigError(
-            [*failed, f"hosts must reach each other on TCP ports {first}-{last} (net.ipv4.ip_local_port_range)"]
-        )
-    elsewhere = (report["address"] for report in reports if not _is_loopback(report["address"]))
-    return tuple(report["host"] for report in reports), connections, next(elsewhere, None)
+        found.append(f"hosts must reach each other on TCP ports {first}-{last} (net.ipv4.ip_local_port_range)")
+        raise ConfigError(found)
+    elsewhere = (address for _, address, _ in reports if not _is_loopback(address))
+    return tuple(host for host, _, _ in reports), connections, next(elsewhere, None)
 
 
-def _report(store: dist.Store, rank: int, *, address: str = "127.0.0.1", failed: str = "") -> None:
-    """Tells all ranks where this one is, and why it could not connect to rank 0, if so."""
-    report = {"host": socket.gethostname(), "address": address, "failed": failed}
-    store.set(f"reach/{rank}", json.dumps(report))
-
-
-def _accept_all(store: dist.Store, world_size: int) -> dict[int, JsonConnection]:
+def _accept_all(store: dist.Store, world_size: int) -> tuple[dict[int, Connection], str, str]:
     """Rank 0's connections to all others, without those that report that they could not connect."""
     token, until = secrets.token_hex(16), time.monotonic() + MEETING_TIMEOUT.total_seconds()
-    connections: dict[int, JsonConnection] = {}
+    connections: dict[int, Connection] = {}
     missing = set(range(1, world_size))
     both = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if both else socket.AF_INET
@@ -168,37 +137,43 @@ def _accept_all(store: dist.Store, world_size: int) -> dict[int, JsonConnection]
         store.set("reach/at", json.dumps([listener.getsockname()[1], token]))
         while missing:
             try:
-                connection = JsonConnection(listener.accept()[0])
+                connection = _messages(listener.accept()[0])
             except TimeoutError:
-                reported = [rank for rank in missing if store.check([f"reach/{rank}"])]
-                missing -= {rank for rank in reported if json.loads(store.get(f"reach/{rank}"))["failed"]}
+                missing -= {rank for rank in missing if store.check([f"failed/{rank}"])}
                 if missing and time.monotonic() > until:
-                    raise dist.DistStoreError(f"{_listed(sorted(missing))} did not come") from None
+                    raise dist.DistStoreError(f"{named(sorted(missing), ())} did not come") from None
                 continue
-            hello = connection.receive_first(HELLO_TIMEOUT_SEC)
-            if hello.get("token") == token and hello.get("rank") in missing:
-                connections[hello["rank"]] = connection
-                missing.remove(hello["rank"])
-            else:
-                connection.close()  # a stranger
-    return connections
+            with contextlib.suppress(OSError, EOFError, ValueError, TypeError):  # a stranger may say anything
+                if connection.poll(HELLO_TIMEOUT_SEC):
+                    said, rank = json.loads(connection.recv_bytes(HELLO_BYTES))
+                    if said == token and rank in missing:
+                        connections[rank] = connection
+                        missing.remove(rank)
+                        continue
+            connection.close()
+    return connections, "127.0.0.1", ""
 
 
-def _connect_to_0(store: dist.Store, rank: int) -> dict[int, JsonConnection]:
-    """Another rank's connection to rank 0; an empty dict where that fails, which it reports."""
+def _connect_to_0(store: dist.Store, rank: int) -> tuple[dict[int, Connection], str, str]:
+    """Another rank's connection to rank 0, its own address there, and why there is none, if so."""
     port, token = json.loads(store.get("reach/at"))
-    address = os.environ["MASTER_ADDR"]
+    host = os.environ["MASTER_ADDR"]
     try:
-        reached = socket.create_connection((address, port), timeout=REACH_TIMEOUT_SEC)
+        reached = socket.create_connection((host, port), timeout=REACH_TIMEOUT_SEC)
     except OSError as error:
-        met_at = f"{address} on port {os.environ['MASTER_PORT']} (MASTER_PORT)"
+        met_at = f"{host} on port {os.environ['MASTER_PORT']} (MASTER_PORT)"
         where = f"rank {rank} on {socket.gethostname()}"
-        _report(store, rank, failed=f"{where} reaches {met_at}, but not on port {port}: {error}")
-        return {}
-    connection = JsonConnection(reached)
-    connection.send({"token": token, "rank": rank})
-    _report(store, rank, address=reached.getsockname()[0])
-    return {0: connection}
+        store.set(f"failed/{rank}", "")
+        return {}, "127.0.0.1", f"{where} reaches {met_at}, but not on port {port}: {error}"
+    address, connection = reached.getsockname()[0], _messages(reached)
+    connection.send_bytes(json.dumps([token, rank]).encode())
+    return {0: connection}, address, ""
+
+
+def _messages(connected: socket.socket) -> Connection:
+    """A socket that carries messages of bytes; nothing that comes over it is unpickled."""
+    connected.settimeout(None)
+    return Connection(connected.detach())
 
 
 def _is_loopback(address: str) -> bool:
@@ -211,12 +186,10 @@ def _set_gloo_interface(other_host: str) -> None:
     By default gloo takes the address of this host's name, which is 127.0.1.1 on many systems, where no other host can
     reach it.
     """
-    if os.environ.get("GLOO_SOCKET_IFNAME"):
-        return
     mine = _own_address(os.environ["MASTER_ADDR"]) or _own_address(other_host)
     for name, addresses in psutil.net_if_addrs().items():
         if any(address.address == mine for address in addresses):
-            os.environ["GLOO_SOCKET_IFNAME"] = name
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
 def _own_address(other: str) -> str | None:

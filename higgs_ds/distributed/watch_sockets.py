@@ -1,4 +1,4 @@
-"""Heartbeats between rank 0 and every other rank, to find one that died or is stuck: JSON lines over TCP.
+"""Heartbeats between rank 0 and every other rank, to find one that died or is stuck: JSON messages over TCP.
 
 Each side sends its state every half second. The connections are made before the first collective (`rendezvous.meet`).
 A process that dies closes its connection at once, whatever killed it; a host that dies falls silent.
@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import json
-import selectors
-import socket
+import threading
 import time
 from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection, wait
 
 from ..errors import ExitCode
 
 HEARTBEAT_SEC = 0.5
 SILENCE_TIMEOUT_SEC = 50.0  # a rank not heard from for so long is gone: its host died, or it is frozen
-MAX_LINE = 65536
 
 
 @dataclass
@@ -55,16 +54,12 @@ class Peers:
     Rank 0 hears of a failure first, and relays the verdict to all.
     """
 
-    def __init__(self, rank: int, connections: dict[int, JsonConnection], hosts: list[str]):
+    def __init__(self, rank: int, connections: dict[int, Connection], hosts: list[str]):
         """`connections` are those of `rendezvous.meet`, `hosts` every rank's as `RankState.host` has it."""
-        self._rank = rank
-        self._connections = dict(connections)  # without those that have left
+        self._rank, self._sending = rank, threading.Lock()  # a failed rank's main thread sends too
+        self._ranks = {connection: peer for peer, connection in connections.items()}  # without those that have left
         self._states = {peer: RankState(peer, host=hosts[peer]) for peer in connections}
         self._heard_at = dict.fromkeys(connections, time.monotonic())
-        self._selector = selectors.DefaultSelector()
-        for peer, connection in connections.items():
-            connection.set_nonblocking()
-            self._selector.register(connection, selectors.EVENT_READ, peer)
 
     def exchange(self, mine: RankState, stall_timeout_sec: float) -> Verdict | None:
         """Sends this rank's state, listens for half a second; returns the verdict, if any. Only rank 0 finds stalls."""
@@ -82,43 +77,47 @@ class Peers:
 
     def send_verdict(self, verdict: Verdict) -> None:
         """Has every peer end, and through rank 0 every rank."""
-        self._send({"verdict": verdict.text, "exit_code": verdict.exit_code})
+        self._send({"verdict": asdict(verdict)})
 
     def leave(self) -> None:
         """Tells the peers that this rank ends in good order."""
-        self._send({"leaving": True})
+        self._send({})
 
     def _send(self, message: dict) -> None:
-        for connection in self._connections.values():
-            connection.send(message)
+        with self._sending:
+            for connection in list(self._ranks):
+                with contextlib.suppress(OSError):  # a peer that is gone shows when reading from it
+                    connection.send_bytes(json.dumps(message).encode())
 
     def _listen(self) -> Verdict | None:
         until = time.monotonic() + HEARTBEAT_SEC
-        while self._connections and (left := until - time.monotonic()) > 0:
-            for key, _ in self._selector.select(left):
-                if (verdict := self._read(key.data)) is not None:
+        while self._ranks and (left := until - time.monotonic()) > 0:
+            ready = wait(list(self._ranks), left)
+            for connection in [connection for connection in self._ranks if connection in ready]:
+                if (verdict := self._read(connection)) is not None:
                     return verdict
         time.sleep(max(0.0, until - time.monotonic()))  # every peer has left
         return None
 
-    def _read(self, peer: int) -> Verdict | None:
-        messages, is_open = self._connections[peer].read()
-        for message in messages:
-            self._heard_at[peer] = time.monotonic()
-            if "verdict" in message:
-                return Verdict(message["verdict"], message["exit_code"])
-            if "leaving" in message:
-                self._forget(peer)
-                return None
-            self._states[peer] = RankState(**message["state"])
-        if not is_open:
+    def _read(self, connection: Connection) -> Verdict | None:
+        peer = self._ranks[connection]
+        try:
+            message = json.loads(connection.recv_bytes())
+        except (EOFError, OSError):
             state = self._states[peer]
-            self._forget(peer)
+            self._forget(connection)
             return Verdict(f"rank {state.name} died {state}")
+        self._heard_at[peer] = time.monotonic()
+        if "state" in message:
+            self._states[peer] = RankState(**message["state"])
+        elif "verdict" in message:
+            return Verdict(**message["verdict"])
+        else:
+            self._forget(connection)
         return None
 
-    def _forget(self, peer: int) -> None:
-        self._selector.unregister(self._connections.pop(peer))
+    def _forget(self, connection: Connection) -> None:
+        peer = self._ranks.pop(connection)
         del self._states[peer], self._heard_at[peer]
 
     def _find_silent(self) -> Verdict | None:
@@ -127,50 +126,6 @@ class Peers:
                 state = self._states[peer]
                 return Verdict(f"rank {state.name} has not been heard from for {SILENCE_TIMEOUT_SEC:.0f} s, {state}")
         return None
-
-
-class JsonConnection:
-    """JSON objects, one a line, over a socket; a line that is anything else is dropped."""
-
-    def __init__(self, connected: socket.socket):
-        self._socket = connected
-        self._unfinished = b""
-
-    def fileno(self) -> int:
-        """The socket's, for selectors."""
-        return self._socket.fileno()
-
-    def set_nonblocking(self) -> None:
-        """From here on neither sending nor reading waits."""
-        self._socket.setblocking(False)
-
-    def close(self) -> None:
-        """Closes the socket."""
-        self._socket.close()
-
-    def send(self, message: dict) -> None:
-        """Sends it; raises nothing: a peer that is gone or does not read shows when reading from it."""
-        with contextlib.suppress(OSError):
-            self._socket.sendall(json.dumps(message).encode() + b"\n")
-
-    def read(self) -> tuple[list[dict], bool]:
-        """The messages that have come, and whether the connection is still open."""
-        try:
-            data = self._socket.recv(MAX_LINE)
-        except (BlockingIOError, TimeoutError):
-            return [], True
-        except OSError:
-            return [], False
-        *lines, self._unfinished = (self._unfinished + data).split(b"\n")
-        self._unfinished = self._unfinished[-MAX_LINE:]
-        return [message for line in lines if (message := _parsed(line))], bool(data)
-
-    def receive_first(self, timeout_sec: float) -> dict:
-        """The peer's first message, before it sends another; empty where it is anything else, or does not come."""
-        self._socket.settimeout(timeout_sec)
-        with contextlib.suppress(OSError), self._socket.makefile("rb") as lines:
-            return _parsed(lines.readline(MAX_LINE)) or {}
-        return {}
 
 
 def find_stalled(states: list[RankState], stall_timeout_sec: float) -> Verdict | None:
@@ -182,14 +137,6 @@ def find_stalled(states: list[RankState], stall_timeout_sec: float) -> Verdict |
     if len(behind) == len(states):
         who = "no rank has" if len(states) > 1 else "rank 0 has not"
     else:
-        who = ("rank " if len(behind) == 1 else "ranks ") + ", ".join(state.name for state in behind)
-        who += " has not" if len(behind) == 1 else " have not"
+        who = f"rank{'s' * (len(behind) > 1)} {', '.join(state.name for state in behind)} "
+        who += "have not" if len(behind) > 1 else "has not"
     return Verdict(f"{who} moved for {stall_timeout_sec:g} s (--stall_timeout_sec), {behind[0]}")
-
-
-def _parsed(line: bytes) -> dict | None:
-    try:
-        message = json.loads(line)
-    except ValueError:
-        return None
-    return message if isinstance(message, dict) else None

@@ -16,12 +16,9 @@ from tests.data.test_rows import on_ranks
 HOSTS = ("node01", "node01", "node02", "node03")
 
 
-def test_ranks_are_named_with_their_hosts_where_there_are_several():
+def test_values_are_compared_as_they_are_written():
     assert named([2], ()) == "rank 2" and named([1, 3], ("a",) * 4) == "ranks 1, 3"
     assert named([0, 1, 3], HOSTS) == "ranks 0, 1 on node01 and rank 3 on node03"
-
-
-def test_values_are_compared_as_they_are_written():
     same = {"--lr": 1e-4, "--lora_target_modules": ["a", "b"], "--seed": None}
     assert on_ranks(3, lambda ranks: check_same(same, ranks)) == [None] * 3
     errors = on_ranks(3, lambda ranks: check_same(same | ({"--lr": 1e-3, "more": 1} if ranks.rank else {}), ranks))
@@ -93,10 +90,10 @@ def test_a_folder_that_may_only_be_read_is_known_by_the_names_in_it(of_two_hosts
     def refuse(*args) -> None:
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(agreement, "write_text", refuse)
+    monkeypatch.setattr(agreement.Path, "touch", refuse)
     for host in ("host0", "host1"):
         (tmp_path / host).mkdir(exist_ok=True)
-        (tmp_path / host / "a.index").touch()
+        (tmp_path / host / "a.index").write_text("")
     assert of_two_hosts() == [None, None]
-    (tmp_path / "host0/b.index").touch()
+    (tmp_path / "host0/b.index").write_text("")
     assert "cannot see what rank 0" in str(of_two_hosts()[0])

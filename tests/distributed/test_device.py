@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 import train_ds
 from higgs_ds.distributed import engine
-from higgs_ds.distributed.device import describe_devices, pick_device, take_device
+from higgs_ds.distributed.device import pick_device, take_device
 from higgs_ds.distributed.engine import start_ranks
 from higgs_ds.distributed.rank_watch import NCCL_TIMEOUT_SEC, STALL_TIMEOUT_SEC, check_stall_timeout
 from higgs_ds.distributed.rendezvous import Meeting
@@ -16,7 +16,6 @@ from higgs_ds.errors import ConfigError
 from higgs_ds.model.speech import default_dtype
 from higgs_ds.tools.cli import main as higgs_ds
 from tests.conftest import SPEECH
-from tests.support.ranks import assert_all, run_ranks
 
 needs_no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine's GPU can be used")
 
@@ -33,7 +32,6 @@ def gpus(monkeypatch):
             monkeypatch.setenv(name, str(value))
         monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
         monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
 
     return set_number
@@ -62,16 +60,6 @@ def test_no_usable_gpu_ends_every_verb_with_2_before_anything_is_made(verb, monk
     assert "NVIDIA" in said and f"is built for CUDA {torch.version.cuda}; set DS_ACCELERATOR=cpu" in said
 
 
-@needs_no_gpu
-def test_deepspeeds_launcher_does_not_hide_a_driver_that_is_too_old(monkeypatch):
-    """It has torch count the cards by NVML, which an old driver answers too."""
-    monkeypatch.delenv("DS_ACCELERATOR")
-    monkeypatch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-    monkeypatch.setattr(torch.cuda, "_device_count_nvml", lambda: 8)
-    assert torch.cuda.is_available()
-    assert "no usable GPU" in refusal()
-
-
 def test_a_gpu_that_does_not_start_is_one_line(gpus, monkeypatch):
     def busy(device):
         raise RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable\nCUDA kernel errors might …")
@@ -86,28 +74,14 @@ def test_a_gpu_that_does_not_start_is_one_line(gpus, monkeypatch):
     )
 
 
-@needs_no_gpu
-def test_several_ranks_say_it_once(tmp_path):
-    command = ["train_ds.py", "--train_manifest", str(SPEECH), "--output_dir", str(tmp_path / "run")]
-    results = run_ranks(command, 3, timeout=600, env={"DS_ACCELERATOR": ""})
-    assert_all(results, returncode=2)
-    assert sum(result.output.count("no usable GPU") for result in results) == 1
-    assert "no usable GPU" in results[0].output and not (tmp_path / "run").exists()
-
-
-def test_another_machine_says_it_too_where_rank_0_has_its_gpu(gpus, capsys):
-    gpus(0, RANK=8, LOCAL_RANK=0)
-    assert refusal() in capsys.readouterr().err
-    gpus(0, RANK=9, LOCAL_RANK=1)
-    refusal()
-    assert capsys.readouterr().err == ""
-
-
 def test_torchs_own_words_and_gpus_that_are_hidden_are_said(gpus, monkeypatch):
+    """DeepSpeed's launcher has torch count the cards by NVML, which a driver that is too old answers too."""
+
     def refuse() -> None:
         raise RuntimeError("The NVIDIA driver on your system is too old (found version 12080). Please update it")
 
-    gpus(0, CUDA_VISIBLE_DEVICES="")
+    gpus(0, CUDA_VISIBLE_DEVICES="", PYTORCH_NVML_BASED_CUDA_CHECK="1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: "PYTORCH_NVML_BASED_CUDA_CHECK" in os.environ)
     monkeypatch.setattr(torch.cuda, "init", refuse)
     said = refusal()
     assert "driver on your system is too old (found version 12080)" in said and "CUDA_VISIBLE_DEVICES is ''" in said
@@ -119,6 +93,8 @@ def test_more_ranks_than_gpus_are_refused_on_all_of_them(gpus, capsys):
         text = refusal()
         assert "LOCAL_RANK goes up to 7" in text and "GPUs to be seen are 4" in text
     assert capsys.readouterr().err == ""  # rank 0 says it, as any ConfigError
+    gpus(0, RANK=8, LOCAL_RANK=0)  # another machine says it too
+    assert refusal() in capsys.readouterr().err
     gpus(4, RANK=4, LOCAL_RANK=4)  # a launcher that does not say how many it started
     assert "LOCAL_RANK goes up to 4" in refusal() and "LOCAL_RANK" in capsys.readouterr().err
     gpus(4, RANK=3, LOCAL_RANK=3)
@@ -127,15 +103,10 @@ def test_more_ranks_than_gpus_are_refused_on_all_of_them(gpus, capsys):
 
 def test_the_cpu_is_taken_where_it_is_asked_for(gpus):
     gpus(4, DS_ACCELERATOR="cpu", LOCAL_RANK=9)
-    assert pick_device() == torch.device("cpu") and describe_devices(pick_device(), 2) == "cpu"
+    assert pick_device() == torch.device("cpu")
+    assert default_dtype(pick_device()) == "fp32" and default_dtype(torch.device("cuda", 0)) == "bf16"
     gpus(4, DS_ACCELERATOR="xpu")
     assert "DS_ACCELERATOR is 'xpu'" in refusal()
-    gpus(4)
-    assert describe_devices(pick_device(), 8) == "8 × NVIDIA H100 80GB HBM3"
-
-
-def test_speech_is_made_in_bf16_on_a_gpu_and_in_fp32_on_a_cpu():
-    assert default_dtype(torch.device("cuda", 0)) == "bf16" and default_dtype(torch.device("cpu")) == "fp32"
 
 
 class Joined(Exception):
@@ -168,17 +139,17 @@ def test_ranks_on_gpus_bind_theirs_leave_cudnn_attention_and_sum_in_float32(worl
     assert os.environ["DS_ACCELERATOR"] == "cuda"
 
 
-@pytest.mark.parametrize(("given", "kept"), [(None, ":4096:8"), (":16:8", ":16:8")])
-def test_deterministic_holds_for_the_whole_process(given, kept, monkeypatch):
-    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-    if given:
-        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", given)
+def test_deterministic_holds_for_the_whole_process(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
     fill = torch.utils.deterministic.fill_uninitialized_memory
     try:
         take_device(torch.device("cpu"), deterministic=True)
         assert torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark
         assert not torch.is_deterministic_algorithms_warn_only_enabled()
-        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == kept
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+        del os.environ["CUBLAS_WORKSPACE_CONFIG"]
+        take_device(torch.device("cpu"), deterministic=True)
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     finally:
         torch.use_deterministic_algorithms(False)
         torch.utils.deterministic.fill_uninitialized_memory = fill

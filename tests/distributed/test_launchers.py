@@ -1,8 +1,9 @@
 """The command that goes on with a run, by whatever started it."""
 
+from types import SimpleNamespace
+
 import pytest
 
-from higgs_ds.distributed import launchers
 from higgs_ds.distributed.launchers import resume_command
 from higgs_ds.options.parse import parse_args
 
@@ -33,29 +34,19 @@ TORCHRUN = ["/venv/bin/python", "/venv/bin/torchrun", "--nproc_per_node", "2", "
         ([], {"WORLD_SIZE": "8", "PMI_SIZE": "8"}, "mpiexec"),
         (NODE, {"WORLD_SIZE": "8"}, "launch/multi_node.sh (or deepspeed --hostfile)"),
         (TORCHRUN, SRUN | {"SLURM_STEP_NUM_TASKS": "2"}, "sbatch or srun"),
+        # What was typed here is named as it was typed.
+        (TORCHRUN, {"WORLD_SIZE": "2"}, None),
+        (TORCHRUN, SRUN | {"SLURM_STEP_NUM_TASKS": "1"}, None),
+        (TORCHRUN, {"SLURM_STEP_ID": "4294967291", "SLURM_NTASKS": "8"}, None),  # in a batch script
+        ([], {"WORLD_SIZE": "1", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1"}, None),
+        ([], {"WORLD_SIZE": "2", "RANK": "0"}, None),  # whoever set these does so again
     ],
 )
 def test_what_one_command_started_on_several_is_not_gone_on_with_by_a_part_of_them(
     launcher, environment, kind, monkeypatch
 ):
-    monkeypatch.setattr("sys.argv", ["train_ds.py", "--local_rank=1", *NEEDED, "--resume"])
-    monkeypatch.setattr(launchers, "_words_of", lambda pid: launcher)
-    command = resume_command([(2, 1)] if launcher else [], environment)
-    assert command == f"the same {kind} command, with: train_ds.py {' '.join(NEEDED)} --resume auto"
-
-
-@pytest.mark.parametrize(
-    ("launcher", "environment", "command"),
-    [
-        (TORCHRUN, {"WORLD_SIZE": "2"}, " ".join(TORCHRUN)),
-        (TORCHRUN, SRUN | {"SLURM_STEP_NUM_TASKS": "1"}, " ".join(TORCHRUN)),
-        (TORCHRUN, {"SLURM_STEP_ID": "4294967291", "SLURM_NTASKS": "8"}, " ".join(TORCHRUN)),  # in a batch script
-        ([], {"WORLD_SIZE": "1", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1"}, None),
-        ([], {"WORLD_SIZE": "2", "RANK": "0"}, None),  # whoever set these does so again
-    ],
-)
-def test_what_was_typed_here_is_named_as_it_was_typed(launcher, environment, command, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["train_ds.py", *NEEDED])
-    monkeypatch.setattr(launchers, "_words_of", lambda pid: launcher)
-    typed = command or f"python train_ds.py {' '.join(NEEDED)}"
-    assert resume_command([(2, 1)] if launcher else [], environment) == f"{typed} --resume auto"
+    monkeypatch.setattr("sys.argv", ["train_ds.py", *NEEDED, "--resume"])
+    command = resume_command([SimpleNamespace(cmdline=lambda: launcher)] if launcher else [], environment)
+    typed = " ".join(launcher or ["python", "train_ds.py", *NEEDED])
+    typed = f"the same {kind} command, with: train_ds.py {' '.join(NEEDED)}" if kind else typed
+    assert command == f"{typed} --resume auto"

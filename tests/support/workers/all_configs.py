@@ -4,15 +4,21 @@ and set; prints the loss of the third step.
 usage: all_configs.py BASE_DIR CODEC_DIR OUTPUT_DIR
 """
 
+import gc
 import json
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
+import pytest
 import torch
 
 from higgs_ds.checkpoint import CheckpointWriter, Progress, read_checkpoint
 from higgs_ds.distributed.engine import leave_ranks, start_ranks
+from higgs_ds.model.base import DTYPES
+from higgs_ds.model.families import HIGGS_V2
+from higgs_ds.model.memory import RankMemory, Weights
 from higgs_ds.options.sections import PROJECT_ROOT
 from higgs_ds.process import end_process
 from higgs_ds.step_stats import StepSums
@@ -34,6 +40,8 @@ def main() -> None:
         files[-1].parent.mkdir(exist_ok=True)
         files[-1].write_text(json.dumps(FROM_THE_FIELD[name]))
     for number, file in enumerate(files):
+        run = None
+        before = set(alive())
 
         def loaded(model, late=2.0 * ranks.rank * (number == 0)):
             time.sleep(late)  # rank 1 reads from a slower disk
@@ -49,12 +57,15 @@ def main() -> None:
             batch_size=2,
             grad_accum=2,
             dtype="fp32" if file.stem == "zero0" else "bf16",  # refused on two ranks in bf16
+            lora_r=64,
             ds_file=str(file),
             wrap_model=loaded,
         )
         met = ranks.gather(times)
         assert min(t["initialize"] for t in met) >= max(t["loaded"] for t in met), met
+        run.trainer.at = partial(held_as_planned, run, before)
         steps = list(run.batches(last_step=3))
+        before.update(tensor.untyped_storage().data_ptr() for tensor in tensors_within(steps))
         for plan, batches in steps:
             result = run.trainer.train_step(plan.step, batches, 1e-2)
             assert not result.failures, result.failures
@@ -62,10 +73,50 @@ def main() -> None:
         if ranks.is_main:
             total = StepSums.total([rank.sums for rank in result.ranks])
             print("config", file.stem, total.losses(run.weights)["loss"], flush=True)
+        run.trainer.at = lambda step, doing: None  # copies of the state are alive from here on
         save_and_set(run, out / file.stem, steps[-1], offloaded="offload" in file.stem)
     if ranks.is_main:
         print("saved and set under every file", flush=True)
     end_process(leave_ranks(0))
+
+
+def alive() -> dict[int, int]:
+    """Bytes of every tensor's memory, by its place."""
+    gc.collect()
+    tensors = [one for one in gc.get_objects() if type(one) in (torch.Tensor, torch.nn.Parameter)]
+    tensors += [one.grad for one in tensors if type(one) is torch.nn.Parameter and one.grad is not None]
+    storages = {one.untyped_storage().data_ptr(): one.untyped_storage() for one in tensors}
+    return {place: storage.nbytes() for place, storage in storages.items()}
+
+
+def held_as_planned(run, before: set[int], step: int, doing: str) -> None:
+    """Before the third update all that trains is there: weights, masters, moments and gradients, as planned."""
+    setup, ds_config = run.data.setup, run.data.setup.ds_config
+    zero = ds_config["zero_optimization"]
+    if (
+        step != 3
+        or doing != "updating the weights"
+        or any(f"offload_{what}" in zero for what in ("optimizer", "param"))
+    ):
+        return
+    weights = Weights.of(HIGGS_V2, setup.base.config, setup.config)
+    plan = RankMemory(setup.config, setup.base.spec, weights, ds_config, run.ranks.world_size)
+    (base, lora, gradients, optimizer), _ = plan.held()
+    bucket = zero.get("reduce_bucket_size", 0) * {2: DTYPES[setup.config.model.dtype].itemsize, 3: 4}.get(
+        zero["stage"], 0
+    )
+    trained = [p for p in run.engine.module.parameters() if p.requires_grad]
+    assert weights.lora == sum(getattr(p, "ds_numel", p.numel()) for p in trained)
+    optim = run.engine._optimizer
+    own = [value for state in optim.state.values() for key, value in state.items() if key != "step"]
+    own += optim.parameters if zero["stage"] in (1, 2) else []  # stage 3 shows its masters in a step alone
+    share = 2 / 3 if zero["stage"] == 3 else 1
+    assert sum(value.nbytes for value in own) == pytest.approx(share * optimizer, rel=0.001)
+    found = sum(size for place, size in alive().items() if place not in before)
+    planned = base + lora + gradients + optimizer - bucket
+    found -= bucket if zero["stage"] == 3 else 0  # stage 2 has given it back by now
+    print("memory", zero["stage"], f"{found / planned:.4f}", [base, lora, gradients - bucket, optimizer], flush=True)
+    assert zero["stage"] == 3 or found == pytest.approx(planned, rel=0.05)  # stage 3 may hold weights gathered
 
 
 def note_initialize(times: dict[str, float]) -> None:

@@ -13,8 +13,8 @@ from higgs_ds import run as assembly
 from higgs_ds.batching.batch_plan import Plan
 from higgs_ds.batching.loader import MicroBatches
 from higgs_ds.data.manifest import Row, read_manifest
-from higgs_ds.distributed.engine import Engine, Ranks
-from higgs_ds.distributed.single_process import NoWatch
+from higgs_ds.distributed.engine import Engine
+from higgs_ds.distributed.ranks import NoWatch, Ranks
 from higgs_ds.files import write_text
 from higgs_ds.guard import Guard
 from higgs_ds.load_data import Data, load_data

@@ -23,6 +23,7 @@ from higgs_ds.batching import loader as dataset
 from higgs_ds.codec import boson_tokenizer
 from higgs_ds.codec.sample import SampleCodec
 from higgs_ds.distributed import agreement, engine, rank_watch, rendezvous, watch_sockets
+from higgs_ds.judges import in_run
 from higgs_ds.model import flops
 from higgs_ds.model.higgs_v2 import reference
 from higgs_ds.model.higgs_v2 import upstream as higgs
@@ -182,6 +183,20 @@ def voice_fails() -> None:
         raise RuntimeError("no such layer")
 
     SampleCodec.decode = decode
+
+
+def judges_hang(call: int, seconds: float) -> None:
+    """The judges' process is suspended when it judges for the `call`-th time, counted after the base."""
+    in_run.CLIP_SEC = seconds
+    original, calls = in_run.RunJudges.judge, []
+
+    def judge(self, *args):
+        calls.append(1)
+        if len(calls) > call:
+            os.kill(self._process.pid, signal.SIGSTOP)
+        return original(self, *args)
+
+    in_run.RunJudges.judge = judge
 
 
 def killed_speaking() -> None:

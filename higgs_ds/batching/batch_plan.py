@@ -25,7 +25,7 @@ class MicroBatch:
 
     rows: tuple[int, ...]
     filler: bool = False
-    epoch: int | None = None  # 0-based, where rows differ by epoch; None: as long as they may become
+    epoch: int | None = None  # 0-based, for rows that differ by epoch; None: as long as they may become
 
 
 @dataclass(frozen=True)
@@ -88,16 +88,14 @@ class Plan:
     def describe(self, total_steps: int) -> str:
         """The arithmetic of a step and of the run, as text."""
         return (
-            f"global batch: {self._global_batch()}\n"
+            f"global batch: {self._micro_batch()} × {self.grad_accum} accumulation × {self.world_size} ranks = "
+            f"{self.rows_per_step or self.micro_batches_per_step} {'rows' if self.rows_per_step else 'micro-batches'}\n"
             f"run: {self.num_rows} rows = {self.steps_per_epoch} steps an epoch, {total_steps} steps "
             f"= {total_steps / self.steps_per_epoch:.2f} epochs"
         )
 
-    def _global_batch(self) -> str:
-        return (
-            f"{self.batch_size} rows × {self.grad_accum} accumulation × {self.world_size} ranks "
-            f"= {self.rows_per_step} rows"
-        )
+    def _micro_batch(self) -> str:
+        return f"{self.batch_size} rows"
 
     def mean_tokens(self, tokens: np.ndarray | None) -> float | None:
         """Tokens of a micro-batch on average, from those of the rows; None where these were not counted."""
@@ -116,7 +114,7 @@ class Plan:
         Of a very long run its beginning is looked at: as many epochs as hold `ROWS_LOOKED_AT` rows.
         """
         first_epoch, last_epoch = (first_step - 1) // self.steps_per_epoch, (last_step - 1) // self.steps_per_epoch
-        most, most_expensive = -1, ()
+        found: list[tuple[int, tuple[int, ...]]] = []
         for epoch in range(first_epoch, min(last_epoch, first_epoch + ROWS_LOOKED_AT // self.num_rows) + 1):
             # The rows in the order of training, those before and behind the run's steps left out.
             first = max(0, first_step - 1 - epoch * self.steps_per_epoch) * self.rows_per_step
@@ -124,11 +122,9 @@ class Plan:
             rows = self.epoch(epoch).rows[first:behind]
             starts = np.arange(0, len(rows), self.batch_size)
             costs = micro_batch_costs(np.asarray(tokens, np.int64)[rows], starts, padded=padded)
-            place = int(costs.argmax())
-            if costs[place] > most:
-                start = int(starts[place])
-                most, most_expensive = int(costs[place]), tuple(rows[start : start + self.batch_size].tolist())
-        return most_expensive
+            start = int(starts[costs.argmax()])
+            found.append((int(costs.max()), tuple(rows[start : start + self.batch_size].tolist())))
+        return max(found, key=lambda cost_and_rows: cost_and_rows[0])[1]
 
     def epoch(self, epoch: int) -> Epoch:
         """The micro-batches of an epoch (0-based)."""
@@ -143,11 +139,6 @@ class Plan:
             micro_batches_per_step=self.micro_batches_per_step,
         )
 
-    def order(self, epoch: int) -> list[int]:
-        """Row numbers of an epoch (0-based) in the order in which they are trained on."""
-        drawn = self.epoch(epoch)
-        return [row for place in range(self.steps_per_epoch) for rows in drawn.step(place) for row in rows]
-
     def steps(self, rank: int, first_step: int, last_step: int) -> Iterator[StepPlan]:
         """This rank's share of the steps `first_step`…`last_step`, both included."""
         epoch_drawn = -1
@@ -157,7 +148,7 @@ class Plan:
                 epoch_drawn, drawn = epoch, self.epoch(epoch)
                 rows_done = drawn.rows_done()
             micro_batches = drawn.step(place)
-            mine = spread(micro_batches, drawn.filler or micro_batches[0][:1], rank, self.world_size)
+            mine = spread(micro_batches, drawn.filler or micro_batches[0][:1], rank, self.world_size, epoch)
             shares = self.mixture.shares([row for rows in micro_batches for row in rows])
             yield StepPlan(step, epoch + rows_done[place].item() / self.num_rows, mine, shares)
 
@@ -206,11 +197,8 @@ class TokenPlan(Plan):
         """Row numbers of a micro-batch than which none of the plan costs more; see `Packing.most_expensive`."""
         return tuple(self.mixture.longest[list(self._packing.most_expensive(padded=padded))].tolist())
 
-    def _global_batch(self) -> str:
-        return (
-            f"up to {self.max_tokens} tokens (on average {self.mean_tokens():.0f}) × {self.grad_accum} accumulation × "
-            f"{self.world_size} ranks = {self.micro_batches_per_step} micro-batches"
-        )
+    def _micro_batch(self) -> str:
+        return f"up to {self.max_tokens} tokens (on average {self.mean_tokens():.0f})"
 
     def epoch(self, epoch: int) -> Epoch:
         """The micro-batches of an epoch (0-based)."""
@@ -246,13 +234,12 @@ def _epoch_seed(seed: int, epoch: int) -> int:
 
 
 def spread(
-    chunks: list[tuple[int, ...]], filler: tuple[int, ...], rank: int, world_size: int
+    chunks: list[tuple[int, ...]], filler: tuple[int, ...], rank: int, world_size: int, epoch: int | None = None
 ) -> tuple[MicroBatch, ...]:
     """One rank's share of a step's micro-batches; as many on every rank, filled up with fillers."""
     # Chunk i goes to rank i mod world_size; in the last round some ranks have none, and compute a filler.
-    rounds = math.ceil(len(chunks) / world_size)
-    mine = [chunks[i] if i < len(chunks) else None for i in range(rank, rounds * world_size, world_size)]
-    return tuple(MicroBatch(chunk) if chunk else MicroBatch(filler, filler=True) for chunk in mine)
+    filled = [*chunks, *[()] * (-len(chunks) % world_size)]
+    return tuple(MicroBatch(chunk or filler, not chunk, epoch) for chunk in filled[rank::world_size])
 
 
 def evaluation_plans(
@@ -270,6 +257,6 @@ def evaluation_plans(
         plan = TokenPlan(tokens, max_tokens=max_tokens, round_to=round_to, grad_accum=1, world_size=world_size, seed=0)
         yield from plan.steps(rank, 1, plan.steps_per_epoch)
         return
-    rows = [tuple(range(num_rows)[first : first + batch_size]) for first in range(0, num_rows, batch_size)]
+    rows = [tuple(range(first, min(first + batch_size, num_rows))) for first in range(0, num_rows, batch_size)]
     for step, micro_batch in enumerate(spread(rows, (0,), rank, world_size), start=1):
         yield StepPlan(step, 0.0, (micro_batch,))

@@ -86,9 +86,7 @@ class Epoch:
 
     def rows_done(self) -> np.ndarray:
         """int64 [steps]: rows of the epoch trained on after each step."""
-        short = len(self.step_order) * self.micro_batches_per_step - len(self.sizes)
-        by_step = np.append(self.sizes, np.zeros(short, np.int64)).reshape(-1, self.micro_batches_per_step).sum(1)
-        return by_step[self.step_order].cumsum()
+        return _in_steps(self.sizes, self.micro_batches_per_step).sum(1)[self.step_order].cumsum()
 
 
 def micro_batch_costs(tokens: np.ndarray, starts: np.ndarray, *, padded: bool = False) -> np.ndarray:
@@ -174,15 +172,16 @@ def _smallest_budget(longest_first: np.ndarray, limit: int, most: int) -> int:
 def _waste(longest_first: np.ndarray, budget: int, per_step: int) -> float:
     """Computed ÷ real tokens with and without the padding of rows in it, added up."""
     starts = _starts(_cells(longest_first, budget))
-    sizes = np.diff(np.append(starts, len(longest_first)))
-    padded = longest_first[starts] * sizes
-    real = np.add.reduceat(longest_first, starts)
-    by_cost = np.argsort(-padded, kind="stable")
-    total = longest_first.sum()
-    return sum(slowest(cost[by_cost], per_step).sum() * per_step / total for cost in (padded, real))
+    costs = [micro_batch_costs(longest_first, starts, padded=padded) for padded in (True, False)]
+    by_cost = np.argsort(-costs[0], kind="stable")
+    return sum(slowest(cost[by_cost], per_step).sum() * per_step / longest_first.sum() for cost in costs)
 
 
 def slowest(costs: np.ndarray, together: int) -> np.ndarray:
-    """The largest cost of every `together` micro-batches that run at a time; fillers are missing and cost nothing."""
-    short = -len(costs) % together
-    return np.append(costs, np.zeros(short, costs.dtype)).reshape(-1, together).max(axis=1)
+    """The largest cost of every `together` micro-batches that run at a time."""
+    return _in_steps(costs, together).max(axis=1)
+
+
+def _in_steps(values: np.ndarray, together: int) -> np.ndarray:
+    """[steps, together]: values of micro-batches, 0 for the fillers of the last step."""
+    return np.pad(values, (0, -len(values) % together)).reshape(-1, together)

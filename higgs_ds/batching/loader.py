@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import multiprocessing
 import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch.utils.data import DataLoader, Dataset
-from torch.utils.data._utils.signal_handling import _remove_worker_pids, _set_worker_pids
 
 from ..data.code_cache import CodeCache
 from ..data.manifest import AudioRef, Row
@@ -80,37 +78,21 @@ def load_steps(
         worker_init_fn=_outlive_stop_signals,
         generator=torch.Generator(),  # its own: a loader draws from it, and dropout's must be the same after a resume
     )
-    others = multiprocessing.active_children()
     # A worker begins with them blocked, so that none ends it before it can ignore them.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         batches = iter(loader)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-    workers = [process for process in multiprocessing.active_children() if process not in others]
     try:
         yield ((plan, [next(batches) for _ in plan.micro_batches]) for plan in plans)
     finally:
-        if workers:
-            _end_workers(batches, workers)
-
-
-def _end_workers(batches: Any, workers: list[multiprocessing.process.BaseProcess]) -> None:
-    """Ends a loader and its workers; those that have not gone WORKERS_END_SEC later are killed.
-
-    Torch's own end of a loader comes down to SIGTERM, which they ignore, and Python at exit waits for them for good. It
-    has no public name, nor has the registry of workers: tests/batching/test_loader.py fails when they change.
-    """
-    # For a registered worker that is killed, torch's SIGCHLD handler raises in whatever code runs then. An empty entry
-    # takes the place of theirs, since torch's end of the loader wants to remove one.
-    _remove_worker_pids(id(batches))
-    _set_worker_pids(id(batches), ())
-    ending = threading.Thread(target=batches._shutdown_workers, daemon=True)  # joins each worker for five seconds
-    ending.start()
-    ending.join(WORKERS_END_SEC)
-    for worker in workers:
-        worker.kill()
-    ending.join(WORKERS_END_SEC)
+        if num_workers:
+            # Torch waits five seconds for each worker, and one may be stuck: that holds up neither the adapter nor the
+            # end of the process, which kills what is left of them. It has no public name.
+            ending = threading.Thread(target=batches._shutdown_workers, daemon=True)  # type: ignore[attr-defined]
+            ending.start()
+            ending.join(WORKERS_END_SEC)
 
 
 def _outlive_stop_signals(worker: int) -> None:

@@ -46,19 +46,17 @@ class Mixture:
         Raises:
             ConfigError: weights by which an epoch becomes longer than can be held.
         """
-        self.counts = list(counts)
-        self.weights = [1.0] * len(self.counts) if weights is None else list(weights)
-        self.names = list(names)
-        firsts = np.r_[0, np.cumsum(self.counts)].tolist()
-        self._ends = np.array(firsts[1:])
-        self._parts = [
-            _Part(number, first, count, rows_taken(count, weight), seed, tokens)
-            for number, (first, count, weight) in enumerate(zip(firsts[:-1], self.counts, self.weights, strict=True))
-        ]
-        self.taken = [part.taken for part in self._parts]  # rows of each manifest an epoch
+        self.counts, self.names = list(counts), list(names)
+        self.taken = list(map(rows_taken, counts, weights or [1.0] * len(self.counts)))  # rows of each an epoch
         if sum(self.taken) > max(MOST_ROWS, sum(self.counts)):
             long = f"an epoch of {sum(self.taken):,} rows by these weights, over {MOST_ROWS:,}"
             raise ConfigError([f"--train_manifest: {long}; divide all weights by the same number, give more --epochs"])
+        self._ends = np.cumsum(self.counts)
+        rows = np.split(np.arange(sum(self.counts)), self._ends[:-1])
+        self._parts = [
+            _Part(f"mixture:{seed}:{number}", of_part, taken, None if tokens is None else np.asarray(tokens)[of_part])
+            for number, (of_part, taken) in enumerate(zip(rows, self.taken, strict=True))
+        ]
         # [slots]: the row than which none that ever takes this place has more tokens.
         self.longest = np.concatenate([part.longest() for part in self._parts])
 
@@ -82,11 +80,11 @@ class Mixture:
         if self.taken == self.counts and len(self.counts) < 2:
             return {}
         said = {}
-        for name, part in zip(self.names, self._parts, strict=True):
-            of = f"all {part.count:,} rows" if part.taken == part.count else f"{part.taken:,} of {part.count:,} rows"
-            if part.taken > part.count:
-                of = f"{part.taken:,} rows, each of {part.count:,} about {part.taken / part.count:.3g} times"
-            said[name] = f"{of} an epoch, {100 * part.taken / len(self):.3g} % of it"
+        for name, count, taken in zip(self.names, self.counts, self.taken, strict=True):
+            of = f"all {count:,} rows" if taken == count else f"{taken:,} of {count:,} rows"
+            if taken > count:
+                of = f"{taken:,} rows, each of {count:,} about {taken / count:.3g} times"
+            said[name] = f"{of} an epoch, {100 * taken / len(self):.3g} % of it"
         return said
 
 
@@ -96,47 +94,41 @@ def rows_taken(count: int, weight: float) -> int:
 
 
 class _Part:
-    """One manifest's rows in an epoch."""
+    """One manifest's rows in an epoch: whole copies, and some that are drawn."""
 
-    def __init__(self, number: int, first: int, count: int, taken: int, seed: int, tokens: np.ndarray | None):
-        self.count, self.taken = count, taken
-        self._name = f"mixture:{seed}:{number}"
-        self._all = np.arange(first, first + count)
-        self._copies, self._drawn = divmod(taken, count) if count else (0, 0)
-        self._by_length = None
-        if tokens is not None and self._drawn:
-            self._by_length = self._all[np.argsort(-np.asarray(tokens[first : first + count]), kind="stable")]
+    def __init__(self, name: str, rows: np.ndarray, taken: int, tokens: np.ndarray | None):
+        self._name, self._rows = name, rows
+        copies, self._drawn = divmod(taken, len(rows)) if len(rows) else (0, 0)
+        self._copied = np.tile(rows, copies)
+        self._by_length = None if tokens is None else rows[np.argsort(-tokens, kind="stable")]
+        # Places by which a row may move before a draw.
+        self._reach = math.ceil(JITTER * len(rows) / self._drawn) if self._drawn else 0
 
     def rows(self, epoch: int) -> np.ndarray:
         """int64 [taken]: those of an epoch."""
-        return np.concatenate([*[self._all] * self._copies, self._draw(epoch)])
+        return np.concatenate([self._copied, self._draw(epoch)]) if self._drawn else self._copied
 
     def longest(self) -> np.ndarray:
         """int64 [taken]: see `Mixture.longest`."""
-        drawn = self._all[: self._drawn]
-        if self._by_length is not None:
-            places = np.arange(self._drawn) * self.count // self._drawn - self._reach()
+        drawn = self._rows[: self._drawn]
+        if self._by_length is not None and self._drawn:
+            places = np.arange(self._drawn) * len(self._rows) // self._drawn - self._reach
             drawn = self._by_length[np.maximum(places, 0)]
-        return np.concatenate([*[self._all] * self._copies, drawn])
+        return np.concatenate([self._copied, drawn])
 
     def _draw(self, epoch: int) -> np.ndarray:
         """Some epochs that follow each other share no drawn row; then the order is drawn anew."""
-        if not self._drawn:
-            return self._all[:0]
-        block, turn = divmod(epoch, self.count // self._drawn)
+        count = len(self._rows)
+        block, turn = divmod(epoch, count // self._drawn)
         # Not numpy's newer generators: what RandomState draws is the same in every version, and so after a resume.
         digest = hashlib.sha256(f"{self._name}:{block}".encode()).digest()
         random = np.random.RandomState(int.from_bytes(digest[:4], "little"))
-        start = int(random.randint(self.count)) + turn * self._drawn
+        start = int(random.randint(count)) + turn * self._drawn
         if self._by_length is None:
-            order = self._all[random.permutation(self.count)]
+            order = self._rows[random.permutation(count)]
         else:
-            moved = np.arange(self.count) + self._reach() * random.random_sample(self.count)
+            moved = np.arange(count) + self._reach * random.random_sample(count)
             order = self._by_length[np.argsort(moved, kind="stable")]
         # At even distances: a row is taken where its place × drawn, modulo the rows, falls into a window of `drawn`,
         # and the next epoch's window begins where this one ends.
-        return order[(np.arange(self._drawn) * self.count + start % self.count) // self._drawn]
-
-    def _reach(self) -> int:
-        """Places by which a row may move before a draw."""
-        return math.ceil(JITTER * self.count / self._drawn)
+        return order[(np.arange(self._drawn) * count + start % count) // self._drawn]

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from ..data.chatml import SYSTEM_PROMPT, Row, Turn
 from ..data.row_set import RowSet
-from .batch_plan import StepPlan
 
 
 class References:
@@ -87,11 +85,3 @@ class References:
             f"references: {self._rate:g} of {own + lent} rows an epoch ({lent} with another clip of their speaker, "
             f"{own} with their own); {len(self._rows) - own - lent} rows as they are"
         )
-
-
-def in_epochs(plans: Iterator[StepPlan], steps_per_epoch: int) -> Iterator[StepPlan]:
-    """The same plans, whose micro-batches know their epoch."""
-    for plan in plans:
-        epoch = (plan.step - 1) // steps_per_epoch
-        of_epoch = tuple(dataclasses.replace(batch, epoch=epoch) for batch in plan.micro_batches)
-        yield dataclasses.replace(plan, micro_batches=of_epoch)

@@ -38,12 +38,10 @@ def check_shared_memory(
         return
     rows = {len(dataset) * i // LOOKED_AT for i in range(LOOKED_AT)}
     batches = [dataset[MicroBatch((row,))] for row in sorted(rows)]
-    if max_tokens is None:
-        size: float = batch_size * max(map(_bytes_of, batches))
-    else:
+    size: float = batch_size * max(map(_bytes_of, batches))
+    if max_tokens is not None:
         size = max_tokens * max(_bytes_of(batch) / batch.num_tokens for batch in batches)
-    needed = size * ranks_here * (num_workers * PREFETCH + kept)
-    free = shutil.disk_usage(folder).free
+    needed, free = size * ranks_here * (num_workers * PREFETCH + kept), shutil.disk_usage(folder).free
     if needed > free:
         sizes = f"{folder} has {free / 1e6:,.0f} MB free, and the batches that the data workers of {ranks_here} ranks "
         sizes += f"build ahead take about {needed / 1e6:,.0f} MB of it"

@@ -6,20 +6,25 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from functools import partial
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..data.code_cache import CodeCache
-from ..data.manifest import Row
+from ..data.manifest import AudioRef, Row
 from ..data.records import Records, RecordWriter, record_type
 from .collate import Collator
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from ..model.spec import ModelSpec
+
 LENGTH = record_type(("tokens", "<u8"))
 CACHED_TEXTS = 4096
+RULE = 2  # of counting; counts on disk by an earlier one are made again
 
 
 class LengthIndex:
@@ -27,12 +32,17 @@ class LengthIndex:
 
     def __init__(self, cache: CodeCache, tokenizer: PreTrainedTokenizerBase, collator: Collator):
         self._cache = cache
-        self._tokenizer = _CachingTokenizer(tokenizer)
+        # Remembers the last few thousand texts: headers and scenes are the same in every row.
+        cached = functools.lru_cache(CACHED_TEXTS)(partial(tokenizer.encode, add_special_tokens=False))
+        # Each call gets a list of its own: a family may extend it.
+        self._tokenizer = SimpleNamespace(encode=lambda text, add_special_tokens: list(cached(text)))
         self._collator = collator
         self._records: Records | None = None
         # The codec is in the folder's name.
         spec = collator.spec
-        context = [_fingerprint(tokenizer), spec.num_codebooks, spec.use_delay_pattern, spec.audio_in_codes]
+        content = tokenizer.backend_tokenizer.to_str()  # of which the number of tokens of a text follows
+        digest = hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
+        context = [RULE, digest, spec.num_codebooks, spec.use_delay_pattern, spec.audio_in_codes]
         self._context = hashlib.sha256(json.dumps(context).encode()).digest()
 
     def count(self, rows: list[Row], on_row: Callable[[], None] = lambda: None) -> np.ndarray:
@@ -70,16 +80,7 @@ class LengthIndex:
 
     def tokens(self, row: Row) -> int:
         """Positions that the model computes for a row: text tokens, each clip's placeholder replaced by its frames."""
-        spec = self._collator.spec
-        input_ids, _, _ = spec.tokenize(row.messages, row.start_index, self._tokenizer)
-        total = len(input_ids)
-        for turn in row.messages:
-            if turn.role != "assistant" and not spec.audio_in_codes:
-                continue  # its placeholder stays one token
-            for piece in turn.content:
-                if not isinstance(piece, str):
-                    total += spec.stream_length(self._cache.frames(piece)) - 1
-        return total
+        return count_tokens(row, self._collator.spec, self._tokenizer, self._cache.frames)
 
     def _key(self, row: Row) -> bytes:
         content = [
@@ -89,23 +90,11 @@ class LengthIndex:
         return hashlib.sha256(self._context + json.dumps(content).encode()).digest()
 
 
-class _CachingTokenizer:
-    """A tokenizer that remembers the last few thousand texts: headers and scenes are the same in every row."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self._encode = functools.lru_cache(CACHED_TEXTS)(lambda text: tokenizer.encode(text, add_special_tokens=False))
-
-    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        """Token ids; never with special tokens added."""
-        assert not add_special_tokens
-        return self._encode(text)
-
-
-def _fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Changes whenever the number of tokens of a text might."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        content = backend.to_str()
-    else:
-        content = json.dumps([type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())])
-    return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
+def count_tokens(row: Row, spec: ModelSpec, tokenizer: Any, frames_of: Callable[[AudioRef], int]) -> int:
+    """Positions that the model computes for a row, given the frames of each clip, encoded or not."""
+    total = len(spec.tokenize(row.messages, row.start_index, tokenizer)[0])
+    for turn in row.messages:
+        if turn.role != "assistant" and not spec.audio_in_codes:
+            continue  # its placeholder stays one token
+        total += sum(spec.stream_length(frames_of(piece)) - 1 for piece in turn.content if not isinstance(piece, str))
+    return total

@@ -131,29 +131,21 @@ def test_a_sample_is_never_written_to(tokenizer, tiny_config):
     """Upstream's collator masks the sample's own labels; a cached sample then trains on no audio in epoch 2."""
     samples = samples_of(["speech", "clone"], tokenizer)
     before = copy.deepcopy(samples)
-    first = Collator(HiggsV2Spec.from_config(tiny_config))(samples)
-    second = Collator(HiggsV2Spec.from_config(tiny_config))(samples)
+    first, second = (Collator(HiggsV2Spec.from_config(tiny_config))(samples) for _ in range(2))
     for old, new in zip(before, samples, strict=True):
-        assert torch.equal(old.label_ids, new.label_ids)
-        assert torch.equal(old.input_ids, new.input_ids)
+        assert torch.equal(old.label_ids, new.label_ids) and torch.equal(old.input_ids, new.input_ids)
         assert all(torch.equal(a, b) for a, b in zip(old.codes, new.codes, strict=True))
-    assert torch.equal(first.label_audio_ids, second.label_audio_ids)
-    assert sum(second.codebook_counts) > 0
+    assert torch.equal(first.label_audio_ids, second.label_audio_ids) and sum(second.codebook_counts) > 0
 
 
-def test_the_reference_of_a_voice_clone_is_not_trained(tokenizer, tiny_config):
+def test_a_reference_is_not_trained_and_a_filler_has_nothing_to_learn(tokenizer, tiny_config):
     (sample,) = samples_of(["clone"], tokenizer)
     batch = Collator(HiggsV2Spec.from_config(tiny_config))([sample])
     reference, target = (codes.shape[1] + 2 + 7 for codes in sample.codes)
     assert (batch.label_audio_ids[:, :reference] == -100).all()
     assert (batch.label_audio_ids[:, reference:] != -100).sum() == 8 * (target - 9 + 1)
-
-
-def test_a_filler_has_nothing_to_learn(tokenizer, tiny_config):
     batch = Collator(HiggsV2Spec.from_config(tiny_config))(samples_of(["speech"], tokenizer), filler=True)
-    assert batch.text_count == 0
-    assert sum(batch.codebook_counts) == 0
-    assert batch.audio_out_ids.shape[1] > 0
+    assert batch.text_count == sum(batch.codebook_counts) == 0 < batch.audio_out_ids.shape[1]
 
 
 def test_counts_are_what_is_predicted(tokenizer, tiny_config):

@@ -72,7 +72,7 @@ def test_global_batches_and_shares_are_the_same_at_every_world_size_and_after_a_
     for epoch in range(4):
         of_epoch = slice(epoch * one.steps_per_epoch, (epoch + 1) * one.steps_per_epoch)
         rows = [row for batch in wanted[of_epoch] for row in batch]
-        assert sorted(rows) == sorted(mixture(by_tokens=by_tokens).rows(epoch).tolist()) == sorted(one.order(epoch))
+        assert sorted(rows) == sorted(mixture(by_tokens=by_tokens).rows(epoch).tolist())
         taken = sum(
             len(batch) * step.shares["b"] for batch, step in zip(wanted[of_epoch], whole[of_epoch], strict=True)
         )

@@ -7,17 +7,17 @@ import pytest
 from higgs_ds.batching.batch_plan import MicroBatch, TokenPlan
 from higgs_ds.batching.collate import Collator
 from higgs_ds.batching.loader import MicroBatches
-from higgs_ds.batching.references import References, in_epochs
+from higgs_ds.batching.references import References
 from higgs_ds.batching.token_counts import LengthIndex
 from higgs_ds.codec.load import load_codec
 from higgs_ds.data.chatml import speech_messages
 from higgs_ds.data.code_cache import CodeCache
 from higgs_ds.data.rows import RowOptions, load_rows
-from higgs_ds.distributed.single_process import SingleProcess
+from higgs_ds.distributed.ranks import Ranks
 from higgs_ds.model.higgs_v2.prompt import tokenize
 from higgs_ds.model.higgs_v2.spec import HiggsV2Spec
 from tests.conftest import SPEECH
-from tests.support.ranks import assert_all
+from tests.support.ranks import assert_all, changed
 
 OWN, STRANGER, LONELY, CHAT = 8, 9, 10, 11  # rows of the manifest below; those before are of one voice
 RATE, MOST = 0.5, 700
@@ -50,7 +50,7 @@ def loaded(codec_dir, tokenizer, tiny_config, tmp_path_factory):
         [str(write_manifest(folder))],
         RowOptions(max_duration_sec=30),
         cache=cache,
-        ranks=SingleProcess(),
+        ranks=Ranks(),
         lengths=LengthIndex(cache, tokenizer, collator),
     )
     return rows, cache, collator
@@ -112,7 +112,7 @@ def test_no_epoch_takes_a_row_beyond_what_the_plan_counts(loaded, tokenizer, mos
     plan = TokenPlan(references.longest, max_tokens=most, grad_accum=1, world_size=1, seed=0)
     dataset = MicroBatches(rows, tokenizer, cache, collator, references)
     seen = set()
-    for step in in_epochs(plan.steps(0, 1, 3 * plan.steps_per_epoch), plan.steps_per_epoch):
+    for step in plan.steps(0, 1, 3 * plan.steps_per_epoch):
         for micro_batch in step.micro_batches:
             seen.add(micro_batch.epoch)
             tokens = dataset[micro_batch].num_tokens
@@ -123,18 +123,13 @@ def test_no_epoch_takes_a_row_beyond_what_the_plan_counts(loaded, tokenizer, mos
 
 def test_the_loss_is_the_same_on_two_ranks_and_after_a_resume(forks, flags_of, tmp_path):
     manifest = write_manifest(tmp_path)
-    flags = {"train_manifest": manifest, "reference_rate": RATE, "max_tokens_per_batch": MOST, "lora_dropout": 0}
-    flags["lr_scheduler"] = "constant"  # the first part of the run has fewer steps
+    flags = {"train_manifest": manifest, "reference_rate": RATE, "max_tokens_per_batch": MOST, "batch_size": None}
+    flags |= {"lora_dropout": 0, "lr_scheduler": "constant", "dtype": "fp32", "save_every": 3}
     losses = {}
-    for name, ranks, more in (("one", 1, {"grad_accum": 2}), ("two", 2, {})):
-        run = flags_of(tmp_path / name, **flags, **more, max_steps=6, dtype="fp32", save_every=3)
-        place = run.index("--batch_size")
-        del run[place : place + 2]
+    for name, ranks, grad_accum in (("one", 1, 2), ("two", 2, 1)):
+        run = flags_of(tmp_path / name, **flags, grad_accum=grad_accum, max_steps=6, resume="auto")
         if name == "one":
-            assert_all(
-                forks.run([*run[: run.index("--max_steps")], "--max_steps", "3", *run[run.index("--dtype") :]], 1)
-            )
-            run += ["--resume", "auto"]
+            assert_all(forks.run(changed(run, "--max_steps", "3"), 1))
         results = forks.run(run, ranks)
         assert_all(results)
         assert "references: 0.5 of 9 rows an epoch (8 with" in results[0].output

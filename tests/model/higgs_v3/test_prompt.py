@@ -8,9 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from higgs_ds.batching.collate import Collator
+from higgs_ds.batching.token_counts import LengthIndex, count_tokens
+from higgs_ds.codec.load import load_codec
 from higgs_ds.data.chatml import AudioRef, Turn, speech_messages
+from higgs_ds.data.code_cache import CodeCache
 from higgs_ds.data.controls import control_tokens, find_control, without_tags
-from higgs_ds.data.manifest import Manifest
+from higgs_ds.data.manifest import Manifest, read_manifest
 from higgs_ds.errors import ConfigError
 from higgs_ds.model.higgs_v3.prompt import CONTROL_TAGS, tokenize, undelayed
 from tests.conftest import SPEECH
@@ -18,6 +22,15 @@ from tests.conftest import SPEECH
 CLIP, REF = AudioRef(Path("/a.wav")), AudioRef(Path("/b.wav"))
 CLIPS = sorted(SPEECH.parent.rglob("*.wav")) + sorted(SPEECH.parent.rglob("*.flac"))
 B, E = 1024, 1025
+
+
+def test_rows_counted_one_after_the_other_are_as_long_as_each_alone(v3_base, codec_dir, tmp_path):
+    """Texts that rows share are encoded once; what a row makes of them stays its own."""
+    rows = read_manifest(SPEECH)[0][:6]
+    cache = CodeCache(tmp_path, load_codec(str(codec_dir)))
+    assert cache.ensure([ref for row in rows for _, ref in row.audio_refs]) == {}
+    counted = LengthIndex(cache, v3_base.tokenizer, Collator(v3_base.spec)).count(rows)
+    assert counted.tolist() == [count_tokens(row, v3_base.spec, v3_base.tokenizer, cache.frames) for row in rows]
 
 
 class Names:

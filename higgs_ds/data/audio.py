@@ -210,7 +210,10 @@ def _sound(source: Path | io.BytesIO, track: int | None) -> soundfile.SoundFile 
     if (content := uncounted(source)) is not None:
         return ContainerFile(content, track)
     try:
-        return soundfile.SoundFile(source)
+        sound = soundfile.SoundFile(source)
+        if track:
+            raise TrackError(f"holds one sound; its track {track} is not there")
+        return sound
     except soundfile.LibsndfileError as error:
         if error.code == MALFORMED:
             raise

@@ -174,7 +174,7 @@ def speech_messages(
     if (ref_text is None) != (ref_audio is None):
         raise ValueError("ref_text and ref_audio belong together: give the reference clip and its transcript, or none")
     turns = []
-    text, ref_text = composed(text.strip()).strip(), ref_text and composed(ref_text.strip()).strip()
+    text, ref_text = composed(text).strip(), ref_text and composed(ref_text).strip()
     scene = scene and with_plain_letters(scene.strip()).strip()
     if scene:
         scene_block = f"{SCENE_START}\n{scene}\n{SCENE_END}"

@@ -23,7 +23,7 @@ class ClipPaths:
 
     def find(self, value: str) -> Path | None:
         """A file's path, or None; one that is elsewhere than beside the manifest is counted."""
-        if os.path.isabs(_join("", value)):
+        if value[:1] in ("/", "~"):
             return Path(path) if (path := _file("", value)) else None
         for folder in self.folders:
             if path := _file(folder, value):
@@ -56,7 +56,7 @@ class ClipPaths:
 
 
 def _join(folder: str, value: str) -> str:
-    return os.path.join(folder, os.path.expanduser(value) if value.startswith("~") else value)
+    return os.path.expanduser(value) if value[:1] in ("/", "~") else f"{folder}/{value}"
 
 
 def _file(folder: str, value: str) -> str | None:

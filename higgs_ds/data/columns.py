@@ -6,7 +6,9 @@ import difflib
 import functools
 import re
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 # `id`, the last of both, is known and not read.
 CHATML_FIELDS = ("messages", "start_index", "speaker", "misc", "split", "id")
@@ -22,8 +24,9 @@ SYNONYMS = {
     "ref_audio": "reference_audio ref_audio_path ref_audio_file reference_audio_path ref_wav ref_wav_path prompt_audio "
     "prompt_wav prompt_audio_path ref_path",
     "ref_text": "reference_text ref_transcript reference_transcript prompt_text prompt_transcript",
-    "channel": "channel_selector channel_id channel_index ch",
-    "sampling_rate": "sample_rate samplerate sr",
+    "channel": "channel_selector channel_id channel_index channel_idx channel_number audio_channel chan ch",
+    "audio_track": "track_index stream_index audio_stream",
+    "sampling_rate": "sample_rate samplerate sr fs sampling_rate_hz sample_rate_hz sampling_frequency",
     "split": "subset partition data_split",
 }
 # Misspelt, these would change what is trained on, and nothing would show it.
@@ -33,12 +36,42 @@ _CANONICAL = {name: canonical for canonical, names in SYNONYMS.items() for name 
 # Edges of a slice by any other name, and the unit that stands in it: `begin_time`, `start_sec`, `endTime`, `offset_ms`.
 _EDGE = re.compile(
     r"(?P<of>(?:segment|seg|audio|clip|utt|utterance|speech|word|vad|time|ts|t)_?)?"
-    r"(?P<edge>start|begin|onset|offset|end|stop|duration|dur)_?(?:times?tamp|time|at|pos)?_?(?P<unit>[a-z]+)?"
+    r"(?P<edge>start|begin|onset|offset|end|stop|duration|dur)_?(?:times?tamp|time|at|pos|offset)?_?(?:in_)?"
+    r"[(\[]?(?P<unit>[a-z]+)?[)\]]?"
 )
 _EDGES = {"start": "offset", "begin": "offset", "onset": "offset", "stop": "end", "dur": "duration"}
 _SECONDS = dict.fromkeys((None, *"s sec secs second seconds".split()), 1.0)
 _SECONDS |= dict.fromkeys("ms msec msecs millisecond milliseconds".split(), 0.001)
 _OTHER_UNITS = frozenset("sample samples frame frames us ns min minute minutes tick ticks".split())
+TRAINED = re.compile(r"tr|train(ing)?([-_./].*)?", re.IGNORECASE)
+HELD_OUT = re.compile(
+    r"(test(ing)?|dev(el|elopment)?|val(id|idation)?|eval(uation)?|held_?out|holdout|invalidated)([-_./].*)?",
+    re.IGNORECASE,
+)
+_CUTS = "may cut the clip; give that as `offset` and `end`, in seconds, or take it out"
+_KEPT_OUT = "says that the row is not trained on; take the row out, or the column"
+# Unread columns that would change what is trained if they hold such a value: name, kind of value, problem.
+_SUSPECTS = (
+    (r"times?_?(stamps?|range|span)?|segments?|interval|seg|span|trim|crop|slice|window|ts", "pair", _CUTS),
+    (r"from|to|s|e|t0|t1|t_?min|t_?max|x_?min|x_?max|(video|trim|crop)_(start|end)", "number", _CUTS),
+    (r"(frame|sample)s?_(offset|start|begin|end)", "number", _CUTS),
+    (r"(time_?)?units?", "unit", "slices are in seconds"),
+    (r"channels|side|track|stream", "channel", "give it as `channel`, a number from 0, or take it out"),
+    (r"is_?(test|dev|val|eval|valid|validation)", "yes", _KEPT_OUT),
+    (r"set|fold|phase|usage|stage|mode|part|(data|set)_?(type|set)", "split", _KEPT_OUT),
+    (r"loss|train(ed|able)?|weight", "no", f"{_KEPT_OUT}; turns before `start_index` are not trained on"),
+)
+
+
+_IS: dict[str, Callable[[Any], object]] = {
+    "number": lambda v: isinstance(v, int | float) and v == v,
+    "pair": lambda v: isinstance(v, list) and len(v) == 2 and all(isinstance(n, int | float) for n in v),
+    "channel": lambda v: isinstance(v, list) or v in ("left", "right"),
+    "unit": lambda v: v in ("ms", "msec", "milliseconds", "samples", "frames"),
+    "split": lambda v: isinstance(v, str) and HELD_OUT.fullmatch(v.strip()),
+    "yes": lambda v: v in (True, "true", "True", "yes"),
+    "no": lambda v: v in (False, "false", "False", "no"),
+}
 _OF_REFERENCE = re.compile(r"(ref|reference|prompt)_(start|begin|end|offset|duration|channel|audio_track)(_.*)?")
 _CODES = re.compile(
     r"(audio|speech|codec|acoustic|semantic|discrete)?_?(codes?|tokens?|units?|token_ids)(_(path|file))?"
@@ -53,7 +86,8 @@ class Reading:
 
     kind: str | None  # chatml, speech, or None where it is neither
     column: dict[str, str] = field(default_factory=dict)  # of each field of a speech row that is there
-    unread: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()  # as they are shown
+    suspects: tuple[tuple[str, str, str], ...] = ()  # of these: column, kind of value, problem
     scale: dict[str, float] = field(default_factory=dict)  # seconds that one unit of a field is, where it is not one
     faults: tuple[tuple[str, str], ...] = ()  # (field, problem)
 
@@ -63,7 +97,9 @@ def reading(columns: tuple[str, ...]) -> Reading:
     """From the names of a row's columns alone."""
     if "messages" in columns:
         misspelt, unread = _others(columns, CHATML_FIELDS)
-        return Reading("chatml", {}, unread, faults=misspelt)
+        named = {column: n for column in unread if (n := _CANONICAL.get(plain(column))) in ("split", "speaker")}
+        rest = tuple(column for column in unread if column not in named)
+        return Reading("chatml", {n: c for c, n in named.items()}, _named(rest), suspects_of(rest), faults=misspelt)
     held: dict[str, list[str]] = {}
     for column in columns:
         if column in SPEECH_FIELDS:
@@ -92,7 +128,26 @@ def reading(columns: tuple[str, ...]) -> Reading:
     of_field = {name: column for name in SPEECH_FIELDS[:-1] if (column := names.get(name, name)) in columns}
     units = {name: edge[1] for name, column in names.items() if (edge := _edge(column))}
     scale = {name: unit for name, unit in units.items() if unit not in (None, 1.0)}
-    return Reading("speech", of_field, unread, scale, (*faults, *more))
+    return Reading("speech", of_field, _named(unread), suspects_of(unread), scale, (*faults, *more))
+
+
+def _named(columns: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(unread_name("", column) for column in columns)
+
+
+@functools.lru_cache(1024)
+def suspects_of(columns: tuple[str, ...]) -> tuple[tuple[str, str, str], ...]:
+    """(column, kind of value, problem) of unread columns that may change what is trained; see `suspicion`."""
+    return tuple((c, kind, told) for name, kind, told in _SUSPECTS for c in columns if re.fullmatch(name, plain(c)))
+
+
+def suspicions(
+    values: dict[str, Any], suspects: tuple[tuple[str, str, str], ...], trains: bool | None
+) -> Iterator[tuple[str, str]]:
+    """(column, problem) of those whose value does change it, in a row that is trained on or not."""
+    for column, kind, problem in suspects:
+        if _IS[kind](values.get(column)) and (trains or problem != _KEPT_OUT):
+            yield column, problem
 
 
 def _edge(column: str) -> tuple[str, float | None] | None:

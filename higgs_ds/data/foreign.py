@@ -55,12 +55,10 @@ _STARTS = {
     b"version https://git-lfs": "a Git LFS pointer, not the file itself; `git lfs pull` brings it",
     b"<!doctype html": "a web page, as a download that needs a login leaves it; download the file again",
     b"<html": "a web page, as a download that needs a login leaves it; download the file again",
-    b"par1": "Parquet; `python -m higgs_ds import` makes a manifest of a corpus",
-    b"arrow1": "Arrow; `python -m higgs_ds import` makes a manifest of a corpus",
     b"\x1f\x8b": "packed with gzip; unpack it",
-    b"pk\x03\x04": "a ZIP; unpack it",
-    b"\x28\xb5\x2f\xfd": "packed with zstd; unpack it",
+    b"par1": "Parquet; `python -m higgs_ds import` makes a manifest of a corpus",
 }
+_JSON = json.JSONDecoder()
 
 
 class KeyedOnce(dict):
@@ -72,22 +70,18 @@ class KeyedOnce(dict):
         self.repeated = [key for key, count in counts.items() if count > 1]
 
 
-_KEY = re.compile(rb'"\s*:')
-
-
 def keys_given_twice(content: bytes, value: object) -> list[str]:
     """Keys that stand twice in one object of `content`, of which a JSON reader keeps the last in silence.
 
     Args:
         value: what the reader made of it. Only where more keys may stand in the text than in `value` is it read again.
     """
-    if len(_KEY.findall(content)) == _count_keys(value):
+    if sum(map(content.count, (b'":', b'" :', b'"\t:'))) == _count_keys(value):
         return []
     repeated: list[str] = []
 
     def noted(pairs: list[tuple[str, Any]]) -> KeyedOnce:
-        found = KeyedOnce(pairs)
-        repeated.extend(found.repeated)
+        repeated.extend((found := KeyedOnce(pairs)).repeated)
         return found
 
     json.loads(content, object_pairs_hook=noted)
@@ -95,9 +89,10 @@ def keys_given_twice(content: bytes, value: object) -> list[str]:
 
 
 def _count_keys(value: object) -> int:
-    if isinstance(value, dict):
-        return len(value) + sum([_count_keys(part) for part in value.values() if isinstance(part, dict | list)])
-    return sum(map(_count_keys, value)) if isinstance(value, list) else 0
+    if not isinstance(value, dict | list):
+        return 0
+    parts, here = (value.values(), len(value)) if isinstance(value, dict) else (value, 0)
+    return here + sum([_count_keys(part) for part in parts if isinstance(part, dict | list)])
 
 
 def import_command(kind: str | None, path: str | Path) -> str:
@@ -134,12 +129,11 @@ def guess_content(content: bytes, rows: int = HEAD_LINES) -> str | None:
 
 def _first_elements(text: str, count: int) -> list[Any]:
     """So many elements of a JSON array, or those before its head is cut off."""
-    decoder = json.JSONDecoder()
     values: list[Any] = []
     with contextlib.suppress(ValueError, RecursionError):
         while len(values) < count:
             text = text.lstrip(" \t\r\n,")
-            value, behind = decoder.raw_decode(text)
+            value, behind = _JSON.raw_decode(text)
             values.append(value)
             text = text[behind:]
     return values
@@ -152,52 +146,49 @@ def lines_in(text: str) -> list[str]:
 
 def no_manifest(path: str, content: bytes) -> str | None:
     """One sentence about a file in another tool's format; None for any other."""
-    if problem := _other_file(content):
-        return problem
-    kind = guess_content(content, rows=1)  # of mixed rows each has a fault of its own
-    if kind is None:
+    head = content[:64].removeprefix(codecs.BOM_UTF8).lstrip().lower()
+    if what := next((what for start, what in _STARTS.items() if head.startswith(start)), None):
+        return f"is {what}"
+    if (kind := guess_content(content, rows=1)) is None:  # of mixed rows each has a fault of its own
         return _other_json(content)
     return f"is {FORMATS[kind]}, not a manifest; this makes one of it: {import_command(kind, path)}"
 
 
-def _other_file(content: bytes) -> str | None:
-    head = content[:64].removeprefix(codecs.BOM_UTF8).lstrip().lower()
-    what = next((what for start, what in _STARTS.items() if head.startswith(start)), None)
-    return what and f"is {what}"
-
-
 def _other_json(content: bytes) -> str | None:
     """One sentence about JSON that is no manifest, though it may hold rows."""
-    head = content[:HEAD_BYTES].decode("utf-8-sig", "replace").lstrip()
-    if isinstance(value := _json(head.split("\n", 1)[0]), dict) and _is_row(value):
+    text = content[:HEAD_BYTES].decode("utf-8-sig", "replace").lstrip()
+    if re.match(r"\[?\s*\{'", text):
+        return "is written with Python's quotes (str), not as JSON; write it with json.dumps"
+    if not text.startswith("{"):
         return None
-    text = content.decode("utf-8-sig", "replace").strip()
-    first, second = (*[line.strip() for line in text.split("\n", 2)[:2]], "")[:2]
-    if not text.startswith("{") or text.startswith("{'"):
-        python = text.startswith(("{'", "[{'"))
-        return "is written with Python's quotes (str), not as JSON; write it with json.dumps" if python else None
-    lines = [line for line in (first, second) if line]
-    if all(line.endswith(",") and isinstance(_json(line[:-1]), dict) for line in lines):
-        return "has a comma behind each line; take them away, or make a JSON array of it, with [ before and ] behind"
-    if not isinstance(value := _json(first), dict):
-        try:
-            value, behind = json.JSONDecoder().raw_decode(text)
-        except (ValueError, RecursionError):
+    try:
+        value, behind = _JSON.raw_decode(text)
+    except (ValueError, RecursionError):  # one object may fill the file
+        text = content.decode("utf-8-sig", "replace").lstrip()
+        if not (found := _first_elements(text, 1)):
             return None
-        if behind < len(first):
-            return "has several objects on a line; write one a line" if text[behind:].lstrip().startswith("{") else None
-        if _is_row(value):
+        value, behind = found[0], len(text)
+    follows = text[behind:].split("\n", 1)[0].strip()
+    if _is_row(value):
+        if "\n" in text[:behind].rstrip():
             return "has objects over several lines; write each on one line, or all of them as a JSON array"
-    names = ", ".join(f"`{name[:40]}`" for name in [*value][:3]) + ", …" * (len(value) > 3)
-    if value and not _is_row(value) and all(isinstance(part, list) for part in value.values()):
+        if follows == ",":
+            return (
+                "has a comma behind each line; take them away, or make a JSON array of it, with [ before and ] behind"
+            )
+        return "has several objects on a line; write one a line" if follows.startswith("{") else None
+    lists = {name: part for name, part in value.items() if isinstance(part, list) and any(map(_is_row, part))}
+    by_id = {name: part for name, part in value.items() if _is_row(part)}
+    names = ", ".join(f"`{name[:40]}`" for name in [*(lists or by_id)][:3]) + ", …" * (len(lists or by_id) > 3)
+    if lists:
         return f"is one object that holds lists of rows ({names}); write each list to a file of its own"
-    if value and not _is_row(value) and all(isinstance(part, dict) for part in value.values()):
+    if by_id:
         return f"is one object that holds a row under each id ({names}); write these rows as a JSON array"
     return None
 
 
-def _is_row(value: dict) -> bool:
-    return not {"messages", *TEXT_COLUMNS, *FILE_COLUMNS}.isdisjoint(map(plain, value))
+def _is_row(value: Any) -> bool:
+    return isinstance(value, dict) and not {"messages", *TEXT_COLUMNS, *FILE_COLUMNS}.isdisjoint(map(plain, value))
 
 
 def _json(text: str) -> Any:

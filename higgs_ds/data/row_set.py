@@ -44,8 +44,14 @@ class RowSet(Sequence[Row]):
             return [self[n] for n in range(*i.indices(len(self)))]
         behind = int(self.clip_ends[i])
         first = int(self.clip_ends[i - 1]) if i else 0
-        manifest = self.manifests[int(np.searchsorted(self.ends, i, side="right"))]
-        return manifest.row(int(self.numbers[i])).with_keys(self.keys[first:behind])
+        return self._manifest(i).row(int(self.numbers[i])).with_keys(self.keys[first:behind])
+
+    def _manifest(self, i: int) -> Manifest:
+        return self.manifests[int(np.searchsorted(self.ends, i, side="right"))]
+
+    def column(self, i: int, name: str) -> object:
+        """The value of a row's column, None where it has none."""
+        return self._manifest(i).column(int(self.numbers[i]), name)
 
     @property
     def counts(self) -> list[int]:

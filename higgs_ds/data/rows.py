@@ -32,8 +32,7 @@ from .transcripts import TEXT_STATS, VOICE, SpeechStats, first_lines, text_stats
 
 if TYPE_CHECKING:
     from ..batching.token_counts import LengthIndex
-    from ..distributed.engine import Ranks
-    from ..distributed.single_process import SingleProcess
+    from ..distributed.ranks import Ranks
 
 CHUNK_ROWS = 16384  # rows of a rank that are objects at a time
 BLOCK_ROWS = 64  # rows in a line that one rank takes, so that what stands together is read together
@@ -71,7 +70,7 @@ def load_rows(
     *,
     trained: int = 1,
     cache: CodeCache,
-    ranks: Ranks | SingleProcess,
+    ranks: Ranks,
     lengths: LengthIndex | None = None,
     on_progress: Callable[[], None] = lambda: None,
 ) -> tuple[RowSet, RowSet]:
@@ -109,9 +108,7 @@ def load_rows(
     return joined(sets[:trained]), sets[trained] if len(sets) > trained else RowSet()
 
 
-def _tell(
-    read: list[Manifest], trained: int, loader: _Loader, options: RowOptions, ranks: Ranks | SingleProcess
-) -> None:
+def _tell(read: list[Manifest], trained: int, loader: _Loader, options: RowOptions, ranks: Ranks) -> None:
     """Says what was found, by kind, and leaves all of it in `faults_dir`.
 
     Raises:
@@ -149,7 +146,7 @@ class _Loader:
     def __init__(
         self,
         cache: CodeCache,
-        ranks: Ranks | SingleProcess,
+        ranks: Ranks,
         options: RowOptions,
         lengths: LengthIndex | None,
         on_progress: Callable[[], None],

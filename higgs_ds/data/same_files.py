@@ -11,13 +11,12 @@ from .faults import origin
 from .manifest import Manifest
 
 if TYPE_CHECKING:
-    from ..distributed.engine import Ranks
-    from ..distributed.single_process import SingleProcess
+    from ..distributed.ranks import Ranks
 
 ROWS_LOOKED_AT = 16  # of a manifest
 
 
-def check_same_files(manifests: list[Manifest], ranks: Ranks | SingleProcess) -> None:
+def check_same_files(manifests: list[Manifest], ranks: Ranks) -> None:
     """Raises ConfigError, on all ranks and naming them, where one has another manifest or other clips than rank 0."""
     if ranks.world_size == 1:
         return
@@ -39,7 +38,7 @@ def check_same_files(manifests: list[Manifest], ranks: Ranks | SingleProcess) ->
         raise ConfigError(first_of(problems, 5))
 
 
-def _clips_seen_otherwise(manifest: Manifest, ranks: Ranks | SingleProcess) -> list[str]:
+def _clips_seen_otherwise(manifest: Manifest, ranks: Ranks) -> list[str]:
     """A line for each of a few rows whose clips some rank does not find as rank 0 does.
 
     Each row is one rank's to check: without this, clips that only some hosts see would be faults of those rows.

@@ -28,17 +28,16 @@ from pydantic import (
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from ..errors import shown
+from . import columns
 from .chatml import MIX, SERVED, AudioRef, Row, Turn, speech_messages
 from .clip_paths import URL, ClipPaths
-from .columns import ITEM_FIELDS, Reading, member, reading, unread_name, weighty_misspelling
+from .columns import Reading, member, reading, unread_name
 from .controls import DEFAULT_CONTROLS, find_control, without_tags
 from .faults import Fault
 from .foreign import import_command
 from .text_findings import TextFindings
-from .texts import composed, holds_times, is_visible, with_plain_letters
+from .texts import PLAIN, composed, holds_times, is_visible, with_plain_letters
 
-TRAINED = re.compile(r"tr|train(ing)?([-_./].*)?", re.IGNORECASE)
-HELD_OUT = re.compile(r"(test(ing)?|dev(el|elopment)?|val(id|idation)?|eval(uation)?)([-_./].*)?", re.IGNORECASE)
 _A_FILE = re.compile(r"[^\n]{0,400}\.[A-Za-z]\w{1,8}|[./~][^\s]{1,400}")
 NOT_THERE = ("", "placeholder", None)  # what upstream's dataclasses hold where there is no clip
 _AN_OBJECT = re.compile(r"a valid dictionary( or instance of \w+)?")
@@ -64,19 +63,12 @@ class Rules:
 
 def read_row(value: Any, rules: Rules, line: int, element: int = -1) -> tuple[Row | None, list[Fault]]:
     """The row that a JSON value is, or its faults."""
-    faults: list[Fault] = []
-
-    def told(name: str, problem: str) -> None:
-        faults.append(Fault(rules.file, line, name, problem, element=element))
-
     if not isinstance(value, dict):
-        told("row", f"must be a JSON object, found {shown(value)}")
-        return None, faults
+        return None, [Fault(rules.file, line, "row", f"must be a JSON object, found {shown(value)}", element=element)]
     read = reading(tuple(value))
-    for name, problem in read.faults:
-        told(name, problem)
-    unread = dict.fromkeys(unread_name("", column) for column in read.unread)
-    row = None
+    found, unread, row = [*read.faults], dict.fromkeys(read.unread), None
+    if read.suspects:
+        found += columns.suspicions(value, read.suspects, rules.trains)
     try:
         if read.kind == "speech":
             speech = SpeechRow.model_validate(_translated(value, read), context=rules)
@@ -84,24 +76,27 @@ def read_row(value: Any, rules: Rules, line: int, element: int = -1) -> tuple[Ro
         elif read.kind == "chatml":
             if value.get("audios"):  # nothing would read them, and their tags would be taken for text
                 command = import_command("ms-swift", rules.file)
-                told("audios", f"is ms-swift's; this makes a manifest of it: {command}")
-            talk = TalkRow.model_validate(value, context=rules)
+                found.append(("audios", f"is ms-swift's; this makes a manifest of it: {command}"))
+            talk = TalkRow.model_validate(value | {n: value[c] for n, c in read.column.items()}, context=rules)
             row = _of_talk(talk, rules, line, element)
             if not rules.again:
-                for name, problem in (*_unknown(talk, unread), *_of_spoken(row, rules)):
-                    told(name, problem)
+                found += [*_unknown(talk, unread), *_of_spoken(row, rules)]
     except ValidationError as error:
-        for name, problem in _problems(error, read):
-            told(name, problem)
-    if not rules.again:
-        rules.unread.update(unread.keys())
-        for name, problem in _own_reference(row) if row is not None else ():
-            told(name, problem)
-        if row is not None and not faults and (said := row.target()) is not None:
-            given = value[read.column["text"]] if row.is_speech else said[0]
-            text, given = (without_tags(one, rules.controls) for one in (said[0], given))
-            rules.texts.look(text, given, (line, element))
-    return (None, faults) if faults else (row, [])
+        found += _problems(error, read)
+    if rules.again:
+        return row, []
+    for name in unread:
+        rules.unread[name] += 1
+    if row is not None and (not row.is_speech or row.start_index is not None):
+        found += _own_reference(row)
+    if found:
+        return None, [Fault(rules.file, line, name, problem, element=element) for name, problem in found]
+    if row is not None and (said := row.target()) is not None:
+        text, given = said[0], value[read.column["text"]] if row.is_speech else said[0]
+        if "<|" in given:
+            text, given = without_tags(text, rules.controls), without_tags(given, rules.controls)
+        rules.texts.look(text, given, (line, element))
+    return row, []
 
 
 def fault(problem: str) -> PydanticCustomError:
@@ -136,27 +131,31 @@ def _text(value: str, info: ValidationInfo[Rules]) -> str:
 def _transcript(value: str, info: ValidationInfo[Rules]) -> str:
     """A text that a clip speaks."""
     value = _text(value, info)
-    if not info.context.again:
-        if problem := _unspeakable(value):
-            raise fault(problem)
-        if _A_FILE.fullmatch(value) and info.context.paths.holds(value):
-            raise fault(f"{shown(value)} is the path of a file that is there; write what it says in its place")
+    if not info.context.again and (problem := _unspeakable(value, info.context)):
+        raise fault(problem)
     return composed(value)
 
 
-def _unspeakable(text: str) -> str | None:
+def _unspeakable(text: str, rules: Rules) -> str | None:
     """Problem of a text that cannot be what a clip says."""
     if not is_visible(text):
         return f"holds no letter and no digit, found {shown(text)}"
-    if form := holds_times(text):
-        return f"holds times ({form}), which nobody says; give the words alone"
+    if PLAIN.fullmatch(text) is None and (form := holds_times(text)):
+        return f"holds times or data ({form}), which nobody says; give the words alone"
+    suffix = text.rpartition(".")[2]
+    if (
+        (text[0] in "./~" or (suffix.isalnum() and len(suffix) < 10))
+        and _A_FILE.fullmatch(text)
+        and rules.paths.holds(text)
+    ):
+        return f"{shown(text)} is the path of a file that is there; write what it says in its place"
     return None
 
 
 def _of_spoken(row: Row, rules: Rules) -> Iterator[tuple[str, str]]:
     """Faults of the text that a conversation's last clip speaks."""
     said = row.target()
-    if said is not None and (problem := _unspeakable(said[0])):
+    if said is not None and (problem := _unspeakable(said[0], rules)):
         yield "messages", problem
 
 
@@ -203,7 +202,11 @@ def _channel(value: Any) -> Any:
 def _split(value: Any, info: ValidationInfo[Rules]) -> Any:
     """A corpus's own split, which a row must not leave."""
     trains = info.context.trains
-    if isinstance(value, str) and trains is not None and (HELD_OUT if trains else TRAINED).fullmatch(value.strip()):
+    if (
+        isinstance(value, str)
+        and trains is not None
+        and (columns.HELD_OUT if trains else columns.TRAINED).fullmatch(value.strip())
+    ):
         side, other = ("trained on", "--val_manifest") if trains else ("validated with", "--train_manifest")
         raise fault(f"is {shown(value)}, so it must not be {side}; keep such rows in a file of their own, for {other}")
     return value
@@ -438,7 +441,11 @@ def _of_talk(talk: TalkRow, rules: Rules, line: int, element: int) -> Row:
                 pieces.append(piece.of(piece.audio_url, where, rules))
                 clips.append(piece)
             else:
-                pieces.append(with_plain_letters(piece.text if isinstance(piece, TextPiece) else piece or ""))
+                text = piece.text if isinstance(piece, TextPiece) else piece or ""
+                read = with_plain_letters(text) if turn.role == "system" else composed(text)
+                pieces.append(read)
+                if not rules.again and read.strip() != text.strip():
+                    rules.texts.note_composed(read, (line, element))
         turns.append(Turn(turn.role, _without_blanks(pieces) or ("",), turn.recipient))
         stated_sec = clips[0].seconds if turn.role == "assistant" and len(clips) == 1 else None
     speaker = talk.speaker
@@ -470,9 +477,12 @@ def _unknown(talk: TalkRow, unread: dict[str, None]) -> Iterator[tuple[str, str]
     for i, turn in enumerate(talk.messages):
         for where, part in ((f"messages[{i}]", turn), *_pieces(turn, f"messages[{i}].content")):
             for key, value in (getattr(part, "__pydantic_extra__", None) or {}).items():
-                if not value and key in ITEM_FIELDS:  # in a table each item has all of them
+                if not value and key in columns.ITEM_FIELDS:  # in a table each item has all of them
                     continue
-                if problem := weighty_misspelling(key, tuple(type(part).model_fields)):
+                problem = columns.weighty_misspelling(key, tuple(type(part).model_fields))
+                if problem or (
+                    problem := dict(columns.suspicions({key: value}, columns.suspects_of((key,)), None)).get(key)
+                ):
                     yield member(where, key), problem
                 else:
                     unread[unread_name(where, key)] = None
@@ -480,7 +490,7 @@ def _unknown(talk: TalkRow, unread: dict[str, None]) -> Iterator[tuple[str, str]
 
 def _own_reference(row: Row) -> Iterator[tuple[str, str]]:
     """Faults of earlier clips that hold the one to be spoken; that a copy does is known once contents are."""
-    if (row.is_speech and row.start_index is None) or not row.target_clip():
+    if not row.target_clip():
         return
     *earlier, (_, spoken) = row.audio_refs
     for where, ref in earlier:

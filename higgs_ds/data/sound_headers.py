@@ -26,7 +26,7 @@ CHUNKS = frozenset(
     "PEAK cart umid acid strc afsp DISP LGWV SyLp minf elm1 regn bmrk".split()
 )
 TAGS = (b"TAG", b"ID3", b"APETAGEX", b"LYRICSBEGIN")
-HEAD_BYTES = 64
+HEAD_BYTES, HEAD_OGG_BYTES = 64, 4096
 MOST_TAIL_BYTES = 1 << 16  # of tags at an MP3's end
 MPEG1_KBITS = (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320)
 MPEG2_KBITS = (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160)
@@ -57,6 +57,8 @@ def mended(source: Path | io.BytesIO) -> Path | io.BytesIO:
             raise AudioError("is a Git LFS pointer, not the clip itself; `git lfs pull` brings it")
         if head[:4] == b"OggS":
             _check_last_page(file, size)
+        if head[:8] == b"NIST_1A\n":
+            _check_sphere(head + file.read(1 << 12), size)
         if head[:4] == b"RIFF" and head[8:] == b"WAVE":
             return _of_wav(file, size) or source
     return source
@@ -118,17 +120,33 @@ def _chunks(file: BinaryIO, size: int) -> Iterator[tuple[bytes, int, int]]:
         place += 8 + length + length % 2
 
 
+def _check_sphere(head: bytes, size: int) -> None:
+    """Raises AudioError where less than the samples that NIST's header counts is there."""
+    count = {
+        name: int(n) for name, n in re.findall(rb"^(channel_count|sample_n_bytes|sample_count) -i (\d+)$", head, re.M)
+    }
+    whole = int(head[8:16]) + count.get(b"sample_count", 0) * count.get(b"channel_count", 1) * count.get(
+        b"sample_n_bytes", 0
+    )
+    if size < whole and b"shorten" not in head:
+        raise AudioError(f"cannot be decoded: it holds {size} bytes of {whole}")
+
+
 def _check_last_page(file: BinaryIO, size: int) -> None:
-    """Raises AudioError where the last page of an Ogg is not whole."""
+    """Raises AudioError where the last page of an Ogg is not whole, or of another sound than the first: glued Oggs."""
+    file.seek(0)
+    head = file.read(HEAD_OGG_BYTES)
     file.seek(max(0, size - MOST_PAGE_BYTES))
     tail = file.read()
     page = tail[max(0, tail.rfind(b"OggS\0")) :]
     if page.startswith(b"OggS\0") and (len(page) < 27 or 27 + page[26] + sum(page[27 : 27 + page[26]]) > len(page)):
         raise AudioError("cannot be decoded: it is cut off within a page")
+    if page.startswith(b"OggS\0") and page[14:18] not in head:
+        raise AudioError("holds several sounds one behind the other, of which only the first is read; write it anew")
 
 
 def uncounted(source: Path | io.BytesIO) -> Path | io.BytesIO | None:
-    """A FLAC or an MP3 whose header does not count all of its samples, of the MP3 its frames alone; None for others.
+    """ADTS, a FLAC or an MP3 whose header does not count all of its samples, of the MP3 its frames; None for others.
 
     An MP3's Xing or Info header counts; several glued together hold more than their first says.
     Raises AudioError for an MP3 that is cut off.
@@ -137,7 +155,9 @@ def uncounted(source: Path | io.BytesIO) -> Path | io.BytesIO | None:
         head = file.read(HEAD_BYTES)
         if head[:4] == b"fLaC" and len(head) >= 26:
             return None if head[21] & 0x0F or any(head[22:26]) else source
-        if head[:3] != b"ID3" and not _mpeg_frame(head[:4]):
+        if head[:1] == b"\xff" and head[1] & 0xF6 == 0xF0:  # ADTS, under whatever name
+            return source
+        if head[:3] != b"ID3" and head.strip(b"\0") and not _mpeg_frame(head[:4]):
             return None
         return _of_mp3(head + file.read())
 
@@ -145,6 +165,7 @@ def uncounted(source: Path | io.BytesIO) -> Path | io.BytesIO | None:
 def _of_mp3(content: bytes) -> io.BytesIO | None:
     """`uncounted` of an MP3."""
     at, end = _behind_tags(content, 0), len(content)
+    at += len(content[at : at + MOST_TAIL_BYTES]) - len(content[at : at + MOST_TAIL_BYTES].lstrip(b"\0"))  # padding
     if not _mpeg_frame(content[at : at + 4]):
         return None  # not what it seemed, or damaged: its decoder says it
     end -= 128 * (content[-128:-125] == b"TAG")

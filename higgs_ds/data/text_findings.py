@@ -3,18 +3,80 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from .faults import Fault, plural
-from .texts import LOST, oddities
+from .texts import PINYIN, PLAIN, spelled_by_sound
 
 COMPOSED = "composed"
+LOST = "U+FFFD, a letter that was lost"
+PHONEMES = "phonemes"
+# Kinds of what nobody says, and how each is found; a text that nothing of it is in costs a search or two.
+_FOREIGN = re.compile(
+    r"<\|[^|<>]{0,60}\|>|<(?:COMMA|PERIOD|QUESTIONMARK|EXCLAMATIONPOINT|SIL|MUSIC|NOISE|OTHER|UNK|unk|pad|PAD|eps|s|/s"
+    r"|bos|eos|mask|blank|sil|spn|noise|laughter|strong|/strong|breath|spk\d*|zh|en|ja|ko|yue)>|\[SPEAKER_\d+\]"
+    r"|\[(?:UNK|PAD|CLS|SEP|MASK|UV_BREAK|uv_break|lbreak|laugh|S\d|oral_\d|INST|/INST)\]"
+)
+_ODD = {
+    name: re.compile(pattern)
+    for name, pattern in {
+        "markup or entities": r"</?[A-Za-z][A-Za-z0-9]*(?:\s[^<>]*)?/?>|&(?:#\d+|#x[0-9a-fA-F]+|[A-Za-z]{2,8});|\*\*",
+        "URL encoding": r"(?:\w%[0-9A-Fa-f]{2}){2}|%[0-9A-Fa-f]{2}%[0-9A-Fa-f]{2}|\w%(?:20|2C|27|3F|22|3A)\w",
+        "written-out escapes": r"\\(?:[nrt\"'/]|u[0-9a-fA-F]{4}|x[0-9a-fA-F]{2})",
+        LOST: "\ufffd",
+        "mojibake": "[\u00c2\u00c3][\u0080-\u00bf\u2018-\u201e\u20ac\u0152\u0153\u0160\u0161\u017d\u017e\u0178"
+        "\u2020-\u2022\u2026\u2030\u2122\u02c6]|\u00e2\u20ac|\u00e2\u0080|\u00f0\u0178|\u00ef\u00bb\u00bf|[\u00d0\u00d1][\u0080-\u00bf\u2018-\u201e]"
+        "|[\u00e3-\u00e9][\u0080-\u00bf\u20ac\u201a-\u2122]{2}|[\u0080-\u009f]|[\u7e3a\u7e67\u7e5d].?[\u7e3a\u7e67\u7e5d]"
+        "|(?:[\u0420\u0421][\u0401-\u040f\u0451-\u045f\u00a0-\u00bf\u2018-\u2122]){2}",
+        "scripts mixed within a word": "[A-Za-z\u00c0-\u024f][\u0370-\u03ff\u0400-\u04ff]"
+        "|[\u0370-\u03ff\u0400-\u04ff][A-Za-z\u00c0-\u024f]",
+        "invisible characters": "[\u200b\u200e\u200f\u2060-\u2064\u202a-\u202e\ufeff\u00ad\x00-\x08\x0e-\x1f\x7f]",
+        "a sound or a note in brackets": r"\[(?!SPEAKER\d)[^\W\d][^\[\]]*\](?!</SE>|<SE_e>)|[{*]+\w+[}*]+"
+        r"|[\u266a\u266b]|\((?:laugh|cough|sigh|applause|inaudible|music|noise)\w*\)",
+        "an address": r"https?://\S+",
+        "an id, or cells of a table": r"\w_\w|\A(?:[A-Za-z]+\d+-\d{3,}|utt\w*\d)\b|\t|\w\|\w| \| |\(\w+-\w*\d\)\Z",
+        "marks of prosody": r"\w#[1-4]",
+        "times": r"[\[(<]\d?\d:\d\d[^\[\]()<>]*[\])>]|\A(?:\d*\.\d+ [^\W\d]\w* ?){2,}\Z",
+    }.items()
+}
+_SOUND_TAG = re.compile(r"</?SE(_[A-Za-z]+)?>|\[SPEAKER\d+\]")
+_SUSPECT_ASCII = re.compile(r"[<\[&%\\_|*{#/(\x00-\x09\x0e-\x1f\x7f]")
+_FIRST = re.compile(r"[A-Za-z]*\d")
+PLACEHOLDERS = frozenset(("null", "nan", "NaN", "None", "N/A", "n/a", "undefined"))
+_SUSPECT = re.compile(
+    r"[<\[&%\\_|*{#/(\x00-\x09\x0e-\x1f\x7f-\x9f\u00ad\u00c2\u00c3\u00d0\u00d1\u00e2-\u00e9\u00ef\u00f0\u0250-\u02af\u02c8"
+    r"\u0370-\u04ff\u200b\u200e\u200f\u2060-\u2064\u202a-\u202e\u266a\u266b\u7e3a\u7e67\u7e5d\ufeff\ufffd]"
+)
 MOST_OPENINGS = 4096  # that are counted at a time; those met once are forgotten first
 LEAST_ROWS, LEAST_LABELLED = 20, 3  # that an opening must have, and one that ends as a label does
 _SENTENCE_ENDS = tuple(".!?…。！？")
 _LABEL_ENDS = tuple(":|>])}")
 
+_DIGIT, _DIGIT_SOON = re.compile(r"\d"), re.compile(r"[^\W\d]\D{0,19}\d")
+_ZEROS = str.maketrans("123456789", 9 * "0")  # so that `Speaker 1:` opens a text as `Speaker 0:` does
+
 Place = tuple[int, int]  # line and element of a row
+
+
+def oddities(text: str) -> Iterator[tuple[str, str]]:
+    """(kind, example) of everything in a text that nobody speaks, one of a kind."""
+    if text in PLACEHOLDERS:
+        yield "no text but a placeholder", text
+    suspect = _SUSPECT_ASCII if text.isascii() else _SUSPECT
+    if not (
+        suspect.search(text) or PINYIN.match(text) or _FIRST.match(text) or (text.isupper() and _DIGIT.search(text))
+    ):
+        return
+    if found := next((f for f in _FOREIGN.finditer(text) if not _SOUND_TAG.fullmatch(f[0])), None):
+        yield "control tokens of another system", text[max(0, found.start() - 12) : found.end() + 12]
+    plain = _FOREIGN.sub("", text) if "<" in text or "[" in text else text
+    for kind, pattern in _ODD.items():
+        if found := next((f for f in pattern.finditer(plain) if not _SOUND_TAG.fullmatch(f[0])), None):
+            yield kind, plain[max(0, found.start() - 12) : found.end() + 12]
+    if spelled_by_sound(plain):
+        yield PHONEMES, text[:40]
 
 
 @dataclass
@@ -35,10 +97,13 @@ class TextFindings:
     def look(self, text: str, given: str, place: Place) -> None:
         """Counts one row's text, as it is trained on and as it was given."""
         self.rows += 1
-        for kind, example in oddities(given):
-            _count(self.kinds, kind, _Seen(1, place, example))
-        if text != given and text != given.strip():
-            _count(self.kinds, COMPOSED, _Seen(1, place, text[:40]))
+        if PLAIN.fullmatch(given) is None or given in PLACEHOLDERS:
+            for kind, example in oddities(given):
+                _count(self.kinds, kind, _Seen(1, place, example))
+            if text != given and text != given.strip():
+                self.note_composed(text, place)
+            if _DIGIT_SOON.match(text):
+                text = text.translate(_ZEROS)
         word = text.partition(" ")[0]
         if (seen := self.openings.get(word)) is not None and text.startswith(seen.example):
             seen.count += 1  # as by far the most do, soon
@@ -46,6 +111,10 @@ class TextFindings:
         _count(self.openings, word, _Seen(1, place, text), common=True)
         if len(self.openings) > MOST_OPENINGS:
             self.openings = {word: seen for word, seen in self.openings.items() if seen.count > 1}
+
+    def note_composed(self, text: str, place: Place) -> None:
+        """Counts a text that was not composed where it was given."""
+        _count(self.kinds, COMPOSED, _Seen(1, place, text[:40]))
 
     @classmethod
     def merged(cls, of_ranks: list[TextFindings]) -> TextFindings:

@@ -175,6 +175,31 @@ def test_mp3s_glued_together_are_read_to_the_last(tmp_path, counted):
     assert len(read_audio(AudioRef(path=path))[0]) / 16000 == pytest.approx(2 * seconds, abs=0.25)
 
 
+def test_a_chained_ogg_and_half_a_sphere_file_are_refused_and_padding_is_no_fault(tmp_path):
+    waveform = soundfile.read(SPEECH.parent / "audio/conf-full.flac", dtype="float32")[0]
+    parts = []
+    for name in ("a.ogg", "b.ogg"):
+        soundfile.write(tmp_path / name, waveform, 16000, format="OGG", subtype="VORBIS")
+        parts.append((tmp_path / name).read_bytes())
+    (tmp_path / "c.ogg").write_bytes(b"".join(parts))
+    assert len(read_audio(AudioRef(tmp_path / "a.ogg"))[0]) == len(waveform)
+    assert "several sounds" in problem(AudioRef(tmp_path / "c.ogg"))
+    head = f"NIST_1A\n   1024\nsample_rate -i 16000\nchannel_count -i 1\nsample_count -i {len(waveform)}\n"
+    head += "sample_n_bytes -i 2\nsample_byte_format -s2 01\nsample_coding -s3 pcm\nend_head\n"
+    content = head.encode().ljust(1024) + (waveform * 32767).astype("<i2").tobytes()
+    (tmp_path / "c.sph").write_bytes(content)
+    assert len(read_audio(AudioRef(tmp_path / "c.sph"))[0]) == len(waveform)
+    (tmp_path / "c.sph").write_bytes(content[: len(content) // 2])
+    assert "cannot be decoded: it holds" in problem(AudioRef(tmp_path / "c.sph"))
+    path = without_length(tmp_path / "clip.mp3")
+    seconds = duration_sec(AudioRef(path))
+    path.write_bytes(bytes(500) + path.read_bytes())
+    assert duration_sec(AudioRef(path)) == seconds
+    without_length(tmp_path / "clip.aac").rename(tmp_path / "aac.mp3")
+    assert duration_sec(AudioRef(tmp_path / "aac.mp3")) > 6
+    assert "its track 1 is not there" in problem(AudioRef(tmp_path / "a.ogg", audio_track=1))
+
+
 def test_one_of_several_sound_tracks_must_be_chosen(tmp_path):
     waveform = soundfile.read(SPEECH.parent / "audio/conf-full.flac", dtype="float32")[0] / 4
     path = encoded(tmp_path / "obs.mp4", waveform, codec="aac", tracks=2)

@@ -75,19 +75,26 @@ def test_a_slice_is_taken_by_whatever_name(check, fields, offset, duration):
         ({"start_sample": 16000}, "start_sample: is not in seconds"),
         ({"end_frame": 16000}, "end_frame: is not in seconds"),
         ({"ref_start": 1.0}, "ref_start: a reference is taken whole"),
+        ({"timestamp": [0.5, 1.5]}, "timestamp: may cut the clip"),
+        ({"tmin": 0.5}, "tmin: may cut the clip"),
+        ({"frame_offset": 8000}, "frame_offset: may cut the clip"),
+        ({"start": 500, "unit": "ms"}, "unit: slices are in seconds"),
+        ({"side": "left"}, "side: give it as `channel`"),
+        ({"is_test": True}, "is_test: says that the row is not trained on"),
+        ({"fold": "test"}, "fold: says that the row is not trained on"),
         ({"channel": "left"}, "channel: must be a valid integer"),
         ({"channel_selector": [0, 1]}, "channel_selector: must be a valid integer"),
         ({"text": "0.txt"}, "text: '0.txt' is the path of a file"),
         ({"text": "\u200b\u200b"}, "text: holds no letter and no digit"),
         ({"text": "\ufeff"}, "text: holds no letter and no digit"),
         ({"text": "\u3164 ... !"}, "text: holds no letter and no digit"),
-        ({"text": "1\n00:00:00,000 --> 00:00:01,520\nHi."}, "text: holds times (SRT or VTT)"),
-        ({"text": "[00:00.000 --> 00:01.520] Hi."}, "text: holds times (times in brackets)"),
+        ({"text": "1\n00:00:00,000 --> 00:00:01,520\nHi."}, "text: holds times or data (SRT or VTT)"),
+        ({"text": "[00:00.000 --> 00:01.520] Hi."}, "text: holds times or data (times in brackets)"),
     ],
 )
 def test_a_field_that_would_teach_something_else_is_a_fault(check, tmp_path, fields, problem):
     (tmp_path / "0.txt").write_text(SAID)
-    rows, [fault], _, _ = check([ROW | fields])
+    rows, [fault], _, _ = check([ROW | fields], trains=True)
     assert rows == [] and problem in fault
 
 
@@ -106,7 +113,21 @@ def test_a_conversations_clip_is_chosen_alike(check):
     assert row.audio_refs[0][1] == AudioRef(Path.cwd() / "0.flac", None, 0.5, 1.0, channel=0, audio_track=1)
     clip["start"] = clip.pop("end")
     assert "cuts a clip" in check([talk])[1][0]
-    assert "cuts a clip" in check([talk | {"end": 1.5}])[1][-1]
+    assert "cuts a clip" in check([talk | {"end": 1.5}])[1][0]
+    del clip["start"]
+    for more, problem in (
+        ({"subset": "test"}, "subset: is 'test'"),
+        (
+            {"messages": [{"role": "assistant", "content": "No.", "loss": False}, *talk["messages"]]},
+            "messages[0].loss: ",
+        ),
+    ):
+        assert problem in check([talk | more], trains=True)[1][0]
+    talk["messages"][0]["content"] = "0.flac"
+    assert "is the path of a file" in check([talk])[1][0]
+    talk["messages"][0]["content"] = "One\ntwo\u2028three."
+    [row], _, [note], _ = check([talk])
+    assert row.messages[0].content == ("One two three.",) and "1 text is read with composed letters" in note
 
 
 @pytest.mark.parametrize(
@@ -123,6 +144,8 @@ def test_rows_of_another_split_are_faults(check, split, trains, is_fault):
 @pytest.mark.parametrize("opening", ["Speaker 0: ", "tara: ", "<en> "])
 def test_an_opening_that_most_texts_have_is_said_once(check, opening):
     texts = ["Followed by the key.", "You are now muted.", "To leave it.", "That is full."]
+    labelled = [ROW | {"text": f"Speaker {i % 2}: {text}"} for i, text in enumerate(texts)]
+    assert "4 of 4 texts begin with" in check(labelled)[3][0]
     *_, said = check([{"audio": f"{i}.flac", "text": f"{opening}{text}"} for i, text in enumerate(texts)])
     [line] = [line for line in said if "begin with" in line]
     assert f"4 of 4 texts begin with {opening!r}" in line

@@ -16,7 +16,7 @@ from higgs_ds.data import rows as rows_module
 from higgs_ds.data.code_cache import CodeCache, CodeStore
 from higgs_ds.data.manifest import read_manifest
 from higgs_ds.data.rows import RowOptions, load_rows
-from higgs_ds.distributed.engine import Ranks
+from higgs_ds.distributed.ranks import Ranks
 from higgs_ds.errors import ConfigError
 from higgs_ds.model.higgs_v2.spec import HiggsV2Spec
 from tests.conftest import SPEECH

@@ -4,7 +4,8 @@ import unicodedata
 
 import pytest
 
-from higgs_ds.data.texts import composed, holds_times, oddities, read_transcript
+from higgs_ds.data.text_findings import oddities
+from higgs_ds.data.texts import composed, holds_times, read_transcript
 
 SAID = "Followed by the pound key."
 PRAAT = 'File type = "ooTextFile"\nObject class = "TextGrid"\n'
@@ -30,6 +31,20 @@ TIMED = {
     "TextGrid": PRAAT + 'class = "IntervalTier"\nname = "phones"\ntext = "F"\nclass = "IntervalTier"\nname = "words"\n'
     'text = ""\ntext = "Followed by"\ntext = "the pound key."\n',
     "short TextGrid": PRAAT + f'0\n1.5\n<exists>\n1\n"IntervalTier"\n"words"\n0\n1.5\n1\n0\n1.5\n"{SAID}"\n',
+    "numbers by turns": "0.0 Followed 0.2 by 0.4 the 0.6 pound 0.8 key.\n",
+    "words with times": "Followed/0.0 by/0.2 the/0.4 pound/0.6 key./0.8",
+    "whisper.cpp": f"whisper_model_load: x\n[00:00:00.000 --> 00:00:02.000]   [SPEAKER_00]: {SAID}\n",
+    "Vosk": '{\n "text" : "Followed by"\n}\n{\n "text" : "the pound key."\n}\n',
+    "nested JSON": '{"results": [{"alternatives": [{"transcript": "' + SAID + '"}, {"transcript": "x"}]}]}',
+    "NeMo's CTM": "c 1 0.00 0.30 Followed NA lex NA\nc 1 0.3 0.4 by NA lex NA\nc 1 0.7 0.2 the NA lex NA\n"
+    "c 1 0.9 0.2 pound NA lex NA\nc 1 1.1 0.2 key. NA lex NA\n",
+    "aeneas": 'f1,0.000,1.500,"Followed by"\nf2,1.500,2.000,"the pound key."\n',
+    "Switchboard": "sw2-A-0001 0.000000 0.977625 [silence]\nsw2-A-0002 0.977625 11.561375 Followed by the pound key.\n",
+    "MicroDVD": "{0}{25}Followed by|the pound key.\n",
+    "SBV": "0:00:00.000,0:00:01.000\nFollowed by\n\n0:00:01.000,0:00:02.000\nthe pound key.\n",
+    "rolling VTT": "WEBVTT\n\n00:00.000 --> 00:02.000\nFollowed<00:00.500><c> by</c>\n\n"
+    "00:02.000 --> 00:02.010\nFollowed by\n\n00:02.010 --> 00:04.000\nFollowed by\nthe<00:03.000><c> pound key.</c>\n",
+    "decimal commas": "0,000000\t0,700000\tFollowed by\n0,700000\t1,500000\tthe pound key.\n",
     "Julius": f"STAT: ok\nsentence1: <s> {SAID} </s>\nwseq1: <s> a </s>\ncmscore1: 1.0 0.5\n",
 }
 
@@ -58,10 +73,22 @@ def test_a_file_of_times_is_read_as_its_words(form, tmp_path):
         PRAAT + '"IntervalTier"\n"phones"\n0\n1\n1\n0\n1\n"AA1"\n',
         "\u200b\n",
         "said from 0.5 --> 1.5 or so",
+        "1.0 hello 0.2 world",
+        "utt1 hello there\nutt2 good bye",
+        "hello there (spk-utt1)",
+        "SPEAKER c 1 0.00 1.50 <NA> <NA> anna <NA> <NA>",
+        "Speaker 1  0:00\nHello.\nSpeaker 2  0:05\nYes.",
+        "<!DOCTYPE Trans>\n<Trans>Hi</Trans>",
+        "{'text': 'Hi.', 'chunks': []}",
+        "{\\rtf1 Hi.}",
+        "one\ttwo",
+        "O\0n\0e\0",
+        "version https://git-lfs.github.com/spec/v1\noid sha256:4d\n",
     ],
 )
-def test_labels_of_sounds_and_times_of_no_known_form_are_no_words(text):
-    words, reason = read_transcript(text)
+def test_labels_of_sounds_and_times_of_no_known_form_are_no_words(text, tmp_path):
+    (tmp_path / "c.txt").write_text(text)
+    words, reason = read_transcript(tmp_path / "c.txt")
     assert words is None and reason
 
 
@@ -70,7 +97,6 @@ def test_labels_of_sounds_and_times_of_no_known_form_are_no_words(text):
     [
         SAID,
         "WARNING SIGNS WERE UP",
-        "{laughs} Hi.",
         "(5-6) people",
         "10:30 is when we meet.",
         "1 2 3 4 5",
@@ -88,8 +114,9 @@ def test_plain_words_stay_as_they_are(text):
 
 def test_an_id_before_its_text_is_no_word(tmp_path):
     path = tmp_path / "84-121-0001.txt"
-    path.write_text(f"84-121-0001 {SAID}\n")
-    assert read_transcript(path).words == SAID
+    for line in ("{} {}", "{}|{}", '( {} "{}" )', "<s> {1} </s> ({0})", "84-121-0000 No.\n{} {}"):
+        path.write_text(line.format(path.stem, SAID))
+        assert read_transcript(path).words == SAID
 
 
 @pytest.mark.parametrize(
@@ -107,6 +134,15 @@ def test_an_id_before_its_text_is_no_word(tmp_path):
         ("F\u043ell\u043ewed", "scripts mixed"),
         ("F\u200bollowed", "invisible"),
         ("HH AH0 L OW1", "phonemes"),
+        ("[laughter] Hi.", "brackets"),
+        ("(laughs) Hi.", "brackets"),
+        ("see https://x.org", "address"),
+        ("LJ001-0001 Hi.", "an id"),
+        ("p225 | Hi.", "cells"),
+        ("今天#1天气#3很好", "prosody"),
+        ("null", "placeholder"),
+        ("1.0 hello 0.2 world", "times"),
+        ("\u0420\u045f\u0421\u0402\u0420\u0451\u0420\u0406\u0420\u00b5\u0421\u201a", "mojibake"),
     ],
 )
 def test_what_nobody_says_is_named_with_an_example(text, kind):

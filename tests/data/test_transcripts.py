@@ -15,14 +15,14 @@ from higgs_ds.data.chatml import AudioRef, Row, Turn, speech_messages
 from higgs_ds.data.code_cache import CodeCache
 from higgs_ds.data.faults import Fault, grouped, write_faults
 from higgs_ds.data.rows import RowOptions, load_rows
-from higgs_ds.distributed.single_process import SingleProcess
+from higgs_ds.distributed.ranks import Ranks
 from higgs_ds.errors import ConfigError
 from higgs_ds.model.higgs_v2.spec import HiggsV2Spec
 
 WORDS = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen".split()
 
 
-class Keeping(SingleProcess):
+class Keeping(Ranks):
     """One rank, which keeps what it says."""
 
     def __init__(self):

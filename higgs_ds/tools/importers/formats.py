@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -9,37 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from ...data.chatml import speech_messages
-from ...data.foreign import FILE_COLUMNS, FORMATS, TABLE_NAMES, guess, with_texts
+from ...data.foreign import FORMATS, TABLE_NAMES, guess, lines_in, with_texts
 from ...errors import ConfigError, reading
-from .found import (
-    REF_AUDIO_COLUMNS,
-    REF_TEXT_COLUMNS,
-    SPEAKER_COLUMNS,
-    TWICE,
-    ClipFinder,
-    Found,
-    below_root,
-    beside,
-    clean,
-    first,
-    named,
-    read_of,
-    split_of,
-    text_of,
-)
-from .ljspeech import read_ljspeech, table_of
+from .found import REF_AUDIO_COLUMNS, TWICE, ClipFinder, Found, below_root, beside, clean, first, named
+from .libraries import read_datasets, read_lhotse
 from .ms_swift import read_ms_swift
 from .parts import one_format_each, speakers_in
 from .tables import DECODER, json_rows, table_rows
 
-_OF_REFERENCE = ("ref_", "reference_")
-_TEXTS = tuple(
-    f"{of}{name}" for of in ("", *_OF_REFERENCE) for name in "transcript text transcript_file text_file".split()
-)
-# Of a sample of train-higgs-audio's, beside those of any speech row.
-SAMPLE_COLUMNS = frozenset(
-    ("ref_speakers", "audio_id", "audio_file", "ref_audio_file", "reference_audio_file", *_TEXTS)
-)
+_TABLES = (*TABLE_NAMES, "metadata.txt", "metadata.list", "filelist.txt")
 
 
 def read_foreign(
@@ -71,19 +50,52 @@ def read_foreign(
     return kind, found
 
 
+def read_tables(path: Path, found: Found, *, kind: str) -> None:
+    """A table of clips and texts, or one of each folder below: LJSpeech's, an audiofolder's, any of their kind."""
+    for table in [path] if path.is_file() else _tables(path, found, kind):
+        clips = ClipFinder(table.parent)
+        rows = json_rows if table.suffix.lower() in (".jsonl", ".json") else table_rows
+        for origin, row in rows(table, found):
+            found.take(origin, row, clips.find)
+
+
+def _tables(folder: Path, found: Found, kind: str) -> list[Path]:
+    """One a folder, hidden ones left out; a second one beside it would give the same rows again."""
+    of_folder: dict[Path, list[Path]] = {}
+    for table in (table for name in _TABLES for table in sorted(folder.rglob(name))):
+        if not any(part.startswith(".") for part in table.relative_to(folder).parts):
+            of_folder.setdefault(table.parent, []).append(table)
+    if not of_folder:
+        raise ValueError(f"it holds no {', '.join(_TABLES)}")
+    chosen = []
+    for tables in of_folder.values():
+        chosen.append(next((table for table in tables if guess(table) == kind), tables[0]))
+        for table in tables:
+            if table != chosen[-1]:
+                found.leave_out(f"tables beside a {chosen[-1].name} that is read", str(table))
+    return chosen
+
+
 def read_train_higgs_audio(path: Path, found: Found) -> None:
     """`metadata.json` with `samples`, or these alone: each names its clip, its text's file and its references."""
-    file = table_of(path, ("metadata.json", "metadata.jsonl"))
+    names = (path, path / "metadata.json", path / "metadata.jsonl")
+    file = next((file for file in names if file.is_file()), None)
+    if file is None:
+        raise ValueError("it holds no metadata.json")
+    clips = ClipFinder(file.parent)
     for origin, sample in _samples(file, found):
-        values = named(sample)
-        if values is None:
+        if (values := named(sample)) is None:
             found.leave_out(TWICE, origin)
             continue
-        found.count_unread(values, SAMPLE_COLUMNS | read_of(values))
-        try:
-            _add_sample(found, origin, file.parent, values)
-        except UnicodeDecodeError:
-            found.leave_out("rows whose text file is not UTF-8", origin)
+        speakers = values.pop("ref_speakers", None)
+        if (row := _with_texts(values, clips, found)) is None:
+            continue
+        turns = _turns_of(found, origin, clips, speakers) if speakers else []
+        before = len(found.rows)
+        if turns is not None:
+            found.take(origin, row, clips.find)
+        if turns and len(found.rows) > before:
+            _put_before(found, origin, turns)
 
 
 def _samples(file: Path, found: Found) -> Iterator[tuple[str, dict]]:
@@ -103,156 +115,108 @@ def _samples(file: Path, found: Found) -> Iterator[tuple[str, dict]]:
             found.leave_out("samples that are no objects", origin)
 
 
-def _add_sample(found: Found, origin: str, folder: Path, sample: dict[str, Any]) -> None:
-    name = first(sample, "audio_file", *FILE_COLUMNS)
-    audio = beside(folder, name) if name else None
-    ref_name = first(sample, "ref_audio_file", "reference_audio_file", *REF_AUDIO_COLUMNS)
-    ref_text, text = _text_of(folder, sample, _OF_REFERENCE), _text_of(folder, sample, ("",))
-    scene, speakers = (first(sample, "scene") or "").replace("_", " ").strip() or None, sample.get("ref_speakers")
-    speaker = first(sample, "speaker_id", "speaker_name", *SPEAKER_COLUMNS)
-    more: dict[str, Any] = {"speaker": speaker, "split": split_of(sample)}
-    stated = found.slice_of(origin, sample)
-    if stated is None:
-        return
-    if speakers and "offset" in stated:
-        found.leave_out("rows with `ref_speakers` and an `offset`", origin)
-    elif speakers:
-        _add_dialogue(found, origin, folder, speakers, audio, text, more | {"scene": scene})
-    else:
-        more |= found.reference(origin, beside(folder, ref_name) if ref_name else None, ref_text, audio)
-        found.add(origin, audio, text, **more, **stated, scene=scene)
+def _with_texts(sample: dict, clips: ClipFinder, found: Found) -> dict | None:
+    """A sample with the texts of the files that it names; None, counted, where its own is no transcript."""
+    row = {"ref_audio": sample.pop("reference_audio_file", None), **sample, "audio_id": None}
+    for of in ("", "ref_", "reference_"):
+        text = first(row, f"{of}transcript", f"{of}text")
+        file = first(row, *(files := (f"{of}transcript_file", f"{of}text_file")))
+        if text is None and file and os.path.isfile(place := beside(clips.folder, file)):
+            text = found.transcript(place)
+            if text is None and not of:
+                return None
+        row |= {f"{of}text": text} | dict.fromkeys((f"{of}transcript", *files))
+    return row | {"scene": (first(row, "scene") or "").replace("_", " ")}
 
 
-def _add_dialogue(
-    found: Found, origin: str, folder: Path, speakers: Any, audio: Path | None, text: str | None, more: dict
-) -> None:
-    """A ChatML row: each speaker's tag and transcript answered by a clip of theirs, then what is trained on."""
-    references = []
+def _turns_of(found: Found, origin: str, clips: ClipFinder, speakers: Any) -> list[tuple[str, Path]] | None:
+    """Each reference speaker's tag with transcript, and the clip; None, counted, where one of them is not there."""
+    turns: list[tuple[str, Path]] = []
     for number, speaker in enumerate(speakers if isinstance(speakers, list) else [None]):
-        values = (named(speaker) or {}) if isinstance(speaker, dict) else {}
-        name = first(values, "ref_audio_file", "reference_audio_file", *REF_AUDIO_COLUMNS, "audio_file")
-        said = _text_of(folder, values, (*_OF_REFERENCE, ""))
-        clip = beside(folder, name) if name else None
-        if clip is None or not said or not clean(said):
+        values = (_with_texts(named(speaker) or {}, clips, found) if isinstance(speaker, dict) else None) or {}
+        clip = clips.find(first(values, "ref_audio_file", *REF_AUDIO_COLUMNS, "audio_file"))
+        said = clean(first(values, "ref_text", "reference_text", "text") or "")
+        if clip is None or not said:
             found.leave_out("rows with `ref_speakers` of which one has no clip or no transcript", origin)
-            return
+            return None
         if not found.has_clip(clip, origin):
-            return
+            return None
         tag = first(values, "speaker_tag") or f"[SPEAKER{number}]"
-        references.append((clean(said) if clean(said).startswith(tag) else f"{tag} {clean(said)}", clip))
-    if not text or not clean(text):
-        found.leave_out("rows without a text", origin)
-    elif found.has_clip(audio, origin):
-        [(system, *_), _] = speech_messages("-", None, scene=more["scene"])
-        messages: list[dict[str, Any]] = [{"role": "system", "content": system.content[0]}]
-        for said, clip in [*references, (clean(text), audio)]:
-            answer = [{"type": "audio", "audio_url": os.path.abspath(clip)}]
-            messages += [{"role": "user", "content": said}, {"role": "assistant", "content": answer}]
-        row = {"messages": messages, "start_index": len(messages) - 2}
-        found.keep(row | ({"speaker": more["speaker"]} if more["speaker"] else {}), audio, more["split"])
+        turns.append((said if said.startswith(tag) else f"{tag} {said}", clip))
+    return turns
 
 
-def _text_of(folder: Path, sample: dict, prefixes: tuple[str, ...]) -> str | None:
-    """A text given in place, or in a file."""
-    for prefix in prefixes:
-        if text := first(sample, f"{prefix}transcript", f"{prefix}text"):
-            return text
-        name = first(sample, f"{prefix}transcript_file", f"{prefix}text_file")
-        if name and os.path.isfile(path := beside(folder, name)):
-            return path.read_text(encoding="utf-8-sig")
-    return None
-
-
-def read_audiofolder(path: Path, found: Found) -> None:
-    """Hugging Face's metadata.csv or .jsonl, one a folder, or any table whose header names a clip and a text."""
-    for table in [path] if path.is_file() else _tables(path, found):
-        clips = ClipFinder(table.parent)
-        is_json = table.suffix.lower() in (".jsonl", ".json")
-        for origin, row in json_rows(table, found) if is_json else table_rows(table, found):
-            values = named(row)
-            if values is None:
-                found.leave_out(TWICE, origin)
-                continue
-            found.count_unread(values, read_of(values))
-            audio = clips.find(first(values, *FILE_COLUMNS))
-            stated = found.slice_of(origin, values)
-            if stated is None:
-                continue
-            ref_name = first(values, *REF_AUDIO_COLUMNS)
-            reference = found.reference(origin, clips.find(ref_name), first(values, *REF_TEXT_COLUMNS), audio)
-            more: dict[str, Any] = {"speaker": first(values, *SPEAKER_COLUMNS), "scene": first(values, "scene")}
-            found.add(origin, audio, text_of(values), split=split_of(values), **more, **reference, **stated)
-
-
-def _tables(folder: Path, found: Found) -> list[Path]:
-    """One a folder, hidden ones left out; a second one beside it would give the same rows again."""
-    of_folder: dict[Path, list[Path]] = {}
-    for name in TABLE_NAMES:
-        for table in sorted(folder.rglob(name)):
-            if not any(part.startswith(".") for part in table.relative_to(folder).parts):
-                of_folder.setdefault(table.parent, []).append(table)
-    if not of_folder:
-        raise ValueError("it holds no metadata.csv or metadata.jsonl")
-    chosen = []
-    for tables in of_folder.values():
-        chosen.append(next((table for table in tables if guess(table) == "audiofolder"), tables[0]))
-        for table in tables:
-            if table != chosen[-1]:
-                found.leave_out(f"tables beside a {chosen[-1].name} that is read", str(table))
-    return chosen
+def _put_before(found: Found, origin: str, turns: list[tuple[str, Path]]) -> None:
+    """Makes the last row a conversation: these turns, each answered by its clip, then what is trained on."""
+    row = found.rows.pop()
+    if "offset" in row:
+        found.leave_out("rows with `ref_speakers` and an `offset`", origin)
+        return
+    [(system, *_), _] = speech_messages("-", None, scene=row.get("scene"))
+    messages: list[dict[str, Any]] = [{"role": "system", "content": system.content[0]}]
+    for said, clip in [*turns, (row["text"], row["audio"])]:
+        answer = [{"type": "audio", "audio_url": os.path.abspath(clip)}]
+        messages += [{"role": "user", "content": said}, {"role": "assistant", "content": answer}]
+    more = {name: row[name] for name in ("speaker", "split") if name in row}
+    found.rows.append({"messages": messages, "start_index": len(messages) - 2, **more})
 
 
 def read_folder(path: Path, found: Found) -> None:
     """Every clip that has a text file of its name beside it; speakers are told by the folders."""
     if not path.is_dir():
         raise ValueError("it is a file; name the folder")
-    clips: list[tuple[Path, str]] = []
+    clips: list[tuple[Path, Path]] = []
     for parent, folders, names in os.walk(path):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for clip, text in with_texts(names):
             if text is not None:
-                clips.append((Path(parent, clip), text))
+                clips.append((Path(parent, clip), Path(parent, text)))
             else:
                 found.leave_out("clips without a text file of the same name", os.path.join(parent, clip))
     of_folder = {str(clip.parent): below_root(clip.parent, path) for clip, _ in clips}
     speakers = speakers_in(of_folder, (str(clip) for clip, _ in clips))
-    texts: dict[Path, str | None] = {}  # of which several clips may be
-    for audio, text in sorted(clips):
-        file = audio.parent / text
-        if file not in texts:
-            texts[file] = found.transcript(file)
-        if texts[file] is not None:
-            found.add(str(audio), audio, texts[file], speaker=speakers[str(audio.parent)])
+    transcript = functools.cache(found.transcript)  # of which several clips may be
+    for clip_file, file in sorted(clips):
+        if (words := transcript(file)) is not None:
+            found.add(str(clip_file), clip_file, words, speaker=speakers[str(clip_file.parent)])
     if named := {label: folder for folder, label in speakers.items() if label}:
         label, folder = next(iter(named.items()))
         found.notes.append(f"{path}: speakers by their folders, as `{label}` for {os.path.relpath(folder, path)}")
 
 
-def _read_by_lhotse(path: Path, found: Found, recipe: str | None = None) -> None:
-    from .lhotse_corpora import read_lhotse
+def read_kaldi(path: Path, found: Found) -> None:
+    """`wav.scp` and `text`, with `utt2spk` and `segments` where they are; a clip that a command makes is refused."""
+    folder = path if path.is_dir() else path.parent
+    clips, texts, speakers, segments = (_kaldi_table(folder / n) for n in ("wav.scp", "text", "utt2spk", "segments"))
+    for number, (key, place) in enumerate(clips.items(), start=1):
+        if "|" in (place[:1], place[-1:]):
+            advice = "a command, which is never run; write the files that it makes, and name these"
+            raise ConfigError([f"{folder / 'wav.scp'}:{number}: {key} is {place!r}: {advice}"])
+    if not texts:
+        raise ValueError("it has no file `text`")
+    for utterance, place in (segments or {key: key for key in clips}).items():
+        recording, *span = place.split()
+        clip = beside(folder, clips[recording]) if recording in clips else None
+        start, end, *channel = map(float, span or (0, -1))
+        cut: dict[str, Any] = (
+            {"offset": start} | ({"duration": round(end - start, 6)} if end >= 0 else {}) if span else {}
+        )
+        cut |= {"channel": int(channel[0])} if channel else {}
+        found.add(f"{folder}: {utterance}", clip, texts.get(utterance), speaker=speakers.get(utterance), **cut)
 
-    read_lhotse(path, found, recipe)
 
-
-def _read_kaldi(path: Path, found: Found) -> None:
-    from .lhotse_corpora import read_kaldi
-
-    read_kaldi(path, found)
-
-
-def _read_by_datasets(path: Path, found: Found, config: str | None = None) -> None:
-    from .hugging_face import read_datasets
-
-    read_datasets(path, found, config)
+def _kaldi_table(file: Path) -> dict[str, str]:
+    lines = lines_in(file.read_text(encoding="utf-8")) if file.is_file() else []
+    return {words[0]: " ".join(words[1:]).strip() for line in lines if (words := line.split(maxsplit=1))}
 
 
 READERS: dict[str, Callable[..., None]] = {
-    "ljspeech": read_ljspeech,
+    "ljspeech": functools.partial(read_tables, kind="ljspeech"),
+    "audiofolder": functools.partial(read_tables, kind="audiofolder"),
     "train-higgs-audio": read_train_higgs_audio,
     "ms-swift": read_ms_swift,
-    "audiofolder": read_audiofolder,
     "folder": read_folder,
-    "lhotse": _read_by_lhotse,
-    "kaldi": _read_kaldi,
-    "datasets": _read_by_datasets,
+    "kaldi": read_kaldi,
+    "lhotse": read_lhotse,
+    "datasets": read_datasets,
 }

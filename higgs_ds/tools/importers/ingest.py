@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
+import itertools
 import json
 import os
 import random
 import shutil
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +18,17 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from ...data.audio import AudioError, read_audio, write_wav
-from ...data.chatml import AudioRef, Row, Turn
+from ...data.audio import MAX_SAMPLE_RATE, MIN_SAMPLE_RATE, AudioError, read_audio, write_wav
+from ...data.chatml import AudioRef
 from ...data.columns import member
 from ...data.faults import plural
+from ...data.foreign import FORMATS
 from ...data.transcripts import text_key
-from ...errors import ConfigError
+from ...errors import ConfigError, ExitCode
 from ...files import write_text, writing
+from ...judges.sound import loudness_of
+from ...process import say
+from .. import flag_types
 from .formats import read_foreign
 from .found import Found
 from .parts import part_of
@@ -33,7 +39,6 @@ PEAK = 0.99
 LONGEST_STEM = 200  # bytes of a new clip's name, to which a number and an ending come
 DEFAULT_VAL_SHARE = 0.02
 LEAST_PROMPTS = 10  # conversations with the same words of the user, below which that may be chance
-LEAST_BLOCK_SEC, BLOCK_SEC = 0.05, 0.4  # of loudness by ITU-R BS.1770
 
 
 @dataclass(frozen=True)
@@ -48,116 +53,119 @@ class Sound:
         return self.trim or self.loudness is not None or self.resample is not None
 
     def apply(self, waveform: np.ndarray, sample_rate: int) -> tuple[np.ndarray, int]:
-        """A mono waveform float32 [samples] trimmed, resampled, and brought to its loudness without clipping."""
+        """A mono waveform float32 [samples], trimmed but for a tenth of a second, resampled, and at its loudness.
+
+        It is softer where it would clip, and as loud as before where there is nothing to measure.
+        """
         if self.trim:
-            waveform = trimmed(waveform, sample_rate)
+            from librosa.effects import trim
+
+            _, (first, behind) = trim(waveform, top_db=TRIM_DB, frame_length=1024, hop_length=256)
+            margin = round(TRIM_MARGIN_SEC * sample_rate)
+            waveform = waveform[max(0, first - margin) : behind + margin]
         if self.resample is not None and self.resample != sample_rate:
             import soxr
 
             waveform, sample_rate = soxr.resample(waveform, sample_rate, self.resample), self.resample
-        if self.loudness is not None:
-            waveform = at_loudness(waveform, sample_rate, self.loudness)
+        if self.loudness is not None and (loudness := loudness_of(waveform, sample_rate)) is not None:
+            gain = min(10 ** ((self.loudness - loudness) / 20), PEAK / float(np.abs(waveform).max()))
+            waveform = (waveform * gain).astype(np.float32)
         return waveform, sample_rate
 
 
-def trimmed(waveform: np.ndarray, sample_rate: int) -> np.ndarray:
-    """Without the silence at both ends, but for a tenth of a second of it."""
-    from librosa.effects import trim
+def add_import(verbs: Any) -> None:
+    """The flags of `import`."""
+    parser = verbs.add_parser("import", help="convert another tool's data set into a manifest")
+    add, number = flag_types.adder(parser), flag_types.number
+    add("path PATH", "file or folder to import; with --from datasets also a name on the hub", flag_types.path)
+    known = "; ".join(f"{name}: {what}" for name, what in FORMATS.items())
+    more = (
+        "lhotse:RECIPE prepares a corpus by lhotse's own recipe, as lhotse:libritts; datasets:CONFIG names one of many"
+    )
+    add("--from FORMAT", f"format (default: detected). {known}. {more}", _format, dest="source")
+    add("--output --output_dir DIR", "folder for train.jsonl and val.jsonl", flag_types.path, required=True)
+    share_help = "share of the rows for validation, where the corpus has no part for it (default: 0.02)"
+    add("--val_share SHARE", share_help, number(float, 0, 0.99))
+    speakers_help = "speakers for validation, or how many to draw; replaces --val_share"
+    add("--val_speakers SPEAKER", speakers_help, flag_types.name, nargs="+")
+    add("--with_test", "use the rows of the corpus's test part like those of its training part", bool)
+    add("--seed", "random seed of the split (default: 0)", int, default=0)
+    add("--trim", "write new clips without leading and trailing silence", bool)
+    loudness_help = "write new clips at this loudness (-23 if no value is given)"
+    add("--loudness LUFS", loudness_help, number(float, -70, 0), nargs="?", const=-23.0)
+    rate = number(int, MIN_SAMPLE_RATE, MAX_SAMPLE_RATE)
+    add("--resample HZ", "write new clips at this rate (default: 24000)", rate, nargs="?", const=24000)
+    parser.set_defaults(verb=run_import)
 
-    _, (first, behind) = trim(waveform, top_db=TRIM_DB, frame_length=1024, hop_length=256)
-    margin = round(TRIM_MARGIN_SEC * sample_rate)
-    return waveform[max(0, first - margin) : behind + margin]
+
+def _format(text: str) -> str:
+    """A format's name; behind a colon lhotse's recipe, or the configuration of a data set."""
+    kind, colon, _ = text.partition(":")
+    if kind not in FORMATS or (colon and kind not in ("lhotse", "datasets")):
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(FORMATS)}, lhotse:RECIPE, datasets:CONFIG")
+    return text
 
 
-def at_loudness(waveform: np.ndarray, sample_rate: int, lufs: float) -> np.ndarray:
-    """At an integrated loudness; softer where it would clip, unchanged where there is nothing to measure."""
-    import pyloudnorm
-
-    seconds = len(waveform) / sample_rate
-    if seconds < LEAST_BLOCK_SEC:
-        return waveform
-    meter = pyloudnorm.Meter(sample_rate, block_size=min(BLOCK_SEC, 0.99 * seconds))
-    found = meter.integrated_loudness(waveform.astype(np.float64))
-    if not np.isfinite(found):
-        return waveform
-    gain = 10 ** ((lufs - found) / 20)
-    peak = float(np.abs(waveform).max()) * gain
-    return (waveform * (gain * min(1.0, PEAK / peak))).astype(np.float32)
-
-
-def run_import(
-    path: Path,
-    output_dir: Path,
-    *,
-    kind: str | None = None,
-    val_share: float | None = None,
-    val_speakers: list[str] | None = None,
-    with_test: bool = False,
-    seed: int = 0,
-    sound: Sound | None = None,
-) -> list[str]:
-    """Writes train.jsonl and, where it gets rows, val.jsonl; the lines to say.
+def run_import(args: argparse.Namespace) -> int:
+    """Writes train.jsonl and, where it gets rows, val.jsonl.
 
     Raises:
         ConfigError: nothing that can be read, no row left, speakers that are not there.
         FileExistsError: the folder holds a manifest already.
     """
+    path, output_dir = args.path, args.output
     for name in ("train.jsonl", "val.jsonl"):
         if os.path.exists(output_dir / name):
             raise FileExistsError(f"{output_dir} already holds {name}; remove it or give another --output")
+    sound = Sound(args.trim, args.loudness, args.resample)
     with contextlib.ExitStack() as stack:
         clips = output_dir / "clips"
         if sound:  # sound that is not in files waits in one that is made anew
             clips = output_dir / ".clips"
             stack.callback(shutil.rmtree, clips, ignore_errors=True)
-        kind, found = read_foreign(path, kind, with_test=with_test, clips=clips)
-        before = _parts_lines(path, found, val_share=val_share, val_speakers=val_speakers)
+        kind, found = read_foreign(path, args.source, with_test=args.with_test, clips=clips)
+        parts = _parts_lines(path, found, val_share=args.val_share, val_speakers=args.val_speakers)
 
-        def shared_out() -> tuple[list[dict], list[dict], list[str]]:
-            if not found.rows:
-                raise ConfigError([*found.lines(path), *before, f"{path}: no row is left, read as {kind}"])
-            share = DEFAULT_VAL_SHARE if val_share is None else val_share
-            return split(found.rows, val_share=share, val_speakers=val_speakers, seed=seed)
+        def nothing_left() -> ConfigError:
+            return ConfigError([*found.lines(path), *parts, f"{path}: no row is left, read as {kind}"])
 
+        if not found.rows:
+            raise nothing_left()
+        share = DEFAULT_VAL_SHARE if args.val_share is None else args.val_share
+        train, val, notes = split(found.rows, val_share=share, val_speakers=args.val_speakers, seed=args.seed)
         with writing(f"--output: {output_dir}"):
             output_dir.mkdir(parents=True, exist_ok=True)
-            train, val, notes = shared_out()
             if sound:  # only now: what cannot be split is said before hours of clips are written
-                _write_clips(found, output_dir / "clips", sound)
-                train, val, notes = shared_out()
+                new = NewClips(found, output_dir / "clips", sound)
+                train, val = (list(filter(new.replace, tqdm(side, "clips", mininterval=1.0))) for side in (train, val))
+                if not train:
+                    raise nothing_left()
             sides = [(output_dir / f"{side}.jsonl", rows) for side, rows in (("train", train), ("val", val)) if rows]
             for file, rows in sides:
-                write_text(file, "".join(_line_of(row) for row in rows))
-    summaries = (_summary(file, rows) for file, rows in sides)
-    said = [f"{path}: read as {kind}", *found.lines(path), *before, *notes, *summaries]
+                kept = ({name: value for name, value in row.items() if name != "split"} for row in rows)
+                write_text(file, "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in kept))
+    said = [f"{path}: read as {kind}", *found.lines(path), *parts, *notes]
+    for file, rows in sides:
+        speakers = len({row["speaker"] for row in rows if "speaker" in row})
+        said.append(f"{file}: {plural(len(rows), 'row')}" + (f", {plural(speakers, 'speaker')}" if speakers else ""))
     flags = " ".join(f"--{file.stem}_manifest {file}" for file, _ in sides)
-    return [*said, f"next: python -m higgs_ds describe {flags}"]
-
-
-def _line_of(row: dict) -> str:
-    return json.dumps({name: value for name, value in row.items() if name != "split"}, ensure_ascii=False) + "\n"
+    say("\n".join([*said, f"next: python -m higgs_ds describe {flags}"]))
+    return ExitCode.OK
 
 
 def _parts_lines(path: Path, found: Found, *, val_share: float | None, val_speakers: list[str] | None) -> list[str]:
     """One line on what becomes of each part of the corpus's own split; one on a flag that has no effect beside it."""
-    if not found.parts:
-        return []
     has_val = any(part_of(name) == "val" for name in found.parts) and not val_speakers
-    drawn = "--val_speakers" if val_speakers else "--val_share"
+    drawn = f"train.jsonl, or val.jsonl by {'--val_speakers' if val_speakers else '--val_share'}"
     said = []
     for name, count in found.parts.items():
-        part = part_of(name)
-        if part == "test" and not found.with_test:
+        place = {"val": "val.jsonl"}.get(part_of(name) or "", "train.jsonl") if has_val else drawn
+        if part_of(name) == "test" and not found.with_test:
             place = "in neither file (--with_test takes them)"
-        elif has_val:
-            place = "val.jsonl" if part == "val" else "train.jsonl"
-        else:
-            place = f"train.jsonl, or val.jsonl by {drawn}"
         said.append(f"{member('', name)}: {plural(count, 'row')}, {place}")
-    lines = [f"{path}: the corpus's own split: {'; '.join(said)}"]
-    if has_val and val_share is not None:
-        lines.append("--val_share: not used, the corpus has a part for validation")
-    return lines
+    lines = [f"{path}: the corpus's own split: {'; '.join(said)}"] if said else []
+    unused = ["--val_share: not used, the corpus has a part for validation"]
+    return lines + unused * (has_val and val_share is not None)
 
 
 def split(
@@ -171,49 +179,43 @@ def split(
     Raises:
         ConfigError: speakers that are not there, or no row left to train on.
     """
+    keys, notes = text_keys(rows), []
     if val_speakers:
-        return _split_by_speaker(rows, val_speakers, seed)
-    if any("split" in row for row in rows):
-        if all("split" in row for row in rows):
+        is_val = _by_speaker(rows, val_speakers, seed)
+    elif any("split" in row for row in rows):
+        is_val = ["split" in row for row in rows]
+        if all(is_val):
             raise ConfigError(["no row is left to train on: all are of the corpus's part for validation"])
-        return _held_out(rows, ["split" in row for row in rows])
-    groups: dict[str, list[int]] = {}
-    for i, key in enumerate(text_keys(rows)):
-        groups.setdefault(key, []).append(i)
-    wanted = round(val_share * len(rows))
-    if val_share > 0 and wanted == 0 and len(groups) > 1:
-        wanted = 1
-    order = sorted(groups)
-    random.Random(seed).shuffle(order)
-    chosen: set[int] = set()
-    for key in order:
-        if len(chosen) + len(groups[key]) <= wanted and len(groups) > 1:
-            chosen.update(groups[key])
-    train = [row for i, row in enumerate(rows) if i not in chosen]
-    note = "no validation rows: every text is shared by too many rows to be held out"
-    return train, [row for i, row in enumerate(rows) if i in chosen], [note] if wanted and not chosen else []
+    else:
+        counts, order, chosen, held = Counter(keys), sorted({*keys}), set(), 0
+        wanted = round(val_share * len(rows)) or int(val_share > 0 and len(counts) > 1)
+        random.Random(seed).shuffle(order)
+        for key in order if len(counts) > 1 else ():
+            if held + counts[key] <= wanted:
+                chosen.add(key)
+                held += counts[key]
+        is_val = [key in chosen for key in keys]
+        if wanted and not chosen:
+            notes.append("no validation rows: every text is shared by too many rows to be held out")
+    trained = {key for key, val in zip(keys, is_val, strict=True) if not val}
+    train = [row for row, val in zip(rows, is_val, strict=True) if not val]
+    kept = [row for row, key, val in zip(rows, keys, is_val, strict=True) if val and key not in trained]
+    if lost := sum(is_val) - len(kept):
+        notes.append(f"left out of validation: {plural(lost, 'row')} whose text is trained on too")
+    return train, kept, notes
 
 
-def _split_by_speaker(rows: list[dict], named: list[str], seed: int) -> tuple[list[dict], list[dict], list[str]]:
+def _by_speaker(rows: list[dict], named: list[str], seed: int) -> list[bool]:
     speakers = sorted({row["speaker"] for row in rows if "speaker" in row})
     if len(named) == 1 and named[0].isdecimal() and named[0] not in speakers:
         named = random.Random(seed).sample(speakers, min(int(named[0]), len(speakers)))
     if unknown := [name for name in named if name not in speakers]:
         known = ", ".join(speakers[:20]) or "none"
         raise ConfigError([f"--val_speakers: {', '.join(unknown)}: no such speaker; the speakers are {known}"])
-    if all(row.get("speaker") in named for row in rows):
+    is_val = [row.get("speaker") in named for row in rows]
+    if rows and all(is_val):
         raise ConfigError([f"--val_speakers: no row is left to train on, of {plural(len(speakers), 'speaker')}"])
-    return _held_out(rows, [row.get("speaker") in named for row in rows])
-
-
-def _held_out(rows: list[dict], is_val: list[bool]) -> tuple[list[dict], list[dict], list[str]]:
-    """(training rows, validation rows whose text is not trained on, notes)."""
-    keys = text_keys(rows)
-    trained = {key for key, val in zip(keys, is_val, strict=True) if not val}
-    train = [row for row, val in zip(rows, is_val, strict=True) if not val]
-    kept = [row for row, key, val in zip(rows, keys, is_val, strict=True) if val and key not in trained]
-    note = f"left out of validation: {plural(sum(is_val) - len(kept), 'row')} whose text is trained on too"
-    return train, kept, [note] if len(kept) < sum(is_val) else []
+    return is_val
 
 
 def text_keys(rows: list[dict]) -> list[str]:
@@ -239,82 +241,64 @@ def _spoken(row: dict) -> tuple[str | None, bool]:
     """
     if "text" in row:
         return row["text"], False
-    turns = tuple(Turn(message["role"], _pieces(message["content"])) for message in row["messages"])
-    spoken = Row(turns, None, None, "", 0).target()
-    if spoken is None or any(isinstance(piece, str) for piece in turns[-1].content):
-        return (None if spoken is None else spoken[0]), False
-    is_about_clip = any(isinstance(piece, AudioRef) for piece in turns[-2].content)
-    return (None if is_about_clip else spoken[0]), True
+    *asked, answer = ([m["content"]] if isinstance(m["content"], str) else m["content"] for m in row["messages"])
+    for turn, is_asked in ((answer, False), *((turn, True) for turn in asked[-1:])):
+        text = " ".join(piece if isinstance(piece, str) else piece.get("text", "") for piece in turn).strip()
+        clips = sum(isinstance(piece, dict) and piece["type"] == "audio" for piece in turn)
+        if clips != (not is_asked):
+            return None, is_asked
+        if text:
+            return text, is_asked
+    return None, True
 
 
-def _pieces(content: str | list[dict]) -> tuple[str | AudioRef, ...]:
-    if isinstance(content, str):
-        return (content,)
-    return tuple(AudioRef(Path(p["audio_url"])) if p["type"] == "audio" else p["text"] for p in content)
+class NewClips:
+    """Clips written anew in the place of those that rows name."""
+
+    def __init__(self, found: Found, folder: Path, sound: Sound):
+        self.found, self.folder, self.sound = found, folder, sound
+        folder.mkdir(parents=True, exist_ok=True)
+        self._written: dict[AudioRef, str | None] = {}
+        self._taken: set[str] = set()
+        self._numbers: dict[str, Iterator[int]] = {}
+
+    def replace(self, row: dict) -> bool:
+        """Gives a row its new clips, relative to the manifest; False, counted, where one cannot be used."""
+        for holder, name, clip in _clips_of(row):
+            if clip not in self._written:
+                self._written[clip] = self._write(clip)
+            if (written := self._written[clip]) is None:
+                return False
+            holder[name] = written
+        # The new clip is that slice, of that channel; trimmed, it has another length.
+        for name in ("offset", "channel", "audio_track", "sampling_rate", *["duration"] * self.sound.trim):
+            row.pop(name, None)
+        return True
+
+    def _write(self, clip: AudioRef) -> str | None:
+        try:
+            waveform, sample_rate = self.sound.apply(*read_audio(clip))
+        except AudioError as error:
+            self.found.leave_out("clips that cannot be used", f"{clip.path}: {error}")
+            return None
+        stem = Path(str(clip.path)).stem.encode("utf-8", "replace")[:LONGEST_STEM].decode("utf-8", "ignore")
+        numbers = self._numbers.setdefault(stem, itertools.count(1))
+        names = (stem if number == 1 else f"{stem}-{number}" for number in numbers)
+        name = next(name for name in names if name not in self._taken)
+        self._taken.add(name)
+        write_wav(self.folder / f"{name}.wav", waveform, sample_rate)
+        return f"{self.folder.name}/{name}.wav"
 
 
-def _write_clips(found: Found, folder: Path, sound: Sound) -> None:
-    """New clips in the place of all that the rows name; rows whose clip cannot be used are left out."""
-    folder.mkdir(parents=True, exist_ok=True)
-    done: dict[AudioRef, str | None] = {}
-    taken: dict[str, int] = {}
-    kept = []
-    for row in tqdm(found.rows, desc="clips", unit="clip", mininterval=1.0):
-        written = []
-        for name, holder, clip in list(_clips_of(row)):
-            if clip not in done:
-                done[clip] = _write_clip(clip, folder, taken, sound, found)
-            written.append(done[clip])
-            holder[name] = done[clip] or holder[name]
-        if None not in written:
-            row.pop("offset", None)  # the new clip is that slice, of that channel
-            row.pop("channel", None)
-            if sound.trim:
-                row.pop("duration", None)  # that of the clip before
-            kept.append(row)
-    found.rows = kept
-
-
-def _clips_of(row: dict) -> Iterable[tuple[str, dict, AudioRef]]:
-    """(key, object that has it, clip) for each of a row's clips."""
+def _clips_of(row: dict) -> Iterator[tuple[dict, str, AudioRef]]:
+    """(object that names it, under which key, clip) of all clips of a row."""
     if "audio" in row:
-        span = (row["offset"], row.get("duration")) if "offset" in row else ()
-        part: dict[str, Any] = {"channel": row["channel"]} if "channel" in row else {}
-        yield "audio", row, AudioRef(Path(row["audio"]), None, *span, **part)
+        names = {"duration_sec": "duration"} if "offset" in row else {}
+        names |= {"offset_sec": "offset", "channel": "channel", "audio_track": "audio_track"}
+        part = {field: row[name] for field, name in names.items() if name in row}
+        yield row, "audio", AudioRef(Path(row["audio"]), **part)
     if "ref_audio" in row:
-        yield "ref_audio", row, AudioRef(Path(row["ref_audio"]))
-    for message in row.get("messages", ()):
-        if isinstance(message["content"], list):
-            pieces = (piece for piece in message["content"] if piece["type"] == "audio")
-            yield from (("audio_url", piece, AudioRef(Path(piece["audio_url"]))) for piece in pieces)
-
-
-def _free_name(source: str, taken: dict[str, int]) -> str:
-    """A clip's name without its ending, with a number behind it where others have it.
-
-    `taken` holds the names, each with the last number that was put behind it.
-    """
-    stem = Path(source).stem.encode("utf-8", "replace")[:LONGEST_STEM].decode("utf-8", "ignore")
-    name, number = stem, taken.get(stem, 1)
-    while name in taken:
-        number += 1
-        name = f"{stem}-{number}"
-    taken |= {name: 1, stem: number}
-    return name
-
-
-def _write_clip(clip: AudioRef, folder: Path, taken: dict[str, int], sound: Sound, found: Found) -> str | None:
-    """The new clip's path relative to the manifest; None for a clip that cannot be used."""
-    try:
-        waveform, sample_rate = sound.apply(*read_audio(clip))
-    except AudioError as error:
-        found.leave_out("clips that cannot be used", f"{clip.path}: {error}")
-        return None
-    stem = _free_name(str(clip.path), taken)
-    write_wav(folder / f"{stem}.wav", waveform, sample_rate)
-    return f"{folder.name}/{stem}.wav"
-
-
-def _summary(path: Path, rows: list[dict]) -> str:
-    speakers = len({row["speaker"] for row in rows if "speaker" in row})
-    return f"{path}: {plural(len(rows), 'row')}" + (f", {plural(speakers, 'speaker')}" if speakers else "")
+        yield row, "ref_audio", AudioRef(Path(row["ref_audio"]))
+    for piece in (piece for message in row.get("messages", ()) for piece in message["content"]):
+        if isinstance(piece, dict) and piece["type"] == "audio":
+            yield piece, "audio_url", AudioRef(Path(piece["audio_url"]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import os
 import re
 from collections import defaultdict
@@ -34,6 +36,7 @@ _FORMAT_FOLDERS = re.compile(r"(?<=/)(wavs?\d*|flac|mp3|ogg|opus|m4a|aac)(?=/)",
 _RANK = {suffix: i for i, suffix in enumerate((".wav", ".flac", ".w64", ".aiff", ".aif", ".aifc", ".caf", ".au"))}
 
 
+@functools.lru_cache(10_000)
 def part_of(name: str) -> str | None:
     """`train`, `val` or `test` for a part's name, as `dev-clean` or `test_other`; None for any other."""
     return next((_WORDS[word] for word in re.split(r"[^a-z]+", name.lower()) if word in _WORDS), None)
@@ -53,15 +56,17 @@ def speakers_in(folders: dict[str, tuple[str, ...]], clips: Iterable[str]) -> di
         None for every folder where they are all of one speaker.
     """
     named = {folder: tuple(filter(_may_be_speaker, names)) for folder, names in folders.items()}
-    for clip in clips:
-        folder, name = os.path.split(clip)
+    for folder, name in map(os.path.split, clips):
         names = named[folder]
         if len(names) > 1 and names[0].isdecimal() and re.match(rf"{names[0]}[-_]{re.escape(names[1])}[-_.]", name):
             named[folder] = names[:1]
     parents: dict[str, set[tuple[str, ...]]] = defaultdict(set)
-    for names in named.values():
-        parents[names[-1] if names else ""].add(names)
-    labels = {folder: _label(names, parents) for folder, names in named.items()}
+    for names in filter(None, named.values()):
+        parents[names[-1]].add(names)
+    labels: dict[str, str | None] = {
+        folder: (names[-1] if len(parents[names[-1]]) == 1 else "/".join(names)) if names else None
+        for folder, names in named.items()
+    }
     return labels if len({*labels.values()} - {None}) > 1 else dict.fromkeys(labels)
 
 
@@ -72,32 +77,19 @@ def _may_be_speaker(name: str) -> bool:
     return not is_shared and not _OF_A_KIND.fullmatch(name) and part_of(name) is None
 
 
-def _label(names: tuple[str, ...], parents: dict[str, set[tuple[str, ...]]]) -> str | None:
-    if not names:
-        return None
-    return names[-1] if len(parents[names[-1]]) == 1 else "/".join(names)
-
-
 def one_format_each(rows: list[dict]) -> tuple[list[dict], list[dict]]:
-    """(rows, those that give a clip and its text again in another format); the format without losses is kept."""
+    """(rows, those that give a clip and its text again in another format); the format without losses is kept.
+
+    Rows of the very same clip stay: whoever wrote a clip twice wants it twice.
+    """
     if len({os.path.splitext(row["audio"])[1] for row in rows if "audio" in row}) < 2:
         return rows, []
-    best: dict[tuple, dict] = {}
-    for row in rows:
-        if "audio" in row:
-            key = _clip_key(row)
-            held = best.setdefault(key, row)
-            if held is not row and _rank(row) < _rank(held):
-                best[key] = row
-    if len(best) == sum("audio" in row for row in rows):
-        return rows, []
-    kept = [row for row in rows if "audio" not in row or _is_kept(row, best[_clip_key(row)])]
-    return kept, [row for row in rows if "audio" in row and not _is_kept(row, best[_clip_key(row)])]
-
-
-def _is_kept(row: dict, best: dict) -> bool:
-    """True for the best, and for a row of the very same clip: whoever wrote a clip twice wants it twice."""
-    return row is best or row["audio"] == best["audio"]
+    best: dict[tuple, str] = {}
+    keys = [_clip_key(row) if "audio" in row else () for row in rows]
+    for key, row in sorted(zip(keys, rows, strict=True), key=lambda pair: _rank(pair[1])):
+        best.setdefault(key, row.get("audio", ""))
+    is_best = [row.get("audio", "") == best[key] for key, row in zip(keys, rows, strict=True)]
+    return list(itertools.compress(rows, is_best)), [row for row, kept in zip(rows, is_best, strict=True) if not kept]
 
 
 def _clip_key(row: dict) -> tuple:
@@ -106,4 +98,4 @@ def _clip_key(row: dict) -> tuple:
 
 
 def _rank(row: dict) -> int:
-    return _RANK.get(os.path.splitext(row["audio"])[1].lower(), len(_RANK))
+    return _RANK.get(os.path.splitext(row.get("audio", ""))[1].lower(), len(_RANK))

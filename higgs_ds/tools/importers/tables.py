@@ -1,4 +1,4 @@
-"""Rows of JSON, JSONL and delimited tables; ambiguous rows are left out and counted."""
+"""Rows of JSON, JSONL and delimited tables, with or without a header; ambiguous rows are left out and counted."""
 
 from __future__ import annotations
 
@@ -6,16 +6,20 @@ import csv
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from ...data.columns import plain
-from ...data.foreign import AUDIO_SUFFIXES, DELIMITERS, KeyedOnce, lines_in, table_delimiter
+from ...data.foreign import AUDIO_SUFFIXES, DELIMITERS, FILE_COLUMNS, TEXT_COLUMNS, KeyedOnce, lines_in, table_delimiter
 from .found import Found
+from .guessed_columns import MEANINGS, guess_columns
 
 MOST_LINES = 100  # of one row, whose text may hold line breaks
 MOST_DIGITS = 100  # of a number that stays whole, as that of a speaker must
+MOST_ROWS = 10_000  # that are looked at, to tell columns apart
+ID_COLUMNS = ("id", "name", "file_id", "wav_id", "utt_id", "utterance_id")  # of clips where no column has their files
+_Records = Iterable[tuple[int, list[str] | None]]  # lines and their cells
 # Its objects know which of their keys were given twice.
 DECODER = json.JSONDecoder(
     object_pairs_hook=KeyedOnce,
@@ -30,60 +34,62 @@ def json_rows(path: Path, found: Found) -> Iterator[tuple[str, dict]]:
         ValueError: an array that is not JSON, or not a single line that is.
     """
     text = path.read_text(encoding="utf-8-sig")
-    values: Iterator[tuple[str, Any]]
-    if text.lstrip().startswith("["):
-        values = ((f"{path}: [{i}]", value) for i, value in enumerate(DECODER.decode(text)))
-    else:
-        values = _json_lines(path, text, found)
-    for origin, value in values:
+    is_array = text.lstrip().startswith("[")
+    values = enumerate(DECODER.decode(text)) if is_array else _json_lines(path, text, found)
+    for number, value in values:
+        origin = f"{path}: [{number}]" if is_array else f"{path}:{number}"
         if isinstance(value, dict):
             yield origin, value
         else:
             found.leave_out("rows that are no JSON objects", origin)
 
 
-def _json_lines(path: Path, text: str, found: Found) -> Iterator[tuple[str, Any]]:
-    first_problem, is_any = None, False
+def _json_lines(path: Path, text: str, found: Found) -> Iterator[tuple[int, Any]]:
+    problems, is_any = [], False
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
             value = DECODER.decode(line)
         except json.JSONDecodeError as error:
-            problem = f"{path}:{number}: {error.msg}, column {error.colno}"
+            problems.append(f"{path}:{number}: {error.msg}, column {error.colno}")
+            found.leave_out("lines that are not JSON", problems[-1])
         else:
             is_any = True
-            yield f"{path}:{number}", value
-            continue
-        first_problem = first_problem or problem
-        found.leave_out("lines that are not JSON", problem)
-    if first_problem and not is_any:
-        raise ValueError(f"no line of it is JSON ({first_problem})")
+            yield number, value
+    if problems and not is_any:
+        raise ValueError(f"no line of it is JSON ({problems[0]})")
 
 
 def table_rows(path: Path, found: Found) -> Iterator[tuple[str, dict[str, str]]]:
-    """(`file:line`, cells by the plain names of the header) of a table with commas, tabs, semicolons or `|`.
+    """(`file:line`, cells by the plain names of their columns) of a table with commas, tabs, semicolons or `|`.
 
-    Left out: rows whose quotes do not close or swallow further rows, and those with more or fewer cells than names.
-    With commas and semicolons quotes enclose a cell. With tabs and `|` they do so where they can; where they cannot,
-    they are part of the text, unless the table doubles quotes within others, as a writer does that encloses cells.
+    The columns are those of its header, else told by what they hold. Left out: rows whose quotes do not close or
+    swallow further rows, and those with more or fewer cells than columns. With commas and semicolons quotes enclose a
+    cell. With tabs and `|` they do so where they can; where they cannot, and where the table has no header, they are
+    part of the text, unless the table doubles quotes within others, as a writer does that encloses cells.
 
     Raises:
-        ValueError: a header that has a column twice, or quotes that do not close.
+        ValueError: a header that has a column twice, or columns that cannot be told apart.
     """
     text = path.read_text(encoding="utf-8-sig")
     lines = [f"{line}\n" for line in lines_in(text)]
     at = next((i for i, line in enumerate(lines) if line.strip()), None)
     if at is None:
         return
-    delimiter = table_delimiter(lines[at]) or max(DELIMITERS, key=lines[at].count)
-    names = [plain(name) for name in next(csv.reader([lines[at]], delimiter=delimiter, strict=True))]
-    while names and not names[-1]:
-        names.pop()
-    if doubled := next((name for name in names if name and names.count(name) > 1), None):
-        raise ValueError(f"{path}:{at + 1} has the column `{doubled}` twice; rename or remove one")
+    head = lines[at]
+    delimiter = table_delimiter(head) or next((sign for sign in ("|", "\t", *DELIMITERS) if sign in head), ",")
+    rows: _Records
+    names = _header(head, delimiter, f"{path}:{at + 1}")
     encloses = delimiter in ",;" or re.search(rf'(?:^|{re.escape(delimiter)})"[^\n]*""', text, re.MULTILINE) is not None
-    for number, cells in _records(lines, at + 1, delimiter, len(names)):
+    if names:
+        rows = _records(lines, at + 1, delimiter, len(names))
+    elif encloses:
+        names, rows = _without_header(path, [*_records(lines, at, delimiter, head.count(delimiter) + 1)], found)
+    else:
+        cut = [(number, line.split(delimiter)) for number, line in enumerate(lines, 1) if line.strip()]
+        names, rows = _without_header(path, cut, found)
+    for number, cells in rows:
         if cells is None and not encloses:
             cells = lines[number - 1].removesuffix("\n").split(delimiter)
         origin = f"{path}:{number}"
@@ -93,10 +99,40 @@ def table_rows(path: Path, found: Found) -> Iterator[tuple[str, dict[str, str]]]
         while len(cells) > len(names) and not cells[-1].strip():
             cells.pop()
         if len(cells) != len(names):
-            reason = "rows with another number of cells than the header has names"
+            reason = "rows with another number of cells than the table has columns"
             found.leave_out(reason, f"{origin}: {len(cells)} instead of {len(names)}")
         else:
             yield origin, {name: cell for name, cell in zip(names, cells, strict=True) if name}
+
+
+def _without_header(path: Path, rows: _Records, found: Found) -> tuple[list[str], _Records]:
+    """(names of the columns by what they hold, rows in which an empty text is the one before it was normalised)."""
+    held = [(number, cells and [cell.strip() for cell in cells]) for number, cells in rows]
+    names = guess_columns([cells for _, cells in held[:MOST_ROWS] if cells and len(cells) > 1])
+    if len(names) > 2:
+        columns = ", ".join(f"{i} {MEANINGS[name]}" for i, name in enumerate(names, 1))
+        hint = "if that is wrong, add a header line, such as `id|text|speaker`"
+        found.notes.append(f"{path}: columns: {columns}; {hint}")
+    if "raw_text" in names:
+        text, raw = names.index("text"), names.index("raw_text")
+        names[raw] = ""
+        for _, cells in held:
+            if cells and len(cells) == len(names):
+                cells[text] = cells[text] or cells[raw]
+    return names, held
+
+
+def _header(line: str, delimiter: str, origin: str) -> list[str]:
+    """Plain names of the columns; none for a line that does not name a clip and a text."""
+    names = [plain(name) for name in next(csv.reader([line], delimiter=delimiter))]
+    while names and not names[-1]:
+        names.pop()
+    clip = next((name for name in (*FILE_COLUMNS, *ID_COLUMNS) if name in names), None)
+    if clip is None or not {*names} & {*TEXT_COLUMNS}:
+        return []
+    if doubled := next((name for name in names if name and names.count(name) > 1), None):
+        raise ValueError(f"{origin} has the column `{doubled}` twice; rename or remove one")
+    return ["audio" if name == clip and clip in ID_COLUMNS else name for name in names]
 
 
 def _records(lines: list[str], at: int, delimiter: str, width: int) -> Iterator[tuple[int, list[str] | None]]:

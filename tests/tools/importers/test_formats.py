@@ -11,18 +11,9 @@ from higgs_ds.errors import ConfigError
 from higgs_ds.tools.importers.formats import read_foreign
 
 
-@pytest.fixture
-def clips(tmp_path):
-    """The clips a.wav to c.wav, each with a text."""
-    for name in "abc":
-        (tmp_path / f"{name}.wav").write_bytes(b"RIFF")
-        (tmp_path / f"{name}.txt").write_text(f"Text {name}.\n")
-    return tmp_path
-
-
-def samples(clips, value):
-    (clips / "metadata.json").write_text(json.dumps(value, indent=1))
-    return read_foreign(clips / "metadata.json", "train-higgs-audio")[1]
+def samples(folder, value):
+    (folder / "metadata.json").write_text(json.dumps(value, indent=1))
+    return read_foreign(folder / "metadata.json", "train-higgs-audio")[1]
 
 
 def sample(**more):
@@ -102,7 +93,8 @@ def folder(tmp_path, *names):
     for name in names:
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"RIFF" if path.suffix.lower() in (".wav", ".flac") else path.stem.encode())
+        text = "words" if path.stem[0].isdigit() else path.stem  # an id alone is no text
+        path.write_bytes(b"RIFF" if path.suffix.lower() in (".wav", ".flac") else text.encode())
     kind, found = read_foreign(tmp_path, None)
     assert kind == "folder"
     return [(row["audio"].removeprefix(f"{tmp_path}/"), row["text"], row.get("speaker")) for row in found.rows]

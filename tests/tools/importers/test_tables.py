@@ -1,23 +1,15 @@
 """Tables as people write them by hand and by script: what cannot be told for sure is left out and counted."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from higgs_ds.errors import ConfigError
 from higgs_ds.tools.importers.formats import read_foreign
 
-NEVER_CLOSED = "rows whose quotes do not close, or close in another row"
-OTHER_WIDTH = "rows with another number of cells than the header has names"
-NO_JSON = "lines that are not JSON"
-
-
-@pytest.fixture
-def clips(tmp_path):
-    """The clips a.wav to e.wav, by name."""
-    for name in "abcde":
-        (tmp_path / f"{name}.wav").write_bytes(b"RIFF")
-    return {name: f"{tmp_path}/{name}.wav" for name in "abcde"}
+CASES = Path(__file__).with_name("tables.json")
+OTHER_WIDTH = "rows with another number of cells than the table has columns"
 
 
 @pytest.fixture
@@ -32,79 +24,21 @@ def read(tmp_path, clips):
     return read
 
 
-CSV, TSV = "file_name,text\n", "path\tsentence\n"
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "rows", "left_out"),
-    [
-        # A quote that is never closed takes no other row with it, nor one that the next quote closes, nor one that is
-        # closed where a row may end, be it that clips have no endings.
-        ("m.csv", CSV + 'a.wav,"Hello there\nb.wav,One\nc.wav,Two', {"b": "One", "c": "Two"}, {NEVER_CLOSED: 1}),
-        ("m.csv", CSV + 'a.wav,"So\nb.wav,"One, two"\nc.wav,Two', {"b": "One, two", "c": "Two"}, {NEVER_CLOSED: 1}),
-        ("m.csv", CSV + 'a.wav,"Hello there\nb.wav,One"\nc.wav,Two', {"b": 'One"', "c": "Two"}, {NEVER_CLOSED: 1}),
-        ("m.csv", CSV + 'a,"Hello\nb,One"\nc,"Two\nthree"', {"b": 'One"', "c": "Two three"}, {NEVER_CLOSED: 1}),
-        ("m.csv", 'text,file_name\n"So,a.wav\nOne",b.wav\nTwo,c.wav', {"b": 'One"', "c": "Two"}, {NEVER_CLOSED: 1}),
-        (
-            "m.csv",
-            CSV + 'a.wav,"Hello," he said\nb.wav,"Quoted, yes"\nc.wav,"two\r\nlines"\nd.wav,\n',
-            {"b": "Quoted, yes", "c": "two lines"},
-            {NEVER_CLOSED: 1, "rows without a text": 1},
-        ),
-        (
-            "m.csv",
-            'text,file_name\n"one\n\nand ""two""",a.wav\n"So, well",b.wav',
-            {"a": 'one and "two"', "b": "So, well"},
-            {},
-        ),
-        ("m.csv", CSV + f"a.wav,{'x' * 140_000}\nb.wav,One", {"b": "One"}, {NEVER_CLOSED: 1}),
-        # With tabs, quotes are part of the text, unless all of them enclose a cell.
-        ("m.tsv", TSV + 'a.wav\t"So\nb.wav\tOne\nc.wav\tTwo "3"', {"a": '"So', "b": "One", "c": 'Two "3"'}, {}),
-        ("m.tsv", TSV + 'a.wav\t"So\nb.wav\tOne"\nc.wav\tTwo', {"a": '"So', "b": 'One"', "c": "Two"}, {}),
-        (
-            "m.tsv",
-            TSV + 'a.wav\t"He said ""hello"""\nb.wav\t"One\ntwo"\nc.wav\tThree',
-            {"a": 'He said "hello"', "b": "One two", "c": "Three"},
-            {},
-        ),
-        # A table that doubles quotes within others encloses its cells: one that does not close costs its row alone.
-        (
-            "m.tsv",
-            TSV + 'a.wav\t"""Good-bye,"" he said."\nb.wav\tPlain.\nc.wav\t"Well\nd.wav\t5" and 6"',
-            {"a": '"Good-bye," he said.', "b": "Plain.", "d": '5" and 6"'},
-            {NEVER_CLOSED: 1},
-        ),
-        ("m.csv", CSV + "a.wav,So, so\nb.wav,One\nc.wav\nd.wav,Two,, ", {"b": "One", "d": "Two"}, {OTHER_WIDTH: 2}),
-        (
-            "m.csv",
-            "file_name|text|speaker_name\na.wav|Hello, you|anna\nb.wav|One|two|anna\nc|Three|bert",
-            {"a": "Hello, you", "c": "Three"},
-            {OTHER_WIDTH: 1},
-        ),
-        ("m.csv", "file_name;text\na.wav;Hello, you", {"a": "Hello, you"}, {}),
-        (
-            "m.jsonl",
-            '{"file_name": "a.wav", "text": "One"}\n{"file_name": "b.wav" "text": "Two"}\n5',
-            {"a": "One"},
-            {NO_JSON: 1, "rows that are no JSON objects": 1},
-        ),
-        (
-            "m.jsonl",
-            '{"file_name": "a.wav", "text": "One", "text": "Two"}\n{"file_name": "b.wav", "text": "Three"}',
-            {"b": "Three"},
-            {"rows that have a column twice": 1},
-        ),
-    ],
-)
+@pytest.mark.parametrize(("name", "content", "rows", "left_out"), json.loads(CASES.read_text()))
 def test_a_row_takes_no_other_row_and_no_cell_is_lost(read, name, content, rows, left_out):
     assert read(name, content) == (list(rows.items()), left_out)
+
+
+def test_a_cell_that_is_longer_than_csv_reads_costs_its_row_alone(read):
+    rows, left_out = read("m.csv", f"file_name,text\na.wav,{'x' * 140_000}\nb.wav,One")
+    assert rows == [("b", "One")] and [*left_out.values()] == [1]
 
 
 def test_what_is_left_out_is_named_with_its_line(tmp_path, clips):
     (tmp_path / "m.jsonl").write_text('{"file_name": "a.wav", "text": "One"}\n\n{"file_name": "b.wav" "text": "Two"}')
     _, found = read_foreign(tmp_path / "m.jsonl", None)
     assert found.lines(tmp_path) == [
-        f"left out: 1 × {NO_JSON}, e.g. {tmp_path}/m.jsonl:3: Expecting ',' delimiter, column 23"
+        f"left out: 1 × lines that are not JSON, e.g. {tmp_path}/m.jsonl:3: Expecting ',' delimiter, column 23"
     ]
     (tmp_path / "m.csv").write_text("file_name,text\n\na.wav,One\nb.wav,Two, three\n")
     _, found = read_foreign(tmp_path / "m.csv", None)
@@ -134,29 +68,64 @@ def test_columns_are_carried_over_and_the_others_named_once(tmp_path, clips):
     ]
     (tmp_path / "metadata.csv").write_text("\n".join([header, *lines]))
     _, found = read_foreign(tmp_path, None)
-    reference = {"ref_audio": clips["b"], "ref_text": "Two."}
+    reference = {"ref_audio": f"{clips}/b.wav", "ref_text": "Two."}
     assert found.rows == [
-        {"audio": clips["a"], "text": "One.", "speaker": "anna", "scene": "A quiet room."}
+        {"audio": f"{clips}/a.wav", "text": "One.", "speaker": "anna", "scene": "A quiet room."}
         | reference
         | {"offset": 0.0, "duration": 0.5},
-        {"audio": clips["b"], "text": "Two.", "speaker": "bert"},
-        {"audio": clips["c"], "text": "Three.", "speaker": "1", "duration": 2.5},
-        {"audio": clips["e"], "text": "Five."},
+        {"audio": f"{clips}/b.wav", "text": "Two.", "speaker": "bert"},
+        {"audio": f"{clips}/c.wav", "text": "Three.", "speaker": "1", "duration": 2.5},
+        {"audio": f"{clips}/e.wav", "text": "Five."},
     ]
     assert [line.split(", e.g. ")[0] for line in found.lines(tmp_path)] == [
         f"{tmp_path}: language: not read, in 4 rows",
-        f"{tmp_path}: sentence: not read, in 1 row",
+        f"{tmp_path}: sentence, duration: not read, in 1 row",
         "left out: 1 × references whose clip or text is not there (their rows are kept)",
         "left out: 1 × references that are the spoken clip itself (their rows are kept)",
-        "left out: 1 × rows whose `offset` or `duration` is no number of seconds",
-        "left out: 1 × durations that are no number of seconds (their rows are kept)",
+        "left out: 1 × rows with a slice that cannot be (`offset`, `duration`)",
     ]
+
+
+@pytest.mark.parametrize(
+    ("columns", "cells", "row"),
+    [
+        ("start_sec,end_sec", "0.5,0.75", {"offset": 0.5, "duration": 0.25}),
+        ("begin_time,duration,Channel ID", "0.5,0.25,1", {"offset": 0.5, "duration": 0.25, "channel": 1}),
+        ("offset_ms,duration_ms", "500,250", {"offset": 0.5, "duration": 0.25}),
+        ("channel,duration", "left,long", {}),
+        ("end", "-1", None),
+        ("start,end", "0.5,0.5", None),
+        ("start_sample,end_sample", "1,2", "`start_sample`: is not in seconds"),
+        ("channel,ch", "0,1", "`ch`: "),
+    ],
+)
+def test_a_slice_is_one_under_every_name_or_the_table_is_refused(tmp_path, clips, columns, cells, row):
+    (tmp_path / "m.csv").write_text(f"file_name,text,{columns}\na.wav,One.,{cells}\n")
+    if isinstance(row, str):
+        with pytest.raises(ConfigError, match=row):
+            read_foreign(tmp_path / "m.csv", None)
+    else:
+        _, found = read_foreign(tmp_path / "m.csv", None)
+        assert found.rows == ([{"audio": f"{clips}/a.wav", "text": "One.", **row}] if row is not None else [])
+        assert [*found.left_out.values()] == ([1] if row is None else [])
+
+
+def test_a_table_without_a_header_may_have_other_delimiters(tmp_path, clips):
+    for delimiter in "|\t,":
+        rows = [["a", "anna", "One, two."], ["b", "bert", 'Say "so".'], ["c", "anna", "Three."]]
+        quoted = [[cells[0], cells[1], f'"{cells[2].replace(chr(34), chr(34) * 2)}"'] for cells in rows]
+        lines = [delimiter.join(cells) for cells in (quoted if delimiter == "," else rows)]
+        (tmp_path / "m.csv").write_text("\n".join(lines))
+        _, found = read_foreign(tmp_path / "m.csv", "ljspeech")
+        assert [(row["audio"], row["speaker"], row["text"]) for row in found.rows] == [
+            (f"{clips}/{clip}.wav", *more) for clip, *more in rows
+        ]
 
 
 def test_a_speaker_may_be_number_0(tmp_path, clips):
     (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "a.wav", "text": "One.", "speaker": 0}))
     _, found = read_foreign(tmp_path, None)
-    assert found.rows == [{"audio": clips["a"], "text": "One.", "speaker": "0"}] and found.lines(tmp_path) == []
+    assert found.rows == [{"audio": f"{clips}/a.wav", "text": "One.", "speaker": "0"}] and found.lines(tmp_path) == []
 
 
 def test_nan_is_what_pandas_writes_for_nothing(tmp_path, clips):
@@ -165,7 +134,7 @@ def test_nan_is_what_pandas_writes_for_nothing(tmp_path, clips):
     )
     (tmp_path / "metadata.jsonl").write_text(json.dumps(row))
     _, found = read_foreign(tmp_path, None)
-    assert found.rows == [{"audio": clips["a"], "text": "One."}] and found.lines(tmp_path) == []
+    assert found.rows == [{"audio": f"{clips}/a.wav", "text": "One."}] and found.lines(tmp_path) == []
 
 
 def test_of_two_tables_in_a_folder_one_is_read(tmp_path, read):

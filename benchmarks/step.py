@@ -1,12 +1,13 @@
 """A whole training step against what users pick instead, on the same rows and weights, in one run of real ranks.
 
-naive: upstream's forward, plain cross-entropy over the logits of every position, random batches of 8 rows.
+naive: upstream's forward, plain cross-entropy over the logits of every position, random batches of 8 rows; for Higgs
+       TTS 3, which has no upstream, Qwen3's layers as transformers computes them, padded and with a mask.
 ours:  batches by token budget, the padding-free forward, the fused loss, under the trainer with its guard.
 
 Both see every row once a pass; passes alternate, and the median counts. A learned token is a text label or a labelled
 audio frame. Peak memory is what a first pass adds to the idle process at its highest, and one model's weights.
 
-usage: python benchmarks/step.py [--stage 2|3] [--ranks 2] [--dtype fp32] [--rows 64] [--repeats 3] [--json FILE]
+usage: python benchmarks/step.py [--family v3] [--stage 2|3] [--ranks 2] [--dtype fp32] [--rows 64] [--json FILE]
 """
 
 from __future__ import annotations
@@ -30,16 +31,26 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 NAIVE_ROWS = 8  # a rank and micro-batch
-BARS = {2: 7.5, 3: 5.0}
+BARS = {("v2", 2): 7.5, ("v2", 3): 5.0, ("v3", 2): 6.0, ("v3", 3): 4.0}
 MEMORY_BAR = 0.5
 FULL_VOCABULARY = 128256
 FASTER, SMALLER = "times as fast, learned tokens a second", "peak memory, of naive's"
 WORKER = "HIGGS_DS_BENCHMARK_WORK"
+# By the model's type: around a speech row's text, and the learned end of a row.
+PROMPTS = {
+    "v2": (
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n",
+        "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+        "<|audio_out_bos|><|AUDIO_OUT|><|audio_eos|><|eot_id|>",
+    ),
+    "higgs_multimodal_qwen3": ("<|tts|><|text|>", "", "<|audio|>"),
+}
 
 
 def parse(words: list[str] | None = None) -> argparse.Namespace:
     """The flags, of the command line where none are given."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--family", choices=("v2", "v3"), default="v2")
     parser.add_argument("--stage", type=int, choices=(0, 1, 2, 3), default=2)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
@@ -68,7 +79,7 @@ def main() -> None:
             FASTER: ours["learned tokens/s"] / naive["learned tokens/s"],
             SMALLER: ours["peak memory, GB"] / naive["peak memory, GB"],
         }
-        bar = {FASTER: BARS[3 if args.stage == 3 else 2], SMALLER: MEMORY_BAR}
+        bar = {FASTER: BARS[args.family, 3 if args.stage == 3 else 2], SMALLER: MEMORY_BAR}
     report(
         f"one optimizer step: {args.ranks} ranks, ZeRO-{args.stage}, {args.dtype}, hidden {args.hidden}, "
         f"{args.layers} layers, {args.vocabulary:,} tokens",
@@ -88,13 +99,17 @@ def measure(words: list[str]) -> list[dict]:
 
 def _measure(words: list[str], work: Path) -> list[dict]:
     from benchmarks.report import measuring_device
-    from higgs_ds.model.higgs_v2.tiny import write_tiny
+    from higgs_ds.model.higgs_v2 import tiny as v2
+    from higgs_ds.model.higgs_v3 import tiny as v3
 
     measuring_device()
     args = parse(words)
-    ffn_size = 128 * round(args.hidden * 8 / 3 / 128)  # the real model's proportion
-    sizes = {"vocab_size": args.vocabulary, "ffn_size": ffn_size}
-    write_tiny(work / "base", hidden_size=args.hidden, num_layers=args.layers, **sizes)
+    sizes = {"hidden_size": args.hidden, "num_layers": args.layers}
+    if args.family == "v2":
+        ffn_size = 128 * round(args.hidden * 8 / 3 / 128)  # the real model's proportion
+        v2.write_tiny(work / "base", vocab_size=args.vocabulary, ffn_size=ffn_size, **sizes)
+    else:
+        v3.write_tiny(work / "base", **sizes)
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={args.ranks}", str(Path(__file__))]
     threads = str(max(1, (os.cpu_count() or 1) // args.ranks))
     env = {**os.environ, WORKER: str(work), "OMP_NUM_THREADS": threads, "PYTHONPATH": str(ROOT)}
@@ -111,18 +126,15 @@ def make_samples(count: int, config, tokenizer, seconds: float | None):
 
     draw = np.random.default_rng(0)
     codes_of = torch.Generator().manual_seed(0)
+    before, behind, end = PROMPTS.get(config.model_type, PROMPTS["v2"])
     samples = []
     for number in range(count):
         lasts = seconds or float(np.clip(np.exp(draw.normal(math.log(5.5), 0.6)), 1, 20))
         words = "".join(chr(97 + c) for c in draw.integers(0, 26, max(4, round(4 * lasts))))
-        prompt = (
-            "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n"
-            f"{words}<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
-        )
-        ids = tokenizer.encode(prompt, add_special_tokens=False)
-        learned = tokenizer.encode("<|audio_out_bos|><|AUDIO_OUT|><|audio_eos|><|eot_id|>", add_special_tokens=False)
+        ids = tokenizer.encode(f"{before}{words}{behind}", add_special_tokens=False)
+        learned = tokenizer.encode(end, add_special_tokens=False)
         labels = torch.tensor([-100] * len(ids) + learned)
-        codes = torch.randint(0, 1024, (config.audio_num_codebooks, round(25 * lasts)), generator=codes_of)
+        codes = torch.randint(0, 1024, (8, round(25 * lasts)), generator=codes_of)
         samples.append(Sample(torch.tensor(ids + learned), labels, (codes,), f"row:{number}"))
     return samples
 
@@ -141,7 +153,7 @@ def work_as_rank(args: argparse.Namespace, work: Path) -> None:
     from higgs_ds.batching.batch_plan import TokenPlan
     from higgs_ds.batching.collate import Collator
     from higgs_ds.distributed.engine import Engine, leave_ranks, loading, start_ranks
-    from higgs_ds.model.higgs_v2.checkpoint import load_base, open_base
+    from higgs_ds.model.families import family_of, open_base
     from higgs_ds.options.parse import parse_args
     from higgs_ds.process import end_process
     from higgs_ds.setup import settle
@@ -159,15 +171,16 @@ def work_as_rank(args: argparse.Namespace, work: Path) -> None:
     def engine_for(forward=None) -> Engine:
         ranks.seed(0)
         with loading(setup.ds_config):
-            model = load_base(base.folder, config, args.dtype)
+            model = family_of(base).load_base(base.folder, config, args.dtype)
         return run.adapt(setup, model, ranks, forward=forward)
 
     before = resident()
     ours = engine_for()
     one_model = resident() - before
-    naive = None if args.no_naive else engine_for(lambda m: naive_forward(m, spec.num_codebooks))
+    as_naive = {"v2": naive_forward, "v3": naive_forward_v3}[args.family]
+    naive = None if args.no_naive else engine_for(lambda m: as_naive(m, spec.num_codebooks))
 
-    plain, flat = Collator(spec), Collator(spec, with_index=True)
+    plain, flat = Collator(spec, with_index=args.family == "v3"), Collator(spec, with_index=True)
     tokens = torch.tensor([flat([sample]).num_tokens for sample in samples]).numpy()
     budget = args.max_tokens or int(NAIVE_ROWS * tokens.mean())
     plan = TokenPlan(tokens, max_tokens=max(budget, tokens.max()), grad_accum=1, world_size=ranks.world_size, seed=0)
@@ -266,6 +279,54 @@ def naive_forward(model, num_codebooks: int):
             text_loss = F.cross_entropy(text, outputs.expanded_labels[:, 1:].flatten(), ignore_index=-100)
             targets = inputs["label_audio_ids"].view(num_codebooks, -1)[:, 1:].t().flatten()
             return text_loss + F.cross_entropy(audio, targets, ignore_index=-100)
+
+    return NaiveForward()
+
+
+def naive_forward_v3(model, num_codebooks: int):
+    """Qwen3's layers on padded rows with a mask, the table's product and a plain cross-entropy on every position.
+
+    Of a batch's index it takes only the places of rows and labels in the padded batch.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    class NaiveForward(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, inputs):
+            base, index = self.model.get_base_model(), inputs["index"]
+            codes = inputs["audio_out_ids"]
+            rows = base._embed(inputs["input_ids"].flatten()[index.text_index], [codes, codes[:, :0]])
+            hidden = rows[index.pack_index].view(index.num_sequences, index.longest, -1)
+            lengths = index.positions.new_zeros(index.num_sequences)
+            lengths.scatter_reduce_(0, index.unpack_index // index.longest, index.positions, "amax")
+            places = torch.arange(index.longest, device=hidden.device)
+            mask = (places <= places[:, None]) & (places <= lengths[:, None, None, None])
+            rope = [wave[:, 0] for wave in base.rope(places, hidden.dtype)]
+            for layer in base.layers:
+                hidden = hidden + self.attended(layer.self_attn, layer.input_layernorm(hidden), rope, mask)
+                hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
+            logits = base.code_table(base.body["norm"](hidden)).float()
+            labels = index.pack_index.new_full((logits.shape[0] * logits.shape[1], num_codebooks), -100)
+            labels[index.unpack_index[index.output_rows[index.head_rows]]] = index.audio_targets
+            return F.cross_entropy(logits.view(labels.numel(), -1), labels.flatten(), ignore_index=-100)
+
+        def attended(self, attention, normed, rope, mask):
+            projections = attention.q_proj, attention.k_proj, attention.v_proj
+            query, key, value = (p(normed).unflatten(2, (-1, attention.head_dim)).transpose(1, 2) for p in projections)
+            query, key = attention.q_norm(query), attention.k_norm(key)
+            query, key = (rows * rope[0] + turned(rows) * rope[1] for rows in (query, key))
+            groups = attention.num_key_value_groups
+            key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+            out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+            return attention.o_proj(out.transpose(1, 2).flatten(2))
+
+    def turned(rows):
+        first, second = rows.chunk(2, -1)
+        return torch.cat([-second, first], -1)
 
     return NaiveForward()
 

@@ -36,14 +36,12 @@ class Codec(Protocol):
 
 def check_fits(codec: Codec, num_codebooks: int, codebook_size: int) -> None:
     """Raises ConfigError unless the codec has a model's codebooks, and no codes but those that the model knows."""
-    if codec.num_codebooks < num_codebooks:
-        raise ConfigError(
-            [f"--codec: has {codec.num_codebooks} codebooks, the model needs {num_codebooks}; use its own codec"]
-        )
+    has, needs = codec.num_codebooks, num_codebooks
+    if has < needs:
+        raise ConfigError([f"--codec: has {has} codebooks, the model needs {needs}; use its own codec"])
     if codec.codebook_size > codebook_size:
-        raise ConfigError(
-            [f"--codec: has codes up to {codec.codebook_size - 1}, the model knows 0 to {codebook_size - 1}"]
-        )
+        last, known = codec.codebook_size - 1, codebook_size - 1
+        raise ConfigError([f"--codec: has codes up to {last}, the model knows 0 to {known}"])
 
 
 def check_codes(codes: np.ndarray, codec: Codec) -> None:

@@ -6,15 +6,14 @@ import contextlib
 import ctypes
 import functools
 import gc
-import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..errors import ConfigError, reading
-from ..files import stamp
+from ..errors import reading
+from ..files import sha256, stamp
 from ..options.sections import DEFAULT_CODEC, DEFAULT_CODEC_REVISION
 from .base import check_codes
 
@@ -22,15 +21,21 @@ from .base import check_codes
 class BosonCodec:
     """Boson's own codec, `HiggsAudioTokenizer` of boson_multimodal, built by the first `encode` or `decode`."""
 
-    def __init__(self, folder: Path, device: str = "cpu", weights: str = "model.pth"):
-        """Reads config.json and the list of tensors in `weights`. Raises ValueError or OSError for damaged files."""
+    def __init__(self, weights: Sequence[Path], device: str = "cpu", *, is_bundled: bool = False):
+        """Reads the config.json beside `weights` and the tensors that these files list.
+
+        Args:
+            is_bundled: the files are a Higgs TTS 3 checkpoint's, and hold other weights too.
+
+        Raises ValueError or OSError for damaged files.
+        """
         from .boson_tokenizer import read_tokenizer_config, read_weights
 
-        self._config_path, self._weights_path = folder / "config.json", folder / weights
-        self._device = device
+        self._config_path, self._weights_paths = weights[0].with_name("config.json"), weights
+        self._device, self._is_bundled = device, is_bundled
         self.files = self._files_now()  # all that the fingerprint follows from
         self._config = read_tokenizer_config(self._config_path)
-        read_weights(self._weights_path)
+        read_weights(weights)
         self._model: Any = None  # upstream's `HiggsAudioTokenizer`, once built
         self.num_codebooks = self._config.n_q
         self.codebook_size = self._config.bins
@@ -39,14 +44,17 @@ class BosonCodec:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """By the whole content of both files. Raises ConfigError if they cannot be read or have changed."""
-        digest = hashlib.sha256()
+        """By the whole content of both files; of a bundled codec by its tensors, which all merged voices share.
+
+        Raises:
+            ConfigError: the files cannot be read or have changed.
+        """
+        from .boson_tokenizer import digest_of, read_weights
+
         with self._unchanged_files():
-            for path in (self._weights_path, self._config_path):
-                with path.open("rb") as file:
-                    while chunk := file.read(1 << 20):
-                        digest.update(chunk)
-        return f"boson:{digest.hexdigest()}"
+            if self._is_bundled:
+                return f"boson:{digest_of(read_weights(self._weights_paths))}"
+            return f"boson:{sha256(*self._weights_paths, self._config_path)}"
 
     def build(self) -> None:
         """Builds the network, unless it is there. Raises ConfigError for weights that do not fit config.json."""
@@ -54,9 +62,9 @@ class BosonCodec:
 
         if self._model is not None:
             return
-        fits = f"{DEFAULT_CODEC} at revision {DEFAULT_CODEC_REVISION} does"
-        with self._unchanged_files(), reading(f"--codec: {self._weights_path} does not fit its config.json ({fits})"):
-            model = build_tokenizer(self._config, self._weights_path, self._device)
+        fits = f"its config.json ({DEFAULT_CODEC} at revision {DEFAULT_CODEC_REVISION} does)"
+        with self._unchanged_files(), reading(f"--codec: {self._weights_paths[0]} does not fit {fits}"):
+            model = build_tokenizer(self._config, self._weights_paths, self._device)
         self._model = model  # of unchanged files
 
     def release(self) -> None:
@@ -98,15 +106,12 @@ class BosonCodec:
 
     def _files_now(self) -> tuple[tuple[int, int, int], ...]:
         """Marks of the files as they are: another content, or other files in their place, has others."""
-        return stamp(self._config_path), stamp(self._weights_path)
+        return stamp(self._config_path), *map(stamp, self._weights_paths)
 
     @contextlib.contextmanager
     def _unchanged_files(self) -> Iterator[None]:
         """Refuses files that changed: codes of one file under another's fingerprint would never be found out."""
-        try:
+        with reading(f"--codec: files in {self._config_path.parent} cannot be used"):
             yield
-            changed = self._files_now() != self.files
-        except OSError as error:
-            raise ConfigError([f"--codec: {self._weights_path.parent} cannot be read: {error}"]) from error
-        if changed:
-            raise ConfigError([f"--codec: files in {self._weights_path.parent} were changed meanwhile; start again"])
+            if self._files_now() != self.files:
+                raise ValueError("they were changed meanwhile; start again")

@@ -6,6 +6,7 @@ Upstream is imported by `build_tokenizer` alone, so that code that needs no netw
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import warnings
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, TypeAdapter
 
-from ..errors import reading
+from ..errors import first_of, reading
 from ..model.files.config_values import checked
 from ..process import say
 from . import codec_layout
@@ -65,38 +66,50 @@ def read_tokenizer_config(path: Path) -> TokenizerConfig:
     what = f"--codec: {path} is no config of Boson's codec"
     with reading(what):
         given = json.loads(path.read_bytes())
+        if given.get("model_type") == codec_layout.BUNDLED_IN:
+            given = codec_layout.BUNDLED_CONFIG
         if codec_layout.is_renamed(given):
             given = codec_layout.old_config(given)
     return checked(TypeAdapter(TokenizerConfig), given, what)
 
 
-def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Tensors of a file that `torch.save` wrote, on the CPU: mapped, so that only their list has been read.
+def read_weights(files: Sequence[Path]) -> dict[str, torch.Tensor]:
+    """The codec's tensors in its files, on the CPU: mapped, so that only their list has been read.
 
-    Nothing in the file is executed. Raises ValueError naming the file for anything but a state dict; OSError.
+    Nothing in a file is executed. Raises ConfigError naming the file for anything but tensors by name.
     """
+    weights = {name: value for file in files for name, value in _tensors_in(file).items()}
+    bundled = {name: value for name, value in weights.items() if name.startswith(codec_layout.BUNDLED)}
+    return {name.removeprefix(codec_layout.BUNDLED): value for name, value in (bundled or weights).items()}
+
+
+def _tensors_in(path: Path) -> dict[str, torch.Tensor]:
     import torch
     from safetensors.torch import load_file
 
-    try:
-        if path.name == codec_layout.WEIGHTS:
+    with reading(f"--codec: {path} does not hold the weights of Boson's codec"):
+        if path.suffix == ".safetensors":
             return load_file(path)
         # The layout of torch before 1.6 cannot be mapped, and is read.
         weights = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except OSError:
-        raise
-    except Exception as error:  # a damaged or hostile pickle fails in every way that there is
-        raise ValueError(
-            f"{path} does not hold the weights of Boson's codec: torch cannot read it as tensors alone "
-            f"({type(error).__name__}); get the file again"
-        ) from error
-    if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
-        raise ValueError(f"{path} does not hold the weights of Boson's codec: expected tensors by name")
+        if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
+            raise ValueError("expected tensors by name")
     return weights
 
 
-def build_tokenizer(config: TokenizerConfig, weights_path: Path, device: str) -> torch.nn.Module:
-    """Upstream's tokenizer with the weights of a file, float32 on `device`, in eval mode, without gradients.
+def digest_of(weights: dict[str, torch.Tensor]) -> str:
+    """SHA-256 of tensors: their names, dtypes, shapes and values, whatever file holds them."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, value in sorted(weights.items()):
+        digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def build_tokenizer(config: TokenizerConfig, files: Sequence[Path], device: str) -> torch.nn.Module:
+    """Upstream's tokenizer with the weights of its files, float32 on `device`, in eval mode, without gradients.
 
     Leaves the random generator as it was, and says on stderr which weights have no place.
 
@@ -105,9 +118,9 @@ def build_tokenizer(config: TokenizerConfig, weights_path: Path, device: str) ->
     """
     import torch
 
-    weights = read_weights(weights_path)
+    weights = read_weights(files)
     model = _empty_tokenizer(config, device)
-    if weights_path.name == codec_layout.WEIGHTS:
+    if files[0].suffix == ".safetensors":
         codec_layout.drop_weight_norm(model)
         weights = codec_layout.renamed(weights, model.state_dict())
     # Not upstream's loader, which leaves out silently what does not fit. Nothing is copied before all of it fits.
@@ -128,18 +141,26 @@ def build_tokenizer(config: TokenizerConfig, weights_path: Path, device: str) ->
     if unfitted:
         raise ValueError(f"codebooks that were never fitted: {listed(unfitted)} must be 1")
     if unexpected:
-        say(
-            f"--codec: {weights_path}: left out, since Boson's codec has no place for it: {listed(unexpected)}",
-            error=True,
-        )
+        no_place = f"left out, since Boson's codec has no place for it: {listed(unexpected)}"
+        say(f"--codec: {files[0]}: {no_place}", error=True)
     return model.eval()
+
+
+def bundled_shapes() -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the codec in a Higgs TTS 3 checkpoint."""
+    model = _empty_tokenizer(TokenizerConfig(**codec_layout.old_config(codec_layout.BUNDLED_CONFIG)), "cpu")
+    codec_layout.drop_weight_norm(model)
+    state = model.state_dict()
+    return {codec_layout.BUNDLED + codec_layout.new_name(old): tuple(value.shape) for old, value in state.items()}
 
 
 @contextlib.contextmanager
 def exact_float32(device: str) -> Iterator[None]:
-    """float32 to the last bit within, whatever is set outside: a code is the nearest entry, and TF32 or bf16, to which
-    GPUs and some CPUs round inputs where they may, make another one the nearest. Restores what was set, and the random
-    generator, from which HuBERT draws for every layer: a run shall not depend on which clips it had to encode."""
+    """float32 to the last bit within, whatever is set outside: TF32 or bf16 would make another entry the nearest.
+
+    Restores what was set, and the random generator, from which HuBERT draws for every layer: a run shall not depend on
+    which clips it had to encode.
+    """
     import torch
 
     # The older of torch's two ways to say it: it sets both, the newer one alone makes reading the older one an error.
@@ -155,10 +176,9 @@ def exact_float32(device: str) -> Iterator[None]:
         torch.set_float32_matmul_precision(precision)
 
 
-def listed(names: Sequence[str], most: int = 5) -> str:
-    """`a, b and 3 more`"""
-    more = len(names) - most
-    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
+def listed(names: list[str]) -> str:
+    """`a, b, … and 3 more`"""
+    return ", ".join(first_of(names, 5))
 
 
 class _InstalledHubert:

@@ -1,7 +1,8 @@
 """Boson's codec in transformers' layout (model type `higgs_audio_v2_tokenizer`), read as boson_multimodal's.
 
 The network is the same. transformers has other names, and has multiplied out the weight norm of the convolutions:
-boson_multimodal keeps length g and direction v of a weight g · v / ‖v‖, transformers the weight itself.
+boson_multimodal keeps length g and direction v of a weight g · v / ‖v‖, transformers the weight itself. Higgs TTS 3's
+checkpoints bundle the codec in this layout, each name behind `BUNDLED`, without its config, which is `BUNDLED_CONFIG`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 MODEL_TYPE = "higgs_audio_v2_tokenizer"
 WEIGHTS = "model.safetensors"
+BUNDLED, BUNDLED_IN = "tied.embedding.modality_embeddings.0.model.", "higgs_multimodal_qwen3"  # of this model type
 _INNER = ("snake1", "conv1", "snake2", "conv2")
 
 # What upstream's network computes and neither its config.json nor the shapes of its weights say.
@@ -40,6 +42,15 @@ _FIXED: dict[str, dict[str, object]] = {
     },
 }
 _DEFAULTS = {"sample_rate": 24000, "codebook_size": 1024, "codebook_dim": 64, "target_bandwidths": [0.5, 1, 1.5, 2, 4]}
+
+
+_RATIOS = [8, 5, 4, 2, 3]
+BUNDLED_CONFIG: dict = {
+    "model_type": MODEL_TYPE,
+    "target_bandwidths": [0.5, 1, 1.5, 2],
+    "acoustic_model_config": {"hidden_size": 256, "downsampling_ratios": _RATIOS, "upsampling_ratios": _RATIOS},
+    "semantic_model_config": {},
+}
 
 
 def is_renamed(raw: dict) -> bool:
@@ -84,42 +95,38 @@ def _num_codebooks(values: dict, ratios) -> int:
 def new_name(old: str) -> str:
     """The name in transformers' layout of a weight of upstream's; both halves of a weight norm have the same."""
     name = re.sub(r"\.weight_[gv]$", ".weight", old)
-    for pattern, replacement in _RULES:
-        found = re.match(pattern, name)
-        if found:
-            return replacement(found) + name[found.end() :]
+    for pattern, new in _RULES:
+        if found := re.match(pattern, name):
+            # Upstream counts blocks from 1, and the units of its decoder's from 2, in place of 0 and 1.
+            numbers = {key: int(value) for key, value in found.groupdict().items()}
+            block, unit, part = (numbers.get(key, 0) for key in ("block", "unit", "part"))
+            unit += 1 if name.startswith("encoder") else -1
+            return new.format(block=block - 1, unit=unit, part=_INNER[part], layer=block) + name[found.end() :]
     if name.startswith(("encoder_semantic.", "decoder_semantic.")):
         return re.sub(r"\.(conv[12]?)\.conv\.", r".\1.", name)
     return name
 
 
-def _block(side: str, names: dict[str, str]):
-    return lambda found: f"acoustic_{side}.block.{int(found[1]) - 1}.{names[found[2]]}"
-
-
-def _unit(side: str, first: int):
-    def name(found) -> str:
-        return f"acoustic_{side}.block.{int(found[1]) - 1}.res_unit{int(found[2]) - first + 1}.{_INNER[int(found[3])]}"
-
-    return name
-
-
+_ENCODER, _DECODER = r"encoder\.block\.(?P<block>\d+)", r"decoder_2\.model\.(?P<block>\d+)"
+_UNIT = r"\.block\.(?P<part>[0-3])\."
 _RULES = (
-    (r"encoder\.block\.(\d+)\.block\.([0-2])\.block\.([0-3])(?=\.)", _unit("encoder", 0)),
-    (r"encoder\.block\.(\d+)\.block\.([34])(?=\.)", _block("encoder", {"3": "snake1", "4": "conv1"})),
-    (r"decoder_2\.model\.(\d+)\.block\.([2-4])\.block\.([0-3])(?=\.)", _unit("decoder", 2)),
-    (r"decoder_2\.model\.(\d+)\.block\.([01])(?=\.)", _block("decoder", {"0": "snake1", "1": "conv_t1"})),
-    (r"(encoder)\.block\.0(?=\.)", lambda found: "acoustic_encoder.conv1"),
-    (r"(decoder_2)\.model\.0(?=\.)", lambda found: "acoustic_decoder.conv1"),
-    (r"encoder\.block\.\d+(?=\.alpha)", lambda found: "acoustic_encoder.snake1"),
-    (r"decoder_2\.model\.\d+(?=\.alpha)", lambda found: "acoustic_decoder.snake1"),
-    (r"encoder\.block\.\d+(?=\.(weight|bias)$)", lambda found: "acoustic_encoder.conv2"),
-    (r"decoder_2\.model\.\d+(?=\.(weight|bias)$)", lambda found: "acoustic_decoder.conv2"),
-    (r"quantizer\.vq\.layers\.(\d+)\._codebook(?=\.)", lambda found: f"quantizer.quantizers.{found[1]}.codebook"),
-    (r"quantizer\.vq\.layers(?=\.)", lambda found: "quantizer.quantizers"),
-    (r"fc_prior(?=\.)", lambda found: "fc"),
-    (r"fc_post1(?=\.)", lambda found: "fc1"),
-    (r"fc_post2(?=\.)", lambda found: "fc2"),
+    (_ENCODER + r"\.block\.(?P<unit>[0-2])" + _UNIT, "acoustic_encoder.block.{block}.res_unit{unit}.{part}."),
+    (_DECODER + r"\.block\.(?P<unit>[2-4])" + _UNIT, "acoustic_decoder.block.{block}.res_unit{unit}.{part}."),
+    (_ENCODER + r"\.block\.3\.", "acoustic_encoder.block.{block}.snake1."),
+    (_ENCODER + r"\.block\.4\.", "acoustic_encoder.block.{block}.conv1."),
+    (_DECODER + r"\.block\.0\.", "acoustic_decoder.block.{block}.snake1."),
+    (_DECODER + r"\.block\.1\.", "acoustic_decoder.block.{block}.conv_t1."),
+    (r"encoder\.block\.0\.", "acoustic_encoder.conv1."),
+    (r"decoder_2\.model\.0\.", "acoustic_decoder.conv1."),
+    (_ENCODER + r"\.(?=alpha)", "acoustic_encoder.snake1."),
+    (_DECODER + r"\.(?=alpha)", "acoustic_decoder.snake1."),
+    (_ENCODER + r"\.(?=(weight|bias)$)", "acoustic_encoder.conv2."),
+    (_DECODER + r"\.(?=(weight|bias)$)", "acoustic_decoder.conv2."),
+    (r"quantizer\.vq\.layers\.(?P<block>\d+)\._codebook\.", "quantizer.quantizers.{layer}.codebook."),
+    (r"quantizer\.vq\.layers\.", "quantizer.quantizers."),
+    (r"fc_prior\.", "fc."),
+    (r"fc_post1\.", "fc1."),
+    (r"fc_post2\.", "fc2."),
 )
 
 

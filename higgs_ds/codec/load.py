@@ -9,14 +9,14 @@ from ..errors import reading
 from ..options.sections import DEFAULT_CODEC, DEFAULT_CODEC_REVISION, revision_of
 from .base import Codec
 from .boson import BosonCodec
-from .codec_layout import WEIGHTS, is_renamed
+from .codec_layout import BUNDLED, BUNDLED_IN, MODEL_TYPE, WEIGHTS
 from .sample import SampleCodec
 
 CODEC_FILES = ("config.json", "model.pth", "sample_codec.json", "codebooks.safetensors")
 
 
 def load_codec(name_or_path: str, revision: str | None = None, device: str = "cpu") -> Codec:
-    """The codec in a local folder (Boson's or a sample codec) or in a repository of the hub.
+    """The codec in a local folder (Boson's, a sample codec, a Higgs TTS 3 checkpoint) or in a repository of the hub.
 
     Cheap: the network of Boson's codec is built on `device` by the first `encode` or `decode`, or by `build`.
 
@@ -41,27 +41,35 @@ def _download(repo: str, revision: str | None) -> Path:
     revision = revision_of(repo, revision)
     folder = Path(snapshot_download(repo, revision=revision, allow_patterns=list(CODEC_FILES)))
     # Only where it is the codec: a repository may hold a file of that name that is something else, and large.
-    if _is_renamed(folder):
-        snapshot_download(repo, revision=revision, allow_patterns=[WEIGHTS])
+    if wanted := {MODEL_TYPE: [WEIGHTS], BUNDLED_IN: ["*.safetensors", f"{WEIGHTS}.index.json"]}.get(_type_of(folder)):
+        snapshot_download(repo, revision=revision, allow_patterns=wanted)
     return folder
 
 
-def _is_renamed(folder: Path) -> bool:
-    """True where the folder's config.json is of transformers' layout; one that cannot be read is not."""
+def _type_of(folder: Path) -> str:
+    """The `model_type` of the folder's config.json; empty for one that cannot be read."""
     try:
         raw = json.loads((folder / "config.json").read_bytes())
     except (OSError, ValueError, RecursionError):
-        return False  # what reads it next says what is wrong with it
-    return isinstance(raw, dict) and is_renamed(raw)
+        return ""  # what reads it next says what is wrong with it
+    return str(raw.get("model_type", "")) if isinstance(raw, dict) else ""
 
 
 def _load_folder(folder: Path, device: str) -> Codec:
     files = {path.name for path in folder.iterdir()}
     if "sample_codec.json" in files:
         return SampleCodec.load(folder)
-    weights = WEIGHTS if _is_renamed(folder) else "model.pth"
+    kind = _type_of(folder)
+    if kind == BUNDLED_IN:
+        from ..model.files.weight_files import weight_headers
+
+        holding = {one.file for name, one in weight_headers(folder, flag="--codec").items() if name.startswith(BUNDLED)}
+        if not holding:
+            raise ValueError("this Higgs TTS 3 checkpoint bundles no codec")
+        return BosonCodec(sorted(holding), device, is_bundled=True)
+    weights = WEIGHTS if kind == MODEL_TYPE else "model.pth"
     if {"config.json", weights} <= files:
-        return BosonCodec(folder, device, weights)
+        return BosonCodec([folder / weights], device)
     lacking = " and ".join(name for name in ("config.json", weights) if name not in files)
     raise ValueError(
         f"it has no {lacking} (Boson's, as {DEFAULT_CODEC} at revision {DEFAULT_CODEC_REVISION} "

@@ -5,6 +5,8 @@ the codec runs for real. A frame is 40 ms as four log-mel spectra 10 ms apart; t
 quantisation of that by k-means; Griffin-Lim turns it back into sound. Clips that it was not fitted on lose clarity.
 """
 
+from __future__ import annotations
+
 import functools
 import hashlib
 import json
@@ -65,9 +67,7 @@ class SampleCodec:
         self.fingerprint = f"sample:{self._checksum}"
 
     @classmethod
-    def fit(
-        cls, clips: Iterable[tuple[np.ndarray, int]], *, codebook_entries: int = 256, seed: int = 0
-    ) -> "SampleCodec":
+    def fit(cls, clips: Iterable[tuple[np.ndarray, int]], *, codebook_entries: int = 256, seed: int = 0) -> SampleCodec:
         """A codec for these clips: mono waveforms [samples], each with its sample rate.
 
         The same clips and seed give the same codebooks to the bit. Where there are fewer different frames than
@@ -114,10 +114,9 @@ class SampleCodec:
         return _griffin_lim(_magnitudes(frames.reshape(-1, MELS))).astype(np.float32)
 
     def build(self) -> None:
-        """Nothing to do: the codebooks are there."""
+        """Nothing to do: the codebooks are there, 20 MB at most."""
 
-    def release(self) -> None:
-        """Nothing to do: the codebooks take 20 MB at most."""
+    release = build
 
     def save(self, folder: str | Path) -> None:
         """Writes the codec into a folder, which is made if it is not there."""
@@ -132,7 +131,7 @@ class SampleCodec:
         write_text(folder / SETTINGS_FILE, json.dumps(settings, indent=2) + "\n")
 
     @classmethod
-    def load(cls, folder: str | Path) -> "SampleCodec":
+    def load(cls, folder: str | Path) -> SampleCodec:
         """The codec that `save` wrote. Raises ConfigError naming the folder if it is damaged or of another version."""
         from safetensors.numpy import load
 
@@ -157,7 +156,7 @@ def _checksum(tensors: list[np.ndarray]) -> str:
 
 
 def _nearest(points: np.ndarray, book: np.ndarray) -> np.ndarray:
-    """Index [points] of the entry nearest to each point; |p - e|² without |p|², which is the same for every entry."""
+    """Index [points] of the entry nearest to each; |p - e|² without |p|², which is the same for every entry."""
     return np.argmin((book**2).sum(axis=1) / 2 - points @ book.T, axis=1)
 
 
@@ -189,39 +188,21 @@ def _magnitudes(log_mel: np.ndarray) -> np.ndarray:
 
 
 def _griffin_lim(magnitude: np.ndarray) -> np.ndarray:
-    """Waveform [spectra * 240] whose spectra have these magnitudes [spectra, 481].
+    """Waveform [spectra * 240] whose spectra have these magnitudes [spectra, 481]."""
+    import torch
+    from torchaudio.functional import griffinlim
 
-    Fast Griffin-Lim: Perraudin, Balazs, Søndergaard 2013. The first phases are random, from a fixed seed.
-    """
-    phase = np.exp(2j * np.pi * np.random.default_rng(0).random(magnitude.shape))
-    previous = np.zeros_like(phase)
-    for _ in range(GRIFFIN_LIM_STEPS):
-        consistent = _stft(_inverse_stft(magnitude * phase))
-        phase = consistent - GRIFFIN_LIM_MOMENTUM / (1 + GRIFFIN_LIM_MOMENTUM) * previous
-        phase /= np.maximum(np.abs(phase), 1e-16)
-        previous = consistent
-    start = (WINDOW - HOP) // 2
-    return _inverse_stft(magnitude * phase)[start : start + len(magnitude) * HOP]
+    # torchaudio's windows are centred on the hops' borders: one more at each end, and half a hop cut off.
+    scaled = torch.from_numpy(np.pad(magnitude, ((1, 1), (0, 0)), mode="edge").T * (_hann().sum() / 2))
+    how = {"n_iter": GRIFFIN_LIM_STEPS, "momentum": GRIFFIN_LIM_MOMENTUM, "length": None, "rand_init": False}
+    waveform = griffinlim(scaled, torch.from_numpy(_hann()), WINDOW, HOP, WINDOW, power=1.0, **how)
+    return waveform.numpy()[HOP // 2 :][: len(magnitude) * HOP]
 
 
 def _stft(samples: np.ndarray) -> np.ndarray:
     """Spectra [spectra, 481] of windows 240 samples apart; a full-scale sine has magnitude 1."""
     windows = np.lib.stride_tricks.sliding_window_view(samples, WINDOW)[::HOP]
     return np.fft.rfft(windows * _hann()) * (2 / _hann().sum())
-
-
-def _inverse_stft(spectra: np.ndarray) -> np.ndarray:
-    """The samples [(spectra + 3) * 240] whose spectra come nearest to these, by overlap and add."""
-    parts = WINDOW // HOP
-    windows = np.fft.irfft(spectra, WINDOW) * (_hann() * _hann().sum() / 2)
-    windows = windows.reshape(len(spectra), parts, HOP)
-    weights = (_hann() ** 2).reshape(parts, HOP)
-    samples = np.zeros((len(spectra) + parts - 1, HOP))
-    norm = np.zeros_like(samples)
-    for part in range(parts):
-        samples[part : part + len(spectra)] += windows[:, part]
-        norm[part : part + len(spectra)] += weights[part]
-    return (samples / np.maximum(norm, 1e-3)).ravel()
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""The base checkpoint of any family: a folder or a hub id, a config, a tokenizer, spec, weights on the disk."""
+"""The base checkpoint of any family: folder or hub id, config, tokenizer, spec, weight headers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from ..errors import ConfigError, reading
-from ..options.sections import revision_of
+from ..options.sections import DEFAULT_CODEC, revision_of
 from .files.weight_files import Stored
 from .spec import ModelSpec
 
@@ -19,33 +19,41 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class BaseCheckpoint:
-    """A base checkpoint whose every file was looked at, before any of its weights is loaded."""
+    """A base checkpoint whose files have been checked; no weight is loaded yet."""
 
     name: str  # as the user gave it: a folder or a hub id
     revision: str | None
     folder: Path
-    layout: str  # of its files, one of its family's `layouts`
-    config: Any  # of its family
+    layout: str  # one of its family's `layouts`
+    config: Any  # its family's config class
     tokenizer: PreTrainedTokenizerFast
     spec: ModelSpec
-    notes: tuple[str, ...]  # what the user should read once, a line each
-    flag: str = "--base_ckpt"  # that named it
-    stored: dict[str, Stored] = field(default_factory=dict)  # weights by the model's names, in its order
+    notes: tuple[str, ...]  # lines to print once
+    flag: str = "--base_ckpt"  # the flag that named it, for messages
+    stored: dict[str, Stored] = field(default_factory=dict)  # by the model's names, in the model's order
+    bundles_codec: bool = False  # if so, the default of --codec
+
+    @property
+    def codec(self) -> tuple[str, str | None]:
+        """The default codec, and its revision."""
+        if not self.bundles_codec:
+            return DEFAULT_CODEC, None
+        return self.name, None if Path(self.name).is_dir() else self.revision
 
 
 def locate_checkpoint(
     name_or_path: str, revision: str | None = None, flag: str = "--base_ckpt", *, weights: bool = True
 ) -> Path:
-    """The folder of a base checkpoint; a hub id is downloaded (safetensors, JSON and tokenizer files only).
+    """The folder of a base checkpoint; a hub id is downloaded (safetensors, JSON, tokenizer and licence files only).
 
     Args:
-        weights: whether they are needed too; without them it is a matter of megabytes.
+        weights: also download the weights; without them it is a matter of megabytes.
 
     Raises:
-        ConfigError: neither a folder nor a hub id that can be had.
+        ConfigError: neither a folder nor a hub id that can be downloaded.
     """
     with reading(f"{flag}: {name_or_path!r}"):
-        name_or_path.encode()  # it is to stand in configs and cards
+        name_or_path.encode()  # it will be written to configs and cards
         folder = Path(name_or_path)
         if folder.is_dir():
             return folder
@@ -54,16 +62,16 @@ def locate_checkpoint(
     from huggingface_hub import snapshot_download
 
     revision = revision_of(name_or_path, revision)
-    patterns = ["*.json", "tokenizer*", "*.txt", *(["*.safetensors"] if weights else [])]
+    patterns = "*.json tokenizer* *.txt *.jinja LICENSE* NOTICE*".split() + (["*.safetensors"] if weights else [])
     try:
         return Path(snapshot_download(name_or_path, revision=revision, allow_patterns=patterns))
     except (OSError, ValueError) as error:
         where = f"{flag}: {name_or_path} (revision {revision})"
-        raise ConfigError([f"{where} cannot be had from the hub: {error}"]) from error
+        raise ConfigError([f"{where} cannot be downloaded from the hub: {error}"]) from error
 
 
 def load_tokenizer(folder: Path, flag: str = "--base_ckpt") -> PreTrainedTokenizerFast:
-    """The checkpoint's own tokenizer; nothing in the checkpoint is run."""
+    """Loads the checkpoint's tokenizer without running any code from the checkpoint."""
     from transformers import AutoTokenizer
 
     with reading(f"{flag}: {folder}: the tokenizer cannot be loaded"):

@@ -1,4 +1,4 @@
-"""torch's compiler on this machine: a test that it can build kernels, and the time that it has taken."""
+"""Availability of torch.compile's toolchain, and the time spent compiling."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from ..errors import ConfigError
 
 
 def seconds_compiling() -> float:
-    """The seconds that this process has compiled so far."""
+    """Seconds that this process has spent compiling so far."""
     return torch._dynamo.utils.calculate_time_spent()["total_wall_time"]
 
 
 def check_compiler(device_type: str) -> None:
-    """Refuses a machine on which torch.compile could not build its kernels.
+    """Checks for the C++ compiler and headers that torch.compile needs.
 
     Raises:
-        ConfigError: naming what it lacks.
+        ConfigError: naming what is missing.
     """
     variable, usual = ("CXX", ["g++"]) if device_type == "cpu" else ("CC", ["gcc", "clang"])
     names = [os.environ[variable]] if os.environ.get(variable) else usual

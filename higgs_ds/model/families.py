@@ -1,4 +1,4 @@
-"""The model families that are trained, by the `model_type` of a checkpoint's config.json."""
+"""Supported model families, by the `model_type` of a checkpoint's config.json."""
 
 from __future__ import annotations
 
@@ -18,18 +18,22 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def open_base(name_or_path: str, revision: str | None = None, flag: str = "--base_ckpt") -> BaseCheckpoint:
-    """Finds a checkpoint and has its family ask it everything that can be asked without loading it.
+def open_base(
+    name_or_path: str, revision: str | None = None, flag: str = "--base_ckpt", *, weights: bool = True
+) -> BaseCheckpoint:
+    """Locates a checkpoint and has its family check everything but the weights' values.
+
+    Without `weights`, the files of weights may be missing and are not downloaded.
 
     Raises:
-        ConfigError: not to be had, of no family, or what its family finds wrong with it.
+        ConfigError: not found, of no known family, or invalid for its family.
     """
-    folder = locate_checkpoint(name_or_path, revision, flag)
-    return family_at(folder, flag).open_base(name_or_path, revision, flag, folder)
+    folder = locate_checkpoint(name_or_path, revision, flag, weights=weights)
+    return family_at(folder, flag).open_base(name_or_path, revision, flag, folder, weights=weights)
 
 
 def family_at(folder: Path, flag: str = "--base_ckpt") -> Family:
-    """The family of a checkpoint's folder; Higgs Audio v2 says what is wrong with one that is of none."""
+    """The family of a checkpoint's folder; an unknown model_type goes to Higgs Audio v2, which refuses it."""
     return FAMILIES.get(str(read_json(folder / "config.json", flag).get("model_type")), HIGGS_V2)
 
 

@@ -1,12 +1,12 @@
 """The interface between the trainer and a model family.
 
-Loop, loss, guard, batching and engine know a model by its `ModelSpec` and by these methods alone. Another family is a
-folder beside `higgs_v2/` with an object like its `HiggsV2`, named in `families.py`; `docs/internals.md` says how.
+Loop, loss, guard, batching and engine use a model only through its `ModelSpec` and these methods. To add a family, put
+a folder beside `higgs_v2/` and name its object in `families.py`; see `docs/internals.md`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -29,26 +29,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModuleNames:
-    """A family's modules by the names that options have for them, each the end of a path. No torch."""
+    """A family's modules under the names used by options; each is the end of a module path. Needs no torch."""
 
-    lora_targets: tuple[str, ...]  # of --lora_target_modules, where it is not given
-    lora_groups: Mapping[str, tuple[str, ...]]  # names for several of them
-    embeddings: str  # of --train_audio_embeddings
-    heads: Mapping[str, tuple[str, ...]]  # by the values of --train_heads that this family has
+    lora_targets: tuple[str, ...]  # default of --lora_target_modules
+    lora_groups: Mapping[str, tuple[str, ...]]  # names for groups of layers
+    embeddings: str  # module of --train_audio_embeddings
+    heads: Mapping[str, tuple[str, ...]]  # modules by value of --train_heads
 
     def trained_whole(self, audio_embeddings: bool, heads: str) -> tuple[str, ...]:
-        """The modules that these options train. Raises ConfigError for a head that this family does not have."""
+        """Modules that these options train in full. Raises ConfigError for a head that this family does not have."""
         if heads not in self.heads:
             raise ConfigError([f"--train_heads: {heads} is not for this model, expected {' or '.join(self.heads)}"])
         return ((self.embeddings,) if audio_embeddings else ()) + self.heads[heads]
 
     def targets(self, words: Iterable[str]) -> list[str]:
-        """The words of --lora_target_modules with the layers of groups written out, each once."""
+        """Expands the groups in --lora_target_modules and removes duplicates."""
         suffixes = [suffix for word in words for suffix in self.lora_groups.get(word, (word,))]
         return list(dict.fromkeys(suffixes))
 
     def contradictions(self, config: TrainConfig) -> list[str]:
-        """A line for each head with LoRA that is trained in full too, or beside the fused loss."""
+        """Lists heads with LoRA that are also trained in full, or that the fused loss would give no gradient."""
         trained = self.trained_whole(config.lora.train_audio_embeddings, config.lora.train_heads)
         heads = {head for modules in self.heads.values() for head in modules}
         problems = []
@@ -64,7 +64,7 @@ class ModuleNames:
         return problems
 
     def options_of(self, whole: Collection[str]) -> tuple[bool, str]:
-        """--train_audio_embeddings and --train_heads, from the modules that were trained whole; the way back."""
+        """Inverse of `trained_whole`: --train_audio_embeddings and --train_heads from the modules trained in full."""
         embeddings = {name for name in whole if names_layer(self.embeddings, name)}
         names = {name.rsplit(".", 1)[-1] for name in whole if name not in embeddings}
         heads = next(value for value, modules in self.heads.items() if set(modules) == names)
@@ -72,18 +72,18 @@ class ModuleNames:
 
 
 class Adaptable(NamedTuple):
-    """Modules that an adapter may change, each with the shape of its weight, [out, in], by their names in the model."""
+    """Modules that an adapter may change: weight shapes [out, in] by module name."""
 
-    linears: dict[str, tuple[int, ...]]  # LoRA may stand on these
-    savable: dict[str, tuple[int, ...]]  # and these may be trained whole
+    linears: dict[str, tuple[int, ...]]  # may have LoRA
+    savable: dict[str, tuple[int, ...]]  # may be trained in full
 
 
 class Family(Protocol):
-    """The contribution of one kind of model: files, LoRA, rows, the training forward, a voice."""
+    """Everything specific to one kind of model: files, LoRA, rows, training forward, speech."""
 
     name: str
     modules: ModuleNames
-    layouts: tuple[str, ...]  # in which `merge` writes it
+    layouts: tuple[str, ...]  # that `merge` can write
 
     def layout_of(self, folder: Path, flag: str = "--base_ckpt") -> str:
         """The layout of a checkpoint's files."""
@@ -94,23 +94,29 @@ class Family(Protocol):
     def load_tokenizer(self, folder: Path, flag: str = "--base_ckpt") -> Any:
         """The checkpoint's tokenizer, a `PreTrainedTokenizerFast`; nothing in the folder is run. Raises ConfigError."""
 
-    def open_base(self, name_or_path: str, revision: str | None, flag: str, folder: Path) -> BaseCheckpoint:
-        """A checkpoint in this folder: config, spec and tokenizer, checked; no weight is read. Raises ConfigError."""
+    def open_base(
+        self, name_or_path: str, revision: str | None, flag: str, folder: Path, *, weights: bool = True
+    ) -> BaseCheckpoint:
+        """A checkpoint in this folder: config, spec and tokenizer, checked, and with `weights` their headers; no weight
+        is read. Raises ConfigError."""
 
     def check_forward(self, base: BaseCheckpoint) -> None:
         """Refuses a checkpoint that the default training forward would not compute. Raises ConfigError."""
 
     def adaptable_modules(self, config: Any) -> Adaptable:
-        """The modules of a model with this config that an adapter may change."""
+        """Modules that an adapter may change, for a model with this config."""
+
+    def empty_base(self, config: Any, dtype: str) -> nn.Module:
+        """The model of `load_base` on the meta device: names and shapes without values."""
 
     def load_base(self, folder: Path, config: Any, dtype: str, *, quantize_on: torch.device | None = None) -> nn.Module:
-        """The model, frozen, in `dtype`; sharded while it loads where DeepSpeed's stage 3 is told of."""
+        """Loads the frozen model in `dtype`; sharded while loading under ZeRO-3."""
 
     def training_forward(self, model: nn.Module, config: Any, **options: Any) -> nn.Module:
-        """The module that the engine runs: a micro-batch's inputs and scales to (loss, stats, report).
+        """The module that the engine runs: from a micro-batch's inputs and scales to (loss, stats, report).
 
-        It has `num_codebooks` and PEFT's model as `model`. Where a layer uses several weights at once it also has
-        `leaf_modules`, the kinds of such modules, and takes `input_gradient`, for ZeRO-3.
+        Has `num_codebooks`, and the PEFT model as `model`. If a layer reads several weights at once, it also has
+        `leaf_modules`, their classes, and takes `input_gradient`; both are for ZeRO-3.
         """
 
     def tokenize(
@@ -119,21 +125,18 @@ class Family(Protocol):
         """Token ids, label ids (-100 where nothing is learned) and clips of a row, in reading order."""
 
     def name_in(self, layout: str, name: str) -> str:
-        """The name in one of `layouts` of a module or weight of the model."""
+        """The name of a module or weight in one of `layouts`."""
 
     def check_codec(self, codec: str, layout: str) -> None:
-        """Refuses a codec that what loads `layout` cannot load beside the model. Raises ConfigError."""
+        """Refuses a codec that servers of `layout` cannot load beside the model. Raises ConfigError."""
 
     def merge(
         self, base: BaseCheckpoint, adapter: Adapter | None, output_dir: Path, layout: str, **options: Any
     ) -> int:
-        """Writes the merged checkpoint and reads it back; its size in bytes. Raises ConfigError."""
+        """Writes the merged checkpoint, reads it back, returns its size in bytes. Raises ConfigError."""
 
-    def voice(
-        self, base: BaseCheckpoint, dtype: str, codec: Codec, device: torch.device
-    ) -> tuple[Callable[[], nn.Module], Callable[[nn.Module], Any]]:
-        """For samples of a run: makes its model without LoRA and without weights (on the meta device), under the names
-        of `load_base`; and makes a voice of such a model once it has both."""
+    def voice(self, model: nn.Module, base: BaseCheckpoint, codec: Codec, device: torch.device) -> Any:
+        """The voice of a model in training, for samples of a run."""
 
     def speaker(self, base: BaseCheckpoint, adapter: str | None, codec: Any, **options: Any) -> Speaker:
-        """A voice to speak with: the base, and an adapter on it. Raises ConfigError."""
+        """Loads a voice: the base with an adapter merged into it. Raises ConfigError."""

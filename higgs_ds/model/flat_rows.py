@@ -1,4 +1,4 @@
-"""Rotation and attention on flat rows without padding, for the layers of any family; indices come from `BatchIndex`."""
+"""Rotary embedding and attention on flat rows, for any family; indices come from `BatchIndex`."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ..batching.batch_index import BatchIndex
 def causal_attention(heads: tuple[torch.Tensor, ...], index: BatchIndex, *, dropout: float = 0.0) -> torch.Tensor:
     """Causal self-attention within each sequence: query, key, value [places, heads, head_dim] -> [places, hidden]
 
-    Padding stands to the right of all that a sequence holds, so that causality alone keeps it from being seen.
+    Padding is on the right, so that the causal mask alone hides it.
     """
     shape = (index.num_sequences, index.longest, -1, heads[0].shape[-1])
     query, key, value = (part.view(shape).transpose(1, 2) for part in heads)  # [batch, heads, longest, head_dim]
-    # Kernels in half precision share key heads among query heads by themselves; in float32 only the slow one does.
+    # Half-precision kernels support grouped key heads; in float32 only the slow kernel does.
     shares = query.is_cuda and query.dtype != torch.float32
     if not shares:
         key, value = (_repeat_heads(part, query.shape[1] // key.shape[1]) for part in (key, value))
@@ -33,9 +33,9 @@ def causal_attention(heads: tuple[torch.Tensor, ...], index: BatchIndex, *, drop
 
 
 class Rotate(torch.autograd.Function):
-    """Rotary position embedding, halves of the head rotated against each other. [N, heads, head_dim]
+    """Rotary position embedding on the two halves of a head. [N, heads, head_dim]
 
-    In place where autograd would make five tensors each way; the gradient is rotated back.
+    Writes in place, where autograd would allocate five tensors each way; the backward rotates the gradient back.
     """
 
     @staticmethod
@@ -67,7 +67,7 @@ def _repeat_heads(states: torch.Tensor, times: int) -> torch.Tensor:
 
 
 class RowsToSequences(torch.autograd.Function):
-    """Flat rows to padded places. The gradient of padding is zero, so that a gather takes each row's gradient back."""
+    """Flat rows to padded places. Padding has no gradient, so that the backward is a gather."""
 
     @staticmethod
     def forward(ctx: Any, rows: torch.Tensor, pack_index: torch.Tensor, unpack_index: torch.Tensor) -> torch.Tensor:
@@ -81,7 +81,7 @@ class RowsToSequences(torch.autograd.Function):
 
 
 class SequencesToRows(torch.autograd.Function):
-    """Padded places to flat rows; padding is left out, and its gradient is zero."""
+    """Padded places to flat rows, dropping padding, whose gradient is zero."""
 
     @staticmethod
     def forward(ctx: Any, places: torch.Tensor, unpack_index: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Floating-point operations of a token, and the share of a card's peak that a run makes of them."""
+"""Floating-point operations per token, and model FLOPs utilisation (MFU) of a run."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ if TYPE_CHECKING:
     from ..options.sections import TrainConfig
     from .spec import ModelSpec
 
-# Dense bf16 (and fp16) FLOP/s by the name that torch.cuda.get_device_name gives, without "NVIDIA": from the makers'
-# data sheets, whose larger figures are for sparse matrices. A name that is not here, a slice of a card among them
-# ("… MIG 3g.40gb"), has no known peak.
+# Dense bf16 and fp16 FLOP/s from data sheets (their larger figures are for sparse matrices), by
+# torch.cuda.get_device_name without "NVIDIA". Other names, such as MIG slices, have no known peak.
 PEAK_FLOPS = {
+    "L4": 121e12,
+    "A10": 125e12,
     "A100-SXM4-40GB": 312e12,
     "A100-SXM4-80GB": 312e12,
     "A100-PCIE-40GB": 312e12,
@@ -38,17 +39,17 @@ PEAK_FLOPS = {
 
 
 def peak_flops(card: str, dtype: str) -> float | None:
-    """Dense FLOP/s of a card by its full name, for "bf16" and "fp16"; None where it is not known."""
+    """Dense FLOP/s of a card by its full name, for "bf16" and "fp16"; None if unknown."""
     return PEAK_FLOPS.get(card.removeprefix("NVIDIA ")) if dtype in ("bf16", "fp16") else None
 
 
 def touched_parameters(spec: ModelSpec) -> int:
-    """Weights of the decoder's projections that one token is multiplied with, text and audio alike.
+    """Number of decoder projection weights that a token is multiplied with, the same for text and audio.
 
-    A token goes through one FFN of a layer, however many it has. Embedding, norms and heads are left out: the heads
-    see labelled positions alone.
+    A token passes through one FFN per layer, however many there are. Embeddings, norms and heads are not counted; the
+    heads see labelled positions only.
     """
-    return spec.num_layers * sum(a * b for _, a, b in _projections(spec))
+    return spec.num_layers * sum(a * b for _, a, b in projections(spec))
 
 
 def flop_per_token(
@@ -59,29 +60,29 @@ def flop_per_token(
     checkpoint_every: int,
     row_tokens: float,
 ) -> float:
-    """FLOP of a training step for one token, forward and backward, as they are computed.
+    """FLOP per token of a training step, forward and backward, as computed.
 
-    A frozen weight costs 2 forward and 2 for its input's gradient (and 2 more where the forward is done again), a LoRA
-    weight 2 more for its own gradient. Attention counts what its causal mask leaves, and its backward as two forwards.
+    A frozen weight costs 2 forward and 2 for its input's gradient (2 more if recomputed), a LoRA weight 2 more for its
+    own gradient. Attention counts the unmasked half, and its backward as two forwards.
 
     Args:
         lora_targets: as in `--lora_target_modules`.
         checkpoint_every: every N-th layer is recomputed, 0 for none.
-        row_tokens: of the row that a token stands in, on average over the tokens: Σ tokens² / Σ tokens of the rows.
+        row_tokens: length of a token's row, averaged over tokens: Σ tokens² / Σ tokens of the rows.
     """
     layers = spec.num_layers
     recomputed = -(-layers // checkpoint_every) / layers if checkpoint_every else 0.0
     forward = 2 * (1 + recomputed)
     names = {target.rsplit(".", 1)[-1] for target in lora_targets}
-    lora = sum(lora_rank * (a + b) for name, a, b in _projections(spec) if name in names)
-    # Scores and values: 2 FLOP each for a head's every dimension and every one of the row_tokens / 2 positions before.
+    lora = sum(lora_rank * (a + b) for name, a, b in projections(spec) if name in names)
+    # Scores and values: 2 FLOP each per head dimension and for each of row_tokens / 2 earlier positions.
     attention = 2 * spec.num_heads * spec.head_dim * row_tokens
     trained = layers * ((forward + 4) * lora + (3 + recomputed) * attention)
     return (forward + 2) * touched_parameters(spec) + trained
 
 
-def _projections(spec) -> list[tuple[str, int, int]]:
-    """(name, in, out) of the linear layers that a token goes through in one decoder layer."""
+def projections(spec) -> list[tuple[str, int, int]]:
+    """(name, in, out) of the linear layers that a token passes in a decoder layer."""
     hidden, ffn = spec.hidden_size, spec.ffn_size
     queries, keys = spec.num_heads * spec.head_dim, spec.num_key_value_heads * spec.head_dim
     return [
@@ -97,13 +98,13 @@ def _projections(spec) -> list[tuple[str, int, int]]:
 
 @dataclass(frozen=True)
 class Utilisation:
-    """A run's speed as a share of the peak of all its cards."""
+    """FLOP per token and peak FLOP/s of a run."""
 
     flop_per_token: float
     peak_flops: float  # of all ranks together
 
     def mfu(self, tokens_per_sec: float) -> float:
-        """Share of the peak, 0 to 1, at so many tokens a second over all ranks."""
+        """Fraction of the peak at this many tokens per second over all ranks."""
         return tokens_per_sec * self.flop_per_token / self.peak_flops
 
 
@@ -113,7 +114,7 @@ def card_name(device: torch.device) -> str | None:
 
 
 def mean_row_tokens(tokens: np.ndarray) -> float:
-    """Tokens of the row that a token stands in, on average over the tokens; `tokens` [rows]."""
+    """Length of a token's row, averaged over tokens; `tokens` [rows]."""
     tokens = np.asarray(tokens, np.float64)
     return float((tokens**2).sum() / tokens.sum())
 
@@ -127,7 +128,7 @@ def utilisation(
     device: torch.device,
     world_size: int,
 ) -> Utilisation | None:
-    """Of a run on cards like `device`; None where their peak is not known, or the rows' tokens [rows] are not."""
+    """Utilisation of a run on cards like `device`; None if their peak or the rows' `tokens` [rows] are unknown."""
     card = card_name(device)
     peak = card and peak_flops(card, config.model.dtype)
     if not peak or tokens is None:

@@ -1,7 +1,7 @@
-"""A head and its cross-entropy in one: labelled rows in, loss out, logits never in memory as a whole.
+"""A head fused with its cross-entropy: labelled rows in, loss out, without materialising all logits.
 
-All that backward needs of a frozen head is the gradient of the hidden rows, of a trained one that of its weight too.
-Both are made in the forward, chunk by chunk of rows, while the chunk's logits are at hand; backward scales them.
+The backward needs the gradient of the hidden rows and, for a trained head, of its weight. The forward computes both
+chunk by chunk, while the chunk's logits exist; the backward only scales them.
 """
 
 from __future__ import annotations
@@ -14,32 +14,32 @@ from torch import nn
 
 from ..loss import IGNORE, HeadSums
 
-CHUNK_BYTES = 96 * 2**20  # of the logits that one product makes, were they float32
-BLOCK_BYTES = 4 * 2**20  # of the float32 logits that a CPU turns into a gradient at a time
+CHUNK_BYTES = 96 * 2**20  # logits of a chunk, as float32
+BLOCK_BYTES = 4 * 2**20  # float32 logits that a CPU processes at a time
 
 
 @dataclass
 class LabelledRows:
-    """A question to a head: R rows, each with one target in each of G groups of classes (1 for text, codebooks)."""
+    """Input of a head: R rows with one target in each of G groups of classes (1 for text; the codebooks)."""
 
     hidden: torch.Tensor  # [R, hidden]
-    targets: torch.Tensor  # [R, G], -100 where a group has no label
+    targets: torch.Tensor  # [R, G], -100 for no label
     scales: torch.Tensor  # [G] float32, factors of the groups' sums in the loss
 
 
 @dataclass
 class HeadLoss:
-    """A head's answer. Only `loss` is in the graph."""
+    """Output of a head. Only `loss` is in the graph."""
 
     loss: torch.Tensor  # [] float32, Σ scales · sums
     sums: torch.Tensor  # [G] float32, cross-entropy in nats
-    counts: torch.Tensor  # [G] int64, labels that the sums are over
+    counts: torch.Tensor  # [G] int64, number of labels
     saturation: torch.Tensor  # [] float32, see `HeadSums`
-    shape: tuple[int, int, int]  # (R, G, classes) that were computed
+    shape: tuple[int, int, int]  # (R, G, classes) of the computed logits
 
 
 def head_sums_of(text: HeadLoss, audio: HeadLoss) -> HeadSums:
-    """Both heads' answers, as `loss.head_sums` says it of their logits."""
+    """Combines both heads' outputs, like `loss.head_sums` from logits."""
     return HeadSums(
         text_sum=text.sums[0],
         text_count=text.counts[0],
@@ -50,21 +50,21 @@ def head_sums_of(text: HeadLoss, audio: HeadLoss) -> HeadSums:
 
 
 class FusedHead(nn.Linear):
-    """A linear head that also gives the loss of `LabelledRows`, see `loss_of`; on a tensor alone it is `nn.Linear`."""
+    """A linear head that can also compute the loss of `LabelledRows`; called with a tensor it is `nn.Linear`."""
 
-    trained = False  # whether its weight is, as `training_forward` found it
+    trained = False  # set by `training_forward` if its weight trains
 
     @staticmethod
     def adopt(head: nn.Linear) -> None:
-        """Turns a linear layer into this, in place: weight and name stay."""
+        """Changes a linear layer's class in place, keeping weight and name."""
         head.__class__ = FusedHead
 
     def loss_of(self, rows: LabelledRows) -> HeadLoss:
-        """The head's answer.
+        """Computes loss and sums of labelled rows.
 
-        A frozen head's rows and loss come and go inside containers that DeepSpeed does not look into: under ZeRO-3 the
-        weight is gathered for the forward by the module's own hook, and not again for a backward that does not need
-        it. A trained one's do not: there it has to be whole when its gradient arrives.
+        A frozen head hides its tensors in containers that DeepSpeed's hooks do not inspect, so that ZeRO-3 gathers the
+        weight for the forward but not for the backward, which does not need it. A trained head passes plain tensors, as
+        its weight must be whole when its gradient arrives.
         """
         if not self.trained:
             (answer,) = self(rows)
@@ -80,7 +80,7 @@ class FusedHead(nn.Linear):
         elif rows is None:
             return super().forward(hidden)
         if self.weight.requires_grad and not seen:
-            raise RuntimeError("a trained head that is taken for a frozen one would get no gradient")
+            raise RuntimeError("a trained head treated as frozen would get no gradient")
         if self.bias is not None:
             raise RuntimeError("the fused loss covers heads without a bias; use --loss_impl reference")
         wanted = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden, self.weight)]
@@ -99,7 +99,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
         rows, groups = targets.shape
         sums = scales.new_zeros(groups)
         saturation = scales.new_zeros(())
-        # The stored gradients are relative to the largest scale, so that fp16 can hold it whatever the counts are.
+        # Stored gradients are relative to the largest scale, so that fp16 can hold them for any label count.
         largest = scales.max().clamp(min=torch.finfo(torch.float32).tiny)
         shares = scales / largest
         gradient = torch.empty_like(hidden) if wants_gradient else None
@@ -109,7 +109,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
         chunks = _chunks(rows, CHUNK_BYTES // row_bytes)
         for start, stop in chunks:
             raw = F.linear(hidden[start:stop], weight).view(stop - start, groups, -1)  # [r, G, classes]
-            # A GPU takes the chunk at once; a CPU in blocks that its cache keeps from one pass to the next.
+            # A GPU takes the chunk at once; a CPU in blocks that stay in its cache between passes.
             for first, last in _chunks(stop - start, (CHUNK_BYTES if raw.is_cuda else BLOCK_BYTES) // row_bytes):
                 block, target = raw[first:last], targets[start + first : start + last]
                 losses, resolution = _cross_entropy_and_gradient(block, target, wanted)
@@ -121,7 +121,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
             if wants_weight:
                 of_weight = _add_product(of_weight, raw, hidden[start:stop], more=len(chunks) > 1)
         if wants_weight and of_weight is None:
-            of_weight = torch.zeros_like(weight)  # no row, and a rank's part in every collective all the same
+            of_weight = torch.zeros_like(weight)  # without rows, this rank still takes part in the collectives
         counts = (targets != IGNORE).sum(0)
         ctx.save_for_backward(gradient, of_weight, largest)
         ctx.weight_dtype = weight.dtype
@@ -135,14 +135,14 @@ class _FusedCrossEntropy(torch.autograd.Function):
         if gradient is not None:
             gradient = (gradient.float() * factor).to(gradient.dtype)
         if of_weight is not None:
-            of_weight = of_weight.mul_(factor).to(ctx.weight_dtype)  # in place: it may be as large as the text head
+            of_weight = of_weight.mul_(factor).to(ctx.weight_dtype)  # in place, as it may be as large as the text head
         return gradient, of_weight, None, None, None, None
 
 
 def _add_product(total: torch.Tensor | None, raw: torch.Tensor, hidden: torch.Tensor, *, more: bool) -> torch.Tensor:
-    """total + rawᵀ · hidden, [classes, hidden]: the chunks' products (`more` of them than one) add up in float32.
+    """total + rawᵀ · hidden, [classes, hidden]; several chunks (`more`) are summed in float32.
 
-    So does fp16's one product: relative to the largest scale, a sum over rows may be more than fp16 holds.
+    fp16 is always multiplied in float32, since a sum over rows may exceed its range.
     """
     if hidden.dtype == torch.float16:
         raw, hidden = raw.float(), hidden.float()
@@ -155,19 +155,20 @@ def _add_product(total: torch.Tensor | None, raw: torch.Tensor, hidden: torch.Te
 def _cross_entropy_and_gradient(
     logits: torch.Tensor, target: torch.Tensor, shares: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross-entropy in float32, 0 without a label, and float32's resolution at the label's logit: [r, G] each.
+    """Cross-entropy in float32 (0 without a label) and float32's resolution at the label's logit: [r, G] each.
 
-    With `shares` [G], the factors of the groups, `logits` [r, G, classes] become the gradient of the shared sum.
+    With `shares` [G], the groups' factors, `logits` [r, G, classes] are overwritten with the gradient of the weighted
+    sum.
     """
     labelled = target != IGNORE
     index = target.clamp(min=0).unsqueeze(-1)
-    odds = logits.float()  # the same memory where it is float32 already
+    odds = logits.float()  # shares memory if it is float32 already
     label = odds.gather(-1, index).squeeze(-1)
     top = odds.amax(-1)
     odds.sub_(top.unsqueeze(-1)).exp_().scatter_(-1, index, 0.0)
-    others = odds.sum(-1)  # [r, G], all classes but the label's
+    others = odds.sum(-1)  # [r, G], over all classes but the label's
     margin = label - top
-    # log(1 + others / own): exact also where the probability of the label rounds to 1.
+    # log(1 + others / own), exact even if the label's probability rounds to 1.
     losses = F.softplus(others.log() - margin).masked_fill(~labelled, 0.0)
     if shares is not None:
         odds.scatter_(-1, index, -others.unsqueeze(-1))  # softmax minus one-hot, times its denominator
@@ -178,7 +179,7 @@ def _cross_entropy_and_gradient(
 
 
 def _chunks(rows: int, most: int) -> list[tuple[int, int]]:
-    """(start, stop) of chunks of about equal size, none above `most` rows."""
+    """(start, stop) of chunks of about equal size and at most `most` rows."""
     if rows == 0:
         return []
     number = -(-rows // max(1, most))

@@ -1,21 +1,20 @@
-"""Linear layers with LoRA, all that share an input at once: few passes over memory, and little kept for the backward.
+"""Fused LoRA for all linear layers that share an input: fewer passes over memory, less saved for the backward.
 
-PEFT computes, layer by layer, with a mask, a dropped input and a gradient of the input for each:
+PEFT computes each layer separately, with its own dropout mask, dropped input and input gradient:
 
     y = x · Wᵀ + scaling · (dropout(x) · Aᵀ) · Bᵀ
 
-Here layers on one input (q, k, v; gate, up) share the mask, one product makes the rank columns `c = dropout(x) · Aᵀ` of
-all of them, and a layer's columns extend the rows of its one product, with a residual added inside it:
+Here layers with the same input (q, k, v; gate, up) share the mask, one product computes the rank columns
+`c = dropout(x) · Aᵀ` of all of them, and each layer is one product over `[x ‖ c]`, with a residual added inside it:
 
     y = residual + [x ‖ c] · [W ‖ scaling · B]ᵀ
 
-so that everything is summed in float32 and rounded once. Added in bf16 to a sum that is rounded already, whatever is
-below half a step of that sum is lost, always in the same direction: half of a term of 0.1 %, as in PEFT's order. The
-backward adds every product into the input's one gradient, and makes again what dropout left.
-Modules, weights and names stay PEFT's.
+so that everything is summed in float32 and rounded once. In PEFT's order LoRA's term is added in bf16 to a sum already
+rounded, and whatever is below half a unit in the last place is lost: half of a term of 0.1 %. The backward adds all
+products into a single input gradient and recomputes the dropped input. Modules, weights and names stay PEFT's.
 
-Weights are read from several modules at once, which under ZeRO-3 must all be gathered: see `higgs_v2.layers`
-and `TrainingForward.leaf_modules`.
+Weights of several modules are read at once, and under ZeRO-3 all of them must be gathered: see `higgs_v2.layers` and
+`TrainingForward.leaf_modules`.
 """
 
 from __future__ import annotations
@@ -32,36 +31,36 @@ from torch import nn
 from .fused_head import FusedHead
 from .quantized import QuantizedLinear
 
-ALIGNMENT = 8  # columns: rows of 16-bit values that begin at multiples of 16 bytes, as fast kernels want them
+ALIGNMENT = 8  # columns; rows of 16-bit values then begin at multiples of 16 bytes, as fast kernels require
 
 
 class Projection(NamedTuple):
-    """A frozen linear layer without a bias, and LoRA on it, where it has one."""
+    """A frozen linear layer without bias, with or without LoRA."""
 
     layer: nn.Linear
     lora_A: torch.Tensor | None  # [rank, in]
-    lora_B: Any  # [out, rank], a tensor wherever `lora_A` is one
+    lora_B: Any  # [out, rank], a tensor if `lora_A` is
     scaling: float
-    dropout: float  # probability, of the input of `lora_A`
+    dropout: float  # dropout probability of the input of `lora_A`
 
     @property
     def weight(self) -> torch.Tensor:
-        """[out, in]; of a quantized layer made anew wherever it is asked for: to be used, and not to be kept."""
+        """[out, in]; a quantized layer dequantizes on each access, so do not keep it."""
         return self.layer.weight
 
     @classmethod
     def from_layer(cls, layer: Any) -> Projection | None:
-        """None for whatever module is not such a layer, alone or with one plain LoRA adapter."""
+        """None if the module is not such a layer, alone or with one plain LoRA adapter."""
         base, names = layer, ()
         if type(layer) in (PeftLinear, LoraHead) and not (layer.disable_adapters or layer.merged):
             base, names = layer.base_layer, layer.active_adapters
-        # Frozen and without a bias; any other layer computes itself.
+        # Frozen and without bias; any other layer runs its own forward.
         dense = type(base) in (nn.Linear, FusedHead) and not base.weight.requires_grad
         if not (dense or type(base) is QuantizedLinear) or base.bias is not None:
             return None
         if not names:
             return cls(base, None, None, 0.0, 0.0)
-        # One adapter, plain: no DoRA or other variant, no bias in its matrices.
+        # A single plain adapter: no DoRA or other variant, no bias.
         name, *others = names
         lora_A, lora_B, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
         plain = all(type(part) is nn.Linear and part.bias is None for part in (lora_A, lora_B))
@@ -72,21 +71,21 @@ class Projection(NamedTuple):
 
 
 class SavedLora(NamedTuple):
-    """A group's tensors that its forward leaves for its backward, beside the input."""
+    """Tensors saved by a group's forward for its backward, beside the input."""
 
     rank_columns: torch.Tensor | None  # [rows, ranks of all], dropout(x) · Aᵀ; None without LoRA
-    dropout_mask: torch.Tensor | None  # [rows, in] bool, True where a value stayed; None without dropout
+    dropout_mask: torch.Tensor | None  # [rows, in] bool, True for kept values; None without dropout
 
 
 @dataclass(frozen=True)
 class ProjectionGroup:
-    """Projections of one input. Its products are computed without autograd, for the Functions that use it."""
+    """Projections of one input, computed without autograd, for use in autograd Functions."""
 
     projections: tuple[Projection, ...]
 
     @classmethod
     def from_layers(cls, layers: Sequence[nn.Module]) -> ProjectionGroup | None:
-        """None where one of them is no `Projection`, or drops out with another probability."""
+        """None if one layer is not a `Projection`, or has another dropout probability."""
         projections: tuple[Any, ...] = tuple(Projection.from_layer(layer) for layer in layers)
         if None in projections or len({p.dropout for p in projections if p.lora_A is not None}) > 1:
             return None
@@ -94,21 +93,21 @@ class ProjectionGroup:
 
     @property
     def lora_weights(self) -> list[torch.Tensor]:
-        """`lora_A` and `lora_B` of each projection, in the order of the gradients that `backward` gives."""
+        """`lora_A` and `lora_B` of each projection, in the order of the gradients from `backward`."""
         return [weight for p in self._adapted for weight in (p.lora_A, p.lora_B)]
 
     @property
     def _adapted(self) -> list[Any]:
-        # Of `Projection`, both of whose LoRA weights are there.
+        # `Projection`s with LoRA.
         return [p for p in self.projections if p.lora_A is not None]
 
     def _stacked_lora_A(self) -> torch.Tensor:
-        """Every `lora_A`, one below the other. [ranks of all, in]"""
+        """All `lora_A`, stacked. [sum of ranks, in]"""
         stacked = [p.lora_A for p in self._adapted]
         return stacked[0] if len(stacked) == 1 else torch.cat(stacked)
 
     def _split_columns(self, rank_columns: torch.Tensor | None) -> list[torch.Tensor | None]:
-        """Each projection's own of the rank columns, None where it has no LoRA."""
+        """Each projection's rank columns; None without LoRA."""
         ranks = [p.lora_A.shape[0] for p in self._adapted]
         own = iter(() if rank_columns is None else rank_columns.split(ranks, dim=1))
         return [None if p.lora_A is None else next(own) for p in self.projections]
@@ -116,7 +115,7 @@ class ProjectionGroup:
     def forward(
         self, hidden: torch.Tensor, residuals: Sequence[torch.Tensor] | None = None
     ) -> tuple[list[torch.Tensor], SavedLora]:
-        """Every projection of the hidden states, or its sum with its residual, see `add_product`.
+        """Computes every projection of the hidden states, plus its residual if given, see `add_product`.
 
         [rows, in] -> [rows, out] each
         """
@@ -127,14 +126,14 @@ class ProjectionGroup:
         return [add_product(r, *product) for r, product in zip(residuals, products, strict=True)], saved
 
     def _products(self, hidden: torch.Tensor, rank_columns: torch.Tensor | None) -> Iterator[tuple]:
-        """Factors of each projection, (rows, weight), one pair at a time: with LoRA `[x ‖ c]` and `[W ‖ scaling · B]`.
+        """Yields (rows, weight) of each projection; with LoRA, `[x ‖ c]` and `[W ‖ scaling · B]`.
 
-        The columns of all projections stand behind x, each B beside zeros for those of the others.
+        The columns of all projections follow x, so that each B is padded with zeros for those of the others.
         """
         if rank_columns is None:
             yield from ((hidden, p.weight) for p in self.projections)
             return
-        # [x ‖ c] once for all projections, with c widened to what kernels like.
+        # [x ‖ c], once for all projections, with c padded to the kernels' alignment.
         width = rank_columns.shape[1] + -rank_columns.shape[1] % ALIGNMENT
         joined = torch.cat([hidden, F.pad(rank_columns, (0, width - rank_columns.shape[1]))], dim=1)
         before = 0
@@ -150,7 +149,7 @@ class ProjectionGroup:
     def _rank_columns(self, hidden: torch.Tensor) -> SavedLora:
         if not self._adapted:
             return SavedLora(None, None)
-        # One mask for all projections of this input, as they share the probability.
+        # One mask for all projections of this input; they share the probability.
         mask, probability = None, self._adapted[0].dropout
         if probability:
             drop = dropout_by_bits if drops_by_bits(hidden.device.type) else dropout_by_kernel
@@ -171,26 +170,26 @@ class ProjectionGroup:
             grad_H = scaling · grad_y · B        grad_B = scaling · grad_yᵀ · H
             grad_A = grad_Hᵀ · dropout(x)        grad_x = mask · (grad_H · A) + Σ grad_y · W
 
-        The first is None without `needs_grad_hidden`, and written to `out` where it is given.
+        The first is None without `needs_grad_hidden`, and written to `out` if given.
         """
-        # By projection: the gradient of its rank columns, and of its B.
+        # For each projection: gradients of its rank columns and of B.
         grads_of_columns, grad_Bs, grad_lora_weights = [], [], []
         columns_of = self._split_columns(saved.rank_columns)
         for p, grad_output, columns in zip(self.projections, grad_outputs, columns_of, strict=True):
             if columns is not None:
-                # Dropout's factor goes here: nowhere else is it a smaller product.
+                # Dropout's factor is applied here, to the smallest tensor.
                 factor = 1.0 if saved.dropout_mask is None else dropout_factor(p.dropout, hidden.device.type)
                 grads_of_columns.append((grad_output @ p.lora_B).mul_(p.scaling * factor))
                 grad_Bs.append((grad_output.t() @ columns).mul_(p.scaling))
         if grad_Bs:
-            # All A at once, as one product made all columns.
+            # All A in one product.
             grad_columns = torch.cat(grads_of_columns, dim=1)
             grad_As = grad_columns.t() @ (hidden if saved.dropout_mask is None else kept(hidden, saved.dropout_mask))
             grad_As = grad_As.split([grad_B.shape[1] for grad_B in grad_Bs])
             grad_lora_weights = [grad for pair in zip(grad_As, grad_Bs, strict=True) for grad in pair]
         if not needs_grad_hidden:
             return None, grad_lora_weights
-        # The input's gradient: LoRA's part first, or the first product without LoRA; the others are added in place.
+        # The input's gradient: start with LoRA's part or the first product, add the others in place.
         products = list(zip(grad_outputs, self.projections, strict=True))
         if grad_Bs:
             grad_hidden = torch.mm(grad_columns, self._stacked_lora_A())
@@ -205,9 +204,9 @@ class ProjectionGroup:
 
 
 def kept(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """The values where a bool mask is True, 0 elsewhere.
+    """The values where a bool mask is True, else 0.
 
-    A GPU gets dropout's own kernel: a product of bf16 and bool, two types, would be computed by torch's slow one.
+    On a GPU by dropout's own kernel: a product of bf16 and bool would take torch's slow mixed-type path.
     """
     if values.device.type == "cpu":
         return values * mask
@@ -215,9 +214,9 @@ def kept(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def add_product(residual: torch.Tensor, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """residual + hidden · weightᵀ, in the place of `residual`, rounded once. [rows, out] + [rows, in] · [in, out]
+    """residual + hidden · weightᵀ, in place and rounded once. [rows, out] + [rows, in] · [in, out]
 
-    Elsewhere where a compiler traces: torch 2.11's loses the gradient of a Function that gives back what it changed.
+    Out of place under torch.compile: torch 2.11 loses the gradient of a Function that returns a modified input.
     """
     if torch.compiler.is_compiling():
         return torch.addmm(residual, hidden, weight.t())
@@ -225,9 +224,9 @@ def add_product(residual: torch.Tensor, hidden: torch.Tensor, weight: torch.Tens
 
 
 def project(layers: Sequence[nn.Module], hidden: torch.Tensor) -> list[torch.Tensor]:
-    """The hidden states through the linear layers, with LoRA or without. [rows, in] -> [rows, out] each
+    """Applies linear layers, with or without LoRA, to the hidden states. [rows, in] -> [rows, out] each
 
-    Layers that are something else compute themselves.
+    Unsupported layers run their own forward.
     """
     group = ProjectionGroup.from_layers(layers)
     if group is None:
@@ -236,7 +235,7 @@ def project(layers: Sequence[nn.Module], hidden: torch.Tensor) -> list[torch.Ten
 
 
 class LoraHead(PeftLinear):
-    """A head with LoRA, whose logits are one product; weights and names stay PEFT's."""
+    """A head with LoRA that computes its logits in one product; weights and names stay PEFT's."""
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """[R, hidden] -> [R, classes]"""
@@ -265,14 +264,14 @@ class _Project(torch.autograd.Function):
 
 
 def dropout_by_kernel(hidden: torch.Tensor, probability: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The values after dropout, scaled, and its mask (bool, True where a value stayed)."""
+    """Scaled values after dropout, and the mask (bool, True for kept values)."""
     return torch.native_dropout(hidden, probability, True)
 
 
 def dropout_by_bits(hidden: torch.Tensor, probability: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same for a CPU, where torch's kernel spends most of its time on random numbers: 16 bits a value suffice.
+    """`dropout_by_kernel` for a CPU, with 16 random bits per value: torch's kernel spends most of its time on them.
 
-    The probability is the nearest of 65,536ths.
+    The probability is rounded to a multiple of 1/65,536.
     """
     drawn = torch.empty(-(-hidden.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
     mask = drawn.view(torch.int16)[: hidden.numel()].view(hidden.shape) >= _dropped_of_65536(probability) - 2**15
@@ -280,12 +279,12 @@ def dropout_by_bits(hidden: torch.Tensor, probability: float) -> tuple[torch.Ten
 
 
 def drops_by_bits(device_type: str) -> bool:
-    """True where `dropout_by_bits` is the faster one. A compiler traces nothing that draws in place."""
+    """True if `dropout_by_bits` is faster and usable; torch.compile cannot trace in-place random draws."""
     return device_type == "cpu" and not torch.compiler.is_compiling()
 
 
 def dropout_factor(probability: float, device_type: str) -> float:
-    """The factor of the values that dropout leaves, on such a device."""
+    """The scale of kept values on such a device."""
     by_bits = drops_by_bits(device_type)
     return 2**16 / (2**16 - _dropped_of_65536(probability)) if by_bits else 1.0 / (1.0 - probability)
 

@@ -1,4 +1,4 @@
-"""Norms and gated feed-forward networks that keep less for the backward and pass over memory less often."""
+"""Norms and gated feed-forward networks with fewer saved tensors and fewer passes over memory."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from .fused_lora import ProjectionGroup, SavedLora
 
 
 class FusedRmsNorm(LlamaRMSNorm):
-    """The norm by torch's one kernel. Upstream's keeps two float32 copies of its input, and rounds twice in bf16."""
+    """RMS norm by torch's fused kernel; upstream's saves two float32 copies of its input and rounds twice in bf16."""
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return F.rms_norm(hidden_states, self.weight.shape, self.weight, self.variance_epsilon)
 
 
 def adopt(model: nn.Module, ours: type[nn.Module]) -> int:
-    """Turns modules of upstream's class, which `ours` extends, into `ours`, in place; returns how many there are.
+    """Changes modules of exactly upstream's class, the base of `ours`, to `ours` in place; returns their number.
 
-    Weights, names and ZeRO-3's gathering stay. Other classes that extend upstream's are left as they are.
+    Weights, names and ZeRO-3's gathering stay as they are.
     """
     for module in model.modules():
         if type(module) is ours.__base__:
@@ -32,14 +32,14 @@ def adopt(model: nn.Module, ours: type[nn.Module]) -> int:
 
 
 class GatedMlp(NamedTuple):
-    """down(silu(gate(x)) × up(x)), computed without autograd. What gate and up give is saved, their product is not."""
+    """down(silu(gate(x)) × up(x)), computed without autograd; saves the outputs of gate and up, not their product."""
 
     gate_up: ProjectionGroup
     down: ProjectionGroup
 
     @classmethod
     def from_module(cls, mlp: Any) -> GatedMlp | None:
-        """None for whatever module is not exactly upstream's, with its projections frozen but for LoRA."""
+        """None if the module is not exactly upstream's, or if a projection trains other than by LoRA."""
         if type(mlp) is not LlamaMLP or not isinstance(mlp.act_fn, nn.SiLU):
             return None
         gate_up = ProjectionGroup.from_layers([mlp.gate_proj, mlp.up_proj])
@@ -48,11 +48,11 @@ class GatedMlp(NamedTuple):
 
     @property
     def lora_weights(self) -> list[torch.Tensor]:
-        """In the order of the gradients that `backward` gives."""
+        """In the order of the gradients from `backward`."""
         return [*self.gate_up.lora_weights, *self.down.lora_weights]
 
     def forward(self, hidden: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, tuple]:
-        """`residual` plus the network's output, see `add_product`, and what `backward` needs. [rows, hidden]"""
+        """`residual` plus the network's output, see `add_product`, and the tensors for `backward`. [rows, hidden]"""
         (gate, up), saved_gate_up = self.gate_up.forward(hidden)
         (output,), saved_down = self.down.forward(F.silu(gate).mul_(up), residuals=[residual])
         return output, (gate, up, *saved_gate_up, *saved_down)
@@ -60,7 +60,7 @@ class GatedMlp(NamedTuple):
     def backward(
         self, grad_output: torch.Tensor, hidden: torch.Tensor, saved: tuple, out: torch.Tensor | None
     ) -> list[torch.Tensor]:
-        """Gradients of `lora_weights`; the one of the hidden states is written to `out`, if given."""
+        """Gradients of `lora_weights`; that of the hidden states is written to `out`, if given."""
         gate, up, *saved_lora = saved
         saved_gate_up, saved_down = SavedLora(*saved_lora[:2]), SavedLora(*saved_lora[2:])
         activated = F.silu(gate)
@@ -76,11 +76,11 @@ class GatedMlp(NamedTuple):
 def add_mlps(
     mlps: Sequence[nn.Module], hidden: torch.Tensor, residual: torch.Tensor, sizes: Sequence[int]
 ) -> torch.Tensor:
-    """`residual` plus what each network makes of its slice of the hidden states. [rows, hidden]
+    """`residual` plus each network's output on its slice of the hidden states. [rows, hidden]
 
     Args:
-        mlps: upstream's `LlamaMLP`, with LoRA or without; where one is something else, they compute themselves.
-        sizes: how many rows are each network's, in order.
+        mlps: upstream's `LlamaMLP`, with or without LoRA; if one is anything else, all run their own forward.
+        sizes: number of rows of each network, in order.
     """
     gated: list[Any] = [GatedMlp.from_module(mlp) for mlp in mlps]
     if None in gated:
@@ -89,7 +89,7 @@ def add_mlps(
 
 
 class _AddMlps(torch.autograd.Function):
-    """Gated networks, each on its slice of the rows, and the sum with the residual."""
+    """Gated networks, each on its slice of rows, added to the residual."""
 
     @staticmethod
     def forward(ctx, hidden, residual, mlps, sizes, *lora_weights):

@@ -1,4 +1,4 @@
-"""Settling `--init_adapter`: the adapter that a new run starts from, and that determines the run's LoRA."""
+"""`--init_adapter`: a new run takes weights and LoRA options from an existing adapter."""
 
 from __future__ import annotations
 
@@ -22,17 +22,16 @@ FLAG = "--init_adapter"
 def settle_lora(
     config: TrainConfig, family: Family, base: Any, resumed: dict | None = None
 ) -> tuple[TrainConfig, dict[str, torch.Tensor] | None]:
-    """Fills `OPTIONS` that were not given from the adapter.
+    """Takes those of `OPTIONS` that were not given from the adapter.
 
     Args:
-        config: the run's; where it has no `--init_adapter` its own heads and targets are checked.
-        family: of the base checkpoint.
+        config: the run's options; without `--init_adapter` only its heads and targets are checked.
+        family: family of the base checkpoint.
         base: the base checkpoint's config.
-        resumed: all options of the run that is gone on with, which then stand in for the adapter.
+        resumed: options of a resumed run, which then replace the adapter.
 
     Returns:
-        The options; and the adapter's checked weights by the keys of its file, None without one and where a run is
-        gone on with.
+        The options; and the adapter's checked weights by PEFT's keys, None without an adapter or when resuming.
 
     Raises:
         ConfigError: the adapter is not plain LoRA, does not fit the base one to one, was trained on another base, or
@@ -59,7 +58,7 @@ def settle_lora(
 
 
 def _options_of(adapter: AdapterConfig, family: Family, modules: Adaptable) -> dict[str, Any]:
-    """Settings of an adapter by our flags' names."""
+    """Settings of an adapter under this program's option names."""
     names = family.modules
     targets = sorted(adapter.target_modules)  # PEFT writes a set, in any order
     if targets == sorted(names.lora_targets):
@@ -74,7 +73,7 @@ def _filled(config: TrainConfig, values: dict) -> TrainConfig:
 
 
 def _contradictions(config: TrainConfig, found: dict[str, Any], names: ModuleNames, modules: Adaptable) -> list[str]:
-    """Options that were given and say something else than the adapter, a line each."""
+    """Lists options that were given and differ from the adapter."""
     problems = []
     for name, value in found.items():
         given = config.get(name)

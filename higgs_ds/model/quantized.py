@@ -1,4 +1,4 @@
-"""Frozen linear layers of 4 bits a weight, by bitsandbytes: the only file that imports it, and only when asked for."""
+"""Frozen 4-bit linear layers. The only file that imports bitsandbytes, and only on demand."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ ROWS_AT_ONCE = 1024  # of a weight while it is quantized: on a CPU that takes 40
 
 
 class QuantizedLinear(nn.Linear):
-    """A frozen linear layer whose weight is kept in NF4, with a float32 scale for every 64 values: 4.5 bits a value.
+    """A frozen linear layer with its weight in NF4 and a float32 scale for every 64 values: 4.5 bits a value.
 
-    `weight` is the dense matrix, made anew wherever it is asked for and kept by nobody: not for the backward either.
+    `weight` dequantizes on each access; nothing keeps the dense matrix, not even for the backward.
     """
 
     packed: torch.Tensor
@@ -26,9 +26,9 @@ class QuantizedLinear(nn.Linear):
     def __init__(self, weight: torch.Tensor, bias: nn.Parameter | None, dtype: torch.dtype, device: torch.device):
         """
         Args:
-            weight: [out, in] floating point, on any device; a reference to it is not kept.
-            dtype: of the dense matrix.
-            device: where it is quantized and stays.
+            weight: [out, in] floating point, on any device; no reference is kept.
+            dtype: dtype of the dense matrix.
+            device: where the weight is quantized and stored.
         """
         nn.Module.__init__(self)  # nn.Linear's own would make a dense weight
         self.out_features, self.in_features = weight.shape
@@ -36,7 +36,7 @@ class QuantizedLinear(nn.Linear):
         import_bitsandbytes()
         quantize = torch.ops.bitsandbytes.quantize_4bit
         pieces = [quantize(rows.to(device), BLOCK, "nf4", torch.uint8) for rows in weight.split(ROWS_AT_ONCE)]
-        # In no state_dict: a checkpoint has the dense weight. Scales as bytes, which no cast of the module rounds.
+        # Not in state_dict: checkpoints hold the dense weight. Scales are bytes, which module.to() never rounds.
         self.register_buffer("packed", torch.cat([packed for packed, _ in pieces]), persistent=False)
         scales = torch.cat([scales for _, scales in pieces])
         self.register_buffer("scales", scales.view(torch.uint8), persistent=False)
@@ -44,14 +44,14 @@ class QuantizedLinear(nn.Linear):
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]  # nobody may set it
         """The dense matrix, [out, in]."""
-        # As one row: the kernel for CPUs takes rows that are no multiple of a block for ones that are.
+        # As one row: the CPU kernel mishandles rows whose length is not a multiple of the block size.
         flat, scales = [self.quantized_values], self.scales.view(torch.float32)
         dense = torch.ops.bitsandbytes.dequantize_4bit(self.packed, scales, BLOCK, "nf4", flat, self.dtype)
         return dense.view(self.out_features, self.in_features)
 
     @property
     def quantized_values(self) -> int:
-        """The number of weights, which are no parameters."""
+        """The number of weights; they are not parameters."""
         return self.out_features * self.in_features
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -60,7 +60,7 @@ class QuantizedLinear(nn.Linear):
 
 
 class _Product(torch.autograd.Function):
-    """A linear layer's, whose dense weight is made again in the backward."""
+    """A linear layer that dequantizes its weight again in the backward."""
 
     @staticmethod
     def forward(ctx, hidden, layer):
@@ -73,10 +73,10 @@ class _Product(torch.autograd.Function):
 
 
 def import_bitsandbytes() -> None:
-    """Brings `torch.ops.bitsandbytes`; without the kernel that its import fetches from the hub on some CPUs."""
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # that it cannot be had
+    """Registers `torch.ops.bitsandbytes`, without the kernel that its import downloads from the hub on some CPUs."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # its warning that the kernel is missing
     fetcher = sys.modules.get("kernels")
-    sys.modules["kernels"] = None  # type: ignore[assignment]  # how an import is forbidden
+    sys.modules["kernels"] = None  # type: ignore[assignment]  # makes `import kernels` fail
     try:
         import bitsandbytes  # noqa: F401
     finally:

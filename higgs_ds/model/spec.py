@@ -1,11 +1,11 @@
-"""The trainer's knowledge of a checkpoint: sizes, token ids, and how its family writes a row. The family fills it."""
+"""Sizes, token ids and row format of a checkpoint, as the trainer needs them; filled in by its family."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     import torch
@@ -17,18 +17,19 @@ if TYPE_CHECKING:
 class ModelSpec(ABC):
     """Token ids, codebooks and sizes of one checkpoint, and how its family writes a row."""
 
+    norms_heads: ClassVar[bool] = False  # whether queries and keys are normed, head by head
     num_codebooks: int
     codebook_size: int  # codes are 0 to codebook_size - 1; the stream's BOS and EOS follow them
     stream_bos: int
     stream_eos: int
     use_delay_pattern: bool  # codebook k starts k frames later
-    audio_in_token: int  # id that stands for all positions of a clip that is given
-    audio_out_token: int  # id that stands for all positions of a clip that is, or might be, learned
-    audio_in_codes: bool  # whether the model is given the codes of clips at `audio_in_token`
+    audio_in_token: int  # placeholder token of a clip in the prompt
+    audio_out_token: int  # placeholder token of a clip in an answer
+    audio_in_codes: bool  # whether the model reads the codes of clips at `audio_in_token`
     pad_token: int
     hidden_size: int
     ffn_size: int
-    num_ffns: int  # feed-forward networks of a layer; a token goes through one of them
+    num_ffns: int  # feed-forward networks per layer; each token goes through one
     num_layers: int
     num_heads: int
     num_key_value_heads: int
@@ -38,7 +39,7 @@ class ModelSpec(ABC):
 
     @property
     def num_classes(self) -> int:
-        """The classes of the audio head in a codebook: its codes, BOS and EOS (1026)."""
+        """Classes of the audio head per codebook: codes, BOS and EOS (1026)."""
         return self.codebook_size + 2
 
     @property
@@ -48,7 +49,7 @@ class ModelSpec(ABC):
 
     @property
     def widest(self) -> int:
-        """The largest in- or output width of a projection: a LoRA matrix is at most rank times as large."""
+        """The largest input or output width of a projection; a LoRA matrix has at most rank × this many values."""
         return max(self.hidden_size, self.ffn_size)
 
     @property
@@ -58,23 +59,23 @@ class ModelSpec(ABC):
         return attention + self.num_ffns * 3 * self.hidden_size * self.ffn_size
 
     def problem_of(self, messages: Sequence[Turn], start_index: int | None) -> str | None:
-        """Says what of a row this family has no words for; None for nothing."""
+        """Names the part of a row that this family cannot express; None if there is none."""
         return None
 
     @abstractmethod
     def tokenize(
         self, messages: Sequence[Turn], start_index: int | None, tokenizer: Any
     ) -> tuple[list[int], list[int], list[AudioRef]]:
-        """Token ids, label ids (-100 where nothing is learned) and clips of a row, in reading order."""
+        """Token ids, label ids (-100 for no label) and clips of a row, in reading order."""
 
     @abstractmethod
     def stream(self, codes: torch.Tensor) -> torch.Tensor:
-        """A clip as the model is given it: [codebooks, frames] -> [codebooks, `stream_length(frames)`]"""
+        """The model's input for a clip: [codebooks, frames] -> [codebooks, `stream_length(frames)`]"""
 
     @abstractmethod
     def stream_labels(self, codes: torch.Tensor, trained: bool) -> torch.Tensor:
-        """The label at each place of `stream(codes)`, not shifted; -100 at the first and elsewhere, or everywhere."""
+        """Unshifted labels of `stream(codes)`; -100 (no label) in the first column, or everywhere if not trained."""
 
     @abstractmethod
     def stream_length(self, frames: int) -> int:
-        """Positions that a clip of so many frames takes."""
+        """Positions taken by a clip of this many frames."""

@@ -1,4 +1,4 @@
-"""Speaking with a model of any family: sampling, an answer, and the protocol of a speaker."""
+"""Speech from a model of any family: sampling settings, an answer, and the speaker protocol."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ if TYPE_CHECKING:
 
 
 def default_dtype(device: torch.device) -> str:
-    """The dtype to speak in: a GPU is made for bf16, and a CPU slower in it."""
+    """The default dtype for speech: bf16 on a GPU; fp32 on a CPU, where bf16 is slower."""
     return "bf16" if device.type == "cuda" else "fp32"
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """The choice of tokens; temperature 0 takes the likeliest one."""
+    """Sampling settings; temperature 0 is greedy."""
 
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float = 0.95
     seed: int | None = None
     max_new_tokens: int = 1024
-    ras_window: int | None = None  # repetition-aware: a code that stands often in the last so many frames is redrawn
+    ras_window: int | None = None  # repetition-aware sampling: redraw a code that is frequent in this many last frames
     ras_max_repeats: int = 2
 
 
@@ -39,12 +39,12 @@ class Answer:
     """The model's answer to a prompt."""
 
     codes: np.ndarray | None  # int16 [codebooks, frames]; None if it answered without audio
-    ended: bool = True  # by itself, and not at `max_new_tokens`
-    rules_agree: bool = False  # whether every stop rule would have ended the clip here
+    ended: bool = True  # by the model, not cut at `max_new_tokens`
+    rules_agree: bool = False  # every stop rule ends the clip here
 
 
 class Speaker(Protocol):
-    """Base checkpoint, adapter and codec, ready to speak."""
+    """A base checkpoint with adapter and codec, ready to speak."""
 
     spec: ModelSpec
     codec: Codec
@@ -63,10 +63,10 @@ class Speaker(Protocol):
         """Answers a prompt.
 
         Args:
-            messages: the prompt's turns; the assistant's turn follows.
+            messages: turns of the prompt, before the assistant's.
             context: codes of the clips in the prompt, in reading order.
-            force_audio: begin the answer with audio instead of leaving that to the model.
-            stop: one of `stop_rules`; another than the first needs greedy sampling.
+            force_audio: begin the answer with audio instead of leaving the choice to the model.
+            stop: one of `stop_rules`; all but the first need greedy sampling.
 
         Raises:
             ConfigError: the model computes NaN or infinity.

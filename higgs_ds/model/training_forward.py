@@ -1,7 +1,7 @@
 """The training forward of any family: from a batch to its loss and stats.
 
-`trainer.py` calls the engine, the engine calls `TrainingForward.forward` below, which goes through PEFT to the family's
-model (`higgs_v2/layers.py`), where it is computed. `higgs_v2/reference.py` is upstream's own way, to compare with.
+`trainer.py` calls the engine, the engine calls `TrainingForward.forward`, which passes through PEFT to the family's
+model (`higgs_v2/layers.py`). `higgs_v2/reference.py` is upstream's own forward, for comparison.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..step_stats import ForwardReport, MicroBatchStats
 
 @dataclass(frozen=True)
 class Objective:
-    """The way from the heads' sums to a loss: `impl` "fused" or "reference", factors from `loss_scales`."""
+    """Settings of the loss: `impl` is "fused" or "reference", factors come from `loss_scales`."""
 
     impl: str
     text_scale: float
@@ -27,20 +27,20 @@ class Objective:
 
 
 class PaddingFreeOutput(NamedTuple):
-    """Loss and sums of a micro-batch, and what was computed for them; a tuple, which DeepSpeed's hooks know."""
+    """Loss, sums and computed shapes of a micro-batch; a tuple, since DeepSpeed's hooks handle tuples."""
 
     loss: torch.Tensor  # [] float32
     sums: HeadSums
-    num_rows: int  # of the hidden states
+    num_rows: int  # rows of the hidden states
     num_frames: int  # audio frames that reached the model
     audio_logits_shape: tuple[int, ...]  # rows × codebooks × classes that the audio head computed
 
 
 class TrainingForward(nn.Module):
-    """The training forward that everybody runs: one micro-batch, no padding, to loss and stats.
+    """The default training forward: one micro-batch without padding to loss and stats.
 
-    The batch's `BatchIndex` holds every position, so that nothing here waits for the device. Both heads see labelled
-    rows alone, and give loss and gradient in one pass.
+    All positions come from the batch's `BatchIndex`, so that nothing waits for the device. The heads see labelled rows
+    only, and compute loss and gradient in one pass.
     """
 
     input_gradient = False
@@ -59,8 +59,8 @@ class TrainingForward(nn.Module):
         Args:
             model: PEFT's, around one that takes the batch's inputs with `objective`, `checkpoint_every` and
                 `input_gradient`, and returns a `PaddingFreeOutput`.
-            classes: what a codebook's head tells apart: its codes, BOS and EOS (1026).
-            leaf_kinds: modules that use weights of several of their parts at once: ZeRO-3 must gather them whole.
+            classes: per codebook, its codes, BOS and EOS (1026).
+            leaf_kinds: classes that read weights of several of their modules at once: ZeRO-3 must gather them whole.
             loss_impl: "fused", or "reference" for plain cross-entropy on the labelled rows' logits.
             checkpoint_every: every N-th decoder layer is recomputed in the backward; 0 for none.
         """
@@ -76,19 +76,18 @@ class TrainingForward(nn.Module):
     def forward(
         self, inputs: dict[str, Any], text_scale: float, codebook_scales: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, ForwardReport]:
-        """One micro-batch.
+        """Runs one micro-batch.
 
         Args:
-            inputs: `Batch.model_inputs`, its index among them.
-            text_scale, codebook_scales: factors of the sums in the loss, from `loss_scales`; a number, and [codebooks].
+            inputs: `Batch.model_inputs`, including its index.
+            text_scale, codebook_scales: factors of the sums, from `loss_scales`; a number, and [codebooks].
 
         Returns:
             the loss for backward ([], float32); `MicroBatchStats`, flat, on the device; the report.
         """
         index: BatchIndex = inputs["index"]
         objective = Objective(self.loss_impl, text_scale, codebook_scales)
-        # Out through PEFT, which adds `labels`, to the family's model (higgs_v2/upstream.py and layers.py), which
-        # computes the loss.
+        # Through PEFT, which adds `labels`, to the family's model (higgs_v2/upstream.py, layers.py).
         outputs: PaddingFreeOutput = self.model(
             **inputs,
             objective=objective,
@@ -109,7 +108,7 @@ class TrainingForward(nn.Module):
             found += f"audio frames reached the model, expected {index.num_frames}"
             report.problems.append(("audio_logits", found))
         if report.problems:
-            # The step will not be taken (guard); this keeps every collective of backward in step with other ranks.
+            # The guard will drop this step; the backward still runs, for the collectives of the other ranks.
             loss = outputs.loss * 0
             return loss, MicroBatchStats.unknown(loss, self.num_codebooks), report
         return outputs.loss, MicroBatchStats.on_device(outputs.sums, outputs.loss), report

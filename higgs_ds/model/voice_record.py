@@ -1,4 +1,4 @@
-"""higgs_ds.json, beside an adapter and in a merged folder: the prompts and the base that the voice was trained on."""
+"""higgs_ds.json, saved with an adapter or a merged model: prompt format and base used in training."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from ..files import write_text
 from .files.config_values import read_json
 
 RECORD = "higgs_ds.json"
-# What `cards.prompt_details` says of the training rows, in order; all DETAILS are kept for the merged card.
+# Rows of `cards.prompt_details`, in order; all DETAILS are kept for the merged model's card.
 PROMPT_DETAILS = ("rows with a reference clip", "rows with a scene", "rows with a system turn")
-BASE_DETAIL = "base in training"  # where that was not as its files have it
+BASE_DETAIL = "base in training"  # if it was not as in its files
 DETAILS = (*PROMPT_DETAILS, BASE_DETAIL)
 
 _PLAIN = re.compile(r"[A-Za-z0-9 ]{1,80}")
@@ -24,23 +24,23 @@ _PLAIN = re.compile(r"[A-Za-z0-9 ]{1,80}")
 
 @dataclass(frozen=True)
 class VoiceRecord:
-    """Prompts and base that a voice was trained on."""
+    """Prompt format and base that a voice was trained with."""
 
     prompt_style: str
-    details: dict[str, str] = field(default_factory=dict)  # lines of a card
+    details: dict[str, str] = field(default_factory=dict)  # rows of a card
 
     def table(self) -> dict[str, str]:
-        """Lines of a card."""
+        """Rows of a card."""
         return {"prompt style": self.prompt_style, **self.details}
 
 
 def base_detail(base_dtype: str | None) -> dict[str, str]:
-    """The line of a card on `--base_dtype`, where it was given."""
+    """A card's row on `--base_dtype`, if it was given."""
     return {} if base_dtype is None else {BASE_DETAIL: f"frozen layers in {base_dtype}"}
 
 
 def base_note(folder: Path, flag: str) -> str | None:
-    """A line on an adapter that was trained on a quantized base, for who takes the base as it is."""
+    """A note for users of the full base with an adapter that was trained on a quantized one; None for none."""
     record = read_record(folder, flag)
     if record is None or BASE_DETAIL not in record.details:
         return None
@@ -61,31 +61,31 @@ def write_record(folder: Path, record: VoiceRecord) -> None:
 
 
 def read_record(folder: Path, flag: str) -> VoiceRecord | None:
-    """The record in a voice's folder; None where there is none.
+    """Reads the record in a voice's folder; None if there is none.
 
     Args:
-        flag: that named the folder, for the message.
+        flag: the flag that named the folder, for the message.
 
     Raises:
-        ConfigError: it cannot be read, or names a prompt style that there is not.
+        ConfigError: unreadable, or an unknown prompt style.
     """
     file = Path(folder) / RECORD
-    if not os.path.isfile(file):  # whoever reads the folder itself says what is wrong with it
+    if not os.path.isfile(file):  # problems of the folder itself are reported by its own reader
         return None
     raw = read_json(file, flag)
     style = raw.get("prompt_style")
     if style not in PROMPT_STYLES:
         raise ConfigError([f"{flag}: {file}: prompt_style {shown(style)} is not one of {', '.join(PROMPT_STYLES)}"])
     details = {name: raw[name] for name in DETAILS if isinstance(raw.get(name), str)}
-    # A card is a table: what would end its cell or its line was not written by `write_record`.
+    # A card is a Markdown table: only plain words, so that a detail cannot break out of its cell.
     return VoiceRecord(style, {name: detail for name, detail in details.items() if _PLAIN.fullmatch(detail)})
 
 
 def settled_style(asked: str | None, folder: Path | None, flag: str) -> tuple[str, str | None]:
-    """The prompt style to speak with, and a line where it is the voice's own and not the default.
+    """The prompt style to speak with, and a note if it is the voice's own rather than the default.
 
     Raises:
-        ConfigError: `--prompt_style` asks for another style than the voice was trained on, or its record is broken.
+        ConfigError: `--prompt_style` differs from the voice's, or its record is invalid.
     """
     record = None if folder is None else read_record(folder, flag)
     if asked and record and asked != record.prompt_style:

@@ -66,33 +66,23 @@ def log_mel_error(codec: SampleCodec, clip: tuple[np.ndarray, int]) -> tuple[flo
     return np.abs(quantised - true).mean(), np.abs(heard - true).mean()
 
 
-# The bounds of the next two tests are what was measured (0.038 and 0.091; 0.265 and 0.264), and a fifth.
-def test_clips_it_was_fitted_on_come_back_nearly_as_they_were(codec, clips):
-    quantised, heard = np.mean([log_mel_error(codec, clip) for clip in clips[:10]], axis=0)
+def test_clips_come_back_nearly_as_they_were(codec, clips):
+    """Within what was measured (0.038 and 0.091; of other clips 0.265 and 0.264), and a fifth."""
+    quantised, heard = np.mean([log_mel_error(codec, clip) for clip in clips[:5]], axis=0)
     assert quantised < 0.046 and heard < 0.11
+    assert max(np.mean([log_mel_error(codec, clip) for clip in clips_of("val.jsonl")], axis=0)) < 0.32
     for clip in clips[:3]:
-        decoded = codec.decode(codec.encode(*clip))
+        codes = codec.encode(*clip)
+        decoded = codec.decode(codes)
+        # The first codebook carries most; measured 1.0.
+        assert (codec.encode(decoded, codec.sample_rate)[0] == codes[0]).mean() > 0.9
         spectra = sample_codec._frames(*clip).ravel(), sample_codec._frames(decoded, codec.sample_rate).ravel()
         assert np.corrcoef(*spectra)[0, 1] > 0.98
 
 
-def test_other_clips_of_the_speaker_stay_near(codec):
-    quantised, heard = np.mean([log_mel_error(codec, clip) for clip in clips_of("val.jsonl")], axis=0)
-    assert quantised < 0.32 and heard < 0.32
-
-
-def test_encoding_a_decoded_clip_gives_it_again(codec, clips):
-    codes = codec.encode(*clips[0])
-    again = codec.encode(codec.decode(codes), codec.sample_rate)
-    assert again.shape == codes.shape
-    assert (again[0] == codes[0]).mean() > 0.9  # the codebook that carries most; measured 1.0
-
-
-@pytest.mark.parametrize("sample_rate", [16000, 22050])
-def test_frames_are_the_40_ms_begun(codec, sample_rate):
-    assert codec.encode(np.zeros(1, dtype=np.float32), sample_rate).shape == (8, 1)
-    for samples, frames in ((sample_rate, 25), (sample_rate + 1, 26), (sample_rate * 2 // 25, 2)):
-        codes = codec.encode(np.full(samples, 0.1, dtype=np.float32), sample_rate)
+def test_frames_are_the_40_ms_begun(codec):
+    for samples, rate, frames in ((1, 16000, 1), (16000, 16000, 25), (22051, 22050, 26), (22050 * 2 // 25, 22050, 2)):
+        codes = codec.encode(np.full(samples, 0.1, dtype=np.float32), rate)
         assert codes.shape == (8, frames) and codes.dtype == np.int16
         waveform = codec.decode(codes)
         assert waveform.shape == (frames * 960,) and waveform.dtype == np.float32 and np.isfinite(waveform).all()
@@ -125,14 +115,12 @@ def test_few_frames_give_few_entries(clips):
     check_codes(codes, codec)
     silent = SampleCodec.fit([(np.zeros(16000), 16000)])
     assert silent.codebook_size == 1 and np.abs(silent.decode(silent.encode(np.zeros(16000), 16000))).max() < 1e-3
-
-
-def test_an_entry_that_a_smaller_codebook_lacks_adds_nothing(codec):
-    uneven = SampleCodec([codec._codebooks[0], *[book[:4] for book in codec._codebooks[1:]]])
+    # An entry that a smaller codebook lacks adds nothing.
+    books = [codec._codebooks[0], *[book[:1] for book in codec._codebooks[1:]]]
     codes = np.zeros((8, 3), dtype=np.int16)
-    codes[3] = 200
-    without = SampleCodec([*uneven._codebooks[:3], np.zeros((4, 320)), *uneven._codebooks[4:]])
-    assert np.array_equal(uneven.decode(codes), without.decode(codes))
+    codes[3] = codec.codebook_size - 1
+    without = SampleCodec([*books[:3], np.zeros((1, 320)), *books[4:]])
+    assert np.array_equal(SampleCodec(books).decode(codes), without.decode(codes))
 
 
 def test_saved_and_loaded_it_is_the_same_codec(codec, clips, folder):
@@ -158,14 +146,11 @@ def test_a_damaged_or_foreign_sample_codec_is_one_line(folder):
         load_codec(str(folder))
 
 
-@pytest.mark.parametrize(
-    "codes",
-    [np.zeros((8, 2), np.float32), np.zeros((7, 2), np.int16), np.zeros((8, 0), np.int16), np.full((8, 2), 256),
-     np.full((8, 2), -1)],
-)  # fmt: skip
-def test_codes_are_checked_before_they_are_decoded(codec, codes):
-    with pytest.raises(ValueError, match=r"must be whole numbers 0\.\.255 of shape \[8, frames\], found"):
-        codec.decode(codes)
+def test_codes_are_checked_before_they_are_decoded(codec):
+    shapes = np.zeros((8, 2), np.float32), np.zeros((7, 2), np.int16), np.zeros((8, 0), np.int16)
+    for codes in (*shapes, np.full((8, 2), 256), np.full((8, 2), -1)):
+        with pytest.raises(ValueError, match=r"must be whole numbers 0\.\.255 of shape \[8, frames\], found"):
+            codec.decode(codes)
     check_codes(np.array([[0, 255]] * 8), codec)
 
 
@@ -400,7 +385,7 @@ PROJECTION = "quantizer.vq.layers.0.project_in.weight"
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        (without("encoder.block.1", "decoder_2.model.1"), r"missing encoder\.block\.1\S+(, \S+){4} and \d\d more"),
+        (without("encoder.block.1", "decoder_2.model.1"), r"missing encoder\.block\.1\S+(, \S+){4}, … and \d\d more"),
         (
             lambda weights: without(PROJECTION)(weights) | {"renamed": weights[PROJECTION]},
             rf"missing {PROJECTION} \(it holds renamed, which have no place\)",
@@ -423,25 +408,19 @@ def test_weights_that_do_not_fit_are_refused_by_name_before_a_clip_is_blamed(hol
     assert codec._model is None
 
 
-def test_the_fingerprint_is_that_of_both_files(hollow, tmp_path):
-    """To the bit as caches were filled under it."""
-    folder = saved(tmp_path, hollow)
-    content = (folder / "model.pth").read_bytes() + (folder / "config.json").read_bytes()
-    assert load_codec(str(folder)).fingerprint == f"boson:{hashlib.sha256(content).hexdigest()}"
-
-
 def test_files_that_change_after_they_were_opened_are_refused(hollow, tmp_path):
     folder = saved(tmp_path, hollow)
     codec = load_codec(str(folder))
     other = load_codec(str(folder))
-    assert other.fingerprint
+    content = (folder / "model.pth").read_bytes() + (folder / "config.json").read_bytes()
+    assert other.fingerprint == f"boson:{hashlib.sha256(content).hexdigest()}"  # as caches were filled under it
     torch.save(hollow | {"fc_prior.bias": torch.zeros(1024)}, folder / "new")
     os.replace(folder / "new", folder / "model.pth")
     for use in (lambda: codec.fingerprint, codec.build, lambda: other.encode(np.zeros(2000), 16000)):
         with pytest.raises(ConfigError, match="were changed meanwhile; start again"):
             use()
     (folder / "model.pth").unlink()
-    with pytest.raises(ConfigError, match=r"model\.pth.*: No such file"):
+    with pytest.raises(ConfigError, match=r"model\.pth .*: No such file"):
         codec.build()
 
 
@@ -459,23 +438,16 @@ def test_a_model_file_is_never_executed(hollow, tmp_path, monkeypatch, content):
         content = whole[: len(whole) // 2]
     if isinstance(content, bytes):
         (tmp_path / "model.pth").write_bytes(content)
-    with pytest.raises(ValueError, match=r"model\.pth does not hold the weights of Boson's codec: [^\n]*$"):
+    with pytest.raises(ConfigError, match=r"model\.pth does not hold the weights of Boson's codec: [^\n]*$"):
         load_codec(str(tmp_path))
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize(
-    ("config", "complaint"),
-    [
-        ({"bins": 65536}, "bins is 65536: "),
-        ({"ratios": [8, "5"]}, r"ratios\.1 is '5': "),
-        ({"semantic_techer": "wavlm_base_plus"}, "semantic_techer is 'wavlm_base_plus': .*hubert_base_general"),
-    ],
-)
-def test_a_config_that_is_not_bosons(tmp_path, config, complaint):
-    (tmp_path / "config.json").write_text(json.dumps(REAL_CONFIG | config))
+def test_a_config_that_is_not_bosons(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(REAL_CONFIG | {"semantic_techer": "wavlm_base_plus"}))
     (tmp_path / "model.pth").write_bytes(b"")
-    with pytest.raises(ConfigError, match=rf"config\.json is no config of Boson's codec: {complaint}"):
+    complaint = "config.json is no config of Boson's codec: semantic_techer is 'wavlm_base_plus': .*hubert_base_general"
+    with pytest.raises(ConfigError, match=complaint):
         load_codec(str(tmp_path))
 
 

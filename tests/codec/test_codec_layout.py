@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from higgs_ds.codec.codec_layout import WEIGHTS, new_name, old_config
+from higgs_ds.codec.codec_layout import BUNDLED, WEIGHTS, new_name, old_config
 from higgs_ds.codec.load import load_codec
+from higgs_ds.data.code_cache import CodeCache
+from higgs_ds.data.manifest import read_manifest
 from higgs_ds.errors import ConfigError
+from higgs_ds.model.families import open_base
+from higgs_ds.model.higgs_v3.tiny import write_tiny
+from higgs_ds.tools.cli import main
 from tests.codec.test_codec import REAL_CONFIG, boson_folder, clips_of  # noqa: F401 - a fixture
+from tests.conftest import SPEECH
 
 # As transformers writes it for Boson's codec; what is left out has the class's default.
 NEW_CONFIG = {
@@ -91,6 +98,62 @@ def test_codes_and_speech_of_both_layouts_are_equal(boson_folder, folded):  # no
     new.release()
 
 
+def test_the_codec_in_a_checkpoint_is_the_default_and_gives_the_codes_of_the_same_one_alone(folded, tmp_path, capsys):
+    weights = {name: value.bfloat16() for name, value in load_file(folded / WEIGHTS).items()}
+    weights["semantic_model.masked_spec_embed"] = torch.ones(768, dtype=torch.bfloat16)
+    alone, base, merged = (tmp_path / name for name in ("alone", "base", "merged"))
+    alone.mkdir()
+    (alone / "config.json").write_text(json.dumps(NEW_CONFIG))
+    save_file(weights, alone / WEIGHTS)
+    write_tiny(base, hidden_size=64, num_layers=2)
+    with pytest.raises(ConfigError, match="bundles no codec"):
+        load_codec(str(base))
+    shards = {"a.safetensors": load_file(base / WEIGHTS), "b.safetensors": {}}
+    for number, (name, value) in enumerate(weights.items()):
+        shards[("a.safetensors", "b.safetensors")[number % 2]][BUNDLED + name] = value
+    for file, tensors in shards.items():
+        save_file(tensors, base / file)
+    (base / WEIGHTS).unlink()
+    index = {"weight_map": {name: file for file, tensors in shards.items() for name in tensors}}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    # A merge keeps the codec to the bit, whatever files hold it, and its card names no other.
+    assert main(["merge", "--base_ckpt", str(base), "--output_dir", str(merged), "--dtype", "fp32"]) == 0
+    kept = {name: value for name, value in load_file(merged / WEIGHTS).items() if name.startswith(BUNDLED)}
+    assert kept.keys() == {BUNDLED + name for name in weights} and len(kept) == 528
+    assert all(torch.equal(kept[BUNDLED + name], value) for name, value in weights.items())
+    assert "--codec" not in (merged / "README.md").read_text()
+    assert open_base(str(base)).codec == (str(base), None)
+
+    codecs = [load_codec(str(folder)) for folder in (alone, base, merged)]
+    assert codecs[0].fingerprint != codecs[1].fingerprint == codecs[2].fingerprint
+    samples, rate = clips_of("manifest.jsonl")[0]
+    wanted = codecs[0].encode(samples, rate)
+    assert all(np.array_equal(codec.encode(samples, rate), wanted) for codec in codecs[1:])
+    assert np.array_equal(codecs[0].decode(wanted), codecs[1].decode(wanted))
+    for codec in codecs:
+        codec.release()
+
+    # Without --codec, clips are encoded by it, and speech is decoded by it.
+    rows = SPEECH.read_text().splitlines()[:1]
+    (manifest := tmp_path / "one.jsonl").write_text(rows[0])
+    flags = [
+        "--train_manifest",
+        str(manifest),
+        "--audio_root",
+        str(SPEECH.parent),
+        "--codes_cache",
+        str(tmp_path / "c"),
+    ]
+    assert main(["prepare", "--base_ckpt", str(base), *flags]) == 0
+    (row,), _ = read_manifest(manifest, audio_root=str(SPEECH.parent))
+    assert np.array_equal(CodeCache(tmp_path / "c", codecs[1]).get(row.audio_refs[0][1]), wanted)
+    spoken = ["--text", "Hi.", "--max_new_tokens", "12", "--output_file"]
+    for number, voice in enumerate((["--base_ckpt", str(base)], ["--merged", str(merged), "--codec", str(alone)])):
+        assert main(["generate", *voice, *spoken, str(tmp_path / f"{number}.wav")]) == 0
+    assert (tmp_path / "0.wav").read_bytes() == (tmp_path / "1.wav").read_bytes()
+
+
 def test_the_config_says_the_same():
     ours = {key: value for key, value in REAL_CONFIG.items() if key != "n_filters"}
     assert old_config(NEW_CONFIG) == ours | {"target_bandwidths": [0.5, 1, 1.5, 2]}
@@ -102,16 +165,12 @@ def test_the_config_says_the_same():
         ({"strides": [1, 2]}, "strides is [1, 2], Boson's codec has [1, 1]"),
         ({"semantic_model_config": {"num_attention_heads": 24}}, "semantic_model_config.num_attention_heads is 24"),
         ({"acoustic_model_config": {"upsampling_ratios": [8, 5]}}, "downsampling_ratios and upsampling_ratios differ"),
-        ({"target_bandwidths": []}, "config.json is no config of Boson's codec: "),
     ],
 )
-def test_another_network_is_refused(changes, words, tmp_path):
+def test_another_network_is_refused(changes, words):
     config = {key: {**NEW_CONFIG[key], **value} if isinstance(value, dict) else value for key, value in changes.items()}
-    (tmp_path / "config.json").write_text(json.dumps(NEW_CONFIG | config))
-    save_file({"x": torch.ones(1)}, tmp_path / WEIGHTS)
-    with pytest.raises(ConfigError) as caught:
-        load_codec(str(tmp_path))
-    assert words in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match=re.escape(words)):
+        old_config(NEW_CONFIG | config)
 
 
 def test_weights_that_are_not_the_codecs_are_refused_by_name(tmp_path):

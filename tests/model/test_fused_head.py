@@ -136,5 +136,5 @@ def test_a_trained_head_without_rows_or_without_gradient():
     with torch.no_grad():
         assert not head.loss_of(LabelledRows(states, targets, scales)).loss.requires_grad
     head.trained = False
-    with pytest.raises(RuntimeError, match="taken for a frozen one would get no gradient"):
+    with pytest.raises(RuntimeError, match="treated as frozen would get no gradient"):
         head.loss_of(LabelledRows(states, targets, scales))

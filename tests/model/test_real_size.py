@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import config_of
-from benchmarks.memory import KEPT_BAR, batch_of, kept_bytes, lora_model, meta_has_no_autocast
+from benchmarks.memory import KEPT_BAR, batch_of, kept_bytes, lora_model, meta_has_no_autocast, planned
 from benchmarks.roofline import Roofline
 from benchmarks.syncs import dispatched
 from higgs_ds.distributed.ds_config import LayerSizes, read_deepspeed_config, resolve
@@ -18,6 +18,7 @@ from higgs_ds.model.higgs_v2.spec import HiggsV2Spec
 from higgs_ds.model.higgs_v2.tiny import write_zeros
 from higgs_ds.model.higgs_v2.upstream import HiggsAudioForTraining
 from higgs_ds.model.lora import attach_lora
+from higgs_ds.model.memory import Load
 from higgs_ds.options.parse import parse_args
 from higgs_ds.options.sections import PROJECT_ROOT
 
@@ -89,6 +90,17 @@ def test_what_the_forward_keeps_stays_within_its_bounds():
     assert in_4_bits == kept and 4.4e9 < quantized < 4.6e9  # its layers' dense weights are made again
     kept, _ = kept_bytes(config, batch, 1)
     assert kept / batch.num_tokens < 0.25e6
+
+
+@pytest.mark.parametrize("every", [0, 1, 2, 4])
+def test_what_is_planned_is_what_the_model_keeps(every):
+    """To a hundredth, also where layers are computed again; weights are exact, but for rotary tables."""
+    config, tokenizer = config_of(True)
+    batch = batch_of(config, tokenizer, 2048)
+    kept, weights = kept_bytes(config, batch, every)
+    plan = planned(config, every)
+    assert sum(plan.kept(Load.of(batch.index))) == pytest.approx(kept, rel=0.01)
+    assert weights - 2 * (plan.weights.base + plan.weights.lora) < 4096 and plan.weights.lora == 39_452_672
 
 
 def test_the_arithmetic_of_operations():

@@ -1,13 +1,14 @@
-"""Reading a LoRA adapter that somebody else made: its config by our own eyes, every weight accounted for.
+"""Read a LoRA adapter from an untrusted folder: check its config field by field, account for every weight.
 
-PEFT takes a config as it is: fields of it import modules, replace layers by name or compile a pattern from the file.
-So what plain LoRA needs is read here, everything else is refused by name, and PEFT gets a config that we made.
+PEFT trusts adapter_config.json: some fields import modules, replace layers by name or compile a pattern. So only the
+fields of plain LoRA are read here, any other setting is refused by name, and PEFT is given a config made from scratch.
 """
 
 from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -22,13 +23,13 @@ from ...options.sections import BASE_NAMES, DEFAULT_BASE, revision_of
 from ..family import Adaptable
 from .adapter_names import PREFIX, layers_named, naming_nothing, peft_key
 from .config_values import checked, read_json
-from .weight_files import Stored, all_finite, differences, header_of, refuse
+from .weight_files import Planned, Stored, all_finite, differences, header_of, refuse
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
-# Ways of beginning that leave the base as it is. PiSSA, OLoRA, CorDA and LoftQ take from it what A and B began with.
-_BEGINNINGS = (True, False, None, "gaussian", "eva", "orthogonal")
-# Of no effect on the weights of a trained adapter, whatever they hold.
+# Initialisations that leave the base unchanged. PiSSA, OLoRA, CorDA and LoftQ subtract the initial A and B from it.
+_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+# Fields without effect on the weights of a trained adapter, whatever their value.
 _IGNORED = {
     "auto_mapping",  # class and library of the base; PEFT writes it where task_type is left out
     "eva_config",  # how EVA's first A was found
@@ -47,7 +48,7 @@ class PlainLora(TypedDict):
 
     peft_type: Literal["LORA"]
     r: Annotated[int, Field(ge=1, le=8192)]
-    # 1e6 times an update is no training any more, and an infinity would be written into every merged weight.
+    # Bounded: an infinity would be written into every merged weight.
     lora_alpha: Annotated[float, Field(gt=0, le=1e6)]
     target_modules: Annotated[list[str], Field(min_length=1)]
     modules_to_save: NotRequired[list[str] | None]
@@ -61,7 +62,7 @@ _FIELDS: TypeAdapter = TypeAdapter(PlainLora)
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """Settings of plain LoRA, and names of modules that were trained whole beside it."""
+    """Settings of plain LoRA, and names of the modules trained in full beside it."""
 
     rank: int
     alpha: float
@@ -79,21 +80,21 @@ class AdapterConfig:
 
 @dataclass(frozen=True)
 class Adapter:
-    """A checked adapter, by modules of the base."""
+    """A checked adapter, keyed by the modules of the base."""
 
     config: AdapterConfig
     weights: dict[str, tuple[torch.Tensor, torch.Tensor]]  # (A [rank, in], B [out, rank]) in float32
-    whole: dict[str, Stored]  # weights that stand for the base's, in the file, which may be a large part of it
+    whole: dict[str, Stored]  # replacements of base weights, left in the file because they may be large
 
     def describe(self) -> dict[str, str]:
-        """Lines of a card."""
+        """Rows of a model card."""
         config = self.config
         scaled = ", scaled by the root" if config.rslora else ""
         lines = {"LoRA rank / alpha": f"{config.rank} / {config.alpha:g}{scaled}"}
         return lines | ({"trained whole": ", ".join(self.whole)} if self.whole else {})
 
     def lora(self) -> dict[str, torch.Tensor]:
-        """LoRA's weights by the names of PEFT's files."""
+        """LoRA weights under PEFT's file keys."""
         return {
             f"{PREFIX}{name}.lora_{part}.weight": value
             for name, pair in self.weights.items()
@@ -101,7 +102,7 @@ class Adapter:
         }
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """All weights by the names of PEFT's files; those that are whole are mapped from the file."""
+        """All weights under PEFT's file keys; fully trained modules are memory-mapped."""
         return self.lora() | {f"{PREFIX}{name}.weight": stored.read() for name, stored in self.whole.items()}
 
     def delta_rows(self, module: str, start: int, stop: int) -> torch.Tensor:
@@ -110,11 +111,42 @@ class Adapter:
         return (b[start:stop] @ a) * self.config.scale
 
 
-def read_adapter_config(folder: Path, flag: str = "--adapter") -> AdapterConfig:
-    """Checks adapter_config.json, field by field, against what plain LoRA has.
+def merged_rows(
+    stored: Stored, module: str, adapter: Adapter | None, planned: Planned, *, may_be_infinite: bool = False
+) -> Iterator[torch.Tensor]:
+    """A tensor of a merged checkpoint, a few rows at a time: float32 sums, rounded once.
 
     Raises:
-        ConfigError: every field that is wrong, or that makes it something else than plain LoRA, a line each.
+        ConfigError: NaN or an infinity, in the base or made by the sum or by the dtype.
+    """
+    if adapter is not None and module in adapter.whole:
+        stored = adapter.whole[module]
+    start = 0
+    for rows in stored.rows():
+        merged = rows
+        if adapter is not None and module in adapter.weights:
+            merged = rows.float() + adapter.delta_rows(module, start, start + rows.shape[0])
+            start += rows.shape[0]
+        written = merged.to(planned.dtype)
+        if not may_be_infinite and not all_finite(written):
+            raise ConfigError([_not_finite(rows, merged, stored, planned)])
+        yield written
+
+
+def _not_finite(rows: torch.Tensor, merged: torch.Tensor, stored: Stored, planned: Planned) -> str:
+    """Cause of an infinity: the file, the adapter or the dtype."""
+    if not all_finite(rows):
+        return f"{stored.file}: {stored.key} holds NaN or infinity; such a model speaks noise"
+    if not all_finite(merged):
+        return f"--adapter: base + scale · B·A of {planned.name} holds NaN or infinity; the adapter is damaged"
+    return f"--dtype: {planned.name} holds values beyond {str(planned.dtype).removeprefix('torch.')}; fp32 holds them"
+
+
+def read_adapter_config(folder: Path, flag: str = "--adapter") -> AdapterConfig:
+    """Checks adapter_config.json, field by field, for plain LoRA.
+
+    Raises:
+        ConfigError: a line for each field that is invalid or goes beyond plain LoRA.
     """
     file = folder / CONFIG
     if os.path.isdir(folder) and not os.path.isfile(file):
@@ -134,9 +166,9 @@ def read_adapter_config(folder: Path, flag: str = "--adapter") -> AdapterConfig:
 
 
 def _more_than_plain_lora(raw: dict) -> list[str]:
-    """Fields that hold something else than PEFT's default, and that is not empty either.
+    """Lists fields with a value that is neither empty nor PEFT's default.
 
-    An empty value of a field that this PEFT does not know, as newer ones write them, changes nothing.
+    Newer PEFT versions write fields that this one does not know; an empty value there changes nothing.
     """
     import peft
 
@@ -144,7 +176,7 @@ def _more_than_plain_lora(raw: dict) -> list[str]:
     problems = []
     for key, value in raw.items():
         if key == "init_lora_weights":
-            if value not in _BEGINNINGS:
+            if value not in _INITS:
                 problems.append(
                     f"{key} is {shown(value)}, expected true, false, null, gaussian, eva or orthogonal: others change "
                     "the base; save the adapter as plain LoRA (PEFT: path_initial_model_for_weight_conversion)"
@@ -160,13 +192,13 @@ def _more_than_plain_lora(raw: dict) -> list[str]:
 
 
 def check_base(config: AdapterConfig, base_name: str, base_revision: str | None, flag: str = "--adapter") -> None:
-    """Compares the base that an adapter was trained on with the one given.
+    """Compares the base that an adapter was trained on with the base given.
 
     Args:
-        base_revision: of a base on the hub; None is Boson's pinned one, or unknown.
+        base_revision: hub revision of the base; None for Boson's pinned one, or unknown.
 
     Raises:
-        ConfigError: another one, or another revision of it.
+        ConfigError: another base, or another revision of it.
     """
     trained, given, hint = config.base_name, base_name, ""
     if trained is None:
@@ -185,7 +217,7 @@ def check_base(config: AdapterConfig, base_name: str, base_revision: str | None,
 
 
 def revision_for(config: AdapterConfig | None, base_name: str, given: str | None) -> str | None:
-    """The revision of a base to load an adapter on: the one given, Boson's pinned one, or what it was trained on."""
+    """The base revision to load an adapter on: the one given, else Boson's pinned one, else the adapter's."""
     known = revision_of(base_name, given)
     if known is None and config and config.base_name and _place(config.base_name)[0] == _place(base_name)[0]:
         known = _place(config.base_name)[1] or config.base_revision
@@ -197,16 +229,16 @@ _RENAMED = {old.lower(): DEFAULT_BASE for old in BASE_NAMES}
 
 
 def same_base(one: str, other: str) -> bool:
-    """True where two values of --base_ckpt mean the same: folders by their place, hub ids by any name of theirs.
+    """True if two values of --base_ckpt mean the same base: the same real folder, or any name of the same hub id.
 
-    Two snapshots in the hub's cache are two bases, where their revisions are two.
+    Two snapshots of the hub's cache differ if their revisions differ.
     """
     (here, here_at), (there, there_at) = _place(one), _place(other)
     return one == other or (here == there and (here_at is None or there_at is None or here_at == there_at))
 
 
 def _place(name: str) -> tuple[str, str | None]:
-    """Place of a base; a snapshot in the hub's cache stands for the repository that it is of, at its revision."""
+    """Identity of a base: a real path, or a hub id with its revision if the path is a snapshot of the hub's cache."""
     parts, revision = Path(name).parts, None
     for at, part in enumerate(parts):
         if part.startswith("models--") and part.count("--") == 2:
@@ -218,30 +250,30 @@ def _place(name: str) -> tuple[str, str | None]:
 
 
 def read_adapter(folder: Path, modules: Adaptable, config: AdapterConfig, flag: str = "--adapter") -> Adapter:
-    """The weights of a checked adapter, each one that its config promises and no other.
+    """Reads the weights of a checked adapter: exactly those that its config implies.
 
     Args:
         folder: holds adapter_model.safetensors, by PEFT's names.
         modules: from `Family.adaptable_modules`.
         config: from `read_adapter_config`.
-        flag: begins each message.
+        flag: prefix of each message.
 
     Raises:
-        ConfigError: missing, extra, misshapen or not finite weights, targets that name no layer, a file that cannot be
-            read; a line each.
+        ConfigError: a line for each missing, extra, misshapen or non-finite weight, for each target without a layer, or
+            for an unreadable file.
     """
     adapted = layers_named(config.target_modules, modules.linears)
     whole = layers_named(config.modules_to_save, modules.savable)
     problems = [
-        f"target_modules: {shown(target)} names no linear layer of the base"
+        f"target_modules: {shown(target)} matches no linear layer of the base"
         for target in naming_nothing(config.target_modules, modules.linears)
     ]
     known = ", ".join(name.rsplit(".", 1)[-1] for name in modules.savable)
     problems += [
-        f"modules_to_save: {shown(name)} is not one that is trained whole here: {known}"
+        f"modules_to_save: {shown(name)} is not a module that can be trained in full: {known}"
         for name in naming_nothing(config.modules_to_save, modules.savable)
     ]
-    problems += [f"{name} has LoRA and stands in modules_to_save too" for name in whole if name in adapted]
+    problems += [f"{name} has LoRA and is listed in modules_to_save too" for name in whole if name in adapted]
     refuse(problems, f"{flag}: {folder / CONFIG}")
     wanted: dict[str, tuple[int, ...]] = {}
     for name in adapted:
@@ -253,7 +285,7 @@ def read_adapter(folder: Path, modules: Adaptable, config: AdapterConfig, flag: 
     if not os.path.isfile(file):
         others = [name for name in ("adapter_model.bin", "adapter_model.pt") if (folder / name).exists()]
         hint = f"; {others[0]} is a pickle and is not loaded" if others else ""
-        raise ConfigError([f"{where} is not there{hint}"])
+        raise ConfigError([f"{where} is missing{hint}"])
     stored = header_of(file, where)
     refuse(differences(stored, wanted | shapes, needs="the base and r need"), where)
     tensors = {key: stored[key].read().to(torch.float32, copy=True) for key in wanted}
@@ -266,12 +298,12 @@ def read_adapter(folder: Path, modules: Adaptable, config: AdapterConfig, flag: 
 
 
 def write_adapter(folder: Path, config, weights: dict[str, torch.Tensor]) -> None:
-    """An adapter in PEFT's format.
+    """Writes an adapter in PEFT's format.
 
     Args:
-        folder: is there.
+        folder: an existing folder.
         config: PEFT's `LoraConfig`.
-        weights: by their names in the training module or in PEFT's file.
+        weights: keyed by their names in the training module or in PEFT's file.
     """
     config.save_pretrained(folder)
     values = {peft_key(name): value.contiguous() for name, value in weights.items()}

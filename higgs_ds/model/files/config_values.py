@@ -1,4 +1,4 @@
-"""Kinds of values in a config.json, rotary parameters, and one way to check a table of fields."""
+"""Value types of a config.json, rotary parameters, and validation of a table of fields."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing_extensions import TypedDict
 
 from ...errors import ConfigError, first_of, reading, shown
 
-Count = Annotated[int, Field(ge=1, le=1024)]  # of layers, heads, codebooks: a list of so many is made
+Count = Annotated[int, Field(ge=1, le=1024)]  # of layers, heads, codebooks: lists of this length are made
 Size = Annotated[int, Field(ge=1, lt=1 << 31)]
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 Positive = Annotated[float, Field(gt=0, lt=1e12)]
@@ -20,7 +20,7 @@ Dtype = Literal["bfloat16", "float16", "float32"]
 
 @with_config(ConfigDict(strict=True, extra="forbid"))
 class DefaultRope(TypedDict):
-    """Rotary parameters of the plain kind."""
+    """Rotary parameters without scaling."""
 
     rope_type: Literal["default"]
     rope_theta: Positive
@@ -28,7 +28,7 @@ class DefaultRope(TypedDict):
 
 @with_config(ConfigDict(strict=True, extra="forbid"))
 class Llama3Rope(TypedDict):
-    """Rotary parameters of Llama 3's kind."""
+    """Rotary parameters with Llama 3's scaling."""
 
     rope_type: Literal["llama3"]
     rope_theta: Positive
@@ -42,10 +42,10 @@ ROPE: TypeAdapter = TypeAdapter(Annotated[DefaultRope | Llama3Rope, Field(discri
 
 
 def checked(kind: TypeAdapter, raw: Any, where: str) -> Any:
-    """The fields of `raw` that a table knows.
+    """Validates `raw` against a table of fields; unknown fields are left out.
 
     Raises:
-        ConfigError: every field that is missing or of another type or range, a line each.
+        ConfigError: a line for each field that is missing, of the wrong type or out of range.
     """
     try:
         return kind.validate_python(raw)
@@ -62,12 +62,12 @@ def rope_of(scaling: dict | None, theta: object, where: str) -> dict[str, Any]:
     """Rotary parameters by transformers' names: `rope_theta`, `rope_type` and that type's own.
 
     Args:
-        scaling: `rope_scaling` of a Llama's config; None is none.
-        theta: `rope_theta` beside it.
-        where: begins each message.
+        scaling: `rope_scaling` of a Llama config, or None.
+        theta: its `rope_theta`.
+        where: prefix of each message.
 
     Raises:
-        ConfigError: parameters of a type that is not known here, or that are not those of their type.
+        ConfigError: an unknown rope type, or parameters that do not belong to it.
     """
     found = dict(scaling or {"rope_type": "default"})
     found["rope_type"] = found.pop("type", None) or found.get("rope_type")  # its older name
@@ -78,7 +78,7 @@ def rope_of(scaling: dict | None, theta: object, where: str) -> dict[str, Any]:
 
 
 def read_json(file: Path, flag: str) -> dict:
-    """A JSON object in a file.
+    """Reads a JSON object from a file.
 
     Raises:
         ConfigError: the file cannot be read, or holds something else.

@@ -1,6 +1,6 @@
-"""Safetensors files, tensor by tensor: which weights a checkpoint holds, reading one, writing shards and their index.
+"""Safetensors files, tensor by tensor: headers of a checkpoint, reading a tensor, writing shards and their index.
 
-The library's own writer takes all tensors of a file at once, 5 GB of them; here no more than one is held.
+The library's writer needs all tensors of a file in memory, up to 5 GB; this one holds a single piece of a tensor.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from ...errors import ConfigError, first_of, reading
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 DTYPES_BY_NAME = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-SHARD_BYTES = 5_000_000_000  # what the hub's files hold at most
+SHARD_BYTES = 5_000_000_000  # the hub's usual limit
 ROWS_AT_ONCE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor in a file, known from the file's header."""
+    """A tensor of a file, as described by the file's header."""
 
     file: Path
     key: str  # its name in the file
@@ -36,33 +36,33 @@ class Stored:
     dtype: str  # as safetensors writes it: "BF16"
 
     def rows(self, at_once_bytes: int = ROWS_AT_ONCE_BYTES) -> Iterator[torch.Tensor]:
-        """The tensor in pieces along its first dimension; a piece's memory is free once it is dropped."""
+        """Yields the tensor in pieces along its first dimension; dropping a piece frees its memory."""
         if not self.shape:
             yield self.read()
             return
         row_bytes = max(1, math.prod(self.shape[1:]) * 4)
         step = max(1, at_once_bytes // row_bytes)
         for start in range(0, self.shape[0], step):
-            # Opened anew for each piece: the mapping of a file counts as memory of this process while it is open.
+            # Reopened for each piece: a mapped file counts towards this process's memory while it is open.
             with safe_open(self.file, framework="pt") as tensors:
                 yield tensors.get_slice(self.key)[start : start + step].clone()
 
     def read(self) -> torch.Tensor:
-        """The whole tensor, mapped from the file: pages are shared with other processes that read it."""
+        """The whole tensor, memory-mapped: its pages are shared with other processes."""
         with safe_open(self.file, framework="pt") as tensors:
             return tensors.get_tensor(self.key)
 
 
 def all_finite(values: torch.Tensor) -> bool:
-    """True where no value is NaN or infinite; NaN is the least and the largest of all, and one pass finds both."""
+    """True if no value is NaN or infinite; one pass suffices, since aminmax propagates NaN."""
     return values.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(values))).all())
 
 
 def header_of(file: Path, where: str) -> dict[str, Stored]:
-    """The tensors of a safetensors file by their names in it, from its header alone.
+    """Tensors of a safetensors file by key, read from its header only.
 
     Raises:
-        ConfigError: it cannot be read; the line begins with `where`.
+        ConfigError: the file cannot be read; the line begins with `where`.
     """
     with reading(f"{where} cannot be read"), safe_open(file, framework="pt") as tensors:
         slices = {key: tensors.get_slice(key) for key in tensors.keys()}  # noqa: SIM118 - safe_open is not a mapping
@@ -72,29 +72,29 @@ def header_of(file: Path, where: str) -> dict[str, Stored]:
 def weight_headers(
     folder: Path, name_of: Callable[[str], str | None] = lambda key: key, flag: str = "--base_ckpt"
 ) -> dict[str, Stored]:
-    """Weights in the folder's safetensors files, from their headers alone.
+    """Weights of a folder's safetensors files, read from their headers only.
 
     Args:
-        name_of: the model's name of a weight, from its name in the files; None where it has none.
+        name_of: maps a key of the files to the model's name; None for a weight that the model does not have.
 
     Returns:
-        weights by the model's names; one that has none there by "foreign" and its own.
+        weights by the model's names; a weight without one by "foreign" and its key.
 
     Raises:
-        ConfigError: files that are missing or cannot be read; two weights of one name.
+        ConfigError: files that are missing or unreadable; two weights of the same name.
     """
     found: dict[str, Stored] = {}
     for file in _weight_files(folder, f"{flag}: {folder}"):
         for key, stored in header_of(file, f"{flag}: {file}").items():
             name = name_of(key) or f"foreign {key}"
             if name in found:
-                raise ConfigError([f"{flag}: {file}: {key} stands in {found[name].file.name} too"])
+                raise ConfigError([f"{flag}: {file}: {key} is in {found[name].file.name} too"])
             found[name] = stored
     return found
 
 
 def _weight_files(folder: Path, where: str) -> list[Path]:
-    """The files that transformers would load: the whole checkpoint, or the shards that the index names."""
+    """The files that transformers would load: a single file, or the shards of the index."""
     single, index = folder / SINGLE, folder / INDEX
     if single.exists():
         return [single]
@@ -117,13 +117,13 @@ def differences(
     name_of: Callable[[str], str] = lambda name: name,
     needs: str = "the model needs",
 ) -> list[str]:
-    """Lists what is missing, extra, misshapen or quantized, each a line.
+    """Lists missing, extra, misshapen and quantized weights, a line each.
 
     Args:
-        stored: what the files hold, by the names of `wanted`.
+        stored: weights of the files, keyed like `wanted`.
         wanted: shapes by name.
-        name_of: gives a missing weight's name in these files.
-        needs: says who needs a shape.
+        name_of: maps a missing weight's name to its key in the files.
+        needs: subject of the message on a wrong shape.
     """
     floats = ", ".join(sorted(DTYPES_BY_NAME))
     problems = [f"missing weight {name_of(name)} {list(wanted[name])}" for name in wanted if name not in stored]
@@ -148,7 +148,7 @@ def refuse(problems: list[str], where: str) -> None:
 
 @dataclass(frozen=True)
 class Planned:
-    """A tensor that is to be written."""
+    """A tensor to write."""
 
     name: str
     shape: tuple[int, ...]
@@ -160,7 +160,7 @@ class Planned:
 
 
 def shards(planned: Iterable[Planned], limit: int = SHARD_BYTES) -> list[list[Planned]]:
-    """In the given order, as many to a file as `limit` bytes hold."""
+    """Splits tensors into files of at most `limit` bytes, in the given order."""
     files: list[list[Planned]] = []
     size = 0
     for tensor in planned:
@@ -173,14 +173,14 @@ def shards(planned: Iterable[Planned], limit: int = SHARD_BYTES) -> list[list[Pl
 
 
 def write_safetensors(file: Path, planned: list[Planned], pieces_of) -> None:
-    """Writes one file, in the safetensors format, and brings it to the disk.
+    """Writes a safetensors file and syncs it to disk.
 
     Args:
-        planned: what it holds, in this order.
-        pieces_of: gives a `Planned`'s values, a few rows at a time, in its dtype.
+        planned: its tensors, in this order.
+        pieces_of: yields the values of a `Planned`, a few rows at a time, in its dtype.
 
     Raises:
-        ValueError: the pieces of a tensor are not as many bytes as its shape says.
+        ValueError: the pieces of a tensor do not add up to its size.
     """
     with file.open("wb") as out:
         out.write(_head(planned))
@@ -197,7 +197,7 @@ def write_safetensors(file: Path, planned: list[Planned], pieces_of) -> None:
 
 
 def write_sparse(file: Path, planned: list[Planned]) -> None:
-    """One file of zeros in the safetensors format: its header, and a hole for the values, which takes no disk."""
+    """Writes a safetensors file of zeros as a sparse file: the header, and a hole for the values."""
     head = _head(planned)
     with file.open("wb") as out:
         out.write(head)
@@ -205,7 +205,7 @@ def write_sparse(file: Path, planned: list[Planned]) -> None:
 
 
 def _head(planned: list[Planned]) -> bytes:
-    """Bytes of a safetensors file before the values: the header's length and the header."""
+    """The header of a safetensors file, preceded by its length."""
     header: dict = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor in planned:
@@ -221,7 +221,7 @@ def _head(planned: list[Planned]) -> bytes:
 
 
 def write_checkpoint_weights(folder: Path, planned: list[Planned], pieces_of, *, limit: int = SHARD_BYTES) -> None:
-    """Writes `model.safetensors`, or numbered shards and `model.safetensors.index.json`, as the hub has them."""
+    """Writes `model.safetensors`, or numbered shards with `model.safetensors.index.json`."""
     files = shards(planned, limit)
     if len(files) == 1:
         write_safetensors(folder / SINGLE, files[0], pieces_of)
@@ -231,11 +231,15 @@ def write_checkpoint_weights(folder: Path, planned: list[Planned], pieces_of, *,
 
 def write_shards(folder: Path, files: list[list[Planned]], write) -> None:
     """Writes numbered files, each by `write(file, tensors)`, and `model.safetensors.index.json`."""
-    weight_map: dict[str, str] = {}
-    for number, tensors in enumerate(files, 1):
-        name = f"model-{number:05d}-of-{len(files):05d}.safetensors"
+    named = {f"model-{number:05d}-of-{len(files):05d}.safetensors": tensors for number, tensors in enumerate(files, 1)}
+    for name, tensors in named.items():
         write(folder / name, tensors)
-        weight_map |= {tensor.name: name for tensor in tensors}
-    total = sum(tensor.num_bytes for tensors in files for tensor in tensors)
+    write_index(folder, named)
+
+
+def write_index(folder: Path, files: dict[str, list[Planned]]) -> None:
+    """Writes `model.safetensors.index.json` of tensors by their file."""
+    weight_map = {tensor.name: name for name, tensors in files.items() for tensor in tensors}
+    total = sum(tensor.num_bytes for tensors in files.values() for tensor in tensors)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -1,7 +1,7 @@
-"""Reading Boson's own config.json, and what the config of a checkpoint in either layout must hold together.
+"""Read Boson's config.json, and check a config of either layout for consistency.
 
-The tables have the fields that change what is computed; the shapes of the weights say the rest. A field that stands in
-no table is not read, so that nothing in a file reaches transformers' config but what is known to be plain.
+The tables list the fields that change what is computed; the rest follows from the shapes of the weights. A field in no
+table is not read, so that only known, plain values reach transformers' config class.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ..files.weight_files import refuse
 
 
 class LlamaFields(BaseModel):
-    """Llama's own fields, under the same names in both layouts; left out, they are as in transformers' layout."""
+    """Llama's fields, named alike in both layouts; the defaults are those of transformers' layout."""
 
     model_config = ConfigDict(strict=True)
     vocab_size: Size = 128256
@@ -43,7 +43,7 @@ LLAMA_FIELDS = tuple(LlamaFields.model_fields)
 
 
 class TextFields(LlamaFields):
-    """The language model's fields in Boson's config.json; left out, they are as in transformers' LlamaConfig."""
+    """Fields of the language model in Boson's config.json; the defaults are those of transformers' LlamaConfig."""
 
     model_type: Literal["llama"] = "llama"
     architectures: list[str] | None = None
@@ -59,7 +59,7 @@ class TextFields(LlamaFields):
 
 @with_config(ConfigDict(strict=True))
 class BosonFields(TypedDict, total=False):
-    """Boson's config.json, without the audio tower and what transformers adds to every config (`torchscript`, …)."""
+    """Boson's config.json, without the audio tower and transformers' generic fields (`torchscript`, …)."""
 
     text_config: TextFields
     model_type: str
@@ -104,23 +104,23 @@ def config_from_boson(raw: dict, where: str) -> HiggsAudioConfig:
     """Upstream's config from the fields of `BosonFields`.
 
     Args:
-        raw: the config.json.
-        where: begins each message.
+        raw: the parsed config.json.
+        where: prefix of each message.
 
     Raises:
-        ConfigError: values that are of another type or range, that upstream's class refuses, or that do not fit one
-            another, a line each.
+        ConfigError: a line for each value of the wrong type, out of range, refused by upstream's class or inconsistent
+            with another.
     """
     fields = checked(_FIELDS, {"text_config": None, **raw}, where)
     return made(fields | {"text_config": fields["text_config"].model_dump(exclude_unset=True)}, where)
 
 
 def made(fields: dict, where: str) -> HiggsAudioConfig:
-    """Upstream's config of checked fields.
+    """Upstream's config from checked fields.
 
     Raises:
-        ConfigError: upstream's class refuses them; an audio tower; ids or rotary parameters that would compute
-            something else than the model was trained to.
+        ConfigError: refused by upstream's class, an audio tower, or ids or rotary parameters that would change what
+            the model computes.
     """
     with reading(f"{where} is no config of Higgs Audio"):
         config = HiggsAudioConfig.from_dict(fields)

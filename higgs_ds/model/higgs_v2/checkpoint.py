@@ -1,7 +1,7 @@
 """A base checkpoint of Higgs Audio v2, every weight accounted for.
 
-What the checkpoint holds is compared with what the model needs from the files' headers alone, before anything is
-loaded: the same verdict on every rank and under every ZeRO stage, where loading itself would leave random weights.
+The files' headers are compared with the model's weights before anything is loaded, so that every rank and ZeRO stage
+comes to the same verdict; transformers' loader would leave missing weights random.
 """
 
 from __future__ import annotations
@@ -21,23 +21,29 @@ from .upstream import HiggsAudioForTraining
 
 
 def open_base(
-    name_or_path: str, revision: str | None = None, flag: str = "--base_ckpt", folder: Path | None = None
+    name_or_path: str,
+    revision: str | None = None,
+    flag: str = "--base_ckpt",
+    folder: Path | None = None,
+    *,
+    weights: bool = True,
 ) -> BaseCheckpoint:
-    """Finds a checkpoint and asks it everything that can be asked without loading it; the same for every verb.
+    """Locates a checkpoint and checks config, weight headers and tokenizer; used by every verb.
 
     Args:
-        name_or_path: a folder, or a hub id, which is downloaded.
-        revision: of the hub; None means the pinned one for Boson's own, the newest for any other.
-        flag: that named it, for the messages.
-        folder: where it was found; looked for without one.
+        name_or_path: a folder, or a hub id to download.
+        revision: hub revision; None means the pinned one for Boson's own repository, else the newest.
+        flag: the flag that named it, for messages.
+        folder: its folder, if it has been located already.
+        weights: also check the weights' headers.
 
     Raises:
-        ConfigError: not to be had, of another kind or layout, weights or a tokenizer that do not fit its config; all
-            that is wrong with it, a line each.
+        ConfigError: a line for each problem: not found, another model type, weights or a tokenizer that do not fit the
+            config.
     """
     folder = folder or locate_checkpoint(name_or_path, revision, flag)
     config = read_checkpoint_config(folder, flag)
-    stored, notes = check_weights(folder, config, flag)
+    stored, notes = check_weights(folder, config, flag) if weights else ({}, [])
     tokenizer = load_tokenizer(folder, flag)
     check_tokenizer(folder, tokenizer, config, flag)
     spec, layout = HiggsV2Spec.from_config(config), layout_of(folder, flag)
@@ -45,7 +51,7 @@ def open_base(
     return BaseCheckpoint(name_or_path, revision, *known)
 
 
-# What the prompt is written with: a tokenizer that cuts one of these to pieces would train another prompt.
+# Special tokens of the prompt: a tokenizer that splits one of them would train another prompt.
 _PROMPT_TOKENS = (
     *("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|eom_id|>", "<|recipient|>"),
     *("<|audio_bos|>", "<|audio_eos|>", "<|audio_out_bos|>", "<|scene_desc_start|>", "<|scene_desc_end|>"),
@@ -53,10 +59,10 @@ _PROMPT_TOKENS = (
 
 
 def check_tokenizer(folder: Path, tokenizer, config: HiggsAudioConfig, flag: str = "--base_ckpt") -> None:
-    """Compares the tokenizer's special tokens with those of the config.
+    """Compares the tokenizer's special tokens with the config.
 
     Raises:
-        ConfigError: a special token that is none, or has another id; ids beyond the model's vocabulary.
+        ConfigError: a prompt token that is not a single special token, or has another id; ids beyond the vocabulary.
     """
     ids = {
         config.audio_in_token: config.audio_in_token_idx,
@@ -69,7 +75,7 @@ def check_tokenizer(folder: Path, tokenizer, config: HiggsAudioConfig, flag: str
         encoded = tokenizer.encode(token, add_special_tokens=False)
         wanted = ids.get(token)
         if len(encoded) != 1:
-            problems.append(f"its tokenizer cuts {token} into {len(encoded)} tokens; it must be one special token")
+            problems.append(f"its tokenizer splits {token} into {len(encoded)} tokens; it must be one special token")
         elif wanted is not None and encoded[0] != wanted:
             problems.append(f"its tokenizer gives {token} the id {encoded[0]}, config.json {wanted}")
     if len(tokenizer) > config.text_config.vocab_size:
@@ -78,7 +84,7 @@ def check_tokenizer(folder: Path, tokenizer, config: HiggsAudioConfig, flag: str
 
 
 def empty_base(config: HiggsAudioConfig, dtype: str) -> HiggsAudioForTraining:
-    """The model of `load_base` on the meta device: names and shapes, no weight."""
+    """The model of `load_base` on the meta device: names and shapes without values."""
     with torch.device("meta"):
         return HiggsAudioForTraining._from_config(config, torch_dtype=DTYPES[dtype])
 
@@ -86,9 +92,9 @@ def empty_base(config: HiggsAudioConfig, dtype: str) -> HiggsAudioForTraining:
 def load_base(
     folder: Path, config: HiggsAudioConfig, dtype: str, *, quantize_on: torch.device | None = None
 ) -> HiggsAudioForTraining:
-    """The base model, all parameters frozen, in `dtype` ("bf16", "fp16", "fp32"); after `check_weights`.
+    """Loads the base model, frozen, in `dtype` ("bf16", "fp16", "fp32"); call `check_weights` first.
 
-    With `quantize_on` the decoder's linear layers are kept in NF4, made on that device, see `load_checkpoint`.
+    With `quantize_on`, the decoder's linear layers are quantized to NF4 on that device, see `load_checkpoint`.
     """
     model = load_checkpoint(HiggsAudioForTraining, folder, config, DTYPES[dtype], quantize_on=quantize_on)
     model.requires_grad_(False)

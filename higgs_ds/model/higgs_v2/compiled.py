@@ -1,7 +1,7 @@
-"""Decoder layers by torch.compile: one program for all layers up to attention, and one from there on.
+"""Decoder layers under torch.compile: one program for the part before attention, one for the part after it.
 
-Attention's own kernel stays between them, and with it everything that counts sequences. So a micro-batch of one row
-needs no program of its own, and neither does the last layer, which goes on with fewer rows.
+Attention runs between them, uncompiled, as the only part that depends on the number of sequences. So a micro-batch of
+one row needs no program of its own, nor does the last layer, which continues with fewer rows.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ import torch.fx.experimental._config
 from ..fused_mlp import adopt
 from .layers import DecoderLayer
 
-# Two sizes that are equal in the first micro-batch need not be so in the next.
+# Two sizes that happen to be equal in the first micro-batch may differ in the next.
 torch.fx.experimental._config.use_duck_shape = False
-# A program for each set of projections with LoRA that some layer has; above the limit torch raises.
+# One program for each combination of projections with LoRA; torch raises above this limit.
 torch._dynamo.config.recompile_limit = 64
-# LoRA's scaling and the like are the same in all layers. Taken for sizes at first, they would have all compiled twice.
+# LoRA's scaling is the same in all layers; treated as dynamic, it would compile every layer twice.
 torch._dynamo.config.specialize_float = True
 
 
 def programs(backend: str | Callable = "inductor") -> dict[str, Callable]:
-    """By the name of the method that each computes; nothing is compiled before the first call."""
+    """Compiled methods by name; nothing is compiled before the first call."""
     methods = (DecoderLayer.before_attention, DecoderLayer.after_attention)
     return {m.__name__: torch.compile(m, backend=backend, dynamic=True, fullgraph=True) for m in methods}
 
 
 class CompiledDecoderLayer(DecoderLayer):
-    """The layer through these programs where it trains on text and audio; validation computes as without them."""
+    """A decoder layer that uses the compiled programs when it trains on text and audio; validation runs eagerly."""
 
     programs = programs()
 
@@ -44,12 +44,12 @@ class CompiledDecoderLayer(DecoderLayer):
 
 
 def _pays(hidden: torch.Tensor, num_text: int) -> bool:
-    """Slices of 0 or 1 row would each be compiled anew, and so would a forward that has no backward."""
+    """False for slices of 0 or 1 row and for a forward without backward, each of which would be recompiled."""
     return torch.is_grad_enabled() and min(num_text, hidden.shape[0] - num_text) >= 2
 
 
 def compile_layers(forward) -> None:
-    """Has a `TrainingForward`'s layers compute through the programs, which are made when they are first needed."""
+    """Switches a `TrainingForward`'s layers to the compiled programs, compiled on first use."""
     adopt(forward.model, CompiledDecoderLayer)
-    # The first layer's input has a gradient then as the others' has, and so their program.
+    # Gives the first layer's input a gradient like the others', so that it shares their program.
     forward.input_gradient = True

@@ -1,8 +1,7 @@
-"""config.json in either layout: reading transformers' as boson_multimodal's, and writing each from the other.
+"""config.json in either layout: read transformers' as boson_multimodal's, and convert in both directions.
 
-transformers' config leaves out what that model never varies (a dual FFN in every layer, the delay pattern, codes of a
-clip in the prompt) and the ids of tokens that it does not use; the first are the class's own constants, the second
-stand in the checkpoint's tokenizer.
+transformers' config omits what its model never varies (a dual FFN in every layer, the delay pattern, codes of prompt
+clips), and the ids of tokens that it does not use; those are taken from the checkpoint's tokenizer.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ TOKENS = {
     "audio_out": "<|AUDIO_OUT|>",
 }
 DELAY_TOKEN = "<|reserved_special_token_6|>"
-# Of a config without rotary parameters.
+# Rotary parameters of a config that has none.
 DEFAULT_ROPE: dict[str, Any] = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -43,7 +42,7 @@ DEFAULT_ROPE: dict[str, Any] = {
 
 
 class TransformersFields(LlamaFields):
-    """Fields of config.json in transformers' layout; left out, they are as in its HiggsAudioV2Config."""
+    """Fields of config.json in transformers' layout; the defaults are those of HiggsAudioV2Config."""
 
     pad_token_id: TokenId = 128001
     tie_word_embeddings: bool = False
@@ -67,7 +66,7 @@ _FIELDS: TypeAdapter = TypeAdapter(TransformersFields)
 
 
 class AddedToken(TypedDict):
-    """Fields that are read of a tokenizer's added token."""
+    """Fields read from an added token of a tokenizer."""
 
     content: str
     id: TokenId
@@ -77,10 +76,10 @@ _ADDED_TOKENS: TypeAdapter = TypeAdapter(list[AddedToken])
 
 
 def read_checkpoint_config(folder: Path, flag: str = "--base_ckpt") -> HiggsAudioConfig:
-    """The config of a checkpoint in either layout, as boson_multimodal's model takes it.
+    """The config of a checkpoint in either layout, as boson_multimodal's class.
 
     Raises:
-        ConfigError: neither layout, or values that the other layout's model does not have; each named.
+        ConfigError: neither layout, or values that Boson's model cannot have; a line each.
     """
     file = folder / "config.json"
     where, raw = f"{flag}: {file}", read_json(file, flag)
@@ -90,7 +89,7 @@ def read_checkpoint_config(folder: Path, flag: str = "--base_ckpt") -> HiggsAudi
 
 
 def without_private(fields: dict) -> dict:
-    """A config's fields but for those that transformers keeps for itself (`_name_or_path`, …), at every depth."""
+    """A config without transformers' private fields (`_name_or_path`, …), at any depth."""
     return {
         key: without_private(value) if isinstance(value, dict) else value
         for key, value in fields.items()
@@ -99,7 +98,7 @@ def without_private(fields: dict) -> dict:
 
 
 def token_ids(folder: Path, flag: str = "--base_ckpt") -> dict[str, int]:
-    """Ids of the added tokens of the checkpoint's tokenizer.json, by their text.
+    """Ids of the added tokens in the checkpoint's tokenizer.json, by text.
 
     Raises:
         ConfigError: the file cannot be read.
@@ -110,15 +109,15 @@ def token_ids(folder: Path, flag: str = "--base_ckpt") -> dict[str, int]:
 
 
 def config_from_transformers(raw: dict, tokens: dict[str, int], where: str) -> HiggsAudioConfig:
-    """Boson's config of a model in transformers' layout.
+    """Boson's config for a model in transformers' layout.
 
     Args:
-        raw: its config.json.
+        raw: the parsed config.json.
         tokens: ids of the tokenizer's added tokens, by text.
-        where: begins each message.
+        where: prefix of each message.
 
     Raises:
-        ConfigError: every value that Boson's model does not have, a line each.
+        ConfigError: a line for each value that Boson's model cannot have.
     """
     values: dict[str, Any] = checked(_FIELDS, raw, where).model_dump()
     rope = _rope_of(values, where)
@@ -166,7 +165,7 @@ def config_from_transformers(raw: dict, tokens: dict[str, int], where: str) -> H
 
 
 def _not_bosons(values: dict[str, Any]) -> list[str]:
-    """Lists what Boson's model cannot be, a line each."""
+    """Lists values that Boson's model cannot have."""
     size, begin, end = values["codebook_size"], values["audio_stream_bos_id"], values["audio_stream_eos_id"]
     problems = []
     if values["tie_word_embeddings"]:
@@ -180,7 +179,7 @@ def _not_bosons(values: dict[str, Any]) -> list[str]:
 
 
 def _rope_of(values: dict[str, Any], where: str) -> dict[str, Any]:
-    """Rotary parameters, from either of the two ways that transformers' config.json says them."""
+    """Rotary parameters from either spelling in transformers' config.json."""
     found, scaling, theta = (values[key] for key in ("rope_parameters", "rope_scaling", "rope_theta"))
     if found is None and not scaling and theta is None:
         found = DEFAULT_ROPE
@@ -191,16 +190,16 @@ def _rope_of(values: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def transformers_config(config: HiggsAudioConfig, tokens: dict[str, int], dtype: str, where: str) -> dict:
-    """config.json in transformers' layout of a model in Boson's.
+    """config.json in transformers' layout for a model in Boson's.
 
     Args:
-        config: Boson's.
+        config: Boson's config.
         tokens: ids of the tokenizer's added tokens, by text.
-        dtype: of the weights, as torch names it: "bfloat16".
-        where: begins each message.
+        dtype: dtype of the weights as torch names it: "bfloat16".
+        where: prefix of each message.
 
     Raises:
-        ConfigError: what transformers' model does not have, a line each.
+        ConfigError: a line for each property that transformers' model cannot have.
     """
     text = config.text_config
     cannot = {

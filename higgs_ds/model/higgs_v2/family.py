@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,10 +40,12 @@ class HiggsV2:
 
         return load_tokenizer(folder, flag)
 
-    def open_base(self, name_or_path: str, revision: str | None, flag: str, folder: Path) -> BaseCheckpoint:
+    def open_base(
+        self, name_or_path: str, revision: str | None, flag: str, folder: Path, *, weights: bool = True
+    ) -> BaseCheckpoint:
         from .checkpoint import open_base
 
-        return open_base(name_or_path, revision, flag, folder)
+        return open_base(name_or_path, revision, flag, folder, weights=weights)
 
     def check_forward(self, base: BaseCheckpoint) -> None:
         from .layers import check_supported
@@ -54,6 +56,11 @@ class HiggsV2:
         from .load import adaptable_modules
 
         return adaptable_modules(config)
+
+    def empty_base(self, config: Any, dtype: str) -> nn.Module:
+        from .checkpoint import empty_base
+
+        return empty_base(config, dtype)
 
     def load_base(self, folder: Path, config: Any, dtype: str, *, quantize_on: torch.device | None = None) -> nn.Module:
         from .checkpoint import load_base
@@ -84,14 +91,10 @@ class HiggsV2:
 
         return merge(base, adapter, output_dir, layout, **options)
 
-    def voice(
-        self, base: BaseCheckpoint, dtype: str, codec: Codec, device: torch.device
-    ) -> tuple[Callable[[], nn.Module], Callable[[nn.Module], Any]]:
-        """See `Family.voice`."""
-        from .checkpoint import empty_base
+    def voice(self, model: nn.Module, base: BaseCheckpoint, codec: Codec, device: torch.device) -> Any:
         from .speaker import Speaker
 
-        return lambda: empty_base(base.config, dtype), lambda model: Speaker(model, base, codec, device)
+        return Speaker(model, base, codec, device)
 
     def speaker(self, base: BaseCheckpoint, adapter: str | None, codec: Any, **options: Any) -> Speaker:
         """Upstream's own generate, see `speaker.Speaker`."""

@@ -1,4 +1,4 @@
-"""The training forward of a model that is loaded: modules that compute as `layers.py` has it, or upstream's own way."""
+"""Build the training forward of a loaded model: the padding-free one of `layers.py`, or upstream's own."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ def training_forward(
     checkpoint_every: int = 0,
     compiled: bool = False,
 ) -> nn.Module:
-    """The module that the engine runs, for a model with this `HiggsAudioConfig`.
+    """The module for the engine to run, for a model with this `HiggsAudioConfig`.
 
     Args:
         forward_impl: "padding_free", or "upstream" with the reference loss alone.
         loss_impl: "fused", or "reference" for plain cross-entropy on the labelled rows' logits.
         checkpoint_every: every N-th decoder layer is recomputed in the backward; 0 for none.
-        compiled: decoder layers by torch.compile.
+        compiled: run decoder layers under torch.compile.
 
     Raises:
-        ConfigError: LoRA on a head, to which the fused loss would give no gradient.
+        ConfigError: LoRA on a head, which would get no gradient from the fused loss.
     """
     if forward_impl == "upstream":
         return ReferenceForward.from_config(model, config)
@@ -50,7 +50,7 @@ def training_forward(
             raise ConfigError([f"--loss_impl fused: {name} {why}" for name in adapted])
         for head in heads.values():
             head.trained = head.weight.requires_grad
-    # Upstream's and PEFT's modules become ours, in place: weights, names and ZeRO-3's gathering stay.
+    # Modules change class in place, so that weights, names and ZeRO-3's gathering stay as they are.
     for head in heads.values():
         adopt(head, LoraHead)
     adopt(model, FusedRmsNorm)

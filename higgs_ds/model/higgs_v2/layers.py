@@ -1,9 +1,8 @@
-"""Upstream's model on flat rows: every token computed once, nothing that waits for the device.
+"""Upstream's model on flat rows: each token is computed once, and nothing waits for the device.
 
-The same mathematics as upstream's forward, through upstream's own modules (so that ZeRO-3 gathers each weight when it
-is used, and LoRA is where it was): text rows and audio rows go through their own norms and feed-forward networks as
-two slices, attention sees right-padded sequences and no mask, and heads see labelled rows alone. All indices come
-from the batch's `BatchIndex`.
+The mathematics is upstream's, and so are the modules (ZeRO-3 gathers each weight on use, LoRA stays in place). Text and
+audio rows pass through their own norms and feed-forward networks as two slices, attention sees right-padded sequences
+without a mask, and the heads see labelled rows only. All indices come from the batch's `BatchIndex`.
 """
 
 from __future__ import annotations
@@ -33,10 +32,10 @@ if TYPE_CHECKING:
 
 
 def check_supported(config: HiggsAudioConfig) -> None:
-    """Refuses a `HiggsAudioConfig` whose layers or projections are not those computed here.
+    """Refuses a `HiggsAudioConfig` with layers that are not implemented here.
 
     Raises:
-        ConfigError: naming what the checkpoint has, and `--forward_impl upstream`.
+        ConfigError: naming them, and `--forward_impl upstream` as the remedy.
     """
     problems = [
         f"--forward_impl padding_free: the checkpoint has {what}; use --forward_impl upstream --loss_impl reference"
@@ -57,19 +56,19 @@ def padding_free_forward(
     checkpoint_every: int = 0,
     input_gradient: bool = False,
 ) -> PaddingFreeOutput:
-    """One micro-batch through upstream's `HiggsAudioModel`.
+    """Runs one micro-batch through upstream's `HiggsAudioModel`.
 
     Args:
         input_ids: [batch, tokens], read at `index.text_index`.
         audio_out_ids, audio_in_ids: [codebooks, frames].
-        checkpoint_every: N recomputes every N-th layer in the backward, from the first on; 0 for none.
-        input_gradient: whether the backward goes on to what enters the first layer, where nothing learns.
+        checkpoint_every: recompute every N-th layer in the backward, beginning with the first; 0 for none.
+        input_gradient: continue the backward to the first layer's input, although nothing trains there.
     """
-    # Inputs: token ids and codes, of the shapes that the index was made for.
+    # Inputs: token ids and codes, in the shapes of the index.
     codes = _codes(model, audio_out_ids, audio_in_ids, input_ids)
     num_frames = codes.shape[1]
     arrived = num_frames == index.num_frames
-    # What did not arrive is the guard's to report. Until it has, this rank computes as much as the others wait for.
+    # Missing frames are reported by the guard. Until then this rank computes on zeros, so that no other waits for it.
     codes = _of_shape(codes, (codes.shape[0], index.num_frames))
     input_ids = _of_shape(input_ids, index.input_shape)
     # Embeddings: text rows first, audio rows behind them, and so through all layers.
@@ -77,7 +76,7 @@ def padding_free_forward(
     hidden = torch.cat([text, _embed_codes(model, codes)])
     if input_gradient and torch.is_grad_enabled():
         hidden.requires_grad_()
-    # Rotary factors once for all layers, by each row's place in its own sequence.
+    # Rotary factors, once for all layers, by each row's position in its sequence.
     cos, sin = model.rotary_emb(hidden, index.positions[None])
     rope = cos.transpose(0, 1), sin.transpose(0, 1)  # [N, 1, head_dim]
     num_rows, last = hidden.shape[0], len(model.layers) - 1
@@ -86,24 +85,24 @@ def padding_free_forward(
             hidden,
             index=index,
             rope=rope,
-            # Behind the last attention nobody looks at a row that no head predicts from.
+            # After the last attention only rows that a head predicts from are needed.
             outputs_only=number == last,
             recompute=bool(checkpoint_every) and number % checkpoint_every == 0 and torch.is_grad_enabled(),
         )
-    # Heads: only rows with a label, and the loss of both.
+    # Heads: labelled rows only.
     text, audio = model.norm(hidden.index_select(0, index.head_rows)).split(index.num_head_rows)
     loss, sums, shape = _heads(model.audio_decoder_proj, text, audio, index, objective)
     if not arrived:
-        shape = (0, *shape[1:])  # nothing was computed from the frames that were meant
+        shape = (0, *shape[1:])  # nothing was computed from the intended frames
     return PaddingFreeOutput(loss, sums, num_rows, num_frames, shape)
 
 
 def _codes(
     model: HiggsAudioModel, audio_out_ids: torch.Tensor | None, audio_in_ids: torch.Tensor | None, like: torch.Tensor
 ) -> torch.Tensor:
-    """Audio-out frames, then audio-in frames where the model takes them. [codebooks, frames]
+    """Audio-out frames followed by audio-in frames, if the model reads those. [codebooks, frames]
 
-    Nothing is asked of a weight here, not even its device: under ZeRO-3 that alone would gather it, on this rank only.
+    No weight may be accessed here, not even its device: under ZeRO-3 that would gather it, on this rank only.
     """
     given = (audio_out_ids, audio_in_ids if model.config.encode_audio_in_tokens else None)
     parts = [part for part in given if part is not None and part.shape[-1]]
@@ -124,27 +123,27 @@ def _embed_codes(model: HiggsAudioModel, codes: torch.Tensor) -> torch.Tensor:
 
 
 class DecoderLayer(HiggsAudioDualFFNDecoderLayer):
-    """Upstream's dual-FFN layer on flat rows; given sequences, it is upstream's.
+    """Upstream's dual-FFN layer, on flat rows if an index is given.
 
-    Weights of several of its modules are used at once, so that under ZeRO-3 it is gathered as a whole (a leaf module).
+    It reads weights of several of its modules at once; under ZeRO-3 it is therefore a leaf module, gathered as a whole.
     """
 
     def forward(
         self, hidden: torch.Tensor, *args: Any, index: BatchIndex | None = None, recompute: bool = False, **kwargs: Any
     ) -> Any:
-        """[N, hidden] -> [N, hidden], or with `outputs_only` the index's output rows alone, [K, hidden].
+        """[N, hidden] -> [N, hidden], or with `outputs_only` the index's output rows, [K, hidden].
 
-        With `recompute`, what is computed in between is made again in the backward.
+        With `recompute`, activations are recomputed in the backward.
         """
         if index is None:
             return super().forward(hidden, *args, **kwargs)
         if recompute:
-            # Within the module: no hook of ZeRO-3's, which would give the weights back, between this and the gradients.
+            # Inside the module: outside it, ZeRO-3's hook would release the weights before the recomputation.
             return checkpoint(self.on_rows, hidden, index=index, **kwargs, use_reentrant=False)
         return self.on_rows(hidden, index=index, **kwargs)
 
     def on_rows(self, hidden: torch.Tensor, *, index: BatchIndex, rope: Rope, outputs_only: bool) -> torch.Tensor:
-        """The computation itself, see `forward`."""
+        """The layer's computation, see `forward`."""
         # Flat rows to padded sequences, attention, and back to flat rows.
         places, num_text = index.unpack_index, index.num_text
         heads = self.before_attention(hidden, num_text, rope, index.pack_index, places)
@@ -159,27 +158,27 @@ class DecoderLayer(HiggsAudioDualFFNDecoderLayer):
     def before_attention(
         self, hidden: torch.Tensor, num_text: int, rope: Rope, pack_index: torch.Tensor, unpack_index: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        """Query, key and value at padded places: [N, hidden] -> [places, heads, head_dim] each."""
+        """Query, key and value at padded positions: [N, hidden] -> [positions, heads, head_dim] each."""
         attn = self.self_attn
         normed = _normed([self.input_layernorm, self.audio_input_layernorm], hidden, num_text)
         projected = project([attn.q_proj, attn.k_proj, attn.v_proj], normed)
         query, key, value = (rows.unflatten(1, (-1, attn.head_dim)) for rows in projected)  # [N, heads, head_dim]
-        # Rotated while the rows are flat: padding needs no rotation.
+        # Rotate flat rows: padding needs no rotation.
         query, key = Rotate.apply(query, *rope), Rotate.apply(key, *rope)
         return tuple(RowsToSequences.apply(rows, pack_index, unpack_index) for rows in (query, key, value))
 
     def after_attention(self, hidden: torch.Tensor, attended: torch.Tensor, num_text: int) -> torch.Tensor:
-        """The layer's output for rows of its input and what attention made of them: [N, hidden] each -> [N, hidden]"""
+        """The layer's output, from its input rows and their attention output: [N, hidden] each -> [N, hidden]"""
         (out,) = project([self.self_attn.o_proj], attended)
         hidden = hidden + out
-        # Two networks, one for text rows and one for audio rows, each added to its own slice.
+        # One network for text rows and one for audio rows, each added to its slice.
         norms = [self.post_attention_layernorm, self.audio_post_attention_layernorm]
         sizes = [num_text, hidden.shape[0] - num_text]
         return add_mlps([self.mlp, self.audio_mlp], _normed(norms, hidden, num_text), hidden, sizes)
 
 
 def _normed(norms: list[nn.Module], rows: torch.Tensor, num_text: int) -> torch.Tensor:
-    """Each norm of its own slice of the rows. [N, hidden] -> [N, hidden]"""
+    """Applies each norm to its slice of the rows. [N, hidden] -> [N, hidden]"""
     text, audio = norms
     return torch.cat([text(rows[:num_text]), audio(rows[num_text:])])
 
@@ -187,16 +186,16 @@ def _normed(norms: list[nn.Module], rows: torch.Tensor, num_text: int) -> torch.
 def _heads(
     heads: HiggsAudioDecoderProjector, text: torch.Tensor, audio: torch.Tensor, index: BatchIndex, objective: Objective
 ) -> tuple[torch.Tensor, HeadSums, tuple[int, ...]]:
-    """Loss, sums and the shape of what the audio head computed, from labelled rows after the last norm."""
+    """Loss, sums and shape of the audio logits, from labelled rows after the last norm."""
     scales = objective.codebook_scales
-    # The reference: logits as a whole, and plain cross-entropy.
+    # Reference: complete logits and plain cross-entropy.
     if objective.impl == "reference":
         text_logits = heads.text_lm_head(text)
         audio_logits = heads.audio_lm_head(audio).unflatten(1, (scales.shape[0], -1))
         sums = head_sums(text_logits[None], audio_logits, index.text_targets[None], index.audio_targets)
         loss = scaled_loss(sums, objective.text_scale, scales)
         return loss, sums, tuple(audio_logits.shape)
-    # Fused: each head gives its loss by itself, see `FusedHead.loss_of`.
+    # Fused: each head computes its own loss, see `FusedHead.loss_of`.
     text_scale = torch.full((1,), objective.text_scale, dtype=scales.dtype, device=scales.device)
     of_text = heads.text_lm_head.loss_of(LabelledRows(text, index.text_targets[:, None], text_scale))
     of_audio = heads.audio_lm_head.loss_of(LabelledRows(audio, index.audio_targets, scales))

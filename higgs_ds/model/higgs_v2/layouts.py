@@ -1,6 +1,6 @@
 """The two layouts of a Higgs Audio v2 checkpoint: boson_multimodal's and transformers' (5.3 and later).
 
-The tensors are the same, bit for bit; their names and the config differ. Everything here is a pure function of names.
+The tensors are identical; their names and the config differ. Everything here is a pure function of names.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from ..files.config_values import read_json
 
 BOSON, TRANSFORMERS = "boson", "transformers"
 LAYOUTS = (BOSON, TRANSFORMERS)
-# Weights that checkpoints of this family carry along though no module of theirs has them.
+# Weights in checkpoints of this family that no module of the model has.
 CARRIED_ALONG = r"(^|\.)(audio_codebook_weights|rotary_emb\.(original_)?inv_freq)$"
 MODEL_TYPES = {BOSON: "higgs_audio", TRANSFORMERS: "higgs_audio_v2"}
 
-# boson_multimodal's beginning of a weight's name -> transformers'.
+# Prefix of a weight's name: boson_multimodal's -> transformers'.
 _PREFIXES = (
     ("audio_codebook_embeddings.", "model.embed_audio_tokens.embed_audio_tokens."),
     ("audio_decoder_proj.text_lm_head.", "text_lm_head."),
@@ -29,7 +29,7 @@ _PREFIXES = (
 
 
 def transformers_name(boson_name: str) -> str | None:
-    """The name in transformers' layout of a weight or module of boson_multimodal's; None for one that is not there."""
+    """Maps boson_multimodal's name of a weight or module to transformers'; None if transformers' model has none."""
     return _renamed(boson_name, _PREFIXES)
 
 
@@ -39,12 +39,12 @@ def boson_name(transformers_name: str) -> str | None:
 
 
 def _renamed(name: str, prefixes) -> str | None:
-    dotted = name + "."  # so that a module's own name has the prefix too
+    dotted = name + "."  # a module's own name then has the prefix too
     return next((new + dotted[len(old) :] for old, new in prefixes if dotted.startswith(old)), ".")[:-1] or None
 
 
 def name_in(layout: str, boson_name: str) -> str:
-    """A weight's name in `layout`, from boson_multimodal's.
+    """Maps boson_multimodal's name of a weight to `layout`.
 
     Raises:
         ValueError: transformers' model has no such weight.
@@ -56,15 +56,15 @@ def name_in(layout: str, boson_name: str) -> str:
 
 
 def boson_names(layout: str) -> Callable[[str], str | None]:
-    """Gives boson_multimodal's name of a weight from its name in `layout`, None for one that has none."""
+    """A function from a weight's name in `layout` to boson_multimodal's; None for an unknown weight."""
     return boson_name if layout == TRANSFORMERS else lambda name: name
 
 
 def layout_of(folder: Path, flag: str = "--base_ckpt") -> str:
-    """`BOSON` or `TRANSFORMERS`, by `model_type` of the checkpoint's config.json.
+    """`BOSON` or `TRANSFORMERS`, by `model_type` in the checkpoint's config.json.
 
     Raises:
-        ConfigError: it is neither.
+        ConfigError: any other model type.
     """
     found = read_json(folder / "config.json", flag).get("model_type")
     for layout, model_type in MODEL_TYPES.items():

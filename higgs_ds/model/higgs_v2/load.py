@@ -1,8 +1,8 @@
-"""Loading a checkpoint in either layout into boson_multimodal's model, tensor by tensor.
+"""Load a checkpoint in either layout into boson_multimodal's model, tensor by tensor.
 
-transformers 4.46 cannot rename weights while it loads them. Outside ZeRO-3 the model is built without memory and takes
-over tensors that are mapped from the files, so that the processes of a node share one copy in its page cache. Under
-ZeRO-3 transformers' own loader gathers, fills and shards one module after the other from the same mapped tensors.
+transformers 4.46 cannot rename weights while loading. Outside ZeRO-3 the model is built on the meta device and adopts
+memory-mapped tensors, so that the processes of a node share one copy in the page cache. Under ZeRO-3 transformers'
+loader gathers, fills and shards one module after the other from the same mapped tensors.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Model = TypeVar("Model", bound=HiggsAudioModel)
 
 
 def wanted_weights(config: HiggsAudioConfig, flag: str = "--base_ckpt") -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the weights that boson_multimodal's model has."""
+    """Names and shapes of the weights of boson_multimodal's model."""
     return {name: tuple(value.shape) for name, value in _without_memory(config, flag).state_dict().items()}
 
 
@@ -43,27 +43,26 @@ def adaptable_modules(config: HiggsAudioConfig) -> Adaptable:
 
 
 def _without_memory(config: HiggsAudioConfig, flag: str = "--base_ckpt") -> HiggsAudioModel:
-    """boson_multimodal's model, of tensors that have no values.
+    """boson_multimodal's model on the meta device.
 
     Raises:
-        ConfigError: its classes make no model of this config; one line.
+        ConfigError: its classes cannot build a model from this config.
     """
     with reading(f"{flag}: config.json describes no model"), torch.device("meta"):
-        return HiggsAudioModel(copy.deepcopy(config))  # which writes into its config
+        return HiggsAudioModel(copy.deepcopy(config))  # the constructor modifies its config
 
 
 def check_weights(
     folder: Path, config: HiggsAudioConfig, flag: str = "--base_ckpt"
 ) -> tuple[dict[str, Stored], list[str]]:
-    """Compares what a checkpoint in either layout holds, by its headers, with what the model has.
+    """Compares the headers of a checkpoint in either layout with the model's weights.
 
     Returns:
-        the weights by boson_multimodal's names, in the model's order; and what is to be mentioned: weights that this
-        family is known to carry along, which are left out.
+        the weights by boson_multimodal's names, in the model's order; and notes on known superfluous weights, which are
+        left out.
 
     Raises:
-        ConfigError: missing, extra, misshapen or quantized weights, each under its name there; files that are missing
-            or cannot be read.
+        ConfigError: a line for each missing, extra, misshapen or quantized weight, or unreadable file.
     """
     layout, wanted = layout_of(folder, flag), wanted_weights(config, flag)
     stored = weight_headers(folder, boson_names(layout), flag)
@@ -76,7 +75,7 @@ def check_weights(
     notes = []
     if left_out:
         more = f" and {len(left_out) - 4} more" if len(left_out) > 4 else ""
-        notes = [f"{folder}: left out what no module of this model has: {', '.join(left_out[:4])}{more}"]
+        notes = [f"{folder}: weights that the model does not have, left out: {', '.join(left_out[:4])}{more}"]
     return {name: stored[name] for name in wanted}, notes
 
 
@@ -88,14 +87,14 @@ def load_checkpoint(
     *,
     quantize_on: torch.device | None = None,
 ) -> Model:
-    """A `cls` with the weights of a folder in either layout; after its weights were checked.
+    """Loads a folder in either layout into a `cls`; call `check_weights` first.
 
     Args:
         cls: boson_multimodal's model, or a subclass.
         folder: the checkpoint.
         config: from `read_checkpoint_config`.
-        dtype: of the weights in the model.
-        quantize_on: keeps the linear layers of the decoder in NF4, made on this device; not under ZeRO-3.
+        dtype: dtype of the loaded weights.
+        quantize_on: quantize the decoder's linear layers to NF4 on this device; not under ZeRO-3.
     """
     stored = weight_headers(folder, boson_names(layout_of(folder)))
     stored = {name: one for name, one in stored.items() if not re.search(CARRIED_ALONG, one.key)}
@@ -103,15 +102,15 @@ def load_checkpoint(
         mapped = {name: one.read() for name, one in stored.items()}
         model = cls.from_pretrained(None, config=config, state_dict=mapped, torch_dtype=dtype)
     else:
-        with init_empty_weights(include_buffers=False):  # rotary tables are computed, they stand in no file
+        with init_empty_weights(include_buffers=False):  # rotary tables are computed, not stored
             model = cls(copy.deepcopy(config))
         model.config.torch_dtype = dtype
         if quantize_on is not None:
             _quantize_decoder(model, stored, dtype, quantize_on)
-        # Where the dtype is the file's, `to` gives the mapped tensor itself.
+        # If the dtype is the file's, `to` returns the mapped tensor itself.
         model.load_state_dict({name: one.read().to(dtype) for name, one in stored.items()}, strict=True, assign=True)
     text = config.text_config
-    # As Boson's file says. Any other would be a sampler that nobody asked for, or a traceback of its values.
+    # As in Boson's file; any other would sample differently.
     model.generation_config = GenerationConfig(
         bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id, pad_token_id=config.pad_token_id
     )
@@ -119,7 +118,7 @@ def load_checkpoint(
 
 
 def _quantize_decoder(model: Model, stored: dict[str, Stored], dtype: torch.dtype, device: torch.device) -> None:
-    """The decoder's linear layers in NF4; their weights are taken out of `stored`, and read one after the other."""
+    """Quantizes the decoder's linear layers to NF4, one by one, and removes their weights from `stored`."""
     for place, layer in list(model.layers.named_modules()):
         if isinstance(layer, torch.nn.Linear):
             weight = stored.pop(f"layers.{place}.weight").read()

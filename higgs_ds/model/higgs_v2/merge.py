@@ -1,6 +1,6 @@
-"""`python -m higgs_ds merge`: base + scale · B·A as a checkpoint of its own, in either layout, tensor by tensor.
+"""`python -m higgs_ds merge`: write base + scale · B·A as a checkpoint in either layout, tensor by tensor.
 
-A server that misses a weight says nothing and speaks noise, so what was written is read again and compared.
+Servers do not report a missing weight; they speak noise. So the written files are read back and compared.
 """
 
 from __future__ import annotations
@@ -15,14 +15,12 @@ import torch
 from ...errors import ConfigError
 from ...files import filling, writing
 from ..base import DTYPES, BaseCheckpoint, load_tokenizer
-from ..files.adapter_file import Adapter
+from ..files.adapter_file import Adapter, merged_rows
 from ..files.config_values import read_json
 from ..files.weight_files import (
     DTYPES_BY_NAME,
     INDEX,
     Planned,
-    Stored,
-    all_finite,
     differences,
     refuse,
     weight_headers,
@@ -33,7 +31,7 @@ from .config import token_ids, transformers_config, without_private
 from .layouts import BOSON, TRANSFORMERS, boson_names, name_in
 from .processor_files import TOKENIZER_FILES, generation_config, write_processor
 
-SAMPLED_TENSORS = 12  # of the merged and of the others, read back and computed anew
+SAMPLED_TENSORS = 12  # of merged and of other tensors, read back and recomputed
 
 
 def merge(
@@ -50,19 +48,19 @@ def merge(
 
     Args:
         base: the base checkpoint.
-        adapter: None rewrites the base as it is, in another layout or dtype.
-        output_dir: is made, or is empty; it is filled once everything that will be in it is proven.
-        layout: of what is written.
-        dtype: of its weights ("bf16", "fp16", "fp32"); None leaves each as the base has it.
+        adapter: None rewrites the base in another layout or dtype.
+        output_dir: new or empty; it receives the files once all of them have been verified.
+        layout: layout to write.
+        dtype: dtype of the weights ("bf16", "fp16", "fp32"); None keeps each as in the base.
         codec: hub id or folder of the audio tokenizer that transformers' processor loads.
-        texts: further files, by name: its README.md, the record of the voice.
+        texts: further files by name: README.md, the voice record.
 
     Returns:
         Bytes of weights written.
 
     Raises:
-        ConfigError: `output_dir` cannot be written, the model does not exist in `layout`, a weight would be NaN or
-            infinite, or the files read back differ from what was computed.
+        ConfigError: `output_dir` is not writable, the model has no equivalent in `layout`, a weight would be NaN or
+            infinite, or the files read back differ.
     """
     planned = _plan(base, layout, dtype)
     total = sum(tensor.num_bytes for tensor in planned.values())
@@ -70,7 +68,7 @@ def merge(
 
     def rows_of(tensor: Planned) -> Iterator[torch.Tensor]:
         name = by_name[tensor.name]
-        return _merged_rows(base.stored[name], name, adapter, tensor)
+        return merged_rows(base.stored[name], name.removesuffix(".weight"), adapter, tensor)
 
     with writing(f"--output_dir: {output_dir}"), filling(output_dir) as beside:
         free = shutil.disk_usage(beside).free
@@ -86,47 +84,15 @@ def merge(
 
 
 def _plan(base: BaseCheckpoint, layout: str, dtype: str | None) -> dict[str, Planned]:
-    """Tensors to write, in the order of the model, by boson_multimodal's names."""
+    """Tensors to write, in the model's order, by boson_multimodal's names."""
     return {
         name: Planned(name_in(layout, name), one.shape, DTYPES[dtype] if dtype else DTYPES_BY_NAME[one.dtype])
         for name, one in base.stored.items()
     }
 
 
-def _merged_rows(stored: Stored, name: str, adapter: Adapter | None, planned: Planned) -> Iterator[torch.Tensor]:
-    """The tensor to write, a few rows at a time: float32 sums, rounded once.
-
-    Raises:
-        ConfigError: NaN or an infinity, in the base or made by the sum or by the dtype.
-    """
-    module = name.removesuffix(".weight")
-    if adapter is not None and module in adapter.whole:
-        stored = adapter.whole[module]
-    delta_rows = adapter.delta_rows if adapter is not None and module in adapter.weights else None
-    start = 0
-    for rows in stored.rows():
-        merged = rows
-        if delta_rows is not None:
-            merged = rows.float() + delta_rows(module, start, start + rows.shape[0])
-        start += rows.shape[0]
-        written = merged.to(planned.dtype)
-        if not all_finite(written):
-            raise ConfigError([_not_finite(rows, merged, stored, planned)])
-        yield written
-
-
-def _not_finite(rows: torch.Tensor, merged: torch.Tensor, stored: Stored, planned: Planned) -> str:
-    """Cause of an infinity: the file, the adapter or the dtype."""
-    dtype = str(planned.dtype).removeprefix("torch.")
-    if not all_finite(rows):
-        return f"{stored.file}: {stored.key} holds NaN or infinity; such a model speaks noise"
-    if not all_finite(merged):
-        return f"--adapter: base + scale · B·A of {planned.name} holds NaN or infinity; the adapter is damaged"
-    return f"--dtype: {planned.name} holds values beyond {dtype}; fp32 holds them"
-
-
 def _write_files(base: BaseCheckpoint, folder: Path, layout: str, dtype: str | None, codec: str) -> None:
-    """Everything but the weights."""
+    """Writes tokenizer, configs and processor files."""
     for name in TOKENIZER_FILES:
         if (base.folder / name).is_file():
             shutil.copyfile(base.folder / name, folder / name)
@@ -160,13 +126,13 @@ def _write_json(file: Path, values: dict) -> None:
 def prove(
     base: BaseCheckpoint, adapter: Adapter | None, folder: Path, layout: str, planned: dict[str, Planned]
 ) -> tuple[int, int]:
-    """Reads a written folder: every name, shape and dtype, and the values of a sample, computed anew in one piece.
+    """Verifies a written folder: every name, shape and dtype, and the values of a sample of tensors.
 
     Returns:
-        How many merged and how many other tensors were compared.
+        the numbers of merged and of other tensors whose values were compared.
 
     Raises:
-        ConfigError: a difference, named.
+        ConfigError: naming each difference.
     """
     where = f"--output_dir: {folder} failed verification (nothing is kept)"
     found = weight_headers(folder, boson_names(layout), "--output_dir")
@@ -199,7 +165,7 @@ def prove(
 
 
 def prove_tokenizer(base: BaseCheckpoint, folder: Path) -> None:
-    """Loads the tokenizer of a written folder. Raises ConfigError where it is not the base's, token for token."""
+    """Loads the tokenizer of a written folder. Raises ConfigError if it differs from the base's in any token."""
     was, now = base.tokenizer, load_tokenizer(folder, "--output_dir")
     if was.get_vocab() != now.get_vocab() or was.special_tokens_map != now.special_tokens_map:
         why = f"its tokenizer differs from the base's; {base.folder} needs files that are not copied"
@@ -208,7 +174,7 @@ def prove_tokenizer(base: BaseCheckpoint, folder: Path) -> None:
 
 
 def _spread(names: list[str]) -> list[str]:
-    """Up to `SAMPLED_TENSORS` of them, from the first to the last."""
+    """Picks up to `SAMPLED_TENSORS` names, evenly from first to last."""
     if len(names) <= SAMPLED_TENSORS:
         return names
     return [names[place * (len(names) - 1) // (SAMPLED_TENSORS - 1)] for place in range(SAMPLED_TENSORS)]

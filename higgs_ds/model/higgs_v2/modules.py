@@ -1,11 +1,11 @@
-"""Modules of Boson's model that options and adapters name: which layers take LoRA, what is trained whole. No torch."""
+"""Names of Boson's modules in options and adapters: targets of LoRA, modules trained in full. Needs no torch."""
 
 from __future__ import annotations
 
 from ..family import ModuleNames
 
 DEFAULT_LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-# Names for several layers of the decoder at once; everything else is a layer's name or the end of its path.
+# Names for groups of decoder layers; any other target is a layer's name or the end of its path.
 LORA_TARGET_GROUPS = {
     "attention": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
     "text_mlp": ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
@@ -13,7 +13,7 @@ LORA_TARGET_GROUPS = {
     "all": DEFAULT_LORA_TARGETS,
 }
 HEADS = ("text_lm_head", "audio_lm_head")
-# Modules that can be trained whole beside LoRA, by the end of their path; and by their whole path.
+# Modules that can be trained in full beside LoRA: by the end of their path, and by their full path.
 EMBEDDINGS = "audio_codebook_embeddings"
 TRAINED_HEADS = {"none": (), "audio": ("audio_lm_head",), "text": ("text_lm_head",), "both": HEADS}
 SAVABLE_MODULES = (EMBEDDINGS, *(f"audio_decoder_proj.{head}" for head in HEADS))

@@ -1,7 +1,7 @@
-"""Files that transformers' `AutoProcessor` needs beside a model: processor, feature extractor, chat template.
+"""Files for transformers' `AutoProcessor`: processor, feature extractor, chat template.
 
-The template builds the same tokens as `collate.tokenize` makes of a row: Boson's ChatML, every text trimmed, a system
-turn first. A scene is a message of its own (role "scene") after the system turn.
+The template builds the tokens of `prompt.tokenize`: Boson's ChatML with texts trimmed and a system turn first. A scene
+is a separate message (role "scene") after the system turn.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 
 
 def generation_config(layout: str, config, written: dict) -> dict:
-    """generation_config.json for a model that comes without one of its layout.
+    """generation_config.json for a model without one in its layout.
 
     Args:
-        layout: of the model.
+        layout: the model's layout.
         config: its `HiggsAudioConfig`.
-        written: its config.json.
+        written: its config.json as written.
     """
     if layout == BOSON:
         ids = {key: getattr(config.text_config, key) for key in ("bos_token_id", "eos_token_id")}
@@ -49,12 +49,12 @@ def write_processor(folder: Path, codec: str, config) -> None:
     """Writes processor_config.json, preprocessor_config.json and chat_template.jinja.
 
     Args:
-        folder: where the model's other files are.
-        codec: hub id or folder of the codec in transformers' layout; the processor loads it from there.
+        folder: folder of the model's other files.
+        codec: hub id or folder of the codec in transformers' layout, for the processor to load.
         config: the model's `HiggsAudioConfig`.
 
     Raises:
-        ConfigError: `codec` is a folder that holds something else.
+        ConfigError: `codec` is a folder without such a codec.
     """
     extractor = {
         "feature_extractor_type": "DacFeatureExtractor",
@@ -85,10 +85,10 @@ def write_processor(folder: Path, codec: str, config) -> None:
 
 
 def codec_reference(codec: str, layout: str) -> str:
-    """A codec as processor_config.json, or the card's snippet, names it: a hub id as it is, a folder by its whole path.
+    """The codec's name in processor_config.json and on the card: a hub id unchanged, a folder as an absolute path.
 
     Raises:
-        ConfigError: neither, or a folder that is no codec in the model's layout, the only one that its stack loads.
+        ConfigError: neither, or a folder without a codec in the model's layout, the only one that its stack loads.
     """
     folder = Path(codec)
     if not os.path.exists(codec):

@@ -1,4 +1,4 @@
-"""Rows as Higgs Audio v2 reads them: Boson's ChatML, and clips as delayed streams of codes."""
+"""Rows in Higgs Audio v2's format: Boson's ChatML, and clips as delayed streams of codes."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ...loss import IGNORE
 def tokenize(
     messages: Sequence[Turn], start_index: int | None, tokenizer
 ) -> tuple[list[int], list[int], list[AudioRef]]:
-    """Token ids, label ids (-100 where nothing is learned) and clips in reading order: Boson's ChatML.
+    """Token ids, label ids (-100 for no label) and clips in reading order, as Boson's ChatML.
 
-    A clip is three tokens, the middle one standing for all of its frames: `<|audio_bos|><|AUDIO|><|audio_eos|>` in a
+    A clip is three tokens, the middle one a placeholder for its frames: `<|audio_bos|><|AUDIO|><|audio_eos|>` in a
     user or system turn, `<|audio_out_bos|><|AUDIO_OUT|><|audio_eos|>` in an assistant turn. Assistant turns from
-    `start_index` on are learned, with the token that ends them.
+    `start_index` on have labels, their end token included.
     """
     input_ids: list[int] = []
     label_ids: list[int] = []
@@ -33,7 +33,7 @@ def tokenize(
         begin = "<|begin_of_text|>" if index == 0 else ""
         add(f"{begin}<|start_header_id|>{turn.role}<|end_header_id|>\n\n", False)
         if turn.recipient:
-            # Upstream learns the recipient in every assistant turn, context or not.
+            # Upstream trains the recipient in every assistant turn, even in the context.
             add(f"{turn.recipient}<|recipient|>", True)
         for piece in turn.content:
             if isinstance(piece, str):

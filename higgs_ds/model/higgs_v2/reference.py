@@ -1,4 +1,4 @@
-"""Upstream's own forward with the plain loss, to compare with: `--forward_impl upstream --loss_impl reference`."""
+"""Upstream's forward with the plain loss, as a reference: `--forward_impl upstream --loss_impl reference`."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ...step_stats import ForwardReport, MicroBatchStats
 
 
 class AlignmentError(ValueError):
-    """Text labels and the model's sequence, or clips and placeholders, do not have the same length."""
+    """Lengths of text labels and the model's sequence, or numbers of clips and placeholders, differ."""
 
 
 def clip_lengths(starts: torch.Tensor, total_frames: int) -> torch.Tensor:
-    """Frames of each clip, from where each starts in the concatenation. [clips]"""
+    """Frames of each clip, from its start in the concatenation. [clips]"""
     return torch.diff(starts, append=starts.new_tensor([total_frames]))
 
 
@@ -33,18 +33,18 @@ def expand_labels(
     length: int | None = None,
     round_to: int = 8,
 ) -> torch.Tensor:
-    """The tensor that the model returns as `expanded_labels`, from the batch alone.
+    """Rebuilds the model's `expanded_labels` from the batch alone.
 
-    Each placeholder becomes as many -100 as its clip has frames. Upstream pads on the left when the batch holds one
-    row and on the right otherwise, up to a multiple of 8, and trims whole multiples of 8 of common padding.
+    Each placeholder expands to one -100 per frame of its clip. Upstream pads on the left if the batch has one row, else
+    on the right, to a multiple of 8, and trims common padding in multiples of 8.
 
     Args:
         label_ids, input_ids, attention_mask: [batch, tokens].
         out_lengths, in_lengths: frames of the clips at `<|AUDIO_OUT|>` and `<|AUDIO|>`, in reading order.
-        length: the model's sequence length, checked where it is known.
+        length: the model's sequence length, to be checked, if known.
 
     Raises:
-        AlignmentError: clips and placeholders, or the two lengths, differ; with both numbers.
+        AlignmentError: numbers of clips and placeholders differ, or the two lengths do; states both.
     """
     for name, token, lengths in (
         ("<|AUDIO_OUT|>", audio_out_token, out_lengths),
@@ -85,12 +85,12 @@ def _round_up(number: int, multiple: int) -> int:
 
 
 class ReferenceForward(nn.Module):
-    """Upstream's forward: model, then loss sums, then one scalar scaled for the whole optimizer step."""
+    """Upstream's forward: the model, loss sums, and a scalar loss scaled for the whole optimizer step."""
 
     def __init__(
         self, model: nn.Module, *, audio_out_token: int, audio_in_token: int, num_codebooks: int, classes: int
     ):
-        """`classes` is what a codebook's head tells apart: its codes, BOS and EOS (1026)."""
+        """`classes`: per codebook, its codes, BOS and EOS (1026)."""
         super().__init__()
         self.model = model
         self.audio_out_token = audio_out_token
@@ -128,7 +128,7 @@ class ReferenceForward(nn.Module):
             found = f"audio logits have shape {report.audio_logits_shape}, expected {wanted}"
             report.problems.append(("audio_logits", found))
         if report.problems or labels is None:
-            # The step will not be taken (guard); this keeps every collective of backward in step with other ranks.
+            # The guard will drop this step; the backward still runs, for the collectives of the other ranks.
             loss = sum(out.float().sum() * 0 for out in (outputs.logits, audio_logits) if out is not None)
             return loss, MicroBatchStats.unknown(loss, self.num_codebooks), report
         targets = audio_targets(inputs["label_audio_ids"].view(self.num_codebooks, -1)) if frames else None

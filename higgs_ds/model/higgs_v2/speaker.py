@@ -1,11 +1,10 @@
-"""Speaking with the model: plain peft on upstream's class, upstream's own `generate`."""
+"""Speech with upstream's class and its own `generate`, with a plain PEFT adapter merged."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,19 +16,17 @@ from torch import nn
 from ...batching.collate import Collator, Sample
 from ...codec.base import Codec, check_fits
 from ...data.manifest import Turn
-from ...distributed.device import pick_device, take_device
 from ...errors import ConfigError
 from ..base import DTYPES, BaseCheckpoint
-from ..files.adapter_file import Adapter, check_base, read_adapter, read_adapter_config
 from ..files.weight_files import all_finite
-from ..lora import attach_adapter
-from ..speech import Answer, Sampling, default_dtype
+from ..lora import load_voice
+from ..speech import Answer, Sampling
 from .load import adaptable_modules, load_checkpoint
 from .prompt import tokenize
 from .stop_rules import BOSON, STOP_RULES, stopping
 
 ASSISTANT_HEADER = "<|start_header_id|>assistant<|end_header_id|>\n\n"
-# The last ends a clip: what an untrained model says after it may be a token that upstream cannot go on from.
+# The last ends a clip; an untrained model may continue with a token that upstream cannot handle.
 STOP_STRINGS = ["<|end_of_text|>", "<|eot_id|>", "<|audio_eos|>"]
 
 
@@ -42,7 +39,7 @@ SAMPLERS = {
 
 
 def generate_options(sampling: Sampling) -> dict:
-    """For upstream's `generate`."""
+    """Arguments of upstream's `generate`."""
     if sampling.temperature == 0:
         return {"do_sample": False, "max_new_tokens": sampling.max_new_tokens}
     return {
@@ -58,7 +55,7 @@ def generate_options(sampling: Sampling) -> dict:
 
 
 class Speaker:
-    """A model and a codec, ready to speak; see `speech.Speaker`."""
+    """A model with a codec, ready to speak; see `speech.Speaker`."""
 
     samplers: Mapping[str, Sampling] = SAMPLERS
     stop_rules: tuple[str, ...] = STOP_RULES
@@ -66,7 +63,7 @@ class Speaker:
     def __init__(self, model: nn.Module, base: BaseCheckpoint, codec: Codec, device: torch.device):
         """
         Args:
-            model: upstream's, with LoRA or merged, on `device`; in training too.
+            model: upstream's, with LoRA or merged, on `device`; may be in training.
 
         Raises:
             ConfigError: a codec of another model.
@@ -78,41 +75,16 @@ class Speaker:
         self.collator = Collator(self.spec, round_to=1)
 
     @classmethod
-    def load(
-        cls,
-        base: BaseCheckpoint,
-        adapter: str | None,
-        codec: Codec,
-        *,
-        dtype: str | None = None,
-        other_base: bool = False,
-    ) -> Speaker:
-        """Of a base checkpoint, an adapter, and a codec.
-
-        Args:
-            dtype: what the model computes in; None is bf16 on a GPU and fp32 on the CPU.
-
-        Raises:
-            ConfigError: no usable GPU unless DS_ACCELERATOR=cpu; a codec of another model; an adapter that is not
-                plain LoRA or whose weights do not fit the base one to one, or, without `other_base`, one that was
-                trained on another base; weights that are NaN or infinite in this dtype.
-        """
-        device = pick_device()
-        take_device(device)
-        dtype = dtype or default_dtype(device)
-        weights = None
-        if adapter is not None:
-            lora = read_adapter_config(Path(adapter))
-            if not other_base:
-                check_base(lora, base.name, base.revision)
-            weights = read_adapter(Path(adapter), adaptable_modules(base.config), lora)
-        check_fits(codec, base.spec.num_codebooks, base.spec.codebook_size)
-        codec.build()  # what is wrong with it is said before the base is loaded
-        model = load_checkpoint(HiggsAudioModel, base.folder, base.config, DTYPES[dtype])
-        if weights is not None:
-            model = attach_adapter(model, weights).merge_and_unload()
-        model = model.to(device).eval()
-        _refuse_broken(model, dtype, base, adapter, weights)
+    def load(cls, base: BaseCheckpoint, adapter: str | None, codec: Codec, **options: Any) -> Speaker:
+        """Of a base checkpoint, an adapter, and a codec; see `lora.load_voice`."""
+        model, device, dtype = load_voice(
+            base,
+            adapter,
+            codec,
+            adaptable_modules(base.config),
+            lambda dtype: load_checkpoint(HiggsAudioModel, base.folder, base.config, DTYPES[dtype]),
+            **options,
+        )
         model.register_forward_hook(partial(_refuse_noise, dtype))
         return cls(model, base, codec, device)
 
@@ -152,48 +124,34 @@ class Speaker:
         return Answer(spoken.cpu().numpy().astype(np.int16), ended, ending.rules_agree)
 
     def _codes_of(self, stream: torch.Tensor) -> tuple[torch.Tensor, bool]:
-        """Codes [codebooks, frames] of a stream [codebooks, columns] with BOS first and EOS last, delayed; whether it
-        ended by itself."""
+        """Codes [codebooks, frames] of a delayed stream [codebooks, columns] with BOS and EOS; and whether it ended by
+        itself."""
         delay = len(stream) - 1 if self.spec.use_delay_pattern else 0
-        if stream.shape[1] < delay + 2:  # cut off before the last codebook had begun
+        if stream.shape[1] < delay + 2:  # cut before the last codebook began
             return stream[:, :0], False
-        # Upstream ends with what the last codebook says, EOS or not.
+        # Upstream ends with the last codebook's choice, EOS or not.
         ended = bool((stream[: max(1, len(stream) - 1), -1] == self.spec.stream_eos).all())
         if delay:
             stream = revert_delay_pattern(stream)
         return stream.clip(0, self.spec.codebook_size - 1)[:, 1:-1], ended
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
-        """Waveform of codes, float32 [samples]; ids that the codec does not know are taken as its last."""
+        """Waveform of codes, float32 [samples]; ids beyond the codec's range become its last."""
         return self.codec.decode(np.minimum(codes, self.codec.codebook_size - 1))
 
     def sample(
         self, turns: Sequence[Turn], context: Sequence[np.ndarray], *, most_frames: int, seed: int
     ) -> tuple[np.ndarray | None, bool]:
-        """An answer by Boson's own sampler: codes int16 [codebooks, frames] or None, and whether it ended by itself."""
+        """An answer with Boson's sampler: codes int16 [codebooks, frames] or None, and whether it ended by itself."""
         sampling = replace(SAMPLERS["boson"], seed=seed, max_new_tokens=most_frames + self.spec.num_codebooks)
         answer = self.speak(turns, context, sampling, force_audio=True)
         return answer.codes, answer.ended
 
 
-def _refuse_broken(
-    model: nn.Module, dtype: str, base: BaseCheckpoint, folder: str | None, adapter: Adapter | None
-) -> None:
-    """Weights that are NaN or infinite, in the files or by the sum or the dtype. Raises ConfigError."""
-    changed = {f"{module}.weight" for module in (adapter.weights if adapter else ())}
-    broken = [name for name, value in model.state_dict().items() if not all_finite(value)]
-    more = "; --dtype bf16 or fp32 holds more" if dtype == "fp16" else ""
-    where = f"{base.flag}: {base.folder}: ", f"--adapter: {folder}: base + scale · B·A of "
-    if broken:
-        others = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
-        name = f"{where[broken[0] in changed]}{broken[0]}{others}"
-        raise ConfigError([f"{name} holds NaN or infinity in {dtype}{more}"])
-
-
 def _refuse_noise(dtype: str, _model, _inputs, out) -> None:
-    """A forward hook: what infinite logits would choose is no speech, or an error in the sampler's depths."""
+    """Forward hook: refuses infinite logits, which would sample noise or fail deep inside the sampler."""
     for logits in (out.logits if out.logits is None else out.logits[:, -1:], out.audio_logits):
-        # A temperature of 0.001 is the lowest that divides them.
+        # × 1000: the lowest temperature is 0.001.
         if logits is not None and not all_finite(logits[-1:].float() * 1000):
             hint = "the weights are broken" if dtype == "fp32" else "--dtype fp32 may hold it"
             raise ConfigError([f"--dtype: the model computes NaN or infinity in {dtype}; {hint}"])

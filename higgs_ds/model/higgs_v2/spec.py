@@ -1,4 +1,4 @@
-"""The spec of a Higgs Audio v2 checkpoint, out of its `HiggsAudioConfig`."""
+"""The spec of a Higgs Audio v2 checkpoint, from its `HiggsAudioConfig`."""
 
 from __future__ import annotations
 
@@ -56,20 +56,20 @@ class HiggsV2Spec(ModelSpec):
         return prompt.delay(framed, self.stream_bos, self.stream_eos) if self.use_delay_pattern else framed
 
     def stream_labels(self, codes: torch.Tensor, trained: bool) -> torch.Tensor:
-        """The codes and one EOS a codebook, at their delayed places; -100 elsewhere, or everywhere if not trained."""
+        """The codes and one EOS per codebook, delayed; -100 elsewhere, or everywhere if not trained."""
         framed = F.pad(F.pad(codes, (1, 0), value=IGNORE), (0, 1), value=self.stream_eos)
         labels = prompt.delay(framed, IGNORE, IGNORE) if self.use_delay_pattern else framed
         return labels if trained else torch.full_like(labels, IGNORE)
 
     def stream_length(self, frames: int) -> int:
-        """The width of `stream`: BOS, EOS, and the delay of the last codebook."""
+        """Columns of `stream`: frames, BOS, EOS, and the last codebook's delay."""
         return frames + 2 + (self.num_codebooks - 1 if self.use_delay_pattern else 0)
 
 
 def peculiarities(config) -> list[str]:
-    """Parts of a `HiggsAudioConfig` that Boson's generation checkpoints have not, in words."""
+    """Lists, in words, what a `HiggsAudioConfig` has that Boson's generation checkpoints do not."""
     layers = config.text_config.num_hidden_layers
-    # "dual_ffn_fast_forward", as Boson's own says, differs from "dual_ffn" in the layers that are none: here, nowhere.
+    # "dual_ffn_fast_forward" differs from "dual_ffn" only in layers without a dual FFN; here every layer has one.
     dual = config.audio_adapter_type in ("dual_ffn", "dual_ffn_fast_forward")
     has = {
         f"audio_adapter_type {config.audio_adapter_type!r}": not dual,

@@ -1,11 +1,11 @@
-"""The end of a clip: each stack's rule over the same logits, by upstream's own `generate` with another choice of codes.
+"""Stop rules of the serving stacks, applied in upstream's `generate` by replacing the choice of codes.
 
-boson         the lowest codebook of those that say EOS first; those below it are ended with it, and those above it one
-              after the other (upstream as it is)
-transformers  any codebook that says EOS begins the end: one more codebook is forced to EOS at each step after it
-vllm          codebook 0 alone; the others cannot say EOS until it has
+boson         the lowest of the codebooks that predict EOS first; those below it end with it, those above it one after
+              the other (upstream unchanged)
+transformers  any codebook that predicts EOS begins the end: each further step forces one more codebook to EOS
+vllm          codebook 0 only; the others cannot predict EOS before it
 
-A clip whose first EOS is codebook 0's alone, and whose last codebook says its own, is the same by all three.
+A clip ends alike under all three if the first EOS is codebook 0's alone and the last codebook predicts its own.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ STOP_RULES = BOSON, TRANSFORMERS, VLLM = ("boson", "transformers", "vllm")
 
 @dataclass
 class Ending:
-    """The codebooks' word on a clip's end."""
+    """The codebooks' predictions at the end of a clip."""
 
-    first: tuple[int, ...] = ()  # the codebooks that said EOS at the first step at which any did
-    last: bool = False  # whether the last codebook said EOS at the last step
+    first: tuple[int, ...] = ()  # codebooks with EOS at the first step with any
+    last: bool = False  # the last codebook predicted EOS at the last step
 
     @property
     def rules_agree(self) -> bool:
-        """True where every rule ends the clip here."""
+        """True if every rule ends the clip here."""
         return self.first == (0,) and self.last
 
 
 @contextlib.contextmanager
 def stopping(model, rule: str) -> Iterator[Ending]:
-    """Within it `model.generate(do_sample=False)` ends clips by this rule; what was said is in the `Ending`.
+    """Context in which `model.generate(do_sample=False)` ends clips by this rule and fills in the `Ending`.
 
-    Replaces the one method of upstream's class that chooses codes, on this object alone.
+    Replaces upstream's method that chooses codes, on this object only.
 
     Raises:
-        ValueError: there is no such rule.
+        ValueError: unknown rule.
     """
     if rule not in STOP_RULES:
         raise ValueError(f"no such stop rule: {rule!r}")
@@ -49,7 +49,7 @@ def stopping(model, rule: str) -> Iterator[Ending]:
 
     def choose(self, *, audio_logits, num_delay, num_remaining_delays, **more):
         likeliest = audio_logits[-1].float().argmax(-1)
-        said = likeliest[: num_delay + 1] == eos  # the others have not begun
+        said = likeliest[: num_delay + 1] == eos  # the other codebooks have not begun
         if not ending.first:
             ending.first = tuple(said.nonzero().flatten().tolist())
         ending.last = len(said) == len(likeliest) and bool(said[-1])
@@ -63,7 +63,7 @@ def stopping(model, rule: str) -> Iterator[Ending]:
         )
 
     def _any_begins(codes, audio_logits, num_delay, since, more):
-        """`since`: steps since the first EOS, which only this function is given back."""
+        """`since`: steps since the first EOS, returned by the previous call."""
         codes = codes.clone()
         if num_delay + 1 < len(codes):
             codes[num_delay + 1 :] = bos

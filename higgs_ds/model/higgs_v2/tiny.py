@@ -1,11 +1,10 @@
-"""Base checkpoints of Boson's kind at any size: a small random one to try everything with, one of zeros at real size.
+"""Make base checkpoints in Boson's format at any size: small and random for trials, or zeros at the real size.
 
-One maker for all, so that nothing is ever tried on a file that Boson would not have written: the fields and values of
-Boson's `config.json` (but for sizes, and ids that follow the vocabulary's), a fast tokenizer with Llama 3's special
-tokens in their order, bf16 weights in three safetensors shards with an index.
+The files are like Boson's: all fields and values of `config.json` (except sizes and the ids that depend on them), a
+fast tokenizer with Llama 3's special tokens in order, bf16 weights in three safetensors shards with an index.
 
-The random one is scaled so that LoRA alone can overfit: with heads of std 0.02 the logits of a frozen random model
-cannot grow, and the loss stays near 5.98 whatever is trained.
+The random checkpoint is scaled so that LoRA alone can overfit: with heads of std 0.02 the logits of a frozen random
+model cannot grow, and the loss stays near 5.98 whatever is trained.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ from ..files.weight_files import Planned, write_safetensors, write_shards, write
 from .config import without_private
 from .load import wanted_weights
 
-# Llama 3 has 256 special tokens behind its vocabulary; these are their places among them. Boson gave new names to
-# reserved ones. What is not named here is `<|reserved_special_token_N|>`.
+# Positions among the 256 special tokens at the end of Llama 3's vocabulary, some renamed by Boson. All others are
+# `<|reserved_special_token_N|>`.
 SPECIAL_TOKENS = {
     0: "<|begin_of_text|>",
     1: "<|end_of_text|>",
@@ -62,7 +61,7 @@ EMBEDDING_STD = 0.5
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """Sizes in which a checkpoint of this family may differ; everything else is Boson's."""
+    """Sizes of a checkpoint; everything else is as in Boson's."""
 
     hidden_size: int
     num_layers: int
@@ -70,7 +69,7 @@ class ModelSizes:
     num_heads: int
     num_key_value_heads: int
     head_dim: int
-    vocab_size: int  # text tokens, the 256 special ones included
+    vocab_size: int  # text tokens, including the 256 special ones
 
 
 REAL_SIZES = ModelSizes(
@@ -87,7 +86,7 @@ REAL_SIZES = ModelSizes(
 def small_sizes(
     hidden_size: int = 256, num_layers: int = 4, *, ffn_size: int | None = None, vocab_size: int = 512
 ) -> ModelSizes:
-    """Heads of 64, half as many for keys; a vocabulary of the 256 bytes and the special tokens."""
+    """Heads of width 64, half as many for keys and values; a vocabulary of bytes and special tokens."""
     return ModelSizes(
         hidden_size=hidden_size,
         num_layers=num_layers,
@@ -100,10 +99,7 @@ def small_sizes(
 
 
 def byte_tokenizer(vocab_size: int = 512) -> PreTrainedTokenizerFast:
-    """One token a byte, and Llama 3's special tokens as the last 256 of the vocabulary.
-
-    Ids between the bytes and the special tokens are taken by words that no text becomes.
-    """
+    """One token per byte, and Llama 3's special tokens as the last 256 of the vocabulary; ids in between are unused."""
     words = sorted(pre_tokenizers.ByteLevel.alphabet())
     words += [f"<unused {i}>" for i in range(vocab_size - NUM_SPECIAL_TOKENS - len(words))]
     tokenizer = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[]))
@@ -121,13 +117,13 @@ def byte_tokenizer(vocab_size: int = 512) -> PreTrainedTokenizerFast:
 
 
 def special_tokens() -> list[str]:
-    """The names of all 256 in the order of their ids."""
+    """Names of all 256, by id."""
     names, reserved = [], 0
     for place in range(NUM_SPECIAL_TOKENS):
         name = SPECIAL_TOKENS.get(place)
         if name is None:
             name = f"<|reserved_special_token_{reserved}|>"
-        # Boson's own names stand on reserved places, which count on; Llama's do not.
+        # Boson renamed reserved tokens, which still count; Llama's own do not.
         reserved += place not in (0, 1, 4, 6, 7, 8, 9, 10)
         names.append(name)
     return names
@@ -158,10 +154,10 @@ def base_config(sizes: ModelSizes) -> HiggsAudioConfig:
         rms_norm_eps=1e-5,
         bos_token_id=token_id["<|begin_of_text|>"],
         eos_token_id=token_id["<|end_of_text|>"],
-        tie_word_embeddings=True,  # as Llama 3.2's; the heads are their own all the same
+        tie_word_embeddings=True,  # as in Llama 3.2, although the heads are separate weights
         torch_dtype="bfloat16",
     )
-    # Of an audio tower that is not there (skip_audio_tower), at its own size.
+    # Config of the audio tower, which is left out (skip_audio_tower).
     tower = HiggsAudioEncoderConfig(
         num_mel_bins=128,
         encoder_layers=32,
@@ -236,7 +232,7 @@ def write_zeros(output_dir: Path, sizes: ModelSizes = REAL_SIZES) -> int:
 
 
 def _write_checkpoint(output_dir: Path, sizes: ModelSizes, write: Callable[[Path, list[Planned]], None]) -> int:
-    """Config, tokenizer and shards, each of which `write` makes."""
+    """Writes config, tokenizer and shards, each shard by `write`."""
     if (output_dir / "config.json").exists():
         raise FileExistsError(f"{output_dir} holds a checkpoint already; remove it or name another --output_dir")
     config = base_config(sizes)
@@ -246,14 +242,14 @@ def _write_checkpoint(output_dir: Path, sizes: ModelSizes, write: Callable[[Path
     GenerationConfig.from_model_config(config).save_pretrained(output_dir)
 
     write_shards(output_dir, _shards(planned), write)
-    # Last: a folder with a config is whole.
+    # Last: a folder with a config is complete.
     fields = without_private(config.to_diff_dict())
     (output_dir / "config.json").write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return sum(tensor.num_bytes for tensor in planned) // torch.bfloat16.itemsize
 
 
 def _shards(planned: list[Planned]) -> list[list[Planned]]:
-    """In `NUM_SHARDS` runs of about equal size."""
+    """Splits tensors into `NUM_SHARDS` consecutive parts of about equal size."""
     total, before = sum(tensor.num_bytes for tensor in planned), 0
     shards: list[list[Planned]] = [[] for _ in range(NUM_SHARDS)]
     for tensor in planned:

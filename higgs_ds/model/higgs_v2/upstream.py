@@ -1,4 +1,4 @@
-"""Boson's model as this trainer calls it: the one class between PEFT and upstream, which drops only `labels`."""
+"""The class between PEFT and Boson's model, which drops only `labels`."""
 
 from __future__ import annotations
 
@@ -19,26 +19,26 @@ FORWARD_KEYS = frozenset(inspect.signature(HiggsAudioModel.forward).parameters) 
 class HiggsAudioForTraining(HiggsAudioModel):
     """Upstream's model under PEFT: `PeftModelForCausalLM` always passes `labels`, which upstream's forward rejects.
 
-    That one key is dropped. Everything else reaches the model, and a key that it does not know is an error: dropping
-    more than `labels` is how a trainer ends up with a loss of 0.0000. Weights keep upstream's names.
+    Only that key is dropped. Everything else reaches the model, and an unknown key is an error: dropping more than
+    `labels` is how a trainer ends up with a loss of 0.0000. Weights keep upstream's names.
 
-    With a `index` the batch goes through the padding-free forward, which gives a loss instead of logits.
+    With an `index`, the batch takes the padding-free forward, which returns a loss instead of logits.
     """
 
-    _keys_to_ignore_on_load_unexpected = (CARRIED_ALONG,)  # `check_weights` has said so once
+    _keys_to_ignore_on_load_unexpected = (CARRIED_ALONG,)  # reported by `check_weights`
 
     def __init__(self, config):
         super().__init__(config)
         FusedHead.adopt(self.audio_decoder_proj.text_lm_head)
         FusedHead.adopt(self.audio_decoder_proj.audio_lm_head)
-        self._embedded: list[torch.Tensor] = []  # by upstream's forward, while it runs
+        self._embedded: list[torch.Tensor] = []  # set while upstream's forward runs
 
     def forward(
         self,
         *args,
         labels=None,
         index: BatchIndex | None = None,
-        objective: Any = None,  # an `Objective`, where there is an index
+        objective: Any = None,  # an `Objective`, given with an index
         checkpoint_every: int = 0,
         input_gradient: bool = False,
         **kwargs,
@@ -61,7 +61,7 @@ class HiggsAudioForTraining(HiggsAudioModel):
         )
 
     def _validate_model_kwargs(self, model_kwargs):
-        """Left to `forward`, which refuses unknown keys: `generate` would look for upstream's in its signature."""
+        """Skipped: `generate` would look for upstream's keys in this signature; `forward` refuses unknown ones."""
 
     def _embed_audio_ids(self, audio_ids):
         embedded = super()._embed_audio_ids(audio_ids)
@@ -69,10 +69,10 @@ class HiggsAudioForTraining(HiggsAudioModel):
         return embedded
 
     def _forward_core(self, hidden_states, **kwargs):
-        """Upstream's layers. Where the codes' embeddings are trained, their gradient always goes through all of them.
+        """Upstream's layers; trained audio embeddings always get a gradient that passes through all of them.
 
-        Upstream leaves the embeddings out where a batch has no audio. Under ZeRO that rank would then not come to meet
-        the others for their gradient, nor for the weights that a backward through the first layer needs.
+        Upstream skips the embeddings if a batch has no audio. Under ZeRO that rank would then miss the collectives for
+        their gradient, and those that gather weights for the backward through the first layer.
         """
         embedded, self._embedded = self._embedded, []
         if any(part.requires_grad for part in embedded):

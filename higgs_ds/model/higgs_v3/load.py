@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from ...codec.codec_layout import BUNDLED as CODEC
 from ...errors import reading
 from ..base import DTYPES, BaseCheckpoint
 from ..family import Adaptable
@@ -27,12 +28,13 @@ from .layers import TABLE, HiggsV3Model
 from .prompt import AUDIO, PROMPT_TOKENS, REF_AUDIO
 from .spec import HiggsV3Spec
 
-CODEC = "tied.embedding.modality_embeddings.0.model."  # before the names of the bundled codec's weights
 COPIES = "tied.head."  # before those of copies that no index lists
 
 
-def open_base(name_or_path: str, revision: str | None, flag: str, folder: Path) -> BaseCheckpoint:
-    """Everything that can be asked of a checkpoint's folder without loading it.
+def open_base(
+    name_or_path: str, revision: str | None, flag: str, folder: Path, *, weights: bool = True
+) -> BaseCheckpoint:
+    """Everything that can be asked of a checkpoint's folder without loading it; without `weights`, beside them.
 
     Raises:
         ConfigError: weights or a tokenizer that do not fit its config; all that is wrong with it, a line each.
@@ -40,9 +42,12 @@ def open_base(name_or_path: str, revision: str | None, flag: str, folder: Path) 
     config, tokenizer = read_config(folder, flag), load_tokenizer(folder, flag)
     ids = _prompt_ids(folder, tokenizer, config, flag)
     config.audio_token, config.reference_token = ids[AUDIO], ids[REF_AUDIO]
-    stored = check_weights(folder, config, flag)
-    spec = HiggsV3Spec.from_config(config, ids)
-    return BaseCheckpoint(name_or_path, revision, folder, LAYOUT, config, tokenizer, spec, (), flag, stored)
+    found = headers(folder, flag) if weights else {}
+    stored = check_weights(folder, config, flag, found) if weights else {}
+    spec, bundles_codec = HiggsV3Spec.from_config(config, ids), len(found) > len(stored)
+    return BaseCheckpoint(
+        name_or_path, revision, folder, LAYOUT, config, tokenizer, spec, (), flag, stored, bundles_codec
+    )
 
 
 def read_config(folder: Path, flag: str = "--base_ckpt") -> HiggsV3Config:
@@ -102,14 +107,14 @@ def headers(folder: Path, flag: str = "--base_ckpt") -> dict[str, Stored]:
     return {name: one for name, one in found.items() if not name.startswith(COPIES)}
 
 
-def check_weights(folder: Path, config: HiggsV3Config, flag: str = "--base_ckpt") -> dict[str, Stored]:
-    """The language model's weights in the model's order.
+def check_weights(folder: Path, config: HiggsV3Config, flag: str, found: dict[str, Stored]) -> dict[str, Stored]:
+    """The language model's weights of `headers`, in the model's order.
 
     Raises:
         ConfigError: missing, extra, misshapen or quantized weights, each by its name; files that cannot be read.
     """
     wanted = wanted_weights(config, flag)
-    stored = {name: one for name, one in headers(folder, flag).items() if not name.startswith(CODEC)}
+    stored = {name: one for name, one in found.items() if not name.startswith(CODEC)}
     refuse(differences(stored, wanted), f"{flag}: {folder}")
     return {name: stored[name] for name in wanted}
 

@@ -15,12 +15,11 @@ import torch
 from ...errors import ConfigError
 from ...files import filling, writing
 from ..base import DTYPES, BaseCheckpoint
-from ..files.adapter_file import Adapter
+from ..files.adapter_file import Adapter, merged_rows
 from ..files.weight_files import (
     DTYPES_BY_NAME,
     Planned,
     Stored,
-    all_finite,
     differences,
     refuse,
     write_checkpoint_weights,
@@ -30,7 +29,7 @@ from .load import CODEC, headers, open_base
 
 # Copied as they are, where the base has them.
 FILES = (
-    *("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "LICENSE"),
+    *("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "LICENSE*"),
     *("vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json"),
 )
 
@@ -68,9 +67,8 @@ def merge(
         free = shutil.disk_usage(beside).free
         if free < total:
             raise ConfigError([f"--output_dir: {output_dir} needs {total:,} bytes, {free:,} are free there"])
-        for name in FILES:
-            if (base.folder / name).is_file():
-                shutil.copyfile(base.folder / name, beside / name)
+        for file in (file for pattern in FILES for file in base.folder.glob(pattern)):
+            shutil.copyfile(file, beside / file.name)
         (beside / "NOTICE").write_text(_notice(base.folder), encoding="utf-8")
         for name, text in (texts or {}).items():
             (beside / name).write_text(text, encoding="utf-8")
@@ -87,32 +85,9 @@ def _notice(folder: Path) -> str:
 
 
 def _rows(stored: Stored, adapter: Adapter | None, planned: Planned) -> Iterator[torch.Tensor]:
-    """The tensor to write, a few rows at a time: float32 sums, rounded once.
-
-    Raises:
-        ConfigError: NaN or an infinity, in the base or made by the sum or by the dtype.
-    """
-    module, start = planned.name.removesuffix(".weight"), 0
-    if adapter is not None and module in adapter.whole:
-        stored = adapter.whole[module]
-    for rows in stored.rows():
-        merged = rows
-        if adapter is not None and module in adapter.weights:
-            merged = rows.float() + adapter.delta_rows(module, start, start + rows.shape[0])
-        start += rows.shape[0] if rows.dim() else 0
-        written = merged.to(planned.dtype)
-        # Of the codec a buffer may hold an infinity; it is passed on as it was.
-        if not planned.name.startswith(CODEC) and not all_finite(written):
-            raise ConfigError([_not_finite(rows, merged, stored, planned)])
-        yield written
-
-
-def _not_finite(rows: torch.Tensor, merged: torch.Tensor, stored: Stored, planned: Planned) -> str:
-    if not all_finite(rows):
-        return f"{stored.file}: {stored.key} holds NaN or infinity; such a model speaks noise"
-    if not all_finite(merged):
-        return f"--adapter: base + scale · B·A of {planned.name} holds NaN or infinity; the adapter is damaged"
-    return f"--dtype: {planned.name} holds values beyond {str(planned.dtype).removeprefix('torch.')}; fp32 holds them"
+    """The tensor to write; a buffer of the codec may hold an infinity, and is passed on as it was."""
+    is_codec = planned.name.startswith(CODEC)
+    return merged_rows(stored, planned.name.removesuffix(".weight"), adapter, planned, may_be_infinite=is_codec)
 
 
 def _prove(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,13 +13,11 @@ from torch import nn
 
 from ...codec.base import Codec, check_fits
 from ...data.chatml import Turn
-from ...distributed.device import pick_device, take_device
 from ...errors import ConfigError
 from ..base import BaseCheckpoint
-from ..files.adapter_file import check_base, read_adapter, read_adapter_config
 from ..files.weight_files import all_finite
-from ..lora import attach_adapter
-from ..speech import Answer, Sampling, default_dtype
+from ..lora import load_voice
+from ..speech import Answer, Sampling
 from .layers import Cache
 from .load import adaptable_modules, load_base
 from .prompt import AUDIO, delayed, tokenize
@@ -49,45 +47,11 @@ class Speaker:
         self.codec, self.device = codec, device
 
     @classmethod
-    def load(
-        cls,
-        base: BaseCheckpoint,
-        adapter: str | None,
-        codec: Codec,
-        *,
-        dtype: str | None = None,
-        other_base: bool = False,
-    ) -> Speaker:
-        """Of a base checkpoint, an adapter, and a codec.
-
-        Args:
-            dtype: what the model computes in; None is bf16 on a GPU and fp32 on the CPU.
-
-        Raises:
-            ConfigError: no usable GPU unless DS_ACCELERATOR=cpu; a codec of another model; an adapter that does not
-                fit the base one to one, or, without `other_base`, was trained on another; NaN or infinite weights.
-        """
-        device = pick_device()
-        take_device(device)
-        dtype = dtype or default_dtype(device)
-        weights = None
-        if adapter is not None:
-            lora = read_adapter_config(Path(adapter))
-            if not other_base:
-                check_base(lora, base.name, base.revision)
-            weights = read_adapter(Path(adapter), adaptable_modules(base.config), lora)
-        check_fits(codec, base.spec.num_codebooks, base.spec.codebook_size)
-        codec.build()  # what is wrong with it is said before the base is loaded
-        model: Any = load_base(base.folder, base.config, dtype)
-        if weights is not None:
-            model = attach_adapter(model, weights).merge_and_unload()
-        model = model.to(device).eval()
-        broken = [name for name, value in model.state_dict().items() if not all_finite(value)]
-        if broken:
-            more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
-            adapted = f" with {adapter}" if adapter else ""
-            where = f"{base.flag}: {base.folder}{adapted}: {broken[0]}{more}"
-            raise ConfigError([f"{where} holds NaN or infinity in {dtype}"])
+    def load(cls, base: BaseCheckpoint, adapter: str | None, codec: Codec, **options: Any) -> Speaker:
+        """Of a base checkpoint, an adapter, and a codec; see `lora.load_voice`."""
+        modules = adaptable_modules(base.config)
+        load = partial(load_base, base.folder, base.config)
+        model, device, _ = load_voice(base, adapter, codec, modules, load, **options)
         return cls(model, base, codec, device)
 
     @torch.no_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -18,6 +18,8 @@ from .config import HiggsV3Config
 @dataclass(frozen=True)
 class HiggsV3Spec(ModelSpec):
     """See `ModelSpec`; a clip's placeholder is the text token before its stream, see `prompt`."""
+
+    norms_heads: ClassVar[bool] = True
 
     @classmethod
     def from_config(cls, config: HiggsV3Config, token_ids: Mapping[str, int]) -> HiggsV3Spec:

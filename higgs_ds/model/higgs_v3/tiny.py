@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from ..files.weight_files import INDEX, SINGLE, Planned, write_safetensors, write_sparse
+from ..files.weight_files import SINGLE, Planned, write_index, write_safetensors, write_sparse
 from .config import MODEL_TYPE, config_from
-from .load import wanted_weights
+from .load import COPIES, wanted_weights
 from .prompt import CONTROL_TAGS
 
 # Behind Qwen's 26 special tokens, from `<|endoftext|>` on; the rows behind them up to the vocabulary's end are unused.
@@ -142,27 +142,36 @@ def write_tiny(output_dir: Path, *, seed: int = 0, hidden_size: int = 256, num_l
     def write(file: Path, tensors: list[Planned]) -> None:
         write_safetensors(file, tensors, lambda one: iter([draw(one).to(one.dtype)]))
 
-    return _write_checkpoint(output_dir, small_sizes(hidden_size, num_layers), write)
+    return _write_checkpoint(output_dir, small_sizes(hidden_size, num_layers), write, {})
 
 
-def write_zeros(output_dir: Path, sizes: Sizes | None = None) -> int:
-    """The same of zeros, at real size unless told otherwise, in a sparse file; its loss is ln 1026 in each codebook."""
-    return _write_checkpoint(output_dir, sizes or Sizes(), write_sparse)
+def write_zeros(output_dir: Path) -> int:
+    """The published checkpoint of zeros in a sparse file, with its codec and tied copies; its loss is ln 1026."""
+    from ...codec.boson_tokenizer import bundled_shapes
+
+    def write(file: Path, tensors: list[Planned]) -> None:
+        heads = {"text_embedding.weight": "text_head", "modality_embeddings.0.embedding.weight": "modality_heads.0"}
+        of = {one.name.removeprefix("tied.embedding."): one for one in tensors}
+        copies = [replace(of[name], name=f"{COPIES}{head}.weight") for name, head in heads.items()]
+        write_sparse(file, [*tensors, *copies])
+
+    return _write_checkpoint(output_dir, Sizes(), write, bundled_shapes())
 
 
-def _write_checkpoint(output_dir: Path, sizes: Sizes, write: Callable[[Path, list[Planned]], None]) -> int:
+def _write_checkpoint(
+    output_dir: Path, sizes: Sizes, write: Callable[[Path, list[Planned]], None], codec: dict[str, tuple[int, ...]]
+) -> int:
     if (output_dir / "config.json").exists():
         raise FileExistsError(f"{output_dir} holds a checkpoint already; remove it or name another --output_dir")
     config = base_config(sizes)
-    wanted = wanted_weights(config_from(config, str(output_dir)))
+    wanted = wanted_weights(config_from(config, str(output_dir))) | codec
     planned = [Planned(name, shape, torch.bfloat16) for name, shape in wanted.items()]
     output_dir.mkdir(parents=True, exist_ok=True)
     byte_tokenizer(sizes.num_words).save(str(output_dir / "tokenizer.json"))
     _write_json(output_dir / "tokenizer_config.json", {"tokenizer_class": "Qwen2Tokenizer", "model_max_length": 131072})
     total = sum(tensor.num_bytes for tensor in planned)
-    index = {"metadata": {"total_size": total}, "weight_map": dict.fromkeys(wanted, SINGLE)}
-    _write_json(output_dir / INDEX, index)
     write(output_dir / SINGLE, planned)
+    write_index(output_dir, {SINGLE: planned})
     _write_json(output_dir / "config.json", config)  # last: a folder with a config is whole
     return total // torch.bfloat16.itemsize
 

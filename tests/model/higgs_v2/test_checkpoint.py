@@ -156,7 +156,7 @@ def test_two_weights_of_one_name_are_refused(copy):
     name = next(iter(weights))
     other = copy / "model-00002-of-00003.safetensors"
     save_file({**load_file(other), name: weights[name].clone()}, other, metadata={"format": "pt"})
-    assert f"{name} stands in {file.name} too" in refused(copy)
+    assert f"{name} is in {file.name} too" in refused(copy)
 
 
 def test_truncated_absent_and_unnamed_files_are_refused(copy):
@@ -186,7 +186,7 @@ def test_a_tokenizer_of_another_model_is_refused(copy):
     state["added_tokens"] = [token for token in state["added_tokens"] if "AUDIO_OUT" not in token["content"]]
     (copy / "tokenizer.json").write_text(json.dumps(state))
     (copy / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
-    assert "its tokenizer cuts <|AUDIO_OUT|> into 13 tokens" in refused(copy)
+    assert "its tokenizer splits <|AUDIO_OUT|> into 13 tokens" in refused(copy)
     config = json.loads((copy / "config.json").read_text())
     byte_tokenizer().save_pretrained(copy)
     (copy / "config.json").write_text(json.dumps(config | {"audio_out_token_idx": 280}))
@@ -249,7 +249,7 @@ def test_lora_starts_from_its_own_generator(tiny_dir, tiny_config):
 
 
 def test_a_target_that_names_nothing_is_refused(tiny_dir, tiny_config):
-    with pytest.raises(ConfigError, match="'q_prj' names no linear layer \\(did you mean 'q_proj'"):
+    with pytest.raises(ConfigError, match="'q_prj' matches no linear layer \\(did you mean 'q_proj'"):
         lora_on(load_base(tiny_dir, tiny_config, "fp32"), target_modules=["q_prj"])
 
 

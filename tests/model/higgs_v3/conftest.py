@@ -10,6 +10,8 @@ from higgs_ds.model.higgs_v3.tiny import write_tiny
 def v3_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("v3")
     write_tiny(folder, seed=0, hidden_size=64, num_layers=2)
+    (folder / "LICENSE").write_text("The terms.\n")
+    (folder / "NOTICE").write_text("Somebody else's notice.\n")
     return folder
 
 

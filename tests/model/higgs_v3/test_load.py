@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 
 import pytest
@@ -10,9 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from higgs_ds.errors import ConfigError
+from higgs_ds.model.files.weight_files import weight_headers
 from higgs_ds.model.higgs_v3.config import config_from
 from higgs_ds.model.higgs_v3.layers import HiggsV3Model
-from higgs_ds.model.higgs_v3.load import load_base, open_base
+from higgs_ds.model.higgs_v3.load import CODEC, load_base, open_base
 from higgs_ds.model.higgs_v3.tiny import ADDED_TOKENS, Sizes, base_config, write_zeros
 from higgs_ds.model.lora import attach_lora
 
@@ -24,8 +26,15 @@ def open_at(folder):
 
 
 def test_the_real_size_has_the_published_names_shapes_and_ids(tmp_path):
-    assert write_zeros(tmp_path) == 4_043_480_576
+    assert write_zeros(tmp_path) == 4_244_881_897
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert len(index["weight_map"]) == 927 and index["metadata"]["total_size"] == 8_489_763_794
+    assert sum(name.startswith(CODEC) for name in index["weight_map"]) == 528
+    held = weight_headers(tmp_path)
+    assert len(held) == 929 and (tmp_path / "model.safetensors").stat().st_blocks * 512 < 1e6
+    assert held["tied.head.modality_heads.0.weight"].shape == (8208, 2560)
     base = open_at(tmp_path)
+    assert base.bundles_codec and sum(math.prod(one.shape) for one in base.stored.values()) == 4_043_480_576
     shapes = {name: list(one.shape) for name, one in base.stored.items()}
     assert len(shapes) == 399 and sum(name.startswith("body.layers.35.") for name in shapes) == 11
     assert shapes["tied.embedding.modality_embeddings.0.embedding.weight"] == [8208, 2560]

@@ -12,7 +12,9 @@ from higgs_ds.model.higgs_v3.licence import DERIVED, NOTICE
 from higgs_ds.model.higgs_v3.load import CODEC, open_base
 from higgs_ds.tools.cli import main
 from tests.conftest import SPEECH
+from tests.model.files.test_adapter_file import write_adapter
 from tests.support.ranks import assert_all
+from tests.test_checkpoint import resumed_to_the_bit
 
 TABLE = "tied.embedding.modality_embeddings.0.embedding"
 
@@ -24,27 +26,29 @@ def losses(folder):
 
 @pytest.fixture(scope="module")
 def runs(v3_dir, flags_of, forks, tmp_path_factory):
-    """Three steps of two ranks, the table of codes trained too, under ZeRO-2 and ZeRO-3."""
+    """Three steps, the table of codes trained too: two ranks under ZeRO-2 and ZeRO-3, and one that accumulates."""
     folder, found = tmp_path_factory.mktemp("runs"), {}
-    for stage in (2, 3):
-        found[stage] = folder / f"zero{stage}"
+    for name, stage, ranks in ((2, 2, 2), (3, 3, 2), ("alone", 0, 1)):
+        found[name] = folder / f"{name}"
         settings = {"base_ckpt": v3_dir, "max_steps": 3, "dtype": "fp32", "lora_dropout": 0.0, "lr": 1e-3}
         settings |= {"train_audio_embeddings": "true", "activation_checkpointing": "2", "reference_rate": 0.5}
         settings |= {"sample_count": 1, "val_manifest": SPEECH.with_name("val.jsonl")}
-        flags = flags_of(found[stage], deepspeed_config=f"ds_configs/zero{stage}.json", **settings)
-        assert_all(forks.run(flags, 2))
+        settings |= {"deepspeed_config": f"ds_configs/zero{stage}.json", "grad_accum": 2 // ranks}
+        assert_all(forks.run(flags_of(found[name], **settings), ranks))
     return found
 
 
-def test_the_stages_train_the_same_and_the_table_as_one_tensor(runs, v3_dir):
-    (two, three), base = runs.values(), load_file(v3_dir / "model.safetensors")
+def test_stages_ranks_and_accumulation_train_the_same_and_the_table_as_one_tensor(runs, v3_dir):
+    (two, *others), base = runs.values(), load_file(v3_dir / "model.safetensors")
     assert len(losses(two)) == 3
-    for one, other in zip(losses(two), losses(three), strict=True):
-        assert one == pytest.approx(other, rel=1e-5)
-    first, second = (load_file(run / "adapter/adapter_model.safetensors") for run in (two, three))
-    assert first.keys() == second.keys() and len(first) == 2 * 7 * 2 + 1
-    for name, value in first.items():
-        torch.testing.assert_close(value, second[name], rtol=1e-3, atol=1e-5)
+    first = load_file(two / "adapter/adapter_model.safetensors")
+    for run in others:
+        for one, other in zip(losses(two), losses(run), strict=True):
+            assert one == pytest.approx(other, rel=1e-5)
+        second = load_file(run / "adapter/adapter_model.safetensors")
+        assert first.keys() == second.keys() and len(first) == 2 * 7 * 2 + 1
+        for name, value in first.items():
+            torch.testing.assert_close(value, second[name], rtol=1e-3, atol=1e-5)
     table = first[f"base_model.model.{TABLE}.weight"]
     moved = (table - base[f"{TABLE}.weight"].float()).abs()
     assert moved.max() > 1e-4 and (moved.amax(1) > 0).float().mean() > 0.1
@@ -53,12 +57,21 @@ def test_the_stages_train_the_same_and_the_table_as_one_tensor(runs, v3_dir):
     assert DERIVED in card and NOTICE in card and "Higgs TTS 3" not in card.split("\n## Licence")[0]
 
 
-def test_a_merged_folder_is_what_the_servers_load_and_speaks_as_base_and_adapter(runs, v3_dir, codec_dir, tmp_path):
+def test_interrupted_and_resumed_is_never_interrupted_bit_for_bit(v3_dir, flags_of, forks, tmp_path):
+    """As in tests/test_checkpoint.py: bf16, dropout on, the table of codes trained, references drawn anew."""
+    ours = resumed_to_the_bit(forks, flags_of, tmp_path, 3, base_ckpt=v3_dir, reference_rate=0.5)
+    assert len(ours) == 2 * 7 * 2 + 1 and f"base_model.model.{TABLE}.weight" in ours
+
+
+def test_a_merged_folder_is_what_the_servers_load_and_speaks_as_base_and_adapter(
+    runs, v3_dir, codec_dir, tmp_path, capsys
+):
     adapter, merged = str(runs[2] / "adapter"), tmp_path / "voice"
     assert main(["merge", "--base_ckpt", str(v3_dir), "--adapter", adapter, "--output_dir", str(merged)]) == 0
     assert not (merged / "README.md").read_text().split("# ", 1)[1].startswith("Higgs TTS 3")
-    assert NOTICE in (merged / "NOTICE").read_text() and DERIVED in (merged / "README.md").read_text()
-    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+    assert (merged / "NOTICE").read_text() == f"Somebody else's notice.\n{NOTICE}\n"
+    assert DERIVED in (merged / "README.md").read_text()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "LICENSE"):
         assert (merged / name).read_bytes() == (v3_dir / name).read_bytes()
     # vllm-omni raises for a name that it does not know, and for each of the language model's that is missing.
     written, base = load_file(merged / "model.safetensors"), load_file(v3_dir / "model.safetensors")
@@ -72,7 +85,9 @@ def test_a_merged_folder_is_what_the_servers_load_and_speaks_as_base_and_adapter
     for voice in (["--merged", str(merged)], ["--base_ckpt", str(v3_dir), "--adapter", adapter]):
         out = tmp_path / f"{len(spoken)}.wav"
         flags = ["--codec", str(codec_dir), "--max_new_tokens", "40", "--output_file", str(out), "--dtype", "bf16"]
-        assert main(["generate", *voice, *flags, "--text", "<|emotion:elation|>Hello."]) == 0
+        assert main(["generate", *voice, *flags, "--text", "<|emotion:elation|>Hello <|style:humming|>."]) == 0
+        warned = capsys.readouterr().err
+        assert "--text: " in warned and "<|style:humming|>" in warned and "elation" not in warned
         spoken.append(out.read_bytes())
     assert len(spoken[0]) > 1000
 
@@ -113,14 +128,28 @@ def test_what_this_family_does_not_have_is_one_line_and_code_2(changes, named, v
     assert result.returncode == 2 and named in result.output and "Traceback" not in result.output
 
 
-def test_another_familys_flags_are_one_line(runs, v3_dir, tiny_dir, codec_dir, tmp_path, capsys):
-    adapter = ["--adapter", str(runs[2] / "adapter"), "--output_dir", str(tmp_path / "x")]
-    cases = {
-        "--adapter": ["merge", "--base_ckpt", str(tiny_dir), *adapter, "--layout", "boson", "--other_base"],
-        "--layout": ["merge", "--base_ckpt", str(v3_dir), *adapter, "--layout", "boson"],
-        "scene": ["generate", "--base_ckpt", str(v3_dir), "--codec", str(codec_dir), "--scene", "A cave.",
-                  "--text", "x", "--output_file", str(tmp_path / "x.wav")],
-    }  # fmt: skip
-    for words, command in cases.items():
-        assert main(command) == 2, words
-        assert words in capsys.readouterr().err
+def test_another_familys_files_and_flags_are_one_line(
+    runs, v3_dir, tiny_dir, tiny_config, codec_dir, flags_of, forks, tmp_path, capsys
+):
+    v2, v3, out = ["--base_ckpt", str(tiny_dir)], ["--base_ckpt", str(v3_dir)], ["--output_dir", str(tmp_path / "x")]
+    of_v3 = ["--adapter", str(runs[2] / "adapter")]
+    of_v2 = ["--adapter", str(write_adapter(tmp_path / "v2", tiny_config))]
+    speak = ["--text", "x", "--output_file", str(tmp_path / "x.wav")]
+    for words, command in (
+        ("--adapter", ["merge", *v2, *of_v3, *out, "--layout", "boson", "--other_base"]),
+        ("--adapter", ["merge", *v2, *of_v3, *out, "--layout", "boson"]),
+        ("--adapter", ["merge", *v3, *of_v2, *out, "--other_base"]),
+        ("--adapter", ["generate", *v3, *of_v2, *speak, "--codec", str(codec_dir), "--other_base"]),
+        ("--layout", ["merge", *v3, *of_v3, *out, "--layout", "boson"]),
+        ("--layout", ["export", *of_v3, *out, "--layout", "transformers"]),
+        ("--codec", ["generate", *v3, *speak, "--codec", str(tiny_dir)]),
+        ("--codec", ["generate", *v2, *speak, "--codec", str(v3_dir)]),
+        ("--codec", ["merge", *v2, *out, "--layout", "transformers", "--codec", str(v3_dir)]),
+        ("scene", ["generate", *v3, *speak, "--codec", str(codec_dir), "--scene", "A cave."]),
+    ):
+        assert main(command) == 2, command
+        said = capsys.readouterr().err.strip()
+        assert words in said and "\n" not in said, said
+    for flag, value in (("init_adapter", runs[2] / "adapter"), ("resume", runs[2] / "checkpoints/step-000003")):
+        (result,) = forks.run(flags_of(tmp_path / flag, max_steps=4, **{flag: value}), 1)
+        assert result.returncode == 2 and f"--{flag}" in result.output and "Traceback" not in result.output

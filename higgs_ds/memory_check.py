@@ -1,7 +1,6 @@
-"""The most expensive micro-batch of a run, forward and backward, before its first step.
+"""Run the most expensive micro-batch of a run, forward and backward, before its first step.
 
-Without this check a run that is too large ends in the step in which its longest rows happen to meet: hours later, and
-after its first epochs.
+Otherwise a run that does not fit would end hours later, in the step with the longest rows.
 """
 
 from __future__ import annotations
@@ -10,37 +9,38 @@ import torch
 
 from .batching.collate import Batch
 from .checkpoint import restore_rng, rng_state
-from .distributed.engine import Engine, Ranks
+from .distributed.engine import Engine
+from .distributed.ranks import Ranks
 from .errors import ExitCode, first_of
 from .guard import batch_problems
 from .model.spec import ModelSpec
 from .options.sections import TrainConfig
 from .report.metrics import peak_memory_gib, restart_peak_memory
 
-# On a CPU memory is the machine's, and what is too much for it is killed without an error that could be named.
+# On a CPU the kernel kills a process that takes too much memory; there is no error to report.
 CHECKED_ON = ("cuda",)
 ROWS_SHOWN = 8
 
 
 def is_wanted(device: torch.device, *, compiled: bool) -> bool:
-    """True if a run on this device has a memory check, with `--compile` or without.
+    """True if a run on this device has a memory check.
 
-    Compiling takes longer than a rank may stand still in a step, so that it is done here, whatever the device.
+    With `--compile` there always is one: compiling takes longer than the stall timeout of a step allows.
     """
     return compiled or device.type in CHECKED_ON
 
 
 class DoesNotFitError(RuntimeError):
-    """The most expensive micro-batch is more than this rank's memory; all ranks end with `exit_code`, no traceback.
+    """The most expensive micro-batch exceeds this rank's memory; all ranks end with `exit_code`, without traceback.
 
-    A rank of its own: others may have fitted, or stand in a collective and wait for this one.
+    Raised on this rank only: the others may be waiting in a collective.
     """
 
     exit_code = int(ExitCode.CONFIG)
 
 
 def advice(config: TrainConfig, stage: int) -> str:
-    """Options that would make a micro-batch smaller than it is with these, in words."""
+    """Names options that would reduce memory."""
     optim, model = config.optim, config.model
     if optim.max_tokens_per_batch is not None:
         changes = [f"a --max_tokens_per_batch below {optim.max_tokens_per_batch}"]
@@ -55,16 +55,19 @@ def advice(config: TrainConfig, stage: int) -> str:
     return ", or ".join(changes)
 
 
-def measure(engine: Engine, ranks: Ranks, spec: ModelSpec, batch: Batch, config: TrainConfig) -> str | None:
-    """One micro-batch forward and backward, of which nothing is kept: no gradient, no random draw, no peak of memory.
+def measure(
+    engine: Engine, ranks: Ranks, spec: ModelSpec, batch: Batch, config: TrainConfig, predicted: str = ""
+) -> str | None:
+    """Runs one micro-batch forward and backward; gradients, random states and peak memory are reset afterwards.
 
-    Every rank must call this with the same batch; the engine's first step comes after it. A batch that the guard
-    refuses is left to the guard. (Under fp16 the loss scaler counts a good step more than there were.)
+    Every rank must call this with the same batch, before the engine's first step. A batch that the guard would refuse
+    is skipped. (Under fp16 the loss scaler counts one good step too many.) `predicted` is added to the text.
 
-    Returns what it took, as text; None where nothing was measured.
+    Returns:
+        tokens, rows and peak memory as text; None if skipped.
 
     Raises:
-        DoesNotFitError: on the ranks that ran out of memory, which the `Watch` around it must tell the others.
+        DoesNotFitError: on ranks that ran out of memory; the surrounding `Watch` tells the others.
     """
     if any(ranks.sum([any(True for _ in batch_problems(batch, spec))])):
         return None
@@ -80,11 +83,11 @@ def measure(engine: Engine, ranks: Ranks, spec: ModelSpec, batch: Batch, config:
     took = f"{batch.num_tokens:,} tokens in {len(batch.origins)} rows, {peak:.1f} GiB at the most"
     if ranks.device.type == "cuda":
         took += f" of {torch.cuda.get_device_properties(ranks.device).total_memory / 2**30:.1f}"
-    return f"memory check of the most expensive micro-batch: {took}"
+    return f"memory check of the most expensive micro-batch: {took}{predicted}"
 
 
 def _out_of_memory(engine: Engine, device: torch.device, batch: Batch) -> str | None:
-    """The allocator's words if it had no more."""
+    """The allocator's message if it ran out of memory."""
     try:
         # Scales of 0 make every gradient 0, at the same cost.
         no_scales = torch.zeros(engine.module.num_codebooks, device=device)
@@ -92,7 +95,7 @@ def _out_of_memory(engine: Engine, device: torch.device, batch: Batch) -> str | 
         engine.backward(loss)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-    except RuntimeError as error:  # torch.OutOfMemoryError is one; cuBLAS and NCCL have none of their own
+    except RuntimeError as error:  # torch.OutOfMemoryError is a subclass; cuBLAS and NCCL raise this one
         text = str(error)
         if not isinstance(error, torch.OutOfMemoryError) and not any(
             word in text for word in ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")

@@ -36,6 +36,13 @@ class Panel:
             return f"{error}; left out of the speaker's recordings"
         return None
 
+    def line(self, name: str, file: str, clip: Clip) -> tuple[dict[str, object], dict[str, str]]:
+        """A clip's line in judged.jsonl, of the set `name`, and what failed, see `judge`."""
+        fields, failed = self.judge(clip)
+        said = clip.sentence
+        about = {"set": name, "file": file, "row": said.origin, "speaker": said.speaker, "text": said.text}
+        return about | fields | ({"failed": failed} if failed else {}), failed
+
     def judge(self, clip: Clip) -> tuple[dict[str, object], dict[str, str]]:
         """Fields of a clip's line, and by judge the words in which it failed."""
         judges: dict[str, Callable[[Clip], dict[str, object]]] = {"stops": self.stops.judge, "levels": levels}

@@ -11,7 +11,6 @@ import numpy as np
 from ..errors import ConfigError, reading
 from .clips import JUDGE_RATE, library
 
-WHISPER = "openai/whisper-large-v3-turbo"
 SPHINX = "pocketsphinx"
 WINDOW_SEC = 30  # that Whisper hears at once
 

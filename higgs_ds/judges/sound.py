@@ -9,7 +9,7 @@ from .clips import JUDGE_RATE, Clip, library
 FRAME_SEC = 0.01
 SILENCE_DB = 40.0  # below the loudest frame, where silence begins
 FULL_SCALE = 0.999  # where a sample counts as clipped
-BLOCK_SEC, LEAST_SEC = 0.4, 0.05  # of loudness by ITU-R BS.1770
+BLOCK_SEC, LEAST_SEC = 0.4, 0.05  # of loudness
 
 
 class Dnsmos:
@@ -34,7 +34,7 @@ def levels(clip: Clip) -> dict[str, object]:
         return {}
     before, within, behind = _silences(clip)
     return {
-        "loudness": _loudness(clip),
+        "loudness": loudness_of(clip.waveform, clip.sample_rate),
         "silence_before": before,
         "silence_within": within,
         "silence_behind": behind,
@@ -42,15 +42,16 @@ def levels(clip: Clip) -> dict[str, object]:
     }
 
 
-def _loudness(clip: Clip) -> float | None:
-    """None for what is too short or too soft to have one."""
+def loudness_of(waveform: np.ndarray, sample_rate: int) -> float | None:
+    """In LUFS, by ITU-R BS.1770; None for what is too short or too soft to have one."""
     import pyloudnorm
 
-    if clip.seconds < LEAST_SEC:
+    seconds = len(waveform) / sample_rate
+    if seconds < LEAST_SEC:
         return None
-    meter = pyloudnorm.Meter(clip.sample_rate, block_size=min(BLOCK_SEC, 0.99 * clip.seconds))
+    meter = pyloudnorm.Meter(sample_rate, block_size=min(BLOCK_SEC, 0.99 * seconds))
     with np.errstate(divide="ignore"):
-        found = float(meter.integrated_loudness(clip.waveform.astype(np.float64)))
+        found = float(meter.integrated_loudness(waveform.astype(np.float64)))
     return found if np.isfinite(found) else None
 
 

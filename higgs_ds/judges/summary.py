@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from .figures import Bootstrap, Figure, Ratios, Unit
 
-RECORDINGS = "recordings"
+RECORDINGS, CODEC = "recordings", "codec"  # sets beside those of a voice
 COLUMNS = 3  # sets side by side
 
 Line = dict  # fields of a clip, see `Panel.judge`
@@ -50,41 +50,55 @@ def _ratios(judged: Judged, measure: str) -> Ratios:
     return [(unit, ratio) for unit, line in judged if (ratio := of_line(line)) is not None]
 
 
-def summary(sets: Mapping[str, Judged]) -> list[str]:
-    """Lines for a console, of the sets by name; that of the `RECORDINGS` is compared with the others."""
-    bootstrap = Bootstrap([unit for judged in sets.values() for unit, _ in judged])
-    names, lines = list(sets), []
-    for first in range(0, len(names), COLUMNS):
-        shown = names[first : first + COLUMNS]
-        lines.append(_row("", shown))
-        lines.append(_row("clips", [str(len(sets[name])) for name in shown]))
-        for measure in MEASURES:
-            figures = [bootstrap.figure(_ratios(sets[name], measure)) for name in shown]
-            if any(figures):
-                lines.append(_row(measure, [_text(figure) for figure in figures]))
-    for name in names:
-        if name != RECORDINGS and RECORDINGS in sets:
-            lines += _compared(name, sets[name], sets[RECORDINGS], bootstrap)
+def value_of(judged: Judged, measure: str) -> float | None:
+    """The figure of a set, sum over sum; None if no clip has it."""
+    ratios = [ratio for _, ratio in _ratios(judged, measure)]
+    below = sum(count for _, count in ratios)
+    return sum(amount for amount, _ in ratios) / below if below else None
+
+
+def bootstrap_of(sets: Mapping[str, Judged]) -> Bootstrap:
+    """Draws for all figures of these sets."""
+    return Bootstrap([unit for judged in sets.values() for unit, _ in judged])
+
+
+def table(sets: Mapping[str, Judged], bootstrap: Bootstrap) -> list[tuple[str, list[str]]]:
+    """Rows of a table with a column a set: a measure, and its figures with their intervals."""
+    rows = [("clips", [str(len(judged)) for judged in sets.values()])]
+    for measure in MEASURES:
+        figures = [bootstrap.figure(_ratios(judged, measure)) for judged in sets.values()]
+        if any(figures):
+            rows.append((measure, [_text(figure) for figure in figures]))
+    return rows
+
+
+def compared(sets: Mapping[str, Judged], bootstrap: Bootstrap) -> list[str]:
+    """A line of each set on its differences from the recordings of the same texts."""
+    lines = []
+    for name in (name for name in sets if name != RECORDINGS and RECORDINGS in sets):
+        found = []
+        for measure, (_, better) in MEASURES.items():
+            ratios = [_ratios(sets[of], measure) for of in (name, RECORDINGS)]
+            difference = bootstrap.difference(*ratios) if better else None
+            if difference is not None:
+                sides = difference.low * better, difference.high * better
+                verdict = "better" if min(sides) > 0 else "worse" if max(sides) < 0 else "no clear difference"
+                found.append(f"{measure} {_text(difference, '+')} {verdict}")
+        lines += [f"{name} against the {RECORDINGS}: {'; '.join(found)}"] if found else []
     return lines
 
 
-def _row(measure: str, cells: Sequence[str]) -> str:
-    return "".join([f"{measure:<18}", *(f"{cell:<29}" for cell in cells)]).rstrip()
+def summary(sets: Mapping[str, Judged]) -> list[str]:
+    """Lines for a console, of the sets by name; that of the `RECORDINGS` is compared with the others."""
+    bootstrap, names, lines = bootstrap_of(sets), list(sets), []
+    for first in range(0, len(names), COLUMNS):
+        shown = names[first : first + COLUMNS]
+        rows = [("", shown), *table({name: sets[name] for name in shown}, bootstrap)]
+        lines += ["".join([f"{measure:<18}", *(f"{cell:<29}" for cell in cells)]).rstrip() for measure, cells in rows]
+    return lines + compared(sets, bootstrap)
 
 
 def _text(figure: Figure | None, sign: str = "") -> str:
     if figure is None:
         return "-"
     return f"{figure.value:{sign}.3f} [{figure.low:{sign}.3f}, {figure.high:{sign}.3f}]"
-
-
-def _compared(name: str, judged: Judged, recordings: Judged, bootstrap: Bootstrap) -> list[str]:
-    """A line on the differences of a set from the recordings of the same texts."""
-    found = []
-    for measure, (_, better) in MEASURES.items():
-        difference = bootstrap.difference(_ratios(judged, measure), _ratios(recordings, measure)) if better else None
-        if difference is not None:
-            sides = difference.low * better, difference.high * better
-            verdict = "better" if min(sides) > 0 else "worse" if max(sides) < 0 else "no clear difference"
-            found.append(f"{measure} {_text(difference, '+')} {verdict}")
-    return [f"{name} against the {RECORDINGS}: {'; '.join(found)}"] if found else []

@@ -10,7 +10,6 @@ import numpy as np
 from ..errors import ConfigError, reading
 from .clips import JUDGE_RATE, Clip, library
 
-WAVLM = "microsoft/wavlm-base-plus-sv"
 RESEMBLYZER = "resemblyzer"
 
 

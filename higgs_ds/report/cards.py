@@ -1,6 +1,6 @@
-"""README.md of an adapter and of a merged checkpoint: training details, and how each stack speaks with the voice.
+"""Model cards (README.md) of adapters and merged checkpoints: training details, and how to use the voice.
 
-The texts are `templates/*.md.j2`; this file gathers what they quote.
+The texts are in `templates/*.md.j2`; this file collects their values.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ SPEAK = "--text 'All circuits are busy now.' --output_file speech.wav --overwrit
 
 
 def pinned(name: str, revision: str | None) -> tuple[str, str | None]:
-    """A base as a snippet names it from any folder: a local one by its whole path, Boson's at its revision."""
+    """A base's name and revision for a snippet: a local folder as an absolute path, Boson's with its revision."""
     if os.path.isdir(name):
         return os.path.abspath(name), None
     return name, revision_of(name, revision)
 
 
 def prompt_details(rows: Sequence[Row]) -> dict[str, object]:
-    """Lines of a card on the prompts of the training rows, from the first of them."""
+    """Rows of a card on the training prompts, counted over the first rows."""
     counted = [rows[place] for place in islice(range(len(rows)), COUNTED_ROWS)]
     clips = [sum(isinstance(p, AudioRef) for turn in row.messages for p in turn.content) for row in counted]
     scenes = sum(row.has_scene for row in counted)
@@ -47,13 +47,13 @@ def prompt_details(rows: Sequence[Row]) -> dict[str, object]:
 
 
 def adapter_card(table: dict[str, object], *, base: str, revision: str | None, folder: Path, **more: Any) -> str:
-    """Of a LoRA adapter.
+    """The card of a LoRA adapter.
 
     Args:
-        table: what it was trained with, a line each.
-        base: as `pinned` gives it, with `revision`.
-        folder: where the adapter lies.
-        more: `layout` of the base; `codec`, a hub id or a folder, with `codec_revision`.
+        table: training details, a row each.
+        base: from `pinned`, with `revision`.
+        folder: the adapter's folder.
+        more: `layout` of the base; `codec`, a hub id or folder, with `codec_revision`.
     """
     voice_flags = _flags(base_ckpt=base, base_revision=revision, adapter=str(folder.resolve()))
     details = {"rows": table, "base": base, "revision": revision, "voice_flags": voice_flags}
@@ -61,7 +61,7 @@ def adapter_card(table: dict[str, object], *, base: str, revision: str | None, f
 
 
 def merged_card(table: dict[str, object], *, base: str, revision: str | None, folder: Path, **more: Any) -> str:
-    """Of a merged checkpoint; the arguments are `adapter_card`'s, `layout` is that of the folder."""
+    """The card of a merged checkpoint; arguments as in `adapter_card`, with `layout` of the folder."""
     at = f" at revision `{revision}`" if revision else ""
     rows = {"base": f"`{base}`{at}", **table, "layout": more["layout"]}
     return _card("merged", {"rows": rows, "base": base}, folder, **more)
@@ -82,7 +82,7 @@ def _card(
 
 @cache
 def _templates() -> jinja2.Environment:
-    """Of Markdown and code: nothing is escaped for HTML, and values are quoted by `repr` and `quote`."""
+    """Templates of Markdown and code: no HTML escaping; values are quoted by `repr` and `quote`."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
     blocks: dict[str, Any] = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
     environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, **blocks)
@@ -91,7 +91,7 @@ def _templates() -> jinja2.Environment:
 
 
 def _is_served(codec: str) -> bool:
-    """True if transformers' processor can load the codec, unlike the sample codec and Boson's own folder."""
+    """True if transformers' processor can load the codec; it cannot load the sample codec or Boson's own folder."""
     from ..model.higgs_v2.processor_files import codec_reference
 
     try:

@@ -30,7 +30,7 @@ def format_figures(figures: dict[str, float | str]) -> str:
 
 
 class Console:
-    """A progress bar on a terminal; elsewhere (log files, CI) a plain line every few seconds. All on stderr."""
+    """A progress bar on a terminal; a plain line every few seconds in log files and CI. Writes to stderr."""
 
     def __init__(self, total_steps: int, first_step: int) -> None:
         self._total_steps = total_steps

@@ -1,4 +1,4 @@
-"""The picture of a run: its losses over optimizer steps, drawn from metrics.jsonl or from memory."""
+"""Plot of a run: losses over optimizer steps, from metrics.jsonl or from memory."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from pathlib import Path
 import numpy as np
 
 from ..files import replacing
-from .history import CODEBOOK_METRICS, NUM_CODEBOOKS, History
+from .history import CODEBOOK_METRICS, JUDGED_METRICS, NUM_CODEBOOKS, History
 from .jsonl import read_rows
 
 FIGURE_INCHES, DPI = (16, 10), 100  # 1600 x 1000 pixels
-LOG_DECADES = 1.5  # values that span more are shown on a log axis
-FEW_POINTS = 10  # a line through fewer is a speck: they are marked
-MANY_RESUMES = 4  # more of them are lines without words
+LOG_DECADES = 1.5  # wider ranges get a log axis
+FEW_POINTS = 10  # fewer points get markers
+MANY_RESUMES = 4  # more of them are not labelled
 BLACK, BLUE, ORANGE, GREY = "#222222", "#1f77b4", "#c8550a", "#777777"
 
 
 def draw_curves(metrics_jsonl: Path, png: Path, title: str) -> None:
-    """Draw the curves of a metrics.jsonl, of a finished or a running training; see `make_figure`.
+    """Draws the curves of a metrics.jsonl, of a finished or running training; see `make_figure`.
 
     Raises:
         FileNotFoundError: no such metrics file.
-        ValueError: it holds no losses, or a line that is not JSON.
+        ValueError: no losses in it, or a line that is not JSON.
     """
     history = History()
     for row in read_rows(Path(metrics_jsonl)):
@@ -34,7 +34,7 @@ def draw_curves(metrics_jsonl: Path, png: Path, title: str) -> None:
 
 
 def draw_history(history: History, png: Path, title: str) -> None:
-    """Draws a run's history; see `make_figure`. The file appears whole or not at all."""
+    """Draws a run's history, see `make_figure`; writes the file atomically."""
     figure = make_figure(history, title)
     with replacing(png) as beside:
         figure.savefig(beside, format="png")
@@ -43,12 +43,12 @@ def draw_history(history: History, png: Path, title: str) -> None:
 def make_figure(history: History, title: str):
     """A run's history as a matplotlib Figure of 1600 x 1000 pixels.
 
-    Above: audio loss with its validation, and the loss of each codebook. Below: text loss, total loss, gradient norm,
-    learning rate. Thin: the values as logged; thick: their smoothed course; circles: validation, a star its best.
-    Dotted verticals are where the run was resumed. x is the optimizer step. A y axis fits the course of its own curves,
-    so that spikes may leave it, and is logarithmic where they span more than 1.5 decades.
+    Top: audio loss with validation, and loss by codebook. Bottom: text loss, total loss, gradient norm, learning rate,
+    and judges' figures of the samples. Thin lines are logged values, thick lines are smoothed, circles are validations,
+    a star marks the best, and dotted verticals mark resumes. Each y axis fits the smoothed curves, so that spikes may
+    leave it, and is logarithmic if they span more than 1.5 decades.
     """
-    # The object interface of matplotlib leaves pyplot's global state alone, and the import waits for the first plot.
+    # matplotlib's object interface has no global state; imported on the first plot only.
     from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -58,7 +58,8 @@ def make_figure(history: History, title: str):
     figure.suptitle(title, fontsize=17, fontweight="bold", x=0.05, y=0.975, ha="left", parse_math=False)
     figure.text(0.985, 0.962, f"step {history.last_step:,}", ha="right", fontsize=13, color=GREY)
     above = figure.add_gridspec(1, 2, left=0.05, right=0.985, top=0.905, bottom=0.455, wspace=0.13)
-    below = figure.add_gridspec(1, 4, left=0.05, right=0.985, top=0.315, bottom=0.06, wspace=0.24)
+    judged = [name for name in JUDGED_METRICS if name in history.series]
+    below = figure.add_gridspec(1, 5 if judged else 4, left=0.05, right=0.985, top=0.315, bottom=0.06, wspace=0.24)
 
     audio = _Panel(figure.add_subplot(above[0]), history, "Audio loss")
     audio.train("train/audio_loss", ORANGE, "train")
@@ -79,11 +80,19 @@ def make_figure(history: History, title: str):
     rate = _Panel(figure.add_subplot(below[3]), history, "Learning rate", small=True)
     rate.line("train/learning_rate", GREY)
     rate.finish(may_be_log=False)
+    if judged:
+        axes = figure.add_subplot(below[4])
+        panel = _Panel(axes, history, "Samples", small=True)
+        for name, colour in zip(judged, (ORANGE, BLUE, GREY), strict=False):
+            panel.line(name, colour, name.removeprefix("eval/"))
+        panel.finish(may_be_log=False)
+        axes.set_title("", loc="right")
+        axes.legend(fontsize=10, framealpha=0.6)
     return figure
 
 
 class _Panel:
-    """One pair of axes, and the values that its y axis has to show."""
+    """A pair of axes, and the values that its y axis must show."""
 
     def __init__(self, axes, history: History, heading: str, *, small: bool = False):
         self._axes = axes
@@ -93,7 +102,7 @@ class _Panel:
         axes.set_title(heading, fontsize=12 if small else 14, loc="left")
 
     def train(self, name: str, colour, label: str) -> None:
-        """Every value thin, their smoothed course thick; the figure in the legend is the last of the thick line."""
+        """Draws raw values thin and smoothed ones thick; the legend shows the last smoothed value."""
         if name not in self._history.series:
             return
         steps, values = map(np.asarray, self._history.series[name].points())
@@ -105,18 +114,19 @@ class _Panel:
         figure = f"{label}  {smoothed[-1]:#.4g}"
         self._axes.plot(steps, smoothed, color=colour, linewidth=width, marker="o" if few else None, label=figure)
         finite = values[np.isfinite(values)]
-        # Where the raw values mostly are, and all of their course.
+        # The y axis shows the smoothed curve and most raw values.
         self._shown += [smoothed, np.quantile(finite, [0.02, 0.98])] if finite.size else []
 
-    def line(self, name: str, colour) -> None:
-        """The values as they are."""
+    def line(self, name: str, colour, label: str = "") -> None:
+        """Draws the values without smoothing; a label shows the last one."""
         if name in self._history.series:
             steps, values = map(np.asarray, self._history.series[name].points())
-            self._axes.plot(steps, values, color=colour, linewidth=1.6, marker="o" if len(steps) < FEW_POINTS else None)
+            style = {"color": colour, "linewidth": 1.6, "marker": "o" if len(steps) < FEW_POINTS else None}
+            self._axes.plot(steps, values, label=f"{label}  {values[-1]:#.3g}" if label else None, **style)
             self._shown.append(values)
 
     def validation(self, name: str) -> None:
-        """Circles on a dashed line, and a star where it was least."""
+        """Draws circles on a dashed line, and a star at the minimum."""
         if name not in self._history.series:
             return
         steps, values = map(np.asarray, self._history.series[name].points())
@@ -143,7 +153,7 @@ class _Panel:
     def finish(
         self, legend_columns: int | None = None, *, resumes_in_words: bool = False, may_be_log: bool = True
     ) -> None:
-        """Scale, labels and legend; without `legend_columns` the legend's figures stand beside the heading."""
+        """Sets scale, labels and legend; without `legend_columns`, the legend is a line beside the heading."""
         axes = self._axes
         self._scale(may_be_log)
         self._mark_resumes(resumes_in_words)
@@ -159,7 +169,7 @@ class _Panel:
         if not self._shown:
             axes.text(0.5, 0.5, "nothing logged", transform=axes.transAxes, ha="center", fontsize=12, color="#888888")
         elif legend_columns:
-            # Below the axes no curve can run into it.
+            # Below the axes, where no curve can overlap it.
             place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.11)}
             axes.legend(fontsize=11.5, ncols=legend_columns, frameon=False, **place)
         else:
@@ -173,7 +183,7 @@ class _Panel:
         values = values[np.isfinite(values)]
         positive = values[values > 0]
         if may_be_log and positive.size and positive.max() > positive.min() * 10**LOG_DECADES:
-            # A loss of exactly 0 has no place on a log axis: its points are left out.
+            # A loss of exactly 0 is left out on a log axis.
             self._axes.set_yscale("log", nonpositive="mask")
             low, high = positive.min(), positive.max()
             self._axes.set_ylim(low / (high / low) ** 0.05, high * (high / low) ** 0.05)
@@ -200,14 +210,14 @@ class _Panel:
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """Mean over a centred window of about 1/25 of the points; what is not finite is skipped.
+    """Mean over a centred window of about 1/25 of the points, skipping non-finite values.
 
-    At the begin, where a loss falls fastest, the window of the i-th point is no wider than i.
+    At the start, where a loss falls fastest, the window of the i-th point is at most i wide.
     """
     half = len(values) // 50
     window = np.ones(2 * half + 1)
     finite = np.isfinite(values)
-    # np.convolve adds directly: with a running sum, rounding would turn losses of exactly 0 into 1e-13 and the like.
+    # np.convolve sums directly; a running sum would turn losses of exactly 0 into 1e-13.
     total = np.convolve(np.where(finite, values, 0.0), window)[half : half + len(values)]
     count = np.convolve(finite.astype(float), window)[half : half + len(values)]
     for i in range(min(2 * half, len(values))):

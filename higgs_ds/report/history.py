@@ -1,4 +1,4 @@
-"""The source of a run's picture: its losses over optimizer steps, in bounded memory however long it is."""
+"""A run's losses over optimizer steps, in bounded memory."""
 
 from __future__ import annotations
 
@@ -8,26 +8,27 @@ from array import array
 NUM_CODEBOOKS = 8
 CODEBOOK_METRICS = tuple(f"train/codebook_loss/{codebook}" for codebook in range(NUM_CODEBOOKS))
 PLOTTED_METRICS = {f"{part}/{loss}" for part in ("train", "eval") for loss in ("loss", "text_loss", "audio_loss")}
-PLOTTED_METRICS |= {*CODEBOOK_METRICS, "train/learning_rate", "train/grad_norm"}
-RESUMED = "resumed_after"  # in the first row that a resumed run logs: the step that it went on from
+JUDGED_METRICS = ("eval/wer", "eval/similarity", "eval/stops")
+PLOTTED_METRICS |= {*CODEBOOK_METRICS, *JUDGED_METRICS, "train/learning_rate", "train/grad_norm"}
+RESUMED = "resumed_after"  # in a resumed run's first row: the step that it continues from
 
-# A series holds up to twice as many.
-MAX_POINTS = 2048  # of what is drawn, some 700 pixels wide
-MAX_RANK_POINTS = 64  # of a rank's loss, in a table with all ranks
+# A series holds up to twice as many points.
+MAX_POINTS = 2048  # plots are about 700 pixels wide
+MAX_RANK_POINTS = 64  # of each rank's loss, in a table of all ranks
 
 
 class Series:
-    """One metric. From `2 * max_points` values on a point is the mean of 2, then of 4, 8, … consecutive values."""
+    """A metric over steps. Beyond `2 * max_points` values, a point is the mean of 2, then 4, 8, … values."""
 
     def __init__(self, max_points: int = MAX_POINTS):
         self._max_points = max_points
         self._steps, self._values = array("q"), array("d")
         self._stride = 1
-        self._pending: list[float] = []  # of the point that is not full yet
+        self._pending: list[float] = []  # values of the incomplete last point
         self._last_step = 0
 
     def add(self, step: int, value: float) -> None:
-        """The value of a step behind all others."""
+        """Appends the value of a later step."""
         self._last_step = step
         self._pending.append(value)
         if len(self._pending) == self._stride:
@@ -41,7 +42,7 @@ class Series:
             self._stride *= 2
 
     def points(self) -> tuple[array, array]:
-        """Steps, each the last that its point covers, and values; a mean is over what is finite of it, else NaN."""
+        """Steps (the last one of each point) and values (means over finite values, else NaN)."""
         steps, values = self._steps[:], self._values[:]
         if self._pending:
             steps.append(self._last_step)
@@ -50,7 +51,7 @@ class Series:
 
 
 def _mean(values) -> float:
-    """Over those that are finite; a single one as it is."""
+    """The mean of the finite values; a single value is returned unchanged."""
     if len(values) == 1:
         return values[0]
     finite = [value for value in values if math.isfinite(value)]
@@ -58,7 +59,7 @@ def _mean(values) -> float:
 
 
 class History:
-    """The plotted metrics of a run, by name, and where it was resumed."""
+    """A run's plotted metrics by name, and the steps at which it was resumed."""
 
     def __init__(self):
         self.series: dict[str, Series] = {}
@@ -67,7 +68,7 @@ class History:
         self._ranks: list[Series] = []
 
     def add(self, row: dict) -> None:
-        """Takes what one row of metrics.jsonl has for the plot."""
+        """Adds the plotted metrics of a row of metrics.jsonl."""
         step = row["global_step"]
         if RESUMED in row:
             self.resumed_after.append(row[RESUMED])
@@ -81,7 +82,7 @@ class History:
                 self._ranks[rank].add(step, float(loss))
 
     def rank_losses(self) -> list[tuple[list[int], list[float]]]:
-        """Steps and finite losses, by rank."""
+        """Steps and finite losses of each rank."""
         parts = [zip(*series.points(), strict=True) for series in self._ranks]
         finite = [[(step, loss) for step, loss in part if math.isfinite(loss)] for part in parts]
         return [([step for step, _ in points], [loss for _, loss in points]) for points in finite]

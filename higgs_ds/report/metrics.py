@@ -1,4 +1,4 @@
-"""From every rank's sums and counts to the names that JSONL and W&B carry."""
+"""Named metrics for JSONL and W&B, from all ranks' sums and counts."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from ..step_stats import RankStep, StepSums
 
 
 class StepClock:
-    """Times a step on this rank, so that one exchange before its update can carry it.
+    """Times a step on this rank up to its exchange, which carries the time to the other ranks.
 
-    A step's time is that up to its own exchange, from the reading of its batches on, and that of the update of the
-    step before it: every second of the loop once, but for what is between steps (logging, validating, saving).
+    A step's time runs from reading its batches to its exchange, plus the previous step's update. So every second of the
+    loop counts once, except logging, validation and saving.
     """
 
     def __init__(self):
@@ -26,31 +26,31 @@ class StepClock:
         self.begin()
 
     def begin(self) -> None:
-        """The step's batches are being read."""
+        """Call before reading the step's batches."""
         self._began = self._exchanged = time.perf_counter()
         self.data_sec = 0.0
 
     def batches_read(self) -> None:
-        """The step's batches are there."""
+        """Call when the step's batches have been read."""
         self.data_sec = time.perf_counter() - self._began
 
     def step_sec(self) -> float:
-        """The step's seconds, at its exchange; what comes until `end` is its update."""
+        """Seconds of the step, at its exchange; the time from here to `end` is its update."""
         now = time.perf_counter()
         took, self._update_sec = now - self._began + self._update_sec, 0.0
         self._exchanged = now
         return took
 
     def end(self) -> None:
-        """The step is done."""
+        """Call after the update."""
         self._update_sec = time.perf_counter() - self._exchanged
 
 
 class Window:
-    """The optimizer steps since the last logged point, which the next one covers: on every rank's sums and counts.
+    """Sums over the optimizer steps since the last logged point.
 
-    Losses are those of all labels of the window, counts are summed; the gradient norm, `perf/step_sec` and
-    `perf/data_sec` are means over its steps. Of one step alone they are that step's, to the bit.
+    Losses are over all labels of the window, counts are summed; gradient norm, `perf/step_sec` and `perf/data_sec` are
+    means over its steps. For a single step they are exactly that step's.
     """
 
     def __init__(self):
@@ -62,7 +62,7 @@ class Window:
         self._step_sec = self._data_sec = self._peak_gib = self._reserved_gib = 0.0
 
     def add(self, ranks: list[RankStep], grad_norm: float) -> None:
-        """One step that was trained. Its times are the slowest rank's, seconds; memory is the fullest rank's, GiB."""
+        """Adds a trained step: times of the slowest rank in seconds, memory of the fullest rank in GiB."""
         new = [rank.sums for rank in ranks]
         self._sums = [StepSums.total(list(pair)) for pair in zip(self._sums, new, strict=True)] if self._sums else new
         self._grad_norms.append(grad_norm)
@@ -74,14 +74,14 @@ class Window:
     def take(
         self, weights: LossWeights, *, learning_rate: float, epoch: float, utilisation: Utilisation | None = None
     ) -> dict[str, float | list]:
-        """The window's metrics, `learning_rate` and `epoch` of its last step among them; then it is empty.
+        """Returns the window's metrics, with `learning_rate` and `epoch` of its last step, and empties it.
 
-        `rank/<loss>` has a value a rank, 7 digits of it, None where a rank had no such label. Without a step: {}.
+        `rank/<loss>` has one value per rank with 7 digits, None for a rank without labels. {} without steps.
         """
         if not self._sums:
             return {}
         total, steps = StepSums.total(self._sums), len(self._grad_norms)
-        # fp16 drops steps whose gradient overflows, by design: one of them hides no other's norm.
+        # fp16 drops steps with overflow by design; they must not hide the other norms.
         norms = [norm for norm in self._grad_norms if math.isfinite(norm)] or self._grad_norms[-1:]
         tokens_per_sec = total.tokens / self._step_sec
         metrics: dict[str, float | list] = {f"train/{name}": loss for name, loss in total.losses(weights).items()}
@@ -109,15 +109,13 @@ class Window:
 
 
 def _seven_digits(loss: float | None) -> float | None:
-    """As much as float32 holds, in which the loss was summed: half the text of a line of 64 ranks."""
+    """Rounds to float32's precision, which halves a line of 64 ranks."""
     return None if loss is None else float(f"{loss:.7g}")
 
 
 def guard_metrics(ranks: list[RankStep]) -> dict[str, float | list]:
-    """Counts of what the guards of all ranks have seen since the run began.
-
-    Their failed checks together, 0 where every loss on every rank was real, and by rank those that ever failed.
-    """
+    """Counts of the guards of all ranks since the run began: failed checks in total (0 if every loss was real), and by
+    rank for each check that ever failed."""
     failed = {check: [int(rank.failed[i]) for rank in ranks] for i, check in enumerate(CHECKS)}
     metrics: dict[str, float | list] = {
         "guard/failed_checks": sum(map(sum, failed.values())),
@@ -127,16 +125,16 @@ def guard_metrics(ranks: list[RankStep]) -> dict[str, float | list]:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Most memory that this process has held so far: on the GPU, or resident where there is none."""
+    """Peak memory of this process so far: allocated on the GPU, or resident without one."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # kilobytes
 
 
 def reserved_memory_gib(device: torch.device) -> float:
-    """Most memory that torch's allocator has taken from the GPU so far; beside what tensors took, the rest is gaps.
+    """Peak memory reserved by torch's allocator on the GPU so far, fragmentation included.
 
-    Without a GPU there is no such thing, and this is `peak_memory_gib`.
+    Without a GPU, the same as `peak_memory_gib`.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device) / 2**30
@@ -144,6 +142,6 @@ def reserved_memory_gib(device: torch.device) -> float:
 
 
 def restart_peak_memory(device: torch.device) -> None:
-    """From here on "so far" begins anew, where it can: on a GPU."""
+    """Resets the peaks; possible on a GPU only."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

@@ -23,54 +23,78 @@ import yaml
 
 from ..errors import reading
 from ..files import write_text
-from .history import NUM_CODEBOOKS, Series
+from ..judges.summary import CODEC, RECORDINGS, bootstrap_of, compared, table
+from . import samples
+from .history import CODEBOOK_METRICS, Series
 from .jsonl import read_rows
-from .samples import FOLDER, LIST, RECORDINGS
 
 PAGE, METRICS, RANK_LOSS = "report.html", "metrics.jsonl", "rank/loss"
-MOST_CLIPS = 160  # about 3 MB of MP3
+JUDGED, TRAINED_ON = "judged.jsonl", "trained_on.json"
+# What bounds a page, of one run or of several together: with plotly's 4.8 MB it stays below 10 MB.
+MOST_SOUND = 3_200_000  # characters of MP3 in base64: about 160 clips of two seconds
+MOST_POINTS = 1024  # of a curve
+MOST_ROWS = 160  # of a table of clips
+MOST_STEPS = 6  # whose judged samples stand side by side
 LONGEST_CLIP_SEC = 30.0
 COLOURS = ("#c8550a", "#1f77b4", "#2a7f3f", "#8450a8", "#b8860b", "#444444")
 
-CODEBOOKS = tuple((f"train/codebook_loss/{k}", str(k)) for k in range(NUM_CODEBOOKS))
+# Charts by section: heading, unit of the y axis, and the metrics with their names in the legend.
+Chart = tuple[str, str, dict[str, str]]
+SECTIONS: dict[str, tuple[Chart, ...]] = {
+    "Loss": (
+        ("Audio loss", "nats", {"train/audio_loss": "train", "eval/audio_loss": "validation"}),
+        ("Text loss", "nats", {"train/text_loss": "train", "eval/text_loss": "validation"}),
+        ("Audio loss by codebook", "nats", {name: str(k) for k, name in enumerate(CODEBOOK_METRICS)}),
+        ("Loss of each rank: lowest and highest", "nats", {"rank/lowest": "lowest", "rank/highest": "highest"}),
+    ),
+    "Words, voice, ends": (
+        ("Error rate of the samples", "", {"eval/wer": "words", "eval/cer": "characters"}),
+        ("Similarity of the samples to their speaker", "", {"eval/similarity": "similarity"}),
+        ("Samples that ended by themselves", "", {"eval/stops": "ended"}),
+    ),
+    "Learning": (
+        ("Gradient norm", "", {"train/grad_norm": "gradient norm"}),
+        ("Learning rate", "", {"train/learning_rate": "learning rate"}),
+    ),
+    "Speed and memory": (
+        ("Tokens per second", "", {"perf/tokens_per_sec": "tokens per second"}),
+        ("Step and data time", "s", {"perf/step_sec": "step", "perf/data_sec": "waiting for data"}),
+        ("Peak memory of the fullest rank", "GiB", {"memory/peak_gib": "peak", "memory/reserved_gib": "reserved"}),
+    ),
+}
+WANTED = {metric for charts in SECTIONS.values() for _, _, lines in charts for metric in lines}
+HEADLINES = ("train/loss", "train/audio_loss", "eval/loss", "eval/audio_loss", "eval/wer", "eval/similarity")
 
-# Charts of a section: heading, unit of the y axis, and the metrics with their names in the legend.
-Chart = tuple[str, str, tuple[tuple[str, str], ...]]
-SECTIONS: tuple[tuple[str, tuple[Chart, ...]], ...] = (
-    (
-        "Loss",
-        (
-            ("Audio loss", "nats", (("train/audio_loss", "train"), ("eval/audio_loss", "validation"))),
-            ("Text loss", "nats", (("train/text_loss", "train"), ("eval/text_loss", "validation"))),
-            (
-                "Audio loss by codebook",
-                "nats",
-                tuple((f"train/codebook_loss/{k}", str(k)) for k in range(NUM_CODEBOOKS)),
-            ),
-            ("Loss of each rank: lowest and highest", "nats", (("rank/lowest", "lowest"), ("rank/highest", "highest"))),
-        ),
-    ),
-    (
-        "Learning",
-        (
-            ("Gradient norm", "", (("train/grad_norm", "gradient norm"),)),
-            ("Learning rate", "", (("train/learning_rate", "learning rate"),)),
-        ),
-    ),
-    (
-        "Speed and memory",
-        (
-            ("Tokens per second", "", (("perf/tokens_per_sec", "tokens per second"),)),
-            ("Step and data time", "s", (("perf/step_sec", "step"), ("perf/data_sec", "waiting for data"))),
-            (
-                "Peak memory of the fullest rank",
-                "GiB",
-                (("memory/peak_gib", "peak"), ("memory/reserved_gib", "reserved")),
-            ),
-        ),
-    ),
-)
-WANTED = {metric for _, charts in SECTIONS for _, _, lines in charts for metric, _ in lines}
+Table = list[tuple[str, list[str]]]  # rows: a name, and a cell for each column
+
+
+@dataclass
+class Sounds:
+    """Clips as base64 of MP3, as long as there is room for them."""
+
+    room: int = 0  # characters
+
+    def of(self, path: Path | None) -> str:
+        """Empty where the file is gone, or there is no room for it."""
+        if path is None or not path.is_file() or self.room <= 0:
+            return ""
+        waveform, rate = soundfile.read(path, frames=round(LONGEST_CLIP_SEC * 48000), dtype="float32", always_2d=True)
+        out = io.BytesIO()
+        soundfile.write(out, np.clip(waveform.mean(1), -1, 1), rate, format="MP3")
+        sound = base64.b64encode(out.getvalue()).decode()
+        self.room -= len(sound)
+        return sound if self.room >= 0 else ""
+
+
+@dataclass
+class Clips:
+    """Clips beside their recordings, the worst first, and the figures of all of them."""
+
+    heading: str
+    rows: list[dict[str, str]]
+    left_out: int
+    figures: Table = field(default_factory=list)  # the first row names the columns
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -83,16 +107,17 @@ class Run:
     settings: dict[str, Any]
     failures: list[dict] = field(default_factory=list)
     stopped: dict[str, Any] = field(default_factory=dict)
-    clips: list[dict[str, str]] = field(default_factory=list)
+    trained_on: dict[str, Any] = field(default_factory=dict)
     samples: list[dict[str, Any]] = field(default_factory=list)  # a text each, with its clips by step
-    clips_left_out: int = 0
+    sample_figures: Table = field(default_factory=list)
+    clips: list[Clips] = field(default_factory=list)
 
     @property
     def summary(self) -> dict[str, str]:
         """The first lines that a reader wants: how far the run came, its losses, whether every loss was real."""
         last = self.last
         lines = {"steps": f"{last.get('global_step', 0):,}"}
-        for name in ("train/loss", "train/audio_loss", "eval/loss", "eval/audio_loss"):
+        for name in HEADLINES:
             if name in last:
                 lines[name] = f"{float(last[name]):.4f}"
         best = min((v for v in self.series["eval/loss"].points()[1] if math.isfinite(v)), default=None)
@@ -106,17 +131,18 @@ class Run:
         return lines
 
 
-def read_run(folder: Path, clips: int = MOST_CLIPS) -> Run:
+def read_run(folder: Path, runs: int = 1) -> Run:
     """Reads a run's folder; a training that still goes on is shown as far as it is.
 
     Args:
-        clips: at most so many are embedded, the worst first.
+        runs: on the page, which share its room.
 
     Raises:
         ConfigError: no metrics.jsonl, or a file that is damaged.
     """
-    series = {name: Series() for name in WANTED | {"eval/loss"}}
+    series = {name: Series(MOST_POINTS // 2 // runs) for name in WANTED | {"eval/loss"}}
     last: dict[str, Any] = {}
+    sounds, most = Sounds(), MOST_ROWS // runs
     with reading(str(folder)):
         for row in read_rows(folder / METRICS):
             last |= row
@@ -133,11 +159,15 @@ def read_run(folder: Path, clips: int = MOST_CLIPS) -> Run:
             yaml.load(settings.read_text(encoding="utf-8"), yaml.BaseLoader) if settings.exists() else {},
             list(read_rows(folder / "guard_failures.jsonl")) if (folder / "guard_failures.jsonl").exists() else [],
             _json(folder / "stopped.json"),
+            _json(folder / TRAINED_ON),
         )
-        run.samples = _samples(folder / FOLDER, clips)
-        rows = sorted(_recitals(folder), key=lambda row: row["share"])
-        run.clips = [_clip(row) for row in rows[:clips]]
-        run.clips_left_out = len(rows) - len(run.clips)
+        judged, recitals = sorted(folder.glob(f"*/{JUDGED}")), sorted(folder.glob("*/recital.json"))
+        share = MOST_SOUND // runs // (1 + bool(judged) + bool(recitals))
+        sounds.room += share
+        run.samples, run.sample_figures = _samples(folder / samples.FOLDER, most, sounds)
+        for paths, clips_of in ((judged, _judged), (recitals, _recited)):
+            sounds.room = max(0, sounds.room) + share * bool(paths)
+            run.clips += [clips_of(folder, path, most, sounds) for path in paths]
     return run
 
 
@@ -147,7 +177,7 @@ def write_page(runs: Sequence[Run], path: Path) -> None:
 
     sections = [
         (title, [{"title": heading, "figure": figure} for heading, figure in _figures(runs, charts)])
-        for title, charts in SECTIONS
+        for title, charts in SECTIONS.items()
     ]
     loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
     template = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True).get_template("run.html.j2")
@@ -156,7 +186,8 @@ def write_page(runs: Sequence[Run], path: Path) -> None:
         runs=runs,
         colours=COLOURS,
         sections=[(title, charts) for title, charts in sections if charts],
-        settings=_settings(runs),
+        trained_on=_compared([run.trained_on for run in runs]),
+        settings=_compared([run.settings for run in runs]),
         plotly=get_plotlyjs(),
     )
     write_text(path, page)
@@ -171,32 +202,32 @@ def _figures(runs: Sequence[Run], charts: Sequence[Chart]) -> Iterator[tuple[str
     for heading, unit, lines in charts:
         traces = []
         for number, run in enumerate(runs):
-            for place, (metric, label) in enumerate(lines):
+            for place, (metric, label) in enumerate(lines.items()):
                 steps, values = run.series[metric].points()
                 points = [(s, v) for s, v in zip(steps, values, strict=True) if math.isfinite(v)]
                 if not points:
                     continue
-                colour = COLOURS[number % len(COLOURS)] if len(runs) > 1 or len(lines) < 3 else None
-                dash = "dot" if place and metric.startswith("eval/") else "solid"
+                has_colour = len(runs) > 1 or (len(lines) < 3 and not place)
+                dash = "dot" if place and (metric.startswith("eval/") or len(lines) == 2 <= len(runs)) else "solid"
                 traces.append(
                     {
                         "x": [step for step, _ in points],
                         "y": [float(f"{value:.6g}") for _, value in points],
                         "name": f"{run.name}: {label}" if len(runs) > 1 else label,
                         "mode": "lines+markers" if len(points) < 10 or metric.startswith("eval/") else "lines",
-                        "line": {"dash": dash, "width": 1.5} | ({"color": colour} if colour and not place else {}),
+                        "line": {"dash": dash, "width": 1.5}
+                        | ({"color": COLOURS[number % len(COLOURS)]} if has_colour else {}),
                     }
                 )
         if traces:
             yield heading, {"data": traces, "unit": unit}
 
 
-def _settings(runs: Sequence[Run]) -> list[tuple[str, list[str], bool]]:
-    """(option, its value in each run, whether the runs differ), the differences first."""
-    names = {name: None for run in runs for name in run.settings}
+def _compared(of_runs: Sequence[dict[str, Any]]) -> list[tuple[str, list[str], bool]]:
+    """(name, its value in each run, whether the runs differ), the differences first."""
     rows = []
-    for name in names:
-        values = [_shown(run.settings.get(name)) for run in runs]
+    for name in dict.fromkeys(name for of_run in of_runs for name in of_run):
+        values = [_shown(of_run.get(name)) for of_run in of_runs]
         rows.append((name, values, len(set(values)) > 1))
     return sorted(rows, key=lambda row: not row[2])
 
@@ -205,50 +236,106 @@ def _shown(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else "" if value in (None, "null") else str(value)
 
 
-def _samples(folder: Path, most: int) -> list[dict[str, Any]]:
-    """Each sampled text with its recording and its clips, by step: the first, the last, and what has room between."""
-    lists = sorted(folder.glob(f"step-*/{LIST}"))
+def _samples(folder: Path, most: int, sounds: Sounds) -> tuple[list[dict[str, Any]], Table]:
+    """Each sampled text with its recording and its clips, by step: the first, the last, and what has room between.
+
+    Where samples were judged, those that are worst at the last step come first, and a table has the figures of steps.
+    """
+    steps = [(path.parent, list(read_rows(path))) for path in sorted(folder.glob(f"step-*/{samples.LIST}"))]
+    if not steps:
+        return [], []
     texts: dict[str, dict[str, Any]] = {}
-    lines = [[row | {"folder": path.parent} for row in read_rows(path)] for path in lists]
-    if not lines:
-        return []
-    room = max(2, most // max(1, len(lines[0])))
-    shown = np.unique(np.linspace(0, len(lines) - 1, min(room, len(lines))).round().astype(int)).tolist()
-    for row in (row for place in shown for row in lines[place]):
-        name = os.path.basename(row["name"])
-        text = texts.setdefault(name, {"text": str(row["text"]), "origin": str(row["origin"]), "steps": []})
-        if "recording" not in text:
-            text["recording"] = _sound(folder / RECORDINGS / f"{name}.wav")
-        sound = _sound(row["folder"] / f"{name}.wav") if row["file"] else ""
-        text["steps"].append({"step": f"{int(row['global_step']):,}", "sound": sound, "ended": bool(row["ended"])})
-    return list(texts.values())
-
-
-def _recitals(folder: Path) -> Iterator[dict[str, Any]]:
-    """Rows of every recital.json in the run's folder, with the folder that its clips lie in."""
-    for path in sorted(folder.glob("*/recital.json")):
-        for row in json.loads(path.read_text(encoding="utf-8")):
-            yield row | {"folder": path.parent}
-
-
-def _clip(row: dict[str, Any]) -> dict[str, str]:
-    """A reproduced row as the page shows it: what was said, and both sounds as MP3."""
-    spoken = os.path.basename(row["file"])  # a name in this folder, never a path out of it
-    original = spoken.replace(".spoken.", ".original.")
-    return {
-        "text": str(row["text"]),
-        "origin": str(row["origin"]),
-        "share": f"{100 * float(row['share']):.1f} %",
-        "spoken": _sound(row["folder"] / spoken),
-        "original": _sound(row["folder"] / original),
+    sets: dict[Any, list] = {}  # by step, or by their name
+    shown = _spread(steps, most // max(1, len(steps[0][1])))
+    for at, rows in [shown[-1], *shown[:-1]]:  # the last step, before there is no room for sounds any more
+        lines = list(read_rows(at / JUDGED)) if (at / JUDGED).exists() else []
+        of_row = {line["row"]: line for line in lines if line["set"] not in (RECORDINGS, CODEC)}
+        step = int(at.name.removeprefix("step-"))
+        for row in rows:
+            name, line = os.path.basename(row["name"]), of_row.get(row["origin"], {})
+            text = texts.setdefault(name, {"text": str(row["text"]), "origin": str(row["origin"]), "steps": []})
+            if not text["steps"]:
+                text["recording"] = sounds.of(folder / samples.RECORDINGS / f"{name}.wav")
+                text["badness"] = _badness(line)
+            clip = {"step": step, "sound": sounds.of(at / f"{name}.wav") if row["file"] else ""}
+            text["steps"].append(clip | {"ended": bool(row["ended"]), "measured": _measured(line)})
+        for line in lines:
+            sets.setdefault(line["set"] if line["set"] in (RECORDINGS, CODEC) else step, []).append(_unit_and(line))
+    for text in texts.values():
+        text["steps"].sort(key=lambda clip: clip["step"])
+    ceilings = {  # every step has the same ones
+        name: list({line["row"]: (unit, line) for unit, line in sets.pop(name)}.values())
+        for name in (RECORDINGS, CODEC)
+        if name in sets
     }
+    of_steps = {f"step {step:,}": sets[step] for step in _spread(sorted(sets), MOST_STEPS)}
+    return sorted(texts.values(), key=lambda text: text["badness"]), _figures_of(ceilings | of_steps)
 
 
-def _sound(path: Path) -> str:
-    """A clip as base64 of an MP3; empty where the file is gone."""
-    if not path.is_file():
-        return ""
-    waveform, rate = soundfile.read(path, frames=round(LONGEST_CLIP_SEC * 48000), dtype="float32", always_2d=True)
-    out = io.BytesIO()
-    soundfile.write(out, np.clip(waveform.mean(1), -1, 1), rate, format="MP3")
-    return base64.b64encode(out.getvalue()).decode()
+def _spread(items: Sequence[Any], most: int) -> list[Any]:
+    """At most so many of the items, but two: the first, the last, and some between."""
+    places = np.linspace(0, len(items) - 1, min(max(2, most), len(items))).round().astype(int)
+    return [items[place] for place in np.unique(places).tolist()]
+
+
+def _judged(folder: Path, path: Path, most: int, sounds: Sounds) -> Clips:
+    """Clips and figures that `judge` wrote into a folder of the run."""
+    sets: dict[str, list] = {}
+    lines = list(read_rows(path))
+    for line in lines:
+        sets.setdefault(str(line["set"]), []).append(_unit_and(line))
+    recordings = {line["row"]: line["file"] for line in lines if line["set"] == RECORDINGS}
+    spoken = sorted((line for line in lines if line["set"] not in (RECORDINGS, CODEC)), key=_badness)
+    rows = [
+        {
+            "text": str(line["text"]),
+            "origin": f"{line['set']}; {line['row']}",
+            "measured": _measured(line),
+            "heard": str(line.get("heard", "")),
+            "spoken": sounds.of(_within(folder, line["file"])),
+            "original": sounds.of(_within(folder, recordings.get(line["row"], ""))),
+        }
+        for line in spoken[:most]
+    ]
+    notes = compared(sets, bootstrap_of(sets)) if sets else []
+    return Clips(f"{path.parent.name}: as the judges hear it", rows, len(spoken) - len(rows), _figures_of(sets), notes)
+
+
+def _unit_and(line: dict[str, Any]) -> tuple[tuple[Any, Any], dict[str, Any]]:
+    return (line.get("speaker"), line.get("text")), line  # a clip that could not be read has neither
+
+
+def _figures_of(sets: dict[str, list]) -> Table:
+    return [("", list(sets)), *table(sets, bootstrap_of(sets))] if sets else []
+
+
+def _badness(line: dict[str, Any]) -> tuple[float, float]:
+    """Sorts clips: most words wrong first, then the least similar voice."""
+    errors = line["cer"] if line.get("wer") is None and "cer" in line else line.get("wer", 0.0)
+    return -float(errors), float(line.get("similarity", 1.0))
+
+
+def _measured(line: dict[str, Any]) -> str:
+    names = {"wer": "WER", "cer": "CER", "similarity": "similarity", "length": "length"}
+    return ", ".join(f"{names[key]} {line[key]:.2f}" for key in names if line.get(key) is not None)
+
+
+def _within(folder: Path, file: str) -> Path | None:
+    """A file of the run's folder, by the longest end of its path that is in there: runs are moved and copied."""
+    parts = [part for part in Path(file).parts if part not in ("..", os.sep)]
+    ends = (folder.joinpath(*parts[first:]) for first in range(len(parts)))
+    return next((path for path in ends if path.is_file()), None)
+
+
+def _recited(folder: Path, path: Path, most: int, sounds: Sounds) -> Clips:
+    """Clips that `reproduce` wrote into a folder of the run."""
+    recited = sorted(json.loads(path.read_text(encoding="utf-8")), key=lambda row: row["share"])
+    rows = []
+    for row in recited[:most]:
+        spoken = os.path.basename(row["file"])  # a name in this folder, never a path out of it
+        original = spoken.replace(".spoken.", ".original.")
+        found = {"text": str(row["text"]), "origin": str(row["origin"]), "heard": ""}
+        found["measured"] = f"{100 * float(row['share']):.1f} % of the codes given back"
+        sides = {side: sounds.of(path.parent / name) for side, name in (("spoken", spoken), ("original", original))}
+        rows.append(found | sides)
+    return Clips(f"{path.parent.name}: training rows as the voice speaks them", rows, len(recited) - len(rows))

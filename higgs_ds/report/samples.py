@@ -12,7 +12,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -24,9 +24,10 @@ from ..errors import ConfigError, reading, words_of
 from ..files import write_text
 
 if TYPE_CHECKING:
-    from ..distributed.engine import Ranks
+    from ..distributed.ranks import Ranks
+    from ..judges.in_run import RunJudges
 
-FOLDER, LIST, RECORDINGS = "samples", "samples.jsonl", "recordings"
+FOLDER, LIST, RECORDINGS, JUDGED = "samples", "samples.jsonl", "recordings", "judged.jsonl"
 COUNT = 4  # of validation rows, where nobody said how many
 # A clip that does not stop is cut at twice the recording's frames and a bit, or at 15 s where there is none.
 SPARE_FRAMES, MOST_FRAMES = 64, 375
@@ -65,15 +66,30 @@ class Sample:
     problem: str | None = None
 
 
+@dataclass
+class Spoken:
+    """A step's samples of all ranks, in the prompts' order, and what the judges say of them."""
+
+    samples: list[Sample]
+    seconds: float  # that they took
+    lines: list[dict[str, Any]] = field(default_factory=list)  # of judged.jsonl, on rank 0
+    judging_sec: float = 0.0
+    failed: dict[str, str] = field(default_factory=dict)  # judges that are left out from now on, and why
+    figures: dict[str, float] = field(default_factory=dict)  # metrics `eval/*`, the same on every rank
+
+
 def folder_of(samples: Path, step: int) -> Path:
     """The folder of a step's samples."""
     return samples / f"step-{step:06d}"
 
 
-def write_list(samples: Sequence[Sample], folder: Path) -> None:
-    """`samples.jsonl` of a step. Raises OSError."""
+def write_lists(spoken: Spoken, folder: Path) -> None:
+    """`samples.jsonl` of a step, and `judged.jsonl`. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / LIST, "".join(json.dumps(dataclasses.asdict(sample)) + "\n" for sample in samples))
+    write_text(folder / LIST, "".join(json.dumps(dataclasses.asdict(sample)) + "\n" for sample in spoken.samples))
+    if spoken.lines:
+        lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in spoken.lines]
+        write_text(folder / JUDGED, "".join(lines))
 
 
 class Voice(Protocol):
@@ -134,6 +150,7 @@ class Sampler:
         seed: int,
         progressed: Callable[[], None] = lambda: None,
         stop_requested: Callable[[], bool] = lambda: False,
+        judges: RunJudges | None = None,
     ):
         """
         Args:
@@ -141,15 +158,17 @@ class Sampler:
             seed: of every sample's draw, the same at every step.
             progressed: told after every clip.
             stop_requested: whether this rank was asked to stop, which leaves out the clips that are still to come.
+            judges: rank 0's, where the samples are judged.
         """
         self.prompts = list(prompts)
         self.folder = output_dir / FOLDER
         self._ranks, self._voice, self._seed = ranks, voice, seed
         self._progressed, self._stop_requested = progressed, stop_requested
+        self._judges = judges
         self.is_on = True
 
-    def speak(self, step: int) -> tuple[list[Sample], float]:
-        """Speaks at this step: all ranks' samples in the prompts' order, and the seconds that it took.
+    def speak(self, step: int) -> Spoken:
+        """Speaks at this step, and has rank 0's judges listen.
 
         Generators are as before when it returns, on the CPU and on the rank's device.
         """
@@ -168,7 +187,26 @@ class Sampler:
         parts = self._ranks.gather((voice is not None, mine))
         self.is_on = all(speaks for speaks, _ in parts)
         samples = sorted((sample for _, part in parts for sample in part), key=lambda sample: sample.name)
-        return samples, time.monotonic() - began
+        spoken = Spoken(samples, time.monotonic() - began)
+        if self._judges is not None and self._judges.is_on and len(samples) == len(self.prompts):
+            self._judge(self._judges, spoken, folder_of(self.folder, step))
+        spoken.figures = self._ranks.gather(spoken.figures)[0]
+        return spoken
+
+    def _judge(self, judges: RunJudges, spoken: Spoken, folder: Path) -> None:
+        from ..distributed.agreement import patiently
+
+        began = time.monotonic()
+        clips = []
+        for sample in spoken.samples:
+            file = folder / sample.file if sample.file else None
+            if file is not None:
+                patiently(file.exists, bool)  # another host's
+            if not sample.problem:
+                clips.append((sample.origin, file, sample.ended))
+        verdicts = judges.judge(clips, self._progressed, self._stop_requested)
+        spoken.lines, spoken.failed, spoken.figures = *verdicts, verdicts.figures
+        spoken.judging_sec = time.monotonic() - began
 
     def _write_recording(self, prompt: Prompt) -> None:
         file = self.folder / RECORDINGS / f"{prompt.name}.wav"

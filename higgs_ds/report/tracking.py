@@ -16,12 +16,13 @@ from .curves import draw_history
 from .history import RESUMED, History
 from .jsonl import Kept, append_rows, cut, read_rows, rows_until
 from .page import PAGE, read_run, write_page
-from .samples import FOLDER, Sample, folder_of, write_list
+from .samples import FOLDER, Spoken, folder_of, write_lists
 from .wandb_run import WandbChoice, WandbRun
 
 METRICS_FILE = "metrics.jsonl"
 FAILURES_FILE = "guard_failures.jsonl"
 PLOT_FILE = "loss.png"
+VALIDATED, JUDGED = "eval/loss", "eval/stops"  # a metric of every validation, and of all judged samples
 
 FIRST_PLOT_SEC = 10.0
 PLOT_INTERVAL_SEC = 30.0
@@ -64,7 +65,7 @@ def open_tracker(
     with reading("--resume"):
         for row in rows_until(output_dir / METRICS_FILE, first_step, earlier.metrics):
             earlier.history.add(row)
-            earlier.validated_step = row["global_step"] if "eval/loss" in row else earlier.validated_step
+            earlier.evaluated |= dict.fromkeys(earlier.evaluated.keys() & row.keys(), row["global_step"])
         earlier.failure_rows.extend(rows_until(output_dir / FAILURES_FILE, first_step, earlier.failures))
     # Files are cut last: if W&B does not start, those of an earlier run in output_dir are still whole.
     wandb_run, no_wandb = None, ""
@@ -90,7 +91,8 @@ class Earlier:
     first_step: int
     history: History = field(default_factory=History)
     failure_rows: deque[dict] = field(default_factory=lambda: deque(maxlen=TABLE_ROWS))
-    validated_step: int = 0  # the last one with a validation
+    # The last step with a validation, and with judged samples.
+    evaluated: dict[str, int] = field(default_factory=lambda: {VALIDATED: -1, JUDGED: -1})
     metrics: Kept = field(default_factory=Kept)
     failures: Kept = field(default_factory=Kept)
 
@@ -114,7 +116,7 @@ class Tracker:
         self._wandb_run = wandb_run
         self._first_step = self._global_step = earlier.first_step
         self._mark_resume = earlier.first_step > 0
-        self._validated_step = earlier.validated_step
+        self._evaluated = earlier.evaluated
         self._history = earlier.history
         self._failure_rows = earlier.failure_rows
         now = time.monotonic()
@@ -166,7 +168,8 @@ class Tracker:
         The JSONL line is {"global_step", *metrics, "time" in unix seconds}; in the first one of a resumed run,
         "resumed_after" is the step that it went on from. A list has a value a rank, None where a rank has none.
         """
-        if step <= self._validated_step:  # killed between this validation and the checkpoint that tells of it
+        # Of an earlier part that was killed between an evaluation and the checkpoint that tells of it.
+        if any(step <= last for name, last in self._evaluated.items() if name in metrics):
             return
         self._global_step = step
         row = {"global_step": step, **metrics}
@@ -212,19 +215,32 @@ class Tracker:
         if time.monotonic() - self._last_table_time >= TABLE_INTERVAL_SEC:
             self._send_failures()
 
-    def samples(self, samples: list[Sample], step: int, seconds: float) -> None:
-        """Say what the voice spoke at this step, and send it to W&B, where it is a table with sounds."""
+    def samples(self, told: Spoken, step: int) -> None:
+        """Say what the voice spoke at this step and how it was judged; W&B gets it as a table with sounds."""
+        samples = told.samples
         problems = [f"{sample.name}: {sample.problem}" for sample in samples if sample.problem]
         spoken = sum(sample.file is not None for sample in samples)
         ended = sum(sample.ended for sample in samples if sample.file)
         folder = folder_of(self.metrics_path.parent / FOLDER, step)
         if samples:
-            self._sink("samples", write_list, samples, folder)
-            self.message(f"step {step}: {spoken} samples in {folder} ({ended} ended by themselves; {seconds:.1f} s)")
+            self._sink("samples", write_lists, told, folder)
+            about = f"{ended} ended by themselves; {told.seconds:.1f} s"
+            self.message(f"step {step}: {spoken} samples in {folder} ({about})")
         if problems:
             self.message("\n".join(f"WARNING: sample {problem}" for problem in first_of(problems)))
-        if self._wandb_run and spoken and step > self._validated_step:
-            self._sink("W&B", self._wandb_run.log_samples, samples, folder, step)
+        if told.lines:
+            figures = "  ".join(f"{name.removeprefix('eval/')} {value:.4f}" for name, value in told.figures.items())
+            self.message(f"step {step}: samples judged  {figures}  ({told.judging_sec:.1f} s)")
+            wrong = [f"{line['file']}: {why}" for line in told.lines for why in line.get("failed", {}).values()]
+            if wrong:
+                self.message("\n".join(f"WARNING: judging {problem}" for problem in first_of(wrong)))
+        for judge, reason in told.failed.items():
+            if (name := "judging" if judge == "all" else f"judging of {judge}") not in self._failed:
+                self.leave_out(name, reason)
+        if told.figures:
+            self.log(told.figures, step)
+        if self._wandb_run and spoken and step > self._evaluated[JUDGED if told.figures else VALIDATED]:
+            self._sink("W&B", self._wandb_run.log_samples, told, folder, step)
 
     def close(self, exit_code: int = 0) -> None:
         """Draws the plot, ends the progress bar and the W&B run, says where to look. A second call does nothing."""

@@ -29,12 +29,15 @@ from ..errors import ConfigError, reading
 from ..files import write_text
 from .jsonl import strict
 from .redact import redact
-from .samples import RECORDINGS, Sample
+from .samples import RECORDINGS, Spoken
 
 WANDB_MODES = ("auto", "online", "offline", "disabled")
 DEFAULT_WANDB_PROJECT = "higgs-ds"
 IDENTITY_FILE = "wandb_run.json"
 EARLIER_PARTS = "earlier-parts"
+# Of W&B's page, by the first part of a metric's name; of losses it is a_loss.
+SECTIONS = {"eval": "b_speech", "samples": "b_speech", "train": "c_learning", "data": "c_learning", "guard": "d_guard"}
+SECTIONS |= {"perf": "e_speed", "memory": "e_speed"}
 PROBE_SEC = 5.0  # for the server's answer, a name that does not resolve included
 TABLE_PROBE_SEC = 2.0
 AUTO_INIT_SEC = 30.0  # for a server that answers but does not open the run
@@ -157,7 +160,7 @@ class WandbRun:
             self._run.define_metric("*", step_metric="global_step")
         self._defined: set[str] = set()
         # What the server has of an earlier part; nothing of a folder that is new.
-        self._had = self.last_step = max(0, self._run.step - 1) if self.mode == "online" else 0
+        self._had = self.last_step = self._run.step - 1 if self.mode == "online" else -1
         try:
             identity = {"id": self._run.id, "project": self._run.project}
             write_text(output_dir / IDENTITY_FILE, json.dumps(identity) + "\n")
@@ -201,10 +204,10 @@ class WandbRun:
                 return
             step = self._had + 1
         self.last_step = step
-        series = _series(row)
+        series = {shown_as(name): value for name, value in _series(row).items()}
         with _wandb_errors("log metrics"):
             for name in series.keys() - self._defined:
-                if name.startswith("rank/"):  # they share one chart, `log_rank_losses`
+                if "/rank/" in name:  # they share one chart, `log_rank_losses`
                     self._run.define_metric(name, step_metric="global_step", hidden=True)
             self._defined |= series.keys()
             self._run.log({"global_step": step, **series}, step=step)
@@ -220,21 +223,24 @@ class WandbRun:
         with _wandb_errors("log a table"):
             self._log_late(name, self._wandb.Table(columns=columns, data=data, allow_mixed_types=True), step)
 
-    def log_samples(self, samples: list[Sample], folder: Path, step: int) -> None:
-        """A table of what the voice spoke at a step, playable beside the recordings."""
+    def log_samples(self, told: Spoken, folder: Path, step: int) -> None:
+        """A table of what the voice spoke at a step, playable beside the recordings, with the judges' figures."""
         if step <= self._had or not self.takes_tables():
             return
 
         def sound(path: Path) -> Any:
             return self._wandb.Audio(str(path)) if path.exists() else None
 
+        judged, measures = {line["row"]: line for line in told.lines}, ("heard", "wer", "similarity", "dnsmos")
+        shown = [name for name in measures if any(name in line for line in told.lines)]
         rows = [
             [s.text, sound(folder / s.file), sound(folder.parent / RECORDINGS / s.file), s.seconds, s.ended]
-            for s in samples
+            + [judged.get(s.origin, {}).get(name) for name in shown]
+            for s in told.samples
             if s.file
         ]
         with _wandb_errors("log samples"):
-            columns = ["text", "voice", "recording", "seconds", "ended by itself"]
+            columns = ["text", "voice", "recording", "seconds", "ended by itself", *shown]
             self._log_late("samples/voice", self._wandb.Table(columns=columns, data=rows), step)
 
     def log_rank_losses(self, by_rank: list[tuple[list[int], list[float]]], step: int) -> None:
@@ -253,7 +259,7 @@ class WandbRun:
     def _log_late(self, name: str, value: Any, step: int) -> None:
         """Logs how things stand rather than what a step was: with the step that W&B is at, if that is later."""
         self.last_step = max(step, self.last_step)
-        self._run.log({"global_step": self.last_step, name: value}, step=self.last_step)
+        self._run.log({"global_step": self.last_step, shown_as(name): value}, step=self.last_step)
 
     def alert(self, title: str, text: str) -> None:
         with _wandb_errors("send an alert"):
@@ -283,6 +289,13 @@ class WandbRun:
             return f"W&B: {self._run.url}"
         folder = shlex.quote(str(Path(self._run.dir).parent))
         return f"W&B, to upload:  wandb sync {folder}\nW&B, to look at in the terminal:  wandb beta leet {folder}"
+
+
+def shown_as(name: str) -> str:
+    """A metric's name in W&B, which sorts sections by the names' first parts: the sections as one looks at them."""
+    first = name.split("/")[0]
+    is_loss = first == "rank" or (first in ("train", "eval") and "loss" in name)
+    return f"{'a_loss' if is_loss else SECTIONS.get(first, first)}/{name}"
 
 
 def _keep_error(errors: list[Exception], action, *args) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+from pathlib import Path
 
 import faster_whisper
 import jiwer
@@ -19,7 +22,9 @@ from transformers.models.whisper.english_normalizer import EnglishTextNormalizer
 from higgs_ds.data.audio import read_audio
 from higgs_ds.data.manifest import read_manifest
 from higgs_ds.errors import ConfigError
+from higgs_ds.judges import in_run
 from higgs_ds.judges.clips import Clip, Sentence
+from higgs_ds.judges.in_run import RunJudges
 from higgs_ds.judges.panel import open_panel
 from higgs_ds.judges.sound import Dnsmos, levels
 from higgs_ds.judges.voice import Voice
@@ -109,6 +114,35 @@ def test_a_judge_that_fails_on_a_clip_is_left_out_of_its_line(clips):
     assert "has no word" in failed["words"] and fields["similarity"] > 0.5
     fields, failed = panel.judge(Clip(clips[0].sentence, np.zeros(0, np.float32), 16000, ended=True))
     assert not failed and (fields["wer"], fields["length"], fields["ended"]) == (1.0, 0.0, True)
+
+
+def test_the_judges_of_a_run_are_those_of_the_verb_and_none_that_hangs_or_dies_holds_it_up(clips, monkeypatch):
+    judges = RunJudges(["words", "voice"], str(TINY_EN), "resemblyzer", "cpu")
+    judges.check()
+    judges.corpus = [clip.sentence for clip in clips[:6]]
+    judges.sentences = {clip.sentence.origin: clip.sentence for clip in clips}
+    asked = [(clip.sentence.origin, Path(file_of(clip)), True) for clip in clips[6:9]]
+    verdicts = judges.judge([*asked, (clips[9].sentence.origin, None, False)], lambda: None, lambda: False)
+    panel = open_panel(str(TINY_EN), "resemblyzer", "none", "cpu")
+    for clip in clips[:6]:
+        panel.enrol(clip)
+    for clip, line in zip(clips[6:9], verdicts.lines, strict=False):
+        spoken = Clip(clip.sentence, clip.waveform, clip.sample_rate, ended=True)
+        assert line == panel.line("samples", file_of(clip), spoken)[0]
+    assert verdicts.lines[3]["wer"] == 1 and not verdicts.failed and verdicts.figures["eval/stops"] == 0.75
+
+    stopped = judges.judge(asked, lambda: None, lambda: True)
+    assert not stopped.failed
+    judges.close()
+    dead, hung = (RunJudges(["words"], "pocketsphinx", "none", "cpu") for _ in range(2))
+    monkeypatch.setattr(in_run, "CLIP_SEC", 2.0)
+    for some, number in ((dead, signal.SIGKILL), (hung, signal.SIGSTOP)):
+        some.sentences = judges.sentences
+        some.check()
+        os.kill(some._process.pid, number)
+        told = some.judge(asked, lambda: None, lambda: False)
+        assert not told.lines and not some.is_on and some._process is None
+        assert told.failed["all"] == ("no answer within 2 s" if some is hung else "their process ended with -9")
 
 
 def test_every_judge_that_is_missing_is_one_line(monkeypatch, tmp_path):

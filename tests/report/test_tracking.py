@@ -16,7 +16,7 @@ from higgs_ds.report import curves, tracking
 from higgs_ds.report.curves import draw_curves, draw_history
 from higgs_ds.report.history import CODEBOOK_METRICS, History, Series
 from higgs_ds.report.tracking import open_tracker
-from higgs_ds.report.wandb_run import settle_mode
+from higgs_ds.report.wandb_run import settle_mode, shown_as
 from tests.report.wandb_files import wandb_exit_code, wandb_history, wandb_records
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,14 +68,17 @@ def test_jsonl_and_wandb_hold_the_same(tmp_path, capsys):
         for step in (1, 2, 3):
             tracker.log(step_metrics(step), step)
         tracker.log({"eval/loss": 5.0, "eval/text_loss": 1.0}, 3)
+        tracker.log({"eval/wer": 0.5, "eval/stops": 1.0}, 3)
 
     lines = strict_rows(tmp_path / "metrics.jsonl")
-    assert [line["global_step"] for line in lines] == [1, 2, 3, 3]
+    assert [line["global_step"] for line in lines] == [1, 2, 3, 3, 3]
     assert list(lines[0]) == ["global_step", *step_metrics(1), "time"]
     assert abs(lines[0]["time"] - (tmp_path / "metrics.jsonl").stat().st_mtime) < 60
     history = wandb_history(tmp_path)
-    losses = [{k: v for k, v in line.items() if k != "time"} for line in lines]
-    assert history == [*losses[:2], losses[2] | losses[3]]  # W&B has a step once
+    losses = [{k if k == "global_step" else shown_as(k): v for k, v in line.items() if k != "time"} for line in lines]
+    assert history == [*losses[:2], losses[2] | losses[3] | losses[4]]  # W&B has a step once
+    looked_at = ["train/loss", "eval/stops", "train/grad_norm", "guard/failed_checks", "perf/step_sec"]
+    assert sorted(looked_at, key=shown_as) == looked_at
 
     records = wandb_records(tmp_path)
     (run,) = [record.run for record in records if record.WhichOneof("record_type") == "run"]
@@ -93,7 +96,7 @@ def test_values_that_are_not_finite_stay_strict_json(tmp_path):
         tracker.failures([{"check": "finite", "step": 1, "found": math.nan}])
     (line,) = strict_rows(tmp_path / "metrics.jsonl")
     assert [line[f"train/{name}"] for name in ("loss", "text_loss", "audio_loss")] == ["NaN", "Infinity", "-Infinity"]
-    assert wandb_history(tmp_path)[0].keys() >= line.keys() - {"time"}
+    assert wandb_history(tmp_path)[0].keys() >= {shown_as(name) for name in line if "/" in name}
     assert strict_rows(tmp_path / "guard_failures.jsonl")[0]["found"] == "NaN"
     assert_png(tmp_path / "loss.png")
 
@@ -171,7 +174,7 @@ def test_failures_reach_the_file_at_once_and_the_table_by_close(tmp_path):
         tracker.alert("loss check failed", "finite on rank 1")
 
     # The first failure is sent at once, the second waits for close because of the interval.
-    tables = sorted(tmp_path.glob("wandb/offline-run-*/files/media/table/guard/failures_*.table.json"))
+    tables = sorted(tmp_path.glob("wandb/offline-run-*/files/media/table/d_guard/guard/failures_*.table.json"))
     assert len(tables) == 2
     assert json.loads(tables[-1].read_text()) == {
         "columns": ["global_step", "check", "rank", "step", "rows", "saved_to"],
@@ -225,6 +228,9 @@ def losses_from(first: float, last: float, steps: int, *, resumed_after: int | N
         history.add({"global_step": step, **row})
         if step % (steps // 20) == 0:
             history.add({"global_step": step, "eval/audio_loss": loss * (1.05 if step > steps / 2 else 1.0)})
+            history.add(
+                {"global_step": step, "eval/wer": 1 - 0.8 * step / steps, "eval/similarity": 0.7, "eval/stops": 1}
+            )
     return history
 
 
@@ -235,6 +241,8 @@ def test_a_fine_tune_fills_a_linear_axis_and_a_quick_start_a_log_one(tmp_path):
         low, high = panel.get_ylim()
         assert panel.get_yscale() == "linear" and 4.2 < low < 4.6 and 5.2 < high < 5.6
         assert [line.get_xdata()[0] for line in panel.get_lines() if line.get_linestyle() == ":"] == [2500]
+    labels = [line.get_label().split()[0] for line in axes[-1].get_lines() if line.get_linestyle() != ":"]
+    assert (axes[-1].get_title("left"), labels) == ("Samples", ["wer", "similarity", "stops"])
     draw_history(history, tmp_path / "loss.png", "run")
     assert_png(tmp_path / "loss.png")
     axes = curves.make_figure(losses_from(12, 0.05, 240), "run").axes

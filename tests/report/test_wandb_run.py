@@ -55,10 +55,10 @@ def test_online_a_resumed_run_is_the_same_run_and_has_every_step_once(tmp_path, 
         log(tracker, range(6, 11))
     ((run_id, run),) = server.runs.items()
     assert json.loads((tmp_path / "wandb_run.json").read_text())["id"] == run_id
-    assert [(row["_step"], row["global_step"], row["train/loss"]) for row in run.history] == [
+    assert [(row["_step"], row["global_step"], row["a_loss/train/loss"]) for row in run.history] == [
         (step, step, pytest.approx(10.0 / step)) for step in range(1, 11)
     ]
-    assert run.exit_code == 0 and [row["_step"] for row in run.history if "eval/loss" in row] == [8]
+    assert run.exit_code == 0 and [row["_step"] for row in run.history if "a_loss/eval/loss" in row] == [8]
 
     # What the server lost is given to it again; a fresh start in the folder is a run of its own.
     del run.history[8:]
@@ -90,7 +90,7 @@ def test_offline_a_killed_and_resumed_run_is_one_folder_with_every_step_once(tmp
     assert earlier.name.rpartition("-")[2] in folder.name and folder != earlier
     assert (tmp_path / "wandb/earlier-parts" / earlier.name).is_dir()
     rows = wandb_history(tmp_path)
-    assert [row["global_step"] for row in rows] == list(range(1, 13)) and rows[7]["eval/loss"] == 3.0
+    assert [row["global_step"] for row in rows] == list(range(1, 13)) and rows[7]["a_loss/eval/loss"] == 3.0
 
     (command,) = re.findall(r"to upload:  (wandb sync .*)", capsys.readouterr().err)
     words = [sys.executable, "-m", *shlex.split(command)]
@@ -179,13 +179,13 @@ def test_ranks_share_one_chart_and_checks_that_never_failed_have_no_series(tmp_p
             losses = {"rank/loss": [1.0, 2.0], "rank/text_loss": [0.5, None]}
             tracker.log({**losses, "guard/failed_checks": 1, "guard/finite": [0, step]}, step)
     last = wandb_history(tmp_path)[-1]
-    wanted = {"global_step": 2, "rank/0/loss": 1, "rank/1/loss": 2, "rank/0/text_loss": 0.5}
-    wanted |= {"guard/failed_checks": 1, "guard/finite/rank_1": 2}
+    wanted = {"global_step": 2, "a_loss/rank/0/loss": 1, "a_loss/rank/1/loss": 2, "a_loss/rank/0/text_loss": 0.5}
+    wanted |= {"d_guard/guard/failed_checks": 1, "d_guard/guard/finite/rank_1": 2}
     assert {name: value for name, value in last.items() if "losses" not in name} == wanted
     metrics = [record.metric for record in wandb_records(tmp_path) if record.WhichOneof("record_type") == "metric"]
     hidden = {metric.name for metric in metrics if metric.options.hidden}
-    assert hidden == {"rank/0/loss", "rank/1/loss", "rank/0/text_loss"}
-    (table,) = tmp_path.glob("wandb/offline-run-*/files/media/table/*/rank/losses_table_*.json")
+    assert hidden == {"a_loss/rank/0/loss", "a_loss/rank/1/loss", "a_loss/rank/0/text_loss"}
+    (table,) = tmp_path.glob("wandb/offline-run-*/files/media/table/*/a_loss/rank/losses_table_*.json")
     assert json.loads(table.read_text())["data"] == [
         [1, "rank 0", 1],
         [2, "rank 0", 1],

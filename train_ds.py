@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import sys
 
-from higgs_ds.distributed.allocator import grow_segments
 from higgs_ds.distributed.ds_config import read_deepspeed_config
-from higgs_ds.distributed.launch_env import enter_launch
+from higgs_ds.distributed.launch_env import enter_launch, grow_segments
 from higgs_ds.distributed.stop import StopRequest
 from higgs_ds.errors import ConfigError, ExitCode
 from higgs_ds.options.parse import parse_args
@@ -50,6 +49,7 @@ def train(config: TrainConfig, ds_raw: dict, stop: StopRequest) -> int:
 
         # 3. Data: every row checked and every clip encoded once, before anything large is loaded.
         setup = open_setup(config, ds_raw, ranks, watch)
+        judges = run.open_judges(config, ranks, watch)
         data = load_data(setup, ranks, watch)
         if run.is_complete(setup, data, ranks):
             at_end = f"nothing is left to train: {setup.output_dir / 'adapter'} is of the run's last step"
@@ -65,7 +65,7 @@ def train(config: TrainConfig, ds_raw: dict, stop: StopRequest) -> int:
         watch.before_end.insert(0, saver.writer.finish)  # before stopped.json says what is saved
         try:
             with saver.open_tracker() as tracker:
-                sampler = run.make_sampler(setup, data, engine, ranks, watch, stop)
+                sampler = run.make_sampler(setup, data, engine, ranks, watch, stop, judges)
                 sinks = {"tracker": tracker, "saver": saver, "sampler": sampler}
                 trainer = run.make_trainer(setup, data, engine, ranks, watch, **sinks, stop=stop)
                 stop.training()

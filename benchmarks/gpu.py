@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from higgs_ds.distributed.allocator import grow_segments  # noqa: E402
+from higgs_ds.distributed.launch_env import grow_segments  # noqa: E402
 
 grow_segments()
 
@@ -58,9 +58,6 @@ CASES = {
     "zero2, upstream's forward": Case(2, forward="upstream"),
 }
 DEFAULT_CASES = "zero1;zero2;zero2, twice the tokens;zero2, compiled;zero2, all layers checkpointed;zero3"
-# Kept for the backward at the real size, MB a token by layers checkpointed: benchmarks/memory.py.
-KEPT_MB = {0: 2.73, 2: 1.45, 1: 0.18}
-WEIGHTS_GB = 11.5
 TOKENS_ON_GPU, TOKENS_ON_CPU = 8192, 512
 
 
@@ -136,7 +133,10 @@ def needs(names: list[str], tokens: int, world_size: int, card) -> str:
             "1.5 GB a rank for each case. (torch for "
             f"CUDA {torch.version.cuda} needs NVIDIA's driver 580 or newer, and sees no GPU with an older one.)"
         )
-    has = card.total_memory / 1e9
+    from benchmarks.memory import planned
+    from higgs_ds.model.memory import Load
+
+    has, (config, _) = card.total_memory / 1e9, config_of(True)
     lines = [
         f"{world_size} × {card.name}, {has:.0f} GB each; NVIDIA's driver 580 or newer for CUDA {torch.version.cuda}",
         "host: 8 GB of memory a rank; disk: nothing but what is installed; network: between the ranks alone",
@@ -148,10 +148,8 @@ def needs(names: list[str], tokens: int, world_size: int, card) -> str:
         if case.forward == "upstream":
             lines.append(f"  {name}: more than the others, by the logits of every position")
             continue
-        # ZeRO-3 keeps a share of the weights, and two layers gathered.
-        weights = WEIGHTS_GB if case.stage < 3 else WEIGHTS_GB / world_size + 2 * WEIGHTS_GB / 28
-        kept = KEPT_MB[case.checkpoint_every] * case.times * tokens / 1e3
-        took = 1.1 * (weights + kept) + 2
+        plan = planned(config, case.checkpoint_every, stage=case.stage, world_size=world_size)
+        took = plan.total(Load(case.times * tokens)) / 1e9
         fits = "" if took < has else f", which this card does not have: lower --tokens ({tokens})"
         lines.append(f"  {name}: {took:.0f} GB for {case.times * tokens:,} tokens{fits}")
     return "\n".join(lines)

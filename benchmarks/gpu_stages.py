@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from higgs_ds.distributed.allocator import grow_segments  # noqa: E402
+from higgs_ds.distributed.launch_env import grow_segments  # noqa: E402
 
 grow_segments()
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from .distributed.allocator import grow_segments
+from .distributed.launch_env import grow_segments
 
 grow_segments()
 

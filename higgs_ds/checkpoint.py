@@ -1,8 +1,8 @@
-"""Checkpoints of a run: everything that trains, once, independent of ZeRO stage and world size.
+"""Checkpoints of a run: all training state, stored once, independent of ZeRO stage and world size.
 
 `output_dir/checkpoints/step-000500/` holds `adapter/` (PEFT's format, float32), `optimizer.safetensors` (Adam's
-moments), `rng.safetensors`, `state.json` and `checksums.json`. Nothing in it is pickled. It is written beside, synced
-and renamed, so that a folder with that name is whole, and its checksums prove it.
+moments), `rng.safetensors`, `state.json` and `checksums.json`; nothing is pickled. A checkpoint is written under a
+temporary name, synced and renamed, so that a folder with the final name is complete, and checksums prove it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from .distributed.engine import Engine, OptimizerState, Ranks
+from .distributed.engine import Engine, OptimizerState
+from .distributed.ranks import Ranks
 from .errors import ConfigError, reading, reason_of
 from .files import first_free, sha256, stamp, sync, sync_folders
 from .model.files.adapter_file import WEIGHTS, same_base, write_adapter
@@ -34,28 +35,30 @@ CHECKSUMS = "checksums.json"
 TENSOR_FILES = (f"adapter/{WEIGHTS}", "optimizer.safetensors", "rng.safetensors")
 LAST_WRITE_SEC = 25.0
 NAME = re.compile(r"step-[0-9]+")
-# Of options that did not exist yet when a checkpoint was written.
+# Values of options that did not exist yet when a checkpoint was written.
 DEFAULTS = {name: option.field.default for name, option in OPTIONS.items()}
 
 
 @dataclass
 class Progress:
-    """A checkpoint's place in the run; with the seed, that fixes every batch to come."""
+    """A checkpoint's position in the run; with the seed, it determines all later batches."""
 
     step: int  # optimizer steps done
     epoch: float
     dropped_steps: int
-    rows_per_step: int  # of a global batch; 0 where it is cut by a token budget
+    rows_per_step: int  # of a global batch; 0 with a token budget
     num_rows: int
     world_size: int
     config: dict
     adam_steps: int = 0  # updates made; fewer than `step` where steps were dropped
     micro_batches_per_step: int = 0  # of a global batch, over all ranks
-    best_step: int = 0  # of the lowest validation loss; 0 before the first validation
+    best_step: int = 0  # 0 before the first evaluation
     best_loss: float | None = None
+    best_by: str = "loss"  # --best_by, and the best of that measure
+    best_value: float | None = None
     validations_since_best: int = 0
-    owes_validation: bool = False  # a stop came before this step's validation
-    manifest_rows: list[int] = field(default_factory=list)  # usable ones of each training manifest
+    owes_validation: bool = False  # stopped before this step's validation
+    manifest_rows: list[int] = field(default_factory=list)  # usable rows of each training manifest
 
 
 def step_of(folder: Path) -> int:
@@ -65,23 +68,23 @@ def step_of(folder: Path) -> int:
 
 @dataclass
 class Checkpoint:
-    """A checkpoint, every file of it proven."""
+    """A checkpoint whose files match their checksums."""
 
     folder: Path
     progress: Progress
     state: OptimizerState
     rng: dict[str, torch.Tensor]
-    seal: str = ""  # of all its files; another checkpoint has another
-    stamps: dict[str, tuple] = field(default_factory=dict)  # of its files, when they were proven
+    seal: str = ""  # hash of all files; unique to this checkpoint
+    stamps: dict[str, tuple] = field(default_factory=dict)  # of its files, when they were verified
 
     @property
     def adapter(self) -> dict[str, torch.Tensor]:
-        """The weights by PEFT's keys."""
+        """The weights under PEFT's keys."""
         return {peft_key(name): value for name, value in self.state.weights.items()}
 
 
 def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """This process's generators, as bytes."""
+    """States of this process's random generators, as bytes."""
     states = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
@@ -89,7 +92,7 @@ def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
 
 
 def restore_rng(rng: dict[str, torch.Tensor], ranks: Ranks, seed: int) -> None:
-    """Sets this rank's generators; from `seed` where the checkpoint has none for it (another world size or device)."""
+    """Restores this rank's generators, or seeds them if the checkpoint has none for it (other world size or device)."""
     wanted = {kind: f"{ranks.rank}.{kind}" for kind in ("cpu", ranks.device.type)}
     if not all(key in rng for key in wanted.values()):
         ranks.seed(seed)
@@ -111,14 +114,16 @@ class CheckpointWriter:
         self._pending: Future | None = None
 
     def clean(self, steps_done: int) -> list[Path]:
-        """Removes what a killed run was writing, and puts checkpoints beyond `steps_done` aside as `left-step-…`.
+        """Removes incomplete files of a killed run, and renames checkpoints beyond `steps_done` to `left-step-…`.
 
-        Those are of a run that this one does not go on with: damaged, or newer than what `--resume` named. They would
-        be taken by the next `--resume auto`, and push out what this run saves. Rank 0 calls it before the first save,
-        and is given where they are now.
+        Those are damaged, or newer than the one named by `--resume`. Left in place, the next `--resume auto` would take
+        them, and rotation would delete this run's checkpoints first. Rank 0 calls this before the first save.
+
+        Returns:
+            the new paths of the renamed checkpoints.
 
         Raises:
-            ConfigError: one cannot be renamed.
+            ConfigError: a checkpoint cannot be renamed.
         """
         for leftover in self.folder.glob(".step-*.tmp"):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -131,7 +136,7 @@ class CheckpointWriter:
         return aside
 
     def save(self, progress: Progress, engine: Engine, ranks: Ranks) -> None:
-        """Gathers on all ranks, then writes behind their backs on rank 0; waits for the checkpoint before."""
+        """Gathers on all ranks, then writes in the background on rank 0; waits for the previous checkpoint first."""
         self.wait()
         put_together = engine.gather_state()
         rng = ranks.gather(rng_state(ranks.device))
@@ -139,24 +144,24 @@ class CheckpointWriter:
             self._pending = self._pool.submit(lambda: self._write(progress, put_together(), rng))
 
     def raise_if_failed(self) -> None:
-        """Raises what went wrong in the background, once that is known."""
+        """Raises the error of a background write that has failed."""
         if self._pending is not None and self._pending.done():
             self.wait()
 
     def wait(self) -> None:
-        """Until the last checkpoint is on disk.
+        """Waits until the last checkpoint is on disk.
 
         Raises:
-            OSError: it could not be written; earlier checkpoints are as they were.
+            OSError: it could not be written; earlier checkpoints are intact.
         """
         if (pending := self._pending) is not None:
             try:
                 pending.result()
             finally:
-                self._pending = None  # only now: `finish`, in the watch's thread, must find it
+                self._pending = None  # only now: `finish`, in the watch's thread, needs it
 
     def finish(self, *_: object) -> None:
-        """`wait`, but not longer than a queue would: for a run that is ending anyway, whatever ends it."""
+        """Like `wait`, but no longer than a queue waits before it kills; for a run that is ending anyway."""
         if (pending := self._pending) is not None:
             pending.result(timeout=LAST_WRITE_SEC)
 
@@ -184,7 +189,7 @@ class CheckpointWriter:
                 sync(path)
             sync_folders(beside / "adapter", beside)
             before = self.folder / f".{name}.before.tmp"
-            if (final / CHECKSUMS).is_file() and not final.is_symlink():  # saved again, now that it was validated
+            if (final / CHECKSUMS).is_file() and not final.is_symlink():  # saved again after its validation
                 _make_room(before)
                 os.replace(final, before)
             elif os.path.lexists(final):
@@ -205,7 +210,7 @@ class CheckpointWriter:
 
 
 def _make_room(path: Path) -> None:
-    """Removes a folder that a killed run left there; what no run wrote is kept by another name."""
+    """Removes a killed run's leftover folder; anything else of that name is renamed."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     elif os.path.lexists(path):
@@ -213,16 +218,16 @@ def _make_room(path: Path) -> None:
 
 
 def _put_aside(path: Path) -> Path:
-    """Renames it to `left-…`; where it is then."""
+    """Renames a path to `left-…` and returns the new path."""
     place = first_free(path.with_name(f"left-{path.name.lstrip('.')}"))
     path.rename(place)
     return place
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Folders called `step-` and digits, by that number; what is being written has another name.
+    """Folders named `step-` and digits, by number; incomplete checkpoints have other names.
 
-    A copy that a user keeps (`step-best`) and a link are his: neither resumed from by "auto" nor rotated away.
+    Copies under other names (`step-best`) and links belong to the user: "auto" ignores them, rotation keeps them.
     """
     named = [path for path in folder.glob("step-*") if NAME.fullmatch(path.name)]
     return sorted((path for path in named if path.is_dir() and not path.is_symlink()), key=step_of)
@@ -233,10 +238,10 @@ def _say_not_removed(_: object, path: str, error: tuple) -> None:
 
 
 def read_checkpoint(folder: Path, proven: dict[str, tuple] | None = None) -> Checkpoint:
-    """Reads a checkpoint after proving every file by its checksum.
+    """Reads a checkpoint after verifying the checksum of every file.
 
     Args:
-        proven: `stamps` from another rank; a file that has the same here is that rank's, and not read for proof.
+        proven: `stamps` from another rank; a file with the same stamp here is the same file, already verified.
 
     Raises:
         ConfigError: naming the file that is missing, cut short or changed.
@@ -245,13 +250,13 @@ def read_checkpoint(folder: Path, proven: dict[str, tuple] | None = None) -> Che
         content = (folder / CHECKSUMS).read_bytes()
         sums = json.loads(content)["files"]
         if _sealed(sums) != content:
-            raise ValueError("damaged: it is not as it was written")
+            raise ValueError("damaged: its content has changed")
     stamps = {}
     for name, wanted in sums.items():
         with reading(f"--resume: {folder / name}"):
             stamps[name] = stamp(folder / name)
             if stamps[name] != (proven or {}).get(name) and sha256(folder / name) != wanted:
-                raise ValueError("damaged: its checksum is not the one that was written")
+                raise ValueError("damaged: its checksum differs")
     with reading(f"--resume: {folder}"):
         progress = Progress(**json.loads((folder / "state.json").read_text(encoding="utf-8")))
         if NAME.fullmatch(folder.name) and progress.step != step_of(folder):
@@ -267,10 +272,10 @@ def read_checkpoint(folder: Path, proven: dict[str, tuple] | None = None) -> Che
 
 
 def find_checkpoint(resume: str, output_dir: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The checkpoint that `--resume` means, and a line for each that "auto" passed over.
+    """The checkpoint selected by `--resume`, and a line for each that "auto" skipped.
 
     Raises:
-        ConfigError: a folder that was named holds no intact checkpoint.
+        ConfigError: the named folder holds no intact checkpoint.
     """
     if resume == "none":
         return None, []
@@ -286,10 +291,10 @@ def find_checkpoint(resume: str, output_dir: Path) -> tuple[Checkpoint | None, l
 
 
 def keep_global_batch(resumed: Checkpoint, config: TrainConfig, world_size: int) -> int:
-    """The accumulation with which this world size makes the checkpoint's global batches.
+    """The gradient accumulation that keeps the checkpoint's global batch at this world size.
 
     Raises:
-        ConfigError: none does; or LoRA's shape is another.
+        ConfigError: there is none, or LoRA's shape differs.
     """
     progress, saved = resumed.progress, DEFAULTS | resumed.progress.config
     problems = [
@@ -308,7 +313,7 @@ def keep_global_batch(resumed: Checkpoint, config: TrainConfig, world_size: int)
         now, then = ("tokens", "rows") if by_tokens else ("rows", "tokens")
         problems.append(
             f"--resume: --max_tokens_per_batch is {config.optim.max_tokens_per_batch}, the checkpoint has "
-            f"{saved['max_tokens_per_batch']}; batches cut by {now} cannot go on where those by {then} stopped"
+            f"{saved['max_tokens_per_batch']}; batches sized by {now} cannot continue those sized by {then}"
         )
     elif not global_batch or global_batch % at_once:
         problems.append(f"--resume: the checkpoint's global batch of {sizes}")
@@ -320,7 +325,7 @@ def keep_global_batch(resumed: Checkpoint, config: TrainConfig, world_size: int)
 def changed_settings(
     resumed: Checkpoint | None, config: dict, num_rows: int, manifest_rows: list[int] | None = None
 ) -> list[str]:
-    """Differences from the checkpoint's settings that make another trajectory, a line each."""
+    """Lists settings that differ from the checkpoint's and change the trajectory."""
     if resumed is None:
         return []
     progress, saved = resumed.progress, DEFAULTS | resumed.progress.config
@@ -337,6 +342,6 @@ def changed_settings(
 
 
 def _sealed(sums: dict[str, str]) -> bytes:
-    """The checksum file's content: itself proven by a checksum, and in one spelling only."""
+    """Content of the checksum file, itself with a checksum, in canonical form."""
     seal = hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
     return (json.dumps({"files": sums, "seal": seal}, indent=2, sort_keys=True) + "\n").encode()

@@ -13,19 +13,19 @@ _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
 
 
 class ExitCode(IntEnum):
-    """Number that a process ends with; a queue decides by it."""
+    """A process's exit code, for queues to act on."""
 
     OK = 0
-    FAILED = 1  # a checklist with a failure, an unexpected error, another rank that died or got stuck
+    FAILED = 1  # a failed check, an unexpected error, another rank that died or hung
     CONFIG = 2  # wrong flags, configuration or data; nothing was trained
-    BAD_LOSS = 3  # a loss that is not real, with --on_bad_loss raise
-    STOPPED = 75  # asked to stop; saved, --resume auto goes on
+    BAD_LOSS = 3  # a loss check failed, with --on_bad_loss raise
+    STOPPED = 75  # stopped on request; saved, --resume auto continues
 
 
 class ConfigError(ValueError):
-    """Faults of flags, YAML, DeepSpeed's JSON, a checkpoint or data: all problems at once, one a line.
+    """Problems with flags, YAML, DeepSpeed's JSON, a checkpoint or data: all at once, one per line.
 
-    The commands print it and end with `ExitCode.CONFIG`.
+    Commands print it and end with `ExitCode.CONFIG`.
     """
 
     def __init__(self, problems: list[str]):
@@ -35,14 +35,14 @@ class ConfigError(ValueError):
 
 @contextlib.contextmanager
 def reading(what: str) -> Iterator[None]:
-    """Turns whatever a library raises inside into one line: no module has to foresee what may be wrong with a file.
+    """Turns any library's exception into one line, so that no module has to foresee what may be wrong with a file.
 
     Args:
-        what: the flag with the file, folder or line, as `--adapter: /x/adapter_config.json`; the line begins with it.
+        what: prefix of the line: flag and file, folder or line number, as `--adapter: /x/adapter_config.json`.
 
     Raises:
-        ConfigError: `what: the library's own words`; a ConfigError from inside passes as it is. `--debug` shows the
-            traceback of what was raised.
+        ConfigError: `what: the library's message`; a ConfigError from inside passes unchanged. `--debug` shows the
+            original traceback.
     """
     try:
         yield
@@ -53,7 +53,7 @@ def reading(what: str) -> Iterator[None]:
 
 
 def words_of(error: BaseException) -> str:
-    """Words of a library, in one line of at most 300 characters; led by the error's type unless a file is at fault."""
+    """A library's message as one line of at most 300 characters, after the error's type unless it is about a value."""
     reason = getattr(error, "strerror", None)
     text = " ".join((reason or str(error)).split())
     text = text if len(text) <= 300 else f"{text[:299]}…"
@@ -63,27 +63,27 @@ def words_of(error: BaseException) -> str:
 
 
 def shown(value: object) -> str:
-    """A value as an error quotes it: one line of some 60 characters at most, however long or deep it is."""
+    """A value quoted for an error message: one line of about 60 characters at most."""
     return _SHORT.repr(value)
 
 
 def reason_of(error: Exception) -> str:
-    """Words of the system on a file that it refuses, without number and path; any other error's own words."""
+    """The system's message without number and path; for other errors, their own message."""
     return getattr(error, "strerror", None) or str(error)
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
     """` (did you mean 'x'?)` for the valid name that `name` misspells, or an empty string.
 
-    The cutoff takes a slip of the keyboard (`batchsize`, `warm_ratio`) and no other word (`keep_steps`, `max_epochs`):
-    a suggestion that is followed must not make another run of it.
+    The cutoff accepts typing errors (`batchsize`, `warm_ratio`) but no other word (`keep_steps`, `max_epochs`), so that
+    following a suggestion never starts a different run.
     """
     close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.87)
     return f" (did you mean '{close[0]}'?)" if close else ""
 
 
 def first_of(problems: list[str], most: int = 20) -> list[str]:
-    """The first `most` of them, and how many more there are: what a console can show of them."""
+    """The first `most` problems, and the number of the others."""
     if len(problems) <= most:
         return problems
     return [*problems[:most], f"… and {len(problems) - most} more"]

@@ -1,4 +1,4 @@
-"""Atomic writes: to a temporary file beside the target, synced to disk, then renamed."""
+"""Atomic writes: to a temporary file beside the target, synced, then renamed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from .errors import ConfigError, reason_of, words_of
 from .process import say
 
-# Bytes of a name that are kept of it in the name beside, so that this too is no longer than 255.
+# Bytes of a name kept in its temporary name, so that this stays within 255.
 _STEM_BYTES = 220
 
 
@@ -28,17 +28,17 @@ def _stem(path: Path) -> str:
 
 
 def name_beside(path: Path) -> Path:
-    """The name that `replacing` writes to: this process's alone, as the ids of two hosts' processes may be equal."""
+    """The temporary name used by `replacing`; random, since process ids of two hosts may be equal."""
     return path.with_name(f".{_stem(path)}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
 
 
 @contextlib.contextmanager
 def replacing(path: Path, *, synced: bool = True) -> Iterator[Path]:
-    """A name beside `path` to write a file or a folder to, which takes the place of `path` once the block is through.
+    """Gives a temporary path for a file or folder, which replaces `path` at the end of the block.
 
-    A block that raises leaves `path` as it was, and nothing beside it. The file's content is on the disk before it is
-    renamed: a crash of the machine leaves the one or the other, never an empty file. Not `synced`, for files by the
-    thousand that can be made again, only a crash of the process does.
+    If the block raises, `path` is unchanged and the temporary path is removed. Content is synced before the rename, so
+    that a machine crash leaves the old or the new version. With `synced=False`, for thousands of files that can be
+    recreated, this holds for a crash of the process only.
     """
     path = Path(path)
     beside = name_beside(path)
@@ -48,7 +48,7 @@ def replacing(path: Path, *, synced: bool = True) -> Iterator[Path]:
         for file in (p for p in (beside, *sorted(beside.rglob("*"))) if synced and p.is_file()):
             sync(file)
         if beside.is_dir() and path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)  # a folder cannot be replaced in one call; by a file it is not replaced at all
+            shutil.rmtree(path)  # os.replace cannot replace a folder that has content
         os.replace(beside, path)
     finally:
         _remove(beside)
@@ -56,10 +56,10 @@ def replacing(path: Path, *, synced: bool = True) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def filling(folder: Path) -> Iterator[Path]:
-    """A folder to write to, whose content is that of `folder`, which is not there or empty, once the block is through.
+    """Gives a temporary folder, whose content fills the new or empty `folder` at the end of the block.
 
-    A new `folder` appears in one step. One that is there is filled from within, its config.json last: it may be the
-    root of a disk, or where a shell stands. A block that raises leaves nothing. Raises OSError.
+    A new `folder` appears in one step. An existing one is filled file by file, config.json last, as it may be a mount
+    point or a shell's working directory. If the block raises, nothing is left. Raises OSError.
     """
     is_there = folder.is_dir()
     beside = name_beside(folder / folder.name if is_there else folder)
@@ -78,7 +78,7 @@ def filling(folder: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Removes what `replacing` was writing of `path` in a killed process; for whoever alone writes there."""
+    """Removes temporary files of `replacing` left by a killed process; only for the sole writer of `path`."""
     made = re.compile(rf"\.{re.escape(_stem(path))}\.[0-9]+-[0-9a-f]{{8}}\.tmp")
     with contextlib.suppress(OSError):
         for left in [left for left in path.parent.iterdir() if made.fullmatch(left.name)]:
@@ -86,26 +86,26 @@ def remove_leftovers(path: Path) -> None:
 
 
 def first_free(path: Path) -> Path:
-    """`path` where nothing has that name, not even a link to nowhere; else the first of `path-1`, `path-2`, … ."""
+    """`path` if unused, even by a broken link; else the first unused of `path-1`, `path-2`, … ."""
     names = (path.name + (f"-{n}" if n else "") for n in itertools.count())
     return next(place for name in names if not os.path.lexists(place := path.with_name(name)))
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file, UTF-8, never half of it. Raises OSError."""
+    """Writes a UTF-8 file atomically. Raises OSError."""
     with replacing(path) as beside:
         beside.write_text(text, encoding="utf-8")
 
 
 def check_writable(folder: Path) -> None:
-    """Writes a file into a folder that is there, and removes it. Raises OSError."""
+    """Creates and removes a file in an existing folder. Raises OSError."""
     probe = folder / f".writable-{os.getpid()}-{secrets.token_hex(4)}"  # process ids of two hosts may be equal
     probe.touch()
     probe.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:
-    """Brings a file, or a folder's list of names, to the disk. Raises OSError."""
+    """Syncs a file or a folder's entries to disk. Raises OSError."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -114,9 +114,9 @@ def sync(path: Path) -> None:
 
 
 def sync_folders(*folders: Path) -> None:
-    """Brings the folders' lists of names to the disk, where the file system has that; says it once where it has not.
+    """Syncs folders' entries to disk; a file system that does not support it is reported once.
 
-    What was written stands all the same: a crash of the whole machine within the next seconds may lose it.
+    Without it, only a machine crash within the next seconds may lose what was written.
     """
     for folder in folders:
         try:
@@ -129,24 +129,25 @@ def sync_folders(*folders: Path) -> None:
 
 @functools.cache
 def _say_unsynced(folder: Path, reason: str) -> None:
-    say(f"WARNING: {folder} cannot be brought to the disk at once ({reason}): this file system does it by itself")
+    say(f"WARNING: {folder} cannot be synced to disk ({reason}); this file system syncs by itself")
 
 
 def stamp(path: Path) -> tuple[int, int, int]:
-    """A file's size and times of change, in nanoseconds: the same for all hosts that share it, another for every copy.
+    """A file's size, mtime and ctime in nanoseconds: equal on all hosts that share it, different for every copy.
 
-    No copy has the time at which the system itself noted the last change. Raises OSError.
+    A copy cannot keep the ctime. Raises OSError.
     """
     stat = path.stat()
     return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
-def sha256(path: Path) -> str:
-    """Of a file's content, in hex. Raises OSError."""
+def sha256(*paths: Path) -> str:
+    """SHA-256 of the files' concatenated content, in hex. Raises OSError."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
+    for path in paths:
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
     return digest.hexdigest()
 
 
@@ -159,8 +160,8 @@ def _remove(path: Path) -> None:
 
 @contextlib.contextmanager
 def writing(what: str) -> Iterator[None]:
-    """Turns an error of the disk into one ConfigError; `what` is the flag with its file or folder."""
+    """Turns a disk error into a ConfigError; `what` is the flag with its file or folder."""
     try:
         yield
-    except (OSError, SafetensorError) as error:  # a full disk is either one
+    except (OSError, SafetensorError) as error:  # a full disk raises either
         raise ConfigError([f"{what} cannot be written: {words_of(error)}"]) from error

@@ -1,7 +1,7 @@
-"""The loss guard: a check, on every rank and for every micro-batch, that the loss is real.
+"""The loss guard: checks on every rank, for every micro-batch, that the loss is real.
 
-Checks of the batch run before the first forward of an optimizer step, checks of its result before the update. Both
-verdicts travel with collectives that the step needs anyway, so that all ranks agree and none is left waiting.
+Batches are checked before the first forward of an optimizer step, results before the update. Both verdicts travel in
+collectives that the step needs anyway, so that all ranks agree and none is left waiting.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .model.spec import ModelSpec
 from .process import loss_text
 from .step_stats import ForwardReport, MicroBatchStats
 
-# An exact cross-entropy of up to this many units of float32's resolution may come out as exactly 0.0.
+# A true cross-entropy below this many units of float32's resolution may be computed as exactly 0.0.
 HONEST_ZERO_UNITS = 4.0
 
 CHECKS = {
@@ -59,7 +59,7 @@ LIKELY_CAUSES = {
 
 @dataclass(frozen=True)
 class Failure:
-    """One failed check of one micro-batch on one rank."""
+    """A failed check of a micro-batch on a rank."""
 
     check: str
     rank: int
@@ -83,12 +83,12 @@ class Failure:
         return "\n".join(lines)
 
     def as_row(self) -> dict:
-        """Flat values for W&B's table and the JSONL file."""
+        """A flat row for W&B's table and the JSONL file."""
         return {**asdict(self), "rows": ", ".join(self.rows)}
 
 
 class BadLossError(RuntimeError):
-    """A loss check failed on some rank and `--on_bad_loss raise` holds; the same on every rank."""
+    """A loss check failed on some rank under `--on_bad_loss raise`; raised alike on every rank."""
 
     def __init__(self, failures: list[Failure]):
         self.failures = failures
@@ -96,7 +96,7 @@ class BadLossError(RuntimeError):
 
 
 class Guard:
-    """The checks of one rank, and what they have seen so far."""
+    """The checks of one rank, with counts of their failures so far."""
 
     def __init__(self, *, rank: int, output_dir: Path, spec: ModelSpec, weights: LossWeights):
         self.rank = rank
@@ -108,25 +108,25 @@ class Guard:
         self.honest_zeros = 0
 
     def check_batch(self, batch: Batch, step: int, micro_batch: int) -> list[Failure]:
-        """Checks what can be known before the forward: keys, placeholders, codes."""
+        """Checks a batch before the forward: keys, placeholders, codes."""
         return self._failures(list(batch_problems(batch, self.spec)), batch, step, micro_batch)
 
     def check_result(
         self, batch: Batch, report: ForwardReport, stats: MicroBatchStats, step: int, micro_batch: int
     ) -> list[Failure]:
-        """Checks what the forward gave."""
+        """Checks the results of the forward."""
         problems = list(report.problems)
         if not problems:
             problems = self._result_problems(batch, stats)
         return self._failures(problems, batch, step, micro_batch)
 
     def check_gradient(self, batches: list[Batch], grad_norm: float, step: int) -> list[Failure]:
-        """Reports what the engine found after backward: a norm over all ranks, so every rank names its own rows."""
+        """Reports a non-finite gradient norm; it is over all ranks, so each rank names its own rows."""
         found = [("gradient", f"gradient norm {grad_norm} over all ranks, while every loss was finite")]
         return self._failures(found, batches[0], step, 0)
 
     def check_gradient_order(self, batches: list[Batch], orders: list[list[float]], step: int) -> list[Failure]:
-        """Reports what `Engine.gradient_order` gave on each rank, where it differs; ranks other than rank 0 do."""
+        """Reports a rank whose `Engine.gradient_order` differs from rank 0's."""
         if orders[self.rank] == orders[0]:
             return []
         (mine, _), (first, _) = orders[self.rank], orders[0]
@@ -152,7 +152,7 @@ class Guard:
             problems.append(("text_loss", f"sum {text_sum} over {text_count:.0f} labels, while {exact}"))
         if any(counts) and not all(total > 0 for total, count in zip(sums, counts, strict=True) if count):
             problems.append(("audio_loss", f"sums by codebook {sums} over {counts} labels"))
-        # A total of 0 is right only where no head that counts has a label, or where the text's zero is honest.
+        # A total of 0 is right only if no head with a weight has labels, or if the text's zero is honest.
         text_counts = text_count > 0 and self.weights.text > 0 and not honest
         audio_counts = self.weights.audio > 0 and any(
             count and share for count, share in zip(counts, self.weights.codebooks, strict=True)
@@ -171,7 +171,7 @@ class Guard:
         return failures
 
     def _save(self, batch: Batch, problems: list[tuple[str, str]], step: int, micro_batch: int) -> str:
-        """Saves the batch and says where; a disk that takes nothing does not hide what was found."""
+        """Saves the batch and returns its path; a write error does not hide the failure."""
         folder = self.output_dir / "bad_batches"
         stem = folder / f"step-{step:06d}-rank-{self.rank}-micro-{micro_batch}"
         described = {"step": step, "rank": self.rank, "micro_batch": micro_batch, "rows": batch.origins}
@@ -181,13 +181,13 @@ class Guard:
             Path(f"{stem}.json").write_text(
                 json.dumps(described | {"failed": problems}, indent=2) + "\n", encoding="utf-8"
             )
-        except (OSError, SafetensorError) as error:  # a full disk is the one or the other, by which file it hits
+        except (OSError, SafetensorError) as error:  # a full disk raises either
             return f"nowhere, {folder} could not be written: {error}"
         return f"{stem}.safetensors"
 
 
 def batch_problems(batch: Batch, spec: ModelSpec) -> Iterator[tuple[str, str]]:
-    """(check, what was found) for each check that a batch fails before its forward."""
+    """Yields (check, finding) for each check that a batch fails before its forward."""
     missing = [name for name in ("label_ids", "label_audio_ids", "audio_out_ids") if getattr(batch, name, None) is None]
     if missing:
         yield "batch_keys", f"missing: {', '.join(missing)}"
@@ -212,7 +212,7 @@ def batch_problems(batch: Batch, spec: ModelSpec) -> Iterator[tuple[str, str]]:
 def checklist(
     rank: int, batch: Batch, report: ForwardReport, losses: dict[str, float], failures: list[Failure]
 ) -> list[tuple[bool, str]]:
-    """Each rank's lines on its first batch: (passed, line)."""
+    """A rank's checklist for its first batch: (passed, line)."""
     failed = {failure.check for failure in failures}
     keys = [name for name, value in batch.upstream_fields().items() if value is not None]
     books = "  ".join(

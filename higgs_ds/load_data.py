@@ -1,4 +1,4 @@
-"""From manifests to the batches of every optimizer step."""
+"""From manifests to the batches of each optimizer step."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .batching.batch_plan import MicroBatch, Plan, StepPlan, evaluation_plans, m
 from .batching.collate import Batch, Collator
 from .batching.loader import MicroBatches, load_steps
 from .batching.mixture import Mixture, rows_taken
-from .batching.references import References, in_epochs
+from .batching.references import References
 from .batching.shared_memory import check_shared_memory
 from .batching.token_counts import LengthIndex
 from .codec.base import Codec, check_fits
@@ -28,9 +28,8 @@ from .data.portions import names_of, portions_of
 from .data.row_set import RowSet
 from .data.rows import RowOptions, load_rows
 from .distributed.agreement import check_same, made_once
-from .distributed.engine import Ranks
 from .distributed.rank_watch import Watch
-from .distributed.single_process import NoWatch, SingleProcess
+from .distributed.ranks import NoWatch, Ranks
 from .model.base import BaseCheckpoint
 from .model.voice_record import base_detail
 from .options.sections import TrainConfig
@@ -39,18 +38,18 @@ from .setup import Setup
 
 SHOWN_CHARACTERS = 4000  # of a prompt
 
-# Steps with their batches, inside a context that ends the processes which build them.
+# Steps with their batches, in a context that ends the worker processes.
 LoadedSteps = AbstractContextManager[Iterator[tuple[StepPlan, list[Batch]]]]
 
 
 def codes_folder(config: TrainConfig) -> Path:
-    """The folder of the clips' codes."""
+    """The cache folder of encoded clips."""
     return Path(config.data.codes_cache or config.output_dir / "codes_cache")
 
 
 @dataclass
 class Corpus:
-    """Rows that can be trained on, and the store of their clips' codes."""
+    """Usable rows, and the cache of their clips' codes."""
 
     train_rows: RowSet
     val_rows: RowSet
@@ -61,7 +60,7 @@ class Corpus:
 def load_corpus(
     config: TrainConfig,
     base: BaseCheckpoint,
-    ranks: Ranks | SingleProcess,
+    ranks: Ranks,
     watch: Watch | NoWatch,
     *,
     device: str,
@@ -69,12 +68,12 @@ def load_corpus(
     count_tokens: bool,
     outcome: str,
 ) -> Corpus:
-    """Checks every row and encodes every clip, before anything large is loaded; the codec's memory is given back.
+    """Checks every row and encodes every clip before the model is loaded, then frees the codec's memory.
 
     Args:
-        device: where clips are encoded.
-        count_tokens: whether the rows' tokens are counted.
-        outcome: what a list of faults ends with.
+        device: device for encoding.
+        count_tokens: count the tokens of each row.
+        outcome: last line after a list of faults.
     """
     data, spec = config.data, base.spec
     watch.untimed("opening the codec")
@@ -112,13 +111,13 @@ def load_corpus(
     return Corpus(train_rows, val_rows, cache, codec)
 
 
-def _agree_on_fingerprint(codec: Codec, ranks: Ranks | SingleProcess) -> None:
-    """Of 0.8 GB for Boson's codec: one rank reads them for all that share these files.
+def _agree_on_fingerprint(codec: Codec, ranks: Ranks) -> None:
+    """Compares the codec's fingerprint across ranks; hashing Boson's 0.8 GB is done once per shared file system.
 
     Raises:
-        ConfigError: on all ranks, naming those that have another codec.
+        ConfigError: on all ranks, naming those with another codec.
     """
-    # Boson's is dear: the files' stamps tell who shares it.
+    # Equal stamps mean shared files.
     same_for: object = codec.files if isinstance(codec, BosonCodec) else codec.fingerprint
     fingerprint = made_once(same_for, lambda: codec.fingerprint, ranks)
     if isinstance(codec, BosonCodec):
@@ -128,7 +127,7 @@ def _agree_on_fingerprint(codec: Codec, ranks: Ranks | SingleProcess) -> None:
 
 @dataclass
 class Data:
-    """Rows and the order in which they are trained on; batches are built as they are needed."""
+    """Rows and their order of training; batches are built on demand."""
 
     corpus: Corpus
     plan: Plan
@@ -139,19 +138,16 @@ class Data:
     references: References | None = None  # of the training rows
 
     def dataset(self, rows: RowSet) -> MicroBatches:
-        """Micro-batches of these rows, by number."""
+        """Micro-batches of these rows, by index."""
         references = self.references if rows is self.corpus.train_rows else None
         return MicroBatches(rows, self.setup.base.tokenizer, self.corpus.cache, self.collator, references)
 
     def steps(self, first_step: int, last_step: int) -> LoadedSteps:
         """This rank's batches of the optimizer steps `first_step`…`last_step`, both included."""
-        plans = self.plan.steps(self.ranks.rank, first_step, last_step)
-        if self.references is not None:
-            plans = in_epochs(plans, self.plan.steps_per_epoch)
-        return self._load(self.corpus.train_rows, plans)
+        return self._load(self.corpus.train_rows, self.plan.steps(self.ranks.rank, first_step, last_step))
 
     def validation(self) -> LoadedSteps:
-        """This rank's share of all validation rows, as many batches on every rank."""
+        """This rank's share of the validation rows; every rank has the same number of batches."""
         rows, optim = self.corpus.val_rows, self.setup.config.optim
         plans = evaluation_plans(
             len(rows),
@@ -165,7 +161,7 @@ class Data:
         return self._load(rows, plans)
 
     def details(self) -> dict[str, object]:
-        """Lines of an adapter's card on what it was trained on."""
+        """Rows of an adapter's card on its training data."""
         rows = self.corpus.train_rows
         style = {"prompt style": self.setup.config.data.prompt_style}
         rate = self.setup.config.data.reference_rate
@@ -176,7 +172,7 @@ class Data:
         return {**counts, **style, **prompt_details(rows), **drawn, **base}
 
     def any_inputs(self) -> dict:
-        """Some micro-batch's model inputs, on this rank's device."""
+        """Model inputs of some micro-batch, on this rank's device."""
         batch = self.dataset(self.corpus.train_rows)[MicroBatch((0,))]
         return batch.model_inputs(self.ranks.device)
 
@@ -187,7 +183,7 @@ class Data:
 
 
 def load_data(setup: Setup, ranks: Ranks, watch: Watch | NoWatch, *, only_one_step: bool = False) -> Data:
-    """Every row checked, every clip encoded, and the plan of all optimizer steps.
+    """Checks every row, encodes every clip and plans all optimizer steps.
 
     Raises:
         ConfigError: bad rows (without --skip_bad_rows), or too little shared memory for the data workers.
@@ -248,12 +244,12 @@ def load_data(setup: Setup, ranks: Ranks, watch: Watch | NoWatch, *, only_one_st
 
 
 def _round_to(setup: Setup, collator: Collator) -> int:
-    """Tokens to a multiple of which the forward rounds the longest row of a micro-batch up."""
+    """The multiple to which the forward pads the longest row of a micro-batch."""
     return 1 if setup.padding_free else collator.round_to
 
 
 def shown_prompt(row: Row, base: BaseCheckpoint) -> str:
-    """A row as the tokenizer reads its tokens back, special tokens visible; all it learns to say stands at its end."""
+    """A row's tokens decoded to text, with special tokens; the trained answer is at the end."""
     input_ids, _, _ = base.spec.tokenize(row.messages, row.start_index, base.tokenizer)
     text = base.tokenizer.decode(input_ids, clean_up_tokenization_spaces=False)
     if len(text) > SHOWN_CHARACTERS:
@@ -262,7 +258,7 @@ def shown_prompt(row: Row, base: BaseCheckpoint) -> str:
 
 
 def _references(setup: Setup, rows: RowSet) -> References | None:
-    """The draw of references where there is one; `rows.tokens` then is what each may take at most."""
+    """The draw of reference clips, if there is one; `rows.tokens` then become upper bounds."""
     config, base = setup.config, setup.base
     if config.data.reference_rate is None:
         return None
@@ -290,7 +286,7 @@ def _say_how_it_begins(setup: Setup, data: Data, ranks: Ranks) -> None:
 
 
 def _another_rate(setup: Setup, progress: checkpoint.Progress, plan: Plan) -> list[str]:
-    """See `schedule.jump`; the checkpoint's run had as many steps an epoch as its own rows make."""
+    """See `schedule.jump`; steps per epoch of the checkpoint's run follow from its own row counts."""
     optim, now = setup.config.optim, setup.config.as_dict()
     saved = checkpoint.DEFAULTS | progress.config
     per_epoch = plan.steps_per_epoch

@@ -1,11 +1,11 @@
-"""The loss over both heads as sums and counts; nothing that is trained on divides by a local count.
+"""The loss over both heads as sums and counts; the trained loss never divides by a local count.
 
 Text: position t predicts `expanded_labels[:, t + 1]`. Audio, codebook k: row i predicts `label_audio_ids[k, i + 1]`.
 With N counted over the whole optimizer step (all micro-batches, all ranks),
 
     L = w_text · S_text / N_text + w_audio · Σ_k c_k · S_k / N_k,    Σ c_k = 1
 
-DeepSpeed averages gradients over the ranks, so each micro-batch hands it world_size × (its sums / global counts).
+DeepSpeed averages gradients over the ranks, so each micro-batch's loss is world_size × (its sums / global counts).
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ HEADLINES = ("loss", "text_loss", "audio_loss")  # of `mean_losses`, without the
 
 @dataclass
 class HeadSums:
-    """Sums of cross-entropy (nats, float32) and how many labels they are over, for one micro-batch.
+    """Sums of cross-entropy (nats, float32) and label counts of one micro-batch.
 
-    `text_saturation` is the evidence for an honest zero: over the labelled text rows, the largest ratio of the exact
-    cross-entropy, from the margin of the label over all other tokens, to what float32 can hold apart from 0 there.
+    `text_saturation` tells an honest zero: the maximum, over labelled text rows, of the exact cross-entropy (from the
+    label's margin over all other tokens) divided by float32's resolution at the label's logit.
     """
 
     text_sum: torch.Tensor  # []
@@ -39,7 +39,7 @@ class HeadSums:
 
 @dataclass(frozen=True)
 class LossWeights:
-    """`text` and `audio` weigh the heads; `codebooks` sum to 1 and weigh the audio head's codebooks."""
+    """Weights of the heads, and of the audio head's codebooks, which sum to 1."""
 
     text: float
     audio: float
@@ -47,7 +47,7 @@ class LossWeights:
 
     @classmethod
     def from_options(cls, options: LossOptions, num_codebooks: int) -> LossWeights:
-        """Raises ConfigError for another number of codebook weights than the model has codebooks."""
+        """Raises ConfigError if the number of codebook weights differs from the model's codebooks."""
         given = options.codebook_weights or [1.0] * num_codebooks
         if len(given) != num_codebooks:
             raise ConfigError([f"--codebook_weights: {len(given)} weights for a model with {num_codebooks} codebooks"])
@@ -56,49 +56,49 @@ class LossWeights:
 
 
 def text_targets(expanded_labels: torch.Tensor) -> torch.Tensor:
-    """The target of each position: the label one to the right; the last position predicts nothing. [batch, length]"""
+    """The target of each position: the next label; the last position has none. [batch, length]"""
     return F.pad(expanded_labels[:, 1:], (0, 1), value=IGNORE)
 
 
 def flat_text_targets(labels: torch.Tensor, sequence: torch.Tensor) -> torch.Tensor:
-    """The same for sequences that stand one behind the other: the label one to the right, where it is of the same one.
+    """`text_targets` for concatenated sequences: the next label, if it belongs to the same sequence.
 
     Args:
         labels: [N].
-        sequence: [N], the number of each place's sequence.
+        sequence: [N], sequence number of each position.
     """
     targets = F.pad(labels[1:], (0, 1), value=IGNORE)
     return targets.masked_fill(F.pad(sequence[1:], (0, 1), value=-1) != sequence, IGNORE)
 
 
 def audio_targets(label_audio_ids: torch.Tensor) -> torch.Tensor:
-    """The targets of each audio row: the next frame's code in its codebook. [codebooks, frames] -> [frames, codebooks]
+    """Targets of each audio row: the next frame's codes. [codebooks, frames] -> [frames, codebooks]
 
-    The first frame of every clip is unlabelled, so that the shift over the concatenation crosses no clip's border.
+    The first frame of every clip has no label, so that the shift never crosses from one clip into the next.
     """
     return F.pad(label_audio_ids[:, 1:], (0, 1), value=IGNORE).t()
 
 
 def count_text_labels(label_ids: torch.Tensor) -> int:
-    """Text labels that are predicted: all but those at position 0, which no position precedes. [batch, tokens]"""
+    """Number of predicted text labels: all but those at position 0. [batch, tokens]"""
     return int((text_targets(label_ids) != IGNORE).sum())
 
 
 def count_audio_labels(label_audio_ids: torch.Tensor) -> list[int]:
-    """Audio labels that are predicted, by codebook; a clip's first frame is never one. [codebooks, frames]"""
+    """Numbers of predicted audio labels by codebook; a clip's first frame has none. [codebooks, frames]"""
     return (audio_targets(label_audio_ids) != IGNORE).sum(0).tolist()
 
 
 def head_sums(
     text_logits: torch.Tensor, audio_logits: torch.Tensor, text_target: torch.Tensor, audio_target: torch.Tensor
 ) -> HeadSums:
-    """Cross-entropy in float32, labelled rows only, in the graph also where there are none.
+    """Cross-entropy in float32 over labelled rows; part of the graph even without any.
 
     Args:
         text_logits: [batch, length, vocabulary], any float dtype.
         audio_logits: [frames, codebooks, codebook size].
-        text_target: [batch, length], -100 where nothing is predicted.
-        audio_target: [frames, codebooks], -100 likewise.
+        text_target: [batch, length], -100 for no label.
+        audio_target: [frames, codebooks], -100 for no label.
     """
     labelled = text_target != IGNORE
     rows = text_logits[labelled].float()  # [labelled, vocabulary]
@@ -117,7 +117,7 @@ def head_sums(
 
 
 def _saturation(rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Largest (exact cross-entropy) / (float32's resolution at the label's logit) over the rows; 0 without rows."""
+    """Maximum over rows of exact cross-entropy / float32's resolution at the label's logit; 0 without rows."""
     if rows.shape[0] == 0:
         return rows.new_zeros(())
     label = rows.gather(1, targets[:, None])  # [rows, 1]
@@ -128,17 +128,17 @@ def _saturation(rows: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 
 def scaled_loss(sums: HeadSums, text_scale: float, codebook_scales: torch.Tensor) -> torch.Tensor:
-    """The scalar for the engine's backward; `scales` come from `loss_scales`."""
+    """The scalar for the engine's backward; scales come from `loss_scales`."""
     return text_scale * sums.text_sum + (codebook_scales * sums.codebook_sums).sum()
 
 
 def loss_scales(
     weights: LossWeights, text_count: float, codebook_counts: list[float], world_size: int
 ) -> tuple[float, list[float]]:
-    """Factors of one micro-batch's sums, from the counts of the whole optimizer step.
+    """Factors of a micro-batch's sums, from the label counts of the whole optimizer step.
 
-    × world_size because the engine averages over ranks; nothing for the accumulation, because the engine is told not
-    to divide by it. A kind that is labelled nowhere in the step has factor 0.
+    × world_size, because the engine averages over ranks; no factor for accumulation, because the engine does not divide
+    by it. A head without labels in the step has factor 0.
     """
     text = weights.text * world_size / text_count if text_count else 0.0
     audio = [
@@ -151,9 +151,9 @@ def loss_scales(
 def mean_losses(
     weights: LossWeights, text_sum: float, text_count: float, codebook_sums: list[float], codebook_counts: list[float]
 ) -> dict[str, float]:
-    """`loss`, `text_loss`, `audio_loss` and `codebook_loss/k` from sums and counts; a kind without labels is left out.
+    """`loss`, `text_loss`, `audio_loss` and `codebook_loss/k` from sums and counts, each only if it has labels.
 
-    `audio_loss` is Σ c_k · S_k / N_k over the codebooks that are labelled.
+    `audio_loss` is Σ c_k · S_k / N_k over the codebooks with labels.
     """
     losses: dict[str, float] = {}
     total = 0.0

@@ -1,4 +1,4 @@
-"""Ending a process that was in a process group, and printing from one of several that share a console."""
+"""End a process that was in a process group, and print from processes that share a console."""
 
 from __future__ import annotations
 
@@ -15,37 +15,40 @@ from typing import NoReturn, TextIO
 
 from .errors import ExitCode
 
-END_SEC = 25.0  # from the last line to the end; launchers kill what takes half a minute
+END_SEC = 25.0  # launchers kill after half a minute
 
 
 def end_in_time(exit_code: int) -> None:
-    """Nothing that this process still waits for holds it up for longer than END_SEC, and nothing changes its exit code.
+    """Makes this process end within END_SEC with this exit code.
 
-    A thread, a child or a library's exit function that never comes back would keep a machine that is paid for.
+    A thread, child or exit function that hangs would otherwise block a machine that is paid for.
     """
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher's, once another rank has ended
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # sent by a launcher once another rank has ended
     timer = threading.Timer(END_SEC, leave_now, [exit_code])
     timer.daemon = True
     timer.start()
 
 
 def leave_now(exit_code: int) -> NoReturn:
-    """Ends this process as it stands, and the processes that it has forked."""
+    """Ends this process and its children at once."""
     for child in multiprocessing.active_children():
         child.kill()
     os._exit(exit_code)
 
 
 def end_process(exit_code: int) -> NoReturn:
-    """Ends this process as `sys.exit` would, threads joined and exit functions run, but without taking Python down.
+    """Ends this process like `sys.exit`, joining threads and running exit functions, but skips interpreter shutdown.
 
-    gloo's threads outlive `destroy_process_group`, for as long as DeepSpeed holds a group. One of them that frees a
-    tensor while the interpreter goes down is refused its lock, and the whole process aborts (SIGABRT, "terminate called
-    without an active exception") after all its work was done: seen about once in fifty runs on busy machines.
+    gloo's threads outlive `destroy_process_group` while DeepSpeed holds a group. If one frees a tensor during shutdown,
+    the process aborts (SIGABRT, "terminate called without an active exception") after its work is done: about once in
+    fifty runs on busy machines.
     """
     end_in_time(exit_code)
-    # Neither has a public name; it is what the standard library's own multiprocessing does before it leaves this way.
-    threading._shutdown()  # type: ignore[attr-defined]  # tells thread pools to end, and waits for all threads but daemons
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises if a data worker is killed
+    for child in multiprocessing.active_children():
+        child.kill()
+    # Private functions, but multiprocessing itself does the same before os._exit.
+    threading._shutdown()  # type: ignore[attr-defined]  # ends thread pools and joins all non-daemon threads
     atexit._run_exitfuncs()  # removes temporary folders
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
@@ -54,7 +57,7 @@ def end_process(exit_code: int) -> NoReturn:
 
 
 class _Lasting:
-    """A stream whose reader may go: what is written then is lost, and nothing else."""
+    """A stream that ignores write errors after its reader has gone."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
@@ -74,19 +77,13 @@ class _Lasting:
 
 @contextlib.contextmanager
 def lasting_console() -> Iterator[None]:
-    """Inside, no library's line and no progress bar fails where the console is gone.
-
-    A terminal was closed, or `| tee` ended by the same Ctrl-C: that must not cost what was trained.
-    """
+    """Context in which printing never fails, even if the terminal is closed or `| tee` ended by the same Ctrl-C."""
     with contextlib.redirect_stdout(_Lasting(sys.stdout)), contextlib.redirect_stderr(_Lasting(sys.stderr)):
         yield
 
 
 def say(text: str, *, error: bool = False) -> None:
-    """A line to the console in one write: ranks share it, and `print` may let another's come before the line's end.
-
-    A console that is gone costs nothing, as in `lasting_console`.
-    """
+    """Prints a line in a single write, since ranks share the console; write errors are ignored."""
     stream = sys.stderr if error else sys.stdout
     with contextlib.suppress(OSError, ValueError):
         stream.write(f"{text}\n")
@@ -94,9 +91,9 @@ def say(text: str, *, error: bool = False) -> None:
 
 
 def tell(error: Exception, argv: list[str]) -> int:
-    """Says on rank 0 what is wrong with a user's flags or files, a line a fault; returns `ExitCode.CONFIG`.
+    """Prints a user's errors on rank 0, one per line, and returns `ExitCode.CONFIG`.
 
-    The one door of every command: `--debug` among `argv` has the traceback before it, of what a library raised too.
+    Every command reports errors here; with `--debug` in `argv`, the traceback comes first.
     """
     if os.environ.get("RANK", "0") == "0":
         if "--debug" in argv:
@@ -106,5 +103,5 @@ def tell(error: Exception, argv: list[str]) -> int:
 
 
 def loss_text(loss: float) -> str:
-    """A loss as text; a small one must not look like the 0.0000 of a loss that is not there."""
+    """A loss as text; a small one must not look like 0.0000."""
     return f"{loss:.2e}" if 0 < abs(loss) < 1e-3 else f"{loss:.4f}"

@@ -1,7 +1,7 @@
-"""The assembly of a run, shared by `train_ds.py`, `check`, `prepare`, benchmarks and tests.
+"""Assemble a run; shared by `train_ds.py`, `check`, `prepare`, benchmarks and tests.
 
-open_setup    options settled, checkpoint looked at     -> Setup     nothing large is loaded
-load_data     manifests checked, clips encoded, planned -> Data
+open_setup    resolve options, check the checkpoint     -> Setup     nothing large is loaded
+load_data     check manifests, encode clips, plan steps -> Data
 load_model    base weights, LoRA, DeepSpeed             -> Engine
 make_trainer  guard, schedule, saver                    -> Trainer
 """
@@ -20,35 +20,40 @@ from .batching import micro_batches
 from .batching.batch_plan import MicroBatch, StepPlan
 from .distributed.agreement import check_same, check_shared, versions
 from .distributed.ds_config import nothing_to_shard_note
-from .distributed.engine import Engine, Ranks, full_weight, join_group, leave_ranks, loading, meet_ranks
+from .distributed.engine import Engine, full_weight, join_group, leave_ranks, loading, meet_ranks
 from .distributed.rank_watch import STALL_TIMEOUT_SEC, Watch, check_stall_timeout
-from .distributed.single_process import NoWatch
+from .distributed.ranks import NoWatch, Ranks
 from .distributed.stop import StopRequest
 from .errors import ConfigError, ExitCode
 from .guard import BadLossError, Guard
-from .load_data import Data, codes_folder, load_data
+from .judges.clips import Sentence, enrolled
+from .judges.in_run import RunJudges
+from .load_data import Corpus, Data, codes_folder, load_data
 from .model import flops
 from .model.families import family_of
 from .model.lora import attach_lora, set_lora
+from .model.memory import Load, RankMemory, Weights
 from .options.sections import TrainConfig
 from .report.cards import pinned
-from .report.samples import COUNT, Sampler, Voice, prompts_from_file, prompts_from_rows
+from .report.samples import COUNT, Prompt, Sampler, Voice, prompts_from_file, prompts_from_rows
 from .report.tracking import Tracker
 from .saver import Saver
 from .schedule import schedule
 from .setup import Setup, open_setup
 from .trainer import Best, Trainer
 
+MOST_RECORDINGS = 256  # of the training rows, that the judges choose from where there are no validation rows
+
 
 @contextlib.contextmanager
 def joined(
     config: TrainConfig, *, keeps_nothing: bool = False, stop: StopRequest | None = None
 ) -> Iterator[tuple[Ranks, Watch]]:
-    """This process among the other ranks, watched, in a run's folder that is this run's alone.
+    """Joins the other ranks, starts the watch and locks the run's folder.
 
     Args:
-        keeps_nothing: the folder may hold a run, and is not taken (`check`).
-        stop: what this process was asked for; without it a signal kills, as it kills any program.
+        keeps_nothing: for `check`: the folder may hold a run, and is not locked.
+        stop: collects stop requests; without it a signal kills the process as usual.
 
     Raises:
         ConfigError: on all ranks, after the process group is left.
@@ -61,17 +66,17 @@ def joined(
     seconds = config.run.stall_timeout_sec or STALL_TIMEOUT_SEC[ranks.device.type]
     with Watch(ranks, meeting.connections, stall_timeout_sec=seconds, stop=stop) as watch:
         try:
-            # All ranks are here. First that they agree: options, versions, clocks.
+            # All ranks have joined. Compare options and versions.
             join_group(ranks, meeting)
             check_stall_timeout(seconds, on_gpu=ranks.device.type == "cuda")
             check_same({f"--{name}": value for name, value in config.as_dict().items()} | versions(), ranks)
-            # Then the folder: no other run's, made by rank 0, and one and the same for all.
+            # Then the folder: it must be free, is created by rank 0, and must be the same for all.
             ranks.on_main(lambda: run_dir.refuse_a_run(output_dir) if is_new else None)
             ranks.on_main(lambda: run_dir.prepare_run_dir(output_dir))
             check_shared({"--output_dir": output_dir, "--codes_cache": codes_folder(config)}, ranks)
             ranks.each(lambda: run_dir.prepare_run_dir(output_dir))
             with ranks.each(lambda: run_dir.lock_run_dir(output_dir) if writes else contextlib.nullcontext()):
-                # Again, now that it is locked: whoever held the lock before may have left a run.
+                # Check again under the lock: its previous holder may have left a run.
                 ranks.on_main(lambda: run_dir.refuse_a_run(output_dir) if is_new else None)
                 if writes:
                     watch.before_end.append(
@@ -91,11 +96,11 @@ def load_model(
     first_inputs: Callable[[], dict] | None = None,
     wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
 ) -> Engine:
-    """Base weights, LoRA and where it stands, under DeepSpeed.
+    """Loads base weights, LoRA and, when resuming, the training state under DeepSpeed.
 
     Args:
-        first_inputs: any micro-batch's model inputs; asked for where a run is resumed.
-        wrap: what is put around the model with LoRA, for tests.
+        first_inputs: gives model inputs of any micro-batch; needed when resuming.
+        wrap: wraps the model with LoRA, for tests.
     """
     config, base = setup.config, setup.base
     watch.untimed("loading the model")
@@ -104,7 +109,7 @@ def load_model(
         model = family_of(base).load_base(base.folder, base.config, config.model.dtype, quantize_on=quantize_on)
     engine = adapt(setup, model, ranks, wrap=wrap)
     if setup.resumed:
-        assert first_inputs is not None, "a run that is gone on with"
+        assert first_inputs is not None, "needed to resume"
         engine.load_state(setup.resumed.state, first_inputs())
         checkpoint.restore_rng(setup.resumed.rng, ranks, config.optim.seed + setup.resumed.progress.step)
     return engine
@@ -118,11 +123,11 @@ def adapt(
     wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
     forward: Callable[[nn.Module], nn.Module] | None = None,
 ) -> Engine:
-    """LoRA on a base model, started as the options say, and the training forward of both, under DeepSpeed.
+    """Attaches LoRA to a base model, builds the training forward and puts it under DeepSpeed.
 
     Args:
-        wrap: what is put around the model with LoRA, for tests.
-        forward: makes another module of it than the training forward, for benchmarks.
+        wrap: wraps the model with LoRA, for tests.
+        forward: replaces the training forward, for benchmarks.
     """
     config = setup.config
     modules = family_of(setup.base).modules
@@ -165,7 +170,7 @@ def make_guard(setup: Setup, ranks: Ranks) -> Guard:
 
 
 def say_plan(setup: Setup, data: Data, engine: Engine, ranks: Ranks) -> None:
-    """Says the arithmetic of a step and of the run, the engine, and what of them could be cheaper."""
+    """Prints the sizes of a step and of the run, the engine, and hints on cheaper settings."""
     config, plan = setup.config, data.plan
     note = micro_batches.launch_bound_note(
         plan.mean_tokens(data.corpus.train_rows.tokens),
@@ -181,9 +186,9 @@ def say_plan(setup: Setup, data: Data, engine: Engine, ranks: Ranks) -> None:
 
 
 def check_memory(setup: Setup, data: Data, engine: Engine, ranks: Ranks, watch: Watch | NoWatch) -> None:
-    """The most expensive micro-batch of the plan, once, on GPUs: a run that does not fit ends before its first step.
+    """Runs the plan's most expensive micro-batch on GPUs, so that a run that does not fit ends before its first step.
 
-    On any device with `--compile`, whose seconds are said.
+    With `--compile`, on any device; compile time is reported.
     """
     config, tokens = setup.config, data.corpus.train_rows.tokens
     if not memory_check.is_wanted(ranks.device, compiled=config.model.compile):
@@ -193,11 +198,17 @@ def check_memory(setup: Setup, data: Data, engine: Engine, ranks: Ranks, watch: 
     else:
         watch.at(setup.first_step - 1, "checking the memory of the most expensive micro-batch")
     assert tokens is not None, "counted wherever memory is checked"
-    # The whole run's, also where only one step is checked.
+    # Of the whole run, even if only one step is checked.
     last_step = max(setup.first_step, data.plan.total_steps(config.optim.epochs, config.optim.max_steps))
     rows = data.plan.most_expensive(tokens, setup.first_step, last_step, padded=not setup.padding_free)
     batch = data.dataset(data.corpus.train_rows)[MicroBatch(rows)]
-    if took := memory_check.measure(engine, ranks, setup.base.spec, batch, config):
+    predicted = ""
+    if batch.index is not None:
+        weights = Weights.of(family_of(setup.base), setup.base.config, config)
+        known = (config, setup.base.spec, weights, setup.ds_config, ranks.world_size)
+        size = RankMemory(*known, on_gpu=ranks.device.type == "cuda").measured(Load.of(batch.index))
+        predicted = f" (predicted: {size / 2**30:.1f})"
+    if took := memory_check.measure(engine, ranks, setup.base.spec, batch, config, predicted):
         ranks.say(took)
     if config.model.compile:
         from .model.compiler import seconds_compiling
@@ -206,13 +217,56 @@ def check_memory(setup: Setup, data: Data, engine: Engine, ranks: Ranks, watch: 
         ranks.say(f"compiled the decoder layers: {slowest:.0f} s on the slowest rank")
 
 
-def make_sampler(
-    setup: Setup, data: Data, engine: Engine, ranks: Ranks, watch: Watch | NoWatch, stop: StopRequest
-) -> Sampler | None:
-    """The samples that the run speaks, as its options say; None where there are none.
+def open_judges(config: TrainConfig, ranks: Ranks, watch: Watch | NoWatch) -> RunJudges | None:
+    """Rank 0's judges of the samples, once they have been loaded; None elsewhere, and where there are none.
 
     Raises:
-        ConfigError: on all ranks: a file of texts that holds none.
+        ConfigError: on all ranks: a library or a model that is missing.
+    """
+
+    def checked() -> RunJudges:
+        judges = RunJudges(config.run.judges or (), config.run.words, config.run.voice, str(ranks.device))
+        judges.check()
+        return judges
+
+    if not config.run.judges:
+        return None
+    watch.untimed("loading the judges")
+    return ranks.on_main(checked)
+
+
+def _teach(judges: RunJudges, prompts: list[Prompt], corpus: Corpus) -> None:
+    """Tells the judges the texts of the samples, and recordings of their speakers: of the validation, or training."""
+    rows, known = corpus.val_rows, {}
+    places = range(len(rows))
+    if not rows:
+        rows = corpus.train_rows
+        places = range(0, len(rows), max(1, len(rows) // MOST_RECORDINGS))
+    for place in places:
+        if sentence := Sentence.of_row(rows[place], rows.column(place, "language")):
+            known[sentence.origin] = sentence
+    recordings = enrolled(list(known.values()))
+    speakers = {sentence.speaker for sentence in recordings}
+    anyone = next(iter(speakers)) if len(speakers) == 1 else None
+    for prompt in prompts:
+        judges.sentences[prompt.origin] = known.get(prompt.origin) or Sentence(prompt.text, prompt.origin, anyone)
+    asked = {sentence.speaker for sentence in judges.sentences.values()}
+    judges.corpus = [sentence for sentence in recordings if sentence.speaker in asked]
+
+
+def make_sampler(
+    setup: Setup,
+    data: Data,
+    engine: Engine,
+    ranks: Ranks,
+    watch: Watch | NoWatch,
+    stop: StopRequest,
+    judges: RunJudges | None,
+) -> Sampler | None:
+    """The run's sampler, as its options say; None without samples.
+
+    Raises:
+        ConfigError: on all ranks: a file of texts that is empty.
     """
     config, rows, cache = setup.config, data.corpus.val_rows, data.corpus.cache
     wanted = config.run.sample_every or config.run.sample_texts or config.run.sample_count
@@ -225,20 +279,23 @@ def make_sampler(
     if config.run.sample_count or not prompts:
         count = config.run.sample_count or COUNT
         prompts += prompts_from_rows(rows, count, lambda ref: cache.get(ref)[: setup.base.spec.num_codebooks])
-    empty, voice_of = family_of(setup.base).voice(setup.base, config.model.dtype, data.corpus.codec, ranks.device)
+    if judges is not None:
+        _teach(judges, prompts, data.corpus)
+    base, family = setup.base, family_of(setup.base)
 
     @contextlib.contextmanager
     def voice() -> Iterator[Voice | None]:
-        with engine.generating(empty) as model:
+        with engine.generating(lambda: family.empty_base(base.config, config.model.dtype)) as model:
             if model is None:
                 ranks.say("WARNING: samples are left out: a copy of the model does not fit beside ZeRO-3's shards")
-            yield None if model is None else voice_of(model)
+            yield None if model is None else family.voice(model, base, data.corpus.codec, ranks.device)
 
     return Sampler(
         *(prompts, setup.output_dir, ranks, voice),
         seed=config.optim.seed,
         progressed=watch.progressed,
         stop_requested=lambda: stop.reason is not None,
+        judges=judges,
     )
 
 
@@ -255,12 +312,12 @@ def make_trainer(
     stop: StopRequest | None = None,
     on_bad_loss: str | None = None,
 ) -> Trainer:
-    """The loop over the engine, under the guard.
+    """Builds the training loop over the engine, with the guard.
 
     Args:
-        saver: without one nothing is saved.
-        stop: without it nobody asks for an end.
-        on_bad_loss: what happens whatever the option says.
+        saver: None saves nothing.
+        stop: None never stops early.
+        on_bad_loss: overrides the option.
     """
     config = setup.config
     trainer = Trainer(
@@ -279,7 +336,8 @@ def make_trainer(
         saver=saver,
         sampler=sampler,
         sample_every=config.run.sample_every,
-        keep_best=config.run.keep_best and len(data.corpus.val_rows) > 0,
+        keep_best=config.run.keep_best and (config.run.best_by != "loss" or len(data.corpus.val_rows) > 0),
+        best=Best(by=config.run.best_by),
         save_every=config.run.save_every,
         save_minutes=config.run.save_minutes,
         early_stop=config.run.early_stop,
@@ -297,19 +355,22 @@ def make_trainer(
     if setup.resumed:
         at = setup.resumed.progress
         trainer.dropped_steps = at.dropped_steps
-        if saver is not None:  # `check` takes its one step, whatever validations have said
+        if saver is not None:  # `check` runs its one step in any case
             trainer.owes_validation = at.owes_validation and trainer.validation is not None
             trainer.resumed_from = StepPlan(at.step, at.epoch, ())
-            trainer.best = Best(at.best_step, at.best_loss, at.validations_since_best)
+            if at.best_by == config.run.best_by:  # by another measure there is no best yet
+                value = at.best_loss if at.best_value is None else at.best_value  # older ones: the loss alone
+                trainer.best = Best(at.best_step, value, at.validations_since_best, at.best_by)
     return trainer
 
 
 def is_complete(setup: Setup, data: Data, ranks: Ranks) -> bool:
-    """True if the run that is gone on with was at its end, and left its adapter."""
+    """True if the resumed run had finished and saved its adapter."""
     if setup.resumed is None:
         return False
     at, patience = setup.resumed.progress, setup.config.run.early_stop
     over = patience is not None and at.validations_since_best >= patience
+    over = over and at.best_by == setup.config.run.best_by
     left = ranks.gather((setup.output_dir / "adapter").is_dir())[0]
     owes = at.owes_validation and len(data.corpus.val_rows) > 0
     complete = left and not owes and (over or setup.first_step > data.total_steps)
@@ -319,16 +380,18 @@ def is_complete(setup: Setup, data: Data, ranks: Ranks) -> bool:
 
 
 def say_stopped(setup: Setup, ranks: Ranks, watch: Watch, reason: str | None, exit_code: ExitCode) -> None:
-    """Leaves `stopped.json`; every rank must call it, with its own reason or None."""
+    """Writes `stopped.json`; every rank must call it, with its reason or None."""
     reasons = dict.fromkeys(reason for reason in ranks.gather(reason) if reason)
     if ranks.is_main:
         run_dir.write_stopped(setup.output_dir, "; ".join(reasons), exit_code, watch.resume_command)
 
 
 def check(config: TrainConfig, ds_raw: dict) -> int:
-    """The same run for one optimizer step, without sinks: its checklist, and an exit code of 0 or 1."""
+    """Runs one optimizer step without sinks and prints the checklist; the exit code is 0 or 1."""
     with joined(config, keeps_nothing=True) as (ranks, watch):
         setup = open_setup(config, ds_raw, ranks, watch)
+        if (judges := open_judges(config, ranks, watch)) is not None:
+            judges.close()
         data = load_data(setup, ranks, watch, only_one_step=True)
         engine = load_model(setup, ranks, watch, first_inputs=data.any_inputs)
         say_plan(setup, data, engine, ranks)

@@ -1,4 +1,4 @@
-"""The files of a run's folder, written atomically."""
+"""Files of a run's folder, written atomically."""
 
 from __future__ import annotations
 
@@ -16,37 +16,38 @@ from .checkpoint import list_checkpoints, step_of
 from .errors import ConfigError, reason_of
 from .files import check_writable, remove_leftovers, write_text
 from .options.sections import TrainConfig, revision_of
+from .report.page import TRAINED_ON
 
 RESULTS = ("adapter", "adapter-best")
 RUN_FILES = ("config.yaml", "metrics.jsonl", *RESULTS, "checkpoints")
 STOPPED = "stopped.json"
-# What a run writes there beside its name, and then renames.
-_OTHER_FILES = ("ds_config.json", STOPPED, "faults.jsonl", "loss.png", "wandb_run.json")
+# Files that a run writes under a temporary name and renames.
+_OTHER_FILES = ("ds_config.json", TRAINED_ON, STOPPED, "faults.jsonl", "loss.png", "wandb_run.json")
 REPLACED = (*RESULTS, "adapter_before_failure", "config.yaml", *_OTHER_FILES)
 
 
 def refuse_a_run(output_dir: Path) -> None:
-    """Raises ConfigError for a folder that holds a run, which a fresh one would write over."""
+    """Raises ConfigError for a folder that holds a run, which a fresh one would overwrite."""
     if held := [name for name in RUN_FILES if os.path.exists(output_dir / name)]:
         found = f"{output_dir} holds a run already ({', '.join(held)})"
-        raise ConfigError([f"--output_dir: {found}; --resume auto goes on with it, or name another folder"])
+        raise ConfigError([f"--output_dir: {found}; --resume auto continues it, or name another folder"])
 
 
 def refuse_a_result(output_dir: Path) -> None:
-    """Raises ConfigError for a folder with an adapter, where `--resume auto` found no checkpoint to go on from."""
+    """Raises ConfigError for a folder with an adapter but no checkpoint for `--resume auto`."""
     if held := [name for name in RESULTS if os.path.exists(output_dir / name)]:
         names, adapter = " and ".join(held), output_dir / held[0]
         raise ConfigError(
             [
-                f"--resume auto: {output_dir} holds {names}, but no intact checkpoint to go on from, and a fresh start "
-                f"would write over it. Name another --output_dir; or another one and --init_adapter {adapter}, to "
+                f"--resume auto: {output_dir} holds {names}, but no intact checkpoint to continue, and a fresh start "
+                f"would overwrite it. Name another --output_dir; or another one and --init_adapter {adapter}, to "
                 f"train on from there; or move {names} away, to begin again here"
             ]
         )
 
 
 def prepare_run_dir(output_dir: Path) -> None:
-    """Makes the run's folder. Raises ConfigError for one that cannot be written to, or that no checkpoint fits in."""
+    """Creates the run's folder. Raises ConfigError if it is not writable, or if `checkpoints` is a file."""
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         check_writable(output_dir)
@@ -58,12 +59,12 @@ def prepare_run_dir(output_dir: Path) -> None:
 
 
 def lock_run_dir(output_dir: Path, *, wait_sec: float = 60.0) -> contextlib.AbstractContextManager:
-    """Keeps a second run out of the folder for as long as the context lasts; a killed run lets go of it.
+    """Locks the folder against a second run; the lock ends with the context or the process.
 
-    What a killed run was writing is removed. A context without effect where the file system has no locks.
+    Removes temporary files of a killed run. On a file system without locks it has no effect.
 
     Raises:
-        ConfigError: another run has had it for `wait_sec`, which is long enough for the ranks of a killed one to end.
+        ConfigError: another run holds the lock for `wait_sec`, long enough for the ranks of a killed run to end.
     """
     until = time.monotonic() + wait_sec
     try:
@@ -87,12 +88,12 @@ def lock_run_dir(output_dir: Path, *, wait_sec: float = 60.0) -> contextlib.Abst
 
 
 def write_stopped(output_dir: Path, reason: str, exit_code: int, command: str) -> None:
-    """`stopped.json`, for a queue whose launcher does not let the exit code through; a run that goes on removes it.
+    """Writes `stopped.json`, for queues whose launcher hides the exit code; a resumed run removes it.
 
-    A folder that takes nothing any more is left as it is: what ended the run has been said.
+    Write errors are ignored: the reason has been printed.
 
     Args:
-        command: that goes on with the run.
+        command: the command that resumes the run.
     """
     saved = list_checkpoints(output_dir / "checkpoints")
     step = step_of(saved[-1]) if saved else 0
@@ -102,18 +103,19 @@ def write_stopped(output_dir: Path, reason: str, exit_code: int, command: str) -
 
 
 def forget_stopped(output_dir: Path) -> None:
-    """`stopped.json` is of an earlier part of the run."""
+    """Removes `stopped.json` of an earlier part of the run."""
     with contextlib.suppress(OSError):
         (output_dir / STOPPED).unlink(missing_ok=True)
 
 
-def write_resolved(output_dir: Path, config: dict, ds_config: dict) -> None:
-    """`config.yaml` and `ds_config.json`, as the run uses them; both can be given back as flags' files."""
+def write_resolved(output_dir: Path, config: dict, ds_config: dict, trained_on: dict) -> None:
+    """Writes `config.yaml` and `ds_config.json`, which can be passed to another run, and `trained_on.json`."""
     text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
     write_text(
         output_dir / "config.yaml", f"# python train_ds.py --config {output_dir / 'config.yaml'} --output_dir …\n{text}"
     )
-    write_text(output_dir / "ds_config.json", json.dumps(ds_config, indent=2) + "\n")
+    for name, values in (("ds_config.json", ds_config), (TRAINED_ON, trained_on)):
+        write_text(output_dir / name, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
 
 
 def listen_command(config: TrainConfig, adapter: Path, device: torch.device) -> str:
@@ -123,7 +125,7 @@ def listen_command(config: TrainConfig, adapter: Path, device: torch.device) -> 
         ("base", config.model.base_ckpt, config.model.base_revision),
         ("codec", config.data.codec, config.data.codec_revision),
     )
-    # The pinned ones are what the flags mean anyway.
+    # Pinned revisions are the defaults.
     revisions = [f"--{what}_revision {at} " for what, name, at in named if at not in (None, revision_of(name, None))]
     return (
         f"{on_cpu}python -m higgs_ds generate --base_ckpt {config.model.base_ckpt} --adapter {adapter} "

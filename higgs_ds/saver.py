@@ -1,4 +1,4 @@
-"""Saving a run: checkpoints, adapters, numbers."""
+"""Save a run: checkpoints, adapters, metrics."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from safetensors import SafetensorError
 from . import checkpoint, run_dir
 from .batching.batch_plan import StepPlan
 from .checkpoint import CheckpointWriter
-from .distributed.engine import Engine, Ranks
+from .distributed.agreement import trained_with
+from .distributed.engine import Engine
+from .distributed.ranks import Ranks
 from .errors import reason_of
 from .files import first_free, replacing
 from .load_data import Data
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 
 
 def settle_wandb(config: TrainConfig, ranks: Ranks) -> WandbChoice:
-    """Settles how rank 0 will use W&B, within seconds and before anything takes long; the other ranks do not.
+    """Decides rank 0's W&B mode within seconds, before anything slow; other ranks do not use W&B.
 
     Raises:
         ConfigError: on all ranks; see `settle_mode`.
@@ -46,13 +48,13 @@ def settle_wandb(config: TrainConfig, ranks: Ranks) -> WandbChoice:
 
 
 class Saver:
-    """Everything that a run leaves: checkpoints, adapters, and the tracker's numbers."""
+    """Writes a run's checkpoints and adapters, and opens its tracker."""
 
     def __init__(self, setup: Setup, data: Data, engine: Engine, ranks: Ranks, wandb: WandbChoice):
-        """Sets aside the checkpoints after the one that is gone on with; every rank must call it.
+        """Sets aside checkpoints newer than the resumed one; every rank must call it.
 
         Raises:
-            ConfigError: on all ranks, where one of them cannot be renamed.
+            ConfigError: on all ranks, if one cannot be renamed.
         """
         self.setup = setup
         self.data = data
@@ -65,12 +67,12 @@ class Saver:
             keep_best=setup.config.run.keep_best,
             lora=engine.lora_config,
         )
-        self._rescues: dict[str, list[Path]] = {}  # where an adapter goes that its folder does not take
+        self._rescues: dict[str, list[Path]] = {}  # fallback paths for adapters
         for place in ranks.on_main(lambda: self.writer.clean(setup.first_step - 1)) or []:
-            ranks.say(f"checkpoints: not gone on with, kept as {place}")
+            ranks.say(f"checkpoints: not continued, kept as {place}")
 
     def open_tracker(self) -> contextlib.AbstractContextManager[Tracker | None]:
-        """Metrics, curves and W&B on rank 0, and the resolved options in the run's folder; None elsewhere."""
+        """Opens metrics, curves and W&B on rank 0 and writes the resolved options; None on other ranks."""
         return self.ranks.on_main(self._open_tracker) or contextlib.nullcontext()
 
     def _open_tracker(self) -> Tracker:
@@ -86,19 +88,22 @@ class Saver:
         )
         run_dir.forget_stopped(self.setup.output_dir)
         try:
-            run_dir.write_resolved(self.setup.output_dir, config.as_dict(), self.setup.ds_config)
+            trained_on = self.data.details() | trained_with(self.ranks)
+            run_dir.write_resolved(self.setup.output_dir, config.as_dict(), self.setup.ds_config, trained_on)
         except OSError as error:
             tracker.message(f"WARNING: the resolved options are not in the run's folder: {error}")
         return tracker
 
     def save(self, step: StepPlan, trainer: Trainer) -> None:
-        """A checkpoint after this step; every rank must call it."""
+        """Saves a checkpoint after this step; every rank must call it."""
         progress = checkpoint.Progress(
             step=step.step,
             epoch=step.epoch,
             dropped_steps=trainer.dropped_steps,
             best_step=trainer.best.step,
-            best_loss=trainer.best.loss,
+            best_loss=trainer.best.value if trainer.best.by == "loss" else None,
+            best_by=trainer.best.by,
+            best_value=trainer.best.value,
             validations_since_best=trainer.best.since,
             owes_validation=trainer.owes_validation,
             rows_per_step=self.data.plan.rows_per_step,
@@ -111,26 +116,26 @@ class Saver:
         self.writer.save(progress, self.engine, self.ranks)
 
     def save_before_validation(self, step: StepPlan, trainer: Trainer) -> None:
-        """The run's last step, on the disk when this returns: nothing stands between them; every rank must call it."""
+        """Saves adapter and checkpoint of the run's last step and waits for the disk; every rank must call it."""
         self.save_last(trainer)
         self.save(step, trainer)
         self.writer.wait()
 
     def save_adapter(self, name: str, details: dict[str, object], *, elsewhere: bool = True) -> Path | None:
-        """The adapter in PEFT's format, under this name in the run's folder; every rank must call it.
+        """Saves the adapter in PEFT's format under this name in the run's folder; every rank must call it.
 
         Args:
-            details: lines of its card.
-            elsewhere: a folder that takes nothing, on a full disk say, makes it go to another; else None is returned.
+            details: rows of its card.
+            elsewhere: on a write error, such as a full disk, try other folders; otherwise return None.
 
         Raises:
-            OSError: no place takes it.
-            ValueError: a weight is empty or not finite, so that the file would not hold what was trained.
+            OSError: no folder could be written.
+            ValueError: a weight is empty or not finite.
         """
         output_dir, weights = self.setup.output_dir, self.engine.gather_trainable()
         places, saved = [output_dir / name], None
         if elsewhere:
-            if name not in self._rescues:  # the same ones when it is saved again
+            if name not in self._rescues:  # the same paths if it is saved again
                 rescued = f"{output_dir.resolve().name}-{name}"
                 self._rescues[name] = [first_free(Path(at) / rescued) for at in (".", tempfile.gettempdir())]
             places += self._rescues[name]
@@ -145,7 +150,7 @@ class Saver:
         return saved
 
     def _takes_adapter(self, folder: Path, weights: dict[str, torch.Tensor], details: dict[str, object]) -> bool:
-        """Writes the adapter, its record and its card; a folder that takes nothing is a warning."""
+        """Writes adapter, record and card; a write error is a warning and returns False."""
         data, lora = self.setup.config.data, self.engine.lora_config
         origin = {"layout": self.setup.base.layout, "codec": data.codec, "codec_revision": data.codec_revision}
         record = VoiceRecord(data.prompt_style, {name: str(detail) for name, detail in details.items()})
@@ -155,20 +160,20 @@ class Saver:
                 write_adapter(beside, lora, weights)
                 write_record(beside, record)
                 (beside / "README.md").write_text(model_card(lora, details, folder, **origin), encoding="utf-8")
-        except (OSError, SafetensorError) as error:  # a full disk is the one or the other, by which file it hits
+        except (OSError, SafetensorError) as error:  # a full disk raises either
             say(f"WARNING: the adapter could not be written to {folder}: {reason_of(error)}", error=True)
             return False
         return True
 
     def save_best(self, step: int, trainer: Trainer) -> None:
-        """`adapter-best/`, of the step just validated; every rank must call it."""
+        """Saves `adapter-best/` of the step just validated; every rank must call it."""
         validated = {name: loss for name, loss in trainer.last_losses.items() if name.startswith("validation ")}
         self.save_adapter("adapter-best", self.data.details() | {"optimizer steps": step} | validated, elsewhere=False)
 
     def save_after_failure(self, trainer: Trainer) -> Path | None:
         """Saves the adapter and a checkpoint from before the failed step; every rank must call it.
 
-        A disk that takes no checkpoint hides no finding: the exit code stays the guard's.
+        A write error is printed, and the exit code stays the guard's.
         """
         details: dict[str, object] = {"stopped": "by the loss guard, before the failed step was trained"}
         saved = self.save_adapter("adapter_before_failure", details)
@@ -180,15 +185,17 @@ class Saver:
         return saved
 
     def save_last(self, trainer: Trainer) -> Path | None:
-        """`adapter/`, of the run's last step; every rank must call it."""
+        """Saves `adapter/` of the run's last step; every rank must call it."""
         details = self.data.details() | {"optimizer steps": trainer.steps_done} | trainer.last_losses
-        if trainer.best.loss is not None:
-            details["lowest validation loss"] = f"{loss_text(trainer.best.loss)} at step {trainer.best.step}"
+        best = trainer.best
+        if best.value is not None:
+            name = "lowest validation loss" if best.by == "loss" else f"best {best.by} of the samples"
+            details[name] = f"{loss_text(best.value)} at step {best.step}"
         return self.save_adapter("adapter", details)
 
 
 def model_card(lora: LoraConfig, details: dict[str, object], folder: Path, **origin: str | None) -> str:
-    """An adapter's README.md; `origin` is `adapter_card`'s `more`."""
+    """An adapter's README.md; `origin` is passed on to `adapter_card`."""
     base, revision = pinned(lora.base_model_name_or_path or "", lora.revision)
     table = {
         "base": f"`{base}`" + (f" at revision `{revision}`" if revision else ""),

@@ -1,4 +1,4 @@
-"""Learning rate as a function of the step alone, so that resuming needs no state."""
+"""Learning rate as a function of the step, so that resuming needs no state."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 
 def schedule(settings: Mapping[str, Any], run_steps: int) -> Callable[[int], float]:
-    """The learning rate by the optimizer step, from 1 on: linear warm-up to `lr`, then down towards 0.
+    """The learning rate by optimizer step, from 1: linear warm-up to `lr`, then decay towards 0.
 
     Args:
-        settings: options by their flags' names, a checkpoint's or this run's.
-        run_steps: optimizer steps of the run, which the schedule spans where no option says otherwise; steps after it
-            have the rate of its last one.
+        settings: options by flag name, of a checkpoint or of this run.
+        run_steps: optimizer steps of the run, spanned by the schedule unless `lr_schedule_steps` is set; later steps
+            keep its last rate.
     """
     peak, total_steps = settings["lr"], settings["lr_schedule_steps"] or run_steps
     warmup_steps = settings["warmup_steps"]
@@ -34,12 +34,12 @@ def schedule(settings: Mapping[str, Any], run_steps: int) -> Callable[[int], flo
 
 
 def jump(saved: Mapping[str, Any], saved_steps: int, now: Mapping[str, Any], steps: int, done: int) -> list[str]:
-    """A line if a resumed run goes on with another learning rate than the run before would have: from where to where.
+    """A warning if a resumed run continues with another learning rate than the original run would have.
 
     Args:
-        saved: the checkpoint's options by their flags' names; `saved_steps`: the optimizer steps of its run.
+        saved: the checkpoint's options by flag name; `saved_steps`: the optimizer steps of its run.
         now: this run's options; `steps`: its optimizer steps.
-        done: optimizer steps that are done.
+        done: optimizer steps done so far.
     """
     before, after = schedule(saved, saved_steps), schedule(now, steps)
     if math.isclose(before(done + 1), after(done + 1), rel_tol=0.01):

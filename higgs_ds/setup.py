@@ -1,4 +1,4 @@
-"""A run's options, resolved for its checkpoint and number of ranks."""
+"""Resolve a run's options for its checkpoint and number of ranks."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from .batching import micro_batches
 from .checkpoint import Checkpoint
 from .distributed.agreement import check_same, patiently
 from .distributed.ds_config import LayerSizes, ignored_keys, resolve
-from .distributed.engine import Ranks, check_config
+from .distributed.engine import check_config
 from .distributed.rank_watch import Watch
-from .distributed.single_process import NoWatch
+from .distributed.ranks import NoWatch, Ranks
 from .errors import ConfigError
 from .loss import LossWeights
 from .model.base import BaseCheckpoint
@@ -26,7 +26,7 @@ from .options.sections import TrainConfig
 
 @dataclass
 class Setup:
-    """A run's options as they hold on this checkpoint and this many ranks."""
+    """A run's resolved options, base checkpoint and starting point."""
 
     config: TrainConfig
     base: BaseCheckpoint
@@ -34,7 +34,7 @@ class Setup:
     weights: LossWeights
     resumed: Checkpoint | None = None
     initial: dict[str, torch.Tensor] | None = None  # the weights of --init_adapter
-    notes: list[str] = field(default_factory=list)  # what the user should read once
+    notes: list[str] = field(default_factory=list)  # lines to print once
 
     @property
     def output_dir(self) -> Path:
@@ -42,7 +42,7 @@ class Setup:
 
     @property
     def batch_size(self) -> int:
-        """Rows of a micro-batch, as `settle` has them."""
+        """Rows of a micro-batch, as resolved by `settle`."""
         return self.config.optim.batch_size or 1
 
     @property
@@ -55,12 +55,12 @@ class Setup:
 
 
 def open_setup(config: TrainConfig, ds_raw: dict, ranks: Ranks, watch: Watch | NoWatch) -> Setup:
-    """Finds the checkpoint to go on from and the base, asks both everything, and settles the options by them."""
+    """Finds and checks the checkpoint to resume and the base, and resolves the options for them."""
     resumed, notes = find_together(config, ranks)
     if resumed is None and config.run.resume == "auto":
         ranks.each(lambda: run_dir.refuse_a_result(config.output_dir))
     watch.untimed("finding the base checkpoint")
-    base = ranks.each(lambda: open_base_for(config))
+    base, config = ranks.each(lambda: open_base_for(config))
     saved = resumed.progress.config if resumed else None
     config, initial = ranks.each(lambda: settle_lora(config, family_of(base), base.config, saved))
     setup = settle(config, ds_raw, base, ranks, resumed, [*notes, *base.notes])
@@ -75,12 +75,12 @@ def open_setup(config: TrainConfig, ds_raw: dict, ranks: Ranks, watch: Watch | N
 
 
 def find_together(config: TrainConfig, ranks: Ranks) -> tuple[Checkpoint | None, list[str]]:
-    """The checkpoint that rank 0 finds, read by every rank from that very path, and what has to be said about others.
+    """The checkpoint found by rank 0, read by every rank from the same path, and notes on skipped ones.
 
-    Rank 0 proves it; a rank that sees other files there than rank 0 proves its own.
+    Rank 0 verifies the checksums; so does any rank that sees different files.
 
     Raises:
-        ConfigError: on all ranks, naming those that cannot read it, or read another one there.
+        ConfigError: on all ranks, naming those that cannot read it, or find another one there.
     """
     resume, output_dir = config.run.resume, config.output_dir
     if resume == "auto":
@@ -96,7 +96,7 @@ def find_together(config: TrainConfig, ranks: Ranks) -> tuple[Checkpoint | None,
         if resumed is not None:
             return resumed
         who = f"{ranks.named([0])} goes on from {folder}, {ranks.named([ranks.rank])} cannot: "
-        # The folder's files may be newer than what this host remembers of it.
+        # A network file system may show this host stale entries for a while.
         read_here = patiently(lambda: _read_or_why(Path(folder), stamps), lambda found: isinstance(found, Checkpoint))
         if isinstance(read_here, str):
             raise ConfigError([f"--resume: {who}{read_here}; all hosts must share that folder"])
@@ -108,7 +108,7 @@ def find_together(config: TrainConfig, ranks: Ranks) -> tuple[Checkpoint | None,
 
 
 def _wait_for_the_newest(folder: Path, ranks: Ranks) -> None:
-    """Until rank 0 sees the newest checkpoint that any rank sees: its host may remember an older list of them.
+    """Waits until rank 0 sees the newest checkpoint seen by any rank; its host may have a stale directory listing.
 
     Raises:
         ConfigError: on all ranks, naming those that see a newer one.
@@ -120,7 +120,7 @@ def _wait_for_the_newest(folder: Path, ranks: Ranks) -> None:
     of_ranks = ranks.gather(newest())
     if max(of_ranks) > of_ranks[0]:
         seen = patiently(newest, lambda step: step >= max(of_ranks)) if ranks.is_main else 0
-        of_ranks = ranks.gather(seen or newest())  # they again: what they saw may be gone
+        of_ranks = ranks.gather(seen or newest())  # ask again: it may be gone by now
     ahead = [rank for rank, step in enumerate(of_ranks) if step > of_ranks[0]]
     if ahead:
         raise ConfigError(
@@ -138,12 +138,14 @@ def _read_or_why(folder: Path, proven: dict[str, tuple]) -> Checkpoint | str:
         return str(error).removeprefix("--resume: ")
 
 
-def open_base_for(config: TrainConfig) -> BaseCheckpoint:
-    """The base checkpoint, refused where the run's forward could not compute it."""
+def open_base_for(config: TrainConfig) -> tuple[BaseCheckpoint, TrainConfig]:
+    """Opens the base checkpoint, refused if the run's forward does not support it; and the options with its codec."""
     base = open_base(config.model.base_ckpt, config.model.base_revision)
     if config.model.forward_impl == "padding_free":
         family_of(base).check_forward(base)
-    return base
+    if base.bundles_codec and not {"codec", "codec_revision"} & config.given:
+        config = config.settled(**dict(zip(("codec", "codec_revision"), base.codec, strict=True)))
+    return base, config
 
 
 def settle(
@@ -154,7 +156,7 @@ def settle(
     resumed: Checkpoint | None = None,
     notes: Iterable[str] = (),
 ) -> Setup:
-    """Fills what the options left open. Raises ConfigError for what does not go together."""
+    """Resolves open options. Raises ConfigError for contradictions."""
     if config.lora.lora_r > base.spec.hidden_size:
         width = base.spec.hidden_size
         raise ConfigError([f"--lora_r: {config.lora.lora_r} is above {width}, the width of the model's layers"])

@@ -1,9 +1,8 @@
-"""The numbers of a micro-batch and of an optimizer step, by name, and how they travel as one flat list.
+"""Named numbers of a micro-batch and of an optimizer step, flattened to one list for a collective.
 
-A new number from the model: a field of `loss.HeadSums` with its values in `head_sums` there and in
-`model/fused_head.py`, a field of the same name in `HeadTotals` here, its name in `report/metrics.py`. It has to be one
-that adds up: a sum or a count, never a mean. Each class is a dataclass of floats, lists of floats and such
-classes; flat, the fields follow each other in their order.
+To add a number from the model: add a field to `loss.HeadSums`, set it in `head_sums` there and in
+`model/fused_head.py`, add a field of the same name to `HeadTotals` here, and name it in `report/metrics.py`. It must be
+a sum or a count, never a mean. Each class is a dataclass of floats, lists of floats and such classes.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ P = TypeVar("P", bound="Packed")
 
 @dataclass
 class Packed:
-    """A dataclass that can be flattened for a collective and put together again."""
+    """A dataclass that can be flattened for a collective and restored."""
 
     def pack(self) -> list[float]:
-        """All values in the order of the fields."""
+        """All values, in field order."""
         flat: list[float] = []
         for f in fields(self):
             value = getattr(self, f.name)
@@ -37,10 +36,10 @@ class Packed:
         return flat
 
     def unpack(self: P, flat: list[float]) -> P:
-        """The inverse of `pack`, for lists that are as long as this one's.
+        """Inverse of `pack`, with lists as long as this object's.
 
         Raises:
-            ValueError: more or fewer values than this has.
+            ValueError: another number of values.
         """
         if len(flat) != len(self.pack()):
             raise ValueError(f"{len(flat)} values for a {type(self).__name__} of {len(self.pack())}")
@@ -56,7 +55,7 @@ class Packed:
 
     @classmethod
     def total(cls, parts: list[P]) -> P:
-        """Value by value the sum over `parts`, of which there is at least one."""
+        """Elementwise sum over `parts`, of which there is at least one."""
         return parts[0].unpack([sum(column) for column in zip(*(part.pack() for part in parts), strict=True)])
 
 
@@ -65,7 +64,7 @@ H = TypeVar("H", bound="HeadTotals")
 
 @dataclass(kw_only=True)
 class HeadTotals(Packed):
-    """The part of `HeadSums` that adds up over micro-batches and ranks."""
+    """The additive part of `HeadSums`, over micro-batches and ranks."""
 
     text_sum: float
     text_count: float
@@ -74,37 +73,37 @@ class HeadTotals(Packed):
 
     @classmethod
     def empty(cls: type[H], num_codebooks: int) -> H:
-        """Zeros; lists have a value a codebook."""
+        """All zeros; lists have one value per codebook."""
         zeros: dict[str, Any] = {f.name: [0.0] * num_codebooks if f.type == "list[float]" else 0.0 for f in fields(cls)}
         return cls(**zeros)
 
     def losses(self, weights: LossWeights) -> dict[str, float]:
-        """Mean losses over what is summed here."""
+        """Mean losses of these sums."""
         return mean_losses(weights, self.text_sum, self.text_count, self.codebook_sums, self.codebook_counts)
 
 
 @dataclass(kw_only=True)
 class MicroBatchStats(HeadTotals):
-    """A training forward's numbers of one micro-batch, on the host; see `HeadSums`. `empty` unpacks `on_device`."""
+    """Numbers of one micro-batch's forward, on the host; see `HeadSums`. `empty` unpacks `on_device`."""
 
     text_saturation: float
-    loss: float  # the scaled one, for backward
+    loss: float  # scaled, for backward
 
     @staticmethod
     def on_device(sums: HeadSums, loss: torch.Tensor) -> torch.Tensor:
-        """The flat values where they were computed, without waiting for them: float32, detached."""
+        """The flat values on the device, without synchronisation: float32, detached."""
         values = [loss if f.name == "loss" else getattr(sums, f.name) for f in fields(MicroBatchStats)]
         return torch.cat([value.detach().float().reshape(-1) for value in values])
 
     @staticmethod
     def unknown(loss: torch.Tensor, num_codebooks: int) -> torch.Tensor:
-        """As many NaN, on the loss's device: of a forward whose outputs were not what they should be."""
+        """NaN for every value, on the loss's device; for a forward with invalid outputs."""
         return loss.new_full((len(MicroBatchStats.empty(num_codebooks).pack()),), float("nan")).detach()
 
 
 @dataclass
 class ForwardReport:
-    """Shapes that one micro-batch's forward saw, known on the host without reading a value from the device."""
+    """Shapes of one micro-batch's forward, known on the host without a device sync."""
 
     expanded_labels_shape: tuple[int, ...] | None = None
     audio_logits_shape: tuple[int, ...] | None = None
@@ -114,7 +113,7 @@ class ForwardReport:
 
 @dataclass
 class LabelCounts(Packed):
-    """Counts that are summed over the ranks before the first forward of an optimizer step."""
+    """Counts to be summed over the ranks before the first forward of an optimizer step."""
 
     failures: float  # checks that a batch did not pass
     text: float
@@ -122,7 +121,7 @@ class LabelCounts(Packed):
 
     @classmethod
     def from_batches(cls, batches: list, failures: int, num_codebooks: int) -> LabelCounts:
-        """Of this rank's `Batch`es; where a check failed nothing is counted, since nothing will be trained."""
+        """Counts of this rank's batches; zero labels if a check failed, since the step will be dropped."""
         counts = cls(failures, 0.0, [0.0] * num_codebooks)
         for batch in batches if not failures else []:
             counts.text += batch.text_count
@@ -133,9 +132,9 @@ class LabelCounts(Packed):
 
 @dataclass(kw_only=True)
 class StepSums(HeadTotals):
-    """One rank's share of an optimizer step; all of it adds up over micro-batches and ranks."""
+    """One rank's share of an optimizer step; additive over micro-batches and ranks."""
 
-    tokens: float  # positions computed that are not padding
+    tokens: float  # non-padding positions
     re_expanded: float  # micro-batches whose labels had to be re-expanded
 
     def add(self, stats: MicroBatchStats, *, tokens: int, re_expanded: bool) -> None:
@@ -151,18 +150,18 @@ class StepSums(HeadTotals):
 
     @property
     def audio_frames(self) -> float:
-        """Audio frames that are learned: labels of the codebook that has most."""
+        """Trained audio frames: the labels of the codebook with most labels."""
         return max(self.codebook_counts)
 
 
 @dataclass
 class RankStep(Packed):
-    """A rank's word to all others on an optimizer step, in the one exchange after its backward."""
+    """A rank's report on an optimizer step, exchanged once after the backward."""
 
     failures: float  # checks that failed in this step
-    gradients: list[float]  # how many came, and a checksum of their order: see `Engine.gradient_order`
-    stop: float  # 1 where this rank was asked to stop
-    save_due: float  # 1 where rank 0's clock wants a checkpoint
+    gradients: list[float]  # count and order checksum, see `Engine.gradient_order`
+    stop: float  # 1 if this rank was asked to stop
+    save_due: float  # 1 if rank 0's timer wants a checkpoint
     step_sec: float  # see `metrics.StepClock`
     data_sec: float
     peak_gib: float

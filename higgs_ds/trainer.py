@@ -1,10 +1,10 @@
-"""The training loop over objects that `run.py` built; knows nothing of DeepSpeed or W&B."""
+"""The training loop, over objects built by `run.py`; independent of DeepSpeed and W&B."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,8 @@ import torch
 
 from .batching.batch_plan import StepPlan
 from .batching.collate import Batch
-from .distributed.engine import Engine, Ranks
+from .distributed.engine import Engine
+from .distributed.ranks import Ranks
 from .guard import CHECKS, BadLossError, Failure, Guard, checklist
 from .loss import HEADLINES, LossWeights, loss_scales
 from .process import loss_text, say
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class StepResult:
-    """The outcome of one optimizer step, the same on every rank. Where something failed, nothing was trained."""
+    """The outcome of an optimizer step, the same on every rank. With failures, the step was dropped."""
 
     ranks: list[RankStep]
     failures: list[Failure]
@@ -37,22 +38,24 @@ class StepResult:
 
     @property
     def stop(self) -> bool:
-        """True if some rank was asked to stop."""
+        """True if any rank was asked to stop."""
         return any(rank.stop for rank in self.ranks)
 
 
 @dataclass
 class Best:
-    """The validation with the lowest loss so far."""
+    """The best step so far, by validation loss or by a judge's figure of its samples."""
 
     step: int = 0  # 0: none yet
-    loss: float | None = None
-    since: int = 0  # validations after it, none of them better
+    value: float | None = None
+    since: int = 0  # evaluations since then, none better
+    by: str = "loss"  # a value of --best_by
 
-    def take(self, step: int, loss: float) -> bool:
-        """Counts a validation; whether it is the best."""
-        better = self.loss is None or loss < self.loss
-        self.step, self.loss, self.since = (step, loss, 0) if better else (self.step, self.loss, self.since + 1)
+    def take(self, step: int, value: float) -> bool:
+        """Records an evaluation; returns whether it is the best."""
+        sign = -1 if self.by == "similarity" else 1  # higher is better
+        better = self.value is None or sign * value < sign * self.value
+        self.step, self.value, self.since = (step, value, 0) if better else (self.step, self.value, self.since + 1)
         return better
 
 
@@ -72,64 +75,65 @@ class Trainer:
     first_step: int = 1
     validation: Callable[[], AbstractContextManager[Iterable[tuple[StepPlan, list[Batch]]]]] | None = None
     tracker: Tracker | None = None
-    saver: Saver | None = None  # without one nothing is saved
+    saver: Saver | None = None  # None: nothing is saved
     sampler: Sampler | None = None  # speaks samples of the voice; None: there are none
-    sample_every: int | None = None  # None: at validations
+    sample_every: int | None = None  # also at validations
     save_every: int | None = None
     save_minutes: float = 0.0  # 0: not by the clock
     keep_best: bool = False
-    early_stop: int | None = None  # validations without gain that end the run
+    early_stop: int | None = None  # stop after this many evaluations without improvement
     best: Best = field(default_factory=Best)
-    owes_validation: bool = False  # of the step before the first: a stop came first
+    owes_validation: bool = False  # the step before the first was not validated because of a stop
     resumed_from: StepPlan | None = None  # that step
     stop_requested: Callable[[], bool] = lambda: False
-    at: Callable[[int, str], None] = lambda step, doing: None  # told of every move: a rank that stands still is found
+    at: Callable[[int, str], None] = lambda step, doing: None  # tells the watch, which finds hanging ranks
     dropped_steps: int = 0
-    utilisation: Utilisation | None = None  # of a known card: for the share of its peak
+    utilisation: Utilisation | None = None  # for MFU, on a known card
     last_losses: dict[str, float] = field(default_factory=dict)
     _clock: StepClock = field(default_factory=StepClock)
     _saved_at: float = field(default_factory=time.monotonic)
     _window: Window = field(default_factory=Window)
     _save_stall_sec: float | None = None
     _last: StepPlan | None = None
-    _unlogged: tuple[StepPlan, StepResult, float] | None = None  # the last step, if no point covers it
+    _unlogged: tuple[StepPlan, StepResult, float] | None = None  # the last step, if not logged yet
     _said: set[str] = field(default_factory=set)
     _checklist_due: bool = True
 
     def train(self, steps: Iterable[tuple[StepPlan, list[Batch]]]) -> bool:
-        """The optimizer steps, saved on the way; False if a rank was asked to stop before the last of them.
+        """Runs the optimizer steps with validation and saving; False if stopped before the last one.
 
-        What the last step reached is saved before it is validated. `save_end` saves it with what that found, and where
-        nothing is validated, once the adapter is on the disk.
+        The last step is saved before its validation; `save_end` then saves it again with the result, or for the first
+        time if nothing is validated.
 
         Raises:
-            BadLossError: on every rank, when a check failed on some rank and `on_bad_loss` is "raise".
+            BadLossError: on every rank, if a check failed on any rank and `on_bad_loss` is "raise".
         """
         self.engine.train()
-        # Before the first step: a resumed run may owe its last one a validation, and may be over by it.
+        # A resumed run may still have to validate its last step, and may end by that.
         if self.owes_validation:
             if not self._validate(self.first_step - 1):
                 return False
-            self._last = self.resumed_from  # should no step follow, its checkpoint is to say that it was validated
+            self._speak(self.first_step - 1)
+            self._last = self.resumed_from  # if no step follows, its checkpoint must record the validation
         if self.is_over():
             return True
         if self.first_step == 1:
-            self._speak(0)  # where the base begins
+            self._speak(0)  # the base, before training
         self._clock.begin()
         self.at(self.first_step, "reading its batches")
         for plan, batches in steps:
             self._clock.batches_read()
             lr = self.learning_rate(plan.step)
-            # The checkpoint before may still be written; one that failed ends the run before more work stands on it.
+            # The previous checkpoint may still be in writing; if that failed, end the run before more work is at risk.
             if self.saver:
                 self.saver.writer.raise_if_failed()
             result = self.train_step(plan.step, batches, lr)
-            # A failed check ends the run here, or with `on_bad_loss` "skip" costs the step.
+            # A failed check ends the run, or with `on_bad_loss` "skip" drops the step.
             if result.failures:
                 self._report(result.failures)
                 self.dropped_steps += 1
             self._clock.end()
-            # The step is done: log it, validate where it is time, then save.
+            # The step is done: log, validate if due, save if due.
             self._log(plan, result, lr)
             self._last = plan
             last = plan.step == self.total_steps
@@ -138,21 +142,25 @@ class Trainer:
                     self.at(plan.step, "saving")
                     self.owes_validation = True
                     self.saver.save_before_validation(plan, self)
-                validated = self._validate(plan.step, stopped=result.stop)
-                if validated and not self.sample_every:
-                    self._speak(plan.step)
-                if not validated or self.is_over():
+                speaks = self._validate(plan.step, stopped=result.stop)
+                if not speaks:
                     self._log_rest()
-                    return validated
-            if self.sample_every and not result.stop and (last or plan.step % self.sample_every == 0):
+                    return False
+            else:
+                due = self.sample_every is not None and (last or plan.step % self.sample_every == 0)
+                speaks = due and not result.stop
+            if speaks:
                 self._speak(plan.step)
+                if self.is_over():
+                    self._log_rest()
+                    return True
             if result.stop or last:
-                return last  # `save_end` saves it
-            # By count, by the clock of rank 0, or because it is the best: all ranks come to the same answer.
+                return last  # saved by `save_end`
+            # Save by step count, by rank 0's timer, or as the best: the same decision on all ranks.
             by_count = self.save_every and plan.step % self.save_every == 0
             if self.saver and (by_count or self.best_is(plan.step) or any(rank.save_due for rank in result.ranks)):
                 self.at(plan.step, "saving")
-                self._log_rest()  # a run that goes on from here has no other word of these steps
+                self._log_rest()  # a run resumed from here would not have these steps' metrics
                 began = time.perf_counter()
                 self.saver.save(plan, self)
                 self._saved_at = time.monotonic()
@@ -163,56 +171,66 @@ class Trainer:
 
     @property
     def steps_done(self) -> int:
-        """Optimizer steps, of the whole run."""
+        """Optimizer steps done, of the whole run."""
         return self._last.step if self._last else self.first_step - 1
 
     def save_end(self) -> None:
-        """A checkpoint of the last step that was done, if one was; every rank must call it."""
+        """Saves a checkpoint of the last completed step, if any; every rank must call it."""
         if self.saver and self._last is not None:
             self.at(self._last.step, "saving")
             self.saver.save(self._last, self)
 
     def is_over(self) -> bool:
-        """True once enough validations went without gain."""
+        """True once `early_stop` evaluations brought no improvement."""
         return self.early_stop is not None and self.best.since >= self.early_stop
 
     def best_is(self, step: int) -> bool:
-        """True if the checkpoint of this step is to be kept as the best."""
+        """True if this step's checkpoint is kept as the best."""
         return self.keep_best and self.best.step == step
 
     def _validate(self, step: int, *, stopped: bool = False) -> bool:
-        """Validates and keeps the best; False where a stop comes first, which leaves it to the run that goes on."""
+        """Validates and keeps the best; False if a stop comes first, which leaves it to the resumed run."""
         self.owes_validation = stopped
         if not stopped:
             losses = self.evaluate(step)
             if self.owes_validation:
                 return False
-            if losses and self.best.take(step, losses["loss"]) and self.saver and self.keep_best:
-                self.at(step, "saving the best adapter")
-                self.saver.save_best(step, self)
+            if losses:
+                self._evaluated(step, losses)
         return not stopped
 
+    def _evaluated(self, step: int, figures: Mapping[str, float]) -> None:
+        """Keeps this step's adapter if it is the best."""
+        value = figures.get(self.best.by)
+        if value is not None and self.best.take(step, value) and self.saver and self.keep_best:
+            self.at(step, "saving the best adapter")
+            self.saver.save_best(step, self)
+
     def _speak(self, step: int) -> None:
-        """Samples of the voice as it is now, where there are any; nothing of the training moves."""
+        """Speaks samples with the current voice, if asked for; does not affect training."""
         if self.sampler is None or not self.sampler.is_on:
             return
         self.at(step, "speaking samples")
-        samples, seconds = self.sampler.speak(step)
+        spoken = self.sampler.speak(step)
         if self.tracker:
-            self.tracker.samples(samples, step, seconds)
+            self.tracker.samples(spoken, step)
+        figures = {name.removeprefix("eval/"): value for name, value in spoken.figures.items()}
+        self.last_losses |= {f"validation {name} of the samples": value for name, value in figures.items()}
+        if step:  # step 0 is the base, which has no adapter
+            self._evaluated(step, figures)
 
     def train_step(self, step: int, batches: list[Batch], lr: float) -> StepResult:
-        """One optimizer step over this rank's micro-batches; the update happens only if no rank saw a failure.
+        """Runs one optimizer step over this rank's micro-batches; updates only if no rank reports a failure.
 
-        The ranks meet twice for host values: before the first forward for the counts of labels, and after the last
-        backward for the verdict, with which everything else travels that is logged of the step.
+        The ranks exchange host values twice: label counts before the first forward, verdict and logged numbers after
+        the last backward.
         """
-        # 1. The batches, before any forward: are they sound, and how many labels has the whole step?
+        # 1. Before any forward: check the batches and count the labels of the whole step.
         self.at(step, "counting labels")
         books = len(self.weights.codebooks)
         sums = StepSums.empty(books)
         failures = [f for i, batch in enumerate(batches) for f in self.guard.check_batch(batch, step, i)]
-        # First meeting: the counts of labels, and the verdict on the batches with them.
+        # First exchange: label counts, and the verdict on the batches.
         mine = LabelCounts.from_batches(batches, len(failures), books)
         counts = mine.unpack(self.ranks.sum(mine.pack()))
         if counts.failures:
@@ -227,7 +245,7 @@ class Trainer:
         text_scale, scales = loss_scales(self.weights, counts.text, counts.codebooks, self.ranks.world_size)
         codebook_scales = torch.tensor(scales, device=self.ranks.device)
 
-        # 2. Forward and backward of each micro-batch. No value is read from the device: the host runs ahead of it.
+        # 2. Forward and backward of each micro-batch, without reading from the device, so that the host runs ahead.
         on_device: list[torch.Tensor] = []
         reports: list[ForwardReport] = []
         for i, batch in enumerate(batches):
@@ -238,24 +256,24 @@ class Trainer:
             self.engine.backward(loss)
             on_device.append(values)
             reports.append(report)
-        # 3. The losses, in one copy to the host, and the guard's word on them.
+        # 3. Copy the losses to the host once, and check them.
         self.at(step, "checking the losses")
         stats, found = self._check_results(step, batches, reports, on_device, sums)
         failures += found
         if self._checklist_due:
             self._say_checklist(batches[0], reports[0], stats[0], failures)
-        # Second meeting: every rank's verdict. One failure anywhere, and nobody updates.
+        # Second exchange: every rank's verdict. A failure anywhere drops the step everywhere.
         ranks = self._exchange(failures, sums)
         if any(rank.failures for rank in ranks):
             self.engine.drop_step()
             return StepResult(ranks, self._all_failures(failures))
-        # Gradients that came in another order than elsewhere were summed with others': see `Engine.gradient_order`.
+        # Gradients in another order than on rank 0 were added to the wrong ones, see `Engine.gradient_order`.
         orders = [rank.gradients for rank in ranks]
         if orders.count(orders[0]) < len(orders):
             self.engine.drop_step()
             return self._dropped(self.guard.check_gradient_order(batches, orders, step), sums)
         self._warn_of_oddities(step, sums)
-        # 4. The update. A norm that is not finite means that it was not made.
+        # 4. The update; a non-finite norm means that it was skipped.
         self.at(step, "updating the weights")
         grad_norm = self.engine.step(lr)
         if not math.isfinite(grad_norm):
@@ -266,7 +284,7 @@ class Trainer:
         return StepResult(ranks, [], grad_norm)
 
     def _dropped(self, failures: list[Failure], sums: StepSums) -> StepResult:
-        """A step of which nothing was trained; `failures` are this rank's."""
+        """The result of a dropped step; `failures` are this rank's."""
         return StepResult(self._exchange(failures, sums), self._all_failures(failures))
 
     def _check_results(
@@ -277,9 +295,9 @@ class Trainer:
         on_device: list[torch.Tensor],
         sums: StepSums,
     ) -> tuple[list[MicroBatchStats], list[Failure]]:
-        """Reads what the forwards of one plan gave, by micro-batch, asks the guard, and adds it up in `sums`."""
+        """Reads the results of all forwards of a step, checks them, and adds them to `sums`."""
         empty = MicroBatchStats.empty(len(self.weights.codebooks))
-        stats = [empty.unpack(values) for values in torch.stack(on_device).tolist()]  # the plan's one copy
+        stats = [empty.unpack(values) for values in torch.stack(on_device).tolist()]  # the only copy to the host
         failures: list[Failure] = []
         for i, (batch, report, of_batch) in enumerate(zip(batches, reports, stats, strict=True)):
             failures += self.guard.check_result(batch, report, of_batch, step, i)
@@ -287,7 +305,7 @@ class Trainer:
         return stats, failures
 
     def _exchange(self, failures: list[Failure], sums: StepSums) -> list[RankStep]:
-        """Every rank's share of the step; one collective, once a step (and once more for a gradient that failed)."""
+        """Exchanges every rank's share of the step: one collective per step, and another after a failed gradient."""
         mine = RankStep(
             failures=len(failures),
             gradients=self.engine.gradient_order(),
@@ -305,9 +323,9 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self, step: int) -> dict[str, float]:
-        """Mean losses over the validation rows, logged as `eval/*`; every rank runs as many forwards.
+        """Mean losses over the validation rows, logged as `eval/*`; every rank runs the same number of forwards.
 
-        Empty where a check failed, or where a rank was asked to stop: then `owes_validation` is set.
+        Empty if a check failed, or if a rank was asked to stop, which sets `owes_validation`.
         """
         self.engine.train(False)
         books = len(self.weights.codebooks)
@@ -318,7 +336,7 @@ class Trainer:
         with self.validation() as steps:
             for _, batches in steps:
                 failures += [f for i, batch in enumerate(batches) for f in self.guard.check_batch(batch, step, i)]
-                # Before a plan's forwards, so that all ranks leave the loop at the same one.
+                # Before the forwards, so that all ranks leave the loop together.
                 failed, stopped = self.ranks.sum([len(failures), self.stop_requested()])
                 self.owes_validation = bool(stopped)
                 if failed or stopped:
@@ -331,7 +349,7 @@ class Trainer:
                     reports.append(report)
                 failures += self._check_results(step, batches, reports, on_device, sums)[1]
         self.engine.train()
-        # The sums of all ranks and, with them, whether a result failed on any.
+        # All ranks' sums and failures.
         table = self.ranks.table([len(failures), *sums.pack()])
         if any(row[0] for row in table):
             self.owes_validation = False
@@ -353,7 +371,7 @@ class Trainer:
         return [failure for part in self.ranks.gather(mine) for failure in part]
 
     def _report(self, failures: list[Failure]) -> None:
-        """Tells the sinks; raises BadLossError where a failed check ends the run."""
+        """Logs failures; raises BadLossError if they end the run."""
         if self.on_bad_loss == "raise":
             self._log_rest()
         if self.tracker:
@@ -375,7 +393,7 @@ class Trainer:
             self.tracker.progress(plan.step)
 
     def _log_rest(self) -> None:
-        """A point for the steps that none covers yet, of a run that ends between two."""
+        """Logs steps that no point covers yet, when a run ends between two points."""
         if self._unlogged is not None:
             self._log_point(*self._unlogged)
 
@@ -389,12 +407,12 @@ class Trainer:
         if not result.failures:
             metrics |= {f"data/share/{name}": share for name, share in plan.shares.items()}
         if self._save_stall_sec is not None:
-            # Of the save after the step before: how long training stood still for it on rank 0.
+            # Time that rank 0 spent in the save after the previous step.
             metrics["perf/save_stall_sec"], self._save_stall_sec = self._save_stall_sec, None
         metrics["train/dropped_steps"] = float(self.dropped_steps)
         metrics |= guard_metrics(result.ranks)
         self.tracker.log(metrics, plan.step)
-        # The progress bar shows headlines and speed; the adapter's card keeps the last headlines.
+        # Losses and speed for the progress bar; the last losses for the adapter's card.
         figures = {name: metrics[f"train/{name}"] for name in HEADLINES if f"train/{name}" in metrics}
         self.last_losses |= {f"training {name}": value for name, value in figures.items()}
         if "perf/tokens_per_sec" in metrics:
@@ -404,7 +422,7 @@ class Trainer:
         self.tracker.progress(plan.step, **figures)
 
     def _say_once(self, key: str, text: str, *, of_this_rank: bool = False) -> None:
-        """A line, once a run: on rank 0's console, or as a warning of this rank's own."""
+        """Prints a line once per run: on rank 0's console, or as a warning of this rank."""
         if key in self._said:
             return
         self._said.add(key)

@@ -52,6 +52,15 @@ step "4/4 every training sentence, spoken and compared"
 "$PYTHON" -m higgs_ds reproduce --base_ckpt "$output_dir/base" --adapter "$output_dir/adapter" \
   --codec "$output_dir/codec" --train_manifest "$speech" --output_dir "$output_dir/speech"
 
+# Where the offline judges are installed (requirements-judge.txt), eight of the clips as they hear them.
+judges="('jiwer', 'pocketsphinx', 'resemblyzer')"
+if "$PYTHON" -c "from importlib.util import find_spec; exit(not all(map(find_spec, $judges)))"; then
+  { "$PYTHON" -m higgs_ds judge --clips "$output_dir/speech" --manifest "$speech" --count 8 --output_dir "$output_dir/judged" \
+    --words pocketsphinx --voice resemblyzer --sound none || true; } | awk -v at="$output_dir/judged/judged.jsonl" '
+      $1 == "WER" { words = "WER " $5 " (recordings " $2 ")" }
+      $1 == "similarity" { print "heard:  " words ", similarity " $5 " (recordings " $2 "): " at }'
+fi
+
 step "done"
 "$PYTHON" -m higgs_ds report "$output_dir"
 echo "look:   $output_dir/report.html (all of the run on one page), loss.png (curves), metrics.jsonl (numbers)"

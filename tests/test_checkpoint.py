@@ -1,4 +1,4 @@
-"""A run that cannot be lost: saved, proven, gone on with, at any stage and world size."""
+"""A run that cannot be lost: saved, verified and resumed, at any stage and world size."""
 
 import json
 import os
@@ -44,28 +44,33 @@ def losses(folder) -> list[dict]:
     return [{k: v for k, v in row.items() if k == "global_step" or k.startswith(kinds)} for row in rows]
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_interrupted_and_resumed_is_never_interrupted_bit_for_bit(stage, forks, flags_of, tmp_path, tiny_dir):
-    """bf16, dropout on, all trained that can be: SIGTERM to one of two ranks midway, exit 75, `--resume auto`."""
+def resumed_to_the_bit(forks, flags_of, folder, stage, **more) -> dict[str, torch.Tensor]:
+    """Weights of a run that was interrupted and resumed, which are those of one that never was."""
     common = {"deepspeed_config": f"ds_configs/zero{stage}.json", "dtype": "bf16", "max_steps": 12, "grad_accum": 2}
-    common |= {"num_workers": 1, "train_audio_embeddings": True, "train_heads": "both"}
+    common |= {"num_workers": 1, "train_audio_embeddings": True, **more}
     # On a CPU --deterministic changes no number.
-    assert_all(forks.run(flags_of(tmp_path / "whole", deterministic=True, **common), 2))
+    assert_all(forks.run(flags_of(folder / "whole", deterministic=True, **common), 2))
 
-    first = flags_of(tmp_path / "parts", **common)
+    first = flags_of(folder / "parts", **common)
     results = forks.run(first, 2, patches={1: ["signal_at_step", 5]})
     assert_all(results, returncode=75)
-    assert [path.name for path in list_checkpoints(tmp_path / "parts/checkpoints")] == ["step-000005"]
+    assert [path.name for path in list_checkpoints(folder / "parts/checkpoints")] == ["step-000005"]
     assert "--resume auto goes on from there" in results[0].output
 
     results = forks.run([*first, "--resume", "auto"], 2)
     assert_all(results)
     assert "resuming after step 5" in results[0].output
     assert f"engine: ZeRO-{stage}, bf16 on cpu; " in results[0].output
-    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
-    ours, wanted = (load_file(tmp_path / run / "adapter/adapter_model.safetensors") for run in ("parts", "whole"))
+    assert losses(folder / "parts") == losses(folder / "whole")
+    ours, wanted = (load_file(folder / run / "adapter/adapter_model.safetensors") for run in ("parts", "whole"))
     assert ours.keys() == wanted.keys() and all(torch.equal(ours[key], wanted[key]) for key in wanted)
+    return ours
 
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_interrupted_and_resumed_is_never_interrupted_bit_for_bit(stage, forks, flags_of, tmp_path, tiny_dir):
+    """bf16, dropout on, all trained that can be: SIGTERM to one of two ranks midway, exit 75, `--resume auto`."""
+    ours = resumed_to_the_bit(forks, flags_of, tmp_path, stage, train_heads="both")
     adapter, base = tmp_path / "parts/adapter", HiggsAudioModel.from_pretrained(tiny_dir, torch_dtype=torch.bfloat16)
     whole = {f"{name}.weight": ours[f"{PREFIX}{name}.weight"] for name in SAVABLE_MODULES}
     assert not any(torch.equal(value, base.state_dict()[name]) for name, value in whole.items())

@@ -38,8 +38,8 @@ def test_the_drawing_of_an_index_is_what_the_code_makes():
 
 FLAGS_HEAD = """# Flags of `train_ds.py`
 
-`prepare` and `check` take the same flags; `python -m higgs_ds VERB --help` lists those of every other verb. All of
-them can also be set in a YAML file (`--config`). Flags override the file: `--warmup_steps` also overrides its
+`plan`, `prepare` and `check` take the same flags; `python -m higgs_ds VERB --help` lists those of every other verb. All
+of them can also be set in a YAML file (`--config`). Flags override the file: `--warmup_steps` also overrides its
 `warmup_ratio`, `--max_tokens_per_batch` its `batch_size`, and vice versa. YAML values are read as written:
 `run_name: 2026_11_27` is text, `batch_size: 010` is ten. Unknown names are refused, with the closest valid name. A flag
 given twice is refused, unless it takes a list: `--train_manifest a.jsonl --train_manifest b.jsonl` names both.
@@ -102,7 +102,7 @@ def test_every_command_has_a_verb_and_flags_that_exist(where, words):
         parse_args(flags, may_lack=("train_manifest", "output_dir"))
         return
     verb, *flags = words[words.index("higgs_ds") + 1 :]
-    if verb in ("check", "prepare"):
+    if verb in cli.LIKE_TRAINING:
         parse_args(flags, may_lack=("train_manifest", "output_dir"))
         return
     parser = cli.build_parser()
@@ -111,7 +111,7 @@ def test_every_command_has_a_verb_and_flags_that_exist(where, words):
     assert not [flag for flag in flags if flag.startswith("--") and flag not in known]
 
 
-@pytest.mark.parametrize("verb", ["check", "prepare", "describe"])
+@pytest.mark.parametrize("verb", [*cli.LIKE_TRAINING, "describe"])
 def test_the_help_of_a_verb_names_it(verb, capsys):
     with pytest.raises(SystemExit):
         cli.main([verb, "--help"])

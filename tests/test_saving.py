@@ -191,7 +191,7 @@ def test_a_file_system_that_cannot_sync_folders_is_a_warning_and_a_broken_one_an
 
     monkeypatch.setattr(os, "fsync", refuse(errno.EINVAL))
     files.sync_folders(tmp_path, tmp_path)
-    assert capsys.readouterr().out.count("cannot be brought to the disk at once (Invalid argument)") == 1
+    assert capsys.readouterr().out.count("cannot be synced to disk (Invalid argument)") == 1
     monkeypatch.setattr(os, "fsync", refuse(errno.EIO))
     with pytest.raises(OSError, match="Input/output"):
         files.sync_folders(tmp_path)

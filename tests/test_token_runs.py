@@ -1,4 +1,4 @@
-"""Real runs on batches by token budget: stopped on 2 ranks, gone on with on 1, the same weights."""
+"""Real runs on batches by token budget: stopped on 2 ranks, resumed on 1, the same weights."""
 
 import json
 from types import SimpleNamespace
@@ -66,13 +66,13 @@ def test_the_accumulation_keeps_the_number_of_micro_batches():
 def test_tokens_do_not_go_on_with_rows_nor_rows_with_tokens():
     by_tokens, by_rows = config_of("--max_tokens_per_batch", "100"), config_of("--batch_size", "2")
     saved = checkpoint_of(by_tokens, micro_batches_per_step=8)
-    with pytest.raises(ConfigError, match="is None, the checkpoint has 100; batches cut by rows cannot go on"):
+    with pytest.raises(ConfigError, match="is None, the checkpoint has 100; batches sized by rows cannot continue"):
         keep_global_batch(saved, by_rows, 1)
     old = by_rows.as_dict()
     del old["max_tokens_per_batch"]  # as checkpoints were before there was one
     saved = checkpoint_of(by_rows, rows_per_step=8, config=old)
     assert keep_global_batch(saved, by_rows, 2) == 2 and changed_settings(saved, by_rows.as_dict(), 9) == []
-    with pytest.raises(ConfigError, match="is 100, the checkpoint has None; batches cut by tokens cannot go on"):
+    with pytest.raises(ConfigError, match="is 100, the checkpoint has None; batches sized by tokens cannot continue"):
         keep_global_batch(saved, by_tokens, 2)
 
 

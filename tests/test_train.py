@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import platform
 import re
 import subprocess
 import sys
@@ -59,6 +60,9 @@ def test_what_a_run_leaves(quickstart):
     folder, output = quickstart
     assert yaml.safe_load((folder / "config.yaml").read_text())["lora_r"] == 64
     assert json.loads((folder / "ds_config.json").read_text())["train_batch_size"] == 8
+    trained_on = json.loads((folder / "trained_on.json").read_text())
+    assert (trained_on["rows"], trained_on["python"]) == (32, platform.python_version())
+    assert trained_on.keys() > {"torch", "deepspeed", "transformers", "peft", "higgs_ds", "devices"}
     with Image.open(folder / "loss.png") as image:
         assert image.size[0] >= 1200
     assert list((folder / "wandb").glob("offline-run-*/*.wandb"))
@@ -114,33 +118,19 @@ def test_generate_speaks_a_sentence(quickstart, tmp_path):
     assert abs(len(waveform) / rate - row["duration"]) < 0.05
 
 
-def test_under_zero3_it_speaks_too_and_with_unshifted_labels_not(quickstart, forks, flags_of, tmp_path):
-    """Eight clips, whose loss falls with and without the shift: were what is trained of no matter, both would speak."""
-    base, codec = quickstart[0] / "base", quickstart[0] / "codec"
+def test_under_zero3_it_speaks_too(quickstart, forks, flags_of, tmp_path):
+    """Eight clips; with unshifted labels none is spoken: see tests/judges/test_broken_voices.py."""
+    base, codec, eight = quickstart[0] / "base", quickstart[0] / "codec", tmp_path / "eight.jsonl"
     rows = [json.loads(line) for line in SPEECH.read_text().splitlines()[:8]]
-    lines = [json.dumps(row | {"audio": str(SPEECH.parent / row["audio"])}) + "\n" for row in rows]
-    eight, two = tmp_path / "eight.jsonl", tmp_path / "two.jsonl"
-    eight.write_text("".join(lines))
-    two.write_text("".join(lines[:2]))
+    eight.write_text("".join(json.dumps(row | {"audio": str(SPEECH.parent / row["audio"])}) + "\n" for row in rows))
     fixed = {"max_steps": 60, "eval_every": 1000, "train_manifest": eight, "base_ckpt": base, "codec": codec}
     fixed |= dict.fromkeys(("lora_r", "lr", "epochs"))  # as in the YAML file
-
-    def start(name, world_size, patches=None, **changes):
-        flags = flags_of(tmp_path / name, **fixed, **changes)
-        return forks.start(["--config", "examples/quickstart.yaml", *flags], world_size, patches=patches)
-
-    zero3 = start("zero3", 2, batch_size=4, deepspeed_config="ds_configs/zero3.json")
-    unshifted = start("unshifted", 1, {0: ["unshifted_audio"]}, batch_size=8)
-    assert_all(forks.wait([*zero3, *unshifted], 400))
-    # What was not learned goes on to the last frame that it may have: two clips are enough to hear that.
-    for name, manifest, exit_code in (("zero3", eight, 0), ("unshifted", two, 1)):
-        folder = tmp_path / name
-        assert metrics_of(folder)[-1]["train/loss"] < 0.1
-        flags = ["--base_ckpt", base, "--codec", codec, "--adapter", folder / "adapter", "--train_manifest", manifest]
-        flags += ["--output_dir", folder / "speech", "--at_least", "0.99"]
-        assert cli.main(["reproduce", *map(str, flags)]) == exit_code
+    flags = flags_of(tmp_path / "zero3", **fixed, batch_size=4, deepspeed_config="ds_configs/zero3.json")
+    assert_all(forks.run(["--config", "examples/quickstart.yaml", *flags], 2, timeout=400))
+    flags = ["--base_ckpt", base, "--codec", codec, "--adapter", tmp_path / "zero3/adapter", "--train_manifest", eight]
+    flags += ["--output_dir", tmp_path / "zero3/speech", "--at_least", "0.99"]
+    assert cli.main(["reproduce", *map(str, flags)]) == 0
     assert_given_back(recitals_of(tmp_path / "zero3"), 8)
-    assert max(recital.share for recital in recitals_of(tmp_path / "unshifted")) < 0.5
 
 
 def test_a_batch_that_fails_before_the_forward_ends_every_rank_with_code_3(forks, flags_of, tmp_path):
@@ -166,7 +156,7 @@ def test_a_loss_that_is_not_real_ends_every_rank_with_code_3(forks, flags_of, tm
     assert not (tmp_path / "run/adapter").exists()
     (failure,) = map(json.loads, (tmp_path / "run/guard_failures.jsonl").read_text().splitlines())
     assert failure["check"] == "audio_logits" and failure["rank"] == 1
-    # What was trained before is whole, and is gone on with once the cause is mended.
+    # What was trained before is complete, and the run resumes once the cause is fixed.
     assert read_checkpoint(tmp_path / "run/checkpoints/step-000002").progress.step == 2
     assert_all(forks.run([*flags, "--resume", "auto"], 2))
     assert [row["global_step"] for row in metrics_of(tmp_path / "run")] == [1, 2, 3]

@@ -1,1 +1,1 @@
-"""Every option of a run: sections, defaults ← YAML ← flags, and what other trainers call them. No torch."""
+"""Options of a run: sections, defaults ← YAML ← flags, other trainers' names. Needs no torch."""

@@ -1,4 +1,4 @@
-"""An option as a field of a pydantic model, and all that stands on it beside its type and its range."""
+"""Options as fields of pydantic models, with metadata beyond type and range."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from typing import Any, Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 
-NOTHING = ("none", "null", "~")  # of a flag or in YAML, where an option may be left open
-FIXED = "fixed"  # a resumed run that changes it is refused
-SAID = "said"  # a resumed run that changes it is warned: its curve is another one
+NOTHING = ("none", "null", "~")  # spellings of null, for options that accept it
+FIXED = "fixed"  # a resumed run must not change it
+SAID = "said"  # a resumed run that changes it gets a warning, since its trajectory differs
 
 
 class Other(NamedTuple):
-    """Another trainer's way to say an option: its words in ours."""
+    """Another trainer's spelling of an option: its values mapped to ours."""
 
     words: dict[str, str]
-    bare: str | None = "true"  # the word of the flag alone; None: it needs one
-    only: bool = True  # no other words than these; else they are taken as our own
+    bare: str | None = "true"  # value of the flag without a value; None if it needs one
+    only: bool = True  # no other values than these; else they are read as ours
 
     def __str__(self) -> str:
         return ", ".join(f"{theirs}: {ours}" for theirs, ours in self.words.items())
 
 
 def option(default: Any, text: str, *, also: str = "", others: dict[str, Other] | None = None, **rest: Any) -> Any:
-    """A field with its help.
+    """Declares an option with its help text.
 
     Args:
-        also: other names with the same values.
-        others: other names with other words.
-        rest: `resume`, `required` and `verbatim` of `Option`, and pydantic's rules for a value (ge, gt, le, lt, …).
+        also: aliases with the same values, separated by blanks.
+        others: aliases with other values.
+        rest: `resume`, `required` and `verbatim` of `Option`, and pydantic's constraints (ge, gt, le, lt, …).
     """
     rules: Any = {name: rest.pop(name) for name in ("resume", "required", "verbatim") if name in rest}
     rules |= {"also": tuple(also.split()), "others": others or {}}
@@ -39,23 +39,23 @@ def option(default: Any, text: str, *, also: str = "", others: dict[str, Other] 
 
 
 class Option(NamedTuple):
-    """One option: where it stands, what its type says, and what pydantic has no place for."""
+    """An option's section, field, properties of its type, and metadata."""
 
     section: str
     field: FieldInfo
-    is_switch: bool  # true or false
-    choices: tuple[str, ...]  # its only values; empty where it has others
+    is_switch: bool  # boolean
+    choices: tuple[str, ...]  # allowed values; empty if open
     is_list: bool
     may_be_none: bool
     also: tuple[str, ...]
     others: dict[str, Other]
-    resume: str | None = None  # FIXED, SAID, or None: a resumed run may change it
+    resume: str | None = None  # FIXED, SAID, or None: may change on resume
     required: bool = False
-    verbatim: bool = False  # words of a list are not split at blanks and commas
+    verbatim: bool = False  # list items are not split at blanks and commas
 
     @classmethod
     def of(cls, section: str, field: FieldInfo) -> Option:
-        """Of a field that `option` made."""
+        """From a field declared by `option`."""
         arms = (field.annotation, *typing.get_args(field.annotation))
         choices = next((typing.get_args(arm) for arm in arms if typing.get_origin(arm) is Literal), ())
         is_list = any(typing.get_origin(arm) is list for arm in arms)
@@ -64,13 +64,13 @@ class Option(NamedTuple):
 
     @property
     def default(self) -> str:
-        """As help and documentation show it; empty for none."""
+        """The default as shown in help and documentation; empty for None."""
         default = self.field.default
         return "" if default is None else " ".join(default) if isinstance(default, list) else str(default)
 
 
 class Section(BaseModel):
-    """Options that belong together. Every value may be text, as on a command line; its type reads it."""
+    """A group of options. Values may be text, as on a command line; their types convert them."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, str_strip_whitespace=True, str_min_length=1
@@ -79,7 +79,7 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _read_words(cls, value: Any, info: ValidationInfo) -> Any:
-        """`none` for an option that may be left open; a list from `a,b` and from the words of a flag."""
+        """Reads `none` as None if the option accepts it; splits lists given as `a,b` or as several words."""
         known = Option.of("", cls.model_fields[str(info.field_name)])
         if known.may_be_none and isinstance(value, str) and value.lower() in NOTHING:
             return None
@@ -93,7 +93,7 @@ class Section(BaseModel):
 
 
 def options_of(config: type[BaseModel]) -> dict[str, Option]:
-    """The options of all sections by their names."""
+    """The options of all sections, by name."""
     return {
         name: Option.of(section, field)
         for section, kind in typing.get_type_hints(config).items()

@@ -1,4 +1,4 @@
-"""Defaults ← YAML ← flags: the words of a command line to a `TrainConfig`, checked once and completely."""
+"""Parse defaults ← YAML ← flags to a `TrainConfig`, checked once and completely."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from .translate import Given, in_our_words, settle_dtype, suggestion
 
 
 class _Parser(argparse.ArgumentParser):
-    """argparse whose own complaints are one line, without the usage."""
+    """argparse with one-line errors, without usage text."""
 
     def error(self, message: str):
         raise ConfigError([message.removeprefix("argument ")])
 
 
 class _Given(argparse.Action):
-    """Keeps a flag's text by the name that was written, in `given`; a list's words add up."""
+    """Stores a flag's text in `given` under the name used; repeated lists are concatenated."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         name = option_string.removeprefix("--")
@@ -39,11 +39,11 @@ class _Given(argparse.Action):
 
 @functools.cache
 def build_parser(prog: str = "train_ds.py") -> argparse.ArgumentParser:
-    """Flags as text: conversion and checks are done together afterwards, so that all errors show at once."""
+    """Builds a parser that keeps values as text; they are converted and checked later, to report all errors at once."""
     parser = _Parser(prog=prog, description="LoRA fine-tuning of Higgs Audio v2 and Higgs TTS 3.", allow_abbrev=False)
     text = "YAML file of options, by the same names; flags override it."
     parser.add_argument("--config", metavar="FILE.yaml", help=text, action=_Given)
-    # DeepSpeed's launcher passes the one, torch.distributed.launch the other.
+    # Passed by DeepSpeed's launcher and by torch.distributed.launch.
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)
     groups: dict[str, argparse._ArgumentGroup] = {}
     for name, known in OPTIONS.items():
@@ -69,7 +69,7 @@ def build_parser(prog: str = "train_ds.py") -> argparse.ArgumentParser:
 
 
 class _TextLoader(yaml.BaseLoader):
-    """YAML whose every value is text, as it is spelt; a key that is given twice is an error."""
+    """YAML loader that keeps values as text and refuses repeated keys."""
 
     def construct_mapping(self, node, deep=False):
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
@@ -79,7 +79,7 @@ class _TextLoader(yaml.BaseLoader):
 
 
 def read_yaml(path: str) -> dict[str, object]:
-    """The options in a file by their names; a key without a value is null. Raises ConfigError."""
+    """Reads options from a file by name; a key without value is null. Raises ConfigError."""
     with reading(f"--config: {path}"):
         data = yaml.load(Path(path).read_text(encoding="utf-8"), _TextLoader)
         if data and not isinstance(data, dict):
@@ -88,10 +88,15 @@ def read_yaml(path: str) -> dict[str, object]:
 
 
 def parse_args(argv: list[str], *, may_lack: tuple[str, ...] = (), prog: str = "train_ds.py") -> TrainConfig:
-    """Defaults ← YAML ← flags; required options named in `may_lack` may be left out; help names the command `prog`.
+    """Parses a command line.
+
+    Args:
+        argv: flags and values.
+        may_lack: required options that may be missing here.
+        prog: name of the command in the help.
 
     Raises:
-        ConfigError: with every problem found, each naming its flag or `file: key`.
+        ConfigError: every problem, each naming its flag or `file: key`.
     """
     problems: list[str] = []
     words, unknown = build_parser(prog).parse_known_args(argv, argparse.Namespace(given={}, problems=problems))
@@ -99,17 +104,17 @@ def parse_args(argv: list[str], *, may_lack: tuple[str, ...] = (), prog: str = "
         if word.startswith("--"):
             name = word[2:].split("=")[0]
             problems.append(f"--{shown(name)[1:-1]}: unknown flag{suggestion(name, '--')}")
-        elif not before.startswith("--"):  # or it is the value of the one before
-            problems.append(f"{shown(word)}: not a flag, and no flag takes it")
+        elif not before.startswith("--"):  # else it is the value of the unknown flag before it
+            problems.append(f"{shown(word)}: neither a flag nor the value of one")
 
     path = words.given.pop("config", None)
     values = in_our_words({} if path is None else read_yaml(path), f"{path}: ", problems)
     flags = in_our_words(words.given, "--", problems)
     settle_dtype(values, flags, problems)
     for name, other in EITHER_OR:
-        beside = ("1",) if name == "batch_size" else ()  # goes with a token budget, and means nothing then
+        beside = ("1",) if name == "batch_size" else ()  # has no effect with a token budget
         if name in flags and other not in flags and not _is_open(flags[name], *beside):
-            values.pop(other, None)  # of the file, which the flag wins over
+            values.pop(other, None)  # the flag overrides the file
     values |= flags
     needed = [name for name, known in OPTIONS.items() if known.required and name not in may_lack]
     problems += [f"--{name}: is required" for name in needed if name not in values or _is_open(values[name])]
@@ -132,7 +137,7 @@ def _is_open(given: Given, *more: str) -> bool:
 
 
 def _validated(values: dict[str, Given], problems: list[str]) -> TrainConfig | None:
-    """The options as their types read them; None where `problems` gets lines."""
+    """Converts and validates values; on errors adds them to `problems` and returns None."""
     sections: dict[str, dict[str, object]] = {}
     for name, given in values.items():
         sections.setdefault(OPTIONS[name].section, {})[name] = given.value

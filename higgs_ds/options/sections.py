@@ -1,7 +1,7 @@
-"""Every option of a training run, in sections; `parse` fills them.
+"""All options of a training run, in sections; filled in by `parse`.
 
-An option's type, range, choices, help, other names and what a resumed run may change all stand on its field. Nothing
-here imports torch, so that a wrong flag is reported in a fraction of a second.
+An option's type, range, choices, help, aliases and behaviour on resume are all declared on its field. Nothing here
+imports torch, so that a wrong flag is reported in a fraction of a second.
 """
 
 from __future__ import annotations
@@ -17,23 +17,24 @@ from ..model.higgs_v2.modules import DEFAULT_LORA_TARGETS
 from .option import FIXED, SAID, Other, Section, option, options_of
 
 DEFAULT_BASE = "bosonai/higgs-tts-2-3b-base"
-# One repository, with the same revisions, which the hub knows by its name of today and by the one that it had before.
+# Current and former name of the same repository on the hub.
 BASE_NAMES = (DEFAULT_BASE, "bosonai/higgs-audio-v2-generation-3B-base")
 DEFAULT_BASE_REVISION = "10840182ca4ad5d9d9113b60b9bb3c1ef1ba3f84"
-# The last revisions that boson_multimodal can read: the hub's `main` is in the layout of newer transformers.
+# The last revisions in boson_multimodal's layout; the hub's `main` has that of newer transformers.
 DEFAULT_CODEC = "bosonai/higgs-audio-v2-tokenizer"
 DEFAULT_CODEC_REVISION = "9d4988fbd4ad07b4cac3a5fa462741a41810dbec"
+DEFAULT_WORDS, DEFAULT_VOICE = "openai/whisper-large-v3-turbo", "microsoft/wavlm-base-plus-sv"
 PINNED_REVISIONS = {**dict.fromkeys(BASE_NAMES, DEFAULT_BASE_REVISION), DEFAULT_CODEC: DEFAULT_CODEC_REVISION}
 PROJECT_ROOT = Path(__file__).resolve().parents[2]
 
 
 def revision_of(name: str, given: str | None) -> str | None:
-    """The revision of a repository on the hub: the one given, else Boson's pinned one; None is the newest."""
+    """A hub repository's revision: the one given, else the pinned one of Boson's; None for the newest."""
     return given or PINNED_REVISIONS.get(name)
 
 
 def _manifests(words: list[str] | None) -> list[str] | None:
-    """Manifests with their weights, each weight in one spelling."""
+    """Manifests with weights in canonical spelling."""
     return words and [str(portion) for portion in portions_of(words)]
 
 
@@ -44,7 +45,7 @@ def _layers(text: str) -> str:
 
 
 class DataOptions(Section):
-    """Data to train on, and where its codes are kept."""
+    """Training data and its code cache."""
 
     train_manifest: Annotated[list[str] | None, AfterValidator(_manifests)] = option(
         None,
@@ -57,7 +58,10 @@ class DataOptions(Section):
     )
     val_manifest: str | None = option(None, "Validation manifest.")
     codec: str = option(
-        DEFAULT_CODEC, "Higgs audio tokenizer (hub id or folder), or a folder with the sample codec.", resume=SAID
+        DEFAULT_CODEC,
+        "Higgs audio tokenizer (hub id or folder), or a folder with the sample codec; Higgs TTS 3 bundles one, its "
+        "default.",
+        resume=SAID,
     )
     codec_revision: str | None = option(
         None, f"Hub revision of the codec (default for Boson's: {DEFAULT_CODEC_REVISION[:12]}…)."
@@ -104,12 +108,12 @@ class DataOptions(Section):
 
     @property
     def portions(self) -> list[Portion]:
-        """`train_manifest` read: paths and weights."""
+        """Paths and weights in `train_manifest`."""
         return portions_of(self.train_manifest or ())
 
 
 class ModelOptions(Section):
-    """The base checkpoint, and how it is computed."""
+    """The base checkpoint and its computation."""
 
     base_ckpt: str = option(
         DEFAULT_BASE,
@@ -156,7 +160,7 @@ class ModelOptions(Section):
 
 
 class LoraOptions(Section):
-    """Weights that train."""
+    """Trainable weights."""
 
     lora_r: int = option(16, "LoRA rank.", ge=1, also="lora_rank", resume=FIXED)
     lora_alpha: float = option(32.0, "LoRA alpha; updates are scaled by alpha / r.", gt=0, le=1e6, resume=SAID)
@@ -193,7 +197,7 @@ class LoraOptions(Section):
 class OptimOptions(Section):
     """Batches, steps and AdamW."""
 
-    # None: not given. Which of the two holds then is settled once the device is known: see `batching/micro_batches.py`.
+    # If neither is given, the default depends on the device: see `batching/micro_batches.py`.
     batch_size: int | None = option(
         None,
         "Rows per rank and micro-batch (default on CPUs: 1).",
@@ -235,7 +239,7 @@ class OptimOptions(Section):
 
 
 class LossOptions(Section):
-    """Weights of the loss, and what happens where it is not real."""
+    """Loss weights, and the reaction to a failed loss check."""
 
     text_loss_weight: float = option(1.0, "Weight of the text head's mean cross-entropy.", ge=0, le=1e6, resume=SAID)
     audio_loss_weight: float = option(1.0, "Weight of the audio head's mean cross-entropy.", ge=0, le=1e6, resume=SAID)
@@ -252,7 +256,7 @@ class LossOptions(Section):
 
 
 class RunOptions(Section):
-    """Files, checkpoints, clocks and curves."""
+    """Output, checkpoints, time limits and logging."""
 
     deepspeed_config: str = option(
         "ds_configs/zero2.json", "DeepSpeed JSON file; sets the ZeRO stage.", also="deepspeed"
@@ -263,20 +267,30 @@ class RunOptions(Section):
         None, "Validate every N optimizer steps (default: once per epoch).", ge=1, also="eval_steps val_steps"
     )
     sample_every: int | None = option(
-        None, "Speak samples every N optimizer steps (default: at validations, with the two options below).", ge=1
+        None, "Also speak samples every N optimizer steps (default: at validations, with the two options below).", ge=1
     )
     sample_texts: str | None = option(None, "File of texts to speak as samples while training, one per line.")
     sample_count: int | None = option(
         None, "Number of validation rows to speak as samples (default: none; 4 with --sample_every alone).", ge=1
     )
+    judges: list[Literal["words", "voice", "sound"]] | None = option(
+        None, "Judges of the samples: words (WER), voice (similarity), sound (DNSMOS) (default: none).", min_length=1
+    )
+    words: str = option(
+        DEFAULT_WORDS, "Recogniser: pocketsphinx, or a folder (transformers' or faster-whisper's) or hub id of Whisper."
+    )
+    voice: str = option(DEFAULT_VOICE, "Judge of the voice: resemblyzer, or a folder or hub id of an x-vector model.")
+    best_by: Literal["loss", "wer", "similarity"] = option(
+        "loss", "Measure of --keep_best and --early_stop: the validation loss, or the judges' figure of the samples."
+    )
     save_every: int | None = option(None, "Also save a checkpoint every N optimizer steps.", ge=1, also="save_steps")
     save_minutes: float = option(15.0, "Also save a checkpoint every N minutes (0: never by time).", ge=0)
     keep_last: int = option(3, "Number of checkpoints to keep; older ones are deleted.", ge=1, also="save_total_limit")
     keep_best: bool = option(
-        True, "Also keep the checkpoint with the lowest validation loss, and its adapter in adapter-best/."
+        True, "Also keep the checkpoint that is best by --best_by, and its adapter in adapter-best/."
     )
     early_stop: int | None = option(
-        None, "Stop after this many validations without improvement (default: never).", ge=1
+        None, "Stop after this many validations (judged samples) without improvement (default: never).", ge=1
     )
     resume: str = option(
         "none",
@@ -305,9 +319,9 @@ class RunOptions(Section):
 
 
 class TrainConfig(BaseModel):
-    """The options of `train_ds.py` in sections. An option is a flag (`--name`) and a YAML key.
+    """The options of `train_ds.py`, in sections. Each is a flag (`--name`) and a YAML key.
 
-    Nothing changes it: what a run settles is in the copy that `settled` makes.
+    Immutable: `settled` makes a copy with other values.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -321,21 +335,21 @@ class TrainConfig(BaseModel):
 
     @property
     def output_dir(self) -> Path:
-        """`--output_dir`, which `parse` requires of every run."""
+        """`--output_dir`, required of every run."""
         assert self.run.output_dir is not None
         return Path(self.run.output_dir)
 
     @property
     def given(self) -> frozenset[str]:
-        """The options that a flag or the YAML file gave; the others may be filled by what a run starts from."""
+        """Options given by flag or YAML; the others may be taken from a checkpoint or adapter."""
         return frozenset().union(*(getattr(self, name).model_fields_set for name in type(self).model_fields))
 
     def get(self, name: str) -> Any:
-        """The value of an option by its flag's name."""
+        """The value of an option by name."""
         return getattr(getattr(self, OPTIONS[name].section), name)
 
     def settled(self, **values: Any) -> TrainConfig:
-        """A copy with other values of some options, by their flags' names; nothing is checked, `given` stays."""
+        """A copy with other values of some options, by name; unvalidated, with the same `given`."""
         sections: dict[str, Section] = {}
         for section in {OPTIONS[name].section for name in values}:
             old: Section = getattr(self, section)
@@ -344,7 +358,7 @@ class TrainConfig(BaseModel):
         return self.model_copy(update=sections)
 
     def as_dict(self) -> dict[str, Any]:
-        """All options by their flags' names as plain values, as saved in `config.yaml`."""
+        """All options by name as plain values, as in `config.yaml`."""
         return {name: self.get(name) for name in OPTIONS}
 
 

@@ -1,4 +1,4 @@
-"""Options as other trainers name them and with their words, in this one's: `--bf16`, `--report_to wandb`, …"""
+"""Translate other trainers' options: `--bf16`, `--report_to wandb`, …"""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ PRECISIONS = ("bf16", "fp16")
 
 
 class Given(NamedTuple):
-    """A value, and the flag or the file's key that it was given by, for errors."""
+    """A value with the flag or key that it came from, for messages."""
 
     where: str
     value: object
 
 
 def in_our_words(given: Mapping[str, object], prefix: str, problems: list[str]) -> dict[str, Given]:
-    """Options by the names of `OPTIONS`; `bf16` and `fp16` stay as they are, for `settle_dtype`.
+    """Renames options to those of `OPTIONS`; `bf16` and `fp16` are left to `settle_dtype`.
 
     Args:
-        given: what flags or a file hold, by whichever name.
-        prefix: what a name is written with, `--` or `run.yaml: `.
-        problems: gets a line for each name that is unknown or given twice, and each word that is not known.
+        given: values of flags or a file, under any alias.
+        prefix: prefix of names in messages, `--` or `run.yaml: `.
+        problems: receives a line for each unknown or repeated name and each unknown value.
     """
     found: dict[str, Given] = {}
     for name, value in given.items():
@@ -54,7 +54,7 @@ def in_our_words(given: Mapping[str, object], prefix: str, problems: list[str]) 
 
 
 def settle_dtype(file: dict[str, Given], flags: dict[str, Given], problems: list[str]) -> None:
-    """Puts `dtype` in the place of `bf16` and `fp16`: a true one, or fp32 where `bf16` alone is false; flags win."""
+    """Replaces `bf16` and `fp16` by `dtype`: the true one, or fp32 if only `bf16` is given and false; flags win."""
     of_file, of_flags = ({name: said.pop(name) for name in PRECISIONS if name in said} for said in (file, flags))
     said = of_flags if any(given.value == "true" for given in of_flags.values()) else of_file | of_flags
     true = [name for name in said if said[name].value == "true"]

@@ -5,27 +5,30 @@ Lengths come from the clips' headers, so that hours of speech take seconds; noth
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections import defaultdict
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..batching.batch_plan import make_plan
 from ..batching.mixture import Mixture
+from ..batching.token_counts import count_tokens
 from ..data.audio import AudioError, duration_sec
 from ..data.chatml import AudioRef, Row
-from ..data.faults import grouped, plural, write_faults
+from ..data.faults import Fault, grouped, plural, write_faults
 from ..data.manifest import Manifest
-from ..data.portions import Portion, names_of
-from ..data.transcripts import TEXT_STATS, SpeechStats, first_lines, text_stats_of, warnings_of
-from ..errors import ConfigError
+from ..data.portions import Portion, names_of, portions_of
+from ..data.transcripts import TEXT_STATS, SpeechStats, first_lines, oddness, text_stats_of, warnings_of
+from ..errors import ConfigError, ExitCode
 from ..files import writing
-from .described import Described
+from ..process import say
+from . import flag_types
 
 if TYPE_CHECKING:
-    from ..model.family import Family
+    from ..model.base import BaseCheckpoint
 
 # Boson's codec and the model's stream around each clip: BOS, EOS and the delay of 8 codebooks.
 FRAMES_PER_SEC, FRAMES_AROUND = 25, 9
@@ -33,16 +36,41 @@ BYTES_PER_TOKEN = 3.5  # of text under Boson's tokenizer, roughly, where no toke
 TOKENS_PER_TURN = 5
 # benchmarks/roofline.py: the 5.8 B model in bf16, LoRA rank 16. Arithmetic at what large kernels reach, not measured.
 CARD, TOKENS_PER_SEC = "H100", 32_000
+ODDEST = 10  # rows that the page plays
 
 
-def describe(path: str, *, tokenizer=None, family: Family | None = None, **read_as: Any) -> Described:
-    """Reads a manifest and its clips' headers. With a tokenizer and its family, tokens are counted, else estimated.
+@dataclass
+class Described:
+    """A manifest's usable rows, with what is known of each, one entry a row."""
+
+    speech: SpeechStats
+    rows: list[Row]
+    seconds: np.ndarray  # float64 [rows], of all clips of a row
+    tokens: np.ndarray  # int64 [rows]
+    faults: list[Fault]
+    notes: list[str] = field(default_factory=list)
+    warnings: list[Fault] = field(default_factory=list)  # of all texts together
+
+
+def oddest(found: Described) -> list[int]:
+    """The rows, at most ten, whose texts are spoken the most unlike the others; of few rows, the oddest lengths."""
+    speech = found.speech
+    there = np.flatnonzero(speech.seconds > 0)
+    score = abs(oddness(speech)[there])
+    if not score.any() and len(there):
+        length = np.log(speech.seconds[there])
+        score = abs(length - np.median(length))
+    return there[np.argsort(-score, kind="stable")[:ODDEST]].tolist()
+
+
+def describe(path: str, *, base: BaseCheckpoint | None = None, **read_as: Any) -> Described:
+    """Reads a manifest and its clips' headers. With a base checkpoint tokens are counted, else estimated.
 
     `read_as` are `Manifest`'s own options.
     """
     from ..data.controls import DEFAULT_CONTROLS, control_tokens
 
-    controls = DEFAULT_CONTROLS if tokenizer is None else control_tokens(tokenizer)
+    controls = DEFAULT_CONTROLS if base is None else control_tokens(base.tokenizer)
     manifest = Manifest(path, controls=controls, **read_as)
     lengths: dict[AudioRef, float] = {}
     rows: list[Row] = []
@@ -78,7 +106,7 @@ def describe(path: str, *, tokenizer=None, family: Family | None = None, **read_
         SpeechStats(path, lines, elements, stats, clips, np.array(spoken_sec, np.float64)),
         rows,
         np.array([sum(seconds) for seconds in of_rows], np.float64),
-        np.array([_tokens(row, sec, tokenizer, family) for row, sec in zip(rows, of_rows, strict=True)], np.int64),
+        np.array([_tokens(row, lengths, base) for row in rows], np.int64),
         [*faults, *of_texts],
         manifest.notes(),
         warnings,
@@ -90,10 +118,11 @@ def frames_of(seconds: float) -> int:
     return math.ceil(seconds * FRAMES_PER_SEC) + FRAMES_AROUND
 
 
-def _tokens(row: Row, seconds: list[float], tokenizer, family: Family | None) -> int:
+def _tokens(row: Row, lengths: dict[AudioRef, float], base: BaseCheckpoint | None) -> int:
+    if base is not None:
+        return count_tokens(row, base.spec, base.tokenizer, lambda ref: math.ceil(lengths[ref] * FRAMES_PER_SEC))
+    seconds = [lengths[ref] for _, ref in row.audio_refs]
     frames = sum(map(frames_of, seconds))
-    if tokenizer is not None and family is not None:
-        return frames - len(seconds) + len(family.tokenize(row.messages, row.start_index, tokenizer)[0])
     pieces = [piece for turn in row.messages for piece in turn.content]
     texts = [piece for piece in pieces if isinstance(piece, str)]
     around = TOKENS_PER_TURN * len(row.messages) + 2 * len(seconds)
@@ -145,51 +174,63 @@ def _time(seconds: float) -> str:
     return f"{seconds / 3600:.3g} hours" if seconds >= 3600 else plural(max(1, round(seconds / 60)), "minute")
 
 
-def run_describe(
-    portions: list[Portion],
-    val_manifest: str | None,
-    output_dir: Path | None,
-    *,
-    tokenizer=None,
-    family: Family | None = None,
-    max_tokens: int = 16_384,
-    epochs: float = 1.0,
-    **read_as: Any,
-) -> list[str]:
-    """The lines to print; with `output_dir`, describe.html, describe.png and faults.jsonl are left there.
+def add_describe(verbs: Any) -> None:
+    """The flags of `describe`."""
+    parser = verbs.add_parser("describe", help="summarise a manifest and estimate the training time")
+    add, name, number = flag_types.adder(parser), flag_types.name, flag_types.number
+    train_help = "manifests, optionally with weights (FILE=WEIGHT) as in train_ds.py"
+    add("--train_manifest FILE", train_help, name, required=True, nargs="+")
+    add("--val_manifest FILE", "validation manifest", name)
+    output_help = "write describe.html, describe.png and faults.jsonl here (default: print only)"
+    add("--output_dir DIR", output_help, flag_types.path)
+    add("--audio_root DIR", "folder for clips, before the manifest's own", name)
+    add("--channel N", "channel of clips with several, from 0 (-1: all mixed)", number(int, -1))
+    add("--audio_track N", "sound track of containers with several, from 0", number(int, 0))
+    add("--base_ckpt", "count tokens with this checkpoint's tokenizer (default: estimate them)", name)
+    add("--max_tokens_per_batch", "as set for the run (default: 16384)", number(int, 1), default=16384)
+    add("--epochs", "for the time estimate (default: 1)", number(float, 0), default=1.0)
+    parser.set_defaults(verb=run_describe)
 
-    The page plays clips of the first manifest. `read_as` are `Manifest`'s own options.
+
+def run_describe(args: argparse.Namespace) -> int:
+    """Says what the manifests hold; with `--output_dir`, describe.html, describe.png and faults.jsonl are left there.
+
+    The page plays clips of the first manifest.
 
     Raises:
         ConfigError: a manifest without a usable row, or a folder that cannot be written to.
     """
+    read_as = {"audio_root": args.audio_root, "channel": args.channel, "audio_track": args.audio_track}
+    if args.base_ckpt is not None:
+        from ..model.families import open_base
+
+        read_as |= {"base": open_base(args.base_ckpt, weights=False)}
+    portions, most = portions_of(args.train_manifest), args.max_tokens_per_batch
     trained = len(portions)
-    sides = [*portions, *([Portion(val_manifest)] if val_manifest else [])]
-    described = [
-        describe(side.path, tokenizer=tokenizer, family=family, trains=number < trained, **read_as)
-        for number, side in enumerate(sides)
-    ]
+    sides = [*portions, *([Portion(args.val_manifest)] if args.val_manifest else [])]
+    described = [describe(side.path, trains=number < trained, **read_as) for number, side in enumerate(sides)]
     said: list[str] = []
     for number, found in enumerate(described):
         if not found.rows:
             raise ConfigError([*grouped(found.faults), f"{sides[number].path}: no usable row"])
         said += [*lines_of(found), *found.notes]
         if number == trained - 1:
-            said += epoch_lines(described[:trained], portions, max_tokens=max_tokens, epochs=epochs)
+            said += epoch_lines(described[:trained], portions, max_tokens=most, epochs=args.epochs)
         elif number >= trained:
-            said += epoch_lines([found], sides[trained:], max_tokens=max_tokens, epochs=None)
+            said += epoch_lines([found], sides[trained:], max_tokens=most, epochs=None)
     warnings = [warning for found in described for warning in found.warnings]
     warnings += warnings_of([found.speech for found in described], trained)
     faults = [fault for found in described for fault in found.faults]
-    for count, what, some in ((len(faults), "fault", faults), (len(warnings), "warning", warnings)):
+    for what, some in (("fault", faults), ("warning", warnings)):
         if some:
-            said += [f"{plural(count, what)}:", *grouped(some)]
-    if output_dir is not None:
+            said += [f"{plural(len(some), what)}:", *grouped(some)]
+    if args.output_dir is not None:
         from .describe_page import write_page
 
-        with writing(f"--output_dir: {output_dir}"):
-            output_dir.mkdir(parents=True, exist_ok=True)
-            page = write_page(output_dir, described[0], said)
-        write_faults(output_dir, [*faults, *warnings])
+        with writing(f"--output_dir: {args.output_dir}"):
+            args.output_dir.mkdir(parents=True, exist_ok=True)
+            page = write_page(args.output_dir, described[0], said)
+        write_faults(args.output_dir, [*faults, *warnings])
         said.append(f"report: {page}")
-    return said
+    say("\n".join(said))
+    return ExitCode.OK

@@ -12,7 +12,7 @@ import soundfile
 
 from ..data.audio import AudioError, read_audio
 from ..files import replacing
-from .described import Described, oddest
+from .describe import Described, oddest
 
 PLAYED_SEC = 30.0
 

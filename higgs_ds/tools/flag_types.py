@@ -1,4 +1,4 @@
-"""Argument types of the tools' flags, and what several of them share."""
+"""Flags of the verbs: how they are added, and their types."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 DTYPES = ("bf16", "fp16", "fp32")
 
@@ -22,11 +23,31 @@ def path(text: str) -> Path:
     return Path(name(text))
 
 
+def adder(parser: argparse.ArgumentParser) -> Callable[..., None]:
+    """A function that adds a flag by its names with a metavar, its help, and its type.
+
+    Choices are a tuple, a switch is a bool. More arguments are argparse's own.
+    """
+
+    def add(names: str, about: str, kind: Any = str, **more: Any) -> None:
+        words = names.split()
+        if words[-1].isupper():
+            more["metavar"] = words.pop()
+        if kind is bool:
+            more["action"] = "store_true"
+        else:
+            more |= {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
+        parser.add_argument(*words, help=about, **more)
+
+    return add
+
+
 def base_flags(parser: argparse.ArgumentParser, base_help: str, default: str | None = None) -> None:
     """The base checkpoint, its revision, and whether an adapter may be of another one."""
-    parser.add_argument("--base_ckpt", type=name, default=default, help=base_help)
-    parser.add_argument("--base_revision", help="revision of the base on the hub")
-    parser.add_argument("--other_base", action="store_true", help="accept an adapter that was trained on another base")
+    add = adder(parser)
+    add("--base_ckpt", base_help, name, default=default)
+    add("--base_revision", "revision of the base on the hub")
+    add("--other_base", "accept an adapter that was trained on another base", bool)
 
 
 def number(kind: type, least: float, most: float = math.inf) -> Callable[[str], float]:

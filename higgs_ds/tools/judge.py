@@ -7,19 +7,22 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 from ..data.chatml import PROMPT_STYLES
-from ..errors import ConfigError, ExitCode, first_of, reading
+from ..errors import ConfigError, ExitCode, first_of
 from ..files import writing
-from ..options.sections import DEFAULT_BASE, DEFAULT_CODEC
+from ..options.sections import OPTIONS
 from ..process import say
 from . import flag_types
 from . import speak_flags as flags
 from .outputs import writable_folder
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from ..codec.base import Codec
     from ..data.chatml import AudioRef
     from ..judges.clips import Clip, Sentence
@@ -29,8 +32,7 @@ if TYPE_CHECKING:
 
 REFERENCES = ("row", "none", "speaker", "clip")
 STOP_RULES = ("boson", "transformers", "vllm", "sglang")
-WORDS, VOICE = "openai/whisper-large-v3-turbo", "microsoft/wavlm-base-plus-sv"
-CODEC, CLIPS = "codec", "clips"
+CLIPS = "clips"
 
 
 def add_judge(verbs) -> None:
@@ -44,33 +46,30 @@ def add_judge(verbs) -> None:
     add("--count", type=number(int, 1), metavar="N", help="judge N texts, evenly spread (default: all)")
     clips_help = "judge these clips instead of a model's: named as the recordings, or by row or line: 0001.wav"
     add("--clips", type=flag_types.path, metavar="DIR", help=clips_help)
-    words_help = "recogniser: pocketsphinx, a folder (transformers' or faster-whisper's) or hub id of Whisper, or none"
-    add("--words", type=flag_types.name, default=WORDS, metavar="NAME", help=f"{words_help} (default: {WORDS})")
-    voice_help = "judge of the voice: resemblyzer, a folder or hub id of an x-vector model, or none"
-    add("--voice", type=flag_types.name, default=VOICE, metavar="NAME", help=f"{voice_help} (default: {VOICE})")
+    for name in ("words", "voice"):
+        default, about = OPTIONS[name].default, str(OPTIONS[name].field.description)
+        text = f"{about[0].lower()}{about[1:-1]}, or none (default: {default})"
+        add(f"--{name}", type=flag_types.name, default=default, metavar="NAME", help=text)
     add("--sound", choices=("dnsmos", "none"), default="dnsmos", help="judge of the sound (default: dnsmos)")
     flags.voice_flags(parser)
-    add("--prompt_style", choices=PROMPT_STYLES, help="how prompts are built (default: as the voice was trained)")
     reference_help = (
         "clip to clone: the row's own, none, another one of the speaker's, or --ref_audio; several are judged one by "
         "one (default: clip where --ref_audio is given, else row)"
     )
     add("--reference", nargs="+", choices=REFERENCES, help=reference_help)
-    add("--ref_audio", type=flag_types.path, metavar="FILE", help="clip of the voice to clone; needs --ref_text")
-    add("--ref_text", help="transcript of --ref_audio")
     add("--sampler", nargs="+", choices=flags.SAMPLERS, default=["greedy"], help="as in generate (default: greedy)")
     add("--stop", nargs="+", choices=STOP_RULES, help="stop rules, for greedy (default: boson; Higgs TTS 3: sglang)")
-    add("--seed", type=number(int, 0, (1 << 63) - 1), help="random seed of the samplers")
     tokens_help = "longest answer, in tokens (default: 1024)"
     add("--max_new_tokens", type=number(int, 1, flags.MOST_TOKENS), help=tokens_help)
     add("--output_dir", type=flag_types.path, required=True, metavar="DIR", help="for judged.jsonl and spoken clips")
     add("--overwrite", action="store_true", help="overwrite earlier results in --output_dir")
     unused = {"temperature": None, "scene": None, "max_row_tokens": flags.MOST_TOKENS}
-    parser.set_defaults(verb=run_judge, codec=None, **unused)
+    parser.set_defaults(verb=run_judge, **unused)
 
 
 def run_judge(args: argparse.Namespace) -> int:
     """Speaks, judges, and says the figures; returns 1 if one of the judges failed on every clip."""
+    from ..judges.summary import CODEC
     from .judge_texts import asked_of, clips_in
 
     style = _check_flags(args)
@@ -84,7 +83,9 @@ def run_judge(args: argparse.Namespace) -> int:
     device = _device(args, asked, style)
     writable_folder(args.output_dir)
     panel = _panel(args, asked, device)
-    folder, codebooks = args.output_dir / "clips", None
+    folder, codebooks = args.output_dir / CLIPS, None
+    with writing(f"--output_dir: {args.output_dir}"):
+        _remove_earlier(folder, keep=args.clips)
     if args.clips is not None:
         from ..codec.load import load_codec
 
@@ -101,7 +102,20 @@ def run_judge(args: argparse.Namespace) -> int:
     with writing(f"--output_dir: {args.output_dir}"):
         if codec is not None:
             sets = {CODEC: _copies(asked, codec, codebooks, folder / CODEC), **sets}
-        return _judge(args, _clips(asked, sets), panel)
+        return _judge(args, _clips(asked, sets, folder), panel)
+
+
+def _remove_earlier(folder: Path, keep: Path | None) -> None:
+    """Removes the clips of an earlier call: numbered files in the folders that `judge` names, and nothing else."""
+    from ..judges.summary import CODEC, RECORDINGS
+
+    spoken = map("-".join, product(flags.SAMPLERS, STOP_RULES, REFERENCES))
+    for own in (folder / name for name in (CODEC, RECORDINGS, *spoken)):
+        if own.is_dir() and not (keep and keep.resolve() == own.resolve()):
+            for file in own.glob("[0-9][0-9][0-9][0-9]*.wav"):
+                file.unlink()
+            if not any(own.iterdir()):
+                own.rmdir()
 
 
 def _check_flags(args: argparse.Namespace) -> str:
@@ -109,7 +123,7 @@ def _check_flags(args: argparse.Namespace) -> str:
     problems = []
     if args.manifest is None and args.texts is None:
         problems.append("--manifest, --texts: give one, for the texts to judge")
-    results = [args.output_dir / "judged.jsonl", args.output_dir / "clips"]
+    results = [args.output_dir / "judged.jsonl", args.output_dir / CLIPS]
     there = [path for path in results if os.path.lexists(path)]
     if there and not args.overwrite:
         problems.append(f"--output_dir: {there[0]} exists and is kept; --overwrite overwrites it")
@@ -119,10 +133,8 @@ def _check_flags(args: argparse.Namespace) -> str:
             problems.append(f"--clips: are judged as they are; leave {', '.join(given)} out")
         flags.refuse(problems)
         return PROMPT_STYLES[0]
-    args.codec = args.codec or DEFAULT_CODEC
     flags.refuse(problems)
-    flags.check_flags(argparse.Namespace(**{**vars(args), "sampler": None}))
-    args.base_ckpt = args.base_ckpt if args.merged else args.base_ckpt or DEFAULT_BASE
+    flags.check_flags(args)
     args.reference = list(dict.fromkeys(args.reference or ["clip" if args.ref_audio else "row"]))
     args.sampler, args.stop = list(dict.fromkeys(args.sampler)), list(dict.fromkeys(args.stop or ()))
     if "greedy" not in args.sampler and args.stop not in ([], ["boson"], ["sglang"]):
@@ -170,46 +182,45 @@ def _panel(args: argparse.Namespace, asked: Asked, device: str) -> Panel:
 
 def _read(sentence: Sentence, ref: AudioRef | None, **about) -> Clip | None:
     """A clip, empty where it has no file; None, and a line, for one that cannot be read."""
-    import numpy as np
-
-    from ..data.audio import read_audio
-    from ..judges.clips import JUDGE_RATE, Clip
+    from ..judges.clips import read_clip
 
     try:
-        with reading(str(ref.path or sentence.origin) if ref else sentence.origin):
-            sound = read_audio(ref, may_be_silent=True) if ref else (np.zeros(0, np.float32), JUDGE_RATE)
+        return read_clip(sentence, ref, **about)
     except ConfigError as error:
         say(f"{error}; left out")
         return None
-    return Clip(sentence, *sound, **about)
 
 
 def _copies(asked: Asked, codec: Codec, codebooks: int | None, folder: Path) -> list[Made]:
     """The recordings' codes decoded: no model that speaks in these codes can sound better."""
-    from ..data.audio import write_wav
     from .judge_texts import Made
 
-    folder.mkdir(parents=True, exist_ok=True)
     copies = []
     for number, sentence in enumerate(asked.sentences, 1):
         clip = _read(sentence, sentence.recording) if sentence.recording else None
         if clip is not None:
-            file = folder / f"{number:04d}.wav"
             codes = codec.encode(clip.waveform, clip.sample_rate)[:codebooks]
-            write_wav(file, codec.decode(codes), codec.sample_rate)
-            copies.append(Made(sentence, file))
+            copies.append(Made(sentence, _written(folder, number, codec.decode(codes), codec.sample_rate)))
     return copies
 
 
-def _clips(asked: Asked, sets: dict[str, list[Made]]) -> Iterator[tuple[str, str, Clip]]:
-    """(set, file, clip) of everything to be judged, the recordings first."""
+def _written(folder: Path, number: int, waveform: np.ndarray, rate: int) -> Path:
+    from ..data.audio import write_wav
+
+    folder.mkdir(parents=True, exist_ok=True)
+    write_wav(folder / f"{number:04d}.wav", waveform, rate)
+    return folder / f"{number:04d}.wav"
+
+
+def _clips(asked: Asked, sets: dict[str, list[Made]], folder: Path) -> Iterator[tuple[str, str, Clip]]:
+    """(set, file, clip) of everything to be judged, the recordings first, which are written beside the others."""
     from ..data.chatml import AudioRef
     from ..judges.summary import RECORDINGS
 
-    for sentence in asked.sentences:
+    for number, sentence in enumerate(asked.sentences, 1):
         clip = _read(sentence, sentence.recording, is_recording=True) if sentence.recording else None
-        if clip is not None and sentence.recording is not None:
-            yield RECORDINGS, str(sentence.recording.path or ""), clip
+        if clip is not None:
+            yield RECORDINGS, str(_written(folder / RECORDINGS, number, clip.waveform, clip.sample_rate)), clip
     for name, of_set in sets.items():
         for made in of_set:
             clip = _read(made.sentence, AudioRef(made.file) if made.file else None, ended=made.ended)
@@ -227,12 +238,13 @@ def _judge(args: argparse.Namespace, clips: Iterator[tuple[str, str, Clip]], pan
         for name, file, clip in clips:
             if name not in sets:
                 say(f"judging: {name}")
-            fields, failed = panel.judge(clip)
+            line, failed = panel.line(name, file, clip)
             for judge, words in failed.items():
                 failures[judge] += 1
                 say(f"{file}: {judge}: {words}; left out")
-            _write(out, name, file, clip, fields, failed)
-            sets.setdefault(name, []).append((clip.sentence.unit, fields))
+            out.write(json.dumps(line, ensure_ascii=False) + "\n")
+            out.flush()
+            sets.setdefault(name, []).append((clip.sentence.unit, line))
     count = sum(map(len, sets.values()))
     if not count:
         raise ConfigError(["nothing was judged: no clip can be read"])
@@ -240,10 +252,3 @@ def _judge(args: argparse.Namespace, clips: Iterator[tuple[str, str, Clip]], pan
     say(f"{args.output_dir / 'judged.jsonl'}: {count} clips; figures with their 95 % intervals over texts and speakers")
     silent = [judge for judge, number in failures.items() if number == count]
     return ExitCode.FAILED if silent else ExitCode.OK
-
-
-def _write(out: IO[str], name: str, file: str, clip: Clip, fields: Line, failed: dict[str, str]) -> None:
-    sentence = clip.sentence
-    about = {"set": name, "file": file, "row": sentence.origin, "speaker": sentence.speaker, "text": sentence.text}
-    out.write(json.dumps(about | fields | ({"failed": failed} if failed else {}), ensure_ascii=False) + "\n")
-    out.flush()

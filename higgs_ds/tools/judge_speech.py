@@ -8,10 +8,10 @@ from pathlib import Path
 
 from ..data.audio import write_wav
 from ..data.chatml import AudioRef, Turn, speech_messages
-from ..errors import ConfigError
 from ..judges.clips import Sentence
 from ..model.speech import Answer, Speaker
 from ..process import say
+from . import speak_flags as flags
 from .judge_texts import Asked, Made
 from .reproduce import answers_by_rule
 
@@ -39,9 +39,7 @@ def speak_all(
 ) -> dict[str, list[Made]]:
     """The sentences by set, `sampler, stop rule, reference`, written to a folder of that name. Raises OSError."""
     spoken: dict[str, list[Made]] = {}
-    asked_for = args.stop or [speaker.stop_rules[0]]
-    if strange := [rule for rule in asked_for if rule not in speaker.stop_rules]:
-        raise ConfigError([f"--stop: {strange[0]} is no rule of this model, expected {', '.join(speaker.stop_rules)}"])
+    asked_for = flags.rules_of(args, speaker, speaker.stop_rules[:1])
     given = {name: value for name in ("seed", "max_new_tokens") if (value := getattr(args, name)) is not None}
     for reference in args.reference:
         for sampler in args.sampler:

@@ -7,16 +7,13 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
 from ..data.audio import SOUND_FORMATS
 from ..data.chatml import Row
 from ..data.faults import grouped
 from ..data.manifest import Manifest
 from ..errors import ConfigError, first_of, nearest, reading
-from ..judges.clips import Sentence
-
-ENROLLED = 32  # recordings of a speaker that voices and paces are learnt from
+from ..judges.clips import Sentence, enrolled, spread
+from . import speak_flags as flags
 
 
 @dataclass
@@ -29,7 +26,7 @@ class Asked:
 
     def drawn(self, count: int | None) -> Asked:
         """With `count` of the sentences, evenly spread."""
-        return Asked(_spread(self.sentences, count or len(self.sentences)), self.corpus, self.rows)
+        return Asked(spread(self.sentences, count or len(self.sentences)), self.corpus, self.rows)
 
 
 @dataclass(frozen=True)
@@ -46,15 +43,13 @@ def asked_of(args: argparse.Namespace, prompt_style: str) -> Asked:
     known = _of_manifest(args, prompt_style) if args.manifest else Asked([])
     if args.texts is None:
         return known
-    with reading(f"--texts: {args.texts}"):
-        texts = args.texts.read_text(encoding="utf-8-sig").rstrip().split("\n")
-    if empty := [n for n, text in enumerate(texts, 1) if not text.strip()]:
-        raise ConfigError([f"--texts: {args.texts}:{n}: is empty" for n in empty])
+    texts = flags.texts_of(args)
+    flags.refuse(flags.empty_texts(texts))
     speakers = sorted({sentence.speaker or "" for sentence in known.corpus})
     if len(speakers) > 1:
         raise ConfigError([f"--speaker: name whose voice it should be: {', '.join(filter(None, speakers[:20]))}"])
     speaker = known.corpus[0].speaker if known.corpus else args.speaker
-    sentences = [Sentence(text.strip(), f"{args.texts}:{n}", speaker) for n, text in enumerate(texts, 1)]
+    sentences = [Sentence(text, where.removeprefix("--texts: "), speaker) for where, text in texts]
     return Asked(sentences, known.corpus)
 
 
@@ -66,11 +61,8 @@ def _of_manifest(args: argparse.Namespace, prompt_style: str) -> Asked:
     for number in range(len(manifest)):
         row, found = manifest.check(number)
         faults += found
-        if row is not None and (target := row.target()):
-            text, clip = target
-            language = manifest.column(number, "language")
-            code = language if isinstance(language, str) else None
-            sentences.append(Sentence(text.strip(), row.origin, row.speaker, code, row.audio_refs[clip][1]))
+        if row is not None and (sentence := Sentence.of_row(row, manifest.column(number, "language"))):
+            sentences.append(sentence)
             rows[row.origin] = row
     if faults or not sentences:
         raise ConfigError(grouped(faults) or [f"--manifest: {args.manifest} has no row that speaks a clip"])
@@ -80,18 +72,7 @@ def _of_manifest(args: argparse.Namespace, prompt_style: str) -> Asked:
         if not sentences:
             hint = nearest(args.speaker, names)
             raise ConfigError([f"--speaker: {args.manifest} has no row of {args.speaker!r}{hint}"])
-    # A row without a speaker is anybody's, unless all are.
-    of_speakers: dict[str | None, list[Sentence]] = {}
-    for sentence in sentences:
-        if sentence.speaker is not None or not names:
-            of_speakers.setdefault(sentence.speaker, []).append(sentence)
-    corpus = [sentence for of_one in of_speakers.values() for sentence in _spread(of_one, ENROLLED)]
-    return Asked(sentences, corpus, rows)
-
-
-def _spread(sentences: list[Sentence], count: int) -> list[Sentence]:
-    places = np.unique(np.linspace(0, len(sentences) - 1, min(count, len(sentences))).astype(int))
-    return [sentences[place] for place in places.tolist()]
+    return Asked(sentences, enrolled(sentences), rows)
 
 
 def clips_in(folder: Path, asked: Asked) -> list[Made]:

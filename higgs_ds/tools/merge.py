@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, ExitCode
 from ..files import filling, writing
@@ -15,34 +15,39 @@ from ..options.sections import DEFAULT_BASE, DEFAULT_CODEC
 from ..process import say
 from . import flag_types
 from .outputs import empty_place
+from .speak_flags import check_adapter
 
 if TYPE_CHECKING:
     from ..model.family import Family
 
 
-def add_merge(verbs) -> None:
+def add_merge(verbs: Any) -> None:
     """The flags of `merge`."""
     parser = verbs.add_parser("merge", help="merge an adapter into its base and write one checkpoint, in either layout")
     flag_types.base_flags(parser, f"folder or hub id (default: {DEFAULT_BASE})", DEFAULT_BASE)
-    parser.add_argument("--adapter", type=flag_types.path, metavar="DIR", help="LoRA adapter (default: none)")
-    folder_help = "new or empty folder for the checkpoint"
-    parser.add_argument("--output_dir", type=flag_types.path, required=True, metavar="DIR", help=folder_help)
+    add = flag_types.adder(parser)
+    add("--adapter DIR", "LoRA adapter (default: none)", flag_types.path)
+    add("--output_dir DIR", "new or empty folder for the checkpoint", flag_types.path, required=True)
     layout_help = "the library that will load the checkpoint; Higgs TTS 3 has one layout, native, and needs no flag"
-    parser.add_argument("--layout", choices=(*LAYOUTS, NATIVE), help=layout_help)
-    parser.add_argument("--dtype", choices=flag_types.DTYPES, help="data type of the weights (default: as in the base)")
-    codec_help = "audio tokenizer to load with the checkpoint: hub id, or folder in the same layout"
-    parser.add_argument("--codec", type=flag_types.name, default=DEFAULT_CODEC, help=codec_help)
-    parser.add_argument("--codec_revision", help="revision of the codec on the hub, for the commands in README.md")
+    add("--layout", layout_help, (*LAYOUTS, NATIVE))
+    add("--dtype", "data type of the weights (default: as in the base)", flag_types.DTYPES)
+    codec_help = "audio tokenizer to load with the checkpoint: hub id, or folder in the same layout (default: its own)"
+    add("--codec", codec_help, flag_types.name)
+    add("--codec_revision", "revision of the codec on the hub, for the commands in README.md")
     parser.set_defaults(verb=run_merge)
 
 
-def add_export(verbs) -> None:
+def add_export(verbs: Any) -> None:
     """The flags of `export`."""
     parser = verbs.add_parser("export", help="rename an adapter's weights for use with transformers and PEFT")
-    parser.add_argument("--adapter", type=flag_types.path, required=True, metavar="DIR", help="LoRA adapter to export")
-    parser.add_argument("--layout", choices=(TRANSFORMERS,), required=True, help="the library that will load it")
-    folder_help = "new or empty folder (default: the adapter's, with `-transformers` appended)"
-    parser.add_argument("--output_dir", type=flag_types.path, metavar="DIR", help=folder_help)
+    add = flag_types.adder(parser)
+    add("--adapter DIR", "LoRA adapter to export", flag_types.path, required=True)
+    add("--layout", "the library that will load it", (TRANSFORMERS,), required=True)
+    add(
+        "--output_dir DIR",
+        "new or empty folder (default: the adapter's, with `-transformers` appended)",
+        flag_types.path,
+    )
     flag_types.base_flags(parser, "base that the adapter was trained on (default: as recorded in it)")
     parser.set_defaults(verb=run_export)
 
@@ -50,18 +55,15 @@ def add_export(verbs) -> None:
 def run_merge(args: argparse.Namespace) -> int:
     """Checks the adapter's config before the base is looked for, and its weights before anything is written."""
     from ..model.families import open_base
-    from ..model.files.adapter_file import check_base, read_adapter, read_adapter_config, revision_for
-    from ..model.voice_record import RECORD, base_note, read_record, record_text
+    from ..model.files.adapter_file import read_adapter
+    from ..model.voice_record import RECORD, read_record, record_text
     from ..report.cards import merged_card, pinned
 
     args.output_dir = empty_place(args.output_dir)
-    lora = read_adapter_config(args.adapter) if args.adapter else None
-    args.base_revision = revision_for(lora, args.base_ckpt, args.base_revision)
-    if lora and not args.other_base:
-        check_base(lora, args.base_ckpt, args.base_revision)
+    lora = check_adapter(args)
     _, family = _family_for(args.layout, args.base_ckpt, args.base_revision)
     args.layout = args.layout or family.layouts[0]
-    family.check_codec(args.codec, args.layout)  # before the base's weights are downloaded
+    family.check_codec(args.codec or DEFAULT_CODEC, args.layout)  # before the base's weights are downloaded
     base = open_base(args.base_ckpt, args.base_revision)
     adapter = read_adapter(args.adapter, family.adaptable_modules(base.config), lora) if lora else None
     record = read_record(args.adapter, "--adapter") if lora else None
@@ -71,12 +73,12 @@ def run_merge(args: argparse.Namespace) -> int:
         table |= {"adapter": f"`{args.adapter.resolve()}`", **adapter.describe(), "layers merged": len(adapter.weights)}
     table |= record.table() if record else {}
     where = {"base": name, "revision": revision, "layout": args.layout, "folder": args.output_dir}
-    where |= {"codec": args.codec, "codec_revision": args.codec_revision}
+    codec = args.codec or ("" if base.bundles_codec else DEFAULT_CODEC)  # its own needs no flag
+    where |= {"codec": codec, "codec_revision": args.codec_revision}
     texts = {"README.md": merged_card(table, **where)} | ({RECORD: record_text(record)} if record else {})
-    note = base_note(args.adapter, "--adapter") if lora else None
-    for line in [*base.notes, *([note] if note else [])]:
-        say(line)
-    size = family.merge(base, adapter, args.output_dir, args.layout, dtype=args.dtype, codec=args.codec, texts=texts)
+    for note in base.notes:
+        say(note)
+    size = family.merge(base, adapter, args.output_dir, args.layout, dtype=args.dtype, codec=codec, texts=texts)
     merged = f"{len(adapter.weights)} layers merged" if adapter else "nothing merged"
     merged += f", {' and '.join(adapter.whole)} replaced whole" if adapter and adapter.whole else ""
     say(

@@ -1,6 +1,6 @@
 """`python -m higgs_ds prepare`: encodes the clips and counts the tokens before training needs them.
 
-SingleProcess, or as several ranks under torchrun or the DeepSpeed launcher; DeepSpeed itself is not started.
+As a single process, or as several ranks under torchrun or the DeepSpeed launcher; DeepSpeed itself is not started.
 """
 
 from __future__ import annotations
@@ -8,16 +8,12 @@ from __future__ import annotations
 import datetime
 import os
 import time
-from typing import TYPE_CHECKING
 
-from ..distributed.single_process import NoWatch, SingleProcess
+from ..distributed.ranks import NoWatch, Ranks
 from ..errors import ConfigError, ExitCode
 from ..options.parse import parse_args
 from ..options.sections import TrainConfig
 from ..process import say
-
-if TYPE_CHECKING:
-    from ..distributed.engine import Ranks
 
 # Ranks wait for the slowest, for hours if need be.
 PATIENCE = datetime.timedelta(days=2)
@@ -39,9 +35,9 @@ def main(argv: list[str]) -> int:
     import torch.distributed as dist
 
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        say(_prepare(config, SingleProcess(), str(device)))
+        say(_prepare(config, Ranks(), str(device)))
         return ExitCode.OK
-    from ..distributed.engine import Ranks, leave_ranks
+    from ..distributed.engine import leave_ranks
     from ..distributed.rendezvous import meet
 
     met = meet(on_cpu=True)
@@ -55,7 +51,7 @@ def main(argv: list[str]) -> int:
     return leave_ranks(ExitCode.OK, done)
 
 
-def _prepare(config: TrainConfig, ranks: Ranks | SingleProcess, device: str) -> str:
+def _prepare(config: TrainConfig, ranks: Ranks, device: str) -> str:
     """Returns what was done, on rank 0."""
     import numpy as np
 
@@ -66,7 +62,7 @@ def _prepare(config: TrainConfig, ranks: Ranks | SingleProcess, device: str) -> 
 
     began = time.monotonic()
     check_shared({"--codes_cache": codes_folder(config)}, ranks)
-    base = ranks.each(lambda: open_base_for(config))
+    base, config = ranks.each(lambda: open_base_for(config))
     if base.notes:
         ranks.say("\n".join(base.notes))
     corpus = load_corpus(

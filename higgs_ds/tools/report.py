@@ -8,7 +8,7 @@ from pathlib import Path
 from ..errors import ConfigError
 from ..files import writing
 from ..process import say
-from ..report.page import MOST_CLIPS, PAGE, read_run, write_page
+from ..report.page import PAGE, read_run, write_page
 from . import flag_types
 
 
@@ -34,7 +34,7 @@ def run_report(args: argparse.Namespace) -> int:
     if missing:
         raise ConfigError(missing)
     output: Path = args.output_file or args.runs[0] / PAGE
-    runs = [read_run(folder, MOST_CLIPS // len(args.runs)) for folder in args.runs]
+    runs = [read_run(folder, len(args.runs)) for folder in args.runs]
     with writing(f"--output_file: {output}"):
         write_page(runs, output)
     say(f"open {output} ({output.stat().st_size / 1e6:.1f} MB)")

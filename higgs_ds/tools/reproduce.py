@@ -8,18 +8,19 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..data.audio import read_audio, write_wav
 from ..data.chatml import AudioRef, Row, Turn, speech_messages
+from ..data.faults import grouped
+from ..data.manifest import read_manifest
 from ..errors import ConfigError, ExitCode, first_of
 from ..files import write_text, writing
 from ..process import say
 from . import flag_types
 from . import speak_flags as flags
-from .outputs import writable_folder
 
 if TYPE_CHECKING:
     from ..model.speech import Answer, Sampling, Speaker
@@ -28,37 +29,33 @@ STOP_RULES = ("boson", "transformers", "vllm", "sglang")
 RESULTS = "recital.json"
 
 
-def add_reproduce(verbs) -> None:
+def add_reproduce(verbs: Any) -> None:
     """The flags of `reproduce`."""
     about = "synthesise the training rows again and report the share of their codes that is reproduced"
     parser = verbs.add_parser("reproduce", help=about)
     flags.voice_flags(parser)
-    flags.prompt_flags(parser)
-    parser.add_argument("--train_manifest", required=True, metavar="FILE", help="the training rows")
-    texts_help = "reproduce only the rows with these texts, one a line"
-    parser.add_argument("--texts", type=flag_types.path, metavar="FILE", help=texts_help)
-    dir_help = "folder for original and synthesised clips"
-    parser.add_argument("--output_dir", type=flag_types.path, required=True, metavar="DIR", help=dir_help)
+    flags.sampler_flags(parser)
+    add = flag_types.adder(parser)
+    add("--train_manifest FILE", "the training rows", required=True)
+    add("--texts FILE", "reproduce only the rows with these texts, one a line", flag_types.path)
+    add("--output_dir DIR", "folder for original and synthesised clips", flag_types.path, required=True)
     stop_help = (
         "stop rules: a clip ends at the end token of codebook 0 (vllm), of any codebook (transformers), or of the "
         "lowest codebook with one (boson). Default: all three in turn; with a sampler, boson. Higgs TTS 3 has "
         "sglang and vllm, as its two servers end a clip"
     )
-    parser.add_argument("--stop", nargs="+", choices=STOP_RULES, help=stop_help)
-    parser.add_argument("--overwrite", action="store_true", help="overwrite earlier results in --output_dir")
-    share, least_help = flag_types.number(float, 0, 1), "exit with 1 if a clip reproduces a smaller share of its codes"
-    parser.add_argument("--at_least", type=share, default=0.0, metavar="SHARE", help=least_help)
+    add("--stop", stop_help, STOP_RULES, nargs="+")
+    add("--overwrite", "overwrite earlier results in --output_dir", bool)
+    least_help = "exit with 1 if a clip reproduces a smaller share of its codes"
+    add("--at_least SHARE", least_help, flag_types.number(float, 0, 1), default=0.0)
     parser.set_defaults(verb=run_reproduce, max_row_tokens=flags.MOST_TOKENS)
 
 
 def run_reproduce(args: argparse.Namespace) -> int:
     """Synthesises the training rows; returns 1 if a clip reproduces less than `--at_least` under any stop rule."""
-    from ..distributed.device import name_accelerator
-
     flags.check_flags(args)
     sampled = bool(args.temperature or (args.sampler or "greedy") != "greedy")
-    rules = list(dict.fromkeys(args.stop or ()))
-    if sampled and rules not in ([], ["boson"], ["sglang"]):
+    if sampled and args.stop not in (None, ["boson"], ["sglang"]):
         take = "take boson, or sglang for Higgs TTS 3"
         raise ConfigError([f"--stop: rules are compared with greedy decoding; leave the sampler out, or {take}"])
     ref = flags.reference_clip(args)
@@ -66,19 +63,10 @@ def run_reproduce(args: argparse.Namespace) -> int:
     flags.keep_existing("--output_dir", earlier, args)
     more = flags.prompt_options(args, ref)
     rows = _chosen_rows(args, more["prompt_style"])
-    flags.check_adapter(args)
-    name_accelerator()  # refused before anything is downloaded or loaded
-    replaced = more if ref or more["scene"] else None
-    if replaced:
-        flags.check_prompts(args, [], [])
-    writable_folder(args.output_dir)
-    speaker = flags.open_speaker(args)
-    sampling = flags.sampling_of(args, speaker)
-    rules = rules or list(speaker.stop_rules[:1] if sampled else speaker.stop_rules)
-    if strange := [rule for rule in rules if rule not in speaker.stop_rules]:
-        raise ConfigError([f"--stop: {strange[0]} is no rule of this model, expected {', '.join(speaker.stop_rules)}"])
-    flags.say_unused(args, sampling)
-    options = {"rules": rules, "sampling": sampling, "prompt": replaced, "max_new_tokens": args.max_new_tokens}
+    speaker, sampling = flags.open_checked(args, [], [])
+    rules = flags.rules_of(args, speaker, speaker.stop_rules[:1] if sampled else speaker.stop_rules)
+    prompt = more if ref or more["scene"] else None
+    options = {"rules": rules, "sampling": sampling, "prompt": prompt, "max_new_tokens": args.max_new_tokens}
     with writing(f"--output_dir: {args.output_dir}"):
         clips = reproduce(speaker, rows, args.output_dir, **options)
     say("\n".join(table(clips, rules)))
@@ -89,9 +77,6 @@ def run_reproduce(args: argparse.Namespace) -> int:
 
 def _chosen_rows(args: argparse.Namespace, prompt_style: str) -> list[Row]:
     """The manifest's rows, or those of `--texts`; says which lines of that are in none of them."""
-    from ..data.faults import grouped
-    from ..data.manifest import read_manifest
-
     wanted = [(where, text) for where, text in flags.texts_of(args) if text] if args.texts else None
     rows, faults = read_manifest(args.train_manifest, prompt_style=prompt_style)
     if faults:

@@ -4,44 +4,43 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
-from ..errors import ConfigError, ExitCode
-from ..files import check_writable, writing
+from ..data.audio import read_audio, write_sound
+from ..data.chatml import speech_messages
+from ..data.faults import grouped
+from ..data.manifest import read_manifest
+from ..errors import ConfigError, ExitCode, nearest
+from ..files import writing
 from ..process import say
 from . import flag_types
 from . import speak_flags as flags
-from .outputs import writable_folder
 
 ENDINGS = ("wav", "flac", "ogg", "mp3")
 
 
-def add_generate(verbs) -> None:
+def add_generate(verbs: Any) -> None:
     """The flags of `generate`."""
     parser = verbs.add_parser("generate", help="synthesise speech for one text, or for a file of texts")
     flags.voice_flags(parser)
-    flags.prompt_flags(parser)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--text", help="text to speak")
-    what.add_argument("--texts", type=flag_types.path, metavar="FILE", help="one text a line; needs --output_dir")
+    flags.sampler_flags(parser)
+    add, what = flag_types.adder(parser), flag_types.adder(parser.add_mutually_exclusive_group(required=True))
+    what("--text", "text to speak")
+    what("--texts FILE", "one text a line; needs --output_dir", flag_types.path)
     file_help = f"for --text; the suffix sets the format: {', '.join(ENDINGS)}"
-    parser.add_argument("--output_file", type=flag_types.path, metavar="FILE", help=file_help)
+    add("--output_file FILE", file_help, flag_types.path)
     dir_help = "for --texts; files are numbered by line: 0001.wav, 0002.wav, ..."
-    parser.add_argument("--output_dir", type=flag_types.path, metavar="DIR", help=dir_help)
-    parser.add_argument("--format", choices=ENDINGS, help="audio format for --texts (default: wav)")
-    parser.add_argument("--overwrite", action="store_true", help="overwrite existing output files")
-    parser.add_argument("--speaker", help="clone this speaker of --train_manifest, from one of the speaker's clips")
-    parser.add_argument("--train_manifest", metavar="FILE", help="manifest with the clips of --speaker")
-    most = flag_types.number(int, 1)
-    parser.add_argument("--max_row_tokens", type=most, default=8192, help="longest prompt, in tokens (default: 8192)")
+    add("--output_dir DIR", dir_help, flag_types.path)
+    add("--format", "audio format for --texts (default: wav)", ENDINGS)
+    add("--overwrite", "overwrite existing output files", bool)
+    add("--speaker", "clone this speaker of --train_manifest, from one of the speaker's clips")
+    add("--train_manifest FILE", "manifest with the clips of --speaker")
+    add("--max_row_tokens", "longest prompt, in tokens (default: 8192)", flag_types.number(int, 1), default=8192)
     parser.set_defaults(verb=run_generate)
 
 
 def run_generate(args: argparse.Namespace) -> int:
     """Synthesises the texts; returns 1 if an answer has no frame of audio."""
-    from ..data.audio import read_audio, write_sound
-    from ..data.chatml import speech_messages
-    from ..distributed.device import name_accelerator
-
     flags.check_flags(args)
     _take_speaker(args)
     texts = flags.texts_of(args)
@@ -50,18 +49,8 @@ def run_generate(args: argparse.Namespace) -> int:
     ref = flags.reference_clip(args)
     more = flags.prompt_options(args, ref)
     prompts = [speech_messages(text, None, **more)[0] for _, text in texts]
-    flags.check_adapter(args)
-    name_accelerator()  # refused before anything is downloaded or loaded
-    flags.check_prompts(args, texts, prompts)
-    if args.texts:
-        writable_folder(args.output_dir)
-    else:
-        with writing(f"--output_file: {args.output_file}"):
-            check_writable(args.output_file.parent)
-    speaker = flags.open_speaker(args)
+    speaker, sampling = flags.open_checked(args, texts, prompts)
     context = [speaker.codec.encode(*read_audio(ref))] if ref else []
-    sampling = flags.sampling_of(args, speaker)
-    flags.say_unused(args, sampling)
     silent = 0
     for number, (prompt, output) in enumerate(zip(prompts, outputs, strict=True), 1):
         answer = speaker.speak(prompt, context, sampling, force_audio=True)
@@ -102,18 +91,28 @@ def _outputs(args: argparse.Namespace, count: int) -> list[Path]:
 
 
 def _take_speaker(args: argparse.Namespace) -> None:
-    """`--speaker` of `--train_manifest` as `--ref_audio` and `--ref_text`."""
-    from .voices import reference_of
+    """Takes `--ref_audio` and `--ref_text` from the speaker's row whose text is of middle length, always the same one.
 
-    if args.speaker is None and args.train_manifest is None:
+    A voice shows little in one word, and a long clip costs as much as it is long. Raises ConfigError.
+    """
+    name, manifest = args.speaker, args.train_manifest
+    if name is None and manifest is None:
         return
-    given = args.ref_audio is not None or args.ref_text is not None
-    if args.speaker is None or args.train_manifest is None or given:
+    if name is None or manifest is None or args.ref_audio is not None or args.ref_text is not None:
         both = "--speaker, --train_manifest: one needs the other, and they replace --ref_audio and --ref_text"
         raise ConfigError([both])
-    args.ref_text, ref = reference_of(args.train_manifest, args.speaker)
+    rows, faults = read_manifest(manifest)
+    speech = [row for row in rows if row.is_speech]
+    said = [(*target, row) for row in speech if row.speaker == name and (target := row.target())]
+    if not said:
+        names = sorted({row.speaker for row in speech if row.speaker is not None})
+        more = f" and {len(names) - 10} more" if len(names) > 10 else ""
+        hint = nearest(name, names) or (f"; it has {', '.join(names[:10])}{more}" if names else "; it has none")
+        raise ConfigError([*grouped(faults), f"--speaker: {manifest} has no usable row of {name!r}{hint}"])
+    args.ref_text, clip, row = sorted(said, key=lambda found: len(found[0]))[len(said) // 2]
+    ref = row.audio_refs[clip][1]
     if ref.path is None or ref.offset_sec or ref.duration_sec:
-        part = f"--speaker: the clip of {args.speaker} is part of a longer file; give a file of its own as --ref_audio"
+        part = f"--speaker: the clip of {name} is part of a longer file; give a file of its own as --ref_audio"
         raise ConfigError([part])
     args.ref_audio = ref.path
-    say(f"reference clip of {args.speaker}: {ref.path}")
+    say(f"reference clip of {name}: {ref.path}")

@@ -1,21 +1,29 @@
-"""Flags and checks that `generate` and `reproduce` share, and the loading of the model that speaks."""
+"""Flags and checks of the verbs that speak, and the loading of the model that does."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..data.chatml import PROMPT_STYLES
+from ..data.audio import duration_sec, read_audio
+from ..data.chatml import PROMPT_STYLES, AudioRef
+from ..data.controls import control_tokens, find_control, without_tags
+from ..data.text_findings import oddities
 from ..data.texts import composed, is_visible
 from ..errors import ConfigError, reading
+from ..files import check_writable, writing
 from ..options.sections import DEFAULT_BASE, DEFAULT_CODEC
 from ..process import say
 from . import flag_types
+from .describe import frames_of
+from .outputs import writable_folder
 
 if TYPE_CHECKING:
+    from ..model.files.adapter_file import AdapterConfig
     from ..model.speech import Sampling, Speaker
 
 SAMPLERS = ("greedy", "boson", "served")
@@ -25,35 +33,31 @@ MOST_TOKENS = 1 << 20
 def voice_flags(parser: argparse.ArgumentParser) -> None:
     """Base, adapter or merged folder, codec and dtype."""
     flag_types.base_flags(parser, f"folder or hub id (default: {DEFAULT_BASE})")
-    parser.add_argument("--adapter", type=flag_types.name, metavar="DIR", help="LoRA adapter (default: none)")
-    merged_help = "merged checkpoint in either layout, instead of --base_ckpt and --adapter"
-    parser.add_argument("--merged", type=flag_types.name, metavar="DIR", help=merged_help)
-    codec_help = f"folder or hub id (default: {DEFAULT_CODEC})"
-    parser.add_argument("--codec", type=flag_types.name, default=DEFAULT_CODEC, help=codec_help)
-    parser.add_argument("--codec_revision", help="revision of the codec on the hub")
-    dtype_help = "data type to compute in (default: bf16 on a GPU, fp32 on the CPU)"
-    parser.add_argument("--dtype", choices=flag_types.DTYPES, help=dtype_help)
+    add = flag_types.adder(parser)
+    add("--adapter DIR", "LoRA adapter (default: none)", flag_types.name)
+    add("--merged DIR", "merged checkpoint in either layout, instead of --base_ckpt and --adapter", flag_types.name)
+    add("--codec", f"folder or hub id (default: the one in the checkpoint, else {DEFAULT_CODEC})", flag_types.name)
+    add("--codec_revision", "revision of the codec on the hub")
+    add("--dtype", "data type to compute in (default: bf16 on a GPU, fp32 on the CPU)", flag_types.DTYPES)
+    add("--prompt_style", "how prompts are built (default: as the voice was trained)", PROMPT_STYLES)
+    add("--ref_audio FILE", "clip of the voice to clone; needs --ref_text", flag_types.path)
+    add("--ref_text", "transcript of --ref_audio")
+    add("--seed", "random seed of the sampler", flag_types.number(int, 0, (1 << 63) - 1))
 
 
-def prompt_flags(parser: argparse.ArgumentParser) -> None:
-    """Prompt, reference and sampler."""
-    style_help = "how prompts are built (default: as the voice was trained)"
-    parser.add_argument("--prompt_style", choices=PROMPT_STYLES, help=style_help)
-    parser.add_argument("--scene", help="scene description for the system message")
-    ref_help = "clip of the voice to clone; needs --ref_text"
-    parser.add_argument("--ref_audio", type=flag_types.path, metavar="FILE", help=ref_help)
-    parser.add_argument("--ref_text", help="transcript of --ref_audio")
+def sampler_flags(parser: argparse.ArgumentParser) -> None:
+    """Scene and one sampler."""
+    add, number = flag_types.adder(parser), flag_types.number
+    add("--scene", "scene description for the system message")
     sampler_help = (
         "greedy decoding (default), or the sampling defaults of boson_multimodal (boson) or vllm-omni (served)"
     )
-    parser.add_argument("--sampler", choices=SAMPLERS, help=sampler_help)
-    number, temperature_help = flag_types.number, "0 is greedy decoding (default: the sampler's)"
-    parser.add_argument("--temperature", type=number(float, 0, 100), help=temperature_help)
-    parser.add_argument("--top_k", type=number(int, 1, MOST_TOKENS), help="default: the sampler's")
-    parser.add_argument("--top_p", type=number(float, 1e-6, 1), help="default: the sampler's")
-    parser.add_argument("--seed", type=number(int, 0, (1 << 63) - 1), help="random seed of the sampler")
+    add("--sampler", sampler_help, SAMPLERS)
+    add("--temperature", "0 is greedy decoding (default: the sampler's)", number(float, 0, 100))
+    add("--top_k", "default: the sampler's", number(int, 1, MOST_TOKENS))
+    add("--top_p", "default: the sampler's", number(float, 1e-6, 1))
     tokens_help = "longest answer, in tokens (default: 1024; in reproduce, twice the frames of the clip)"
-    parser.add_argument("--max_new_tokens", type=number(int, 1, MOST_TOKENS), help=tokens_help)
+    add("--max_new_tokens", tokens_help, number(int, 1, MOST_TOKENS))
 
 
 def refuse(problems: list[str]) -> None:
@@ -84,14 +88,14 @@ def keep_existing(flag: str, files: list[Path], args: argparse.Namespace) -> Non
         raise ConfigError([f"{flag}: {there[0]}{more} exists and is kept; --overwrite overwrites it"])
 
 
-def check_adapter(args: argparse.Namespace) -> None:
-    """Reads the adapter's config before the base is looked for, and fills in the base's revision.
+def check_adapter(args: argparse.Namespace) -> AdapterConfig | None:
+    """The adapter's config, read before the base is looked for; fills in the base's revision.
 
     Raises:
         ConfigError: it is not plain LoRA, or was trained on another base.
     """
     if args.adapter is None:
-        return
+        return None
     from ..model.files.adapter_file import check_base, read_adapter_config, revision_for
     from ..model.voice_record import base_note
 
@@ -101,25 +105,12 @@ def check_adapter(args: argparse.Namespace) -> None:
         check_base(lora, args.base_ckpt, args.base_revision)
     if note := base_note(Path(args.adapter), "--adapter"):
         say(note)
+    return lora
 
 
 def base_of(args: argparse.Namespace) -> tuple[str, str]:
     """The checkpoint that speaks, and the flag that names it."""
     return (args.base_ckpt, "--base_ckpt") if args.merged is None else (args.merged, "--merged")
-
-
-def sampling_of(args: argparse.Namespace, speaker: Speaker) -> Sampling:
-    """The sampler's settings, overridden by the flags."""
-    given = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "seed", "max_new_tokens")}
-    given = {name: value for name, value in given.items() if value is not None}
-    return dataclasses.replace(speaker.samplers[args.sampler or "greedy"], **given)
-
-
-def say_unused(args: argparse.Namespace, sampling: Sampling) -> None:
-    """Says which flags have no effect on greedy decoding."""
-    unused = [f"--{name}" for name in ("top_k", "top_p", "seed") if getattr(args, name) is not None]
-    if unused and not sampling.temperature:
-        say(f"{', '.join(unused)}: no effect on greedy decoding (--sampler, --temperature)")
 
 
 def empty_texts(texts: list[tuple[str, str]]) -> list[str]:
@@ -150,11 +141,8 @@ def _as_trained(texts: list[tuple[str, str]]) -> list[tuple[str, str]]:
     return found
 
 
-def reference_clip(args: argparse.Namespace):
+def reference_clip(args: argparse.Namespace) -> AudioRef | None:
     """The clip of the voice to clone, read once so that a damaged one is refused before anything is loaded."""
-    from ..data.audio import read_audio
-    from ..data.chatml import AudioRef
-
     if (args.ref_audio is None) != (args.ref_text is None):
         raise ConfigError(["--ref_audio, --ref_text: one needs the other"])
     if args.ref_audio is None:
@@ -166,7 +154,7 @@ def reference_clip(args: argparse.Namespace):
     return ref
 
 
-def prompt_options(args: argparse.Namespace, ref) -> dict:
+def prompt_options(args: argparse.Namespace, ref: AudioRef | None) -> dict:
     """For `speech_messages`; the prompt style is the voice's own."""
     from ..model.voice_record import read_record, settled_style
 
@@ -187,11 +175,8 @@ def check_prompts(args: argparse.Namespace, texts: list[tuple[str, str]], prompt
     Raises:
         ConfigError: the flag or line of a text that holds control tokens, or is too long with its reference clip.
     """
-    from ..data.audio import duration_sec
-    from ..data.controls import control_tokens, find_control
     from ..model.base import locate_checkpoint
     from ..model.families import family_at
-    from .describe import frames_of
 
     name, flag = base_of(args)
     folder = locate_checkpoint(name, args.base_revision, flag, weights=False)
@@ -200,6 +185,9 @@ def check_prompts(args: argparse.Namespace, texts: list[tuple[str, str]], prompt
     controls = control_tokens(tokenizer)
     asked = [*texts, *((f"--{name}", text) for name in ("scene", "ref_text") if (text := getattr(args, name)))]
     refuse([f"{where}: {problem}" for where, text in asked if (problem := find_control(text, controls))])
+    for where, text in asked:
+        for kind, example in oddities(without_tags(text, controls)):
+            say(f"WARNING: {where}: {kind}, e.g. {example!r}, will be read aloud", error=True)
     # A clip's frames stand in the place of its one token.
     clips = [piece for turn in (prompts[0] if prompts else ()) for piece in turn.content if not isinstance(piece, str)]
     frames = sum(frames_of(duration_sec(clip)) - 1 for clip in clips)
@@ -211,6 +199,32 @@ def check_prompts(args: argparse.Namespace, texts: list[tuple[str, str]], prompt
             if count > args.max_row_tokens
         ]
     )
+
+
+def open_checked(args: argparse.Namespace, texts: list[tuple[str, str]], prompts: list) -> tuple[Speaker, Sampling]:
+    """Base, adapter and codec, loaded when all that can be refused before is checked, and the sampler's settings.
+
+    Raises:
+        ConfigError: a flag, text, adapter or folder that cannot be used.
+    """
+    from ..distributed.device import name_accelerator
+
+    check_adapter(args)
+    name_accelerator()  # refused before anything is downloaded or loaded
+    check_prompts(args, texts, prompts)
+    if args.output_dir is not None:
+        writable_folder(args.output_dir)
+    else:
+        with writing(f"--output_file: {args.output_file}"):
+            check_writable(args.output_file.parent)
+    speaker = open_speaker(args)
+    given = {name: getattr(args, name) for name in ("temperature", "top_k", "top_p", "seed", "max_new_tokens")}
+    given = {name: value for name, value in given.items() if value is not None}
+    sampling = dataclasses.replace(speaker.samplers[args.sampler or "greedy"], **given)
+    unused = [f"--{name}" for name in ("top_k", "top_p", "seed") if name in given]
+    if unused and not sampling.temperature:
+        say(f"{', '.join(unused)}: no effect on greedy decoding (--sampler, --temperature)")
+    return speaker, sampling
 
 
 def open_speaker(args: argparse.Namespace) -> Speaker:
@@ -225,5 +239,14 @@ def open_speaker(args: argparse.Namespace) -> Speaker:
     most = base.spec.max_positions
     if args.max_new_tokens and args.max_new_tokens > most:
         raise ConfigError([f"--max_new_tokens: {args.max_new_tokens} is over the model's {most} positions"])
-    codec = load_codec(args.codec, args.codec_revision)
+    is_given = args.codec or args.codec_revision
+    codec = load_codec(*((args.codec or DEFAULT_CODEC, args.codec_revision) if is_given else base.codec))
     return family_of(base).speaker(base, args.adapter, codec, dtype=args.dtype, other_base=args.other_base)
+
+
+def rules_of(args: argparse.Namespace, speaker: Speaker, default: Sequence[str]) -> list[str]:
+    """The stop rules asked for. Raises ConfigError for one that the model does not have."""
+    rules = list(dict.fromkeys(args.stop or default))
+    if strange := [rule for rule in rules if rule not in speaker.stop_rules]:
+        raise ConfigError([f"--stop: {strange[0]} is no rule of this model, expected {', '.join(speaker.stop_rules)}"])
+    return rules

@@ -11,11 +11,10 @@ import soundfile
 
 from higgs_ds.batching.token_counts import LengthIndex
 from higgs_ds.data.transcripts import first_lines
-from higgs_ds.model.families import HIGGS_V2
+from higgs_ds.model.families import open_base
 from higgs_ds.model.higgs_v2.spec import HiggsV2Spec
 from higgs_ds.tools.cli import main
-from higgs_ds.tools.describe import describe
-from higgs_ds.tools.described import oddest
+from higgs_ds.tools.describe import describe, oddest
 from tests.conftest import SPEECH
 
 
@@ -54,12 +53,12 @@ def test_manifests_are_described_each_and_together_by_their_weights(capsys, tmp_
     assert "the weight '0' is not a number above 0" in capsys.readouterr().err
 
 
-def test_tokens_are_those_that_training_counts(codec_dir, tokenizer, tiny_config, tmp_path):
+def test_tokens_are_those_that_training_counts(tiny_dir, codec_dir, tokenizer, tiny_config, tmp_path):
     from higgs_ds.batching.collate import Collator
     from higgs_ds.codec.load import load_codec
     from higgs_ds.data.code_cache import CodeCache
 
-    found = describe(str(SPEECH), tokenizer=tokenizer, family=HIGGS_V2)
+    found = describe(str(SPEECH), base=open_base(str(tiny_dir), weights=False))
     cache = CodeCache(tmp_path, load_codec(str(codec_dir)))
     cache.ensure([ref for row in found.rows[:4] for _, ref in row.audio_refs])
     index = LengthIndex(cache, tokenizer, Collator(HiggsV2Spec.from_config(tiny_config)))

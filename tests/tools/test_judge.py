@@ -11,7 +11,6 @@ import pytest
 
 from higgs_ds.data.audio import read_audio, write_wav
 from higgs_ds.data.manifest import read_manifest
-from higgs_ds.model.higgs_v2 import speaker as speaking
 from higgs_ds.model.higgs_v2 import stop_rules
 from higgs_ds.model.higgs_v3 import stop_rules as v3_stop_rules
 from higgs_ds.tools import judge as judge_cli
@@ -24,29 +23,6 @@ BROKEN = {"words": (0, 1), "voice": (2, 3), "loop": (4, 5), "cut": (6, 7), "clip
 # Other measures that the same fault moves: a clip of another speaker says another sentence here, a clip that is cut or
 # clipped is less like the voice.
 ALSO = {"voice": {"words", "cut"}, "words": {"cut"}, "cut": {"words", "voice"}, "clipping": {"voice"}}
-
-
-@pytest.fixture
-def said(capsys):
-    def run(*flags) -> tuple[int, list[str]]:
-        capsys.readouterr()
-        try:
-            code = main(["judge", *map(str, flags)])
-        except SystemExit as end:  # argparse
-            code = end.code
-        printed = capsys.readouterr()
-        return code, (printed.out + printed.err).strip().splitlines()
-
-    return run
-
-
-@pytest.fixture
-def nothing_loads(monkeypatch):
-    def loaded(*_, **__):
-        raise AssertionError("it was loaded")
-
-    monkeypatch.setattr(speaking, "load_checkpoint", loaded)
-    monkeypatch.setattr("faster_whisper.WhisperModel", loaded)
 
 
 def lines_of(folder) -> dict[tuple[str, int], dict]:
@@ -110,7 +86,7 @@ def test_noise_is_told_by_dnsmos(recordings, said, tmp_path):
     noise = np.random.default_rng(0).normal(0, 0.03, len(recordings[0][1])).astype(np.float32)
     write_wav(tmp_path / "clips/0001.wav", recordings[0][1] + noise, 16000)
     flags = ["--clips", tmp_path / "clips", "--manifest", SPEECH, "--words", "none", "--voice", "none"]
-    code, lines = said(*flags, "--output_dir", tmp_path / "out")
+    code, lines = said("judge", *flags, "--output_dir", tmp_path / "out")
     assert code == 0, lines
     assert lines[0] == "--clips: 31 of 32 texts have no clip; they are left out"
     found = lines_of(tmp_path / "out")
@@ -125,7 +101,7 @@ def test_a_voice_is_spoken_with_each_reference_sampler_and_rule(said, tiny_dir, 
     flags = ["--base_ckpt", tiny_dir, "--codec", codec_dir, "--manifest", SPEECH, "--count", 2, *judges]
     flags += ["--reference", "row", "speaker", "--sampler", "greedy", "served", "--stop", "boson", "vllm", "--seed", 0]
     flags += ["--max_new_tokens", 20, "--output_dir", out]
-    code, lines = said(*flags)
+    code, lines = said("judge", *flags)
     assert code == 0, lines
     found = lines_of(out)
     spoken = [
@@ -142,7 +118,7 @@ def test_a_voice_is_spoken_with_each_reference_sampler_and_rule(said, tiny_dir, 
     assert found["codec", 0]["similarity"] > found["greedy, boson, row", 0]["similarity"]
     table = {line.split("  ")[0]: line for line in lines}
     assert "ended by itself" in table and "similarity" in table and "DNSMOS" not in table
-    code, lines = said(*flags)
+    code, lines = said("judge", *flags)
     assert code == 2 and lines[0].startswith(f"--output_dir: {out}/judged.jsonl exists and is kept; --overwrite")
 
 
@@ -150,13 +126,13 @@ def test_texts_are_spoken_in_a_speakers_voice(said, tiny_dir, codec_dir, tmp_pat
     (tmp_path / "t.txt").write_text("Hello there.\nGood bye.\n")
     flags = ["--base_ckpt", tiny_dir, "--codec", codec_dir, "--texts", tmp_path / "t.txt", "--max_new_tokens", 5]
     flags += ["--words", "pocketsphinx", "--voice", "resemblyzer", "--sound", "none"]
-    code, lines = said(*flags, "--output_dir", tmp_path / "a")
+    code, lines = said("judge", *flags, "--output_dir", tmp_path / "a")
     assert code == 0 and any(line.startswith("--voice: needs --manifest") for line in lines), lines
     line = lines_of(tmp_path / "a")["greedy, boson, row", 1]
     assert (line["file"], line["heard"], line["wer"], line["length"]) == ("", "", 1.0, None)  # not a frame in 5 tokens
-    code, lines = said(*flags, "--manifest", SPEECH, "--output_dir", tmp_path / "b")
+    code, lines = said("judge", *flags, "--manifest", SPEECH, "--output_dir", tmp_path / "b")
     assert code == 2 and lines == ["--speaker: name whose voice it should be: allison, librivox_reader"]
-    code, lines = said(*flags, "--manifest", SPEECH, "--speaker", "allisn", "--output_dir", tmp_path / "b")
+    code, lines = said("judge", *flags, "--manifest", SPEECH, "--speaker", "allisn", "--output_dir", tmp_path / "b")
     assert code == 2 and "did you mean 'allison'" in lines[0]
 
 
@@ -171,12 +147,13 @@ def test_a_clip_that_cannot_be_judged_is_said_and_left_out(recordings, said, tmp
     for number in (1, 2):
         write_wav(tmp_path / f"clips/{number:04d}.wav", recordings[number - 1][1], 16000)
     flags = ["--clips", tmp_path / "clips", "--manifest", tmp_path / "m.jsonl", "--voice", "none", "--sound", "none"]
-    code, lines = said(*flags, "--words", "pocketsphinx", "--output_dir", tmp_path / "out")
+    flags += ["--words", "pocketsphinx", "--output_dir", tmp_path / "out"]
+    code, lines = said("judge", *flags)
     found = lines_of(tmp_path / "out")
     assert code == 0 and "wer" in found["clips", 0] and list(found["clips", 1]["failed"]) == ["words"]
     assert any("0002.wav: words: " in line and line.endswith("left out") for line in lines)
     (tmp_path / "clips/0001.wav").write_bytes(b"not a sound")
-    code, lines = said(*flags, "--words", "pocketsphinx", "--output_dir", tmp_path / "out", "--overwrite", "--count", 1)
+    code, lines = said("judge", *flags, "--overwrite", "--count", 1)
     assert code == 0 and list(lines_of(tmp_path / "out")) == [("recordings", 0)]
     assert any(line.startswith(f"{tmp_path}/clips/0001.wav: ") and line.endswith("left out") for line in lines)
 
@@ -213,13 +190,10 @@ def test_wrong_flags_are_one_line_before_anything_is_loaded(
     voice = [] if "--clips" in flags else ["--base_ckpt", tiny_dir, "--codec", codec_dir]
     given = dict(zip(flags[::2], flags[1::2], strict=True))
     judges = {"--words": "pocketsphinx", "--voice": "none", "--sound": "none"} | given
-    code, lines = said(*voice, "--output_dir", "out", *(word for flag in judges.items() for word in flag))
+    code, lines = said("judge", *voice, "--output_dir", "out", *(word for flag in judges.items() for word in flag))
     assert code == 2 and len(lines) == 1 and words in lines[0], lines
     assert not (tmp_path / "out/judged.jsonl").exists()
 
 
 def test_the_names_that_the_parser_knows_are_those_that_there_are():
-    from higgs_ds.judges import recognisers, voice
-
     assert tuple(dict.fromkeys((*stop_rules.STOP_RULES, *v3_stop_rules.STOP_RULES))) == judge_cli.STOP_RULES
-    assert (judge_cli.WORDS, judge_cli.VOICE) == (recognisers.WHISPER, voice.WAVLM)

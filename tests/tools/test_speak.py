@@ -19,7 +19,6 @@ from higgs_ds.model.higgs_v3 import speaker as v3_speaker
 from higgs_ds.model.speech import Sampling
 from higgs_ds.options.sections import BASE_NAMES
 from higgs_ds.tools import reproduce, speak_flags
-from higgs_ds.tools.cli import main
 from tests.conftest import SPEECH
 from tests.model.files.test_adapter_file import write_adapter
 
@@ -29,28 +28,6 @@ CLIP = SPEECH.parent / json.loads(SPEECH.read_text().splitlines()[0])["audio"]
 @pytest.fixture(scope="module")
 def voice(tiny_dir, codec_dir):
     return ["--base_ckpt", str(tiny_dir), "--codec", str(codec_dir)]
-
-
-@pytest.fixture
-def said(capsys):
-    def run(*flags) -> tuple[int, list[str]]:
-        capsys.readouterr()
-        try:
-            code = main([str(flag) for flag in flags])
-        except SystemExit as end:  # argparse
-            code = end.code
-        printed = capsys.readouterr()
-        return code, (printed.out + printed.err).strip().splitlines()
-
-    return run
-
-
-@pytest.fixture
-def nothing_loads(monkeypatch):
-    def loaded(*_, **__):
-        raise AssertionError("it was loaded")
-
-    monkeypatch.setattr(speaking, "load_checkpoint", loaded)
 
 
 def test_the_names_that_the_parser_knows_are_those_that_there_are():
@@ -95,6 +72,7 @@ def test_weights_are_had_last_and_by_export_never(said, codec_dir, tiny_dir, tin
 
     def snapshot_download(name, *, revision, allow_patterns):
         asked.append((name, revision, "*.safetensors" in allow_patterns))
+        assert {"LICENSE*", "NOTICE*"} < set(allow_patterns)
         return str(tiny_dir)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic_core import from_json
@@ -51,6 +52,20 @@ class Stored:
         """The whole tensor, memory-mapped: its pages are shared with other processes."""
         with safe_open(self.file, framework="pt") as tensors:
             return tensors.get_tensor(self.key)
+
+
+class MappedWeights(dict[str, Any]):
+    """Tensors by name for a loader that fills one module after the other: each is mapped only while it is used.
+
+    Pages of a mapped file count towards the process's memory until the mapping ends.
+    """
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return super().__getitem__(name).read()
+
+    def copy(self) -> MappedWeights:
+        """Itself: transformers' loader copies what it is given, which must not read everything."""
+        return self
 
 
 def all_finite(values: torch.Tensor) -> bool:

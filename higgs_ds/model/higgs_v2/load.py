@@ -20,7 +20,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ...errors import reading
 from ..family import Adaptable
-from ..files.weight_files import Stored, differences, refuse, weight_headers
+from ..files.weight_files import MappedWeights, Stored, differences, refuse, weight_headers
 from ..quantized import QuantizedLinear
 from .layouts import CARRIED_ALONG, TRANSFORMERS, boson_names, layout_of, name_in
 from .modules import SAVABLE_MODULES
@@ -99,8 +99,7 @@ def load_checkpoint(
     stored = weight_headers(folder, boson_names(layout_of(folder)))
     stored = {name: one for name, one in stored.items() if not re.search(CARRIED_ALONG, one.key)}
     if is_deepspeed_zero3_enabled():
-        mapped = {name: one.read() for name, one in stored.items()}
-        model = cls.from_pretrained(None, config=config, state_dict=mapped, torch_dtype=dtype)
+        model = cls.from_pretrained(None, config=config, state_dict=MappedWeights(stored), torch_dtype=dtype)
     else:
         with init_empty_weights(include_buffers=False):  # rotary tables are computed, not stored
             model = cls(copy.deepcopy(config))

@@ -20,7 +20,7 @@ from ...errors import reading
 from ..base import DTYPES, BaseCheckpoint
 from ..family import Adaptable
 from ..files.config_values import read_json
-from ..files.weight_files import Stored, differences, refuse, weight_headers
+from ..files.weight_files import MappedWeights, Stored, differences, refuse, weight_headers
 from ..quantized import QuantizedLinear
 from .config import HiggsV3Config, config_from
 from .family import LAYOUT
@@ -135,8 +135,7 @@ def load_base(
     kind = DTYPES[dtype]
     stored = {name: one for name, one in headers(folder).items() if not name.startswith(CODEC)}
     if is_deepspeed_zero3_enabled():
-        mapped = {name: one.read() for name, one in stored.items()}
-        model = HiggsV3Model.from_pretrained(None, config=config, state_dict=mapped, torch_dtype=kind)
+        model = HiggsV3Model.from_pretrained(None, config=config, state_dict=MappedWeights(stored), torch_dtype=kind)
     else:
         with init_empty_weights():
             model = HiggsV3Model(copy.deepcopy(config))

@@ -45,9 +45,9 @@ def read_audio(ref: AudioRef, *, may_be_silent: bool = False) -> tuple[np.ndarra
     """Reads a clip as a mono waveform, float32 [samples], with its sample rate in Hz.
 
     Takes the chosen channel, or the mean of all. A slice that extends past the end is cut there.
-    Raises AudioError for a clip that is missing, truncated or empty, for NaN, infinite or far too large samples, for an
-    offset past the end, and for different voices on the channels if none is chosen. Also, unless `may_be_silent`, for
-    silence, as of channels that cancel out: it would teach the model to say nothing.
+    Raises AudioError for a clip that is missing, truncated or empty, for NaN, infinite or far too large samples, for
+    an offset past the end, and for different voices on the channels if none is chosen. Also, unless `may_be_silent`,
+    for silence, as of channels that cancel out: it would teach the model to say nothing.
     """
     with _opened(ref) as file:
         start, stop = _slice(file, ref)

@@ -95,7 +95,7 @@ def read_row(value: Any, rules: Rules, line: int, element: int = -1) -> tuple[Ro
         text, given = said[0], value[read.column["text"]] if row.is_speech else said[0]
         if "<|" in given:
             text, given = without_tags(text, rules.controls), without_tags(given, rules.controls)
-        rules.texts.look(text, given, (line, element))
+        rules.texts.count(text, given, (line, element))
     return row, []
 
 

@@ -72,7 +72,7 @@ def test_what_has_no_samples(tmp_path, action):
     path = write(tmp_path / "clip.wav", tone(16000)).path
     assert problem(write(tmp_path / "empty.wav", tone(0)), action) == "is empty"
     short = problem(AudioRef(path=path, offset_sec=0.5, duration_sec=1e-6), action)
-    assert short == "is empty: 1e-06 s from 0.5 s hold no sample"
+    assert short == "is empty: 1e-06 s from 0.5 s contain no sample"
     assert problem(AudioRef(path=path, offset_sec=1.0), action) == "has offset 1 s, past its end at 1.00 s"
     assert problem(AudioRef(path=path, offset_sec=-1.0), action) == "has offset -1.0 s, must be 0 or more"
     assert problem(AudioRef(path=path, duration_sec=float("nan")), action) == "has duration nan s, must be 0 or more"
@@ -118,7 +118,7 @@ def test_a_header_that_lies_costs_no_memory(tmp_path):
 
     for sample_rate in (1, 2**31 - 1):  # resampling from such would not end
         wrong = write(tmp_path / f"{sample_rate}.wav", tone(1000), sample_rate)
-        assert problem(wrong) == f"has a sample rate of {sample_rate} Hz, must be 4000 to 768000"
+        assert problem(wrong) == f"has a sample rate of {sample_rate} Hz, must be 4000 to 768000 Hz"
 
 
 def encoded(
@@ -183,29 +183,29 @@ def test_a_chained_ogg_and_half_a_sphere_file_are_refused_and_padding_is_no_faul
         parts.append((tmp_path / name).read_bytes())
     (tmp_path / "c.ogg").write_bytes(b"".join(parts))
     assert len(read_audio(AudioRef(tmp_path / "a.ogg"))[0]) == len(waveform)
-    assert "several sounds" in problem(AudioRef(tmp_path / "c.ogg"))
+    assert "several concatenated streams" in problem(AudioRef(tmp_path / "c.ogg"))
     head = f"NIST_1A\n   1024\nsample_rate -i 16000\nchannel_count -i 1\nsample_count -i {len(waveform)}\n"
     head += "sample_n_bytes -i 2\nsample_byte_format -s2 01\nsample_coding -s3 pcm\nend_head\n"
     content = head.encode().ljust(1024) + (waveform * 32767).astype("<i2").tobytes()
     (tmp_path / "c.sph").write_bytes(content)
     assert len(read_audio(AudioRef(tmp_path / "c.sph"))[0]) == len(waveform)
     (tmp_path / "c.sph").write_bytes(content[: len(content) // 2])
-    assert "cannot be decoded: it holds" in problem(AudioRef(tmp_path / "c.sph"))
+    assert "is truncated: it has" in problem(AudioRef(tmp_path / "c.sph"))
     path = without_length(tmp_path / "clip.mp3")
     seconds = duration_sec(AudioRef(path))
     path.write_bytes(bytes(500) + path.read_bytes())
     assert duration_sec(AudioRef(path)) == seconds
     without_length(tmp_path / "clip.aac").rename(tmp_path / "aac.mp3")
     assert duration_sec(AudioRef(tmp_path / "aac.mp3")) > 6
-    assert "its track 1 is not there" in problem(AudioRef(tmp_path / "a.ogg", audio_track=1))
+    assert "track 1 (counted from 0) is out of range" in problem(AudioRef(tmp_path / "a.ogg", audio_track=1))
 
 
 def test_one_of_several_sound_tracks_must_be_chosen(tmp_path):
     waveform = soundfile.read(SPEECH.parent / "audio/conf-full.flac", dtype="float32")[0] / 4
     path = encoded(tmp_path / "obs.mp4", waveform, codec="aac", tracks=2)
     for action in (duration_sec, read_audio):
-        assert "holds 2 sound tracks" in problem(AudioRef(path=path), action)
-        assert "its track 2 is not there" in problem(AudioRef(path=path, audio_track=2), action)
+        assert "has 2 sound tracks" in problem(AudioRef(path=path), action)
+        assert "track 2 (counted from 0) is out of range" in problem(AudioRef(path=path, audio_track=2), action)
     first, second = (read_audio(AudioRef(path=path, audio_track=n))[0] for n in (0, 1))
     assert np.abs(second).max() > 1.5 * np.abs(first).max()
     assert len({content_hash(AudioRef(path=path, audio_track=n)) for n in (None, 0, 1)}) == 3
@@ -216,8 +216,8 @@ def test_channels_of_two_speakers_are_not_mixed_unless_that_is_said(tmp_path):
     quiet = np.zeros_like(voice)
     call = np.stack([np.r_[voice, quiet], np.r_[quiet, voice]], axis=1)
     path = write(tmp_path / "call.flac", call).path
-    assert "on each of its 2 channels" in problem(AudioRef(path=path))
-    assert "channel 2 is not there" in problem(AudioRef(path=path, channel=2))
+    assert "has different sound on its 2 channels" in problem(AudioRef(path=path))
+    assert "channel 2 (counted from 0) is out of range" in problem(AudioRef(path=path, channel=2))
     for channel, wanted in ((0, call[:, 0]), (1, call[:, 1]), (-1, call.mean(axis=1))):
         assert np.abs(read_audio(AudioRef(path=path, channel=channel))[0] - wanted).max() < 1e-3
     apart = np.stack([voice, 0.5 * np.roll(voice, 40)], axis=1)  # one voice before two microphones
@@ -228,7 +228,7 @@ def test_channels_of_two_speakers_are_not_mixed_unless_that_is_said(tmp_path):
 def test_samples_that_are_no_numbers(tmp_path, bad):
     clip = tone(1000)
     clip[500] = bad
-    assert problem(write(tmp_path / "clip.wav", clip, subtype="FLOAT")) == "holds NaN or infinite samples"
+    assert problem(write(tmp_path / "clip.wav", clip, subtype="FLOAT")) == "contains NaN or infinite samples"
 
 
 def test_content_hash_follows_bytes_and_slice_only(tmp_path):
@@ -327,9 +327,9 @@ def test_a_file_that_ends_before_its_header_says_is_not_a_shorter_clip(tmp_path,
 def test_silence_is_refused_also_after_mixing_down(tmp_path):
     assert problem(write(tmp_path / "a.wav", tone(16000) * 1e-3)).startswith("is silent (its loudest sample is 0.0001")
     opposite = tone(16000, channels=2) * [1, -0.5]
-    assert problem(write(tmp_path / "b.wav", opposite)).startswith("is silent once its 2 channels are averaged")
+    assert problem(write(tmp_path / "b.wav", opposite)).startswith("is silent: its 2 channels cancel out when averaged")
     read_audio(write(tmp_path / "c.wav", tone(16000) * 0.02))  # quiet: it peaks at -54 dB
-    assert problem(write(tmp_path / "d.wav", tone(16000) * 0 + 0.3)) == "is silent (all its samples are 0.3)"
+    assert problem(write(tmp_path / "d.wav", tone(16000) * 0 + 0.3)) == "is silent (all samples are 0.3)"
     read_audio(write(tmp_path / "e.wav", tone(16000) + 0.3))
 
 

@@ -111,7 +111,9 @@ def test_damaged_codes_are_refused_and_made_anew(tmp_path, codec, damage):
     good = cache.get(REFS[0])
     damage(*(next(cache.folder.glob(pattern)) for pattern in ("*.codes", "*.index")))
     for reader in (cache, CodeCache(tmp_path, codec)):  # one that has read the codes before, and a new one
-        with pytest.raises(ValueError, match=r"\.codes is damaged at byte 0 \(.*\); start again, and it is made anew"):
+        with pytest.raises(
+            ValueError, match=r"\.codes is corrupt at byte 0 \(.*\); start again to encode the clip again"
+        ):
             reader.get(REFS[0])
     codec.encoded = 0
     assert cache.ensure(REFS[:2]) == {}
@@ -250,7 +252,7 @@ def test_problems_are_told_by_clip_and_the_others_are_encoded(tmp_path, codec):
         AudioRef(path=tmp_path / "absent.wav"): "is missing",
         AudioRef(path=text): "cannot be decoded: Format not recognised",
         clip("empty.wav", np.zeros(0)): "is empty",
-        clip("nan.wav", np.array([0.0, np.nan]), subtype="FLOAT"): "holds NaN or infinite samples",
+        clip("nan.wav", np.array([0.0, np.nan]), subtype="FLOAT"): "contains NaN or infinite samples",
         clip("long.flac", np.zeros(31 * 16000 + 3200)): "lasts 31.2 s, over --max_duration_sec 30",
     }
     cache = CodeCache(tmp_path / "codes", codec)

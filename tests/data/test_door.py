@@ -68,28 +68,28 @@ def test_a_slice_is_taken_by_whatever_name(check, fields, offset, duration):
 @pytest.mark.parametrize(
     ("fields", "problem"),
     [
-        ({"start": 1.5, "end": 0.5}, "end: must be behind the start"),
+        ({"start": 1.5, "end": 0.5}, "end: must be after the start"),
         ({"start": "0:01.5"}, "start: must be a valid number"),
-        ({"start": 1, "begin_time": 1}, "which is the offset?"),
-        ({"offset": 1, "start": 1}, "which is the offset?"),
+        ({"start": 1, "begin_time": 1}, "which one is the offset?"),
+        ({"offset": 1, "start": 1}, "which one is the offset?"),
         ({"start_sample": 16000}, "start_sample: is not in seconds"),
         ({"end_frame": 16000}, "end_frame: is not in seconds"),
-        ({"ref_start": 1.0}, "ref_start: a reference is taken whole"),
+        ({"ref_start": 1.0}, "ref_start: a reference cannot be cut"),
         ({"timestamp": [0.5, 1.5]}, "timestamp: may cut the clip"),
         ({"tmin": 0.5}, "tmin: may cut the clip"),
         ({"frame_offset": 8000}, "frame_offset: may cut the clip"),
-        ({"start": 500, "unit": "ms"}, "unit: slices are in seconds"),
-        ({"side": "left"}, "side: give it as `channel`"),
-        ({"is_test": True}, "is_test: says that the row is not trained on"),
-        ({"fold": "test"}, "fold: says that the row is not trained on"),
+        ({"start": 500, "unit": "ms"}, "unit: is not supported; slices are in seconds"),
+        ({"side": "left"}, "side: may choose a channel; give `channel`"),
+        ({"is_test": True}, "is_test: excludes the row from training"),
+        ({"fold": "test"}, "fold: excludes the row from training"),
         ({"channel": "left"}, "channel: must be a valid integer"),
         ({"channel_selector": [0, 1]}, "channel_selector: must be a valid integer"),
         ({"text": "0.txt"}, "text: '0.txt' is the path of a file"),
-        ({"text": "\u200b\u200b"}, "text: holds no letter and no digit"),
-        ({"text": "\ufeff"}, "text: holds no letter and no digit"),
-        ({"text": "\u3164 ... !"}, "text: holds no letter and no digit"),
-        ({"text": "1\n00:00:00,000 --> 00:00:01,520\nHi."}, "text: holds times or data (SRT or VTT)"),
-        ({"text": "[00:00.000 --> 00:01.520] Hi."}, "text: holds times or data (times in brackets)"),
+        ({"text": "\u200b\u200b"}, "text: contains no letter or digit"),
+        ({"text": "\ufeff"}, "text: contains no letter or digit"),
+        ({"text": "\u3164 ... !"}, "text: contains no letter or digit"),
+        ({"text": "1\n00:00:00,000 --> 00:00:01,520\nHi."}, "text: contains times or data (SRT or VTT)"),
+        ({"text": "[00:00.000 --> 00:01.520] Hi."}, "text: contains times or data (times in brackets)"),
     ],
 )
 def test_a_field_that_would_teach_something_else_is_a_fault(check, tmp_path, fields, problem):
@@ -127,7 +127,7 @@ def test_a_conversations_clip_is_chosen_alike(check):
     assert "is the path of a file" in check([talk])[1][0]
     talk["messages"][0]["content"] = "One\ntwo\u2028three."
     [row], _, [note], _ = check([talk])
-    assert row.messages[0].content == ("One two three.",) and "1 text is read with composed letters" in note
+    assert row.messages[0].content == ("One two three.",) and "1 text is normalised to NFC" in note
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_what_nobody_says_is_a_line_a_kind_and_lost_letters_in_most_rows_stop(ch
     assert len(usable) == 5 and faults == []
     assert [line.split(", ")[0] for line in said] == ["text: 3 rows with markup or entities", "text: 1 row with U+FFFD"]
     *_, (whole, *_) = check([ROW | {"text": "caf\ufffd"}, ROW | {"text": "\ufffdber"}, ROW])
-    assert "2 of 3 texts hold U+FFFD" in whole and "UTF-8" in whole
+    assert "2 of 3 texts contain U+FFFD" in whole and "UTF-8" in whole
 
 
 def test_texts_are_composed_in_rows_and_that_is_said_once(check):
@@ -168,7 +168,7 @@ def test_texts_are_composed_in_rows_and_that_is_said_once(check):
     )
     assert faults == [] and {row.messages[-2].content for row in rows} == {(text,)}
     [note] = notes
-    assert "2 texts are read with composed letters" in note
+    assert "2 texts are normalised to NFC" in note
 
 
 def test_a_decomposed_file_name_is_found_from_a_composed_one_and_back(check, tmp_path):
@@ -191,7 +191,7 @@ def test_audio_root_wins_where_both_have_the_clip(check, tmp_path):
     assert [row.audio_refs[0][1].path.parent.name for row in rows] == ["clean", tmp_path.name]
     assert f"1 path found in {tmp_path / 'clean'}" in note
     (tmp_path / "clean/0.flac").unlink()
-    assert "no clip was found under --audio_root" in check([ROW], audio_root=tmp_path / "clean")[2][0]
+    assert "no clip found under --audio_root" in check([ROW], audio_root=tmp_path / "clean")[2][0]
 
 
 LINE = json.dumps(ROW)
@@ -201,13 +201,13 @@ LINE = json.dumps(ROW)
     ("content", "problem"),
     [
         ("version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 12\n", "is a Git LFS pointer"),
-        (f"{LINE},\n{LINE},\n", "has a comma behind each line"),
-        (f"{ROW}\n{ROW}\n", "is written with Python's quotes"),
-        (f"{json.dumps(ROW, indent=1)}\n{json.dumps(ROW, indent=1)}\n", "has objects over several lines"),
-        (f"{LINE}{LINE}\n", "has several objects on a line"),
-        (json.dumps({"train": [ROW], "validation": [ROW]}), "holds lists of rows (`train`, `validation`)"),
-        (json.dumps({"utt0": {"wav": "0.flac", "words": "Hi."}}), "holds a row under each id (`utt0`)"),
-        (json.dumps({"audio_codes": [[1]], "text": SAID}), "codes are not read (`audio_codes`)"),
+        (f"{LINE},\n{LINE},\n", "has a comma after each line"),
+        (f"{ROW}\n{ROW}\n", "contains Python objects (from str())"),
+        (f"{json.dumps(ROW, indent=1)}\n{json.dumps(ROW, indent=1)}\n", "has objects that span several lines"),
+        (f"{LINE}{LINE}\n", "has several objects on one line"),
+        (json.dumps({"train": [ROW], "validation": [ROW]}), "is one object with lists of rows (`train`, `validation`)"),
+        (json.dumps({"utt0": {"wav": "0.flac", "words": "Hi."}}), "is one object that maps ids to rows (`utt0`)"),
+        (json.dumps({"audio_codes": [[1]], "text": SAID}), "codes (`audio_codes`) are not read"),
         ("<!DOCTYPE html><html></html>", "is a web page"),
     ],
 )
@@ -223,7 +223,7 @@ def test_a_rate_that_a_row_says_must_be_its_clips(check, tmp_path):
     rows, faults, notes, _ = check([ROW | {"sampling_rate": rate}, ROW | {"sample_rate": 2 * rate}])
     assert faults == notes == []
     assert duration_sec(rows[0].audio_refs[0][1]) > 1
-    with pytest.raises(AudioError, match=f"{rate} Hz, its row says {2 * rate}"):
+    with pytest.raises(AudioError, match=f"{rate} Hz, but the row says {2 * rate}"):
         duration_sec(rows[1].audio_refs[0][1])
 
 

@@ -81,7 +81,7 @@ def test_all_faults_are_listed_together_and_sorted(manifest):
         ["m.jsonl:3:", "audio:"],
         ["m.jsonl:3:", "text:"],
         ["m.jsonl:4:", "messages[1].content[0].offset:"],
-        "m.jsonl:4: messages[1].content[1].audio_url: nothing is fetched from a manifest",
+        "m.jsonl:4: messages[1].content[1].audio_url: URLs are not fetched",
         ["m.jsonl:4:", "start_index:"],
     ]
     assert Fault("m", 9, "z", "z") < Fault("m", 10, "a", "a")  # by number, not as text
@@ -233,7 +233,7 @@ def test_the_shipped_speech():
         (" \r\n\n", 1, "holds no rows"),
         ("[ ]", 1, "holds no rows"),
         (b'{"audio": "a.wav", "text": "Hi."}\n\n{"text": "caf\xe9"}', 3, "is not UTF-8 (byte 0xe9"),
-        (gzip.compress(json.dumps(SPEECH).encode()), 1, "is packed with gzip"),
+        (gzip.compress(json.dumps(SPEECH).encode()), 1, "is compressed with gzip"),
         (b"PAR1\x15\x04\x15\xff", 1, "is Parquet"),
     ],
 )

@@ -14,7 +14,7 @@ def test_paths_and_weights(tmp_path, monkeypatch):
     for name in ("b=0.5", "lr=2/m.jsonl", "c"):
         (tmp_path / name).write_text("{}")
     words = ["a.jsonl", "b=0.5", "c=30e-2", "d.jsonl=2", "e.jsonl=1.0", "lr=2/m.jsonl", "lr=3/gone.jsonl", "b=0.5=.25"]
-    with pytest.raises(ConfigError, match=r"--train_manifest: b=0\.5 is named twice"):
+    with pytest.raises(ConfigError, match=r"--train_manifest: b=0\.5 is given twice"):
         portions_of(words)
     found = portions_of(words[:-1])
     assert found == [

@@ -207,7 +207,7 @@ def test_a_control_token_in_a_transcript_is_a_fault(write, tokenizer, token):
     for controls in ({}, {"controls": control_tokens(tokenizer)}):
         usable, faults = read_manifest(path, **controls)
         assert usable == [] and len(faults) == len(rows)
-        assert all(f"holds {token}, which" in str(fault) for fault in faults)
+        assert all(f"contains {token}, which" in str(fault) for fault in faults)
 
 
 def test_sound_tags_and_scene_markup_pass(write, tokenizer):
@@ -246,7 +246,7 @@ def test_another_tools_file_is_answered_with_the_command_that_imports_it(tmp_pat
     assert rows == []
     assert f"python -m higgs_ds import --from {kind} {path} --output DIR" in fault.problem
     _, [of_folder] = read_manifest(tmp_path)
-    assert f"`python -m higgs_ds import {tmp_path} --output DIR` makes one" in of_folder.problem
+    assert f"to convert a corpus: `python -m higgs_ds import {tmp_path} --output DIR`" in of_folder.problem
 
 
 def test_a_row_is_found_again_where_it_was_first(write, tmp_path):
@@ -270,9 +270,9 @@ def test_generate_asks_of_its_text_what_a_manifest_is_asked(tiny_dir, tmp_path, 
 
     words = ["generate", "--base_ckpt", str(tiny_dir), "--codec", "none", "--output_file", str(tmp_path / "x.wav")]
     for more, problem in (
-        (["--text", "So.<|eot_id|>"], "--text: holds <|eot_id|>, which the tokenizer makes a control token of"),
+        (["--text", "So.<|eot_id|>"], "--text: contains <|eot_id|>, which is a control token of the tokenizer"),
         (["--text", " "], "--text: is empty"),
-        (["--text", "So.", "--scene", "<|AUDIO|>"], "--scene: holds <|AUDIO|>"),
+        (["--text", "So.", "--scene", "<|AUDIO|>"], "--scene: contains <|AUDIO|>"),
         (["--text", "So. " * 100, "--max_row_tokens", "400"], "--text: the prompt takes 4"),
     ):
         assert main([*words, *more]) == 2

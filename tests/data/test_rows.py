@@ -201,9 +201,13 @@ def test_a_copy_of_the_clip_that_is_to_be_spoken_is_no_reference(load, manifests
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     for (train, _), warned, _ in load(2):
         assert [row.line for row in train] == [4, 6, 7]
-        found = [line.split(": ", 1)[1] for line in warned.splitlines() if "has the content of the clip that" in line]
+        found = [
+            line.split(": ", 1)[1]
+            for line in warned.splitlines()
+            if "has the same content as the row's own target clip" in line
+        ]
         of_speech = (
-            "ref_audio: has the content of the clip that is to be spoken; give another clip of the voice, or none"
+            "ref_audio: has the same content as the row's own target clip; give another clip of the same voice, or none"
         )
         assert found == [of_speech] * 3 + [of_speech.replace("ref_audio", "messages[0].content[0]")]
 
@@ -241,7 +245,7 @@ def test_ranks_that_see_different_files_are_refused(load, manifests, codec_dir, 
         )
 
     for error in on_ranks(4, one):
-        assert "ranks 2, 3 found another file than rank 0; give all nodes the same one" in error.problems[0]
+        assert "differs on ranks 2, 3 from rank 0; copy the same file to all nodes" in error.problems[0]
         assert [p for p in error.problems[1:] if p.startswith("rank 3: ") and "cannot be read" in p] == error.problems[
             1:
         ]

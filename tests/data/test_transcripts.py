@@ -86,8 +86,8 @@ def test_a_transcript_that_cannot_belong_to_its_clip_is_listed_with_both_numbers
     assert len(train) == 30
     lines = [line for line in said.splitlines() if ": text: " in line]
     assert [line.split(": ")[0] for line in lines] == [f"{tmp_path}/train.jsonl:{n}" for n in (5, 6)]
-    assert "3 characters in 2.4" in lines[0] and "a second, where Latin text here has 1" in lines[0]
-    assert said.startswith("2 rows to look at, trained on as they are:")
+    assert "3 characters in 2.4" in lines[0] and "per second, usual for Latin text here is 1" in lines[0]
+    assert said.startswith("2 rows with warnings, used as they are:")
     found = [(row["line"], row["field"], row["level"]) for row in left(tmp_path)]
     assert found == [(5, "text", "warning"), (6, "text", "warning")]
 
@@ -102,7 +102,7 @@ def test_scripts_are_compared_with_themselves(load, corpus, tmp_path):
     corpus[40]["text"] = "語" * 100
     said = load(corpus)[1]
     assert said.count(": text: ") == 1 and "train.jsonl:41: text: 100 characters in" in said
-    assert "where Han and kana text here has 4" in said
+    assert "usual for Han and kana text here is 4" in said
     for number, text in enumerate(
         ["Zoë", "カタカナ語", "한국어", "Кириллица", "العربية", "हिन्दी", "ภาษาไทย", "Ελλάδα", "עברית"]
     ):
@@ -117,13 +117,16 @@ def test_a_clip_under_two_texts_and_a_text_on_both_sides(load, corpus, tmp_path)
     (train, val), said = load(corpus, val=[copy])
     assert len(train) == 30 and len(val) == 1
     assert said.count(": audio: ") == 1
-    assert f"train.jsonl:8: audio: the same clip has another text in {tmp_path}/train.jsonl:4; one of them is" in said
-    assert "val.jsonl:1: text: is trained on too, in " in said and "train.jsonl:3" in said
+    assert (
+        f"train.jsonl:8: audio: the same clip has a different text in {tmp_path}/train.jsonl:4; one of the two is"
+        in said
+    )
+    assert "val.jsonl:1: text: is also trained on, in " in said and "train.jsonl:3" in said
     assert len(left(tmp_path)) == 2
     other = [{"audio": corpus[3]["audio"], "text": "Of another manifest."}]
     for trained in (1, 2):  # also on the validation's side
         said = load(corpus, val=other, trained=trained)[1]
-        assert f"val.jsonl:1: audio: the same clip has another text in {tmp_path}/train.jsonl:4; one of" in said
+        assert f"val.jsonl:1: audio: the same clip has a different text in {tmp_path}/train.jsonl:4; one of" in said
 
 
 def test_rows_of_an_array_on_one_line_are_counted_and_named(load, corpus, tmp_path):
@@ -132,8 +135,10 @@ def test_rows_of_an_array_on_one_line_are_counted_and_named(load, corpus, tmp_pa
         row["text"] = ""
     said = load(corpus, array=True, skip_bad_rows=True)[1]
     assert "training without 7 bad rows:" in said and "train.jsonl:1[16]: text: is empty" in said
-    assert "2 rows to look at" in said
-    assert "train.jsonl:1[7]: audio: the same clip has another text in " in said and "train.jsonl:1[3]; one of" in said
+    assert "2 rows with warnings" in said
+    assert (
+        "train.jsonl:1[7]: audio: the same clip has a different text in " in said and "train.jsonl:1[3]; one of" in said
+    )
     found = [(row["line"], row["element"], row["field"]) for row in left(tmp_path) if row["level"] == "warning"]
     assert found == [(1, 4, "text"), (1, 7, "audio"), (1, 7, "duration")]
 
@@ -143,7 +148,7 @@ def test_texts_are_the_same_whatever_their_punctuation_and_their_accents_bytes(l
     texts = ["[laugh] un cafe\u0301 so long as that", "का का का का", "Nothing like it."]
     val = [{"audio": noise(tmp_path / f"v{i}.wav", 1.0, 90 + i), "text": text} for i, text in enumerate(texts)]
     _, said = load(corpus, val=val)
-    assert said.count(": text: is trained on too, in ") == 1 and "val.jsonl:1: text: is trained on too" in said
+    assert said.count(": text: is also trained on, in ") == 1 and "val.jsonl:1: text: is also trained on" in said
 
 
 def test_a_length_that_is_not_the_clips(load, corpus, tmp_path):
@@ -160,14 +165,16 @@ def test_a_length_that_is_not_the_clips(load, corpus, tmp_path):
     corpus[24] |= {"offset": 0.2, "duration": soundfile.info(tmp_path / "24.wav").duration - 0.2}
     (train, _), said = load(corpus)
     lines = [line for line in said.splitlines() if ": duration: " in line]
-    assert "train.jsonl:2: duration: says 10.73 s, the clip lasts 1.4" in lines[0] and "sample rate" not in lines[0]
+    assert "train.jsonl:2: duration: says 10.73 s, but the clip lasts 1.4" in lines[0] and "sample rate" not in lines[0]
     assert "train.jsonl:10: duration: says 1.33 s" in lines[1]
-    assert lines[1].endswith("as at another sample rate than it was recorded at")
+    assert lines[1].endswith("; its sample rate may be wrong")
     for line, words in zip(
-        lines[2:5], ("says 30.00 s, the", "is 30.00 s, and only 2.32 s", "says 0.30 s, the"), strict=True
+        lines[2:5],
+        ("says 30.00 s, but the clip", "says 30.00 s, but the file ends 2.32 s", "says 0.30 s, but the clip"),
+        strict=True,
     ):
         assert f" duration: {words}" in line
-    assert lines[5].endswith("from the offset on") and len(lines) == 6
+    assert lines[5].endswith("after the offset") and len(lines) == 6
     assert [train[i].audio_refs[0][1].duration_sec for i in (20, 21, 22)] == [None, 30.0, None]
 
 
@@ -211,7 +218,7 @@ def test_a_hundred_thousand_bad_rows_print_one_screen(load, tmp_path):
     assert lines[0] == "60,000 × text: is empty" and lines[1] == f"{tmp_path}/train.jsonl:1: text: is empty"
     assert lines[21] == "… and 59,980 more of this kind"
     assert lines[22] == "40,000 × audio: must be the path of an audio file, found N"
-    assert lines[-2] == f"all of it, one a line: {tmp_path}/out/faults.jsonl"
+    assert lines[-2] == f"complete list: {tmp_path}/out/faults.jsonl"
     assert lines[-1].startswith("100,000 bad rows; nothing was trained")
     all_of_them = left(tmp_path)
     assert len(all_of_them) == 100_000 and [row["line"] for row in all_of_them] == list(range(1, 100_001))

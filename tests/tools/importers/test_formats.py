@@ -48,10 +48,10 @@ def test_reference_speakers_are_turns_before_the_one_that_is_trained_on(clips, s
     [
         (
             [*SPEAKERS, {"ref_transcript": "No clip."}],
-            "rows with `ref_speakers` of which one has no clip or no transcript",
+            "rows with `ref_speakers` where a clip or transcript is missing",
         ),
-        ([{"ref_audio_file": "b.wav"}], "rows with `ref_speakers` of which one has no clip or no transcript"),
-        ("b.wav", "rows with `ref_speakers` of which one has no clip or no transcript"),
+        ([{"ref_audio_file": "b.wav"}], "rows with `ref_speakers` where a clip or transcript is missing"),
+        ("b.wav", "rows with `ref_speakers` where a clip or transcript is missing"),
         ([{"ref_audio_file": "gone.wav", "ref_transcript": "So."}], "clips that do not exist"),
     ],
 )
@@ -68,7 +68,7 @@ def test_lengths_and_references_are_carried_over_and_other_columns_named(clips):
     assert found.rows == [{**speech, "ref_audio": f"{clips}/b.wav", "ref_text": "Text b.", "duration": 2.5}, speech]
     assert found.lines(clips) == [
         f"{clips}: emotion, language: not read, in 1 row",
-        "left out: 1 × references that are the spoken clip itself (their rows are kept), e.g. "
+        "left out: 1 × references that are the row's own clip (their rows are kept), e.g. "
         f"{clips}/metadata.json: samples[1]",
     ]
 
@@ -85,7 +85,7 @@ def test_samples_alone_and_one_a_line(clips):
     (clips / "metadata.json").write_text(json.dumps(sample()))
     assert read_foreign(clips, None)[1].rows == [text]
     for value in ("x", 5, {"samples": 5}, {"a": []}, None):
-        with pytest.raises(ConfigError, match="it has no list of `samples`"):
+        with pytest.raises(ConfigError, match="it has no list `samples`"):
             samples(clips, value)
 
 

@@ -91,7 +91,7 @@ def test_columns_that_cannot_be_told_apart_are_asked_for(table, tmp_path):
     people = ["Anna Berg", "Bert", "Cleo", "Dora Eck", "Ernst", "Fay", "Gil", "Hal", "Ines", "Jan", "Kit", "Lea Ott"]
     sounds = [name.upper() for name in "ɑnə bɚt klio doɹə ɚnst feɪ gɪl hæl ines jæn kɪt leə".split()]
     for column in (TEXTS, sounds):  # of people, each with one row, or of words with their phonemes
-        with pytest.raises(ConfigError, match="column 2 may hold names or a few words each"):
+        with pytest.raises(ConfigError, match="column 2 may contain names or short texts"):
             table(people, column)
     words = ["yes", "no"] * 6
     with pytest.raises(ConfigError, match=r"the text column is ambiguous; .* `id\|speaker\|text`"):
@@ -129,7 +129,7 @@ def test_columns_that_compete_are_refused_with_the_header_to_write(table, tmp_pa
 def test_phonemes_are_no_text(table, phones):
     phones = [f"{phones}{'' if phones[-1].isdigit() else chr(97 + i)}" for i in range(12)]
     assert table(phones, TEXTS)[0] == alone(TEXTS)
-    with pytest.raises(ConfigError, match="column 2 holds phonemes"):
+    with pytest.raises(ConfigError, match="column 2 contains phonemes"):
         table(phones)
 
 
@@ -140,7 +140,7 @@ def test_lines_with_other_columns_are_left_out_and_the_columns_named(table, tmp_
     where = f"{tmp_path}/metadata.csv"
     assert found.lines(tmp_path) == [
         f"{where}: columns: 1 clip, 2 speaker, 3 text; if that is wrong, add a header line, such as `id|text|speaker`",
-        f"left out: 3 × rows with another number of cells than the table has columns, e.g. {where}:13: 4 instead of 3",
+        f"left out: 3 × rows with more or fewer cells than columns, e.g. {where}:13: 4 instead of 3",
     ]
     rows, found = table(TEXTS, more=["c00|Hello | world"])
     assert rows == alone(TEXTS) and list(found.left_out.values()) == [1]
@@ -155,7 +155,7 @@ def test_a_header_is_believed(table, tmp_path, header):
         _, found = read_foreign(tmp_path, kind)
         assert [(row["text"], row["speaker"]) for row in found.rows] == by(TEXTS) and not found.left_out
     path.write_text(f"id|text|text\n{path.read_text()}")
-    with pytest.raises(ConfigError, match="has the column `text` twice"):
+    with pytest.raises(ConfigError, match="has a duplicate column `text`"):
         read_foreign(tmp_path, None)
 
 

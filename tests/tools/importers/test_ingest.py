@@ -228,10 +228,10 @@ def test_by_speaker(corpus, tmp_path, capsys):
         file.write("\na0|a|Ten.")  # which b says too
     train, val, said = imported(capsys, corpus, tmp_path / "1", "--val_speakers", "a")
     assert {row.speaker for row in train} == {"b"} and texts_of(val) == TEXTS[:2]
-    assert "left out of validation: 1 row whose text is trained on too" in said
+    assert "left out of validation: 1 row with a text that is also trained on" in said
     train, val, _ = imported(capsys, corpus, tmp_path / "2", "--val_speakers", "1")
     assert len({row.speaker for row in val}) == 1 and not {r.speaker for r in val} & {r.speaker for r in train}
-    for named, words in (("c", "c: no such speaker; the speakers are a, b"), ("2", "no row is left to train on")):
+    for named, words in (("c", "c: not found; the speakers are a, b"), ("2", "no rows left to train on")):
         assert main(["import", str(corpus), "--output", str(tmp_path / "3"), "--val_speakers", named]) == 2
         assert f"--val_speakers: {words}" in capsys.readouterr().err
 
@@ -314,15 +314,15 @@ def test_what_cannot_be_imported_is_one_message(corpus, tmp_path, capsys):
     (tmp_path / "out" / "train.jsonl").write_text("")
     for path, output, flags, words in (
         (tmp_path / "none", "o", [], "does not exist"),
-        (tmp_path / "x.json", "o", [], "x.json: its format is not known"),
+        (tmp_path / "x.json", "o", [], "x.json: unknown format"),
         (
             tmp_path / "x.json",
             "o",
             ["--from", "train-higgs-audio"],
             "x.json: cannot be read as train-higgs-audio's metadata.json",
         ),
-        (tmp_path / "half.csv", "o", [], "no row is left, read as ljspeech"),
-        (corpus, "out", [], "out already holds train.jsonl"),
+        (tmp_path / "half.csv", "o", [], "no rows left, read as ljspeech"),
+        (corpus, "out", [], "out already has train.jsonl"),
     ):
         assert main(["import", str(path), "--output", str(tmp_path / output), *flags]) == 2
         assert words in capsys.readouterr().err

@@ -56,8 +56,8 @@ def test_turns_without_loss_are_context(read):
 def test_what_is_taken_for_a_transcript_and_what_is_not_read_is_said(read, tmp_path):
     _, _, found = read(talk(("user", "<audio>"), ("assistant", "Hi.")), talk(("system", "Low."), ASK, ANSWER))
     notes = found.lines(tmp_path)
-    assert "s.jsonl: 1 × a user's clip with the assistant's text" in notes[0]
-    assert "s.jsonl: 1 × a system turn" in notes[1] and len(notes) == 2
+    assert "s.jsonl: 1 × user's clip, with the assistant's text" in notes[0]
+    assert "s.jsonl: 1 × system turn" in notes[1] and len(notes) == 2
 
 
 def test_a_key_that_is_there_twice_is_not_guessed(tmp_path):
@@ -66,7 +66,7 @@ def test_a_key_that_is_there_twice_is_not_guessed(tmp_path):
     rows = [row, row.replace('"audios"', '"audios": [], "audios"'), row.replace('"content"', '"content": 1, "content"')]
     (tmp_path / "s.jsonl").write_text("\n".join(rows))
     _, found = read_foreign(tmp_path / "s.jsonl", None)
-    assert len(found.rows) == 1 and found.left_out == {"rows that have a column twice": 2}
+    assert len(found.rows) == 1 and found.left_out == {"rows with a duplicate column": 2}
 
 
 def test_a_row_among_a_manifests_is_a_fault_that_names_the_command(tmp_path):

@@ -9,7 +9,7 @@ from higgs_ds.errors import ConfigError
 from higgs_ds.tools.importers.formats import read_foreign
 
 CASES = Path(__file__).with_name("tables.json")
-OTHER_WIDTH = "rows with another number of cells than the table has columns"
+OTHER_WIDTH = "rows with more or fewer cells than columns"
 
 
 @pytest.fixture
@@ -46,14 +46,14 @@ def test_what_is_left_out_is_named_with_its_line(tmp_path, clips):
 
 
 def test_two_texts_of_which_none_is_called_so(read):
-    with pytest.raises(ConfigError, match="`sentence`, `raw_text`: which is the text"):
+    with pytest.raises(ConfigError, match="`sentence`, `raw_text`: which one is the text"):
         read("m.csv", "file_name,sentence,raw_text\na.wav,One,Two\n")
     assert read("m.csv", "file_name,sentence,raw_text\na.wav,One,One\n")[0] == [("a", "One")]
 
 
 @pytest.mark.parametrize("header", ["file_name,text,Text", "file_name,text,Speaker ID,speaker-id"])
 def test_a_column_that_is_there_twice(read, header):
-    with pytest.raises(ConfigError, match="m.csv:1 has the column `(text|speaker_id)` twice"):
+    with pytest.raises(ConfigError, match="m.csv:1 has a duplicate column `(text|speaker_id)`"):
         read("m.csv", f"{header}\na.wav,One,a,b\n")
 
 
@@ -80,9 +80,9 @@ def test_columns_are_carried_over_and_the_others_named_once(tmp_path, clips):
     assert [line.split(", e.g. ")[0] for line in found.lines(tmp_path)] == [
         f"{tmp_path}: language: not read, in 4 rows",
         f"{tmp_path}: sentence, duration: not read, in 1 row",
-        "left out: 1 × references whose clip or text is not there (their rows are kept)",
-        "left out: 1 × references that are the spoken clip itself (their rows are kept)",
-        "left out: 1 × rows with a slice that cannot be (`offset`, `duration`)",
+        "left out: 1 × references without a clip or text (their rows are kept)",
+        "left out: 1 × references that are the row's own clip (their rows are kept)",
+        "left out: 1 × rows with an invalid slice (`offset`, `duration`)",
     ]
 
 
@@ -142,10 +142,10 @@ def test_of_two_tables_in_a_folder_one_is_read(tmp_path, read):
     rows, _ = read("metadata.jsonl", json.dumps({"file_name": "a.wav", "text": "One"}))
     _, found = read_foreign(tmp_path, None)
     assert len(rows) == len(found.rows) == 1
-    assert found.left_out == {"tables beside a metadata.csv that is read": 1}
+    assert found.left_out == {"further tables in a folder with a metadata.csv": 1}
     (tmp_path / "metadata.csv").write_text("other,columns\n1,2\n")
     _, found = read_foreign(tmp_path, "audiofolder")
-    assert len(found.rows) == 1 and found.left_out == {"tables beside a metadata.jsonl that is read": 1}
+    assert len(found.rows) == 1 and found.left_out == {"further tables in a folder with a metadata.jsonl": 1}
 
 
 def test_a_table_deep_in_a_folder_is_found_and_hidden_ones_are_not(tmp_path):

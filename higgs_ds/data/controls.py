@@ -53,7 +53,7 @@ def find_control(text: str, controls: re.Pattern[str], *, markup: bool = False) 
         if found.lastgroup == "tag":
             continue
         if token in AUDIO_PLACEHOLDERS:
-            return f"contains {token}, the placeholder of a clip; give clips as audio content"
+            return f"contains {token}, which stands for a clip; give clips as audio content"
         if not (markup and token in MARKUP):
             return f"contains {token}, which is a control token of the tokenizer; remove it"
     return None

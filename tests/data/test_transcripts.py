@@ -1,4 +1,4 @@
-"""What a manifest's texts, lengths and clips say against each other, as `load_rows` finds it."""
+"""Contradictions between a manifest's texts, lengths and clips, as `load_rows` reports them."""
 
 import json
 import os
@@ -23,7 +23,7 @@ WORDS = "one two three four five six seven eight nine ten eleven twelve thirteen
 
 
 class Keeping(Ranks):
-    """One rank, which keeps what it says."""
+    """One rank, which records its output."""
 
     def __init__(self):
         super().__init__()
@@ -42,7 +42,7 @@ def noise(path, seconds: float, seed: int, sample_rate: int = 16000) -> str:
 
 @pytest.fixture
 def corpus(tmp_path):
-    """30 rows whose clips last as long as their texts want, and the folder for more."""
+    """30 rows with clips of plausible length, in a folder that takes more."""
     rows = []
     for i in range(30):
         text = f"{i} " + " ".join(WORDS[: 3 + i % 8])
@@ -74,13 +74,13 @@ def left(tmp_path) -> list[dict]:
     return [json.loads(line) for line in (tmp_path / "out" / "faults.jsonl").read_text().splitlines()]
 
 
-def test_a_corpus_in_order_is_loaded_without_a_word(load, corpus, tmp_path):
+def test_valid_corpus_loads_without_messages(load, corpus, tmp_path):
     (train, _), said = load(corpus)
     assert len(train) == 30 and said == "" and train.tokens is None
     assert not (tmp_path / "out").exists()
 
 
-def test_a_transcript_that_cannot_belong_to_its_clip_is_listed_with_both_numbers(load, corpus, tmp_path):
+def test_implausible_transcript_is_reported_with_its_rate_and_the_usual_one(load, corpus, tmp_path):
     corpus[4]["text"], corpus[5]["text"] = "Oh.", "a very long text " * 30
     (train, _), said = load(corpus)
     assert len(train) == 30
@@ -92,8 +92,8 @@ def test_a_transcript_that_cannot_belong_to_its_clip_is_listed_with_both_numbers
     assert found == [(5, "text", "warning"), (6, "text", "warning")]
 
 
-def test_scripts_are_compared_with_themselves(load, corpus, tmp_path):
-    for i in range(30, 60):  # four signs a second, which would be slow for Latin letters
+def test_speaking_rates_are_compared_within_a_script(load, corpus, tmp_path):
+    for i in range(30, 60):  # four characters per second, which would be slow for Latin letters
         text = "語" * (10 + i % 5)
         corpus.append(
             {"audio": noise(tmp_path / f"{i}.wav", len(text) / 4, i), "text": text + "一二三四五六七八九十"[i % 10]}
@@ -110,7 +110,7 @@ def test_scripts_are_compared_with_themselves(load, corpus, tmp_path):
     assert transcripts.script_of("∀∃") == len(transcripts.SCRIPTS) - 1
 
 
-def test_a_clip_under_two_texts_and_a_text_on_both_sides(load, corpus, tmp_path):
+def test_clip_with_two_texts_and_text_on_both_sides(load, corpus, tmp_path):
     corpus[7]["audio"] = corpus[3]["audio"]
     del corpus[7]["duration"]
     copy = {"audio": noise(tmp_path / "v.wav", 1.0, 99), "text": f"  {corpus[2]['text'].upper()} "}
@@ -124,7 +124,7 @@ def test_a_clip_under_two_texts_and_a_text_on_both_sides(load, corpus, tmp_path)
     assert "val.jsonl:1: text: is also trained on, in " in said and "train.jsonl:3" in said
     assert len(left(tmp_path)) == 2
     other = [{"audio": corpus[3]["audio"], "text": "Of another manifest."}]
-    for trained in (1, 2):  # also on the validation's side
+    for trained in (1, 2):  # also on the validation side
         said = load(corpus, val=other, trained=trained)[1]
         assert f"val.jsonl:1: audio: the same clip has a different text in {tmp_path}/train.jsonl:4; one of" in said
 
@@ -143,7 +143,7 @@ def test_rows_of_an_array_on_one_line_are_counted_and_named(load, corpus, tmp_pa
     assert found == [(1, 4, "text"), (1, 7, "audio"), (1, 7, "duration")]
 
 
-def test_texts_are_the_same_whatever_their_punctuation_and_their_accents_bytes(load, corpus, tmp_path):
+def test_texts_are_compared_without_punctuation_and_composition(load, corpus, tmp_path):
     corpus[2]["text"], corpus[3]["text"] = "Un caf\u00e9, so long as that.", "की की की की"
     texts = ["[laugh] un cafe\u0301 so long as that", "का का का का", "Nothing like it."]
     val = [{"audio": noise(tmp_path / f"v{i}.wav", 1.0, 90 + i), "text": text} for i, text in enumerate(texts)]
@@ -151,8 +151,8 @@ def test_texts_are_the_same_whatever_their_punctuation_and_their_accents_bytes(l
     assert said.count(": text: is also trained on, in ") == 1 and "val.jsonl:1: text: is also trained on" in said
 
 
-def test_a_length_that_is_not_the_clips(load, corpus, tmp_path):
-    corpus[0]["duration"] += 0.3  # rounded, or silence that was cut
+def test_stated_length_that_differs_from_the_clips(load, corpus, tmp_path):
+    corpus[0]["duration"] += 0.3  # rounding, or trimmed silence
     corpus[1]["duration"] += 9.3
     clip, _ = soundfile.read(tmp_path / "9.wav")
     soundfile.write(tmp_path / "wrong.wav", clip, 8000)
@@ -179,7 +179,7 @@ def test_a_length_that_is_not_the_clips(load, corpus, tmp_path):
 
 
 @pytest.mark.parametrize("counted", [False, True])
-def test_a_row_longer_than_the_bound_is_a_fault(load, corpus, counted):
+def test_row_over_the_token_limit_is_a_fault(load, corpus, counted):
     corpus[11]["text"] = "word " * 100
     with pytest.raises(ConfigError, match=r"train.jsonl:12: row: takes 6\d\d tokens, over --max_row_tokens 600"):
         load(corpus, max_row_tokens=600, count_tokens=counted)
@@ -188,8 +188,8 @@ def test_a_row_longer_than_the_bound_is_a_fault(load, corpus, counted):
     assert len(load(corpus, max_row_tokens=800, count_tokens=counted)[0][0]) == 30
 
 
-def test_the_bound_on_tokens_is_never_below_their_number(tokenizer, tiny_config):
-    """What it leaves out is not counted, so that it must not be too low for any kind of row."""
+def test_estimate_of_tokens_is_an_upper_bound(tokenizer, tiny_config):
+    """Rows below the limit by this estimate are not counted, so it must not be too low for any kind of row."""
     clip = AudioRef(raw_audio="x")
     talk = (
         Turn("system", ("",)),
@@ -206,7 +206,7 @@ def test_the_bound_on_tokens_is_never_below_their_number(tokenizer, tiny_config)
         assert index.tokens(row) <= bound < index.tokens(row) + 128 * (len(messages) + len(row.audio_refs))
 
 
-def test_a_hundred_thousand_bad_rows_print_one_screen(load, tmp_path):
+def test_hundred_thousand_bad_rows_print_one_screen(load, tmp_path):
     rows = [{"audio": "a.wav", "text": ""} for _ in range(60_000)] + [
         {"audio": 7, "text": f"{i}"} for i in range(40_000)
     ]
@@ -232,7 +232,7 @@ def test_a_hundred_thousand_bad_rows_print_one_screen(load, tmp_path):
     }
 
 
-def test_kinds_leave_names_and_numbers_out_and_their_own_number_is_bounded():
+def test_kinds_omit_names_and_numbers_and_are_limited_in_number():
     faults = [Fault("m", i, f"messages[{i}].content", f"'{i}\\'x' lasts {i}.5 s, over -1e3") for i in range(30)]
     assert {fault.kind for fault in faults} == {"messages[].content: … lasts N s, over N"}
     many = [Fault("m", i, "row", "is bad " + "x" * (i % 50)) for i in range(5000)]
@@ -240,7 +240,7 @@ def test_kinds_leave_names_and_numbers_out_and_their_own_number_is_bounded():
     assert len(lines) == 20 * 22 + 1 and lines[-1] == "… and 3,000 more, of 30 other kinds"
 
 
-def test_a_folder_that_cannot_be_written_to_keeps_no_fault_from_being_told(tmp_path):
+def test_faults_are_reported_even_if_the_folder_is_not_writable(tmp_path):
     (tmp_path / "file").write_text("")
     assert write_faults(tmp_path / "file", [Fault("m", 1, "row", "is bad")]) is None
     assert write_faults(tmp_path, [Fault("m", 1, "row", "is bad")]) == tmp_path / "faults.jsonl"

@@ -157,7 +157,7 @@ class CodeStore:
                 return self._read(location)
             except ValueError as error:
                 damage = damage or f"{location.file} is corrupt at byte {location.offset} ({error})"
-        raise ValueError(f"{damage}; start again to encode the clip again")
+        raise ValueError(f"{damage}; start again to re-encode it")
 
     def frames(self, key: bytes) -> int:
         """Returns the number of frames of a key's codes. Raises MissingCodesError."""

@@ -41,7 +41,7 @@ from .texts import PLAIN, composed, holds_times, is_visible, with_plain_letters
 _A_FILE = re.compile(r"[^\n]{0,400}\.[A-Za-z]\w{1,8}|[./~][^\s]{1,400}")
 NO_CLIP = ("", "placeholder", None)  # upstream's values for a missing clip
 _AN_OBJECT = re.compile(r"a valid dictionary( or instance of \w+)?")
-OWN_REFERENCE = "the row's own target clip; give another clip of the same voice, or none"
+OWN_REFERENCE = "the row's target clip; give another clip of the voice, or none"
 
 
 @dataclass

@@ -167,11 +167,11 @@ def wrong_lengths(speech: SpeechStats) -> Iterator[Fault]:
     off = np.where(sliced, stated - seconds > SLICE_SEC, far)
     for i in np.flatnonzero((stated > 0) & (seconds > 0) & off).tolist():
         if sliced[i]:
-            problem = f"says {stated[i]:.2f} s, but the file ends {seconds[i]:.2f} s after the offset"
+            problem = f"is {stated[i]:.2f} s, but the file ends {seconds[i]:.2f} s after the offset"
         else:
             other_rate = _is_ratio_of_rates(seconds[i] / stated[i], seconds[i])
             hint = "; its sample rate may be wrong" if other_rate else ""
-            problem = f"says {stated[i]:.2f} s, but the clip lasts {seconds[i]:.2f} s{hint}"
+            problem = f"says {stated[i]:.2f} s, the clip lasts {seconds[i]:.2f} s{hint}"
         yield speech.fault(i, "duration", problem, warning=True)
 
 
@@ -227,7 +227,7 @@ def clips_of_two_texts(sides: Sequence[SpeechStats]) -> Iterator[Fault]:
     first_of = first[group.reshape(-1)]
     for i in np.flatnonzero(texts != texts[first_of]).tolist():
         (side, row), (other, earlier) = found(int(rows[i])), found(int(rows[first_of[i]]))
-        problem = f"the same clip has a different text in {other.at(earlier)}; one of the two is wrong"
+        problem = f"the same clip has another text in {other.at(earlier)}; one of them is wrong"
         yield side.fault(row, "audio", problem, warning=True)
 
 

@@ -273,7 +273,7 @@ def patched(path: Path, place: int, value: int) -> AudioRef:
 @pytest.mark.parametrize("riff", [None, 0, 0xFFFFFFFF, 40])
 @pytest.mark.parametrize("data", [0, 4000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 0xFFFFFFFF - 36, 32044])
 def test_wav_with_wrong_sizes_is_read_to_its_end(tmp_path, riff, data):
-    """Like ffmpeg reads a file that was written to a pipe."""
+    """As ffmpeg does for files written to a pipe."""
     clip = np.random.default_rng(0).normal(0, 0.1, 16000)
     path = write(tmp_path / "clip.wav", clip).path
     whole, _ = read_audio(AudioRef(path=path))
@@ -418,7 +418,7 @@ def test_codecs_unknown_to_libsndfile_are_decoded(tmp_path, suffix, codec):
 
 
 def test_late_track_with_a_length_of_its_own(tmp_path, monkeypatch):
-    """Like mkvmerge writes tracks."""
+    """As written by mkvmerge."""
     encode(tmp_path / "clip.mka", "libopus", start=5.0)
     monkeypatch.setattr(containers, "_stated_end", lambda tags: 2.0)
     assert duration_sec(AudioRef(tmp_path / "clip.mka")) == pytest.approx(2.0, abs=0.05)

@@ -111,9 +111,7 @@ def test_corrupt_codes_are_refused_and_encoded_again(tmp_path, codec, damage):
     good = cache.get(REFS[0])
     damage(*(next(cache.folder.glob(pattern)) for pattern in ("*.codes", "*.index")))
     for reader in (cache, CodeCache(tmp_path, codec)):  # an open one, which has read the codes before, and a new one
-        with pytest.raises(
-            ValueError, match=r"\.codes is corrupt at byte 0 \(.*\); start again to encode the clip again"
-        ):
+        with pytest.raises(ValueError, match=r"\.codes is corrupt at byte 0 \(.*\); start again to re-encode it"):
             reader.get(REFS[0])
     codec.encoded = 0
     assert cache.ensure(REFS[:2]) == {}
@@ -150,7 +148,7 @@ def test_partial_record_is_skipped_and_later_ones_are_read(tmp_path, codec):
     cache = CodeCache(tmp_path, codec)
     cache.ensure(REFS[:2])
     (index,) = cache.folder.glob("*.index")
-    index.write_bytes(index.read_bytes()[:-1])  # like after a killed writer
+    index.write_bytes(index.read_bytes()[:-1])  # as left by a killed writer
     codec.encoded = 0
     assert CodeCache(tmp_path, codec).ensure(REFS[:3]) == {} and codec.encoded == 2
     codec.encoded = 0

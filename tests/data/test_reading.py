@@ -44,7 +44,7 @@ def checked(path, **options):
 
 
 def dumped(**more):
-    """A row like `dataclasses.asdict` of upstream's ChatMLSample."""
+    """Returns a row as dumped by `dataclasses.asdict` from upstream's ChatMLSample."""
     clip = {"audio_url": "a.wav", "raw_audio": "", "offset": None, "duration": None, "row_id": None, "type": "audio"}
     return {
         "messages": [

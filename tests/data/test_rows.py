@@ -201,14 +201,8 @@ def test_copy_of_the_target_clip_is_refused_as_reference(load, manifests, tmp_pa
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     for (train, _), warned, _ in load(2):
         assert [row.line for row in train] == [4, 6, 7]
-        found = [
-            line.split(": ", 1)[1]
-            for line in warned.splitlines()
-            if "has the same content as the row's own target clip" in line
-        ]
-        of_speech = (
-            "ref_audio: has the same content as the row's own target clip; give another clip of the same voice, or none"
-        )
+        found = [line.split(": ", 1)[1] for line in warned.splitlines() if "has the same content as the row's" in line]
+        of_speech = "ref_audio: has the same content as the row's target clip; give another clip of the voice, or none"
         assert found == [of_speech] * 3 + [of_speech.replace("ref_audio", "messages[0].content[0]")]
 
 

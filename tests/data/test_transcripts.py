@@ -117,16 +117,13 @@ def test_clip_with_two_texts_and_text_on_both_sides(load, corpus, tmp_path):
     (train, val), said = load(corpus, val=[copy])
     assert len(train) == 30 and len(val) == 1
     assert said.count(": audio: ") == 1
-    assert (
-        f"train.jsonl:8: audio: the same clip has a different text in {tmp_path}/train.jsonl:4; one of the two is"
-        in said
-    )
+    assert f"train.jsonl:8: audio: the same clip has another text in {tmp_path}/train.jsonl:4; one of them is" in said
     assert "val.jsonl:1: text: is also trained on, in " in said and "train.jsonl:3" in said
     assert len(left(tmp_path)) == 2
     other = [{"audio": corpus[3]["audio"], "text": "Of another manifest."}]
     for trained in (1, 2):  # also on the validation side
         said = load(corpus, val=other, trained=trained)[1]
-        assert f"val.jsonl:1: audio: the same clip has a different text in {tmp_path}/train.jsonl:4; one of" in said
+        assert f"val.jsonl:1: audio: the same clip has another text in {tmp_path}/train.jsonl:4; one of" in said
 
 
 def test_rows_of_an_array_on_one_line_are_counted_and_named(load, corpus, tmp_path):
@@ -136,9 +133,7 @@ def test_rows_of_an_array_on_one_line_are_counted_and_named(load, corpus, tmp_pa
     said = load(corpus, array=True, skip_bad_rows=True)[1]
     assert "training without 7 bad rows:" in said and "train.jsonl:1[16]: text: is empty" in said
     assert "2 rows with warnings" in said
-    assert (
-        "train.jsonl:1[7]: audio: the same clip has a different text in " in said and "train.jsonl:1[3]; one of" in said
-    )
+    assert "train.jsonl:1[7]: audio: the same clip has another text in " in said and "train.jsonl:1[3]; one of" in said
     found = [(row["line"], row["element"], row["field"]) for row in left(tmp_path) if row["level"] == "warning"]
     assert found == [(1, 4, "text"), (1, 7, "audio"), (1, 7, "duration")]
 
@@ -165,13 +160,11 @@ def test_stated_length_that_differs_from_the_clips(load, corpus, tmp_path):
     corpus[24] |= {"offset": 0.2, "duration": soundfile.info(tmp_path / "24.wav").duration - 0.2}
     (train, _), said = load(corpus)
     lines = [line for line in said.splitlines() if ": duration: " in line]
-    assert "train.jsonl:2: duration: says 10.73 s, but the clip lasts 1.4" in lines[0] and "sample rate" not in lines[0]
+    assert "train.jsonl:2: duration: says 10.73 s, the clip lasts 1.4" in lines[0] and "sample rate" not in lines[0]
     assert "train.jsonl:10: duration: says 1.33 s" in lines[1]
     assert lines[1].endswith("; its sample rate may be wrong")
     for line, words in zip(
-        lines[2:5],
-        ("says 30.00 s, but the clip", "says 30.00 s, but the file ends 2.32 s", "says 0.30 s, but the clip"),
-        strict=True,
+        lines[2:5], ("says 30.00 s, the", "is 30.00 s, but the file ends 2.32 s", "says 0.30 s, the"), strict=True
     ):
         assert f" duration: {words}" in line
     assert lines[5].endswith("after the offset") and len(lines) == 6

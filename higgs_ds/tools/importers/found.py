@@ -157,9 +157,7 @@ class Found:
 
     def lines(self, file: Path) -> list[str]:
         """Returns the notes, unread columns, and one line for each reason for leaving rows out."""
-        forms = {
-            f"{file}: {n:,} × text file with {form}, only the words are read": form for form, n in self.forms.items()
-        }
+        forms = {f"{file}: {n:,} × only words read from a text file: {form}": form for form, n in self.forms.items()}
         left_out = {f"left out: {n:,} × {reason}": reason for reason, n in self.left_out.items()}
         said, left = ([f"{line}, e.g. {self.examples[key]}" for line, key in of.items()] for of in (forms, left_out))
         return [*self.notes, *said, *unread_lines(self.columns, str(file)), *left]

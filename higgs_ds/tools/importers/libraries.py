@@ -205,9 +205,7 @@ def _read_recipe(path: Path, found: Found, recipe: str) -> None:
     parameters = inspect.signature(prepare).parameters
     values: dict[str, Any] = {key: _value(text) for key, _, text in (option.partition("=") for option in options)}
     if unknown := values.keys() - parameters.keys():
-        raise ConfigError(
-            [f"--from lhotse:{name}: unknown option {', '.join(unknown)}; it has {', '.join(parameters)}"]
-        )
+        raise ConfigError([f"--from lhotse:{name}: no option {', '.join(unknown)}; it has {', '.join(parameters)}"])
     there = sorted(folder.name for folder in path.iterdir() if folder.is_dir() and part_of(folder.name))
     if "dataset_parts" in parameters and there:
         values.setdefault("dataset_parts", there)

@@ -196,7 +196,7 @@ def test_kaldi_segments_are_read_and_commands_refused(tmp_path):
 
 
 def in_a_pool(*job):
-    """Like Common Voice's recipe, in a separate process."""
+    """As in Common Voice's recipe, in a separate process."""
     with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(*job).result()
 

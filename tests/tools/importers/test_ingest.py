@@ -1,4 +1,4 @@
-"""Imports of users' files, written like by their tools; the result is read as a manifest."""
+"""Imports of users' files, written as by their tools; the result is read as a manifest."""
 
 import csv
 import json

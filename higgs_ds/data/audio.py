@@ -20,7 +20,7 @@ from .sound_headers import TRUNCATED_SEC, AudioError, present_share, repaired, w
 
 # A header may claim any rate; resampling a small file from 1 Hz could exhaust memory.
 MIN_SAMPLE_RATE, MAX_SAMPLE_RATE = 4000, 768_000
-# Above the length of any clip: libsndfile reports such a count for a stream without a length in its header.
+# More samples than any clip has; libsndfile reports such counts for streams without a length in their header.
 UNKNOWN_LENGTH = 1 << 48
 READ_SAMPLES = 1 << 20
 # Channels of one sound are loud at the same time; channels with one speaker each are not.

@@ -61,7 +61,7 @@ _STARTS = {
 _JSON = json.JSONDecoder()
 
 
-class KeyedOnce(dict):
+class JsonDict(dict):
     """A JSON object that records its duplicate keys in `repeated`."""
 
     def __init__(self, pairs: list[tuple[str, Any]]):
@@ -80,8 +80,8 @@ def keys_given_twice(content: bytes, value: object) -> list[str]:
         return []
     repeated: list[str] = []
 
-    def noted(pairs: list[tuple[str, Any]]) -> KeyedOnce:
-        repeated.extend((found := KeyedOnce(pairs)).repeated)
+    def noted(pairs: list[tuple[str, Any]]) -> JsonDict:
+        repeated.extend((found := JsonDict(pairs)).repeated)
         return found
 
     json.loads(content, object_pairs_hook=noted)
@@ -133,9 +133,9 @@ def _first_elements(text: str, count: int) -> list[Any]:
     with contextlib.suppress(ValueError, RecursionError):
         while len(values) < count:
             text = text.lstrip(" \t\r\n,")
-            value, behind = _JSON.raw_decode(text)
+            value, end = _JSON.raw_decode(text)
             values.append(value)
-            text = text[behind:]
+            text = text[end:]
     return values
 
 
@@ -162,15 +162,15 @@ def _other_json(content: bytes) -> str | None:
     if not text.startswith("{"):
         return None
     try:
-        value, behind = _JSON.raw_decode(text)
+        value, end = _JSON.raw_decode(text)
     except (ValueError, RecursionError):  # one object may fill the file
         text = content.decode("utf-8-sig", "replace").lstrip()
         if not (found := _first_elements(text, 1)):
             return None
-        value, behind = found[0], len(text)
-    follows = text[behind:].split("\n", 1)[0].strip()
+        value, end = found[0], len(text)
+    follows = text[end:].split("\n", 1)[0].strip()
     if _is_row(value):
-        if "\n" in text[:behind].rstrip():
+        if "\n" in text[:end].rstrip():
             return "has objects that span several lines; write each on one line, or all as a JSON array"
         if follows == ",":
             return "has a comma after each line; remove the commas, or enclose all objects in [ and ] as a JSON array"

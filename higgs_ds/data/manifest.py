@@ -70,7 +70,7 @@ class Manifest:
         self._rules = Rules(
             self.file, ClipPaths(path, audio_root), controls, prompt_style, channel, audio_track, trains
         )
-        self._known = dataclasses.replace(self._rules, checked=True)  # for rows that passed `check`
+        self._checked_rules = dataclasses.replace(self._rules, checked=True)  # for rows that passed `check`
         self._content = b""
         self._spans: np.ndarray = np.zeros((0, 2), np.int64)  # start and end of each row in `_content`, in bytes
         self._lines: np.ndarray = np.zeros(0, np.int64)  # 1-based
@@ -122,14 +122,14 @@ class Manifest:
 
     def row(self, number: int) -> Row:
         """Returns a row that passed `check`, without searching for its clips again."""
-        row, faults = self._read(number, self._known)
+        row, faults = self._read(number, self._checked_rules)
         assert row is not None, faults
         return row
 
     def column(self, number: int, name: str) -> Any:
         """Returns the value of any column, also an unread one, of a row that passed `check`; None if it is missing."""
-        first, behind = self._spans[number]
-        return from_json(self._content[first:behind]).get(name)
+        start, end = self._spans[number]
+        return from_json(self._content[start:end]).get(name)
 
     def clips_here(self, number: int) -> str:
         """Describes a row's clips as this process sees them: their sizes, or their faults. Counts nothing."""
@@ -142,8 +142,8 @@ class Manifest:
 
     def _read(self, number: int, rules: Rules) -> tuple[Row | None, list[Fault]]:
         line, element = int(self._lines[number]), number if self._shared else -1
-        first, behind = self._spans[number]
-        content = self._content[first:behind]
+        start, end = self._spans[number]
+        content = self._content[start:end]
         try:
             value = from_json(content, cache_strings="keys")
         except ValueError as error:
@@ -194,8 +194,8 @@ class Manifest:
         filled = spans[:, 0] < spans[:, 1]
         starts_blank = np.flatnonzero(filled)[np.isin(content[spans[filled, 0]], list(_BLANKS))]
         for i in starts_blank.tolist():
-            first, behind = spans[i]
-            filled[i] = bool(self._content[first:behind].strip(_BLANKS))
+            start, end = spans[i]
+            filled[i] = bool(self._content[start:end].strip(_BLANKS))
         self._lines = np.flatnonzero(filled) + 1
         self._spans = spans[filled]
 
@@ -210,10 +210,10 @@ class Manifest:
             while more:
                 line += text.count("\n", counted, at)
                 counted = at
-                _, behind = _SCANNER.raw_decode(text, at)
-                spans.append((at, behind))
+                _, end = _SCANNER.raw_decode(text, at)
+                spans.append((at, end))
                 lines.append(line)
-                at = _after_space(text, behind)
+                at = _after_space(text, end)
                 more = text.startswith(",", at)
                 if more:
                     at = _after_space(text, at + 1)

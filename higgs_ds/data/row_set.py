@@ -42,9 +42,9 @@ class RowSet(Sequence[Row]):
     def __getitem__(self, i: int | slice) -> Row | list[Row]:
         if isinstance(i, slice):
             return [self[n] for n in range(*i.indices(len(self)))]
-        behind = int(self.clip_ends[i])
+        end = int(self.clip_ends[i])
         first = int(self.clip_ends[i - 1]) if i else 0
-        return self._manifest(i).row(int(self.numbers[i])).with_keys(self.keys[first:behind])
+        return self._manifest(i).row(int(self.numbers[i])).with_keys(self.keys[first:end])
 
     def _manifest(self, i: int) -> Manifest:
         return self.manifests[int(np.searchsorted(self.ends, i, side="right"))]

@@ -97,7 +97,7 @@ def load_rows(
             sets = [loader.load(manifest, bar) for manifest in read]
     finally:
         gc.unfreeze()
-    loader.read_what_others_encoded()  # here, so that data workers share the index instead of each reading it
+    loader.refresh_index()  # here, so that data workers share the index instead of each reading it
     _report(read, trained, loader, options, ranks)
     for manifest, rows, faults in zip(read, sets, loader.faults, strict=True):
         if not rows:
@@ -216,7 +216,7 @@ class _Loader:
             if tokens > limit:
                 yield i, f"takes {tokens} tokens, over --max_row_tokens {limit}"
 
-    def read_what_others_encoded(self) -> None:
+    def refresh_index(self) -> None:
         """Reads the index of codes again if other ranks encoded clips."""
         if self._others_encoded:
             self._cache.read_index()
@@ -272,7 +272,7 @@ class _Loader:
         by several ranks is encoded by one. Ranks synchronise every few seconds, so that the bar counts all clips.
         """
         ranks, cache = self._ranks, self._cache
-        self.read_what_others_encoded()
+        self.refresh_index()
         shares = ranks.gather(np.frombuffer(b"".join(map(_identity, refs)), "<u8").reshape(-1, 2))
         start = sum(map(len, shares[: ranks.rank]))
         own = slice(start, start + len(refs))

@@ -55,7 +55,7 @@ class Rules:
     channel: int | None = None  # default for rows that name none
     audio_track: int | None = None
     trains: bool | None = None  # True: training manifest, False: validation manifest, None: unknown
-    checked: bool = False  # True: the rows passed before, so nothing is counted and no clip is searched for
+    checked: bool = False  # True: the rows have passed, so nothing is counted and clips are not checked for existence
     unread: Counter[str] = field(default_factory=Counter)  # unread columns and fields, with their number of rows
     scenes: int = 0  # valid rows with a scene
     texts: TextFindings = field(default_factory=TextFindings)
@@ -72,15 +72,15 @@ def read_row(value: Any, rules: Rules, line: int, element: int = -1) -> tuple[Ro
     try:
         if read.kind == "speech":
             speech = SpeechRow.model_validate(_by_field(value, read), context=rules)
-            row = _of_speech(speech, read.column, rules, line, element)
+            row = _speech_row(speech, read.column, rules, line, element)
         elif read.kind == "chatml":
             if value.get("audios"):  # otherwise the clips would be ignored and their tags trained as text
                 command = import_command("ms-swift", rules.file)
                 found.append(("audios", f"is a field of ms-swift; convert the file with: {command}"))
             talk = TalkRow.model_validate(value | {n: value[c] for n, c in read.column.items()}, context=rules)
-            row = _of_talk(talk, rules, line, element)
+            row = _talk_row(talk, rules, line, element)
             if not rules.checked:
-                found += [*_unknown(talk, unread), *_of_spoken(row, rules)]
+                found += [*_unknown_fields(talk, unread), *_transcript_faults(row, rules)]
     except ValidationError as error:
         found += _problems(error, read)
     if rules.checked:
@@ -152,7 +152,7 @@ def _unspeakable(text: str, rules: Rules) -> str | None:
     return None
 
 
-def _of_spoken(row: Row, rules: Rules) -> Iterator[tuple[str, str]]:
+def _transcript_faults(row: Row, rules: Rules) -> Iterator[tuple[str, str]]:
     """Yields the fault in the transcript of a conversation's target clip."""
     said = row.target()
     if said is not None and (problem := _unspeakable(said[0], rules)):
@@ -186,7 +186,7 @@ def _clip(value: Any, info: ValidationInfo[Rules]) -> AudioRef:
     return AudioRef(path)
 
 
-def _whole(value: Any) -> Any:
+def _integer(value: Any) -> Any:
     """Turns an integral float into an int; tables store a column of counts with gaps as floats."""
     value = _given(value)
     return int(value) if isinstance(value, float) and value.is_integer() else value
@@ -196,7 +196,7 @@ def _channel(value: Any) -> Any:
     """Reads a channel number, also in a list of one (lhotse, NeMo); NeMo's `average` means all channels mixed."""
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
-    return MIX if value in ("average", "mix") else _whole(value)
+    return MIX if value in ("average", "mix") else _integer(value)
 
 
 def _split(value: Any, info: ValidationInfo[Rules]) -> Any:
@@ -218,7 +218,7 @@ Maybe = BeforeValidator(_given)
 Seconds = Annotated[float | None, Field(allow_inf_nan=False), Maybe]
 Offset = Annotated[float | None, Field(ge=0, allow_inf_nan=False), Maybe]
 Channel = Annotated[int | None, Field(ge=MIX), BeforeValidator(_channel)]
-Count = Annotated[int | None, Field(ge=0), BeforeValidator(_whole)]
+Count = Annotated[int | None, Field(ge=0), BeforeValidator(_integer)]
 Split = Annotated[Any, AfterValidator(_split)]
 Speaker = Annotated[str | None, BeforeValidator(_name)]
 Clip = Annotated[AudioRef, PlainValidator(_clip)]
@@ -414,7 +414,7 @@ def _in_seconds(value: Any, unit: float) -> Any:
         return value
 
 
-def _of_speech(speech: SpeechRow, column: dict[str, str], rules: Rules, line: int, element: int) -> Row:
+def _speech_row(speech: SpeechRow, column: dict[str, str], rules: Rules, line: int, element: int) -> Row:
     reference = speech.ref_audio
     if reference is not None:
         reference = _Slice().of(reference, column["ref_audio"], rules)
@@ -431,7 +431,7 @@ def _of_speech(speech: SpeechRow, column: dict[str, str], rules: Rules, line: in
     return Row(turns, start_index, speech.speaker, *place, True, scene, rules.prompt_style, element)
 
 
-def _of_talk(talk: TalkRow, rules: Rules, line: int, element: int) -> Row:
+def _talk_row(talk: TalkRow, rules: Rules, line: int, element: int) -> Row:
     turns = []
     stated_sec: float | None = None  # of the last turn's clip
     for i, turn in enumerate(talk.messages):
@@ -473,7 +473,7 @@ def _without_blanks(pieces: list[str | AudioRef]) -> tuple[str | AudioRef, ...]:
     return tuple(piece for piece in pieces if piece != "")
 
 
-def _unknown(talk: TalkRow, unread: dict[str, None]) -> Iterator[tuple[str, str]]:
+def _unknown_fields(talk: TalkRow, unread: dict[str, None]) -> Iterator[tuple[str, str]]:
     """Yields faults of unknown fields that may affect training; adds the others to `unread`."""
     for i, turn in enumerate(talk.messages):
         for where, part in ((f"messages[{i}]", turn), *_pieces(turn, f"messages[{i}].content")):
@@ -508,10 +508,10 @@ def _problems(error: ValidationError, read: Reading) -> Iterator[tuple[str, str]
                 name += f"[{part}]"
             elif not part.startswith("#"):
                 name += f".{part}" if name else read.column.get(part, part)
-        yield name, _words(found)
+        yield name, _message(found)
 
 
-def _words(found: ErrorDetails) -> str:
+def _message(found: ErrorDetails) -> str:
     if found["type"] == "fault":
         return found["msg"]
     if found["type"] == "missing":

@@ -165,7 +165,7 @@ def without_count(source: Path | io.BytesIO) -> Path | io.BytesIO | None:
 
 def _mp3_without_count(content: bytes) -> io.BytesIO | None:
     """Implements `without_count` for an MP3."""
-    at, end = _behind_tags(content, 0), len(content)
+    at, end = _after_tags(content, 0), len(content)
     at += len(content[at : at + MOST_TAIL_BYTES]) - len(content[at : at + MOST_TAIL_BYTES].lstrip(b"\0"))  # padding
     if not _mpeg_frame(content[at : at + 4]):
         return None  # another format, or damaged: the decoder reports it
@@ -178,8 +178,8 @@ def _mp3_without_count(content: bytes) -> io.BytesIO | None:
     while at < end:
         size = _mpeg_frame(content[at : at + 4])
         if not size:
-            behind = _behind_tags(content, at)
-            at = behind if behind > at else _next_frame(content, at, end)
+            after = _after_tags(content, at)
+            at = after if after > at else _next_frame(content, at, end)
             continue
         if at + size > end and end - at > 4:
             raise AudioError(f"is truncated within frame {len(frames)}")
@@ -208,7 +208,7 @@ def _mpeg_frame(head: bytes) -> int:
     return (144 if of_one else 72) * kbit * 1000 // sample_rate + (head[2] >> 1 & 1)
 
 
-def _behind_tags(content: bytes, at: int) -> int:
+def _after_tags(content: bytes, at: int) -> int:
     while content[at : at + 3] == b"ID3" and len(content) >= at + 10:
         sizes = content[at + 6 : at + 10]
         at += 10 + sum((byte & 0x7F) << 7 * (3 - i) for i, byte in enumerate(sizes))

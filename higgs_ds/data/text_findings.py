@@ -166,7 +166,7 @@ class TextFindings:
         if 2 * seen.count <= self.rows or seen.count < (LEAST_LABELLED if is_label else LEAST_ROWS):
             return None
         opening = seen.example[: seen.example.rfind(" ") + 1]
-        is_all = seen.example.endswith(_SENTENCE_ENDS)  # one text many times, no opening
+        is_all = seen.example.endswith(_SENTENCE_ENDS)  # a repeated text, not an opening
         return None if opening == "" or is_all or word.startswith(("[SPEAKER", "<SE")) else opening
 
 

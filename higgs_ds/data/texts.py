@@ -346,7 +346,7 @@ def _table(lines: list[str]) -> list[str] | None:
         if column is None:
             return []
         rows = [row for row in rows if len(row) > max(column, kind or 0)]
-        last = column == len(names) - 1  # a text that holds the delimiter
+        last = column == len(names) - 1  # a text may contain the delimiter
         return [
             (delimiter + " ").join(row[column:]) if last else row[column]
             for row in rows

@@ -284,7 +284,7 @@ def test_wav_with_wrong_sizes_is_read_to_its_end(tmp_path, riff, data):
         assert np.array_equal(read_audio(same)[0], whole) and duration_sec(same) == 1.0
 
 
-BEHIND = [
+EXTRA = [
     b"TAG" + b"x" * 125,
     b"ID3\x04\x00\x00\x00\x00\x02\x01" + b"x" * 200,
     b"LIST\xf4\x01\x00\x00INFOISFT" + b"x" * 200,  # truncated
@@ -295,13 +295,13 @@ BEHIND = [
 ]
 
 
-@pytest.mark.parametrize("behind", BEHIND)
+@pytest.mark.parametrize("extra", EXTRA)
 @pytest.mark.parametrize("bits", ["PCM_16", "PCM_U8"])
-def test_bytes_after_a_correct_data_chunk_are_not_sound(tmp_path, behind, bits):
+def test_bytes_after_a_correct_data_chunk_are_not_sound(tmp_path, extra, bits):
     samples = 16000 if bits == "PCM_16" else 15999  # an odd number of bytes, without padding
     path = write(tmp_path / "clip.wav", np.random.default_rng(0).normal(0, 0.1, samples), subtype=bits).path
     whole, _ = read_audio(AudioRef(path=path))
-    path.write_bytes(path.read_bytes()[: 44 + samples * (2 if bits == "PCM_16" else 1)] + behind)
+    path.write_bytes(path.read_bytes()[: 44 + samples * (2 if bits == "PCM_16" else 1)] + extra)
     for ref in (AudioRef(path=path), in_base64(path)):
         assert np.array_equal(read_audio(ref)[0], whole) and duration_sec(ref) == len(whole) / 16000
 

@@ -12,7 +12,7 @@ from typing import Any
 from ...data.chatml import speech_messages
 from ...data.foreign import FORMATS, TABLE_NAMES, guess, lines_in, with_texts
 from ...errors import ConfigError, reading
-from .found import REF_AUDIO_COLUMNS, TWICE, ClipFinder, Found, below_root, beside, clean, first, named
+from .found import DUPLICATE, REF_AUDIO_COLUMNS, ClipFinder, Found, below_root, beside, clean, first, named
 from .libraries import read_datasets, read_lhotse
 from .ms_swift import read_ms_swift
 from .parts import one_format_each, speakers_in
@@ -85,7 +85,7 @@ def read_train_higgs_audio(path: Path, found: Found) -> None:
     clips = ClipFinder(file.parent)
     for origin, sample in _samples(file, found):
         if (values := named(sample)) is None:
-            found.leave_out(TWICE, origin)
+            found.leave_out(DUPLICATE, origin)
             continue
         speakers = values.pop("ref_speakers", None)
         if (row := _with_texts(values, clips, found)) is None:
@@ -102,7 +102,7 @@ def _samples(file: Path, found: Found) -> Iterator[tuple[str, dict]]:
     try:
         whole = DECODER.decode(file.read_text(encoding="utf-8-sig").strip())
     except json.JSONDecodeError:
-        yield from json_rows(file, found)  # a sample a line
+        yield from json_rows(file, found)  # one sample per line
         return
     samples = whole.get("samples", [whole]) if isinstance(whole, dict) else whole
     if not isinstance(samples, list) or (isinstance(whole, dict) and not {"samples", "transcript_file"} & whole.keys()):

@@ -28,7 +28,7 @@ _COLUMNS = {
     "ref_text": ("ref_text", *SYNONYMS["ref_text"].split()),
 }
 _KNOWN = frozenset((*SPLIT_COLUMNS, *(name for names in _COLUMNS.values() for name in names)))
-TWICE = "rows with a duplicate column"
+DUPLICATE = "rows with a duplicate column"
 _FOLDERS = ("", "wavs", "wav", "audio", "clips")
 _SUFFIXES = ("", ".wav", ".flac", ".mp3", ".ogg", ".m4a", *sorted(AUDIO_SUFFIXES))
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -72,7 +72,7 @@ class Found:
         """
         values = named(row)
         if values is None:
-            self.leave_out(TWICE, origin)
+            self.leave_out(DUPLICATE, origin)
             return
         filled = {name: value for name, value in values.items() if _holds(value)}
         columns, cuts, splits, unread = _columns_of(tuple(filled))
@@ -132,7 +132,7 @@ class Found:
         if words is None and form == "no words":
             return ""
         if words is None:
-            self.leave_out(f"rows whose text file holds {form}", str(file))
+            self.leave_out(f"rows whose text file contains {form}", str(file))
         elif form is not None:
             self.forms[form] += 1
             self.examples.setdefault(form, str(file))

@@ -60,9 +60,9 @@ class Sound:
         if self.trim:
             from librosa.effects import trim
 
-            _, (first, behind) = trim(waveform, top_db=TRIM_DB, frame_length=1024, hop_length=256)
+            _, (start, end) = trim(waveform, top_db=TRIM_DB, frame_length=1024, hop_length=256)
             margin = round(TRIM_MARGIN_SEC * sample_rate)
-            waveform = waveform[max(0, first - margin) : behind + margin]
+            waveform = waveform[max(0, start - margin) : end + margin]
         if self.resample is not None and self.resample != sample_rate:
             import soxr
 

@@ -10,7 +10,7 @@ from typing import Any
 from ...data.chatml import ROLES
 from ...data.columns import member
 from ...data.foreign import AUDIO_TAG
-from .found import SPEAKER_COLUMNS, TWICE, Found, beside, clean, first, named, word_of
+from .found import DUPLICATE, SPEAKER_COLUMNS, Found, beside, clean, first, named, word_of
 from .tables import json_rows
 
 CLIP_KEYS = ("audio", "audio_url", "path", "url")  # in a part of a message's content
@@ -37,7 +37,7 @@ def read_ms_swift(path: Path, found: Found) -> None:
     for origin, row in json_rows(path, found):
         try:
             if (values := named(row)) is None:
-                raise _LeftOut(TWICE)
+                raise _LeftOut(DUPLICATE)
             given = _messages(values)
             turns = _with_clips([(m["role"], _pieces(m.get("content"))) for m in given], values.get("audios"), path)
             notes.update(_add(found, origin, values, turns, _start_index(given)))
@@ -51,7 +51,7 @@ def _messages(values: dict[str, Any]) -> list[dict]:
     if not isinstance(given, list) or not given or not all(isinstance(message, dict) for message in given):
         raise _LeftOut(NO_CONVERSATION)
     if any(named(message) is None for message in given):
-        raise _LeftOut(TWICE)
+        raise _LeftOut(DUPLICATE)
     if any(message.get("role") not in ROLES for message in given):
         raise _LeftOut("conversations with roles other than system, user and assistant")
     if values.get("start_index") is not None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...data.columns import plain
-from ...data.foreign import AUDIO_SUFFIXES, DELIMITERS, FILE_COLUMNS, TEXT_COLUMNS, KeyedOnce, lines_in, table_delimiter
+from ...data.foreign import AUDIO_SUFFIXES, DELIMITERS, FILE_COLUMNS, TEXT_COLUMNS, JsonDict, lines_in, table_delimiter
 from .found import Found
 from .guessed_columns import MEANINGS, guess_columns
 
@@ -22,7 +22,7 @@ ID_COLUMNS = ("id", "name", "file_id", "wav_id", "utt_id", "utterance_id")  # us
 _Records = Iterable[tuple[int, list[str] | None]]  # line and cells; None for an unreadable line
 # Its objects record duplicate keys.
 DECODER = json.JSONDecoder(
-    object_pairs_hook=KeyedOnce,
+    object_pairs_hook=JsonDict,
     parse_int=lambda digits: int(digits) if len(digits) <= MOST_DIGITS else float(digits),
 )
 

@@ -235,7 +235,7 @@ def test_bad_rows_are_listed_together_and_nothing_is_trained(forks, flags_of, tm
         (4, "audio", "NaN"),
         (5, "audio", "decoded"),
         (6, "audio", "over --max_duration_sec 3"),
-        (7, "audio", "nothing is fetched"),
+        (7, "audio", "URLs are not fetched"),
         (8, "audio", "missing"),
         (9, "messages", "assistant"),
         (10, "", ""),

@@ -1,4 +1,4 @@
-"""Clips of a manifest: reading, measuring, hashing by content, and writing."""
+"""Reading, measuring, hashing and writing of clips."""
 
 import base64
 import hashlib
@@ -16,46 +16,46 @@ from ..errors import reason_of
 from ..files import replacing
 from .chatml import MIX, AudioRef
 from .containers import LENGTH_TOLERANCE_SEC, ContainerFile, TrackError
-from .sound_headers import CUT_OFF_SEC, AudioError, mended, share_there, uncounted
+from .sound_headers import TRUNCATED_SEC, AudioError, present_share, repaired, without_count
 
-# A header may claim any rate; resampling from 1 Hz would turn a small file into more than memory holds.
+# A header may claim any rate; resampling a small file from 1 Hz could exhaust memory.
 MIN_SAMPLE_RATE, MAX_SAMPLE_RATE = 4000, 768_000
-# More samples than any clip has: what libsndfile gives for a stream whose header leaves its length open.
+# More samples than any clip has; libsndfile reports such counts for streams without a length in their header.
 UNKNOWN_LENGTH = 1 << 48
 READ_SAMPLES = 1 << 20
-# Channels of one sound are loud at the same times, wherever its microphones stood; those of two speakers are not.
+# Channels of one sound are loud at the same time; channels with one speaker each are not.
 LEVEL_SEC, LEAST_LEVELS, SAME_SOUND = 0.05, 8, 0.5
-SILENT_PEAK = 1e-3  # -60 dB of full scale: below what any recording of speech peaks at
-# Lossy decoders overshoot full scale by some 10 %; integers that were written as floats, by thousands.
+SILENT_PEAK = 1e-3  # -60 dB of full scale: below the peak of any recorded speech
+# Lossy decoders overshoot full scale by about 10 %; integers stored as floats exceed it by factors of thousands.
 LARGEST_PEAK = 2.0
-# Format and subtype of what is written, by the file's ending.
+# Format and subtype of written files, by suffix.
 SOUND_FORMATS = {
     ".wav": ("WAV", "PCM_16"),
     ".flac": ("FLAC", "PCM_16"),
     ".ogg": ("OGG", "VORBIS"),
     ".mp3": ("MP3", "MPEG_LAYER_III"),
 }
-# A WAV of another encoding than these counts its samples by the block, more than its decoder gives.
+# WAVs in other encodings count whole blocks in their header, more samples than the decoder returns.
 WHOLE_SAMPLES = ("PCM_", "FLOAT", "DOUBLE", "ULAW", "ALAW")
 HASH_BYTES = 1 << 20
 MALFORMED = 3  # libsndfile's SF_ERR_MALFORMED_FILE
 
 
 def read_audio(ref: AudioRef, *, may_be_silent: bool = False) -> tuple[np.ndarray, int]:
-    """Mono waveform float32 [samples] and its sample rate in Hz: the channel that is chosen, or the mean of all.
+    """Reads a clip as a mono waveform, float32 [samples], with its sample rate in Hz.
 
-    A slice that goes on past the end stops at the end. Raises AudioError for a clip that is missing, cannot be
-    decoded whole, is empty, holds NaN, infinite or far too large samples, or whose offset is past its end; and for
-    silence unless it `may_be_silent`, also where only its channels cancel out: it would teach the model to say nothing;
-    and for channels of which each holds another voice, where none is chosen.
+    Takes the chosen channel, or the mean of all. A slice that extends past the end is cut there.
+    Raises AudioError for a clip that is missing, truncated or empty, for NaN, infinite or far too large samples, for
+    an offset past the end, and for different voices on the channels if none is chosen. Also, unless `may_be_silent`,
+    for silence, as of channels that cancel out: it would teach the model to say nothing.
     """
     with _opened(ref) as file:
         start, stop = _slice(file, ref)
         if isinstance(file, ContainerFile):
             file.decode()
-            start, stop = _slice(file, ref)  # its length is known by now
+            start, stop = _slice(file, ref)  # decoding has determined its length
         _go_to(file, start)
-        # In blocks, so that memory follows what is there and not what the header claims.
+        # In blocks, so that memory follows the actual length, not the one that the header claims.
         block = max(1, READ_SAMPLES // file.channels)
         mono: list[np.ndarray] = []
         levels: list[np.ndarray] = []
@@ -67,7 +67,7 @@ def read_audio(ref: AudioRef, *, may_be_silent: bool = False) -> tuple[np.ndarra
                 break
             if len(samples) == 0:
                 at, whole = (stop - left) / file.samplerate, file.frames / file.samplerate
-                raise AudioError(f"cannot be decoded: it ends after {at:.2f} s of {whole:.2f} s")
+                raise AudioError(f"is truncated: it ends after {at:.2f} s of {whole:.2f} s")
             if channel is None:
                 levels.append(_levels(samples, file.samplerate))
             elif channel != MIX:
@@ -78,37 +78,37 @@ def read_audio(ref: AudioRef, *, may_be_silent: bool = False) -> tuple[np.ndarra
         waveform, sample_rate = np.concatenate(mono), file.samplerate
         if levels and _differ(np.concatenate(levels)):
             raise AudioError(
-                f"holds something else on each of its {file.channels} channels; choose one, from 0 on, with --channel "
+                f"has different sound on its {file.channels} channels; choose one, from 0, with --channel "
                 "or the row's `channel` (-1: all mixed)"
             )
     if not np.isfinite(waveform).all():
-        raise AudioError("holds NaN or infinite samples")
+        raise AudioError("contains NaN or infinite samples")
     if channel_peak > LARGEST_PEAK:
-        raise AudioError(f"peaks at {channel_peak:.4g}, samples must be within -1 to 1; write it anew, scaled")
+        raise AudioError(f"peaks at {channel_peak:.4g}, samples must be within -1 to 1; rescale the file")
     if may_be_silent:
         return waveform, sample_rate
     level = float(waveform.mean(dtype=np.float64))
-    peak = float(np.abs(waveform - np.float32(level)).max())  # without the level that a bad sound card adds
+    peak = float(np.abs(waveform - np.float32(level)).max())  # without a constant offset, which some sound cards add
     if peak < SILENT_PEAK and abs(level) >= SILENT_PEAK:
-        raise AudioError(f"is silent (all its samples are {level:.2g})")
+        raise AudioError(f"is silent (all samples are {level:.2g})")
     if peak < SILENT_PEAK <= channel_peak:
-        raise AudioError(f"is silent once its {file.channels} channels are averaged; write one of them alone")
+        raise AudioError(f"is silent: its {file.channels} channels cancel out when averaged; choose one with --channel")
     if peak < SILENT_PEAK:
         raise AudioError(f"is silent (its loudest sample is {channel_peak:.2g} of full scale)")
     return waveform, sample_rate
 
 
 def duration_sec(ref: AudioRef) -> float:
-    """Seconds that `read_audio` will return, from the header alone. Raises AudioError for what has no usable header."""
+    """Returns a clip's length in seconds from its header, as `read_audio` will cut it. Raises AudioError."""
     with _opened(ref) as file:
         start, stop = _slice(file, ref)
         return (stop - start) / file.samplerate
 
 
 def content_hash(ref: AudioRef) -> str:
-    """sha256 in hex of the file's bytes and the slice: equal for the same clip under any name.
+    """Returns the SHA-256 in hex of the file's bytes and the slice: equal for the same clip under any name.
 
-    Raises AudioError where the bytes cannot be had.
+    Raises AudioError if the file is unreadable.
     """
     if ref.raw_audio is not None:
         content = hashlib.sha256(_decoded_base64(ref.raw_audio))
@@ -124,15 +124,15 @@ def content_hash(ref: AudioRef) -> str:
 
 
 def write_wav(path: str | Path, waveform: np.ndarray, sample_rate: int) -> None:
-    """Write a mono waveform [samples] as 16-bit WAV; see `write_sound`."""
+    """Writes a mono waveform [samples] as 16-bit WAV; see `write_sound`."""
     _write(path, waveform, sample_rate, *SOUND_FORMATS[".wav"])
 
 
 def write_sound(path: str | Path, waveform: np.ndarray, sample_rate: int) -> None:
-    """Write a mono waveform [samples] in the format of the file's ending, one of `SOUND_FORMATS`.
+    """Writes a mono waveform [samples] in the format of the file's suffix, one of `SOUND_FORMATS`.
 
-    Samples beyond -1..1 are clipped. The file appears whole. Raises OSError where it cannot be written,
-    ValueError for a waveform that is not one-dimensional or not finite, KeyError for another ending.
+    Clips samples to -1..1. The write is atomic. Raises OSError if it fails, ValueError for a waveform that is not
+    one-dimensional or not finite, KeyError for another suffix.
     """
     _write(path, waveform, sample_rate, *SOUND_FORMATS[Path(path).suffix.lower()])
 
@@ -146,39 +146,39 @@ def _write(path: str | Path, waveform: np.ndarray, sample_rate: int, kind: str, 
             replacing(Path(path), synced=False) as beside,
             soundfile.SoundFile(beside, "w", sample_rate, 1, subtype=subtype, format=kind) as file,
         ):
-            # Not all at once: libsndfile's Vorbis encoder takes the stack for what it is given.
+            # Not all at once: libsndfile's Vorbis encoder copies each block to the stack.
             for start in range(0, len(waveform), sample_rate):
                 file.write(np.clip(waveform[start : start + sample_rate], -1, 1))
     except soundfile.SoundFileError as error:
         raise OSError(_reason(error)) from error
-    except AssertionError as error:  # soundfile's own, where fewer samples were written than given
-        raise OSError("not all of it was written; the disk may be full") from error
+    except AssertionError as error:  # raised by soundfile if fewer samples were written than given
+        raise OSError("the file was only written in part; the disk may be full") from error
 
 
 @contextmanager
 def _opened(ref: AudioRef) -> Iterator[soundfile.SoundFile | ContainerFile]:
-    """The clip's file; what is said against it, also while it is read, becomes an AudioError."""
+    """Opens a clip's file; errors on opening and while the caller reads become AudioErrors."""
     source = io.BytesIO(_decoded_base64(ref.raw_audio)) if ref.raw_audio is not None else _existing(ref)
     try:
-        with _sound(mended(source), ref.audio_track) as file:
+        with _sound(repaired(source), ref.audio_track) as file:
             if not MIN_SAMPLE_RATE <= file.samplerate <= MAX_SAMPLE_RATE:
                 raise AudioError(
-                    f"has a sample rate of {file.samplerate} Hz, must be {MIN_SAMPLE_RATE} to {MAX_SAMPLE_RATE}"
+                    f"has a sample rate of {file.samplerate} Hz, must be {MIN_SAMPLE_RATE} to {MAX_SAMPLE_RATE} Hz"
                 )
             if ref.sample_rate not in (None, file.samplerate):
                 raise AudioError(
-                    f"has a sample rate of {file.samplerate} Hz, its row says {ref.sample_rate}; correct it"
+                    f"has a sample rate of {file.samplerate} Hz, but the row says {ref.sample_rate}; correct the row"
                 )
             if ref.channel is not None and ref.channel >= file.channels:
                 raise AudioError(
-                    f"has {file.channels} channels, counted from 0; its channel {ref.channel} is not there"
+                    f"has {file.channels} channels; channel {ref.channel} (counted from 0) is out of range"
                 )
             if file.frames >= UNKNOWN_LENGTH:
-                raise AudioError("does not say in its header how long it is; write it anew as a plain WAV or FLAC")
+                raise AudioError("has no length in its header; convert it to a plain WAV or FLAC")
             if isinstance(file, soundfile.SoundFile) and file.format not in ("WAV", "WAVEX"):
-                share = share_there(file.extra_info)
-                if file.frames / file.samplerate * (1 - share) > CUT_OFF_SEC * share:
-                    raise AudioError(f"cannot be decoded: it ends after {100 * share:.3g} % of its sound")
+                share = present_share(file.extra_info)
+                if file.frames / file.samplerate * (1 - share) > TRUNCATED_SEC * share:
+                    raise AudioError(f"is truncated: it ends after {100 * share:.3g} % of its sound")
             yield file
     except soundfile.SoundFileError as error:
         raise AudioError(f"cannot be decoded: {_reason(error)}") from error
@@ -187,14 +187,14 @@ def _opened(ref: AudioRef) -> Iterator[soundfile.SoundFile | ContainerFile]:
 
 
 def _levels(samples: np.ndarray, sample_rate: int) -> np.ndarray:
-    """Loudness of each channel over time: [samples, channels] -> [parts of LEVEL_SEC, channels]."""
+    """Returns each channel's RMS over time: [samples, channels] -> [parts of LEVEL_SEC, channels]."""
     size = max(1, round(LEVEL_SEC * sample_rate))
     parts = samples[: len(samples) // size * size].reshape(-1, size, samples.shape[1])
     return np.sqrt(np.square(parts).mean(axis=1))
 
 
 def _differ(levels: np.ndarray) -> bool:
-    """True if channels, `levels` [parts, channels], speak by turns: two are heard, and not at the same times."""
+    """Returns True if two channels are audible, but not at the same times; `levels` [parts, channels]."""
     heard = levels[:, levels.max(axis=0, initial=0.0) >= SILENT_PEAK]
     if len(heard) < LEAST_LEVELS or heard.shape[1] < 2 or (heard.std(axis=0) < 0.1 * heard.mean(axis=0)).any():
         return False
@@ -202,17 +202,17 @@ def _differ(levels: np.ndarray) -> bool:
 
 
 def _sound(source: Path | io.BytesIO, track: int | None) -> soundfile.SoundFile | ContainerFile:
-    """By libsndfile, or by PyAV where libsndfile knows not the container, or not what is in it, or not how long it is.
+    """Opens a file with libsndfile, or with PyAV if libsndfile does not know its container, codec or length.
 
-    Whatever PyAV cannot open either is libsndfile's error, and so is a file that it knows and finds malformed: of one
-    that was cut off PyAV would give what is left.
+    Raises libsndfile's error if PyAV fails too, or if libsndfile reports a malformed file, since PyAV would silently
+    decode the rest of a truncated one.
     """
-    if (content := uncounted(source)) is not None:
+    if (content := without_count(source)) is not None:
         return ContainerFile(content, track)
     try:
         sound = soundfile.SoundFile(source)
         if track:
-            raise TrackError(f"holds one sound; its track {track} is not there")
+            raise TrackError(f"has one sound track; track {track} (counted from 0) is out of range")
         return sound
     except soundfile.LibsndfileError as error:
         if error.code == MALFORMED:
@@ -228,19 +228,19 @@ def _sound(source: Path | io.BytesIO, track: int | None) -> soundfile.SoundFile 
 
 
 def _go_to(file: soundfile.SoundFile | ContainerFile, frame: int) -> None:
-    """From the file's start to a sample; some encodings cannot be sought in."""
+    """Moves from the file's start to a sample, by reading where an encoding is not seekable."""
     if file.seekable():
         file.seek(frame)
         return
     while frame > 0:
         skipped = len(file.read(min(frame, READ_SAMPLES), dtype="float32", always_2d=True))
         if skipped == 0:
-            raise AudioError("cannot be decoded: it ends before its offset")
+            raise AudioError("is truncated: it ends before its offset")
         frame -= skipped
 
 
 def _rounded_sec(file: soundfile.SoundFile | ContainerFile) -> float:
-    """By how much a whole file may end before its header says."""
+    """Returns the seconds that a complete file may be shorter than its header says."""
     if not isinstance(file, soundfile.SoundFile) or file.format not in ("WAV", "WAVEX", "W64", "RF64"):
         return 0.0
     return 0.0 if file.subtype.startswith(WHOLE_SAMPLES) else LENGTH_TOLERANCE_SEC
@@ -251,7 +251,7 @@ def _reason(error: soundfile.SoundFileError) -> str:
 
 
 def _slice(file: soundfile.SoundFile | ContainerFile, ref: AudioRef) -> tuple[int, int]:
-    """First sample of the clip in its file, and the one after its last; at least one apart."""
+    """Returns the clip's first sample in its file and the one after its last, at least one apart."""
     for name, value in (("offset", ref.offset_sec), ("duration", ref.duration_sec)):
         if value is not None and not (math.isfinite(value) and value >= 0):
             raise AudioError(f"has {name} {value} s, must be 0 or more")
@@ -263,16 +263,16 @@ def _slice(file: soundfile.SoundFile | ContainerFile, ref: AudioRef) -> tuple[in
     end_sec = whole_sec if ref.duration_sec is None else min(offset_sec + ref.duration_sec, whole_sec)
     start, stop = round(offset_sec * file.samplerate), round(end_sec * file.samplerate)
     if start >= stop:
-        raise AudioError(f"is empty: {end_sec - offset_sec:g} s from {offset_sec:g} s hold no sample")
+        raise AudioError(f"is empty: {end_sec - offset_sec:g} s from {offset_sec:g} s contain no sample")
     return start, stop
 
 
 def _existing(ref: AudioRef) -> Path:
     path = ref.path
-    if path is None or not os.path.isfile(path):  # a pipe would block whoever opens it
+    if path is None or not os.path.isfile(path):  # opening a pipe would block
         raise AudioError("is missing" if path is None or not os.path.exists(path) else "is not a file")
     if path.suffix.lower() == ".raw":
-        raise AudioError("cannot be decoded: .raw has no header; write it anew as WAV or FLAC")
+        raise AudioError("cannot be decoded: .raw has no header; convert it to WAV or FLAC")
     return path
 
 

@@ -1,4 +1,4 @@
-"""A training row as a conversation: its turns, the clips that they point at, and the prompt of a speech row."""
+"""A training row as a conversation: its turns, its clips, and the prompt of a speech row."""
 
 from __future__ import annotations
 
@@ -14,39 +14,39 @@ from .texts import composed, with_plain_letters
 ROLES = ("system", "user", "assistant")
 SYSTEM_PROMPT = "Generate audio following instruction."
 SCENE_START, SCENE_END = "<|scene_desc_start|>", "<|scene_desc_end|>"
-# served: what transformers' processor and vllm-omni build. boson: upstream's `examples/generation.py`.
+# served: as in transformers' processor and vllm-omni. boson: as in upstream's `examples/generation.py`.
 SERVED, BOSON_EXAMPLE = PROMPT_STYLES = ("served", "boson")
 
 
-MIX = -1  # the channel that is the mean of all
+MIX = -1  # channel number for the mean of all channels
 
 
 @dataclass(frozen=True)
 class AudioRef:
-    """One clip that a message points at: a file, or the bytes of one in base64; never both."""
+    """A clip in a message: either a file, or the bytes of one in base64."""
 
     path: Path | None = None  # absolute
     raw_audio: str | None = None
     offset_sec: float | None = None  # None: from the start
     duration_sec: float | None = None  # None: to the end
-    # Where the row names it. Not part of its identity: the same clip in two rows is one clip.
+    # The row's field. Not part of the identity: the same clip in two rows is one clip.
     field: str = dataclasses.field(default="audio", compare=False)
-    # Key of its codes once they are made, which then need no look at the file; see `codes`.
+    # Key of its codes once they exist; the file is then no longer needed. See `code_cache`.
     key: bytes | None = dataclasses.field(default=None, compare=False)
-    channel: int | None = None  # from 0; MIX for the mean of channels that differ
+    channel: int | None = None  # from 0; MIX for the mean, even of channels that differ
     audio_track: int | None = None  # of a container, from 0
-    sample_rate: int | None = None  # that its row says; the clip must have it
+    sample_rate: int | None = None  # stated by the row; the clip must have it
 
     @property
     def span(self) -> str:
-        """Part of the file that it is, as text."""
+        """Slice, channel and track, as text."""
         part = f"{self.offset_sec or 0.0} {self.duration_sec}"
         if self.channel is None and self.audio_track is None:
             return part
         return f"{part} channel {self.channel} track {self.audio_track}"
 
     def holds(self, other: AudioRef) -> bool:
-        """True for the same file from no later on, to no earlier an end."""
+        """Returns True if this clip's part of the same file includes the other's."""
         if (self.path, self.raw_audio, self.channel) != (other.path, other.raw_audio, other.channel):
             return False
         start, other_start = self.offset_sec or 0.0, other.offset_sec or 0.0
@@ -58,7 +58,7 @@ class AudioRef:
 
 @dataclass(frozen=True)
 class Turn:
-    """One message; text pieces and clips in the order given."""
+    """One message, with texts and clips in the given order."""
 
     role: str
     content: tuple[str | AudioRef, ...]
@@ -67,18 +67,18 @@ class Turn:
 
 @dataclass(frozen=True)
 class Row:
-    """One training sample without faults."""
+    """One valid training sample."""
 
     messages: tuple[Turn, ...]
-    start_index: int | None  # messages before it are context and are not trained
+    start_index: int | None  # messages before it are context, not trained on
     speaker: str | None
     file: str  # the manifest as the user named it
     line: int  # 1-based, where the row starts
-    stated_sec: float | None = None  # what the row says its spoken clip lasts; compared with the clip, not used
-    is_speech: bool = False  # given as text and clip, not as messages
+    stated_sec: float | None = None  # the target clip's length by the row; only compared
+    is_speech: bool = False  # given as text and clip instead of messages
     scene: str | None = None  # of a speech row
     prompt_style: str = "served"  # of a speech row, see `speech_messages`
-    element: int = -1  # which of a JSON array, where several stand on that line; see `faults.origin`
+    element: int = -1  # index in a JSON array if several share the line; see `faults.origin`
 
     @property
     def origin(self) -> str:
@@ -89,17 +89,17 @@ class Row:
 
     @property
     def audio_refs(self) -> tuple[tuple[str, AudioRef], ...]:
-        """The row's clips in message order, each with the field that a fault in it is reported under."""
+        """The row's clips in message order, each with the field for reporting its faults."""
         pieces = (piece for turn in self.messages for piece in turn.content)
         return tuple((piece.field, piece) for piece in pieces if isinstance(piece, AudioRef))
 
     @property
     def has_scene(self) -> bool:
-        """True if its first turn describes a scene."""
+        """True if the first turn describes a scene."""
         return any(isinstance(piece, str) and SCENE_START in piece for piece in self.messages[0].content)
 
     def with_keys(self, keys: np.ndarray) -> Row:
-        """The same row whose clips, in the order of `audio_refs`, carry these keys, uint8 [clips, 32]."""
+        """Returns the row with these keys, uint8 [clips, 32], set on its clips in the order of `audio_refs`."""
         following = iter(keys)
 
         def with_key(piece: str | AudioRef) -> str | AudioRef:
@@ -113,7 +113,7 @@ class Row:
         return dataclasses.replace(self, messages=turns)
 
     def with_reference(self, reference: tuple[str, AudioRef] | None) -> Row:
-        """The same speech row with this transcript and clip as its earlier turns, or with none."""
+        """Returns the speech row with this reference (transcript, clip) in its earlier turns, or with none."""
         text, clip = self.messages[-2].content[0], self.messages[-1].content[0]
         assert self.is_speech and isinstance(text, str) and isinstance(clip, AudioRef)
         ref_text, ref_audio = reference or (None, None)
@@ -128,7 +128,7 @@ class Row:
         return dataclasses.replace(self, messages=turns, start_index=start_index)
 
     def target_clip(self) -> int | None:
-        """The number in `audio_refs` of the clip that the row's last turn speaks; None for none, or several."""
+        """Returns the index in `audio_refs` of the last turn's only clip; None if it has none or several."""
         if self.is_speech:
             return 0 if self.start_index is None else 1
         last = self.messages[-1]
@@ -137,10 +137,10 @@ class Row:
         return sum(isinstance(piece, AudioRef) for turn in self.messages for piece in turn.content) - 1
 
     def target(self) -> tuple[str, int] | None:
-        """The text that the row's last clip speaks, and that clip's number in `audio_refs`.
+        """Returns the target clip's text and its index in `audio_refs`.
 
-        It is the text of the nearest turn before the clip's, or of the clip's own turn where that has some. None where
-        the row's last turn speaks no clip, or several.
+        The text is that of the clip's own turn or, if this has none, of the turn before. Returns None if there is no
+        text, or no single clip in the last turn.
         """
         clip = self.target_clip()
         if clip is None:
@@ -162,12 +162,11 @@ def speech_messages(
     ref_audio: AudioRef | None = None,
     prompt_style: str = SERVED,
 ) -> tuple[tuple[Turn, ...], int | None]:
-    """The prompt of one speaker, every text trimmed and composed, and its `start_index`.
+    """Builds the prompt of one speaker, with every text trimmed and normalised; returns it and its `start_index`.
 
-    `audio` None leaves the last assistant turn out: the prompt to generate from. With a reference clip training starts
-    at the last user turn, and as the `boson` style has it the system turn then stands only if there is a scene; as
-    `served` has it, it always does.
-    Raises ValueError when `ref_text` and `ref_audio` are not given together, or for another style.
+    `audio` None omits the last assistant turn: the prompt for generation. With a reference clip, training starts at
+    the last user turn; the system turn is then present only with a scene in style `boson`, always in style `served`.
+    Raises ValueError if only one of `ref_text` and `ref_audio` is given, or for an unknown style.
     """
     if prompt_style not in PROMPT_STYLES:
         raise ValueError(f"prompt_style: {prompt_style!r} is not one of {', '.join(PROMPT_STYLES)}")

@@ -1,4 +1,4 @@
-"""Places of a manifest's clips: under `--audio_root`, else beside the manifest, else in the working folder."""
+"""Search for a manifest's clips: in `--audio_root`, then beside the manifest, then in the working directory."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ URL = re.compile(r"[a-z][a-z0-9+.-]*://|data:", re.IGNORECASE)
 
 
 class ClipPaths:
-    """Turns what a row says into an absolute path."""
+    """Resolves the clip paths of a manifest's rows to absolute paths."""
 
     def __init__(self, manifest: str | Path, audio_root: str | Path | None = None):
         self.own = os.path.dirname(os.path.abspath(manifest))
         self.root = os.path.abspath(os.path.expanduser(audio_root)) if audio_root else None
         self.folders = list(dict.fromkeys([*([self.root] if self.root else []), self.own, os.getcwd()]))
-        self.elsewhere: Counter[str] = Counter()  # paths that were found in another folder than the manifest's
+        self.elsewhere: Counter[str] = Counter()  # clips in folders other than the manifest's
 
     def find(self, value: str) -> Path | None:
-        """A file's path, or None; one that is elsewhere than beside the manifest is counted."""
+        """Returns a file's path, or None if it is not found. Counts files outside the manifest's folder."""
         if value[:1] in ("/", "~"):
             return Path(path) if (path := _file("", value)) else None
         for folder in self.folders:
@@ -33,21 +33,21 @@ class ClipPaths:
         return None
 
     def path(self, value: str) -> Path:
-        """The same, of a clip that was found before; looked for only where some are not beside the manifest."""
+        """Returns the path of a clip found before; searches only if some clips are not beside the manifest."""
         if not self.elsewhere and value.isascii():
             return Path(_join(self.own, value))
         paths = (_file(folder, value) for folder in self.folders)
         return Path(next(filter(None, paths), None) or _join(self.own, value))
 
     def holds(self, value: str) -> bool:
-        """True if a file of that name is in one of the folders."""
+        """Returns True if a file of this name is in one of the folders."""
         return any(_file(folder, value) for folder in self.folders)
 
-    def said(self, file: str) -> list[str]:
-        """One line for each other folder that clips were found in."""
+    def notes(self, file: str) -> list[str]:
+        """Returns one line for each other folder with clips."""
         unused = self.root not in (None, self.own) and self.root not in self.elsewhere
         return [
-            *([f"{file}: no clip was found under --audio_root {self.root}"] if unused else []),
+            *([f"{file}: no clip found under --audio_root {self.root}"] if unused else []),
             *(
                 f"{file}: {count:,} path{'s' * (count != 1)} found in {folder}, not in the manifest's own folder"
                 for folder, count in self.elsewhere.most_common()
@@ -60,7 +60,7 @@ def _join(folder: str, value: str) -> str:
 
 
 def _file(folder: str, value: str) -> str | None:
-    """The file of that name in a folder, also where its letters are composed otherwise; None for none."""
+    """Returns the file of this name in a folder, composed (NFC) or decomposed (NFD); None if it is not found."""
     path = _join(folder, value)
     if os.path.isfile(path):
         return path

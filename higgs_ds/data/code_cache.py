@@ -1,8 +1,8 @@
-"""The cache of codes: every clip is encoded once, by whichever rank comes to it, and read from disk ever after.
+"""The cache of codes: each clip is encoded once, by any rank, and then read from disk.
 
-`DIR/<codec>/` holds the codes, kept apart by codec: int16, clip after clip in a few large files, each beside its
-index. `DIR/*.hashes` remembers which content a file had, so that a file whose size and time are the same is not read
-again. Both are tables of `records`: any number of processes, ranks and runs may fill one folder at a time.
+`DIR/<codec>/` holds the codes of one codec: int16, one clip after another in a few large files, each with an index.
+`DIR/*.hashes` maps files to hashes of their content, so that a file of the same size and time is not read again.
+Index and hashes are tables of `records`: any number of processes, ranks and runs may write to a folder concurrently.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from .records import Records, RecordWriter, key_words, record_type, write_all
 
 INDEX = record_type(("offset", "<u8"), ("frames", "<u4"), ("crc", "<u4"))  # offset: bytes from the file's start
 HASH = record_type(("content", "<u8", (4,)), ("seconds", "<f8"))
-# A file changed less than this long ago may be changed again within its clock's tick: its hash is not remembered.
+# A file changed more recently may change again without a new time stamp: its hash is not stored.
 MIN_AGE_SEC = 2.0
-MAX_ADDED = 100_000  # additions kept as objects before the index is read anew, where each takes 75 bytes
+MAX_ADDED = 100_000  # additions kept as objects before the index is read again, where each takes 75 bytes
 
 
 class MissingCodesError(LookupError):
@@ -36,9 +36,9 @@ class MissingCodesError(LookupError):
 
 
 class CodeCache:
-    """Codes of clips in a folder, found by the clip's content and kept apart by codec.
+    """Codes of clips in a folder, looked up by codec and the clip's content.
 
-    The same clip under two names is one entry, and codes of another codec are never taken for this one's.
+    The same clip under two names is one entry. Codes of different codecs are never mixed.
     """
 
     def __init__(self, folder: str | Path, codec: Codec):
@@ -46,27 +46,27 @@ class CodeCache:
         self.folder = Path(folder) / hashlib.sha256(codec.fingerprint.encode()).hexdigest()[:16]
         self._store = CodeStore(self.folder, codec)
         self._hashes = FileHashes(Path(folder))
-        self.encoded = 0  # clips that this object had the codec encode
-        self._keys: dict[AudioRef, bytes] = {}  # so that a clip is hashed once a run, not at every epoch
+        self.encoded = 0  # clips encoded by this object
+        self._keys: dict[AudioRef, bytes] = {}  # so that a clip is hashed once per run, not once per epoch
 
     def get(self, ref: AudioRef) -> np.ndarray:
-        """Codes int16 [codebooks, frames] of a clip.
+        """Returns a clip's codes, int16 [codebooks, frames].
 
-        Raises MissingCodesError if `ensure` has not been over it, ValueError if they are damaged, and AudioError if
-        the clip itself cannot be read.
+        Raises MissingCodesError if the clip has not been encoded, ValueError if the codes are corrupt, and AudioError
+        if the clip itself cannot be read.
         """
         return self._store.get(self.key(ref))
 
     def frames(self, ref: AudioRef) -> int:
-        """Frames of a clip, from the index alone. Raises MissingCodesError and AudioError as `get` does."""
+        """Returns a clip's number of frames, from the index alone. Raises MissingCodesError and AudioError."""
         return self._store.frames(self.key(ref))
 
     def frames_each(self, keys: np.ndarray) -> np.ndarray:
-        """int64 [clips]: frames of the clips with these keys, uint8 [clips, 32]. Raises MissingCodesError."""
+        """Returns the frames, int64 [clips], of clips by key, uint8 [clips, 32]. Raises MissingCodesError."""
         return self._store.frames_each(keys)
 
     def key(self, ref: AudioRef) -> bytes:
-        """32 bytes that stand for the clip's content."""
+        """Returns the key of a clip's content, 32 bytes. Raises AudioError."""
         if ref.key is not None:
             return ref.key
         if ref not in self._keys:
@@ -74,7 +74,7 @@ class CodeCache:
         return self._keys[ref]
 
     def ensure(self, refs: Sequence[AudioRef], *, max_duration_sec: float | None = None) -> dict[AudioRef, str]:
-        """`ensure_each` of all at once, by the newest index; what is wrong with the bad ones, by clip."""
+        """Encodes all clips that are missing in the newest index. Returns the problems of bad clips."""
         self.read_index()
         found = list(self.ensure_each(list(dict.fromkeys(refs)), max_duration_sec))
         self._keys.update({ref: key for ref, key, _ in found if key is not None})
@@ -83,34 +83,34 @@ class CodeCache:
     def ensure_each(
         self, refs: Sequence[AudioRef], max_duration_sec: float | None = None
     ) -> Iterator[tuple[AudioRef, bytes | None, str | None]]:
-        """Encode the clips that are not cached yet, as they are asked for, whatever their number.
+        """Encodes the clips that are not cached yet, one per step of the iterator.
 
-        Yields each clip with its key and None, or with None and what is wrong with it. Damaged codes are made anew.
-        What other processes have written since the last `read_index` is encoded again.
+        Yields (clip, key, None), or (clip, None, problem). Corrupt codes are encoded again, and so are clips that
+        other processes have encoded since the last `read_index`.
 
         Raises:
-            OSError: the cache cannot be written to.
+            OSError: the cache is not writable.
             ConfigError: the codec's network cannot be built.
         """
         try:
             for ref in refs:
                 try:
                     yield ref, self._ensure_one(ref, max_duration_sec), None
-                except ConfigError:  # of the codec itself, which is no fault of the clip
+                except ConfigError:  # the codec's fault, not the clip's
                     raise
-                except ValueError as error:  # an AudioError, or codes that cannot be
+                except ValueError as error:  # an AudioError, or invalid codes
                     yield ref, None, str(error)
         finally:
             self._store.close_writer()
             self._hashes.close_writer()
 
     def read_index(self) -> None:
-        """Finds what other processes have written by now."""
+        """Reads the index again, with the additions of other processes."""
         self._store.read_index()
         self._hashes.read_again()
 
     def _ensure_one(self, ref: AudioRef, max_duration_sec: float | None) -> bytes:
-        # By the header first: a clip that is hours too long need not be decoded to know it.
+        # The header first: a clip that is hours too long need not be decoded.
         key, seconds = self._hashes.hash_and_duration(ref)
         if max_duration_sec is not None and seconds > max_duration_sec:
             raise ValueError(f"lasts {seconds:.1f} s, over --max_duration_sec {max_duration_sec:g}")
@@ -124,7 +124,7 @@ class CodeCache:
 
 @dataclass(frozen=True)
 class Location:
-    """Place of a clip's codes: from `offset` (bytes) of a file, row after row of [codebooks, frames]."""
+    """Location of a clip's codes: `offset` in bytes; the codes are [codebooks, frames] in row-major order."""
 
     file: Path
     offset: int
@@ -133,40 +133,40 @@ class Location:
 
 
 class CodeStore:
-    """One codec's codes by key, in append-only files of one folder that are memory-mapped to be read.
+    """One codec's codes by key, in append-only files of one folder that are memory-mapped for reading.
 
-    A writer has two files of its own: `<name>.codes`, clip after clip, and `<name>.index`, where each of them is.
+    Each writer has two files of its own: `<name>.codes` with the codes and `<name>.index` with their locations.
     """
 
     def __init__(self, folder: Path, codec: Codec):
         self._folder = folder
         self._codec = codec
         self._index: Records | None = None
-        self._code_files: list[Path] = []  # of the index's files
+        self._code_files: list[Path] = []  # one per file of the index
         self._maps: dict[Path, mmap.mmap] = {}
-        self._added: dict[bytes, Location] = {}  # written since the index was read
+        self._added: dict[bytes, Location] = {}  # since the index was read
         self._writer: RecordWriter | None = None
         self._codes_file: int | None = None
-        self._codes_size = 0  # bytes written to the open file
+        self._codes_size = 0  # bytes in the open file
 
     def get(self, key: bytes) -> np.ndarray:
-        """Codes int16 [codebooks, frames], of their own memory. Raises MissingCodesError, or ValueError if damaged."""
+        """Returns a copy of the codes, int16 [codebooks, frames]. Raises MissingCodesError, ValueError if corrupt."""
         damage = None
         for location in self._locations(key):
             try:
                 return self._read(location)
             except ValueError as error:
-                damage = damage or f"{location.file} is damaged at byte {location.offset} ({error})"
-        raise ValueError(f"{damage}; start again, and it is made anew")
+                damage = damage or f"{location.file} is corrupt at byte {location.offset} ({error})"
+        raise ValueError(f"{damage}; start again to re-encode it")
 
     def frames(self, key: bytes) -> int:
-        """Frames of this key's codes. Raises MissingCodesError."""
+        """Returns the number of frames of a key's codes. Raises MissingCodesError."""
         return self._locations(key)[0].frames
 
     def frames_each(self, keys: np.ndarray) -> np.ndarray:
-        """int64 [clips]: frames of keys uint8 [clips, 32]; reads the index again if it lacks one of them.
+        """Returns the frames, int64 [clips], of keys uint8 [clips, 32].
 
-        Raises MissingCodesError.
+        Reads the index again if a key is missing. Raises MissingCodesError if it still is.
         """
         words = np.ascontiguousarray(keys).view("<u8")
         index = self.read_index() if self._index is None else self._index
@@ -179,24 +179,24 @@ class CodeStore:
         return index.rows["frames"][found].astype(np.int64)
 
     def holds(self, key: bytes) -> bool:
-        """True if whole codes of this key were there when the index was last read, or were added since."""
+        """Returns True if the index as last read, or an addition since, has intact codes of this key."""
         for location in self._find(key):
             try:
                 self._read(location)
                 return True
             except ValueError:
-                pass  # damaged: another copy may be whole
+                pass  # corrupt: another copy may be intact
         return False
 
     def read_index(self) -> Records:
-        """Finds what other processes have written by now, in place of what was known."""
+        """Reads and returns the index, with the additions of other processes."""
         self._index = Records(self._folder, ".index", INDEX)
         self._code_files = [file.with_suffix(".codes") for file in self._index.files]
         self._added.clear()
         return self._index
 
     def add(self, key: bytes, codes: np.ndarray) -> None:
-        """Appends codes [codebooks, frames], then their place to the index: killed between, nothing was added."""
+        """Appends codes [codebooks, frames], then their index entry: a kill between the two adds nothing."""
         content = np.ascontiguousarray(codes, dtype="<i2").tobytes()
         if self._writer is None or self._codes_file is None:
             self._writer = RecordWriter(self._folder, ".index", INDEX)
@@ -210,14 +210,14 @@ class CodeStore:
             self._codes_size += len(content)
             self._writer.append(key, offset=offset, frames=codes.shape[1], crc=crc)
         except OSError:
-            self.close_writer()  # what was written in part would shift all that follows
+            self.close_writer()  # a partial write would shift all later codes
             raise
         self._added[key] = Location(self._writer.path.with_suffix(".codes"), offset, codes.shape[1], crc)
         if len(self._added) > MAX_ADDED:
             self.read_index()
 
     def close_writer(self) -> None:
-        """Brings what was added to the disk; the next codes begin another file."""
+        """Flushes additions to disk; the next codes go to a new file."""
         writer, data, self._writer, self._codes_file = self._writer, self._codes_file, None, None
         if writer is not None and data is not None:
             os.fsync(data)
@@ -225,7 +225,7 @@ class CodeStore:
             writer.close()
 
     def _locations(self, key: bytes) -> list[Location]:
-        """Places of all copies; reads the index again if it knows none. Raises MissingCodesError."""
+        """Returns the locations of all copies; reads the index again if there is none. Raises MissingCodesError."""
         found = self._find(key)
         if not found:
             self.read_index()
@@ -247,27 +247,27 @@ class CodeStore:
         return locations
 
     def _read(self, location: Location) -> np.ndarray:
-        """Raises ValueError for anything but the codes that were written."""
+        """Returns the codes at a location. Raises ValueError if they are not as written."""
         file, end = location.file, location.offset + location.frames * self._codec.num_codebooks * 2
         try:
-            size = file.stat().st_size  # at each call: touching a map past its file's end kills the process
+            size = file.stat().st_size  # on each call: access beyond the end of a mapped file kills the process
             if end > size:
-                raise ValueError(f"it has {size} bytes, these codes end at {end}")
+                raise ValueError(f"the file has {size} bytes, the codes end at {end}")
             if file not in self._maps or end > len(self._maps[file]):
                 with file.open("rb") as opened:
                     self._maps[file] = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as error:
-            raise ValueError(f"it cannot be read: {reason_of(error)}") from error
+            raise ValueError(f"the file cannot be read: {reason_of(error)}") from error
         content = self._maps[file][location.offset : end]
         if zlib.crc32(content) != location.crc:
-            raise ValueError("its checksum is not the one that was written")
+            raise ValueError("checksum mismatch")
         codes = np.frombuffer(bytearray(content), dtype="<i2").reshape(self._codec.num_codebooks, location.frames)
         check_codes(codes, self._codec)
         return codes
 
 
 class FileHashes:
-    """Content hash and duration of clips, remembered in a folder by path, size and time of the file, and the slice."""
+    """Content hashes and durations of clips, stored in a folder by path, size and time of the file, and the slice."""
 
     def __init__(self, folder: Path):
         self._folder = folder
@@ -275,8 +275,8 @@ class FileHashes:
         self._writer: RecordWriter | None = RecordWriter(folder, ".hashes", HASH)
 
     def hash_and_duration(self, ref: AudioRef) -> tuple[bytes, float]:
-        """(SHA-256 of the content, seconds) of a clip; reads it only if it is new or has changed. Raises AudioError."""
-        name, may_remember = self._name(ref)
+        """Returns (SHA-256 of the content, seconds); reads a clip only if it is new or changed. Raises AudioError."""
+        name, may_store = self._name(ref)
         if name is not None:
             if self._records is None:
                 self._records = Records(self._folder, ".hashes", HASH)
@@ -284,32 +284,32 @@ class FileHashes:
                 return self._records.rows["content"][i].tobytes(), float(self._records.rows["seconds"][i])
         seconds = duration_sec(ref)
         content = bytes.fromhex(content_hash(ref))
-        if name is not None and may_remember and self._writer is not None:
+        if name is not None and may_store and self._writer is not None:
             try:
                 self._writer.append(name, content=key_words(content), seconds=seconds)
             except OSError:
-                self._writer = None  # a cache that may only be read still serves the codes that it has
+                self._writer = None  # a read-only cache still serves its codes
         return content, seconds
 
     def read_again(self) -> None:
-        """Has the next call read what other processes have remembered by then."""
+        """Makes the next lookup read the tables again, with the additions of other processes."""
         self._records = None
 
     def close_writer(self) -> None:
-        """Brings what is to be remembered to the disk."""
+        """Flushes additions to disk."""
         if self._writer is not None:
             self._writer.close()
 
     @staticmethod
     def _name(ref: AudioRef) -> tuple[bytes | None, bool]:
-        """Name that the file is remembered by, and whether it may be; None for a clip that is no file."""
+        """Returns the file's key, None for a clip that is not a file, and True if its hash may be stored."""
         if ref.path is None:
             return None, False
         try:
             stat = ref.path.stat()
         except OSError:
-            return None, False  # what is wrong with it is said by whoever reads it
+            return None, False  # reading the clip reports the error
         rate = "" if ref.sample_rate is None else f" {ref.sample_rate} Hz"
         name = f"{ref.path}\0{stat.st_size} {stat.st_mtime_ns} {ref.span}{rate}"
-        may_remember = time.time() - stat.st_mtime > MIN_AGE_SEC
-        return hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest(), may_remember
+        may_store = time.time() - stat.st_mtime > MIN_AGE_SEC
+        return hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest(), may_store

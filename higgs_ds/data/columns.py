@@ -1,4 +1,4 @@
-"""Fields of a row, other tools' names for them, and the treatment of unknown ones."""
+"""Fields of a row, other tools' names for them, and checks of unknown columns."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-# `id`, the last of both, is known and not read.
+# `id`, the last of both, is accepted and not read.
 CHATML_FIELDS = ("messages", "start_index", "speaker", "misc", "split", "id")
 CUT_FIELDS = ("offset", "end", "duration", "channel", "audio_track", "sampling_rate")  # of every clip
 SPEECH_FIELDS = ("audio", "text", "speaker", "ref_audio", "ref_text", "scene", "split", *CUT_FIELDS, "id")
-ITEM_FIELDS = ("type", "text", "audio_url", "raw_audio", *CUT_FIELDS, "row_id")  # of a turn's texts and clips
-# What other tools call the fields of a speech row; `file_name` is not here: it marks an audiofolder, which is imported.
+ITEM_FIELDS = ("type", "text", "audio_url", "raw_audio", *CUT_FIELDS, "row_id")  # of texts and clips in a turn
+# Other tools' names for fields of a speech row. `file_name` is not among them: it marks an audiofolder, to be imported.
 SYNONYMS = {
     "audio": "audio_path audio_file audio_filepath audio_filename audio_file_path path file filename filepath "
     "file_path wav wav_path wav_file wav_filename clip clip_path audio_url",
@@ -29,11 +29,11 @@ SYNONYMS = {
     "sampling_rate": "sample_rate samplerate sr fs sampling_rate_hz sample_rate_hz sampling_frequency",
     "split": "subset partition data_split",
 }
-# Misspelt, these would change what is trained on, and nothing would show it.
+# A misspelling of these would silently change what is trained on.
 WEIGHTY = ("start_index", "ref_audio", "ref_text", "offset", "raw_audio", "recipient", "scene")
 
 _CANONICAL = {name: canonical for canonical, names in SYNONYMS.items() for name in (canonical, *names.split())}
-# Edges of a slice by any other name, and the unit that stands in it: `begin_time`, `start_sec`, `endTime`, `offset_ms`.
+# Other names for the edges of a slice, with an optional unit: `begin_time`, `start_sec`, `endTime`, `offset_ms`.
 _EDGE = re.compile(
     r"(?P<of>(?:segment|seg|audio|clip|utt|utterance|speech|word|vad|time|ts|t)_?)?"
     r"(?P<edge>start|begin|onset|offset|end|stop|duration|dur)_?(?:times?tamp|time|at|pos|offset)?_?(?:in_)?"
@@ -48,15 +48,15 @@ HELD_OUT = re.compile(
     r"(test(ing)?|dev(el|elopment)?|val(id|idation)?|eval(uation)?|held_?out|holdout|invalidated)([-_./].*)?",
     re.IGNORECASE,
 )
-_CUTS = "may cut the clip; give that as `offset` and `end`, in seconds, or take it out"
-_KEPT_OUT = "says that the row is not trained on; take the row out, or the column"
-# Unread columns that would change what is trained if they hold such a value: name, kind of value, problem.
+_CUTS = "may cut the clip; rename it to `offset` and `end`, in seconds, or remove it"
+_KEPT_OUT = "excludes the row from training; remove the row or the column"
+# Unread columns that suggest a change of what is trained on: name, kind of value, problem.
 _SUSPECTS = (
     (r"times?_?(stamps?|range|span)?|segments?|interval|seg|span|trim|crop|slice|window|ts", "pair", _CUTS),
     (r"from|to|s|e|t0|t1|t_?min|t_?max|x_?min|x_?max|(video|trim|crop)_(start|end)", "number", _CUTS),
     (r"(frame|sample)s?_(offset|start|begin|end)", "number", _CUTS),
-    (r"(time_?)?units?", "unit", "slices are in seconds"),
-    (r"channels|side|track|stream", "channel", "give it as `channel`, a number from 0, or take it out"),
+    (r"(time_?)?units?", "unit", "is not supported; slices are in seconds"),
+    (r"channels|side|track|stream", "channel", "may choose a channel; give `channel`, a number from 0, or remove it"),
     (r"is_?(test|dev|val|eval|valid|validation)", "yes", _KEPT_OUT),
     (r"set|fold|phase|usage|stage|mode|part|(data|set)_?(type|set)", "split", _KEPT_OUT),
     (r"loss|train(ed|able)?|weight", "no", f"{_KEPT_OUT}; turns before `start_index` are not trained on"),
@@ -82,19 +82,19 @@ _INDEX = re.compile(r"\[\d+\]")
 
 @dataclass(frozen=True)
 class Reading:
-    """Rule by which rows with the same columns are read."""
+    """Rules for reading rows with the same columns."""
 
-    kind: str | None  # chatml, speech, or None where it is neither
-    column: dict[str, str] = field(default_factory=dict)  # of each field of a speech row that is there
-    unread: tuple[str, ...] = ()  # as they are shown
-    suspects: tuple[tuple[str, str, str], ...] = ()  # of these: column, kind of value, problem
-    scale: dict[str, float] = field(default_factory=dict)  # seconds that one unit of a field is, where it is not one
+    kind: str | None  # chatml, speech, or None for neither
+    column: dict[str, str] = field(default_factory=dict)  # of each field that is present
+    unread: tuple[str, ...] = ()  # as they are displayed
+    suspects: tuple[tuple[str, str, str], ...] = ()  # among the unread: column, kind of value, problem
+    scale: dict[str, float] = field(default_factory=dict)  # seconds per unit of a field, if it is not 1
     faults: tuple[tuple[str, str], ...] = ()  # (field, problem)
 
 
 @functools.lru_cache(1024)
 def reading(columns: tuple[str, ...]) -> Reading:
-    """From the names of a row's columns alone."""
+    """Determines how rows with these columns are read."""
     if "messages" in columns:
         misspelt, unread = _others(columns, CHATML_FIELDS)
         named = {column: n for column in unread if (n := _CANONICAL.get(plain(column))) in ("split", "speaker")}
@@ -110,7 +110,7 @@ def reading(columns: tuple[str, ...]) -> Reading:
             held.setdefault(edge[0], []).append(column)
     names = {name: of_name[0] for name, of_name in held.items() if name not in columns}
     faults = [
-        (of_name[0], f"{', '.join(f'`{_shown(c)}`' for c in of_name)}: which is the {name}? rename that to `{name}`")
+        (of_name[0], f"{', '.join(f'`{_shown(c)}`' for c in of_name)}: which one is the {name}? rename it to `{name}`")
         for name, of_name in held.items()
         if len(of_name) > (name in names)
         and (name in names or name in CUT_FIELDS)
@@ -118,7 +118,7 @@ def reading(columns: tuple[str, ...]) -> Reading:
     ]
     codes = next((column for column in columns if _CODES.fullmatch(plain(column))), None)
     if codes is not None and "audio" not in {*columns, *held}:
-        problem = f"is missing; codes are not read (`{_shown(codes)}`): give the clip, it is encoded here"
+        problem = f"is missing; codes (`{_shown(codes)}`) are not read, give the clip instead"
         return Reading(None, faults=(("audio", problem),))
     if not ({"audio", "text"} & ({*columns} | {*held})):
         neither = "has neither `messages` (a ChatML row) nor `audio` and `text` (a speech row)"
@@ -137,21 +137,21 @@ def _named(columns: tuple[str, ...]) -> tuple[str, ...]:
 
 @functools.lru_cache(1024)
 def suspects_of(columns: tuple[str, ...]) -> tuple[tuple[str, str, str], ...]:
-    """(column, kind of value, problem) of unread columns that may change what is trained; see `suspicion`."""
+    """Returns (column, kind of value, problem) of unread columns that may affect training; see `suspicions`."""
     return tuple((c, kind, told) for name, kind, told in _SUSPECTS for c in columns if re.fullmatch(name, plain(c)))
 
 
 def suspicions(
     values: dict[str, Any], suspects: tuple[tuple[str, str, str], ...], trains: bool | None
 ) -> Iterator[tuple[str, str]]:
-    """(column, problem) of those whose value does change it, in a row that is trained on or not."""
+    """Yields (column, problem) of suspects with a suspicious value; `trains` is True for a training manifest."""
     for column, kind, problem in suspects:
         if _IS[kind](values.get(column)) and (trains or problem != _KEPT_OUT):
             yield column, problem
 
 
 def _edge(column: str) -> tuple[str, float | None] | None:
-    """(field, seconds of its unit, None where it counts something else) of a column that cuts its clip."""
+    """Returns (field, seconds per unit, None for samples or frames) of a column that cuts a clip, or None."""
     found = _EDGE.fullmatch(plain(column))
     edge = found and _EDGES.get(found["edge"], found["edge"])
     if found is None or edge is None or (edge == "duration" and (found["of"] or found["unit"] not in _SECONDS)):
@@ -161,22 +161,22 @@ def _edge(column: str) -> tuple[str, float | None] | None:
 
 @functools.lru_cache(1024)
 def weighty_misspelling(key: str, names: tuple[str, ...]) -> str | None:
-    """Hint about an unknown field that looks like one which changes what is trained on."""
+    """Returns a hint about an unknown field that resembles one that affects training, or None."""
     name = plain(key)
     if _OF_REFERENCE.fullmatch(name):
-        return "a reference is taken whole; cut it into a file of its own"
+        return "a reference cannot be cut; write the slice to a separate file"
     if (edge := _edge(key)) and edge[1] is None:
         return "is not in seconds; give `offset` and `duration` in seconds instead"
     if edge and edge[0] != "duration":
-        return "cuts a clip; give it as `offset` and `duration` or `end`, in seconds, beside the clip's path"
+        return "cuts a clip; give it as `offset` and `duration` or `end`, in seconds, next to the clip's path"
     if name not in names and _CANONICAL.get(name) in ("channel", "audio_track") and "audio" not in names:
-        return "chooses a part of a clip; give it as `channel` beside the clip's path"
+        return f"chooses a part of a clip; give it as `{_CANONICAL[name]}` next to the clip's path"
     near = difflib.get_close_matches(plain(key), [name for name in names if name in WEIGHTY], n=1, cutoff=0.8)
     return f"unknown field; did you mean `{near[0]}`?" if near else None
 
 
 def _others(columns: tuple[str, ...], names: tuple[str, ...]) -> tuple[tuple[tuple[str, str], ...], tuple[str, ...]]:
-    """(faults, unread) of the columns that are not among the names."""
+    """Returns (faults, unread) for the columns that are not in `names`."""
     unknown = [column for column in columns if column not in names]
     faults = {column: problem for column in unknown if (problem := weighty_misspelling(column, names))}
     shown = tuple((member("", column), problem) for column, problem in faults.items())
@@ -184,7 +184,7 @@ def _others(columns: tuple[str, ...], names: tuple[str, ...]) -> tuple[tuple[tup
 
 
 def unread_lines(counts: Counter[str], file: str) -> list[str]:
-    """One line for all columns that are equally frequent: `language, emotion: not read, in 100,000 rows`."""
+    """Returns one line per count of rows: `language, emotion: not read, in 100,000 rows`."""
     by_count: dict[int, list[str]] = {}
     for name, count in counts.items():
         by_count.setdefault(count, []).append(name)
@@ -196,12 +196,12 @@ def unread_lines(counts: Counter[str], file: str) -> list[str]:
 
 
 def unread_name(field_name: str, key: str) -> str:
-    """The same for all turns and clips of a row that have the key."""
+    """Returns the name of an unread field, equal for all turns and clips of a row."""
     return _INDEX.sub("[]", member(field_name, key))
 
 
 def member(field_name: str, key: str) -> str:
-    """A key as part of a field's name; keys are the user's: escaped and cut, so that a fault stays one line."""
+    """Appends a user's key to a field's name, escaped and cut, so that a fault stays on one line."""
     name = _shown(key)
     return f"{field_name}.{name}" if field_name else name
 
@@ -211,5 +211,5 @@ def _shown(key: str) -> str:
 
 
 def plain(key: str) -> str:
-    """A column's name as names are compared: `Speaker ID` is `speaker_id`."""
+    """Normalises a column's name for comparison: `Speaker ID` to `speaker_id`."""
     return key.strip().lower().replace(" ", "_").replace("-", "_")

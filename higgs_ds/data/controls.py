@@ -1,22 +1,22 @@
-"""Tokens that steer the model, which a text must not hold: the tokenizer would make real control ids of them."""
+"""Control tokens, which texts must not contain: the tokenizer would turn them into real control ids."""
 
 from __future__ import annotations
 
 import re
 
-# The collator finds clips by these tokens, so one inside a text would be taken for a clip that is not there.
+# The collator finds clips by these tokens; one inside a text would stand for a missing clip.
 AUDIO_PLACEHOLDERS = ("<|AUDIO|>", "<|AUDIO_OUT|>")
-# Markup that Boson's own prompts put into the text of a system or user turn.
+# Markup in system and user turns of Boson's own prompts.
 MARKUP = frozenset(
     "<|scene_desc_start|> <|scene_desc_end|> <|generation_instruction_start|> <|generation_instruction_end|>".split()
 )
-# For what is read without a checkpoint: the control tokens that all tokenizers of this family have.
+# Control tokens of all tokenizers of this family, for use without a checkpoint.
 _FAMILY = (
     "begin_of_text end_of_text start_header_id end_header_id eom_id eot_id audio_bos audio_eos audio_out_bos AUDIO "
     "AUDIO_OUT recipient scene_desc_start scene_desc_end generation_instruction_start generation_instruction_end"
 ).split()
-# Sound tags are special tokens too, and are meant to stand in a text: <SE>[Laughter]</SE>, <SE_s>, <SE_e>. So are
-# Higgs TTS 3's tags of sound and delivery, such as <|sfx:laughter|>.
+# Sound tags are special tokens that texts may contain: <SE>[Laughter]</SE>, <SE_s>, <SE_e>. So are the tags of Higgs
+# TTS 3 for sounds and delivery, such as <|sfx:laughter|>.
 _SOUND_TAG = re.compile(r"</?SE(_[A-Za-z]+)?>|\[[^\[\]]*\]")
 _TAG = re.compile(r"<\|(emotion|style|sfx|prosody):\w+\|>")
 
@@ -26,9 +26,9 @@ DEFAULT_CONTROLS = re.compile(
 
 
 def control_tokens(tokenizer) -> re.Pattern[str]:
-    """Pattern of `find_control`: every special token of a tokenizer but its sound tags, and the placeholders.
+    """Returns the pattern for `find_control`: a tokenizer's special tokens without sound tags, and the placeholders.
 
-    Tags such as `<|sfx:laughter|>` are its group `tag`, which a text may hold.
+    Tags such as `<|sfx:laughter|>`, which texts may contain, are in its group `tag`.
     """
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
     special = {token.content for token in added if token.special or re.fullmatch(r"<\|.*\|>", token.content)}
@@ -40,12 +40,12 @@ def control_tokens(tokenizer) -> re.Pattern[str]:
 
 
 def without_tags(text: str, controls: re.Pattern[str]) -> str:
-    """A text without the tags that the model knows, which nobody reads aloud."""
+    """Removes the model's tags for sounds and delivery, which are not spoken."""
     return controls.sub(lambda found: "" if found.lastgroup == "tag" else found[0], text)
 
 
 def find_control(text: str, controls: re.Pattern[str], *, markup: bool = False) -> str | None:
-    """Problem of a text that holds a control token; `markup` lets those pass that mark a scene."""
+    """Returns the problem of a text with a control token, or None; `markup` allows the tokens of a scene."""
     if controls.search(text) is None:
         return None
     for found in controls.finditer(text):
@@ -53,7 +53,7 @@ def find_control(text: str, controls: re.Pattern[str], *, markup: bool = False) 
         if found.lastgroup == "tag":
             continue
         if token in AUDIO_PLACEHOLDERS:
-            return f"holds {token}, which stands for a clip; give clips as audio content"
+            return f"contains {token}, which stands for a clip; give clips as audio content"
         if not (markup and token in MARKUP):
-            return f"holds {token}, which the tokenizer makes a control token of; take it out"
+            return f"contains {token}, which is a control token of the tokenizer; remove it"
     return None

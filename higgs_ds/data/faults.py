@@ -1,4 +1,4 @@
-"""Faults of a manifest: kinds with counts and examples on the console, all of them in a file."""
+"""Faults of a manifest: grouped by kind on the console, complete in a file."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _INDEX = re.compile(r"\[\d+\]")
 
 @dataclass(frozen=True, order=True)
 class Fault:
-    """One thing to correct in a manifest; a `warning` does not keep the row from being trained on."""
+    """One problem in a manifest. A row with only a `warning` is still trained on."""
 
     file: str
     line: int
-    # Which element of a JSON array, from 0 on, where several stand on that line; -1 where the line says it.
+    # Index in a JSON array, from 0, if several elements share the line; otherwise -1.
     element: int = dataclasses.field(default=-1, kw_only=True)
     field: str
     problem: str
@@ -38,26 +38,26 @@ class Fault:
 
     @property
     def row(self) -> tuple[str, int, int]:
-        """The same for faults of the same row."""
+        """Identity of the row."""
         return self.file, self.line, self.element
 
     @functools.cached_property
     def kind(self) -> str:
-        """Text that faults of other rows, with other names and numbers in them, have in common."""
+        """Field and problem without names and numbers, equal for all faults of one kind."""
         problem = _NUMBER.sub("N", _QUOTED.sub("…", self.problem))
         field = _INDEX.sub("[]", _QUOTED.sub("…", self.field))
         return f"{field}: {problem}"
 
 
 def origin(file: str, line: int, element: int = -1) -> str:
-    """Place of a row: `file:line`, or `file:line[element]` where several elements of an array share the line."""
+    """Returns a row's location: `file:line`, or `file:line[element]` if elements of an array share the line."""
     return f"{file}:{line}" + (f"[{element}]" if element >= 0 else "")
 
 
 def grouped(faults: Iterable[Fault]) -> list[str]:
-    """Lines for a console: every fault where they are few; else by kind, the commonest first, 20 of each.
+    """Returns lines for the console: all faults up to 20, otherwise 20 of each kind, most frequent kinds first.
 
-    Whatever their number, no more than 20 kinds are listed; a last line counts the rest.
+    Lists at most 20 kinds; a last line counts the rest.
     """
     faults = sorted(faults)
     if len(faults) <= SHOWN_OF_A_KIND:
@@ -78,11 +78,11 @@ def grouped(faults: Iterable[Fault]) -> list[str]:
 
 
 def write_faults(folder: Path, faults: Iterable[Fault]) -> Path | None:
-    """All faults and warnings in `folder/faults.jsonl`, sorted, one a line; the file of an earlier run is replaced.
+    """Writes all faults and warnings to `folder/faults.jsonl`, sorted, one per line, replacing an earlier file.
 
-    Each line holds file, line, field, problem, `kind`, and `level`: fault or warning; `element` too, from 0 on, where
-    several elements of a JSON array share the line. Without any, no file is left.
-    Returns its path, or None where there is none, be it because the folder cannot be written to.
+    Each line has `file`, `line`, `field`, `problem`, `kind`, `level` (fault or warning), and `element`, from 0, if
+    several elements of a JSON array share the line. Without faults and warnings an earlier file is removed.
+    Returns the file's path, or None if there is none or the folder is not writable.
     """
     path = folder / FAULTS_FILE
     faults = sorted(faults)
@@ -107,5 +107,5 @@ def _line(fault: Fault) -> str:
 
 
 def plural(count: int, word: str) -> str:
-    """`1 row`, `2,000 rows`."""
+    """Returns a count with its noun: `1 row`, `2,000 rows`."""
     return f"{count:,} {word}{'s' * (count != 1)}"

@@ -1,4 +1,4 @@
-"""Manifests of other tools: recognised by content, and refused with the command that imports them."""
+"""Other tools' formats: detected by content and refused with the command that imports them."""
 
 from __future__ import annotations
 
@@ -29,40 +29,40 @@ FORMATS = {
     "folder": "a folder of clips with text files beside them",
     "lhotse": "lhotse's cuts, or recordings with supervisions",
     "kaldi": "a Kaldi folder (`wav.scp`, `text`, `utt2spk`)",
-    "datasets": "what `datasets` loads: a folder that it saved, Parquet, an audiofolder, a name on the hub",
+    "datasets": "anything that `datasets` loads: a saved folder, Parquet, an audiofolder, a name on the hub",
 }
 TABLE_NAMES = ("metadata.csv", "metadata.jsonl", "metadata.tsv")  # of an audiofolder
-TEXT_SUFFIXES = (".normalized.txt", ".txt", ".lab", ".original.txt")  # in the order in which they are taken
-# Of lhotse's recordings, supervisions and cuts.
+TEXT_SUFFIXES = (".normalized.txt", ".txt", ".lab", ".original.txt")  # in order of precedence
+# Keys of lhotse's recordings, supervisions and cuts.
 LHOTSE_KEYS = (
     {"sources", "sampling_rate", "num_samples"},
     {"recording_id", "start", "duration"},
     {"supervisions", "start", "duration"},
     {"tracks", "type"},
 )
-AUDIO_TAG = "<audio>"  # stands for a clip in ms-swift's texts
+AUDIO_TAG = "<audio>"  # placeholder for a clip in ms-swift's texts
 HEAD_BYTES = 1 << 16
 HEAD_LINES = 20
 _MANIFEST_NAME = re.compile(r"(cuts|supervisions).*\.jsonl(\.gz)?$")
-MOST_FOLDERS = 10_000  # that are looked at, to guess what one holds
+MOST_FOLDERS = 10_000  # scanned to guess a folder's format
 TEXT_COLUMNS = ("text", *SYNONYMS["text"].split())
 DELIMITERS = (",", "\t", ";", "|")
 FILE_COLUMNS = ("file_name", "audio", *SYNONYMS["audio"].split())
 
 
-# Files that are taken for a manifest, by how they begin.
+# Files often mistaken for a manifest, by their first bytes.
 _STARTS = {
-    b"version https://git-lfs": "a Git LFS pointer, not the file itself; `git lfs pull` brings it",
-    b"<!doctype html": "a web page, as a download that needs a login leaves it; download the file again",
-    b"<html": "a web page, as a download that needs a login leaves it; download the file again",
-    b"\x1f\x8b": "packed with gzip; unpack it",
-    b"par1": "Parquet; `python -m higgs_ds import` makes a manifest of a corpus",
+    b"version https://git-lfs": "a Git LFS pointer, not the file itself; fetch it with `git lfs pull`",
+    b"<!doctype html": "a web page, often the result of a download without login; download the file again",
+    b"<html": "a web page, often the result of a download without login; download the file again",
+    b"\x1f\x8b": "compressed with gzip; decompress it",
+    b"par1": "Parquet; convert it with `python -m higgs_ds import`",
 }
 _JSON = json.JSONDecoder()
 
 
-class KeyedOnce(dict):
-    """A JSON object that remembers which of its keys were given more than once."""
+class JsonDict(dict):
+    """A JSON object that records its duplicate keys in `repeated`."""
 
     def __init__(self, pairs: list[tuple[str, Any]]):
         super().__init__(pairs)
@@ -71,17 +71,17 @@ class KeyedOnce(dict):
 
 
 def keys_given_twice(content: bytes, value: object) -> list[str]:
-    """Keys that stand twice in one object of `content`, of which a JSON reader keeps the last in silence.
+    """Returns the duplicate keys within any object of `content`; JSON readers silently keep the last.
 
     Args:
-        value: what the reader made of it. Only where more keys may stand in the text than in `value` is it read again.
+        value: the parsed content. The text is parsed again only if it may have more keys than `value`.
     """
     if sum(map(content.count, (b'":', b'" :', b'"\t:'))) == _count_keys(value):
         return []
     repeated: list[str] = []
 
-    def noted(pairs: list[tuple[str, Any]]) -> KeyedOnce:
-        repeated.extend((found := KeyedOnce(pairs)).repeated)
+    def noted(pairs: list[tuple[str, Any]]) -> JsonDict:
+        repeated.extend((found := JsonDict(pairs)).repeated)
         return found
 
     json.loads(content, object_pairs_hook=noted)
@@ -96,12 +96,12 @@ def _count_keys(value: object) -> int:
 
 
 def import_command(kind: str | None, path: str | Path) -> str:
-    """Command that makes a manifest of it; without a kind it guesses."""
+    """Returns the command that imports a path; without `kind` it detects the format."""
     return f"python -m higgs_ds import {f'--from {kind} ' if kind else ''}{shlex.quote(str(path))} --output DIR"
 
 
 def guess(path: Path) -> str | None:
-    """The one of `FORMATS` that a file or a folder holds; None where it is none of them, or cannot be read."""
+    """Detects the format of a file or folder, one of `FORMATS`; None if it is unknown or unreadable."""
     try:
         if path.is_dir():
             return _guess_folder(path)
@@ -114,7 +114,7 @@ def guess(path: Path) -> str | None:
 
 
 def guess_content(content: bytes, rows: int = HEAD_LINES) -> str | None:
-    """`guess` from so many of a file's first rows."""
+    """Detects the format of a file's content by its first `rows` rows."""
     text = content[:HEAD_BYTES].removeprefix(codecs.BOM_UTF8).decode("utf-8", "replace").lstrip()
     if text.startswith("["):
         return _guess_rows(_first_elements(text[1:], rows))
@@ -128,62 +128,60 @@ def guess_content(content: bytes, rows: int = HEAD_LINES) -> str | None:
 
 
 def _first_elements(text: str, count: int) -> list[Any]:
-    """So many elements of a JSON array, or those before its head is cut off."""
+    """Parses up to `count` elements of a JSON array that may be truncated."""
     values: list[Any] = []
     with contextlib.suppress(ValueError, RecursionError):
         while len(values) < count:
             text = text.lstrip(" \t\r\n,")
-            value, behind = _JSON.raw_decode(text)
+            value, end = _JSON.raw_decode(text)
             values.append(value)
-            text = text[behind:]
+            text = text[end:]
     return values
 
 
 def lines_in(text: str) -> list[str]:
-    """As an editor counts them; `splitlines` also splits at U+2028, form feeds and the like, within a transcript."""
+    """Splits a text at line breaks only; `splitlines` also splits at U+2028, form feeds and others."""
     return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
 
 
-def no_manifest(path: str, content: bytes) -> str | None:
-    """One sentence about a file in another tool's format; None for any other."""
+def problem_of_format(path: str, content: bytes) -> str | None:
+    """Returns the problem of a file that is clearly not a manifest, such as another tool's; else None."""
     head = content[:64].removeprefix(codecs.BOM_UTF8).lstrip().lower()
     if what := next((what for start, what in _STARTS.items() if head.startswith(start)), None):
         return f"is {what}"
-    if (kind := guess_content(content, rows=1)) is None:  # of mixed rows each has a fault of its own
+    if (kind := guess_content(content, rows=1)) is None:  # one row: mixed files get a fault per bad row
         return _other_json(content)
-    return f"is {FORMATS[kind]}, not a manifest; this makes one of it: {import_command(kind, path)}"
+    return f"is {FORMATS[kind]}, not a manifest; convert it with: {import_command(kind, path)}"
 
 
 def _other_json(content: bytes) -> str | None:
-    """One sentence about JSON that is no manifest, though it may hold rows."""
+    """Returns the problem of JSON-like content that is not a manifest, though it may contain rows."""
     text = content[:HEAD_BYTES].decode("utf-8-sig", "replace").lstrip()
     if re.match(r"\[?\s*\{'", text):
-        return "is written with Python's quotes (str), not as JSON; write it with json.dumps"
+        return "contains Python objects (from str()), not JSON; write them with json.dumps"
     if not text.startswith("{"):
         return None
     try:
-        value, behind = _JSON.raw_decode(text)
+        value, end = _JSON.raw_decode(text)
     except (ValueError, RecursionError):  # one object may fill the file
         text = content.decode("utf-8-sig", "replace").lstrip()
         if not (found := _first_elements(text, 1)):
             return None
-        value, behind = found[0], len(text)
-    follows = text[behind:].split("\n", 1)[0].strip()
+        value, end = found[0], len(text)
+    follows = text[end:].split("\n", 1)[0].strip()
     if _is_row(value):
-        if "\n" in text[:behind].rstrip():
-            return "has objects over several lines; write each on one line, or all of them as a JSON array"
+        if "\n" in text[:end].rstrip():
+            return "has objects that span several lines; write each on one line, or all as a JSON array"
         if follows == ",":
-            return (
-                "has a comma behind each line; take them away, or make a JSON array of it, with [ before and ] behind"
-            )
-        return "has several objects on a line; write one a line" if follows.startswith("{") else None
+            return "has a comma after each line; remove the commas, or enclose all objects in [ and ] as a JSON array"
+        return "has several objects on one line; write one per line" if follows.startswith("{") else None
     lists = {name: part for name, part in value.items() if isinstance(part, list) and any(map(_is_row, part))}
     by_id = {name: part for name, part in value.items() if _is_row(part)}
     names = ", ".join(f"`{name[:40]}`" for name in [*(lists or by_id)][:3]) + ", …" * (len(lists or by_id) > 3)
     if lists:
-        return f"is one object that holds lists of rows ({names}); write each list to a file of its own"
+        return f"is one object with lists of rows ({names}); write each list to a separate file"
     if by_id:
-        return f"is one object that holds a row under each id ({names}); write these rows as a JSON array"
+        return f"is one object that maps ids to rows ({names}); write the rows as a JSON array"
     return None
 
 
@@ -215,7 +213,7 @@ def _guess_row(row: dict) -> str | None:
 
 
 def table_delimiter(header: str) -> str | None:
-    """Delimiter between the names of a header that names a clip and a text; None for any other line."""
+    """Returns the delimiter of a table's header with a clip and a text column; None for any other line."""
     for delimiter in DELIMITERS:
         names = {plain(name) for name in next(csv.reader([header], delimiter=delimiter), ())}
         if names & set(FILE_COLUMNS) and names & set(TEXT_COLUMNS):
@@ -233,7 +231,7 @@ def _guess_table(lines: list[str]) -> str | None:
 
 
 def _guess_folder(folder: Path) -> str | None:
-    """By a table or list at its top, by one below, or by clips beside texts, wherever these are."""
+    """Detects a folder's format by a table at its top, by one further down, or by clips beside text files."""
     if any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
         return "datasets"
     if (folder / "wav.scp").is_file():
@@ -258,7 +256,7 @@ def _guess_folder(folder: Path) -> str | None:
 
 
 def with_texts(names: list[str]) -> Iterator[tuple[str, str | None]]:
-    """(clip, the text file of its name or None) for all clips among a folder's file names, hidden ones left out."""
+    """Yields (clip, text file of the same name or None) for a folder's file names, without hidden ones."""
     texts: dict[tuple[str, str], str] = {}
     for name in sorted(names):
         for suffix in TEXT_SUFFIXES:

@@ -1,4 +1,4 @@
-"""`--train_manifest A B=0.3`: which manifests an epoch is made of, how much of each, and what each is called."""
+"""`--train_manifest A B=0.3`: the manifests of an epoch, their weights and their names."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from pathlib import PurePath
 
 from ..errors import ConfigError
 
-MOST_WEIGHT = 1000.0  # of repeats an epoch; more is a mistake in the sign
+MOST_WEIGHT = 1000.0  # repeats per epoch; more is probably a typo
 
 
 @dataclass(frozen=True)
 class Portion:
-    """A manifest, and how many times an epoch takes its rows: a share of them below 1, repeats above."""
+    """A manifest and its weight: the number of times an epoch takes its rows, as a share below 1, repeated above."""
 
     path: str
     weight: float = 1.0
 
     def __str__(self) -> str:
-        """As it is given; whatever the weight's spelling was, the same."""
+        """Canonical form of the flag's value, independent of the weight's spelling."""
         return self.path if self.weight == 1 else f"{self.path}={self.weight!r}"
 
 
 def portions_of(words: Sequence[str]) -> list[Portion]:
-    """The manifests that these words name, `path` or `path=weight`. A file whose own name holds the `=` is a path.
+    """Parses values `path` or `path=weight`. An existing file with `=` in its name is a path.
 
     Raises:
-        ConfigError: weights that are no number above 0, or a manifest that is named twice; a line each.
+        ConfigError: invalid weights, or a manifest that is given twice; one line each.
     """
     found: list[Portion] = []
     problems: list[str] = []
@@ -41,7 +41,7 @@ def portions_of(words: Sequence[str]) -> list[Portion]:
             problems.append(f"--train_manifest: {word[:200]}: {error}")
             continue
         if any(os.path.abspath(portion.path) == os.path.abspath(other.path) for other in found):
-            problems.append(f"--train_manifest: {portion.path} is named twice; name it once, with the weight of both")
+            problems.append(f"--train_manifest: {portion.path} is given twice; give it once, with the total weight")
         found.append(portion)
     if problems:
         raise ConfigError(problems)
@@ -50,24 +50,24 @@ def portions_of(words: Sequence[str]) -> list[Portion]:
 
 def _portion(word: str) -> Portion:
     path, sign, text = word.rpartition("=")
-    # `run=3/data.jsonl` is a path, be it there or not: no weight has a folder in it.
+    # `run=3/data.jsonl` is a path even if it does not exist: a weight has no folder.
     if not sign or os.path.lexists(word) or (os.sep in text and not os.path.lexists(path)):
         return Portion(word)
     if not path.strip():
-        raise ValueError("names no manifest before its `=`")
+        raise ValueError("has no manifest before `=`")
     try:
         weight = float(text)
     except ValueError:
         weight = math.nan
     if not 0 < weight <= MOST_WEIGHT:
         raise ValueError(
-            f"the weight {text[:40]!r} is not a number above 0 and up to {MOST_WEIGHT:g} (1: all rows once an epoch)"
+            f"the weight {text[:40]!r} must be a number above 0 and up to {MOST_WEIGHT:g} (1: all rows once per epoch)"
         )
     return Portion(path, weight)
 
 
 def names_of(portions: Sequence[Portion]) -> list[str]:
-    """A short name of each manifest, each another: its file's, with as many folders before it as that takes."""
+    """Returns a short, unique name of each manifest: its file's, preceded by as many folders as necessary."""
     paths = [PurePath(os.path.abspath(portion.path)) for portion in portions]
     deepest = max(len(path.parts) for path in paths)
     spellings: list[Callable[[PurePath], str]] = [lambda path: path.stem, lambda path: path.name]

@@ -1,4 +1,4 @@
-"""Rows as every rank keeps them: where each stands in its manifest, the keys of its clips' codes, its tokens."""
+"""Rows in the form that each rank keeps: positions in the manifest, keys of the clips' codes, token counts."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from .transcripts import TEXT_STATS, VOICE
 
 @dataclass
 class RowSet(Sequence[Row]):
-    """The usable rows of a manifest, in its order; each is parsed when it is asked for, and its clips carry keys.
+    """The usable rows of a manifest in file order. Each is parsed on demand, with the keys of its clips.
 
-    `joined` are those of several manifests, one after the other.
+    `joined` concatenates the rows of several manifests.
     """
 
     manifests: tuple[Manifest, ...] = ()
-    ends: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # [manifests], in the rows
-    numbers: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # [rows], in their manifest
+    ends: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # [manifests], end of each in the rows
+    numbers: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # [rows], index in the manifest
     keys: np.ndarray = field(default_factory=lambda: np.zeros((0, 32), np.uint8))  # [clips of all rows, 32]
-    clip_ends: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # [rows], in `keys`
-    tokens: np.ndarray | None = None  # int32 [rows], where they were asked for
+    clip_ends: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))  # [rows], end of each in `keys`
+    tokens: np.ndarray | None = None  # int32 [rows], if they were counted
     voices: np.ndarray = field(default_factory=lambda: np.zeros(0, VOICE))  # VOICE [rows]
-    summary: tuple[str, ...] = ()  # what the first rank says of them
+    summary: tuple[str, ...] = ()  # lines that rank 0 prints
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -42,15 +42,15 @@ class RowSet(Sequence[Row]):
     def __getitem__(self, i: int | slice) -> Row | list[Row]:
         if isinstance(i, slice):
             return [self[n] for n in range(*i.indices(len(self)))]
-        behind = int(self.clip_ends[i])
+        end = int(self.clip_ends[i])
         first = int(self.clip_ends[i - 1]) if i else 0
-        return self._manifest(i).row(int(self.numbers[i])).with_keys(self.keys[first:behind])
+        return self._manifest(i).row(int(self.numbers[i])).with_keys(self.keys[first:end])
 
     def _manifest(self, i: int) -> Manifest:
         return self.manifests[int(np.searchsorted(self.ends, i, side="right"))]
 
     def column(self, i: int, name: str) -> object:
-        """The value of a row's column, None where it has none."""
+        """Returns the value of a row's column, None if it is missing."""
         return self._manifest(i).column(int(self.numbers[i]), name)
 
     @property
@@ -59,7 +59,7 @@ class RowSet(Sequence[Row]):
         return np.diff(np.r_[0, self.ends]).tolist()
 
     def only(self, kept: np.ndarray) -> RowSet:
-        """Those rows alone; `kept` bool [rows]."""
+        """Returns only the rows marked in `kept`, bool [rows]."""
         clips = np.diff(np.r_[0, self.clip_ends])
         tokens = None if self.tokens is None else self.tokens[kept]
         keys = self.keys[np.repeat(kept, clips)]
@@ -70,11 +70,11 @@ class RowSet(Sequence[Row]):
 
 @dataclass
 class Part:
-    """Findings of one rank in its rows of a chunk."""
+    """Results of one rank for its rows of a chunk."""
 
-    numbers: np.ndarray  # int64 [rows], of the usable ones
+    numbers: np.ndarray  # int64 [rows], usable rows only
     tokens: np.ndarray | None  # int32 [rows]
-    clips: np.ndarray  # int64 [rows], how many
+    clips: np.ndarray  # int64 [rows], clips per row
     keys: np.ndarray  # uint8 [clips of all rows, 32]
     faults: list[Fault]
     stats: np.ndarray  # TEXT_STATS [rows]
@@ -82,7 +82,7 @@ class Part:
 
 
 def put_together(manifest: Manifest, parts: list[Part]) -> tuple[RowSet, np.ndarray]:
-    """All ranks' rows in the manifest's order, and their TEXT_STATS."""
+    """Merges all ranks' rows in the manifest's order; returns them and their TEXT_STATS."""
     if not parts:
         return RowSet((manifest,), np.zeros(1, np.int64)), np.zeros(0, TEXT_STATS)
     names = ("numbers", "clips", "keys", "stats", "voices")
@@ -98,9 +98,9 @@ def put_together(manifest: Manifest, parts: list[Part]) -> tuple[RowSet, np.ndar
 
 
 def joined(sets: list[RowSet]) -> RowSet:
-    """The rows of several manifests, at least one, as one set.
+    """Concatenates the rows of one or more manifests.
 
-    A speaker's name means another voice in each: rows of one manifest are no references for those of another.
+    The same speaker name means a different voice in each manifest, so references never cross manifests.
     """
     if len(sets) == 1:
         return sets[0]

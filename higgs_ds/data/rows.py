@@ -1,7 +1,7 @@
-"""From manifests to rows that can be trained on: every row checked, every clip encoded, by all ranks together.
+"""Loading of manifests into trainable rows. All ranks together check every row and encode every clip.
 
-Rows stay where they are in their manifest's text. What every rank keeps of each is where it stands, its tokens and the
-keys of its clips' codes, so that a million rows take some hundred megabytes, which data workers share.
+Rows stay in the text of their manifest. Each rank keeps only their positions, token counts and the keys of their
+clips' codes: a million rows take a few hundred megabytes, which the data workers share.
 """
 
 from __future__ import annotations
@@ -34,32 +34,31 @@ if TYPE_CHECKING:
     from ..batching.token_counts import LengthIndex
     from ..distributed.ranks import Ranks
 
-CHUNK_ROWS = 16384  # rows of a rank that are objects at a time
-BLOCK_ROWS = 64  # rows in a line that one rank takes, so that what stands together is read together
-# While clips are encoded, ranks tell each other how far they are: soon at first, then this often.
-EXCHANGE_SEC = 16.0
+CHUNK_ROWS = 16384  # rows per rank that are in memory as objects at a time
+BLOCK_ROWS = 64  # consecutive rows per rank, so that neighbouring clips are read by one rank
+EXCHANGE_SEC = 16.0  # longest interval at which ranks exchange their progress while encoding; the first are shorter
 
 
 @dataclass(frozen=True)
 class RowOptions:
-    """Options on how rows are read, what is too long for one, and how faults are told; None for no limit."""
+    """Options for reading rows, for limits on their length (None: no limit) and for reporting faults."""
 
     max_duration_sec: float
     skip_bad_rows: bool = False
     count_tokens: bool = True
-    max_tokens: int | None = None  # of a batch; where tokens are counted, a row of more is a fault
+    max_tokens: int | None = None  # per batch; if tokens are counted, a longer row is a fault
     max_row_tokens: int | None = None
-    audio_root: str | None = None  # where paths are looked for before the manifest's folder
-    channel: int | None = None  # of clips, from 0, whose rows name none; and likewise the track of a container
-    audio_track: int | None = None
-    controls: re.Pattern[str] = DEFAULT_CONTROLS  # tokens that no text may hold; see `controls.control_tokens`
+    audio_root: str | None = None  # searched for clips before the manifest's folder
+    channel: int | None = None  # default for rows that name none, from 0
+    audio_track: int | None = None  # likewise, in a container
+    controls: re.Pattern[str] = DEFAULT_CONTROLS  # tokens not allowed in texts; see `controls.control_tokens`
     prompt_style: str = SERVED  # of speech rows; see `chatml.speech_messages`
-    problem_of: Callable[[Row], str | None] = lambda row: None  # what the model's family cannot say of a row
-    faults_dir: Path | None = None  # where all faults and warnings go, as `faults.jsonl`
-    outcome: str = "nothing was trained (--skip_bad_rows trains without them)"  # a list of faults ends with it
+    problem_of: Callable[[Row], str | None] = lambda row: None  # problem of a row for this model family
+    faults_dir: Path | None = None  # folder for `faults.jsonl` with all faults and warnings
+    outcome: str = "nothing was trained (--skip_bad_rows trains without them)"  # last line after a list of faults
 
     def open(self, manifest: str, trains: bool) -> Manifest:
-        """A manifest whose rows are read so, to train on or to validate with."""
+        """Opens a manifest with these options, for training or for validation."""
         names = ("audio_root", "controls", "prompt_style", "channel", "audio_track")
         return Manifest(manifest, trains=trains, **{name: getattr(self, name) for name in names})
 
@@ -74,45 +73,45 @@ def load_rows(
     lengths: LengthIndex | None = None,
     on_progress: Callable[[], None] = lambda: None,
 ) -> tuple[RowSet, RowSet]:
-    """The usable rows of the training manifests, joined, and of the validation manifest where there is one.
+    """Loads the usable rows of the training manifests, joined, and those of the validation manifest if there is one.
 
-    Reads, checks and encodes every clip once; the ranks divide rows and clips among them.
+    Checks every row and encodes every clip once; rows and clips are divided among the ranks.
 
     Args:
-        trained: how many of `manifests`, from the first on, are trained on.
-        lengths: counts rows' tokens.
-        on_progress: called for each clip and row that is done, by this rank.
+        trained: number of training manifests; these come first in `manifests`.
+        lengths: counts the tokens of rows.
+        on_progress: called after each clip and row that this rank finishes.
 
     Raises:
-        ConfigError: all faults of all manifests without `skip_bad_rows`, a manifest without a usable row, or a cache
-            that cannot be written to.
+        ConfigError: faults in any manifest without `skip_bad_rows`, a manifest without a usable row, or a cache that
+            is not writable.
     """
     read = [options.open(manifest, number < trained) for number, manifest in enumerate(manifests)]
     check_same_files(read, ranks)
     loader = _Loader(cache, ranks, options, lengths, on_progress)
     total = sum(map(len, read))
     bar = tqdm(total=total, desc="rows", unit="row", disable=not ranks.is_main, mininterval=1.0)
-    gc.freeze()  # else each full collection goes over torch's half a million objects: 40 % of the time that rows take
+    gc.freeze()  # otherwise each full collection scans torch's half a million objects: 40 % of the time for rows
     try:
         with bar:
             sets = [loader.load(manifest, bar) for manifest in read]
     finally:
         gc.unfreeze()
-    loader.read_what_others_encoded()  # here, for data workers to share instead of each reading it for itself
-    _tell(read, trained, loader, options, ranks)
+    loader.refresh_index()  # here, so that data workers share the index instead of each reading it
+    _report(read, trained, loader, options, ranks)
     for manifest, rows, faults in zip(read, sets, loader.faults, strict=True):
         if not rows:
-            raise ConfigError([*grouped(faults), f"{manifest.file}: no usable row is left"])
+            raise ConfigError([*grouped(faults), f"{manifest.file}: no usable rows left"])
     for rows, speech in zip(sets, loader.speech, strict=True):
         rows.summary = tuple(first_lines(speech)) if ranks.is_main else ()
     return joined(sets[:trained]), sets[trained] if len(sets) > trained else RowSet()
 
 
-def _tell(read: list[Manifest], trained: int, loader: _Loader, options: RowOptions, ranks: Ranks) -> None:
-    """Says what was found, by kind, and leaves all of it in `faults_dir`.
+def _report(read: list[Manifest], trained: int, loader: _Loader, options: RowOptions, ranks: Ranks) -> None:
+    """Prints all findings by kind and writes each of them to `faults_dir`.
 
     Raises:
-        ConfigError: there are faults, and no `skip_bad_rows`.
+        ConfigError: there are faults, and `skip_bad_rows` is off; or faults of the manifest as a whole.
     """
     faults = [fault for found in loader.faults for fault in found]
     bad_rows = plural(len({fault.row for fault in faults}), "bad row")
@@ -126,10 +125,10 @@ def _tell(read: list[Manifest], trained: int, loader: _Loader, options: RowOptio
     notes = [note for manifest in read for note in manifest.notes()]
     if warnings:
         rows = plural(len({f.row for f in warnings}), "row")
-        notes += [f"{rows} to look at, trained on as they are:", *grouped(warnings)]
+        notes += [f"{rows} with warnings, used as they are:", *grouped(warnings)]
     lines = grouped([*faults, *stops])
     if path is not None and len(faults) + len(warnings) > SHOWN_OF_A_KIND:
-        (lines if faults else notes).append(f"all of it, one a line: {path}")
+        (lines if faults else notes).append(f"complete list: {path}")
     if notes:
         ranks.say("\n".join(notes))
     if faults and not options.skip_bad_rows:
@@ -141,7 +140,7 @@ def _tell(read: list[Manifest], trained: int, loader: _Loader, options: RowOptio
 
 
 class _Loader:
-    """All ranks go through the manifests together, a chunk of rows at a time."""
+    """Loads manifests on all ranks together, one chunk of rows at a time."""
 
     def __init__(
         self,
@@ -156,12 +155,12 @@ class _Loader:
         self._options = options
         self._lengths = lengths
         self._on_progress = on_progress
-        self._others_encoded = True  # since this rank last looked
+        self._others_encoded = True  # since this rank last read the index
         self.faults: list[list[Fault]] = []  # of each manifest
-        self.speech: list[SpeechStats] = []  # of each manifest, its usable rows
+        self.speech: list[SpeechStats] = []  # of each manifest, usable rows only
 
     def load(self, manifest: Manifest, bar: tqdm) -> RowSet:
-        """Its usable rows; what is wrong with the others is added to `faults`."""
+        """Returns a manifest's usable rows; adds the faults of the others to `faults`."""
         size = CHUNK_ROWS * self._ranks.world_size
         parts: list[Part] = []
         before = bar.n
@@ -180,16 +179,16 @@ class _Loader:
         return rows
 
     def _screen(self, manifest: Manifest, rows: RowSet, stats: np.ndarray) -> tuple[RowSet, list[Fault]]:
-        """The rows without those that take too many tokens, and the faults of these.
+        """Drops rows that take too many tokens and returns their faults.
 
-        Every rank looks at all rows, and finds the same.
+        Every rank screens all rows, with the same result.
         """
         clip_frames = self._cache.frames_each(rows.keys) if len(rows.keys) else np.zeros(0, np.int64)
         first_clip = np.r_[0, rows.clip_ends[:-1]][: len(rows)]
         place = np.where(stats["clip"] >= 0, first_clip + stats["clip"], -1)
         speaks, place = place >= 0, place[place >= 0]
         clips, seconds = np.zeros(len(rows), np.uint64), np.zeros(len(rows))
-        clips[speaks] = rows.keys.view("<u8").reshape(-1, 4)[place, 0]  # of 256 bits, 64 tell a million apart
+        clips[speaks] = rows.keys.view("<u8").reshape(-1, 4)[place, 0]  # 64 of the 256 bits distinguish a million clips
         seconds[speaks] = clip_frames[place] / self._cache.codec.frame_rate
         lines, elements = manifest.lines_of(rows.numbers), manifest.elements_of(rows.numbers)
         problems = dict(self._too_long(rows, stats, clip_frames, first_clip))
@@ -206,7 +205,7 @@ class _Loader:
     def _too_long(
         self, rows: RowSet, stats: np.ndarray, clip_frames: np.ndarray, first_clip: np.ndarray
     ) -> Iterator[tuple[int, str]]:
-        """(row, problem) of each over the limit on a row; counts only what its bytes and frames leave in doubt."""
+        """Yields (row, problem) of each row over the limit; counts tokens only if bytes and frames exceed it."""
         limit = self._options.max_row_tokens
         if limit is None or self._lengths is None:
             return
@@ -217,8 +216,8 @@ class _Loader:
             if tokens > limit:
                 yield i, f"takes {tokens} tokens, over --max_row_tokens {limit}"
 
-    def read_what_others_encoded(self) -> None:
-        """Brings the index of codes up to date, if it may not be."""
+    def refresh_index(self) -> None:
+        """Reads the index of codes again if other ranks encoded clips."""
         if self._others_encoded:
             self._cache.read_index()
         self._others_encoded = False
@@ -248,7 +247,7 @@ class _Loader:
             usable[i] = False
         for i, where in _own_references(rows, keys, clips):
             if usable[i]:
-                faults.append(rows[i].fault(where, f"has the content of {OWN_REFERENCE}"))
+                faults.append(rows[i].fault(where, f"has the same content as {OWN_REFERENCE}"))
                 usable[i] = False
         tokens = None
         if self._options.count_tokens and self._lengths is not None:
@@ -267,17 +266,17 @@ class _Loader:
         return Part(np.array(numbers, np.int64)[usable], tokens, clips[usable], keys[kept], faults, stats, voices)
 
     def _encode(self, refs: list[AudioRef], progress: Callable[[float], None]) -> tuple[np.ndarray, dict[int, str]]:
-        """Encodes the clips that all ranks have given and that are not cached yet.
+        """Encodes the clips of all ranks that are not cached yet.
 
-        Returns what concerns this rank's `refs`: their keys uint8 [refs, 32], and the problems of bad ones by number.
-        A clip that several ranks name is one rank's to encode. Ranks meet every few seconds, for the bar to count all.
+        Returns the keys of this rank's `refs`, uint8 [refs, 32], and the problems of bad ones by number. A clip named
+        by several ranks is encoded by one. Ranks synchronise every few seconds, so that the bar counts all clips.
         """
         ranks, cache = self._ranks, self._cache
-        self.read_what_others_encoded()
+        self.refresh_index()
         shares = ranks.gather(np.frombuffer(b"".join(map(_identity, refs)), "<u8").reshape(-1, 2))
         start = sum(map(len, shares[: ranks.rank]))
         own = slice(start, start + len(refs))
-        # Of those who name a clip, one is drawn: the first would leave rank 0 with all that everybody names.
+        # Each clip's rank is drawn among those that name it: the first would give rank 0 all shared clips.
         named = np.concatenate(shares)
         order = np.random.default_rng(0).permutation(len(named))
         clips, drawn, which = np.unique(named[order], axis=0, return_index=True, return_inverse=True)
@@ -292,8 +291,8 @@ class _Loader:
         work = cache.ensure_each([refs[i] for i in (owner[mine] - start).tolist()], self._options.max_duration_sec)
         more, pause = True, 0.5
         while more:
-            go_on = partial(self._go_on, work, mine, found, problems, time.monotonic() + pause)
-            states = ranks.gather((ranks.each(go_on), len(found)))
+            encode_some = partial(self._encode_some, work, mine, found, problems, time.monotonic() + pause)
+            states = ranks.gather((ranks.each(encode_some), len(found)))
             more = any(state[0] for state in states)
             progress(sum(state[1] for state in states) / max(1, len(clips)))
             pause = min(2 * pause, EXCHANGE_SEC)
@@ -309,7 +308,7 @@ class _Loader:
         bad = np.flatnonzero(np.isin(own_clips, list(all_problems)))
         return keys[own_clips], {int(n): all_problems[int(own_clips[n])] for n in bad}
 
-    def _go_on(
+    def _encode_some(
         self,
         work: Iterator[tuple[AudioRef, bytes | None, str | None]],
         mine: np.ndarray,
@@ -317,7 +316,7 @@ class _Loader:
         problems: dict[int, str],
         until: float,
     ) -> bool:
-        """Encodes until then; whether there is more to do."""
+        """Encodes until the time `until`. Returns False once this rank has no clips left."""
         try:
             for _, key, problem in work:
                 if problem is not None:
@@ -328,14 +327,14 @@ class _Loader:
                     return True
         except OSError as error:
             folder = self._cache.folder
-            raise ConfigError([f"--codes_cache: {folder} cannot be written to: {reason_of(error)}"]) from error
+            raise ConfigError([f"--codes_cache: {folder} is not writable: {reason_of(error)}"]) from error
         return False
 
 
 def _own_references(rows: list[Row], keys: np.ndarray, clips: np.ndarray) -> Iterator[tuple[int, str]]:
-    """(row, field) where an earlier clip has the content of the one to be speech, under whatever name.
+    """Yields (row, field) of each earlier clip with the same content as the row's target clip.
 
-    `keys` uint8 [clips of all rows, 32], `clips` int64 [rows] how many are each row's; a row speaks its last.
+    `keys` uint8 [clips of all rows, 32]; `clips` int64 [rows], clips per row. The target is a row's last clip.
     """
     if not len(keys):
         return
@@ -351,12 +350,12 @@ def _own_references(rows: list[Row], keys: np.ndarray, clips: np.ndarray) -> Ite
 
 
 def _share(chunk: range, rank: int, world_size: int) -> list[int]:
-    """Every rank's rows: in blocks, so that new rows at a manifest's end are everybody's."""
+    """Returns a rank's rows, in blocks, so that new rows at a manifest's end are shared by all ranks."""
     block = max(1, min(BLOCK_ROWS, len(chunk) // (16 * world_size)))
     return [i for i in chunk if (i - chunk.start) // block % world_size == rank]
 
 
 def _identity(ref: AudioRef) -> bytes:
-    """16 bytes, the same for refs that are equal."""
+    """Returns 16 bytes that are equal for equal refs."""
     name = f"{ref.path or ''}\0{ref.raw_audio or ''}\0{ref.span} {ref.sample_rate}"
     return hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=16).digest()

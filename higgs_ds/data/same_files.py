@@ -1,4 +1,4 @@
-"""Check that all ranks read the same manifests and see the same clips: rows are shared out among them by number."""
+"""Check that all ranks read the same manifests and see the same clips, since ranks divide rows by number."""
 
 from __future__ import annotations
 
@@ -13,37 +13,36 @@ from .manifest import Manifest
 if TYPE_CHECKING:
     from ..distributed.ranks import Ranks
 
-ROWS_LOOKED_AT = 16  # of a manifest
+CHECKED_ROWS = 16  # per manifest
 
 
 def check_same_files(manifests: list[Manifest], ranks: Ranks) -> None:
-    """Raises ConfigError, on all ranks and naming them, where one has another manifest or other clips than rank 0."""
+    """Raises ConfigError on all ranks if some have other manifests or clips than rank 0, and names these ranks."""
     if ranks.world_size == 1:
         return
     of_ranks = ranks.gather([(manifest.digest(), manifest.faults) for manifest in manifests])
     for i, manifest in enumerate(manifests):
-        # A rank with another file would pair one row's text with another's clip.
+        # A rank with another file would combine one row's text with another row's clip.
         other = [rank for rank, found in enumerate(of_ranks) if found[i][0] != of_ranks[0][i][0]]
         if other:
             reasons = [f"rank {rank}: {fault}" for rank, found in enumerate(of_ranks) for fault in found[i][1]]
             raise ConfigError(
                 [
-                    f"{manifest.file}: {ranks.named(other)} found another file than rank 0; "
-                    "give all nodes the same one",
+                    f"{manifest.file}: differs on {ranks.named(other)} from rank 0; copy the same file to all nodes",
                     *reasons,
                 ]
             )
-    problems = [problem for manifest in manifests for problem in _clips_seen_otherwise(manifest, ranks)]
+    problems = [problem for manifest in manifests for problem in _differing_clips(manifest, ranks)]
     if problems:
         raise ConfigError(first_of(problems, 5))
 
 
-def _clips_seen_otherwise(manifest: Manifest, ranks: Ranks) -> list[str]:
-    """A line for each of a few rows whose clips some rank does not find as rank 0 does.
+def _differing_clips(manifest: Manifest, ranks: Ranks) -> list[str]:
+    """Checks a few rows on all ranks; returns one line for each whose clips differ from rank 0.
 
-    Each row is one rank's to check: without this, clips that only some hosts see would be faults of those rows.
+    Otherwise each row is checked by one rank, and clips missing on that host would be reported as faults of the row.
     """
-    numbers = np.unique(np.linspace(0, max(0, len(manifest) - 1), min(len(manifest), ROWS_LOOKED_AT)).astype(int))
+    numbers = np.unique(np.linspace(0, max(0, len(manifest) - 1), min(len(manifest), CHECKED_ROWS)).astype(int))
     of_ranks = ranks.gather([manifest.clips_here(number) for number in numbers.tolist()])
     problems = []
     elements = manifest.elements_of(numbers).tolist()

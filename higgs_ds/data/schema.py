@@ -1,7 +1,7 @@
-"""A row's schema: one JSON object in, a `Row` or all that is wrong with it out. Nothing is decoded.
+"""A row's schema: turns one JSON object into a `Row` or a list of its faults. Decodes nothing.
 
-`columns` first gives other tools' columns the names of our fields; then one model checks types, values, texts and
-clips at once, in pydantic's words where no better ones are known.
+`columns` first maps other tools' column names to our fields. Then one pydantic model checks types, values, texts and
+clips; pydantic's own messages are used where there is no better one.
 """
 
 from __future__ import annotations
@@ -39,30 +39,30 @@ from .text_findings import TextFindings
 from .texts import PLAIN, composed, holds_times, is_visible, with_plain_letters
 
 _A_FILE = re.compile(r"[^\n]{0,400}\.[A-Za-z]\w{1,8}|[./~][^\s]{1,400}")
-NOT_THERE = ("", "placeholder", None)  # what upstream's dataclasses hold where there is no clip
+NO_CLIP = ("", "placeholder", None)  # upstream's values for a missing clip
 _AN_OBJECT = re.compile(r"a valid dictionary( or instance of \w+)?")
-OWN_REFERENCE = "the clip that is to be spoken; give another clip of the voice, or none"
+OWN_REFERENCE = "the row's target clip; give another clip of the voice, or none"
 
 
 @dataclass
 class Rules:
-    """Rules that all rows of a manifest are checked by, and what is counted over them."""
+    """Rules for checking the rows of a manifest, and counts over these rows."""
 
     file: str
     paths: ClipPaths
     controls: re.Pattern[str] = DEFAULT_CONTROLS
     prompt_style: str = SERVED  # of speech rows
-    channel: int | None = None  # of clips whose row names none
+    channel: int | None = None  # default for rows that name none
     audio_track: int | None = None
-    trains: bool | None = None  # whether its rows are trained on, or validated with; None where that is not known
-    again: bool = False  # rows without faults: nothing is counted, and clips are not looked for
-    unread: Counter[str] = field(default_factory=Counter)  # columns and fields that nobody reads, in how many rows
-    scenes: int = 0  # rows without faults that have one
+    trains: bool | None = None  # True: training manifest, False: validation manifest, None: unknown
+    checked: bool = False  # True: the rows have passed, so nothing is counted and clips are not checked for existence
+    unread: Counter[str] = field(default_factory=Counter)  # unread columns and fields, with their number of rows
+    scenes: int = 0  # valid rows with a scene
     texts: TextFindings = field(default_factory=TextFindings)
 
 
 def read_row(value: Any, rules: Rules, line: int, element: int = -1) -> tuple[Row | None, list[Fault]]:
-    """The row that a JSON value is, or its faults."""
+    """Parses a JSON value into a row, or returns its faults."""
     if not isinstance(value, dict):
         return None, [Fault(rules.file, line, "row", f"must be a JSON object, found {shown(value)}", element=element)]
     read = reading(tuple(value))
@@ -71,19 +71,19 @@ def read_row(value: Any, rules: Rules, line: int, element: int = -1) -> tuple[Ro
         found += columns.suspicions(value, read.suspects, rules.trains)
     try:
         if read.kind == "speech":
-            speech = SpeechRow.model_validate(_translated(value, read), context=rules)
-            row = _of_speech(speech, read.column, rules, line, element)
+            speech = SpeechRow.model_validate(_by_field(value, read), context=rules)
+            row = _speech_row(speech, read.column, rules, line, element)
         elif read.kind == "chatml":
-            if value.get("audios"):  # nothing would read them, and their tags would be taken for text
+            if value.get("audios"):  # otherwise the clips would be ignored and their tags trained as text
                 command = import_command("ms-swift", rules.file)
-                found.append(("audios", f"is ms-swift's; this makes a manifest of it: {command}"))
+                found.append(("audios", f"is a field of ms-swift; convert the file with: {command}"))
             talk = TalkRow.model_validate(value | {n: value[c] for n, c in read.column.items()}, context=rules)
-            row = _of_talk(talk, rules, line, element)
-            if not rules.again:
-                found += [*_unknown(talk, unread), *_of_spoken(row, rules)]
+            row = _talk_row(talk, rules, line, element)
+            if not rules.checked:
+                found += [*_unknown_fields(talk, unread), *_transcript_faults(row, rules)]
     except ValidationError as error:
         found += _problems(error, read)
-    if rules.again:
+    if rules.checked:
         return row, []
     for name in unread:
         rules.unread[name] += 1
@@ -95,24 +95,24 @@ def read_row(value: Any, rules: Rules, line: int, element: int = -1) -> tuple[Ro
         text, given = said[0], value[read.column["text"]] if row.is_speech else said[0]
         if "<|" in given:
             text, given = without_tags(text, rules.controls), without_tags(given, rules.controls)
-        rules.texts.look(text, given, (line, element))
+        rules.texts.count(text, given, (line, element))
     return row, []
 
 
 def fault(problem: str) -> PydanticCustomError:
-    """Error for a validator to raise."""
+    """Returns an error for a validator to raise."""
     return PydanticCustomError("fault", "{problem}", {"problem": problem})
 
 
 def _given(value: Any) -> Any:
-    """None where a field stands and says nothing: null, blanks, and the NaN that pandas writes for either."""
+    """Returns None for an empty value: null, blanks, or the NaN that pandas writes for either."""
     if isinstance(value, str):
         return value if value and not value.isspace() else None
     return None if value != value else value
 
 
 def _name(value: Any) -> Any:
-    """A speaker: no model reads it. A number may have become a float beside rows without one."""
+    """Returns a speaker's name as text. Tables store a column of integers with gaps as floats."""
     value = _given(value)
     if isinstance(value, float) and value.is_integer():
         value = int(value)
@@ -129,45 +129,45 @@ def _text(value: str, info: ValidationInfo[Rules]) -> str:
 
 
 def _transcript(value: str, info: ValidationInfo[Rules]) -> str:
-    """A text that a clip speaks."""
+    """Validates and normalises the transcript of a clip."""
     value = _text(value, info)
-    if not info.context.again and (problem := _unspeakable(value, info.context)):
+    if not info.context.checked and (problem := _unspeakable(value, info.context)):
         raise fault(problem)
     return composed(value)
 
 
 def _unspeakable(text: str, rules: Rules) -> str | None:
-    """Problem of a text that cannot be what a clip says."""
+    """Returns the problem of a text that cannot be a transcript, or None."""
     if not is_visible(text):
-        return f"holds no letter and no digit, found {shown(text)}"
+        return f"contains no letter or digit, found {shown(text)}"
     if PLAIN.fullmatch(text) is None and (form := holds_times(text)):
-        return f"holds times or data ({form}), which nobody says; give the words alone"
+        return f"contains times or data ({form}); give only the spoken words"
     suffix = text.rpartition(".")[2]
     if (
         (text[0] in "./~" or (suffix.isalnum() and len(suffix) < 10))
         and _A_FILE.fullmatch(text)
         and rules.paths.holds(text)
     ):
-        return f"{shown(text)} is the path of a file that is there; write what it says in its place"
+        return f"{shown(text)} is the path of an existing file; give the file's text instead"
     return None
 
 
-def _of_spoken(row: Row, rules: Rules) -> Iterator[tuple[str, str]]:
-    """Faults of the text that a conversation's last clip speaks."""
+def _transcript_faults(row: Row, rules: Rules) -> Iterator[tuple[str, str]]:
+    """Yields the fault in the transcript of a conversation's target clip."""
     said = row.target()
     if said is not None and (problem := _unspeakable(said[0], rules)):
         yield "messages", problem
 
 
 def _bytes(value: Any) -> AudioRef:
-    """A clip in base64, which is decoded when the clip is."""
+    """Wraps a clip in base64; it is decoded when the clip is read."""
     if not isinstance(value, str):
         raise fault(f"must be an audio file in base64, found {shown(value)}")
     return AudioRef(raw_audio=value)
 
 
 def _clip(value: Any, info: ValidationInfo[Rules]) -> AudioRef:
-    """A path, or Hugging Face's `{"path", "bytes"}`, of which the bytes win as they do there."""
+    """Reads a path, or Hugging Face's `{"path", "bytes"}`, where bytes take precedence as in `datasets`."""
     if isinstance(value, dict):
         if value.get("bytes"):
             return _bytes(value["bytes"])
@@ -175,40 +175,40 @@ def _clip(value: Any, info: ValidationInfo[Rules]) -> AudioRef:
     if not isinstance(value, str):
         raise fault(f"must be the path of an audio file, found {shown(value)}" if value is not None else "is missing")
     if URL.match(value):
-        raise fault(f"nothing is fetched from a manifest: give a path instead of {shown(value)}")
+        raise fault(f"URLs are not fetched; give a local path instead of {shown(value)}")
     paths = info.context.paths
-    if info.context.again:
+    if info.context.checked:
         return AudioRef(paths.path(value))
     if (path := paths.find(value)) is None:
         given = repr(value if len(value) <= 200 else f"{value[:200]}...")
-        where = "paths are relative to the manifest's folder, --audio_root or the working folder"
-        raise fault(f"{given} does not exist, or is no file; {where}")
+        where = "paths are relative to the manifest's folder, --audio_root or the working directory"
+        raise fault(f"{given} does not exist or is not a file; {where}")
     return AudioRef(path)
 
 
-def _whole(value: Any) -> Any:
-    """A count; beside rows without one tables make it a float."""
+def _integer(value: Any) -> Any:
+    """Turns an integral float into an int; tables store a column of counts with gaps as floats."""
     value = _given(value)
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _channel(value: Any) -> Any:
-    """A channel's number, alone or in a list as lhotse and NeMo may have it; NeMo's `average` is the mean of all."""
+    """Reads a channel number, also in a list of one (lhotse, NeMo); NeMo's `average` means all channels mixed."""
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
-    return MIX if value in ("average", "mix") else _whole(value)
+    return MIX if value in ("average", "mix") else _integer(value)
 
 
 def _split(value: Any, info: ValidationInfo[Rules]) -> Any:
-    """A corpus's own split, which a row must not leave."""
+    """Rejects a row in a manifest that contradicts the row's own split."""
     trains = info.context.trains
     if (
         isinstance(value, str)
         and trains is not None
         and (columns.HELD_OUT if trains else columns.TRAINED).fullmatch(value.strip())
     ):
-        side, other = ("trained on", "--val_manifest") if trains else ("validated with", "--train_manifest")
-        raise fault(f"is {shown(value)}, so it must not be {side}; keep such rows in a file of their own, for {other}")
+        side, other = ("training", "--val_manifest") if trains else ("validation", "--train_manifest")
+        raise fault(f"is {shown(value)}, which excludes the row from {side}; move such rows to a file for {other}")
     return value
 
 
@@ -218,16 +218,17 @@ Maybe = BeforeValidator(_given)
 Seconds = Annotated[float | None, Field(allow_inf_nan=False), Maybe]
 Offset = Annotated[float | None, Field(ge=0, allow_inf_nan=False), Maybe]
 Channel = Annotated[int | None, Field(ge=MIX), BeforeValidator(_channel)]
-Count = Annotated[int | None, Field(ge=0), BeforeValidator(_whole)]
+Count = Annotated[int | None, Field(ge=0), BeforeValidator(_integer)]
 Split = Annotated[Any, AfterValidator(_split)]
 Speaker = Annotated[str | None, BeforeValidator(_name)]
 Clip = Annotated[AudioRef, PlainValidator(_clip)]
 
 
 class _Slice(BaseModel):
-    """Fields of a clip's part. A duration without an offset cuts nothing: it only states, as upstream's files have it.
+    """Fields that select a part of a clip.
 
-    Zeros for both are how tables without nulls write neither.
+    A duration without an offset cuts nothing; as in upstream's files it only states the clip's length. Tables without
+    nulls write zeros for missing values.
     """
 
     offset: Offset = None
@@ -239,28 +240,28 @@ class _Slice(BaseModel):
 
     @field_validator("end")
     @classmethod
-    def _behind_start(cls, value: float | None, info: ValidationInfo[Rules]) -> float | None:
+    def _end_after_start(cls, value: float | None, info: ValidationInfo[Rules]) -> float | None:
         start = info.data.get("offset") or 0.0
         if value and value <= start:
-            raise fault(f"must be behind the start at {start:g} s, found {value:g}")
+            raise fault(f"must be after the start at {start:g} s, found {value:g} s")
         return value or None
 
     @field_validator("duration")
     @classmethod
-    def _above_zero(cls, value: float | None, info: ValidationInfo[Rules]) -> float | None:
+    def _positive_duration(cls, value: float | None, info: ValidationInfo[Rules]) -> float | None:
         if value is not None and value <= 0:
             if info.data.get("offset"):
-                raise fault(f"must be above 0 seconds, found {value}")
+                raise fault(f"must be above 0 s, found {value}")
             return None
         return value
 
     @property
     def seconds(self) -> float | None:
-        """Its stated length."""
+        """Stated length, or None."""
         return self.duration if self.end is None else self.end - (self.offset or 0.0)
 
     def of(self, clip: AudioRef, name: str, rules: Rules) -> AudioRef:
-        """The clip's part, under the field that a fault in it is reported by."""
+        """Returns this part of `clip`; its faults are reported under the field `name`."""
         offset = 0.0 if self.offset is None and self.end is not None else self.offset
         seconds = self.seconds
         if offset is None or (offset == 0 and seconds is None):
@@ -285,29 +286,29 @@ class SpeechRow(_Slice):
 
     @field_validator("ref_text")
     @classmethod
-    def _together(cls, value: str | None, info: ValidationInfo[Rules]) -> str | None:
+    def _complete_reference(cls, value: str | None, info: ValidationInfo[Rules]) -> str | None:
         if "ref_audio" in info.data and (info.data["ref_audio"] is None) != (value is None):
             raise fault(
-                "is missing; it is the transcript of ref_audio" if value is None else "is given without its ref_audio"
+                "is missing; it is the transcript of ref_audio" if value is None else "is given without ref_audio"
             )
         return value
 
 
 class _Part(BaseModel):
-    """A part of a conversation; fields that are not read are counted, or faults."""
+    """A part of a conversation. Unknown fields are counted, or reported as faults."""
 
     model_config = ConfigDict(extra="allow")
 
 
 class TextPiece(_Part):
-    """A text within a turn."""
+    """A text in a turn."""
 
     type: Literal["text"]
     text: str
 
 
 class AudioPiece(_Part, _Slice):
-    """A clip as upstream's `AudioContent`: an `audio_url` that is there wins over `raw_audio`, as in its engine."""
+    """A clip in the format of upstream's `AudioContent`. An existing `audio_url` takes precedence over `raw_audio`."""
 
     type: Literal["audio"]
     raw_audio: Any = None
@@ -316,11 +317,11 @@ class AudioPiece(_Part, _Slice):
 
     @field_validator("audio_url", mode="plain")
     @classmethod
-    def _one_of_two(cls, url: Any, info: ValidationInfo[Rules]) -> AudioRef:
+    def _chosen_source(cls, url: Any, info: ValidationInfo[Rules]) -> AudioRef:
         raw_audio = _given(info.data.get("raw_audio"))
-        if isinstance(url, dict) or raw_audio in NOT_THERE:
-            return _clip(None if url in NOT_THERE else url, info)
-        is_file = isinstance(url, str) and url not in NOT_THERE and not URL.match(url)
+        if isinstance(url, dict) or raw_audio in NO_CLIP:
+            return _clip(None if url in NO_CLIP else url, info)
+        is_file = isinstance(url, str) and url not in NO_CLIP and not URL.match(url)
         return _clip(url, info) if is_file and info.context.paths.holds(url) else _bytes(raw_audio)
 
 
@@ -336,7 +337,7 @@ _A_PIECE = Annotated[str, Tag("#str")] | Annotated[TextPiece, Tag("#text")] | An
 _KIND = Discriminator(
     _kind_of,
     custom_error_type="piece",
-    custom_error_message="must be text, or an object whose `type` is text or audio, or a list of these",
+    custom_error_message="must be text, an object with `type` text or audio, or a list of these",
 )
 Piece = Annotated[_A_PIECE, _KIND]
 Content = Annotated[_A_PIECE | Annotated[list[Piece], Tag("#list")] | Annotated[None, Tag("#none")], _KIND]
@@ -351,7 +352,7 @@ class TurnPart(_Part):
 
     @field_validator("content")
     @classmethod
-    def _says_something(cls, content: Any, info: ValidationInfo[Rules]) -> Any:
+    def _checked_content(cls, content: Any, info: ValidationInfo[Rules]) -> Any:
         role = info.data.get("role")
         pieces = content if isinstance(content, list) else [content]
         texts = [piece.text if isinstance(piece, TextPiece) else piece for piece in pieces]
@@ -365,14 +366,14 @@ class TurnPart(_Part):
 
     @field_validator("recipient")
     @classmethod
-    def _of_an_assistant(cls, value: str | None, info: ValidationInfo[Rules]) -> str | None:
+    def _only_for_assistant(cls, value: str | None, info: ValidationInfo[Rules]) -> str | None:
         if value and (role := info.data.get("role")) in ("system", "user"):
-            raise fault(f"only an assistant turn has a recipient, this one is {role}")
+            raise fault(f"is only allowed in an assistant turn, found role {role}")
         return value
 
 
 class TalkRow(BaseModel):
-    """A conversation, as upstream's `ChatMLSample`."""
+    """A conversation in the format of upstream's `ChatMLSample`."""
 
     messages: Annotated[list[TurnPart], Field(min_length=1)]
     start_index: Annotated[int | None, Field(ge=0, strict=True), Maybe] = None
@@ -382,22 +383,22 @@ class TalkRow(BaseModel):
 
     @field_validator("messages")
     @classmethod
-    def _trains(cls, messages: list[TurnPart]) -> list[TurnPart]:
+    def _has_assistant(cls, messages: list[TurnPart]) -> list[TurnPart]:
         if all(turn.role != "assistant" for turn in messages):
-            raise fault("has no assistant turn, so nothing to train on")
+            raise fault("has no assistant turn, so there is nothing to train on")
         return messages
 
     @field_validator("start_index")
     @classmethod
-    def _trains_from(cls, start: int | None, info: ValidationInfo[Rules]) -> int | None:
+    def _leaves_assistant(cls, start: int | None, info: ValidationInfo[Rules]) -> int | None:
         answers = [i for i, turn in enumerate(info.data.get("messages", ())) if turn.role == "assistant"]
         if start is not None and answers and start > answers[-1]:
             raise fault(f"leaves nothing to train on: the last assistant turn is {answers[-1]}, found {start}")
         return start
 
 
-def _translated(value: dict[str, Any], read: Reading) -> dict[str, Any]:
-    """A speech row under the names of our fields, without those that say nothing."""
+def _by_field(value: dict[str, Any], read: Reading) -> dict[str, Any]:
+    """Renames a speech row's columns to our fields and drops empty ones."""
     named = {}
     for name, column in read.column.items():
         found = value[column]
@@ -413,7 +414,7 @@ def _in_seconds(value: Any, unit: float) -> Any:
         return value
 
 
-def _of_speech(speech: SpeechRow, column: dict[str, str], rules: Rules, line: int, element: int) -> Row:
+def _speech_row(speech: SpeechRow, column: dict[str, str], rules: Rules, line: int, element: int) -> Row:
     reference = speech.ref_audio
     if reference is not None:
         reference = _Slice().of(reference, column["ref_audio"], rules)
@@ -430,9 +431,9 @@ def _of_speech(speech: SpeechRow, column: dict[str, str], rules: Rules, line: in
     return Row(turns, start_index, speech.speaker, *place, True, scene, rules.prompt_style, element)
 
 
-def _of_talk(talk: TalkRow, rules: Rules, line: int, element: int) -> Row:
+def _talk_row(talk: TalkRow, rules: Rules, line: int, element: int) -> Row:
     turns = []
-    stated_sec: float | None = None  # of the clip that the last turn speaks
+    stated_sec: float | None = None  # of the last turn's clip
     for i, turn in enumerate(talk.messages):
         pieces: list[str | AudioRef] = []
         clips = []
@@ -444,7 +445,7 @@ def _of_talk(talk: TalkRow, rules: Rules, line: int, element: int) -> Row:
                 text = piece.text if isinstance(piece, TextPiece) else piece or ""
                 read = with_plain_letters(text) if turn.role == "system" else composed(text)
                 pieces.append(read)
-                if not rules.again and read.strip() != text.strip():
+                if not rules.checked and read.strip() != text.strip():
                     rules.texts.note_composed(read, (line, element))
         turns.append(Turn(turn.role, _without_blanks(pieces) or ("",), turn.recipient))
         stated_sec = clips[0].seconds if turn.role == "assistant" and len(clips) == 1 else None
@@ -462,7 +463,7 @@ def _pieces(turn: TurnPart, where: str) -> Iterator[tuple[str, Any]]:
 
 
 def _without_blanks(pieces: list[str | AudioRef]) -> tuple[str | AudioRef, ...]:
-    """A turn's content without the blanks at its two ends, as servers trim texts; those within it stay."""
+    """Strips blanks at both ends of a turn, as servers do; inner blanks stay."""
     for end, trimmed in ((0, str.lstrip), (-1, str.rstrip)):
         while pieces and isinstance(text := pieces[end], str):
             pieces[end] = trimmed(text)
@@ -472,12 +473,12 @@ def _without_blanks(pieces: list[str | AudioRef]) -> tuple[str | AudioRef, ...]:
     return tuple(piece for piece in pieces if piece != "")
 
 
-def _unknown(talk: TalkRow, unread: dict[str, None]) -> Iterator[tuple[str, str]]:
-    """Faults of fields that look like ones which change the training; the others are added to `unread`."""
+def _unknown_fields(talk: TalkRow, unread: dict[str, None]) -> Iterator[tuple[str, str]]:
+    """Yields faults of unknown fields that may affect training; adds the others to `unread`."""
     for i, turn in enumerate(talk.messages):
         for where, part in ((f"messages[{i}]", turn), *_pieces(turn, f"messages[{i}].content")):
             for key, value in (getattr(part, "__pydantic_extra__", None) or {}).items():
-                if not value and key in columns.ITEM_FIELDS:  # in a table each item has all of them
+                if not value and key in columns.ITEM_FIELDS:  # tables give every item all fields
                     continue
                 problem = columns.weighty_misspelling(key, tuple(type(part).model_fields))
                 if problem or (
@@ -489,17 +490,17 @@ def _unknown(talk: TalkRow, unread: dict[str, None]) -> Iterator[tuple[str, str]
 
 
 def _own_reference(row: Row) -> Iterator[tuple[str, str]]:
-    """Faults of earlier clips that hold the one to be spoken; that a copy does is known once contents are."""
+    """Yields faults of earlier clips that contain the target clip; copies of it are found later, by content."""
     if not row.target_clip():
         return
     *earlier, (_, spoken) = row.audio_refs
     for where, ref in earlier:
         if ref.holds(spoken):
-            yield where, f"{'is' if ref == spoken else 'holds'} {OWN_REFERENCE}"
+            yield where, f"{'is' if ref == spoken else 'contains'} {OWN_REFERENCE}"
 
 
 def _problems(error: ValidationError, read: Reading) -> Iterator[tuple[str, str]]:
-    """(field, problem) of each; a field is named as the row has it."""
+    """Yields (field, problem) of each error; fields have the row's own column names."""
     for found in error.errors(include_url=False):
         name = ""
         for part in found["loc"]:
@@ -507,10 +508,10 @@ def _problems(error: ValidationError, read: Reading) -> Iterator[tuple[str, str]
                 name += f"[{part}]"
             elif not part.startswith("#"):
                 name += f".{part}" if name else read.column.get(part, part)
-        yield name, _words(found)
+        yield name, _message(found)
 
 
-def _words(found: ErrorDetails) -> str:
+def _message(found: ErrorDetails) -> str:
     if found["type"] == "fault":
         return found["msg"]
     if found["type"] == "missing":

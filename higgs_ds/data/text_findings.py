@@ -1,4 +1,4 @@
-"""Counts over a manifest's texts: what nobody says, the same opening in most rows, and texts that are composed."""
+"""Statistics of a manifest's texts: content that is not spoken, openings shared by most rows, normalised texts."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from .faults import Fault, plural
 from .texts import PINYIN, PLAIN, spelled_by_sound
 
 COMPOSED = "composed"
-LOST = "U+FFFD, a letter that was lost"
+LOST = "U+FFFD, a lost letter"
 PHONEMES = "phonemes"
-# Kinds of what nobody says, and how each is found; a text that nothing of it is in costs a search or two.
+# Patterns for content that is not spoken. A cheap search for suspect characters comes first.
 _FOREIGN = re.compile(
     r"<\|[^|<>]{0,60}\|>|<(?:COMMA|PERIOD|QUESTIONMARK|EXCLAMATIONPOINT|SIL|MUSIC|NOISE|OTHER|UNK|unk|pad|PAD|eps|s|/s"
     r"|bos|eos|mask|blank|sil|spn|noise|laughter|strong|/strong|breath|spk\d*|zh|en|ja|ko|yue)>|\[SPEAKER_\d+\]"
@@ -37,7 +37,7 @@ _ODD = {
         r"|[\u266a\u266b]|\((?:laugh|cough|sigh|applause|inaudible|music|noise)\w*\)",
         "an address": r"https?://\S+",
         "an id, or cells of a table": r"\w_\w|\A(?:[A-Za-z]+\d+-\d{3,}|utt\w*\d)\b|\t|\w\|\w| \| |\(\w+-\w*\d\)\Z",
-        "marks of prosody": r"\w#[1-4]",
+        "prosody marks": r"\w#[1-4]",
         "times": r"[\[(<]\d?\d:\d\d[^\[\]()<>]*[\])>]|\A(?:\d*\.\d+ [^\W\d]\w* ?){2,}\Z",
     }.items()
 }
@@ -49,19 +49,19 @@ _SUSPECT = re.compile(
     r"[<\[&%\\_|*{#/(\x00-\x09\x0e-\x1f\x7f-\x9f\u00ad\u00c2\u00c3\u00d0\u00d1\u00e2-\u00e9\u00ef\u00f0\u0250-\u02af\u02c8"
     r"\u0370-\u04ff\u200b\u200e\u200f\u2060-\u2064\u202a-\u202e\u266a\u266b\u7e3a\u7e67\u7e5d\ufeff\ufffd]"
 )
-MOST_OPENINGS = 4096  # that are counted at a time; those met once are forgotten first
-LEAST_ROWS, LEAST_LABELLED = 20, 3  # that an opening must have, and one that ends as a label does
+MOST_OPENINGS = 4096  # kept at a time; those that occurred once are dropped first
+LEAST_ROWS, LEAST_LABELLED = 20, 3  # for an opening, and for one that looks like a label
 _SENTENCE_ENDS = tuple(".!?…。！？")
 _LABEL_ENDS = tuple(":|>])}")
 
 _DIGIT, _DIGIT_SOON = re.compile(r"\d"), re.compile(r"[^\W\d]\D{0,19}\d")
-_ZEROS = str.maketrans("123456789", 9 * "0")  # so that `Speaker 1:` opens a text as `Speaker 0:` does
+_ZEROS = str.maketrans("123456789", 9 * "0")  # so that `Speaker 1:` and `Speaker 0:` count as one opening
 
 Place = tuple[int, int]  # line and element of a row
 
 
 def oddities(text: str) -> Iterator[tuple[str, str]]:
-    """(kind, example) of everything in a text that nobody speaks, one of a kind."""
+    """Yields (kind, example) of unspoken content in a text, one per kind."""
     if text in PLACEHOLDERS:
         yield "no text but a placeholder", text
     suspect = _SUSPECT_ASCII if text.isascii() else _SUSPECT
@@ -88,14 +88,14 @@ class _Seen:
 
 @dataclass
 class TextFindings:
-    """Findings of one process; `merged` puts those of all ranks together."""
+    """Findings of one process; `merged` combines those of all ranks."""
 
     rows: int = 0
     kinds: dict[str, _Seen] = field(default_factory=dict)
-    openings: dict[str, _Seen] = field(default_factory=dict)  # by first word; the example is all that they begin with
+    openings: dict[str, _Seen] = field(default_factory=dict)  # by first word; the example is the common prefix
 
-    def look(self, text: str, given: str, place: Place) -> None:
-        """Counts one row's text, as it is trained on and as it was given."""
+    def count(self, text: str, given: str, place: Place) -> None:
+        """Counts one row's text, both normalised and as given."""
         self.rows += 1
         if PLAIN.fullmatch(given) is None or given in PLACEHOLDERS:
             for kind, example in oddities(given):
@@ -106,19 +106,19 @@ class TextFindings:
                 text = text.translate(_ZEROS)
         word = text.partition(" ")[0]
         if (seen := self.openings.get(word)) is not None and text.startswith(seen.example):
-            seen.count += 1  # as by far the most do, soon
+            seen.count += 1  # by far the most common case
             return
         _count(self.openings, word, _Seen(1, place, text), common=True)
         if len(self.openings) > MOST_OPENINGS:
             self.openings = {word: seen for word, seen in self.openings.items() if seen.count > 1}
 
     def note_composed(self, text: str, place: Place) -> None:
-        """Counts a text that was not composed where it was given."""
+        """Counts a text that was changed by normalisation."""
         _count(self.kinds, COMPOSED, _Seen(1, place, text[:40]))
 
     @classmethod
     def merged(cls, of_ranks: list[TextFindings]) -> TextFindings:
-        """Findings of all ranks as one."""
+        """Combines the findings of all ranks."""
         whole = cls(sum(findings.rows for findings in of_ranks))
         for findings in of_ranks:
             for key, seen in findings.kinds.items():
@@ -128,7 +128,7 @@ class TextFindings:
         return whole
 
     def warnings(self, file: str) -> list[Fault]:
-        """One for each kind, with its count and an example."""
+        """Returns one warning per kind, with count and example."""
         said = {
             f"{plural(seen.count, 'row')} with {kind}, e.g. {seen.example!r}: is it spoken?": seen.place
             for kind, seen in self.kinds.items()
@@ -140,38 +140,38 @@ class TextFindings:
         return [Fault(file, line, "text", what, True, element=element) for what, (line, element) in said.items()]
 
     def faults(self, file: str) -> list[Fault]:
-        """Faults of the manifest rather than of a row: letters that were lost in most rows."""
+        """Returns faults of the manifest as a whole: lost letters in most rows."""
         lost = self.kinds.get(LOST)
         if lost is None or 2 * lost.count <= self.rows:
             return []
         problem = (
-            f"{lost.count:,} of {self.rows:,} texts hold U+FFFD, e.g. {lost.example!r}: "
-            "they were read in another encoding than their own; export them again, as UTF-8"
+            f"{lost.count:,} of {self.rows:,} texts contain U+FFFD, e.g. {lost.example!r}: "
+            "they were decoded with the wrong encoding; export them again as UTF-8"
         )
         return [Fault(file, lost.place[0], "text", problem, element=lost.place[1])]
 
     def notes(self, file: str) -> list[str]:
-        """One line on texts that are trained on composed."""
+        """Returns one line on texts changed by normalisation."""
         if (seen := self.kinds.get(COMPOSED)) is None:
             return []
         texts = f"{seen.count:,} text{' is' if seen.count == 1 else 's are'}"
         return [
-            f"{file}: {texts} read with composed letters (NFC) and blanks for line breaks and no-break blanks, "
+            f"{file}: {texts} normalised to NFC, with blanks for line breaks and no-break blanks, "
             f"as `generate` does, e.g. line {seen.place[0]}"
         ]
 
     def _opening(self, word: str, seen: _Seen) -> str | None:
-        """The words that these texts begin with, if they are most of all and differ behind them."""
+        """Returns the common opening of these texts if most texts have it and differ after it."""
         is_label = word.endswith(_LABEL_ENDS) or ":" in seen.example
         if 2 * seen.count <= self.rows or seen.count < (LEAST_LABELLED if is_label else LEAST_ROWS):
             return None
         opening = seen.example[: seen.example.rfind(" ") + 1]
-        is_all = seen.example.endswith(_SENTENCE_ENDS)  # one text many times, no opening
+        is_all = seen.example.endswith(_SENTENCE_ENDS)  # a repeated text, not an opening
         return None if opening == "" or is_all or word.startswith(("[SPEAKER", "<SE")) else opening
 
 
 def _count(counts: dict[str, _Seen], key: str, more: _Seen, *, common: bool = False) -> None:
-    """Adds to a key's count; the example is the earliest row's, or with `common` what all begin with."""
+    """Adds to a key's count; the example is the earliest row's, or with `common` the common prefix."""
     seen = counts.get(key)
     if seen is None:
         counts[key] = more

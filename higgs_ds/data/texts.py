@@ -1,4 +1,4 @@
-"""Texts as they are trained on and spoken, and the words alone of transcript files with times, labels or ids."""
+"""Normalisation of texts, and extraction of the words from transcript files with times, labels or ids."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 
 class Transcript(NamedTuple):
-    """Words that a text holds, and the form that it has (None: plain words); without words, the reason."""
+    """The words of a text and its format (None: plain words). Without words, `form` is the reason."""
 
     words: str | None
     form: str | None = None
@@ -23,13 +23,13 @@ class Transcript(NamedTuple):
 
 _LINE_BREAK = re.compile(r"[ \t]*[\n\r\x0b\x0c\x85\u2028\u2029]\s*")
 _UNBROKEN = re.compile(r"[\u00a0\u2007\u202f]")
-_VISIBLE = re.compile(r"[^\W_\u115f\u1160\u3164\uffa0]")  # a letter or a digit; not Hangul's empty fillers
-# Nothing but words, as most texts are: no number, no markup, no letter that may be composed.
+_VISIBLE = re.compile(r"[^\W_\u115f\u1160\u3164\uffa0]")  # a letter or a digit; without Hangul's empty fillers
+# Plain words, as in most texts: no digits, no markup, no letters that may need composing.
 PLAIN = re.compile(r"[A-Za-z ,.'\"!?;-]*")
 _DIGIT = re.compile(r"\d")
 _MAY_BE_TIMES, _TWO_NUMBERS = re.compile(r"[\d.][.,:]\d"), re.compile(r"\W*\d\S*[\s|;,]+\.?\d")
 
-# Cells of a line: a number, one with decimals, a clock, and what separates them.
+# Cells of a line: a number, a number with decimals, a clock time, a separator, an id.
 N, D = r"[-+]?(?:\d+(?:[.,]\d*)?|\.\d+)(?:[eE][-+]?\d+)?", r"[-+]?\d*[.,]\d+"
 CLOCK = r"(?:\d{1,3}:)?\d{1,3}:\d{2}(?:[.,]\d{1,6})?"
 S = r"(?:\s*[\t|;,]\s*| +)"
@@ -46,14 +46,14 @@ _CLOCK_FIRST = re.compile(rf"{CLOCK}(?:\s*[-–|,;]+\s*{CLOCK})?(?:\s*[-–|,;:]
 _NUMBER_FIRST = re.compile(r"#?(\d{1,5})(?:[.):]\s*|\s+|$)(.*)")
 _SILENCE = re.compile(r"<?(?:eps|sil|silB|silE|sp|spn|pau|unk|p:|silence)>?|\[silence\]|#|h#", re.IGNORECASE)
 _SENTENCE = re.compile(r"</?s>|<eps>|<sil>")
-# Lines that are not of the transcript: what recognisers print, comments, headers of MLF, spectral labels of Audacity.
+# Lines outside the transcript: a recogniser's log, comments, headers of MLF, spectral labels of Audacity.
 _ASIDE = re.compile(
     r"Detect(?:ing|ed) language\b.*|.*\b(?:UserWarning|INFO|WARNING)\s*[:\]].*|whisper_\w+:.*|(?:main|system_info): .*"
     r'|#!MLF!#|"\*?/[^"]*"|;;.*|\\\t.*|\[[A-Za-z#]+:[^\]]*\]|\.'
 )
 _NUMBERED, _IN_DOUBT = "numbered lines", "numbers that may be times"
 
-# Lines of which each holds words `w`, with a start `a` and an end `b` or a length `d` that must be in order.
+# Formats by line, with the words `w`, a start `a`, and an end `b` or a length `d`; times must be ascending.
 _LINES = {
     name: re.compile(pattern)
     for name, pattern in {
@@ -67,13 +67,13 @@ _LINES = {
     }.items()
 }
 _NUMBER_BESIDE = re.compile(rf"(?=.*\d\.\d|.* \.\d)(?:{N}{S}(?P<w>(?!{N}$)\S+)|(?P<v>(?!{N}[\s,;|])\S+?){S}{N})")
-# Forms of which the words are all that a pattern finds.
+# Formats where a pattern finds all words.
 _FOUND = {
     "SubStation Alpha": re.compile(r"^Dialogue:(?:[^,\n]*,){9}(.*)$", re.MULTILINE),
     "a recogniser's output": re.compile(r"^sentence\d+:(.*)$", re.MULTILINE),
 }
-# What a file may be of which nothing is taken for words, by its text or by lines that no form was found in.
-_WIDE = "control characters, as of another encoding"
+# Content that is not read as words, detected in a file's text or in lines of unknown format.
+_WIDE = "control characters (wrong encoding?)"
 _OTHER = {
     name: re.compile(pattern, re.DOTALL | re.IGNORECASE | re.MULTILINE)
     for name, pattern in {
@@ -82,19 +82,19 @@ _OTHER = {
         "markup": r"\A(?!</?s>|<se)<[?!a-z][^<>]*>.*>\s*\Z|\A<(?:sami|tt|\?xml|!doctype)\b",
         "data": r"\A(?:\{\\rtf|[\[{(]+\s*[\"'][^\n]*:|\[\s*[\"{'\[])",
         "cells of a table": r"\t|\w ?\| ?\w",
-        "times in a form that is not known": rf"{_TIME}\s*-+>\s*{_TIME}|[\[<][^\[\]<>\n]*\d:\d\d[^\[\]<>\n]*[\]>]"
+        "times in an unknown format": rf"{_TIME}\s*-+>\s*{_TIME}|[\[<][^\[\]<>\n]*\d:\d\d[^\[\]<>\n]*[\]>]"
         rf"|\b\d?\d:\d\d:\d\d\b|\S\s\s+{CLOCK}$|^\s*[\[(]\s*{D}\s*[-,]\s*{D}\s*[\])]",
     }.items()
 }
-# Forms that a row's text may have, of which some are warnings, see `text_findings.oddities`.
-_NOT_IN_ROWS = ("phone labels", "markup", "cells of a table", _WIDE, _NUMBERED, f"no words ({_IN_DOUBT})")
+# Formats allowed in a row's text; some cause warnings, see `text_findings.oddities`.
+_ALLOWED_IN_ROWS = ("phone labels", "markup", "cells of a table", _WIDE, _NUMBERED, f"no words ({_IN_DOUBT})")
 _CLIP_ID = re.compile(
     r"[\"'(]*(?=\S*\d)(?:\w*[^\W_]_\w+|[a-z]\w*(?:-\w+)*-\d{3,}\w?|(?:utt|spk|sent|seg|rec|wav)\w*\d)(?=[\s|:,]|$)",
     re.I,
 )
 _ID_LAST = re.compile(r"\(\S*[-_]\S*\d\S*\)$")
 
-# HTS: the phone within its neighbours, as `xx^sil-m+i=z`; ARPAbet with stress; TIMIT's and Kaldi's phones.
+# Phones: HTS's full context, as `xx^sil-m+i=z`; ARPAbet with stress; those of TIMIT and Kaldi.
 _FULL_CONTEXT = re.compile(r"\S+[-^]\S*\+\S+[=/@]\S*")
 _ARPABET = frozenset(
     "AA AE AH AO AW AX AXR AY B BCL CH D DCL DH DX EH EL EM EN ENG EPI ER EY F G GCL HH HV IH IX IY JH K KCL L M N NG "
@@ -104,40 +104,40 @@ _STRESSED = re.compile(r"[A-Z]{2}[0-2](?:_[BIES])?")
 PINYIN = re.compile(r"[a-zü:]{1,6}[1-5]")
 _HAN = re.compile("[\u3400-\u9fff]")
 _IPA = re.compile(r"[\u0250-\u02af\u02c8\u02cc\u02d0]")
-_PHONE_LENGTH = 1.6  # letters of a label on average, up to which labels are phones: words are longer
+_PHONE_LENGTH = 1.6  # mean letters per label, up to which labels are phones; words are longer
 
 
 def composed(text: str) -> str:
-    """The text as it is trained on and spoken: composed (NFC), without line breaks, no-break blanks as blanks."""
+    """Normalises a text for training and generation: NFC, line breaks and no-break blanks as blanks."""
     if text.isascii() and text.isprintable():
         return text
     return with_plain_letters(_LINE_BREAK.sub(" ", text))
 
 
 def with_plain_letters(text: str) -> str:
-    """The text composed (NFC), no-break blanks as blanks; its lines stay, as a scene's must."""
+    """Normalises a text to NFC, with no-break blanks as blanks; keeps line breaks, which scenes need."""
     return text if text.isascii() else unicodedata.normalize("NFC", _UNBROKEN.sub(" ", text))
 
 
 def is_visible(text: str) -> bool:
-    """True if the text has a letter or a digit that a reader can see."""
+    """Returns True if the text has a visible letter or digit."""
     return _VISIBLE.search(text) is not None
 
 
 def holds_times(text: str) -> str | None:
-    """Form of the times that a row's text holds, such as cues of subtitles; None for a text without."""
+    """Returns the format of times in a row's text, such as subtitles; None if there are none."""
     has_numbers = _DIGIT.search(text) and (_MAY_BE_TIMES.search(text) or _TWO_NUMBERS.match(text))
     if not has_numbers and text[:1] not in "<{[" and "\n" not in text and "->" not in text:
         return None
     form = read_transcript(text).form
-    return None if form is None or form.startswith(_NOT_IN_ROWS) else form
+    return None if form is None or form.startswith(_ALLOWED_IN_ROWS) else form
 
 
 def read_transcript(source: Path | str) -> Transcript:
-    """The words alone of a text, or of the file at a path, whatever form it has; None for its words where it has none.
+    """Returns the words of a text, or of the file at a path, in any known format.
 
-    A file is more than its words say: ids of other clips and cells of tables are no words in it.
-    Raises OSError, and UnicodeDecodeError for a file that is not UTF-8, nor UTF-16 with its mark.
+    In a file, ids of other clips and cells of tables are not words.
+    Raises OSError, and UnicodeDecodeError for a file that is neither UTF-8 nor UTF-16 with a byte order mark.
     """
     text, stem = source if isinstance(source, str) else "", ""
     if isinstance(source, Path):
@@ -149,7 +149,7 @@ def read_transcript(source: Path | str) -> Transcript:
     labels = [label for label in said if label.strip()]
     if form is not None:
         said = [_LABEL.sub("", _SENTENCE.sub("", x).strip()) for x in labels if not _SILENCE.fullmatch(x.strip())]
-    elif len(lines) > 1 and not spelled_by_sound(lines[0]):  # a text above its pinyin
+    elif len(lines) > 1 and not spelled_by_sound(lines[0]):  # a text and its pinyin below
         said = [line for line in lines if not spelled_by_sound(line)]
     said, form, problem = _without_id(said, stem, form) if stem else (said, form, None)
     if are_phones(labels) or (form is None and spelled_by_sound(" ".join(said))):
@@ -166,7 +166,7 @@ def read_transcript(source: Path | str) -> Transcript:
 
 
 def _without_id(said: list[str], stem: str, form: str | None) -> tuple[list[str], str | None, str | None]:
-    """The lines without the clip's id before or behind them, of several ids' lines its own; and a problem."""
+    """Strips the clip's id; of lines with several ids, keeps the clip's own. Returns (lines, format, problem)."""
     loose = (
         rf"|^{re.escape(stem)}(?:\.\w+)?[\s:,]+"
         if len(stem) >= (6 if stem.isdigit() else 3) and _DIGIT.search(stem)
@@ -186,7 +186,7 @@ def _same_shape(line: str, stem: str) -> bool:
 
 
 def are_phones(labels: list[str]) -> bool:
-    """True if labels are phones: HTS's full context, or one short sound each."""
+    """Returns True if the labels are phones: HTS's full context, or one short sound each."""
     if labels and all(map(_FULL_CONTEXT.match, labels)):
         return True
     if len(labels) < 2 or any(" " in label or label[0] >= "\u02ff" for label in labels):
@@ -198,7 +198,7 @@ def are_phones(labels: list[str]) -> bool:
 
 
 def spelled_by_sound(text: str) -> bool:
-    """True if a text is phonemes: ARPAbet with stress, pinyin with tones, also beside its characters, or IPA."""
+    """Returns True for phonemes: ARPAbet with stress, pinyin with tones, also with its characters, or IPA."""
     tokens = text.replace("|", " ").split()
     if len(tokens) < 2:
         return False
@@ -214,7 +214,7 @@ def spelled_by_sound(text: str) -> bool:
 
 
 def _readings(text: str, lines: list[str]) -> Iterator[tuple[str, list[str] | None]]:
-    """(form, its words, or None where the text has not that form), one form after the other."""
+    """Yields (format, its words, or None if the text is not in this format), one format after another."""
     yield "SRT or VTT", _subtitles(text)
     for form, pattern in _FOUND.items():
         yield form, [_MARKUP.sub("", w).replace("\\N", " ") for w in pattern.findall(text)] or None
@@ -223,7 +223,7 @@ def _readings(text: str, lines: list[str]) -> Iterator[tuple[str, list[str] | No
     if 2 * sum(_BRACKET.match(line) is not None for line in lines) > len(lines):
         yield "times in brackets", [_BRACKET.sub("", line).replace("|", " ") for line in lines]
     yield "a table of times", _table(lines)
-    if "#" in lines:  # xwaves: behind a header
+    if "#" in lines:  # xwaves: rows follow a header
         lines = lines[lines.index("#") + 1 :]
     for form, pattern in _LINES.items():
         found = [pattern.fullmatch(line) for line in lines] if lines and pattern.fullmatch(lines[0]) else [None]
@@ -239,21 +239,21 @@ def _readings(text: str, lines: list[str]) -> Iterator[tuple[str, list[str] | No
 
 
 def _in_order(rows: list[re.Match[str]]) -> bool:
-    """True if numbers are times and not counted aloud: they go on from row to row, each to an end behind its start."""
+    """Returns True if the numbers are times, not spoken counts: ascending, and each end after its start."""
     if not rows or "a" not in rows[0].re.groupindex:
         return bool(rows)
     ends = ["d" if "d" in row.re.groupindex else "b" for row in rows]
     pairs = [(row["a"].replace(",", "."), row[end].replace(",", ".")) for row, end in zip(rows, ends, strict=True)]
     times = [(float(a), float(b) + float(a) * (end == "d")) for (a, b), end in zip(pairs, ends, strict=True)]
     if any(start > end for start, end in times) and (len(times) == 1 or len({end for _, end in times}) > 1):
-        return False  # unless it is a colour, as of xwaves, and no end
+        return False  # unless the number is constant: a colour in xwaves, not an end
     if len(times) == 1:
         return "." in pairs[0][0] + pairs[0][1] or (times[0][0] == 0 and times[0][1] >= 1000)
     return all(a[0] <= b[0] for a, b in pairwise(times)) and times[-1][0] > times[0][0]
 
 
 def _by_turns(text: str) -> list[str] | None:
-    """Words with a number before or behind each, `0.0 hello 0.2 world` or `hello/0.0 world/0.2`; prose may hold 3."""
+    """Reads words alternating with numbers: `0.0 hello 0.2 world` or `hello/0.0 world/0.2`; prose may have up to 3."""
     tokens = [token for token in re.split(r"[\s/|:()]+", text) if token] if "." in text else []
     are_numbers = [re.fullmatch(D, token) is not None for token in tokens]
     if sum(are_numbers) < 2 or any(a == b for a, b in pairwise(are_numbers)):
@@ -262,12 +262,12 @@ def _by_turns(text: str) -> list[str] | None:
 
 
 def _subtitles(text: str) -> list[str] | None:
-    """SRT, VTT and SBV, with a header or without; a line that rolls on from the cue before it is read once."""
+    """Reads SRT, VTT and SBV, with or without a header. Lines repeated from the previous cue are read once."""
     if "-->" not in text and not re.search(rf"^{CLOCK},{CLOCK}\s*$", text, re.MULTILINE):
         return [] if text.startswith("WEBVTT") else None
     rolls, is_cue = "<c>" in text, False
     said: list[str] = []
-    for block in re.split(r"\n[ \t]*\n", text):  # what stands before a block's timing is its number or name, or a note
+    for block in re.split(r"\n[ \t]*\n", text):  # text before a block's times is its number, name or a note
         rows = [row.strip() for row in block.strip().split("\n")]
         at = [i for i, row in enumerate(rows) if _CUE.fullmatch(row)]
         is_cue = is_cue or bool(at)
@@ -281,7 +281,7 @@ def _subtitles(text: str) -> list[str] | None:
 
 
 def _textgrid(text: str) -> list[str] | None:
-    """Praat's, long and short: the tier of words."""
+    """Reads the tier of words from Praat's TextGrid, long or short."""
     if "ooTextFile" not in text[:200] and "IntervalTier" not in text[:2000]:
         return None
     tiers: dict[str, list[str]] = {}
@@ -299,7 +299,7 @@ def _textgrid(text: str) -> list[str] | None:
 
 
 def _json(text: str) -> list[str] | None:
-    """Results of a recogniser, one or several, and what each says in all."""
+    """Reads the full text of each result of a recogniser."""
     if not text.lstrip().startswith(("{", "[")):
         return None
     said: list[str] = []
@@ -318,7 +318,7 @@ _SAID = ("text", "transcript", "DisplayText", "punctuated_word", "word", "lines"
 
 
 def _said(value: Any) -> list[str]:
-    """Texts of a JSON value: of an object its own, or else all of the first part that has some."""
+    """Returns the texts of a JSON value: an object's own text, or else the texts of its first part that has any."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, list):
@@ -335,7 +335,7 @@ def _said(value: Any) -> list[str]:
 
 
 def _table(lines: list[str]) -> list[str] | None:
-    """Rows with a header that names begin, end and words: Whisper's TSV, an aligner's CSV."""
+    """Reads a table with columns for times and words: Whisper's TSV, an aligner's CSV."""
     for delimiter in "\t,;" if len(lines) > 1 else "":
         names, *rows = csv.reader(lines, delimiter=delimiter)
         names = [name.strip().lower() for name in names]
@@ -346,7 +346,7 @@ def _table(lines: list[str]) -> list[str] | None:
         if column is None:
             return []
         rows = [row for row in rows if len(row) > max(column, kind or 0)]
-        last = column == len(names) - 1  # a text that holds the delimiter
+        last = column == len(names) - 1  # a text may contain the delimiter
         return [
             (delimiter + " ").join(row[column:]) if last else row[column]
             for row in rows
@@ -356,7 +356,7 @@ def _table(lines: list[str]) -> list[str] | None:
 
 
 def _clocks(lines: list[str]) -> list[str] | None:
-    """Lines behind a clock, as video sites show them, the words beside it or below."""
+    """Reads lines with a clock time before or above them, as in transcripts of video sites."""
     found = [_CLOCK_FIRST.fullmatch(line) for line in lines]
     matches = [match for match in found if match]
     if len(matches) < 2 - (len(lines) == 1 and re.match(r"\d{1,2}:\d{2}:\d{2}[.,]\d", lines[0]) is not None):
@@ -367,7 +367,7 @@ def _clocks(lines: list[str]) -> list[str] | None:
 
 
 def _numbers(lines: list[str]) -> list[str] | None:
-    """Lines that are counted, from 0 or 1 on."""
+    """Reads lines numbered from 0 or 1."""
     found = [match for line in lines if (match := _NUMBER_FIRST.fullmatch(line))]
     counted = [int(match[1]) for match in found]
     if len(found) < 2 or len(found) < len(lines) or counted[0] > 1:

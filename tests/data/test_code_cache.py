@@ -1,4 +1,4 @@
-"""Codes on disk: found again, never wrong, whoever writes at the same time and whenever a writer is killed."""
+"""Codes on disk: found again and correct, also with concurrent or killed writers."""
 
 import os
 import subprocess
@@ -24,7 +24,7 @@ REFS = [ref for row in read_manifest(SPEECH)[0] for _, ref in row.audio_refs][:6
 
 
 class CountingCodec(SampleCodec):
-    """The sample codec, counting what it is asked for."""
+    """The sample codec, counting its calls."""
 
     encoded = 0
 
@@ -47,7 +47,7 @@ def cache_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def test_every_clip_is_encoded_once(tmp_path, codec):
+def test_each_clip_is_encoded_once(tmp_path, codec):
     cache = CodeCache(tmp_path, codec)
     assert cache.ensure(REFS + REFS) == {}
     assert codec.encoded == 6
@@ -71,7 +71,7 @@ def test_the_same_content_under_another_name_is_not_encoded_again(tmp_path, code
     assert cache.get(AudioRef(path=copy, duration_sec=0.5)).shape == (8, 13)
 
 
-def test_codes_of_another_codec_are_not_taken(tmp_path, codec):
+def test_codes_of_another_codec_are_not_used(tmp_path, codec):
     CodeCache(tmp_path, codec).ensure(REFS[:1])
     other = SampleCodec.fit([read_audio(REFS[0])], codebook_entries=4)
     with pytest.raises(MissingCodesError, match="encode the clip first, with CodeCache.ensure$"):
@@ -89,7 +89,7 @@ def damage_a_bit(codes, index):
 
 
 def damage_range(codes, index):
-    """Codes that the codec does not have, under a checksum that fits."""
+    """Invalid codes with a valid checksum."""
     rewrite(codes, index, np.fromfile(codes, "<i2") + np.int16(16))
 
 
@@ -105,13 +105,13 @@ def rewrite(codes, index, values):
 
 
 @pytest.mark.parametrize("damage", [value for name, value in sorted(globals().items()) if name.startswith("damage_")])
-def test_damaged_codes_are_refused_and_made_anew(tmp_path, codec, damage):
+def test_corrupt_codes_are_refused_and_encoded_again(tmp_path, codec, damage):
     cache = CodeCache(tmp_path, codec)
     cache.ensure(REFS[:2])
     good = cache.get(REFS[0])
     damage(*(next(cache.folder.glob(pattern)) for pattern in ("*.codes", "*.index")))
-    for reader in (cache, CodeCache(tmp_path, codec)):  # one that has read the codes before, and a new one
-        with pytest.raises(ValueError, match=r"\.codes is damaged at byte 0 \(.*\); start again, and it is made anew"):
+    for reader in (cache, CodeCache(tmp_path, codec)):  # an open one, which has read the codes before, and a new one
+        with pytest.raises(ValueError, match=r"\.codes is corrupt at byte 0 \(.*\); start again to re-encode it"):
             reader.get(REFS[0])
     codec.encoded = 0
     assert cache.ensure(REFS[:2]) == {}
@@ -123,7 +123,7 @@ def test_damaged_codes_are_refused_and_made_anew(tmp_path, codec, damage):
 
 
 @pytest.mark.parametrize("byte", range(0, INDEX.itemsize, 3))
-def test_a_damaged_index_loses_one_clip_at_most(tmp_path, codec, byte):
+def test_corrupt_index_loses_at_most_one_clip(tmp_path, codec, byte):
     cache = CodeCache(tmp_path, codec)
     cache.ensure(REFS[:3])
     (index,) = cache.folder.glob("*.index")
@@ -144,11 +144,11 @@ def holds(cache: CodeCache, ref: AudioRef) -> bool:
     return True
 
 
-def test_a_record_cut_short_is_no_record_and_later_ones_are_read(tmp_path, codec):
+def test_partial_record_is_skipped_and_later_ones_are_read(tmp_path, codec):
     cache = CodeCache(tmp_path, codec)
     cache.ensure(REFS[:2])
     (index,) = cache.folder.glob("*.index")
-    index.write_bytes(index.read_bytes()[:-1])  # as a killed writer may leave it
+    index.write_bytes(index.read_bytes()[:-1])  # as left by a killed writer
     codec.encoded = 0
     assert CodeCache(tmp_path, codec).ensure(REFS[:3]) == {} and codec.encoded == 2
     codec.encoded = 0
@@ -156,8 +156,8 @@ def test_a_record_cut_short_is_no_record_and_later_ones_are_read(tmp_path, codec
 
 
 @pytest.mark.parametrize("size", [0, 7])
-def test_a_writer_killed_before_its_first_record_is_nothing(tmp_path, codec, size):
-    """Its files are there and hold no record; another process may also look just then."""
+def test_writer_killed_before_its_first_record_has_no_effect(tmp_path, codec, size):
+    """Its files exist without a record; another process may also read them at that moment."""
     for suffix in (".index", ".codes"):
         file = CodeCache(tmp_path, codec).folder / f"killed{suffix}"
         file.parent.mkdir(exist_ok=True)
@@ -168,7 +168,7 @@ def test_a_writer_killed_before_its_first_record_is_nothing(tmp_path, codec, siz
     assert CodeCache(tmp_path, codec).get(REFS[0]).shape == cache.get(REFS[0]).shape
 
 
-def test_a_disk_that_is_full_says_so_and_what_was_there_stays(tmp_path, codec, monkeypatch):
+def test_full_disk_raises_and_earlier_codes_stay(tmp_path, codec, monkeypatch):
     cache = CodeCache(tmp_path, codec)
     cache.ensure(REFS[:1])
 
@@ -187,7 +187,7 @@ def test_a_disk_that_is_full_says_so_and_what_was_there_stays(tmp_path, codec, m
     assert all(np.array_equal(cache.get(ref), SampleCodec.encode(codec, *read_audio(ref))) for ref in REFS[:3])
 
 
-def test_a_file_is_read_again_only_if_it_changed(tmp_path, codec, monkeypatch):
+def test_file_is_read_again_only_if_changed(tmp_path, codec, monkeypatch):
     clip = tmp_path / "clip.flac"
     clip.write_bytes(REFS[0].path.read_bytes())
     os.utime(clip, ns=(1, 10**18))
@@ -207,12 +207,12 @@ def test_a_file_is_read_again_only_if_it_changed(tmp_path, codec, monkeypatch):
     os.utime(clip, ns=(1, 10**18 + 1))
     cache, count = prepared()
     assert count == 1 and np.array_equal(cache.get(AudioRef(path=clip)), codec.encode(*read_audio(REFS[1])))
-    clip.touch()  # just now: it may change again within the same tick of the clock
+    clip.touch()  # a recent change: another one may have the same time stamp
     assert prepared()[1] == 1 and prepared()[1] == 1
 
 
-def test_a_million_clips_take_little_memory_and_time(tmp_path):
-    """The index, not the codes: 1,000,000 records of which one is looked up."""
+def test_million_clips_take_little_memory_and_time(tmp_path):
+    """Index only, without codes: 1,000,000 records and one lookup."""
     count = 1_000_000
     table = np.zeros(count, INDEX)
     table["key"] = np.random.RandomState(0).randint(0, 1 << 62, size=(count, 4))
@@ -229,7 +229,7 @@ def test_a_million_clips_take_little_memory_and_time(tmp_path):
     assert now < 100e6 and peak < 500e6 and took < 10
 
 
-def test_frames_of_clips_that_are_known_read_no_index_again(tmp_path, codec, monkeypatch):
+def test_frames_of_known_clips_do_not_reread_the_index(tmp_path, codec, monkeypatch):
     cache = CodeCache(tmp_path, codec)
     cache.ensure(REFS)
     keys = np.frombuffer(b"".join(map(cache.key, REFS)), np.uint8).reshape(-1, 32)
@@ -239,7 +239,7 @@ def test_frames_of_clips_that_are_known_read_no_index_again(tmp_path, codec, mon
     assert cache.frames_each(keys).tolist() == frames.tolist()
 
 
-def test_problems_are_told_by_clip_and_the_others_are_encoded(tmp_path, codec):
+def test_problems_are_returned_by_clip_and_other_clips_are_encoded(tmp_path, codec):
     def clip(name, samples, **options):
         soundfile.write(tmp_path / name, samples, 16000, **options)
         return AudioRef(path=tmp_path / name)
@@ -250,7 +250,7 @@ def test_problems_are_told_by_clip_and_the_others_are_encoded(tmp_path, codec):
         AudioRef(path=tmp_path / "absent.wav"): "is missing",
         AudioRef(path=text): "cannot be decoded: Format not recognised",
         clip("empty.wav", np.zeros(0)): "is empty",
-        clip("nan.wav", np.array([0.0, np.nan]), subtype="FLOAT"): "holds NaN or infinite samples",
+        clip("nan.wav", np.array([0.0, np.nan]), subtype="FLOAT"): "contains NaN or infinite samples",
         clip("long.flac", np.zeros(31 * 16000 + 3200)): "lasts 31.2 s, over --max_duration_sec 30",
     }
     cache = CodeCache(tmp_path / "codes", codec)
@@ -258,14 +258,14 @@ def test_problems_are_told_by_clip_and_the_others_are_encoded(tmp_path, codec):
     assert codec.encoded == 1 and len(list(cache.folder.glob("*.codes"))) == 1
 
 
-def test_the_duration_limit_also_holds_for_cached_clips(tmp_path, codec):
+def test_duration_limit_applies_to_cached_clips(tmp_path, codec):
     cache = CodeCache(tmp_path, codec)
     cache.ensure(REFS[:1])
     assert cache.ensure(REFS[:1], max_duration_sec=1.5) == {REFS[0]: "lasts 1.8 s, over --max_duration_sec 1.5"}
     assert cache.ensure(REFS[:1], max_duration_sec=1.81) == {}
 
 
-def test_codes_that_the_codec_does_not_have_are_not_stored(tmp_path, codec):
+def test_invalid_codes_are_not_stored(tmp_path, codec):
     codec.encode = lambda waveform, sample_rate: np.full((8, 3), 16, dtype=np.int16)
     problems = CodeCache(tmp_path, codec).ensure(REFS[:1])
     assert list(problems) == REFS[:1] and "0..15" in problems[REFS[0]]
@@ -281,7 +281,7 @@ def test_get_reads_the_clip_only_once(tmp_path, codec):
     assert cache.get(AudioRef(path=clip)).shape[0] == 8
 
 
-def test_processes_fill_one_folder_at_a_time(tmp_path, codec, codebooks):
+def test_processes_fill_one_folder_concurrently(tmp_path, codec, codebooks):
     SampleCodec(codebooks).save(tmp_path / "codec")
     script = """
 import sys
@@ -296,4 +296,4 @@ assert CodeCache(sys.argv[3], load_codec(sys.argv[2])).ensure(refs) == {}
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
     cache = CodeCache(tmp_path / "codes", codec)
     assert all(np.array_equal(cache.get(ref), codec.encode(*read_audio(ref))) for ref in REFS)
-    assert len(list(cache.folder.glob("*.codes"))) in (1, 2)  # each a file of its own, unless one came too late
+    assert len(list(cache.folder.glob("*.codes"))) in (1, 2)  # one file each, unless one process came too late

@@ -1,4 +1,4 @@
-"""A manifest: where its rows stand, which it may hold, and what is faulty, with how that is answered."""
+"""Manifests: positions of rows, valid rows, and faults with their messages."""
 
 import base64
 import gzip
@@ -23,13 +23,13 @@ def turn(role, content, **more):
 
 
 def chatml(content, **more):
-    """A ChatML row without faults, but for what `content` (the assistant's) and `more` bring in."""
+    """A valid ChatML row, with the assistant's `content` and the fields `more`."""
     return {"messages": [turn("user", "Say it."), turn("assistant", content)], **more}
 
 
 @pytest.fixture
 def manifest(tmp_path, monkeypatch):
-    """Writes text, bytes or rows (one a line; a string as it stands) to m.jsonl beside a.wav, and reads it."""
+    """Writes text, bytes or rows (one per line, strings unchanged) to m.jsonl beside a.wav, and reads it."""
     (tmp_path / "a.wav").write_bytes(b"RIFF")
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "pipe")
@@ -50,7 +50,7 @@ BAD_ROWS = json.loads((Path(__file__).parent / "bad_rows.json").read_text(encodi
 
 
 @pytest.mark.parametrize(("row", "words"), BAD_ROWS)
-def test_a_fault_names_line_and_field_and_other_rows_survive(manifest, row, words):
+def test_fault_names_line_and_field_and_other_rows_survive(manifest, row, words):
     row = row if isinstance(row, str) and row.startswith("{") else json.dumps(row)
     rows, faults = manifest([SPEECH, "", row, chatml(CLIP)])
     assert len(faults) == 1 and faults[0].startswith(f"m.jsonl:3: {words}")
@@ -58,7 +58,7 @@ def test_a_fault_names_line_and_field_and_other_rows_survive(manifest, row, word
     assert [row.origin for row in rows] == ["m.jsonl:1", "m.jsonl:4"]
 
 
-def test_a_damaged_manifest_is_faults_and_no_traceback(manifest):
+def test_corrupt_manifest_gives_faults_without_traceback(manifest):
     rng = np.random.default_rng(0)
     whole = "\n".join(map(json.dumps, [SPEECH, chatml([CLIP, "So."], start_index=0, misc={"speaker": "x"})] * 3))
     for text in (whole, f"[{whole}]".replace("\n", ",")):
@@ -76,12 +76,12 @@ def test_all_faults_are_listed_together_and_sorted(manifest):
     clips = [{**CLIP, "offset": -1, "duration": -2}, {"type": "audio", "audio_url": "http://x/y"}]
     rows, faults = manifest([SPEECH, "{", {"audio": "b.wav", "text": "", "extra": 1}, chatml(clips, start_index="x")])
     assert len(rows) == 1
-    assert [fault.rsplit(": ", 1)[0] if "fetched" in fault else fault.split(" ")[:2] for fault in faults] == [
+    assert [fault if "fetched" in fault else fault.split(" ")[:2] for fault in faults] == [
         ["m.jsonl:2:", "row:"],
         ["m.jsonl:3:", "audio:"],
         ["m.jsonl:3:", "text:"],
         ["m.jsonl:4:", "messages[1].content[0].offset:"],
-        "m.jsonl:4: messages[1].content[1].audio_url: nothing is fetched from a manifest",
+        "m.jsonl:4: messages[1].content[1].audio_url: URLs are not fetched; give a local path instead of 'http://x/y'",
         ["m.jsonl:4:", "start_index:"],
     ]
     assert Fault("m", 9, "z", "z") < Fault("m", 10, "a", "a")  # by number, not as text
@@ -151,7 +151,7 @@ SCENE = "Generate audio following instruction.\n\n<|scene_desc_start|>\nA quiet 
         ),
     ],
 )
-def test_speech_rows_become_the_prompt_that_servers_build(manifest, tmp_path, more, before, start_index, fields):
+def test_speech_rows_become_the_prompt_of_the_servers(manifest, tmp_path, more, before, start_index, fields):
     (tmp_path / "ref.wav").write_bytes(b"RIFF")
     clips = {name: AudioRef(tmp_path / name) for name in ("a.wav", "ref.wav")}
     prompt = tuple(Turn(role, (clips.get(content, content),)) for role, content in [*before, ("user", "Hello.")])
@@ -165,7 +165,7 @@ def test_speech_rows_become_the_prompt_that_servers_build(manifest, tmp_path, mo
     assert speech_messages(" Hello.", None, scene=more.get("scene"), **reference) == (prompt, start_index)
 
 
-def test_bosons_style_has_no_system_turn_before_a_reference(manifest, tmp_path):
+def test_boson_style_has_no_system_turn_before_a_reference(manifest, tmp_path):
     (tmp_path / "ref.wav").write_bytes(b"RIFF")
     reference = {"ref_audio": "ref.wav", "ref_text": "So."}
     rows = [SPEECH, {**SPEECH, **reference}, {**SPEECH, **reference, "scene": "A quiet room."}]
@@ -177,7 +177,7 @@ def test_bosons_style_has_no_system_turn_before_a_reference(manifest, tmp_path):
     assert {row.prompt_style for row in boson} == {"boson"}
 
 
-def test_rows_with_a_scene_are_counted_in_a_line(tmp_path):
+def test_rows_with_a_scene_are_one_note(tmp_path):
     (tmp_path / "a.wav").write_bytes(b"RIFF")
     talk = chatml(CLIP)
     talk["messages"].insert(0, turn("system", SCENE))
@@ -193,7 +193,7 @@ def test_rows_with_a_scene_are_counted_in_a_line(tmp_path):
 
 
 @pytest.mark.parametrize("half", [{"ref_text": "So."}, {"ref_audio": AudioRef(Path("ref.wav"))}])
-def test_half_a_reference_is_refused(half):
+def test_incomplete_reference_is_refused(half):
     with pytest.raises(ValueError, match="ref_text and ref_audio belong together"):
         speech_messages("Hello.", None, **half)
 
@@ -206,7 +206,7 @@ def flac_seconds(path):
     return (bits & (1 << 36) - 1) / (bits >> 44)
 
 
-def test_the_shipped_speech():
+def test_shipped_speech_is_valid():
     train, train_faults = read_manifest(EXAMPLES / "manifest.jsonl")
     val, val_faults = read_manifest(EXAMPLES / "val.jsonl")
     assert train_faults == val_faults == []
@@ -229,15 +229,15 @@ def test_the_shipped_speech():
 @pytest.mark.parametrize(
     ("content", "line", "words"),
     [
-        ("", 1, "holds no rows"),
-        (" \r\n\n", 1, "holds no rows"),
-        ("[ ]", 1, "holds no rows"),
+        ("", 1, "contains no rows"),
+        (" \r\n\n", 1, "contains no rows"),
+        ("[ ]", 1, "contains no rows"),
         (b'{"audio": "a.wav", "text": "Hi."}\n\n{"text": "caf\xe9"}', 3, "is not UTF-8 (byte 0xe9"),
-        (gzip.compress(json.dumps(SPEECH).encode()), 1, "is packed with gzip"),
+        (gzip.compress(json.dumps(SPEECH).encode()), 1, "is compressed with gzip"),
         (b"PAR1\x15\x04\x15\xff", 1, "is Parquet"),
     ],
 )
-def test_a_file_without_rows(manifest, content, line, words):
+def test_file_without_rows_is_a_fault(manifest, content, line, words):
     rows, faults = manifest(content)
     assert rows == [] and len(faults) == 1
     assert faults[0].startswith(f"m.jsonl:{line}: manifest: {words}")
@@ -250,7 +250,7 @@ def test_a_file_without_rows(manifest, content, line, words):
         ("folder", "cannot be read (Is a directory)"),
     ],
 )
-def test_a_manifest_that_cannot_be_read(manifest, path, words):
+def test_unreadable_manifest_is_a_fault(manifest, path, words):
     rows, [fault] = read_manifest(path)
     assert rows == []
     assert str(fault).startswith(f"{path}:1: manifest: {words}")
@@ -262,7 +262,7 @@ def test_line_numbers_in_a_pretty_printed_array(manifest):
     assert faults == ["m.jsonl:7: text: is empty", "m.jsonl:23: row: must be a JSON object, found 5"]
 
 
-def test_rows_that_share_a_line_are_told_apart_by_their_number(manifest):
+def test_rows_on_one_line_are_identified_by_index(manifest):
     """json.dump writes an array on one line."""
     broken = chatml("Hi.", start_index=9)
     rows, faults = manifest(json.dumps([SPEECH, {**SPEECH, "text": ""}, chatml("Hi."), 5, broken]))
@@ -285,7 +285,7 @@ def test_rows_that_share_a_line_are_told_apart_by_their_number(manifest):
         ("]\n\n[]", 4, "Extra data after the array, column 1"),
     ],
 )
-def test_a_broken_array_keeps_what_stands_before(manifest, tail, line, words):
+def test_broken_array_keeps_earlier_rows(manifest, tail, line, words):
     rows, faults = manifest("[\n " + json.dumps(SPEECH) + tail)
     assert [row.line for row in rows] == [2]
     [fault] = faults
@@ -301,8 +301,8 @@ def test_a_broken_array_keeps_what_stands_before(manifest, tail, line, words):
         ('{"messages": [{"role": "user", "content": "Hi.", "role": "assistant"}]}', "role"),
     ],
 )
-def test_a_key_that_stands_twice_is_a_fault(row, key, tmp_path):
-    """A reader of JSON keeps the last one and says nothing."""
+def test_duplicate_key_is_a_fault(row, key, tmp_path):
+    """JSON readers silently keep the last value."""
     (tmp_path / "m.jsonl").write_text(row.replace("\\\\u", "\\u") + "\n")
     _, faults = read_manifest(tmp_path / "m.jsonl")
     assert [(fault.line, fault.field) for fault in faults] == [(1, key)]

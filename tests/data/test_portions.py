@@ -1,4 +1,4 @@
-"""`--train_manifest A B=0.3`: paths, weights and names; what is no weight is refused in a line."""
+"""`--train_manifest A B=0.3`: paths, weights, names, and refusal of invalid weights."""
 
 import pytest
 import yaml
@@ -14,7 +14,7 @@ def test_paths_and_weights(tmp_path, monkeypatch):
     for name in ("b=0.5", "lr=2/m.jsonl", "c"):
         (tmp_path / name).write_text("{}")
     words = ["a.jsonl", "b=0.5", "c=30e-2", "d.jsonl=2", "e.jsonl=1.0", "lr=2/m.jsonl", "lr=3/gone.jsonl", "b=0.5=.25"]
-    with pytest.raises(ConfigError, match=r"--train_manifest: b=0\.5 is named twice"):
+    with pytest.raises(ConfigError, match=r"--train_manifest: b=0\.5 is given twice"):
         portions_of(words)
     found = portions_of(words[:-1])
     assert found == [
@@ -34,21 +34,21 @@ def test_paths_and_weights(tmp_path, monkeypatch):
         (["x/a/train.jsonl", "y/a/train.jsonl", "val.jsonl"], ["x/a/train", "y/a/train", None]),
     ],
 )
-def test_names_are_short_and_different(paths, names, tmp_path):
+def test_names_are_short_and_unique(paths, names, tmp_path):
     found = names_of([Portion(str(tmp_path / path)) for path in paths])
     assert len(set(found)) == len(paths)
     assert all(name is None or name == of for name, of in zip(names, found, strict=True))
 
 
 @pytest.mark.parametrize("weight", ["0", "-1", "nan", "inf", "1e9", "half", "", "0.3=x"])
-def test_a_bad_weight_is_one_line(weight):
+def test_invalid_weight_is_one_line(weight):
     with pytest.raises(ConfigError) as caught:
         parse_args(["--train_manifest", "a.jsonl", f"b.jsonl={weight}", "--output_dir", "o"])
     (line,) = caught.value.problems
     assert line.startswith(f"--train_manifest: b.jsonl={weight}: the weight ") and "above 0 and up to 1000" in line
 
 
-def test_the_resolved_options_name_manifests_and_weights_and_can_be_given_back(tmp_path):
+def test_resolved_options_have_manifests_and_weights_and_can_be_read_again(tmp_path):
     flags = ["--output_dir", "o", "--seed", "3"]
     config = parse_args(["--train_manifest", "a b,c.jsonl", "d.jsonl=0.30", "e.jsonl=1", *flags])
     assert config.data.train_manifest == ["a b,c.jsonl", "d.jsonl=0.3", "e.jsonl"]

@@ -1,4 +1,4 @@
-"""What people's manifests look like: dumps of upstream's dataclasses, other tools' columns, paths from elsewhere."""
+"""Users' manifests: dumps of upstream's dataclasses, other tools' columns, paths in other folders."""
 
 import base64
 import dataclasses
@@ -18,7 +18,7 @@ RAW = base64.b64encode(b"RIFF").decode()
 
 @pytest.fixture
 def write(tmp_path, monkeypatch):
-    """Writes rows to data/m.jsonl beside data/a.wav, and gives its path; the working folder is another."""
+    """Writes rows to data/m.jsonl beside data/a.wav and returns the path; the working directory is elsewhere."""
     (tmp_path / "data").mkdir()
     (tmp_path / "work").mkdir()
     (tmp_path / "data" / "a.wav").write_bytes(b"RIFF")
@@ -33,7 +33,7 @@ def write(tmp_path, monkeypatch):
 
 
 def checked(path, **options):
-    """(rows, faults as text, notes) of a manifest."""
+    """Returns (rows, faults as text, notes) of a manifest."""
     manifest = Manifest(path, **options)
     found = [manifest.check(number) for number in range(len(manifest))]
     faults = [*manifest.faults, *(fault for _, faults in found for fault in faults)]
@@ -44,7 +44,7 @@ def checked(path, **options):
 
 
 def dumped(**more):
-    """A row as `dataclasses.asdict` makes of upstream's ChatMLSample."""
+    """Returns a row as dumped by `dataclasses.asdict` from upstream's ChatMLSample."""
     clip = {"audio_url": "a.wav", "raw_audio": "", "offset": None, "duration": None, "row_id": None, "type": "audio"}
     return {
         "messages": [
@@ -62,7 +62,7 @@ def dumped(**more):
     }
 
 
-def test_upstreams_dataclasses_are_read_as_they_are_dumped(write, tmp_path):
+def test_dumps_of_upstreams_dataclasses_are_read(write, tmp_path):
     rows, faults, notes = checked(write([dumped(), dumped(audio_url="placeholder", raw_audio=RAW)]))
     assert faults == notes == []
     clips = [AudioRef(tmp_path / "data" / "a.wav"), AudioRef(raw_audio=RAW)]
@@ -77,17 +77,17 @@ def test_upstreams_dataclasses_are_read_as_they_are_dumped(write, tmp_path):
 
 
 @pytest.mark.parametrize("url", ["", "placeholder", None, "https://host/a.wav", "gone.wav"])
-def test_bytes_stand_in_for_an_audio_url_that_is_not_there(write, url):
+def test_bytes_replace_a_missing_audio_url(write, url):
     [row], faults, _ = checked(write([dumped(audio_url=url, raw_audio=RAW)]))
     assert faults == [] and row.audio_refs[0][1] == AudioRef(raw_audio=RAW)
 
 
-def test_an_audio_url_that_is_there_wins_over_bytes(write, tmp_path):
+def test_existing_audio_url_takes_precedence_over_bytes(write, tmp_path):
     [row], faults, _ = checked(write([dumped(raw_audio=RAW)]))
     assert faults == [] and row.audio_refs[0][1] == AudioRef(tmp_path / "data" / "a.wav")
 
 
-def test_columns_that_nobody_reads_are_named_once_with_their_count(write):
+def test_unread_columns_are_reported_once_with_count(write):
     rows = [{"audio": "a.wav", "text": f"{i}", "language": "en", "emotion": 1, "a\nb": i} for i in range(100)]
     rows[3]["speeker"] = "x"
     talk = dumped()
@@ -114,20 +114,20 @@ def test_columns_that_nobody_reads_are_named_once_with_their_count(write):
         ("Audio", "Transcript"),
     ],
 )
-def test_other_tools_names_of_the_same_thing_are_understood(write, tmp_path, columns):
+def test_other_tools_column_names_are_read(write, tmp_path, columns):
     [row], faults, notes = checked(write([{columns[0]: "a.wav", columns[1]: " Hello.\n", "speaker_id": 7}]))
     assert faults == notes == []
     assert row.messages[1:] == (Turn("user", ("Hello.",)), Turn("assistant", (AudioRef(tmp_path / "data/a.wav"),)))
     assert row.speaker == "7"
 
 
-def test_the_fields_own_name_wins_and_the_other_is_named(write):
+def test_field_name_takes_precedence_over_synonyms(write):
     [row], faults, notes = checked(write([{"audio": "a.wav", "text": "Two.", "raw_text": "2", "path": "b.wav"}]))
     assert faults == [] and row.messages[1].content == ("Two.",)
     assert [note.split(": ", 1)[1] for note in notes] == ["raw_text, path: not read, in 1 row"]
 
 
-def test_a_reference_under_other_names(write, tmp_path):
+def test_reference_under_other_names(write, tmp_path):
     (tmp_path / "data" / "r.wav").write_bytes(b"RIFF")
     row = {"audio": "a.wav", "text": "So.", "reference_audio": "r.wav", "reference_text": "Well. "}
     rows, faults, _ = checked(write([row, {"audio": "a.wav", "text": "So.", "ref_audio": None, "ref_text": ""}]))
@@ -136,7 +136,7 @@ def test_a_reference_under_other_names(write, tmp_path):
     assert rows[0].audio_refs[0] == ("reference_audio", AudioRef(tmp_path / "data" / "r.wav"))
 
 
-def test_hugging_faces_audio_objects(write, tmp_path):
+def test_hugging_face_audio_objects(write, tmp_path):
     audio = [
         {"path": "a.wav", "bytes": None},
         {"path": "in-some-archive.wav", "bytes": RAW},
@@ -148,14 +148,14 @@ def test_hugging_faces_audio_objects(write, tmp_path):
     assert [row.audio_refs[0][1] for row in rows] == [beside, AudioRef(raw_audio=RAW), beside]
 
 
-def test_a_segment_of_a_recording(write, tmp_path):
+def test_segment_of_a_recording(write, tmp_path):
     [row], faults, _ = checked(write([{"audio_filepath": "a.wav", "text": "Hi.", "offset": 1.5, "duration": 2}]))
     clip = AudioRef(tmp_path / "data" / "a.wav", None, 1.5, 2.0)
     assert faults == [] and row.audio_refs[0][1] == clip and row.stated_sec == 2.0
 
 
-def test_a_duration_cuts_a_chatml_clip_only_beside_an_offset(write, tmp_path):
-    """Upstream's training files state how long the whole clip is; its engine cuts nothing."""
+def test_duration_cuts_a_chatml_clip_only_with_an_offset(write, tmp_path):
+    """Upstream's training files state the whole clip's length; its engine cuts nothing."""
     rows, faults, _ = checked(write([dumped(duration=6.3146), dumped(duration=2.0, offset=1.5), dumped()]))
     assert faults == []
     path = tmp_path / "data" / "a.wav"
@@ -163,7 +163,7 @@ def test_a_duration_cuts_a_chatml_clip_only_beside_an_offset(write, tmp_path):
     assert [row.stated_sec for row in rows] == [6.3146, 2.0, None]
 
 
-def test_the_length_that_a_context_clip_states_is_not_the_spoken_ones(write):
+def test_stated_length_of_a_context_clip_is_not_the_target_clips(write):
     talk = dumped()
     clip = talk["messages"][2]["content"][1]
     talk["messages"].insert(2, {"role": "user", "content": {**clip, "audio_url": "b.wav", "duration": 5.0}})
@@ -173,7 +173,7 @@ def test_the_length_that_a_context_clip_states_is_not_the_spoken_ones(write):
     assert faults == [] and row.stated_sec is None and row.audio_refs[0][1].duration_sec is None
 
 
-def test_paths_are_found_beside_the_manifest_then_elsewhere_and_that_is_said_once(write, tmp_path, monkeypatch):
+def test_paths_are_found_beside_the_manifest_or_elsewhere_with_one_note(write, tmp_path, monkeypatch):
     for folder, name in [("work", "w.wav"), ("root", "r.wav"), ("home", "h.wav"), ("work", "a.wav")]:
         (tmp_path / folder).mkdir(exist_ok=True)
         (tmp_path / folder / name).write_bytes(b"RIFF")
@@ -194,7 +194,7 @@ CONTROLS = ["<|eot_id|>", "<|audio_out_bos|>", "<|start_header_id|>", "<|recipie
 
 
 @pytest.mark.parametrize("token", CONTROLS)
-def test_a_control_token_in_a_transcript_is_a_fault(write, tokenizer, token):
+def test_control_token_in_a_transcript_is_a_fault(write, tokenizer, token):
     rows = [
         {"audio": "a.wav", "text": f"So.{token}"},
         {"audio": "a.wav", "text": "So.", "ref_audio": "b.wav", "ref_text": token},
@@ -207,10 +207,10 @@ def test_a_control_token_in_a_transcript_is_a_fault(write, tokenizer, token):
     for controls in ({}, {"controls": control_tokens(tokenizer)}):
         usable, faults = read_manifest(path, **controls)
         assert usable == [] and len(faults) == len(rows)
-        assert all(f"holds {token}, which" in str(fault) for fault in faults)
+        assert all(f"contains {token}, which" in str(fault) for fault in faults)
 
 
-def test_sound_tags_and_scene_markup_pass(write, tokenizer):
+def test_sound_tags_and_scene_markup_are_allowed(write, tokenizer):
     scene = "Generate audio.\n<|scene_desc_start|>\nSPEAKER0: deep\n<|scene_desc_end|>"
     texts = ["<SE>[Laughter]</SE> So.", "[SPEAKER0] a < b | c", "[laugh] <SE_s>[Music]<SE_e>"]
     talk = [
@@ -239,18 +239,18 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("kind", FOREIGN)
-def test_another_tools_file_is_answered_with_the_command_that_imports_it(tmp_path, kind):
+def test_other_tools_files_are_refused_with_the_import_command(tmp_path, kind):
     path = tmp_path / FOREIGN[kind][0]
     path.write_text(FOREIGN[kind][1])
     rows, [fault] = read_manifest(path)
     assert rows == []
     assert f"python -m higgs_ds import --from {kind} {path} --output DIR" in fault.problem
     _, [of_folder] = read_manifest(tmp_path)
-    assert f"`python -m higgs_ds import {tmp_path} --output DIR` makes one" in of_folder.problem
+    assert f"to convert a corpus: `python -m higgs_ds import {tmp_path} --output DIR`" in of_folder.problem
 
 
-def test_a_row_is_found_again_where_it_was_first(write, tmp_path):
-    """Other ranks check other rows, and read all of them later."""
+def test_checked_rows_keep_their_paths(write, tmp_path):
+    """Each rank checks a part of the rows and later reads all of them."""
     (tmp_path / "work" / "w.wav").write_bytes(b"RIFF")
     path = write([{"audio": name, "text": "Hi."} for name in ("a.wav", "w.wav")])
     first, second = Manifest(path), Manifest(path)
@@ -265,14 +265,14 @@ def test_a_row_is_found_again_where_it_was_first(write, tmp_path):
     assert first.row(1).audio_refs[0][1].path == Path(tmp_path / "data" / "w.wav")
 
 
-def test_generate_asks_of_its_text_what_a_manifest_is_asked(tiny_dir, tmp_path, capsys):
+def test_generate_checks_texts_like_a_manifest(tiny_dir, tmp_path, capsys):
     from higgs_ds.tools.cli import main
 
     words = ["generate", "--base_ckpt", str(tiny_dir), "--codec", "none", "--output_file", str(tmp_path / "x.wav")]
     for more, problem in (
-        (["--text", "So.<|eot_id|>"], "--text: holds <|eot_id|>, which the tokenizer makes a control token of"),
+        (["--text", "So.<|eot_id|>"], "--text: contains <|eot_id|>, which is a control token of the tokenizer"),
         (["--text", " "], "--text: is empty"),
-        (["--text", "So.", "--scene", "<|AUDIO|>"], "--scene: holds <|AUDIO|>"),
+        (["--text", "So.", "--scene", "<|AUDIO|>"], "--scene: contains <|AUDIO|>"),
         (["--text", "So. " * 100, "--max_row_tokens", "400"], "--text: the prompt takes 4"),
     ):
         assert main([*words, *more]) == 2
@@ -280,7 +280,7 @@ def test_generate_asks_of_its_text_what_a_manifest_is_asked(tiny_dir, tmp_path, 
 
 
 NAN = float("nan")
-NOTHING = [  # ways to say that a field of a speech row is not given
+NOTHING = [  # values of a missing field in a speech row
     *({name: value} for name in ("scene", "speaker", "offset", "duration") for value in ("", " ", None, NAN)),
     *({"ref_audio": value, "ref_text": value} for value in ("", None, NAN)),
     *({"duration": value} for value in (0, -1, "-1", 0.0)),
@@ -291,12 +291,12 @@ NOTHING = [  # ways to say that a field of a speech row is not given
 
 
 @pytest.mark.parametrize("more", NOTHING)
-def test_what_says_nothing_is_not_given(write, more):
+def test_empty_values_count_as_missing(write, more):
     rows, faults, notes = checked(write([{"audio": "a.wav", "text": "Hi.", **more}, {"audio": "a.wav", "text": "Hi."}]))
     assert faults == notes == [] and rows[0] == dataclasses.replace(rows[1], line=1)
 
 
-def test_numbers_as_tables_hold_them(write):
+def test_numbers_from_tables(write):
     values = [{"speaker": 7, "duration": "1.5"}, {"speaker": 7.0, "offset": "1", "duration": " 0.5"}, {"speaker": 7.5}]
     rows, faults, _ = checked(write([{"audio": "a.wav", "text": "Hi.", **more} for more in values]))
     assert faults == [] and [row.speaker for row in rows] == ["7", "7", "7.5"]
@@ -305,8 +305,8 @@ def test_numbers_as_tables_hold_them(write):
     assert spans == [(None, None), (1.0, 0.5), (None, None)]
 
 
-def test_a_table_without_nulls_gives_each_item_every_field(write, tmp_path):
-    """As Arrow's conversions leave it: zeros and empty texts for what is not there."""
+def test_table_without_nulls_gives_each_item_every_field(write, tmp_path):
+    """Arrow's conversions write zeros and empty texts for missing values."""
     empty = {"text": "", "audio_url": "", "raw_audio": "", "duration": 0.0, "offset": 0.0, "row_id": 0}
     talk = {
         "messages": [
@@ -345,14 +345,14 @@ def test_blanks_around_a_turn_are_trimmed_as_servers_do(write, tmp_path, content
 
 
 @pytest.mark.parametrize("content", ["", "  ", [], None, [""], {"type": "text", "text": " "}, [" ", ""]])
-def test_a_system_turn_may_say_nothing(write, content):
+def test_system_turn_may_be_empty(write, content):
     talk = [{"role": "system", "content": content}, {"role": "assistant", "content": "Hi."}]
     [row], faults, _ = checked(write([{"messages": talk}]))
     assert faults == [] and row.messages[0] == Turn("system", ("",))
 
 
-def test_what_stands_in_a_column_that_nobody_reads_is_no_fault(write):
-    """pandas writes NaN for a value that is missing."""
+def test_values_of_unread_columns_are_ignored(write):
+    """pandas writes NaN for a missing value."""
     talk = dumped() | {"emotion": NAN, "misc": {"x": NAN}}
     talk["messages"][0]["note"] = {"a": [NAN]}
     rows, faults, notes = checked(write([{"audio": "a.wav", "text": "Hi.", "id": NAN, "emotion": NAN}, talk]))

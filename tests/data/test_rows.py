@@ -1,4 +1,4 @@
-"""Rows as several ranks load them together: the same as one rank would, each clip encoded once, nothing lost."""
+"""Rows loaded by several ranks together: the same as on one rank, each clip encoded once, nothing lost."""
 
 import base64
 import json
@@ -23,7 +23,7 @@ from tests.conftest import SPEECH
 
 
 class ThreadRanks(Ranks):
-    """Ranks that are threads of one process, and keep what they say."""
+    """Ranks as threads of one process, which record their output."""
 
     said = ""
 
@@ -43,7 +43,7 @@ BARRIER = threading.Barrier(1)
 
 
 def on_ranks(world_size: int, run) -> list:
-    """`run(ranks)` on each; what it returned or raised."""
+    """Calls `run(ranks)` on each rank; returns results and ConfigErrors."""
     global BARRIER
     BARRIER = threading.Barrier(world_size)
     results: list = [None] * world_size
@@ -64,7 +64,7 @@ def on_ranks(world_size: int, run) -> list:
 
 @pytest.fixture
 def manifests(tmp_path):
-    """(training, validation): every kind of row and of fault; some clips are named by many rows."""
+    """(training, validation): every kind of row and of fault; some clips occur in many rows."""
     speech = [json.loads(line) for line in SPEECH.read_text().splitlines()][:12]
     for row in speech:
         row["language"] = "en"
@@ -124,7 +124,7 @@ def load(manifests, codec_dir, tokenizer, tiny_config, tmp_path):
 
 @pytest.mark.parametrize("chunk_rows", [3, 16384])
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_all_ranks_have_the_rows_that_one_would_have(
+def test_all_ranks_load_the_same_rows_as_one(
     load, manifests, monkeypatch, tokenizer, tiny_config, world_size, chunk_rows
 ):
     monkeypatch.setattr(rows_module, "CHUNK_ROWS", chunk_rows)
@@ -161,7 +161,7 @@ def test_all_ranks_have_the_rows_that_one_would_have(
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_rows_of_several_manifests_stand_one_after_the_other(load, manifests, world_size):
+def test_rows_of_several_manifests_are_concatenated(load, manifests, world_size):
     alone, _, _ = load(1)[0]
     for (rows, val), _, cache in load(world_size, trained=2):
         assert len(val) == 0 and rows.counts == [25, 3] and list(rows) == [*alone[0], *alone[1]]
@@ -174,8 +174,8 @@ def test_rows_of_several_manifests_stand_one_after_the_other(load, manifests, wo
         assert rows.only(kept).counts == [13, 1] and list(rows.only(kept)) == list(rows)[::2] == rows[::2]
 
 
-def test_codes_of_other_ranks_are_found_without_reading_the_index_again(load, monkeypatch):
-    """Every data worker would read it for itself."""
+def test_codes_of_other_ranks_are_found_without_rereading_the_index(load, monkeypatch):
+    """Otherwise every data worker would read it."""
     results = load(3)
     assert sum(cache.encoded > 0 for _, _, cache in results) > 1
     monkeypatch.delattr(CodeStore, "read_index")
@@ -183,7 +183,7 @@ def test_codes_of_other_ranks_are_found_without_reading_the_index_again(load, mo
         assert all(cache.get(ref).shape[0] == 8 for row in train for _, ref in row.audio_refs)
 
 
-def test_a_copy_of_the_clip_that_is_to_be_spoken_is_no_reference(load, manifests, tmp_path):
+def test_copy_of_the_target_clip_is_refused_as_reference(load, manifests, tmp_path):
     speech = [json.loads(line) for line in SPEECH.read_text().splitlines()][:3]
     own, other = speech[0]["audio"], speech[1]["audio"]
     shutil.copy(tmp_path / own, tmp_path / "copy.flac")
@@ -196,26 +196,24 @@ def test_a_copy_of_the_clip_that_is_to_be_spoken_is_no_reference(load, manifests
         [*({"role": "user", "content": clip} for clip in clips[i:]), say, {"role": "assistant", "content": clips[1]}]
         for i in (2, 3)
     ]
-    several = [say, {"role": "assistant", "content": [*clips[0], *clips[2]]}]  # none of them is the one that is spoken
+    several = [say, {"role": "assistant", "content": [*clips[0], *clips[2]]}]  # several clips, so no target clip
     rows += [{"messages": talk} for talk in (*talks, several)]
     (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
     for (train, _), warned, _ in load(2):
         assert [row.line for row in train] == [4, 6, 7]
-        found = [line.split(": ", 1)[1] for line in warned.splitlines() if "has the content of the clip that" in line]
-        of_speech = (
-            "ref_audio: has the content of the clip that is to be spoken; give another clip of the voice, or none"
-        )
+        found = [line.split(": ", 1)[1] for line in warned.splitlines() if "has the same content as the row's" in line]
+        of_speech = "ref_audio: has the same content as the row's target clip; give another clip of the voice, or none"
         assert found == [of_speech] * 3 + [of_speech.replace("ref_audio", "messages[0].content[0]")]
 
 
-def test_faults_are_refused_on_every_rank_alike(load):
+def test_faults_are_the_same_on_every_rank(load):
     errors = load(2, skip_bad_rows=False)
     assert all(isinstance(error, ConfigError) for error in errors)
     assert errors[0].problems == errors[1].problems
     assert errors[0].problems[-1].startswith("5 bad rows; nothing was trained")
 
 
-def test_a_clip_that_cannot_be_read_is_its_rows_fault(load, tmp_path):
+def test_unreadable_clip_is_a_fault_of_its_rows(load, tmp_path):
     (tmp_path / "empty.wav").touch()
     rows = [
         {"audio": audio, "text": "Hi."} for audio in ("empty.wav", {"bytes": "a-b="}, {"path": "x", "bytes": "===="})
@@ -227,7 +225,7 @@ def test_a_clip_that_cannot_be_read_is_its_rows_fault(load, tmp_path):
     assert [line[:25] for line in found[1:]] == ["2: audio: is not base64: ", "3: audio: is not base64: "]
 
 
-def test_ranks_that_see_different_files_are_refused(load, manifests, codec_dir, tmp_path):
+def test_ranks_with_different_files_are_refused(load, manifests, codec_dir, tmp_path):
     copy, gone = tmp_path / "copy.jsonl", tmp_path / "gone.jsonl"
     copy.write_text((tmp_path / "train.jsonl").read_text() + "\n")
 
@@ -241,14 +239,14 @@ def test_ranks_that_see_different_files_are_refused(load, manifests, codec_dir, 
         )
 
     for error in on_ranks(4, one):
-        assert "ranks 2, 3 found another file than rank 0; give all nodes the same one" in error.problems[0]
+        assert "differs on ranks 2, 3 from rank 0; copy the same file to all nodes" in error.problems[0]
         assert [p for p in error.problems[1:] if p.startswith("rank 3: ") and "cannot be read" in p] == error.problems[
             1:
         ]
         assert len(error.problems) == 2
 
 
-def test_a_manifest_may_change_once_it_is_read(load, manifests):
+def test_manifest_may_change_after_loading(load, manifests):
     ((train, val), _, _) = load(1)[0]
     before = [list(train), list(val)]
     for manifest in manifests:
@@ -257,7 +255,7 @@ def test_a_manifest_may_change_once_it_is_read(load, manifests):
     assert [list(train), list(val)] == before
 
 
-def test_the_clip_that_all_rows_name_and_those_at_the_end_are_shared_out():
+def test_shared_clips_and_last_rows_are_divided_among_ranks():
     for world_size in (1, 2, 8):
         for count in (1, 7, 1000, 100_000):
             shares = [rows_module._share(range(5, 5 + count), rank, world_size) for rank in range(world_size)]

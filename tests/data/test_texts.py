@@ -1,4 +1,4 @@
-"""Texts that are files of times or labels, and what stands in a text that nobody says."""
+"""Text files with times or labels, and unspoken content in texts."""
 
 import unicodedata
 
@@ -50,7 +50,7 @@ TIMED = {
 
 
 @pytest.mark.parametrize("form", TIMED)
-def test_a_file_of_times_is_read_as_its_words(form, tmp_path):
+def test_words_are_read_from_files_with_times(form, tmp_path):
     path = tmp_path / "c.txt"
     path.write_text(TIMED[form], encoding="utf-16" if form == "TextGrid" else "utf-8")
     words, found = read_transcript(path)
@@ -86,7 +86,7 @@ def test_a_file_of_times_is_read_as_its_words(form, tmp_path):
         "version https://git-lfs.github.com/spec/v1\noid sha256:4d\n",
     ],
 )
-def test_labels_of_sounds_and_times_of_no_known_form_are_no_words(text, tmp_path):
+def test_phone_labels_and_unknown_times_are_not_words(text, tmp_path):
     (tmp_path / "c.txt").write_text(text)
     words, reason = read_transcript(tmp_path / "c.txt")
     assert words is None and reason
@@ -107,12 +107,12 @@ def test_labels_of_sounds_and_times_of_no_known_form_are_no_words(text, tmp_path
         "你 好 吗",
     ],
 )
-def test_plain_words_stay_as_they_are(text):
+def test_plain_words_are_unchanged(text):
     assert read_transcript(text) == (text, None)
     assert holds_times(text) is None and list(oddities(text)) == []
 
 
-def test_an_id_before_its_text_is_no_word(tmp_path):
+def test_id_before_a_text_is_not_a_word(tmp_path):
     path = tmp_path / "84-121-0001.txt"
     for line in ("{} {}", "{}|{}", '( {} "{}" )', "<s> {1} </s> ({0})", "84-121-0000 No.\n{} {}"):
         path.write_text(line.format(path.stem, SAID))
@@ -145,7 +145,7 @@ def test_an_id_before_its_text_is_no_word(tmp_path):
         ("\u0420\u045f\u0421\u0402\u0420\u0451\u0420\u0406\u0420\u00b5\u0421\u201a", "mojibake"),
     ],
 )
-def test_what_nobody_says_is_named_with_an_example(text, kind):
+def test_unspoken_content_is_reported_with_an_example(text, kind):
     [(found, example)] = oddities(text)
     assert kind in found and example in text
 
@@ -163,11 +163,11 @@ def test_what_nobody_says_is_named_with_an_example(text, kind):
     ]
     + ["[SPEAKER0] hi <SE>[Laughter]</SE>", "mp3 and h264", "Ångström, São Paulo, ÄÖÜ"],
 )
-def test_what_people_write_is_not_odd(text):
+def test_ordinary_text_is_not_reported(text):
     assert list(oddities(text)) == []
 
 
-def test_texts_are_composed_and_on_one_line():
+def test_texts_are_normalised_to_one_line():
     text = "Xin chào các bạn"
     assert composed(unicodedata.normalize("NFD", text)) == text
     assert composed("one\u00a0two \r\n three\u2028four\n\nfive") == "one two three four five"

@@ -46,11 +46,11 @@ def test_manifests_are_described_each_and_together_by_their_weights(capsys, tmp_
     assert "manifest manifest: all 32 rows an epoch, 86.5 % of it\n" in said
     assert "manifest b: 5 of 10 rows an epoch, 13.5 % of it\nan epoch: about " in said
     assert said.count("an epoch: about ") == 2 and said.count("on one H100") == 1
-    assert said.count("is trained on too, in ") == 20  # by either manifest
+    assert said.count("is also trained on, in ") == 20  # by either manifest
     said = described(capsys, "--train_manifest", SPEECH, "--max_tokens_per_batch", "9")
     assert "an epoch: none, all 32 rows are longer than 9 tokens\n" in said
     assert main(["describe", "--train_manifest", f"{SPEECH}=0"]) == 2
-    assert "the weight '0' is not a number above 0" in capsys.readouterr().err
+    assert "the weight '0' must be a number above 0" in capsys.readouterr().err
 
 
 def test_tokens_are_those_that_training_counts(tiny_dir, codec_dir, tokenizer, tiny_config, tmp_path):
@@ -102,4 +102,4 @@ def test_faults_are_told_and_the_rest_is_described(capsys, tmp_path):
     assert main(["describe", "--train_manifest", str(tmp_path / "bad.jsonl")]) == 2
     assert "bad.jsonl: no usable row" in capsys.readouterr().err
     (tmp_path / "talk.jsonl").write_text(json.dumps(rows[2]))
-    assert "1 row, none of which speaks a text" in described(capsys, "--train_manifest", tmp_path / "talk.jsonl")
+    assert "1 row, none with a target clip and text" in described(capsys, "--train_manifest", tmp_path / "talk.jsonl")

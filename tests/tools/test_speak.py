@@ -40,8 +40,8 @@ def test_the_names_that_the_parser_knows_are_those_that_there_are():
     [
         (["--ref_audio", str(CLIP), "--ref_text", ""], "--ref_text: is empty"),
         (["--text", " "], "--text: is empty"),
-        (["--text", "a <|eot_id|> b"], "--text: holds <|eot_id|>"),
-        (["--scene", "<|scene_desc_end|>"], "--scene: holds <|scene_desc_end|>"),
+        (["--text", "a <|eot_id|> b"], "--text: contains <|eot_id|>"),
+        (["--scene", "<|scene_desc_end|>"], "--scene: contains <|scene_desc_end|>"),
         (["--max_row_tokens", "120", "--ref_audio", str(CLIP), "--ref_text", "x"], "--text: the prompt takes 1"),
         (["--max_new_tokens", "1000000"], "--max_new_tokens: 1000000 is over the model's"),
         (["--output_file", "a.aac"], "--output_file: a.aac must end in .wav"),
@@ -114,7 +114,7 @@ def test_an_adapter_of_another_base_is_refused_before_that_is_had(verb, said, ti
     [
         ("\ufeff\n\n".encode(), "holds no text"),
         (b"one\n\nthree\n", "t.txt:2: is empty"),
-        (b"one\n<|eot_id|>\n", "t.txt:2: holds <|eot_id|>"),
+        (b"one\n<|eot_id|>\n", "t.txt:2: contains <|eot_id|>"),
         (b"\xff\xfe", "t.txt: 'utf-8' codec"),
     ],
 )

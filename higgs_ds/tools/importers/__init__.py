@@ -1,1 +1,1 @@
-"""Manifests out of the corpora of other tools."""
+"""Import of other tools' corpora into manifests."""

@@ -1,4 +1,4 @@
-"""Readers of other tools' formats, one each, which make manifest rows; clips stay where they are."""
+"""Readers of other tools' formats. Each yields manifest rows and leaves the clips in place."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from ...data.chatml import speech_messages
 from ...data.foreign import FORMATS, TABLE_NAMES, guess, lines_in, with_texts
 from ...errors import ConfigError, reading
-from .found import REF_AUDIO_COLUMNS, TWICE, ClipFinder, Found, below_root, beside, clean, first, named
+from .found import DUPLICATE, REF_AUDIO_COLUMNS, ClipFinder, Found, below_root, beside, clean, first, named
 from .libraries import read_datasets, read_lhotse
 from .ms_swift import read_ms_swift
 from .parts import one_format_each, speakers_in
@@ -24,34 +24,34 @@ _TABLES = (*TABLE_NAMES, "metadata.txt", "metadata.list", "filelist.txt")
 def read_foreign(
     path: Path, source: str | None, *, with_test: bool = False, clips: Path | None = None
 ) -> tuple[str, Found]:
-    """(format, rows) of a file or folder; the format is detected where none is given.
+    """Reads a file or folder and returns (format, rows). Detects the format if `source` is None.
 
     Args:
         source: one of `FORMATS`, `lhotse:RECIPE` or `datasets:CONFIG`.
-        with_test: whether rows of a corpus's test part are rows like any others.
-        clips: folder for clips whose sound is not in a file.
+        with_test: True to use rows of a corpus's test part like any others.
+        clips: folder for clips given as bytes.
 
     Raises:
         ConfigError: a file or folder that cannot be read.
     """
     kind, _, detail = (source or "").partition(":")
     if kind != "datasets" and not os.path.exists(path):
-        raise ConfigError([f"{path}: does not exist; give a file or folder in one of {', '.join(FORMATS)}"])
+        raise ConfigError([f"{path}: not found; give a file or folder in one of the formats {', '.join(FORMATS)}"])
     kind = kind or guess(path) or ""
     if not kind:
-        recipe = "lhotse:RECIPE for a corpus that lhotse prepares, such as lhotse:libritts"
-        raise ConfigError([f"{path}: its format is not known; give --from {'|'.join(FORMATS)}, or {recipe}"])
+        recipe = "lhotse:RECIPE for a corpus with a lhotse recipe, such as lhotse:libritts"
+        raise ConfigError([f"{path}: unknown format; give --from {'|'.join(FORMATS)}, or {recipe}"])
     found = Found(path if path.is_dir() else path.parent, with_test=with_test, clips=clips)
     with reading(f"{path}: cannot be read as {FORMATS[kind]}"):
         READERS[kind](path, found, *([detail] if detail else []))
     found.rows, others = one_format_each(found.rows)
     for row in others:
-        found.leave_out("clips of which another format is read", row["audio"])
+        found.leave_out("clips also present in a better format", row["audio"])
     return kind, found
 
 
 def read_tables(path: Path, found: Found, *, kind: str) -> None:
-    """A table of clips and texts, or one of each folder below: LJSpeech's, an audiofolder's, any of their kind."""
+    """Reads a table of clips and texts (LJSpeech, audiofolder and similar), or one table per folder below."""
     for table in [path] if path.is_file() else _tables(path, found, kind):
         clips = ClipFinder(table.parent)
         rows = json_rows if table.suffix.lower() in (".jsonl", ".json") else table_rows
@@ -60,32 +60,32 @@ def read_tables(path: Path, found: Found, *, kind: str) -> None:
 
 
 def _tables(folder: Path, found: Found, kind: str) -> list[Path]:
-    """One a folder, hidden ones left out; a second one beside it would give the same rows again."""
+    """Chooses one table per folder, without hidden folders; a second table would give the same rows again."""
     of_folder: dict[Path, list[Path]] = {}
     for table in (table for name in _TABLES for table in sorted(folder.rglob(name))):
         if not any(part.startswith(".") for part in table.relative_to(folder).parts):
             of_folder.setdefault(table.parent, []).append(table)
     if not of_folder:
-        raise ValueError(f"it holds no {', '.join(_TABLES)}")
+        raise ValueError(f"the folder has none of {', '.join(_TABLES)}")
     chosen = []
     for tables in of_folder.values():
         chosen.append(next((table for table in tables if guess(table) == kind), tables[0]))
         for table in tables:
             if table != chosen[-1]:
-                found.leave_out(f"tables beside a {chosen[-1].name} that is read", str(table))
+                found.leave_out(f"further tables in a folder with a {chosen[-1].name}", str(table))
     return chosen
 
 
 def read_train_higgs_audio(path: Path, found: Found) -> None:
-    """`metadata.json` with `samples`, or these alone: each names its clip, its text's file and its references."""
+    """Reads `metadata.json`: samples with a clip, a text file and references, in `samples` or at the top level."""
     names = (path, path / "metadata.json", path / "metadata.jsonl")
     file = next((file for file in names if file.is_file()), None)
     if file is None:
-        raise ValueError("it holds no metadata.json")
+        raise ValueError("the folder has no metadata.json")
     clips = ClipFinder(file.parent)
     for origin, sample in _samples(file, found):
         if (values := named(sample)) is None:
-            found.leave_out(TWICE, origin)
+            found.leave_out(DUPLICATE, origin)
             continue
         speakers = values.pop("ref_speakers", None)
         if (row := _with_texts(values, clips, found)) is None:
@@ -102,21 +102,21 @@ def _samples(file: Path, found: Found) -> Iterator[tuple[str, dict]]:
     try:
         whole = DECODER.decode(file.read_text(encoding="utf-8-sig").strip())
     except json.JSONDecodeError:
-        yield from json_rows(file, found)  # a sample a line
+        yield from json_rows(file, found)  # one sample per line
         return
     samples = whole.get("samples", [whole]) if isinstance(whole, dict) else whole
     if not isinstance(samples, list) or (isinstance(whole, dict) and not {"samples", "transcript_file"} & whole.keys()):
-        raise ValueError("it has no list of `samples`")
+        raise ValueError("it has no list `samples`")
     for number, sample in enumerate(samples):
         origin = f"{file}: samples[{number}]"
         if isinstance(sample, dict):
             yield origin, sample
         else:
-            found.leave_out("samples that are no objects", origin)
+            found.leave_out("samples that are not objects", origin)
 
 
 def _with_texts(sample: dict, clips: ClipFinder, found: Found) -> dict | None:
-    """A sample with the texts of the files that it names; None, counted, where its own is no transcript."""
+    """Loads the text files of a sample; counts it and returns None if its own text is not a transcript."""
     row = {"ref_audio": sample.pop("reference_audio_file", None), **sample, "audio_id": None}
     for of in ("", "ref_", "reference_"):
         text = first(row, f"{of}transcript", f"{of}text")
@@ -130,14 +130,14 @@ def _with_texts(sample: dict, clips: ClipFinder, found: Found) -> dict | None:
 
 
 def _turns_of(found: Found, origin: str, clips: ClipFinder, speakers: Any) -> list[tuple[str, Path]] | None:
-    """Each reference speaker's tag with transcript, and the clip; None, counted, where one of them is not there."""
+    """Returns (tag and transcript, clip) of each reference speaker; counts it and returns None if one is missing."""
     turns: list[tuple[str, Path]] = []
     for number, speaker in enumerate(speakers if isinstance(speakers, list) else [None]):
         values = (_with_texts(named(speaker) or {}, clips, found) if isinstance(speaker, dict) else None) or {}
         clip = clips.find(first(values, "ref_audio_file", *REF_AUDIO_COLUMNS, "audio_file"))
         said = clean(first(values, "ref_text", "reference_text", "text") or "")
         if clip is None or not said:
-            found.leave_out("rows with `ref_speakers` of which one has no clip or no transcript", origin)
+            found.leave_out("rows with `ref_speakers` where a clip or transcript is missing", origin)
             return None
         if not found.has_clip(clip, origin):
             return None
@@ -147,7 +147,7 @@ def _turns_of(found: Found, origin: str, clips: ClipFinder, speakers: Any) -> li
 
 
 def _put_before(found: Found, origin: str, turns: list[tuple[str, Path]]) -> None:
-    """Makes the last row a conversation: these turns, each answered by its clip, then what is trained on."""
+    """Turns the last row into a conversation: these turns, each followed by its clip, then the trained turn."""
     row = found.rows.pop()
     if "offset" in row:
         found.leave_out("rows with `ref_speakers` and an `offset`", origin)
@@ -162,9 +162,9 @@ def _put_before(found: Found, origin: str, turns: list[tuple[str, Path]]) -> Non
 
 
 def read_folder(path: Path, found: Found) -> None:
-    """Every clip that has a text file of its name beside it; speakers are told by the folders."""
+    """Reads all clips with a text file of the same name beside them; speakers are recognised by folder."""
     if not path.is_dir():
-        raise ValueError("it is a file; name the folder")
+        raise ValueError("it is a file; give the folder")
     clips: list[tuple[Path, Path]] = []
     for parent, folders, names in os.walk(path):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -175,25 +175,25 @@ def read_folder(path: Path, found: Found) -> None:
                 found.leave_out("clips without a text file of the same name", os.path.join(parent, clip))
     of_folder = {str(clip.parent): below_root(clip.parent, path) for clip, _ in clips}
     speakers = speakers_in(of_folder, (str(clip) for clip, _ in clips))
-    transcript = functools.cache(found.transcript)  # of which several clips may be
+    transcript = functools.cache(found.transcript)  # several clips may share a text file
     for clip_file, file in sorted(clips):
         if (words := transcript(file)) is not None:
             found.add(str(clip_file), clip_file, words, speaker=speakers[str(clip_file.parent)])
     if named := {label: folder for folder, label in speakers.items() if label}:
         label, folder = next(iter(named.items()))
-        found.notes.append(f"{path}: speakers by their folders, as `{label}` for {os.path.relpath(folder, path)}")
+        found.notes.append(f"{path}: speakers are named by folder, e.g. `{label}` for {os.path.relpath(folder, path)}")
 
 
 def read_kaldi(path: Path, found: Found) -> None:
-    """`wav.scp` and `text`, with `utt2spk` and `segments` where they are; a clip that a command makes is refused."""
+    """Reads `wav.scp` and `text`, with `utt2spk` and `segments` if present; refuses commands in `wav.scp`."""
     folder = path if path.is_dir() else path.parent
     clips, texts, speakers, segments = (_kaldi_table(folder / n) for n in ("wav.scp", "text", "utt2spk", "segments"))
     for number, (key, place) in enumerate(clips.items(), start=1):
         if "|" in (place[:1], place[-1:]):
-            advice = "a command, which is never run; write the files that it makes, and name these"
+            advice = "a command, which is never run; write its output to files and give their paths"
             raise ConfigError([f"{folder / 'wav.scp'}:{number}: {key} is {place!r}: {advice}"])
     if not texts:
-        raise ValueError("it has no file `text`")
+        raise ValueError("the folder has no file `text`")
     for utterance, place in (segments or {key: key for key in clips}).items():
         recording, *span = place.split()
         clip = beside(folder, clips[recording]) if recording in clips else None

@@ -1,4 +1,4 @@
-"""Rows found in another tool's data set, columns that are not read, and what is left out with the reason."""
+"""Rows imported from another tool's data set, unread columns, and what was left out with the reason."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _COLUMNS = {
     "ref_text": ("ref_text", *SYNONYMS["ref_text"].split()),
 }
 _KNOWN = frozenset((*SPLIT_COLUMNS, *(name for names in _COLUMNS.values() for name in names)))
-TWICE = "rows that have a column twice"
+DUPLICATE = "rows with a duplicate column"
 _FOLDERS = ("", "wavs", "wav", "audio", "clips")
 _SUFFIXES = ("", ".wav", ".flac", ".mp3", ".ogg", ".m4a", *sorted(AUDIO_SUFFIXES))
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -38,41 +38,41 @@ _FILE_NAME = re.compile(
 
 
 class Found:
-    """Rows so far; counts and examples of what was left out, by reason; rows of each part of the corpus's own split.
+    """Rows so far, counts and examples of what was left out by reason, and counts per part of the corpus's split.
 
-    Rows of a validation part have `split`, which the manifest does not; those of a test part are only counted.
+    Rows of a validation part have a field `split`, which is not written; those of a test part are only counted.
 
     Args:
-        root: folder that is imported; the names of folders below it say a clip's part.
-        with_test: whether rows of a test part are rows like any others.
-        clips: folder for clips whose sound is not in a file.
+        root: imported folder; names of folders below it determine a clip's part.
+        with_test: True to use rows of a test part like any others.
+        clips: folder for clips given as bytes.
     """
 
     def __init__(self, root: Path, *, with_test: bool = False, clips: Path | None = None) -> None:
         self.root, self.with_test, self.clips = root, with_test, clips
         self.rows: list[dict] = []
-        self.parts: Counter[str] = Counter()  # rows by the part's own name
+        self.parts: Counter[str] = Counter()  # rows by the corpus's name of the part
         self.left_out: Counter[str] = Counter()
         self.examples: dict[str, str] = {}
-        self.columns: Counter[str] = Counter()  # that are not read
-        self.notes: list[str] = []  # what was taken as what
-        self.forms: Counter[str] = Counter()  # of text files of which the words alone were read
+        self.columns: Counter[str] = Counter()  # unread
+        self.notes: list[str] = []  # on interpretations of columns and folders
+        self.forms: Counter[str] = Counter()  # formats of text files with more than words
 
     def take(
         self, origin: str, row: dict, find: Callable[[Any], Path | None], split: str | None = None, **more: Any
     ) -> None:
-        """Adds the speech row that an object or a table's line is, whatever its columns are called.
+        """Adds a speech row from an object or a table's line, with any known column names.
 
         Args:
-            find: the file of a clip as the row names it; None where it names none.
-            split: the part that it belongs to where it does not say so itself.
+            find: maps a row's clip to its file; None if the row has none.
+            split: default part of rows that name none.
 
         Raises:
-            ValueError: columns of which it is not clear how they are meant.
+            ValueError: ambiguous columns.
         """
         values = named(row)
         if values is None:
-            self.leave_out(TWICE, origin)
+            self.leave_out(DUPLICATE, origin)
             return
         filled = {name: value for name, value in values.items() if _holds(value)}
         columns, cuts, splits, unread = _columns_of(tuple(filled))
@@ -82,7 +82,7 @@ class Found:
         split = next(iter(parts.values()), split)
         audio = filled.get(columns["audio"][0]) if "audio" in columns else None
         if isinstance(audio, bytes) or (isinstance(audio, dict) and audio.get("bytes")):
-            # It is cut already: edges under other names are those within a longer recording.
+            # The bytes are already cut: edges under other names refer to the longer recording.
             self.columns.update(column for field, (column, _) in cuts.items() if column != field)
             cuts = {field: cut for field, cut in cuts.items() if cut[0] == field}
         if not self.takes(split) or (cut := self._cut(origin, filled, cuts)) is None:
@@ -90,14 +90,14 @@ class Found:
         texts = {word: name for name in columns.get("text", ()) if (word := word_of(filled[name]))}
         if len(texts) > 1:
             names = ", ".join(f"`{name}`" for name in texts.values())
-            raise ValueError(f"{names}: which is the text? rename that to `text`")
+            raise ValueError(f"{names}: which one is the text? rename it to `text`")
         clip, ref_audio = find(audio), find(filled[columns["ref_audio"][0]]) if "ref_audio" in columns else None
         said = {of: word_of(filled[columns[of][0]]) for of in ("speaker", "scene", "ref_text") if of in columns}
         reference = self._reference(origin, ref_audio, said.pop("ref_text", None), clip)
         self.add(origin, clip, next(iter(texts), None), split=split, **said, **reference, **cut, **more)
 
     def add(self, origin: str, audio: Path | None, text: Any, *, split: str | None = None, **more: Any) -> None:
-        """One speech row; left out where its clip or its text is not there."""
+        """Adds a speech row, or leaves it out if its clip or text is missing."""
         if not self.has_clip(audio, origin):
             return
         words = self._words(text, audio, origin) if isinstance(text, str) else ""
@@ -108,7 +108,7 @@ class Found:
             self.keep({name: value for name, value in row.items() if value not in (None, "")}, audio, split)
 
     def keep(self, row: dict, clip: Path, split: str | None = None) -> None:
-        """A row whose clips are there, unless it is of a test part: by its own word, or else by its clip's folder."""
+        """Adds a row with existing clips unless it is in a test part, by its `split` or else by its clip's folder."""
         split = split or _part_below(os.path.dirname(clip), self.root)
         if self.takes(split):
             if split is not None:
@@ -116,14 +116,14 @@ class Found:
             self.rows.append(row | {"split": "val"} if split and part_of(split) == "val" else row)
 
     def takes(self, split: str | None) -> bool:
-        """False, counted, for a row that says that it is of a test part, whose clip then need not be written."""
+        """Returns False, and counts the row, if `split` is a test part; its clip then need not be written."""
         if split is None or self.with_test or part_of(split) != "test":
             return True
         self.parts[split] += 1
         return False
 
     def transcript(self, file: Path) -> str | None:
-        """The words of a text file, without times and labels; None, counted, for a file that is no transcript."""
+        """Returns the words of a text file, without times and labels; counts other files and returns None."""
         try:
             words, form = read_transcript(file)
         except UnicodeDecodeError:
@@ -132,18 +132,18 @@ class Found:
         if words is None and form == "no words":
             return ""
         if words is None:
-            self.leave_out(f"rows whose text file holds {form}", str(file))
+            self.leave_out(f"rows whose text file contains {form}", str(file))
         elif form is not None:
             self.forms[form] += 1
             self.examples.setdefault(form, str(file))
         return words and clean(words)
 
     def has_clip(self, clip: Path | None, origin: str) -> TypeGuard[Path]:
-        """True if a manifest can name the clip; counts it as left out otherwise."""
+        """Returns True if the clip is usable in a manifest; otherwise counts it as left out."""
         if clip is None:
-            self.leave_out("rows that name no clip", origin)
+            self.leave_out("rows without a clip", origin)
             return False
-        is_named = not _SURROGATE.search(os.path.abspath(clip))  # bytes that are no UTF-8, as Python escapes them
+        is_named = not _SURROGATE.search(os.path.abspath(clip))  # surrogates escape bytes that are not UTF-8
         if is_named and os.path.isfile(clip):
             return True
         reason = "clips that do not exist" if is_named else "clips whose file name is not UTF-8"
@@ -151,19 +151,19 @@ class Found:
         return False
 
     def leave_out(self, reason: str, example: str) -> None:
-        """Counts something that does not become a row."""
+        """Counts a row or file that is left out."""
         self.left_out[reason] += 1
         self.examples.setdefault(reason, example.encode("utf-8", "backslashreplace").decode("utf-8"))
 
     def lines(self, file: Path) -> list[str]:
-        """Notes, columns that are not read, and one line for each reason to leave rows out."""
-        forms = {f"{file}: {n:,} × the words alone of a text file with {form}": form for form, n in self.forms.items()}
+        """Returns the notes, unread columns, and one line for each reason for leaving rows out."""
+        forms = {f"{file}: {n:,} × only words read from a text file: {form}": form for form, n in self.forms.items()}
         left_out = {f"left out: {n:,} × {reason}": reason for reason, n in self.left_out.items()}
         said, left = ([f"{line}, e.g. {self.examples[key]}" for line, key in of.items()] for of in (forms, left_out))
         return [*self.notes, *said, *unread_lines(self.columns, str(file)), *left]
 
     def _words(self, text: str, clip: Path, origin: str) -> str | None:
-        """A text's words; those of a file where it is the name of one; None, counted, where that is no transcript."""
+        """Returns a text's words, read from a file if the text is a file name; counts failures and returns None."""
         if not _FILE_NAME.fullmatch(text):
             return clean(text)
         if os.path.splitext(text)[1].lower() in AUDIO_SUFFIXES:
@@ -172,51 +172,51 @@ class Found:
         file = next((file for folder in (self.root, clip.parent) if os.path.isfile(file := folder / text)), None)
         if file is not None:
             return self.transcript(file)
-        self.leave_out("rows whose text is the name of a file that is not there", f"{origin}: {text}")
+        self.leave_out("rows whose text is the name of a missing file", f"{origin}: {text}")
         return None
 
     def _cut(self, origin: str, values: dict[str, Any], cuts: dict[str, tuple[str, float]]) -> dict[str, Any] | None:
-        """The part of its clip that a row is, as a manifest has it; None, counted, where that cannot be told."""
+        """Returns the fields of a row's slice for the manifest; counts an invalid slice and returns None."""
         cut = {field: _number(field, values[column], unit) for field, (column, unit) in cuts.items()}
         edges = {"offset", "end"} & cut.keys()
         for field in [field for field, value in cut.items() if value is None and field not in edges]:
-            if field != "duration" or not edges:  # it cuts nothing, or is the name of a channel
+            if field != "duration" or not edges:  # a length that cuts nothing, or a channel's name
                 self.columns[cuts[field][0]] += 1
                 del cut[field]
         start, end = cut.get("offset") or 0.0, cut.pop("end", 0.0)
         if end is None or None in cut.values() or 0 < end <= start:
             names = ", ".join(f"`{column}`" for column, _ in cuts.values())
-            self.leave_out(f"rows with a slice that cannot be ({names})", origin)
+            self.leave_out(f"rows with an invalid slice ({names})", origin)
             return None
         if end:
             cut |= {"offset": start, "duration": round(end - start, 6)}
         return {field: value for field, value in cut.items() if value or field != "duration"}
 
     def _reference(self, origin: str, clip: Path | None, text: str | None, audio: Path | None) -> dict[str, str]:
-        """`ref_audio` and `ref_text` of a row with this clip; nothing, counted, where they cannot be used."""
+        """Returns `ref_audio` and `ref_text` of a row with clip `audio`; counts an unusable one and returns {}."""
         if clip is None and not text:
             return {}
         if clip is None or not text or not os.path.isfile(clip) or _SURROGATE.search(str(clip)):
-            self.leave_out("references whose clip or text is not there (their rows are kept)", origin)
+            self.leave_out("references without a clip or text (their rows are kept)", origin)
         elif audio is not None and os.path.abspath(clip) == os.path.abspath(audio):
-            self.leave_out("references that are the spoken clip itself (their rows are kept)", origin)
+            self.leave_out("references that are the row's own clip (their rows are kept)", origin)
         else:
             return {"ref_audio": os.path.abspath(clip), "ref_text": clean(text)}
         return {}
 
 
 class _Columns(NamedTuple):
-    """Meaning of the columns that a row fills."""
+    """Meaning of a row's filled columns."""
 
-    columns: dict[str, tuple[str, ...]]  # of each field; of several texts all, of other synonyms the first
-    cuts: dict[str, tuple[str, float]]  # column and seconds of its unit, of each field that cuts the clip
+    columns: dict[str, tuple[str, ...]]  # by field: all text columns, otherwise the first synonym
+    cuts: dict[str, tuple[str, float]]  # (column, seconds per unit) of each field that cuts the clip
     splits: tuple[str, ...]
     unread: tuple[str, ...]
 
 
 @functools.lru_cache(1024)
 def _columns_of(names: tuple[str, ...]) -> _Columns:
-    """Raises ValueError for a column that would change what is trained, and is not understood."""
+    """Assigns columns to fields. Raises ValueError for an unknown column that may affect training."""
     held = {field: tuple(name for name in known if name in names) for field, known in _COLUMNS.items()}
     columns = {field: of if field == "text" and of[0] != "text" else of[:1] for field, of in held.items() if of}
     read = reading(("audio", "text", *(name for name in names if name not in _KNOWN)))
@@ -233,14 +233,14 @@ def _columns_of(names: tuple[str, ...]) -> _Columns:
 
 
 class ClipFinder:
-    """Finds clips as a table names them, by path or id: beside it, or in a folder that such a corpus has."""
+    """Finds a table's clips by path or id, beside the table or in a usual folder for clips."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self._listed: dict[Path, dict[str, str]] = {}
 
     def find(self, value: Any) -> Path | None:
-        """The clip's path, or the path it should have; None for a value that names none."""
+        """Returns the clip's path, or the expected path if it is missing; None for an empty value."""
         if (name := word_of(value)) is None:
             return None
         path = beside(self.folder, name) if os.path.splitext(name)[1] else Path()
@@ -255,7 +255,7 @@ class ClipFinder:
         return path if path.suffix.lower() in AUDIO_SUFFIXES else self.folder / "wavs" / f"{name}.wav"
 
     def _clips_in(self, folder: Path) -> dict[str, str]:
-        """Names of a folder's clips, each also by its small composed letters."""
+        """Returns a folder's clips by name, and also by lower-case NFC name."""
         if folder not in self._listed:
             names = sorted(os.listdir(folder)) if folder.is_dir() else []
             names = [name for name in names if os.path.splitext(name)[1].lower() in AUDIO_SUFFIXES]
@@ -273,19 +273,19 @@ def _part_below(folder: str, root: Path) -> str | None:
 
 
 def below_root(folder: str | Path, root: Path) -> tuple[str, ...]:
-    """Names of a folder and those above it, down from the root; none for a folder that is not below it."""
+    """Returns the names of a folder and its parents below the root, outermost first; () if it is not below."""
     below = os.path.relpath(folder, root)
     return () if below.startswith(os.pardir) or below == os.curdir else Path(below).parts
 
 
 def named(row: dict) -> dict[str, Any] | None:
-    """A row by its columns' plain names, without pandas' NaN; None where it has a column twice, in whatever letters."""
+    """Returns a row by normalised column names, with None for pandas' NaN; None if a column is duplicate."""
     values = {plain(str(name)): None if value != value else value for name, value in row.items()}
     return values if len(values) == len(row) and not getattr(row, "repeated", ()) else None
 
 
 def beside(folder: Path, name: str) -> Path:
-    """A path as another tool wrote it: beside its table, else below the working folder."""
+    """Resolves another tool's path: relative to its table, or else to the working directory."""
     path = folder / os.path.expanduser(name)
     return path if os.path.exists(path) or not os.path.exists(name) else Path(name)
 
@@ -295,12 +295,12 @@ def _holds(value: Any) -> bool:
 
 
 def first(values: dict[str, Any], *names: str) -> str | None:
-    """The first of these that is filled, as text."""
+    """Returns the first non-empty value among these names, as text."""
     return next((word for name in names if (word := word_of(values.get(name)))), None)
 
 
 def word_of(value: Any) -> str | None:
-    """A value as text without blanks around it; of Hugging Face's `{"path", "bytes"}` the path; None for any other."""
+    """Returns text or an integer as stripped text; of Hugging Face's `{"path", "bytes"}` the path; otherwise None."""
     if isinstance(value, dict):
         value = value.get("path")
     if not isinstance(value, (str, int)) or isinstance(value, bool):
@@ -309,12 +309,12 @@ def word_of(value: Any) -> str | None:
 
 
 def clean(text: str) -> str:
-    """One line, as a transcript is; half surrogates, which are no characters, are left out."""
+    """Joins a transcript's lines into one and removes lone surrogates."""
     return _SURROGATE.sub("", " ".join(text.split()))
 
 
 def _number(field: str, value: Any, unit: float) -> float | None:
-    """Seconds of a slice; a count, or -1 for a mix, of other fields; None for anything else."""
+    """Returns seconds for a field of a slice, a count (or -1 for a mix) for others; None for invalid values."""
     try:
         number = float(value) * unit if isinstance(value, (str, int, float)) and not isinstance(value, bool) else -2.0
     except (ValueError, OverflowError):

@@ -1,4 +1,4 @@
-"""Meaning of a table's columns without a header, from their values: a speaker comes again, a text is long."""
+"""Meaning of columns in a table without a header, guessed from their values: speakers repeat, texts are long."""
 
 from __future__ import annotations
 
@@ -9,38 +9,38 @@ from collections import Counter
 from ...data.texts import spelled_by_sound
 from .parts import LANGUAGES, SHARED, part_of
 
-FEW_ROWS = 10  # below which a value that is there twice is enough for a column of labels
+FEW_ROWS = 10  # below this, one repeated value makes a column of labels
 MOST_LABEL_CHARS, MOST_LABEL_WORDS = 40, 3
-# Names that columns get, and what they are called where they are told.
+# Names of columns, and their descriptions in notes.
 MEANINGS = {
     "audio": "clip",
     "speaker": "speaker",
     "split": "part",
     "text": "text",
-    "raw_text": "text where the other is empty",
+    "raw_text": "text if the other is empty",
     "": "not read",
 }
 _LETTERS = r"[A-Za-z\u00c0-\u024f0-9_.'\-]+"
-_NAME = re.compile(rf"{_LETTERS}( {_LETTERS}){{0,2}}")  # of a speaker, an utterance, a file; or a few words of a text
+_NAME = re.compile(rf"{_LETTERS}( {_LETTERS}){{0,2}}")  # a speaker, an utterance, a file, or a few words of text
 _ID = re.compile(r"(?=\S*[\d_])[A-Za-z0-9_.\-]+")
 _ASKED = "so the text column is ambiguous; add a header line, such as `id|speaker|text`"
 _NUMBERS = re.compile(r"-?\d+(?:[ ,]+-?\d+)+")
 _SECONDS = re.compile(r"\d+\.\d+")
 _END = tuple(".!?…。！？،।")
-# Words, and of scripts that put no blanks between them each sign.
+# Words; in scripts without blanks between words, single characters.
 _SIGNS = r"\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
 _WORD = re.compile(rf"[{_SIGNS}]|[^\W_{_SIGNS}]+")
 
 
 def guess_columns(rows: list[list[str]]) -> list[str]:
-    """A name of `MEANINGS` for each column, of which the first has the clips.
+    """Guesses a name of `MEANINGS` for each column; the first has the clips.
 
     Raises:
-        ValueError: several columns of which each might be the text or the speaker, or none that holds words.
+        ValueError: several columns may be the text or the speaker, or none has words.
     """
     [(width, _)] = Counter(map(len, rows)).most_common(1) or [(0, 0)]
     if width < 2:
-        raise ValueError("it has no header that names a clip and a text, and no rows of several columns")
+        raise ValueError("it has no header with a clip and a text, and no rows with several columns")
     columns = {i: [parts[i] for parts in rows if len(parts) == width] for i in range(1, width)}
     columns = {i: values for i, values in columns.items() if any(values)}
     found = {0: "audio"} | ({1: "text"} if width == 2 else _texts_and_labels(columns, width))
@@ -53,7 +53,7 @@ def _texts_and_labels(columns: dict[int, list[str]], width: int) -> dict[int, st
     labels = [i for i, values in columns.items() if _are_labels(values)]
     others = [i for i in columns if i not in labels]
     if not others and len({tuple(frozenset(_words(text)) for text in columns[i]) for i in labels}) == 1:
-        return {labels[-1]: "text"}  # one-word commands, twice
+        return {labels[-1]: "text"}  # one-word commands, raw and normalised
     worded = [i for i in others if not _are(_ID, columns[i])] or others
     if not worded:
         raise ValueError(f"it has no header, and every column repeats its values, {_ASKED}")
@@ -69,12 +69,12 @@ def _texts_and_labels(columns: dict[int, list[str]], width: int) -> dict[int, st
     if all(_is_normalised(columns[text], columns[i]) for i in more):
         return found | {text: "raw_text", more[0]: "text"}
     if _are(_NAME, columns[text]) and not any(value.endswith(_END) for value in columns[text]):
-        raise ValueError(f"it has no header, and column {text + 1} may hold names or a few words each, {_ASKED}")
+        raise ValueError(f"it has no header, and column {text + 1} may contain names or short texts, {_ASKED}")
     raise ValueError(_undecided("text", texts, width, {0: "id"}))
 
 
 def _speaker_of(labels: dict[int, list[str]], width: int, text: int) -> int | None:
-    """The column of speakers: of labels the only one that varies, unless it holds languages, genders or moods."""
+    """Returns the column of speakers: the only label that varies, unless it has languages, genders or moods."""
     names = {i: values for i, values in labels.items() if _are_speakers(values)}
     varied = {i: values for i, values in names.items() if len({*values} - {""}) > 1} or dict([*names.items()][:1])
     if not varied:
@@ -94,18 +94,18 @@ def _undecided(what: str, columns: list[int], width: int, known: dict[int, str])
 
 
 def _phones_in(column: int) -> str:
-    asked = "add a header line that names the text, such as `id|text`, if they are what is to be trained on"
-    return f"column {column + 1} holds phonemes or numbers, not words; {asked}"
+    asked = "to train on these, add a header line that names the text, such as `id|text`"
+    return f"column {column + 1} contains phonemes or numbers, not words; {asked}"
 
 
 def _are_phones(values: list[str]) -> bool:
-    """Phonemes, pinyin or their numbers, of most texts."""
+    """Returns True if most values are phonemes, pinyin or numbers of phonemes."""
     filled = [value for value in values if value]
     return sum(map(spelled_by_sound, filled)) > 0.8 * len(filled) or _are(_NUMBERS, values)
 
 
 def _are_labels(values: list[str]) -> bool:
-    """A few short values that come again and again: speakers, languages, moods."""
+    """Returns True for few short, repeated values: speakers, languages, moods."""
     filled = [value for value in values if value]
     kinds = set(filled)
     short = sum(len(v) <= MOST_LABEL_CHARS and len(v.split()) <= MOST_LABEL_WORDS for v in kinds)
@@ -116,7 +116,7 @@ def _are_labels(values: list[str]) -> bool:
 
 
 def _are_speakers(labels: list[str]) -> bool:
-    """Rather than languages, or lengths in seconds."""
+    """Returns True unless the labels are languages or lengths in seconds."""
     kinds = {re.split("[-_]", label.lower())[0] for label in labels if label}
     return not kinds <= LANGUAGES and not all(_SECONDS.fullmatch(kind) for kind in kinds)
 
@@ -127,9 +127,9 @@ def _are(kind: re.Pattern[str], values: list[str]) -> bool:
 
 
 def _is_normalised(raw: list[str], other: list[str]) -> bool:
-    """True if a column has the words of the one before, rather than its phonemes or its pinyin.
+    """Returns True if column `other` has the words of `raw`, not its phonemes or pinyin.
 
-    Numbers become words when a text is normalised, so that the others decide.
+    Ignores words with digits, since normalisation spells out numbers.
     """
     shares = []
     for text, said in zip(raw, other, strict=True):
@@ -140,6 +140,6 @@ def _is_normalised(raw: list[str], other: list[str]) -> bool:
 
 
 def _words(text: str) -> set[str]:
-    """Its words without accents and vowel signs, which are added when a text is normalised."""
+    """Returns the words without accents and vowel signs, which normalisation may add."""
     letters = unicodedata.normalize("NFKD", text.casefold())
     return set(_WORD.findall("".join(c for c in letters if not unicodedata.combining(c))))

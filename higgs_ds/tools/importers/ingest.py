@@ -1,4 +1,4 @@
-"""`python -m higgs_ds import`: data sets of other tools become train.jsonl and val.jsonl with no text in both."""
+"""`python -m higgs_ds import`: converts other tools' data sets to train.jsonl and val.jsonl, with no text in both."""
 
 from __future__ import annotations
 
@@ -33,17 +33,17 @@ from .formats import read_foreign
 from .found import Found
 from .parts import part_of
 
-TRIM_DB = 40.0  # below the loudest, where silence begins
-TRIM_MARGIN_SEC = 0.1  # of it that is kept at both ends
+TRIM_DB = 40.0  # threshold of silence, below the peak
+TRIM_MARGIN_SEC = 0.1  # silence kept at both ends
 PEAK = 0.99
-LONGEST_STEM = 200  # bytes of a new clip's name, to which a number and an ending come
+LONGEST_STEM = 200  # bytes of a new clip's name, without number and suffix
 DEFAULT_VAL_SHARE = 0.02
-LEAST_PROMPTS = 10  # conversations with the same words of the user, below which that may be chance
+LEAST_PROMPTS = 10  # equal user turns in conversations; fewer may be chance
 
 
 @dataclass(frozen=True)
 class Sound:
-    """Processing of every clip; None leaves it as it is."""
+    """Processing of every clip; None changes nothing."""
 
     trim: bool = False
     loudness: float | None = None  # LUFS
@@ -53,16 +53,16 @@ class Sound:
         return self.trim or self.loudness is not None or self.resample is not None
 
     def apply(self, waveform: np.ndarray, sample_rate: int) -> tuple[np.ndarray, int]:
-        """A mono waveform float32 [samples], trimmed but for a tenth of a second, resampled, and at its loudness.
+        """Trims, resamples and normalises the loudness of a mono waveform, float32 [samples].
 
-        It is softer where it would clip, and as loud as before where there is nothing to measure.
+        The gain is limited to avoid clipping; a waveform without measurable loudness keeps its level.
         """
         if self.trim:
             from librosa.effects import trim
 
-            _, (first, behind) = trim(waveform, top_db=TRIM_DB, frame_length=1024, hop_length=256)
+            _, (start, end) = trim(waveform, top_db=TRIM_DB, frame_length=1024, hop_length=256)
             margin = round(TRIM_MARGIN_SEC * sample_rate)
-            waveform = waveform[max(0, first - margin) : behind + margin]
+            waveform = waveform[max(0, start - margin) : end + margin]
         if self.resample is not None and self.resample != sample_rate:
             import soxr
 
@@ -74,32 +74,30 @@ class Sound:
 
 
 def add_import(verbs: Any) -> None:
-    """The flags of `import`."""
+    """Adds the verb `import` and its flags."""
     parser = verbs.add_parser("import", help="convert another tool's data set into a manifest")
     add, number = flag_types.adder(parser), flag_types.number
     add("path PATH", "file or folder to import; with --from datasets also a name on the hub", flag_types.path)
     known = "; ".join(f"{name}: {what}" for name, what in FORMATS.items())
-    more = (
-        "lhotse:RECIPE prepares a corpus by lhotse's own recipe, as lhotse:libritts; datasets:CONFIG names one of many"
-    )
+    more = "lhotse:RECIPE uses a lhotse recipe, such as lhotse:libritts; datasets:CONFIG chooses a configuration"
     add("--from FORMAT", f"format (default: detected). {known}. {more}", _format, dest="source")
     add("--output --output_dir DIR", "folder for train.jsonl and val.jsonl", flag_types.path, required=True)
-    share_help = "share of the rows for validation, where the corpus has no part for it (default: 0.02)"
+    share_help = "share of rows for validation if the corpus has no validation part (default: 0.02)"
     add("--val_share SHARE", share_help, number(float, 0, 0.99))
-    speakers_help = "speakers for validation, or how many to draw; replaces --val_share"
+    speakers_help = "speakers for validation, or a number to draw; replaces --val_share"
     add("--val_speakers SPEAKER", speakers_help, flag_types.name, nargs="+")
-    add("--with_test", "use the rows of the corpus's test part like those of its training part", bool)
+    add("--with_test", "use rows of the corpus's test part like training rows", bool)
     add("--seed", "random seed of the split (default: 0)", int, default=0)
     add("--trim", "write new clips without leading and trailing silence", bool)
     loudness_help = "write new clips at this loudness (-23 if no value is given)"
     add("--loudness LUFS", loudness_help, number(float, -70, 0), nargs="?", const=-23.0)
     rate = number(int, MIN_SAMPLE_RATE, MAX_SAMPLE_RATE)
-    add("--resample HZ", "write new clips at this rate (default: 24000)", rate, nargs="?", const=24000)
+    add("--resample HZ", "write new clips at this rate (24000 if no value is given)", rate, nargs="?", const=24000)
     parser.set_defaults(verb=run_import)
 
 
 def _format(text: str) -> str:
-    """A format's name; behind a colon lhotse's recipe, or the configuration of a data set."""
+    """Checks a format's name, which may have a lhotse recipe or a data set's configuration after a colon."""
     kind, colon, _ = text.partition(":")
     if kind not in FORMATS or (colon and kind not in ("lhotse", "datasets")):
         raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(FORMATS)}, lhotse:RECIPE, datasets:CONFIG")
@@ -107,27 +105,27 @@ def _format(text: str) -> str:
 
 
 def run_import(args: argparse.Namespace) -> int:
-    """Writes train.jsonl and, where it gets rows, val.jsonl.
+    """Writes train.jsonl and, if it gets rows, val.jsonl.
 
     Raises:
-        ConfigError: nothing that can be read, no row left, speakers that are not there.
-        FileExistsError: the folder holds a manifest already.
+        ConfigError: unreadable input, no rows left, or unknown speakers.
+        FileExistsError: the folder already has a manifest.
     """
     path, output_dir = args.path, args.output
     for name in ("train.jsonl", "val.jsonl"):
         if os.path.exists(output_dir / name):
-            raise FileExistsError(f"{output_dir} already holds {name}; remove it or give another --output")
+            raise FileExistsError(f"{output_dir} already has {name}; remove it or give another --output")
     sound = Sound(args.trim, args.loudness, args.resample)
     with contextlib.ExitStack() as stack:
         clips = output_dir / "clips"
-        if sound:  # sound that is not in files waits in one that is made anew
+        if sound:  # temporary folder for clips given as bytes
             clips = output_dir / ".clips"
             stack.callback(shutil.rmtree, clips, ignore_errors=True)
         kind, found = read_foreign(path, args.source, with_test=args.with_test, clips=clips)
         parts = _parts_lines(path, found, val_share=args.val_share, val_speakers=args.val_speakers)
 
         def nothing_left() -> ConfigError:
-            return ConfigError([*found.lines(path), *parts, f"{path}: no row is left, read as {kind}"])
+            return ConfigError([*found.lines(path), *parts, f"{path}: no rows left, read as {kind}"])
 
         if not found.rows:
             raise nothing_left()
@@ -135,7 +133,7 @@ def run_import(args: argparse.Namespace) -> int:
         train, val, notes = split(found.rows, val_share=share, val_speakers=args.val_speakers, seed=args.seed)
         with writing(f"--output: {output_dir}"):
             output_dir.mkdir(parents=True, exist_ok=True)
-            if sound:  # only now: what cannot be split is said before hours of clips are written
+            if sound:  # after the split, whose errors must not come after hours of writing clips
                 new = NewClips(found, output_dir / "clips", sound)
                 train, val = (list(filter(new.replace, tqdm(side, "clips", mininterval=1.0))) for side in (train, val))
                 if not train:
@@ -154,30 +152,30 @@ def run_import(args: argparse.Namespace) -> int:
 
 
 def _parts_lines(path: Path, found: Found, *, val_share: float | None, val_speakers: list[str] | None) -> list[str]:
-    """One line on what becomes of each part of the corpus's own split; one on a flag that has no effect beside it."""
+    """Returns a line on the use of each part of the corpus's own split, and one if --val_share has no effect."""
     has_val = any(part_of(name) == "val" for name in found.parts) and not val_speakers
     drawn = f"train.jsonl, or val.jsonl by {'--val_speakers' if val_speakers else '--val_share'}"
     said = []
     for name, count in found.parts.items():
         place = {"val": "val.jsonl"}.get(part_of(name) or "", "train.jsonl") if has_val else drawn
         if part_of(name) == "test" and not found.with_test:
-            place = "in neither file (--with_test takes them)"
+            place = "in neither file (--with_test adds them)"
         said.append(f"{member('', name)}: {plural(count, 'row')}, {place}")
     lines = [f"{path}: the corpus's own split: {'; '.join(said)}"] if said else []
-    unused = ["--val_share: not used, the corpus has a part for validation"]
+    unused = ["--val_share: not used, the corpus has a validation part"]
     return lines + unused * (has_val and val_share is not None)
 
 
 def split(
     rows: list[dict], *, val_share: float, val_speakers: list[str] | None, seed: int
 ) -> tuple[list[dict], list[dict], list[str]]:
-    """(training rows, validation rows, notes), never a text on both.
+    """Returns (training rows, validation rows, notes), with no text on both sides, see `transcripts.text_key`.
 
-    By speaker where some are named, else by the corpus's own parts where it has one for validation, else by share.
-    A single number for `val_speakers` draws so many. Texts are the same whatever their case and punctuation.
+    Splits by `val_speakers` if given (a single number draws that many speakers), else by the corpus's validation part,
+    else by `val_share`.
 
     Raises:
-        ConfigError: speakers that are not there, or no row left to train on.
+        ConfigError: unknown speakers, or no rows left to train on.
     """
     keys, notes = text_keys(rows), []
     if val_speakers:
@@ -185,7 +183,7 @@ def split(
     elif any("split" in row for row in rows):
         is_val = ["split" in row for row in rows]
         if all(is_val):
-            raise ConfigError(["no row is left to train on: all are of the corpus's part for validation"])
+            raise ConfigError(["no rows left to train on: all are in the corpus's validation part"])
     else:
         counts, order, chosen, held = Counter(keys), sorted({*keys}), set(), 0
         wanted = round(val_share * len(rows)) or int(val_share > 0 and len(counts) > 1)
@@ -196,12 +194,12 @@ def split(
                 held += counts[key]
         is_val = [key in chosen for key in keys]
         if wanted and not chosen:
-            notes.append("no validation rows: every text is shared by too many rows to be held out")
+            notes.append("no validation rows: every text occurs in too many rows to be held out")
     trained = {key for key, val in zip(keys, is_val, strict=True) if not val}
     train = [row for row, val in zip(rows, is_val, strict=True) if not val]
     kept = [row for row, key, val in zip(rows, keys, is_val, strict=True) if val and key not in trained]
     if lost := sum(is_val) - len(kept):
-        notes.append(f"left out of validation: {plural(lost, 'row')} whose text is trained on too")
+        notes.append(f"left out of validation: {plural(lost, 'row')} with a text that is also trained on")
     return train, kept, notes
 
 
@@ -211,17 +209,17 @@ def _by_speaker(rows: list[dict], named: list[str], seed: int) -> list[bool]:
         named = random.Random(seed).sample(speakers, min(int(named[0]), len(speakers)))
     if unknown := [name for name in named if name not in speakers]:
         known = ", ".join(speakers[:20]) or "none"
-        raise ConfigError([f"--val_speakers: {', '.join(unknown)}: no such speaker; the speakers are {known}"])
+        raise ConfigError([f"--val_speakers: {', '.join(unknown)}: not found; the speakers are {known}"])
     is_val = [row.get("speaker") in named for row in rows]
     if rows and all(is_val):
-        raise ConfigError([f"--val_speakers: no row is left to train on, of {plural(len(speakers), 'speaker')}"])
+        raise ConfigError([f"--val_speakers: no rows left to train on, of {plural(len(speakers), 'speaker')}"])
     return is_val
 
 
 def text_keys(rows: list[dict]) -> list[str]:
-    """For each row the same as for all that speak its text; a row of which no text is known is told by all of it.
+    """Returns a key per row that is equal for rows with the same spoken text; if it is unknown, the row as JSON.
 
-    A user's turn that most conversations share is a prompt, such as `Read it.`, and not what is spoken.
+    A user's turn shared by most conversations is a prompt, such as `Read it.`, not the spoken text.
     """
     texts = [_spoken(row) for row in rows]
     asked = Counter(text_key(text) for text, is_asked in texts if text is not None and is_asked)
@@ -235,9 +233,9 @@ def text_keys(rows: list[dict]) -> list[str]:
 
 
 def _spoken(row: dict) -> tuple[str | None, bool]:
-    """(what a row's last clip says, whether it stands in the user's turn of a conversation and may be a mere prompt).
+    """Returns the text of a row's last clip, and True if it is from a user's turn, which may be a mere prompt.
 
-    Nothing is known to be spoken where the user's turn holds a clip: its words are about that clip.
+    The text is None if the user's turn contains a clip, since its words then refer to that clip.
     """
     if "text" in row:
         return row["text"], False
@@ -253,7 +251,7 @@ def _spoken(row: dict) -> tuple[str | None, bool]:
 
 
 class NewClips:
-    """Clips written anew in the place of those that rows name."""
+    """Processed copies of the rows' clips."""
 
     def __init__(self, found: Found, folder: Path, sound: Sound):
         self.found, self.folder, self.sound = found, folder, sound
@@ -263,14 +261,14 @@ class NewClips:
         self._numbers: dict[str, Iterator[int]] = {}
 
     def replace(self, row: dict) -> bool:
-        """Gives a row its new clips, relative to the manifest; False, counted, where one cannot be used."""
+        """Replaces a row's clips by new ones, relative to the manifest; counts an unusable clip and returns False."""
         for holder, name, clip in _clips_of(row):
             if clip not in self._written:
                 self._written[clip] = self._write(clip)
             if (written := self._written[clip]) is None:
                 return False
             holder[name] = written
-        # The new clip is that slice, of that channel; trimmed, it has another length.
+        # The new clip is just this slice and channel; trimming changes its length.
         for name in ("offset", "channel", "audio_track", "sampling_rate", *["duration"] * self.sound.trim):
             row.pop(name, None)
         return True
@@ -291,7 +289,7 @@ class NewClips:
 
 
 def _clips_of(row: dict) -> Iterator[tuple[dict, str, AudioRef]]:
-    """(object that names it, under which key, clip) of all clips of a row."""
+    """Yields (object with the clip's path, its key there, clip) for all clips of a row."""
     if "audio" in row:
         names = {"duration_sec": "duration"} if "offset" in row else {}
         names |= {"offset_sec": "offset", "channel": "channel", "audio_track": "audio_track"}

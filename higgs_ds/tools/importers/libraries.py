@@ -1,4 +1,4 @@
-"""Rows by lhotse (its manifests, its recipes for corpora) and datasets, held back from commands and the network."""
+"""Readers that use lhotse (manifests, recipes) and datasets, with commands and the network blocked."""
 
 from __future__ import annotations
 
@@ -28,35 +28,35 @@ from .found import Found, beside, word_of
 from .parts import part_of
 
 _KIND = re.compile(r"(recordings|supervisions|cuts)")
-TOLERANCE_SEC = 0.0015  # by which durations are rounded
+TOLERANCE_SEC = 0.0015  # rounding of durations
 _SOURCES = {
-    "command": "recordings whose sound comes from a command (never run)",
-    "url": "recordings whose sound is at an address (never fetched)",
+    "command": "recordings with audio from a command (never run)",
+    "url": "recordings with audio at a URL (never fetched)",
 }
-_Items = Iterable[tuple[str, Any]]  # where it stands, and lhotse's object
+_Items = Iterable[tuple[str, Any]]  # location and lhotse's object
 BATCH_ROWS = 16
-# Beginnings of files whose name has no ending.
+# First bytes, for clips without a suffix.
 _MAGIC = {b"RIFF": ".wav", b"fLaC": ".flac", b"OggS": ".ogg", b"ID3": ".mp3", b"\xff\xfb": ".mp3", b"\xff\xf3": ".mp3"}
 _PROGRAMS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn")
 _NETWORK = ("socket.getaddrinfo", "socket.gethostbyname", "urllib.Request")
-_refused: list[str] = []  # events that raise now; a hook cannot be taken away again
+_refused: list[str] = []  # what is blocked now, if anything; an audit hook cannot be removed
 
 
 def library(name: str) -> ModuleType:
-    """The module. Raises ConfigError with what to install where it is missing."""
+    """Imports a module. Raises ConfigError with the command to install it if it is missing."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         advice = "pip install -r requirements-import.txt"
-        raise ConfigError([f"{name} is needed for this format: {advice} ({error})"]) from error
+        raise ConfigError([f"{name} is required for this format: {advice} ({error})"]) from error
 
 
 @contextlib.contextmanager
-def held_back(what: str) -> Iterator[None]:
-    """Lets nothing that runs inside start a program or reach the network, whatever stands in the user's files.
+def sandboxed(what: str) -> Iterator[None]:
+    """Blocks starting programs and network access inside the context, whatever the user's files contain.
 
     Raises:
-        PermissionError: it tried to, named as `what`.
+        PermissionError: the code tried either; the message names it as `what`.
     """
     _install()
     _refused[:] = [what]
@@ -75,13 +75,13 @@ def _refuse(event: str, args: tuple) -> None:
     if not _refused:
         return
     if event in _PROGRAMS:
-        raise PermissionError(f"{_refused[0]} would run a program ({args[0]}); nothing is run")
+        raise PermissionError(f"{_refused[0]} tried to run a program ({args[0]}), which is not allowed")
     if event in _NETWORK or (event == "socket.connect" and isinstance(args[1], tuple)):
-        raise PermissionError(f"{_refused[0]} would reach the network; only what lies here is read")
+        raise PermissionError(f"{_refused[0]} tried to access the network; only local files are read")
 
 
 def read_lhotse(path: Path, found: Found, recipe: str | None = None) -> None:
-    """Cuts, or recordings with supervisions, a file's name being that of its part; or what a recipe makes."""
+    """Reads cuts, or recordings with supervisions, with parts by file name; or the result of a recipe."""
     library("lhotse")
     if recipe is not None:
         _read_recipe(path, found, recipe)
@@ -90,31 +90,31 @@ def read_lhotse(path: Path, found: Found, recipe: str | None = None) -> None:
     for file in _files(path):
         groups.setdefault((file.parent, _KIND.sub("", file.name)), {})[_KIND.findall(file.name)[-1]] = file
     if not groups:
-        raise ValueError("it holds no cuts, and no recordings with supervisions, as .jsonl or .jsonl.gz")
+        raise ValueError("it has no cuts and no recordings with supervisions, as .jsonl or .jsonl.gz")
     for (_, name), files in groups.items():
         part = None if path.is_file() else next((word for word in re.split(r"[_.]", name) if part_of(word)), None)
         for other in (file for kind, file in files.items() if "cuts" in files and kind != "cuts"):
-            found.leave_out("manifests beside cuts that are read", str(other))
+            found.leave_out("manifests beside cuts, which are read instead", str(other))
         if "cuts" in files:
             _add_cuts(found, _items(files["cuts"], found), part)
         elif len(files) < 2:
-            found.leave_out("recordings without supervisions, or the other way round", str(*files.values()))
+            found.leave_out("recordings without supervisions, or vice versa", str(*files.values()))
         else:
             _add_segments(found, _items(files["recordings"], found), _items(files["supervisions"], found), part)
 
 
 def _files(path: Path) -> list[Path]:
-    """Manifests of a folder; a file, and the supervisions of recordings or the recordings of supervisions beside it."""
+    """Returns a folder's manifests; for a file, also the matching recordings or supervisions beside it."""
     if path.is_dir():
         return [file for file in sorted(path.rglob("*.jsonl*")) if _KIND.search(file.name) and file.suffix != ".tmp"]
     if not _KIND.search(path.name):
-        raise ValueError("its name has none of `cuts`, `recordings` and `supervisions`, as lhotse's manifests do")
+        raise ValueError("its name must contain `cuts`, `recordings` or `supervisions`, as lhotse's manifests do")
     kinds = ("cuts",) if "cuts" in path.name else ("recordings", "supervisions")
     return [file for kind in kinds if (file := path.with_name(_KIND.sub(kind, path.name))).is_file()]
 
 
 def _items(file: Path, found: Found) -> Iterator[tuple[str, Any]]:
-    """(`file:line`, lhotse's object) of a manifest; lines that lhotse does not understand are left out."""
+    """Yields (`file:line`, lhotse's object) of a manifest; counts and leaves out lines that lhotse cannot read."""
     from lhotse.serialization import deserialize_item
 
     problems = (ValueError, KeyError, TypeError, AttributeError, AssertionError, IndexError, RecursionError)
@@ -132,14 +132,14 @@ def _add_cuts(found: Found, cuts: _Items, part: str | None) -> None:
 
     for origin, cut in cuts:
         if not isinstance(cut, (MonoCut, MultiCut)):
-            found.leave_out("cuts that are mixed of others, or no cuts", origin)
+            found.leave_out("mixed cuts, or objects that are not cuts", origin)
         elif cut.recording is None or not cut.supervisions:
             found.leave_out("cuts without a recording or a supervision", origin)
         else:
             _count_unread(found, cut.custom)
             for segment in cut.supervisions:
                 if segment.start < -TOLERANCE_SEC or segment.end > cut.duration + TOLERANCE_SEC:
-                    found.leave_out("supervisions that go beyond their cut", origin)
+                    found.leave_out("supervisions that extend beyond their cut", origin)
                     continue
                 channel = segment.channel if isinstance(cut, MultiCut) else cut.channel
                 _add_segment(found, origin, cut.recording, segment, cut.start + segment.start, channel, part)
@@ -152,27 +152,27 @@ def _add_segments(found: Found, recordings: _Items, segments: _Items, part: str 
             recording = by_id[segment.recording_id]
             _add_segment(found, origin, recording, segment, segment.start, segment.channel, part)
         else:
-            found.leave_out("supervisions of no recording", origin)
+            found.leave_out("supervisions without a recording", origin)
 
 
 def _add_segment(
     found: Found, origin: str, recording: Any, segment: Any, start: float, channel: Any, part: str | None
 ) -> None:
-    """One speech row: the span of a supervision in the file that holds its channels."""
+    """Adds one speech row: a supervision's span in the file with its channels."""
     channels = {*channel} if isinstance(channel, (list, tuple)) else {channel}
     source = next((source for source in recording.sources if channels <= {*source.channels}), None)
     end = start + segment.duration
     if source is None:
-        found.leave_out("supervisions of channels that no file of their recording holds", origin)
+        found.leave_out("supervisions of channels that are in no file of their recording", origin)
     elif source.type != "file":
-        reason = _SOURCES.get(source.type, "recordings whose sound is in no file")
+        reason = _SOURCES.get(source.type, "recordings with audio that is not in a file")
         found.leave_out(reason, f"{origin}: {str(source.source)[:200]}")
     elif recording.transforms:
-        found.leave_out("recordings that are transformed, as in speed", origin)
+        found.leave_out("transformed recordings, such as of another speed", origin)
     elif end > recording.duration + TOLERANCE_SEC or start < -TOLERANCE_SEC:
-        found.leave_out("supervisions that go beyond their recording", origin)
+        found.leave_out("supervisions that extend beyond their recording", origin)
     elif 1 < len(channels) < len(source.channels):
-        found.leave_out("supervisions of several channels of a file, but not of all", origin)
+        found.leave_out("supervisions of several, but not all channels of a file", origin)
     else:
         more: dict[str, Any] = {"speaker": segment.speaker}
         if start > TOLERANCE_SEC or end < recording.duration - TOLERANCE_SEC:
@@ -188,18 +188,18 @@ def _count_unread(found: Found, fields: dict | None) -> None:
 
 
 def _threads(max_workers: int | None = None, mp_context: Any = None, **options: Any) -> ThreadPoolExecutor:
-    """Stands in for a recipe's pool of processes: a new process would not be held back."""
+    """Replaces a recipe's process pool, since a new process would not be sandboxed."""
     return ThreadPoolExecutor(max_workers, **options)
 
 
 def _read_recipe(path: Path, found: Found, recipe: str) -> None:
-    """The manifests that `lhotse.recipes.prepare_RECIPE` makes of a corpus; `RECIPE,NAME=VALUE` gives it an option."""
+    """Reads the manifests of `lhotse.recipes.prepare_RECIPE`; `RECIPE,NAME=VALUE` gives it an option."""
     recipes = library("lhotse.recipes")
     name, *options = recipe.split(",")
     known = [key.removeprefix("prepare_") for key in dir(recipes) if key.startswith("prepare_")]
     if name not in known:
         raise ConfigError(
-            [f"--from lhotse:{name}: no such recipe{nearest(name, known)}; lhotse has {', '.join(known)}"]
+            [f"--from lhotse:{name}: recipe not found{nearest(name, known)}; lhotse has {', '.join(known)}"]
         )
     prepare = getattr(recipes, f"prepare_{name}")
     parameters = inspect.signature(prepare).parameters
@@ -209,21 +209,21 @@ def _read_recipe(path: Path, found: Found, recipe: str) -> None:
     there = sorted(folder.name for folder in path.iterdir() if folder.is_dir() and part_of(folder.name))
     if "dataset_parts" in parameters and there:
         values.setdefault("dataset_parts", there)
-    if "use_edinburgh_vctk_url" in parameters:  # the corpus as it has been since version 0.92
+    if "use_edinburgh_vctk_url" in parameters:  # layout of version 0.92
         values.setdefault("use_edinburgh_vctk_url", (path / "wav48_silence_trimmed").is_dir())
     pool = mock.patch.object(sys.modules[prepare.__module__], "ProcessPoolExecutor", _threads, create=True)
-    with tempfile.TemporaryDirectory() as made, held_back(f"lhotse.recipes.{prepare.__name__}"), pool:
+    with tempfile.TemporaryDirectory() as made, sandboxed(f"lhotse.recipes.{prepare.__name__}"), pool:
         if "output_dir" in parameters:
             values.setdefault("output_dir", made)
         try:
-            with contextlib.redirect_stderr(io.StringIO()):  # a bar for each speaker
+            with contextlib.redirect_stderr(io.StringIO()):  # hides a progress bar per speaker
                 manifests = prepare(str(path.resolve()), **values)
         except Exception as error:
             takes = ", ".join(parameters)
-            advice = f"is it the corpus's folder? the recipe takes {takes}, given as lhotse:{name},NAME=VALUE"
+            advice = f"is this the corpus's folder? options of the recipe: {takes}, given as lhotse:{name},NAME=VALUE"
             raise ConfigError([f"{path}: lhotse.recipes.prepare_{name}: {words_of(error)}; {advice}"]) from error
         if not _add_manifests(found, manifests, path, ()):
-            raise ValueError(f"lhotse.recipes.prepare_{name} makes no recordings with supervisions of it")
+            raise ValueError(f"lhotse.recipes.prepare_{name} found no recordings with supervisions")
 
 
 def _value(text: str) -> Any:
@@ -234,10 +234,10 @@ def _value(text: str) -> Any:
 
 
 def _add_manifests(found: Found, manifests: Any, path: Path, names: tuple[str, ...]) -> bool:
-    """Rows of what a recipe gives back, parts and languages being keys; False where there are none.
+    """Adds the rows of a recipe's result, nested by part and language; returns False if there are none.
 
-    In the order of their names, since recipes give them in that of the disk. Sets are told by their class: the recipe
-    of AISHELL-3 gives each by the other's name.
+    Sorts by id and key, since recipes return the order of the disk. Sets are recognised by class: the recipe of
+    AISHELL-3 swaps their names.
     """
     from lhotse import CutSet, RecordingSet, SupervisionSet
 
@@ -258,11 +258,11 @@ def _add_manifests(found: Found, manifests: Any, path: Path, names: tuple[str, .
 
 
 def read_datasets(path: Path, found: Found, config: str | None = None) -> None:
-    """A folder saved to disk, Parquet, an audiofolder, or a name on the hub; no script of a data set is run."""
+    """Reads a folder saved to disk, Parquet, an audiofolder, or a name on the hub; runs no data set scripts."""
     datasets = library("datasets")
     is_here = os.path.exists(path)
     find = functools.partial(_clip, found, {})
-    with held_back(f"datasets, loading {path},") if is_here else contextlib.nullcontext():
+    with sandboxed(f"datasets, loading {path},") if is_here else contextlib.nullcontext():
         for part, data in _parts_of(datasets, path, config).items():
             split = part if part_of(part) else None
             for number, row in enumerate(_rows(data)):
@@ -281,7 +281,7 @@ def _parts_of(datasets: Any, path: Path, config: str | None) -> dict[str, Any]:
 
 
 def _rows(data: Any) -> Iterator[dict]:
-    """Rows as they are stored, no clip decoded, but for the names of classes in the place of their numbers."""
+    """Yields rows as stored, without decoding clips, but with class names instead of class numbers."""
     labels = {name: of.names for name, of in (data.features or {}).items() if isinstance(getattr(of, "names", 0), list)}
     for table in data.with_format("arrow").iter(BATCH_ROWS):
         for row in table.to_pylist():
@@ -292,7 +292,7 @@ def _rows(data: Any) -> Iterator[dict]:
 
 
 def _clip(found: Found, written: dict[str, Path], value: Any) -> Path | None:
-    """The file of a clip: that which the row names, or one with the row's bytes."""
+    """Returns a clip's file: the one that the row names, or a new one with the row's bytes."""
     name = word_of(value)
     content = value.get("bytes") if isinstance(value, dict) else value if isinstance(value, bytes) else None
     if not content:
@@ -300,7 +300,7 @@ def _clip(found: Found, written: dict[str, Path], value: Any) -> Path | None:
     digest = hashlib.sha256(content).hexdigest()
     if digest not in written:
         if found.clips is None:
-            raise ValueError("its clips are bytes, and there is no folder to write them to")
+            raise ValueError("its clips are bytes, but no folder is given for writing them")
         stem, suffix = os.path.splitext(os.path.basename(name or ""))
         if suffix.lower() not in AUDIO_SUFFIXES:
             suffix = next((end for magic, end in _MAGIC.items() if content.startswith(magic)), ".wav")

@@ -1,4 +1,4 @@
-"""ms-swift's `messages`, whose `<audio>` tags stand for the clips in `audios`, as speech rows and ChatML rows."""
+"""Reader of ms-swift's `messages`, where `<audio>` tags stand for the clips in `audios`."""
 
 from __future__ import annotations
 
@@ -10,34 +10,34 @@ from typing import Any
 from ...data.chatml import ROLES
 from ...data.columns import member
 from ...data.foreign import AUDIO_TAG
-from .found import SPEAKER_COLUMNS, TWICE, Found, beside, clean, first, named, word_of
+from .found import DUPLICATE, SPEAKER_COLUMNS, Found, beside, clean, first, named, word_of
 from .tables import json_rows
 
-CLIP_KEYS = ("audio", "audio_url", "path", "url")  # of a piece of content
-OF_MANIFEST = "rows that are a manifest's already, and say more than is imported"
+CLIP_KEYS = ("audio", "audio_url", "path", "url")  # in a part of a message's content
+OF_MANIFEST = "rows with manifest fields that ms-swift does not have"
 NO_CONVERSATION = "rows without `messages` and `audios`"
 OTHER_MEDIA = "rows with images or videos"
 
-Piece = str | Path | None  # a text, a clip, a tag for one that stands in `audios`
+Piece = str | Path | None  # a text, a clip, or None for a tag
 Turns = list[tuple[str, list[Piece]]]  # role and pieces
 
 
 class _LeftOut(Exception):
-    """The reason to leave a row out, as it is counted."""
+    """The reason for leaving a row out."""
 
 
 def read_ms_swift(path: Path, found: Found) -> None:
-    """`messages` whose `<audio>` tags stand for the `audios` in order, or whose contents are lists with the clips.
+    """Reads `messages` with `<audio>` tags for the `audios` in order, or with clips in lists of content.
 
-    A clip that the user gives and the assistant writes down becomes a speech row, and so does a text that the
-    assistant speaks; any other conversation in which the assistant speaks becomes a ChatML row, which trains from
-    behind the last turn whose `loss` is false.
+    A user's clip with the assistant's transcript becomes a speech row, and so does a user's text with the assistant's
+    clip. Any other conversation with a clip of the assistant becomes a ChatML row, trained from the turn after the
+    last one with `loss` false.
     """
     notes: Counter[str] = Counter()
     for origin, row in json_rows(path, found):
         try:
             if (values := named(row)) is None:
-                raise _LeftOut(TWICE)
+                raise _LeftOut(DUPLICATE)
             given = _messages(values)
             turns = _with_clips([(m["role"], _pieces(m.get("content"))) for m in given], values.get("audios"), path)
             notes.update(_add(found, origin, values, turns, _start_index(given)))
@@ -51,7 +51,7 @@ def _messages(values: dict[str, Any]) -> list[dict]:
     if not isinstance(given, list) or not given or not all(isinstance(message, dict) for message in given):
         raise _LeftOut(NO_CONVERSATION)
     if any(named(message) is None for message in given):
-        raise _LeftOut(TWICE)
+        raise _LeftOut(DUPLICATE)
     if any(message.get("role") not in ROLES for message in given):
         raise _LeftOut("conversations with roles other than system, user and assistant")
     if values.get("start_index") is not None:
@@ -84,40 +84,40 @@ def _pieces(content: Any) -> list[Piece]:
 
 
 def _with_clips(turns: Turns, audios: Any, path: Path) -> Turns:
-    """The turns with a clip for every tag, in order."""
+    """Returns the turns with all tags replaced by clips, in order."""
     places = [piece for _, pieces in turns for piece in pieces if not isinstance(piece, str)]
     names = [word_of(audio) for audio in (audios if isinstance(audios, list) else [audios])]
     if any(places):
         if None in places or (
             audios and sorted(str(name and Path(name)) for name in names) != sorted(map(str, places))
         ):
-            raise _LeftOut("rows whose messages hold other clips than `audios`")
+            raise _LeftOut("rows whose messages and `audios` have different clips")
         names = [*map(str, places)]
     elif None in names:
         raise _LeftOut(NO_CONVERSATION)
     elif not places and len(names) == 1:
         turns[0][1].insert(0, None)
     elif len(places) != len(names):
-        raise _LeftOut("rows with another number of `<audio>` tags than `audios`")
+        raise _LeftOut("rows with different numbers of `<audio>` tags and `audios`")
     clips = (beside(path.parent, name) for name in names if name)
     return [(role, [p if isinstance(p, str) else next(clips) for p in pieces]) for role, pieces in turns]
 
 
 def _start_index(messages: list[dict]) -> int | None:
-    """Behind the last assistant turn whose `loss` is false, all after it being trained on; None where all are."""
+    """Returns the index after the last assistant turn with `loss` false; None if all turns are trained on."""
     trained = [(i, message.get("loss")) for i, message in enumerate(messages) if message["role"] == "assistant"]
     off = [i for i, loss in trained if loss is not None and not loss]
     if not off:
         return None
     if off != [i for i, _ in trained[: len(off)]]:
-        raise _LeftOut("conversations whose `loss` is false behind a turn that is trained on")
+        raise _LeftOut("conversations where `loss` is false after a trained turn")
     if len(off) == len(trained):
-        raise _LeftOut("conversations whose `loss` is false everywhere")
+        raise _LeftOut("conversations where `loss` is false in all turns")
     return off[-1] + 1
 
 
 def _add(found: Found, origin: str, values: dict, turns: Turns, start_index: int | None) -> list[str]:
-    """Adds a row; the notes that are to be counted of it."""
+    """Adds a row and returns its notes, to be counted."""
     clips = [piece for _, pieces in turns for piece in pieces if isinstance(piece, Path)]
     speaks = any(role == "assistant" and isinstance(piece, Path) for role, pieces in turns for piece in pieces)
     more = {name: value for name, value in values.items() if name not in ("messages", "audios")}
@@ -129,11 +129,11 @@ def _add(found: Found, origin: str, values: dict, turns: Turns, start_index: int
         found.take(origin, row, Path)
         if len(found.rows) == before:
             return []
-        given = "a user's clip with the assistant's text as its transcript; leave such rows out if the text is a reply"
+        given = "user's clip, with the assistant's text read as its transcript; remove such rows if it is a reply"
         unsaid = any(role == "system" and isinstance(piece, str) for role, pieces in turns for piece in pieces)
-        return [given] * (not speaks) + ["a system turn of a single text and clip: not read"] * unsaid
+        return [given] * (not speaks) + ["system turn before a single text and clip: not read"] * unsaid
     if not speaks:
-        raise _LeftOut("conversations in which the assistant has no clip")
+        raise _LeftOut("conversations without a clip of the assistant")
     if not all(pieces for role, pieces in turns if role != "system"):
         raise _LeftOut("conversations with an empty turn")
     if all(found.has_clip(clip, origin) for clip in clips):

@@ -1,4 +1,4 @@
-"""Parts and speakers of a corpus: its own split, and the folders that tell speakers apart."""
+"""Parts and speakers of a corpus: its own split, and speakers by folder."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ LANGUAGES = frozenset(
     "ar auto bg bn ca cs da de el en es et eu fa fi fr he hi hr hu id it ja jp ka ko kr lt lv nl no pl pt ro ru sk sl "
     "sr sv sw ta te th tr uk ur vi yue zh".split()
 )
-# Genders and moods: of many speakers each.
+# Genders and moods, which many speakers share.
 SHARED = frozenset(
     "m f male female man woman men women boy girl happy happiness sad sadness angry anger neutral surprise surprised "
     "fear fearful disgust disgusted calm excited whisper whispered amused sleepy sleepiness emotional normal".split()
 )
-# Folders that hold all of one kind of file.
+# Folders for one kind of file.
 _OF_A_KIND = re.compile(
     r"wavs?\d*|wav\d*[-_]\w+|audios?|clips?|data|flac|mp3|ogg|opus|m4a|speech|txt|texts?|corpus|by_book", re.IGNORECASE
 )
@@ -38,22 +38,22 @@ _RANK = {suffix: i for i, suffix in enumerate((".wav", ".flac", ".w64", ".aiff",
 
 @functools.lru_cache(10_000)
 def part_of(name: str) -> str | None:
-    """`train`, `val` or `test` for a part's name, as `dev-clean` or `test_other`; None for any other."""
+    """Returns `train`, `val` or `test` for a part's name, such as `dev-clean` or `test_other`; None for others."""
     return next((_WORDS[word] for word in re.split(r"[^a-z]+", name.lower()) if word in _WORDS), None)
 
 
 def speakers_in(folders: dict[str, tuple[str, ...]], clips: Iterable[str]) -> dict[str, str | None]:
-    """Speaker of each folder of clips: the innermost that tells clips apart, and with its parents where it does not.
+    """Maps each folder of clips to its speaker: the innermost folder name, with its parents if it occurs twice.
 
-    Parts of the corpus, languages, genders, moods and folders for one kind of file are no speakers'. LibriSpeech's
-    `84/121/84-121-0001` is 84's: the clip's name says that the number below is a chapter.
+    Parts of the corpus, languages, genders, moods and folders for one kind of file are not speakers. LibriSpeech's
+    `84/121/84-121-0001` belongs to 84: the clip's name shows that 121 is a chapter.
 
     Args:
-        folders: names below the corpus's root, outermost first, of each folder that holds clips.
+        folders: names below the corpus's root, outermost first, of each folder with clips.
         clips: paths of the clips.
 
     Returns:
-        None for every folder where they are all of one speaker.
+        None for every folder if there are not at least two speakers.
     """
     named = {folder: tuple(filter(_may_be_speaker, names)) for folder, names in folders.items()}
     for folder, name in map(os.path.split, clips):
@@ -78,9 +78,9 @@ def _may_be_speaker(name: str) -> bool:
 
 
 def one_format_each(rows: list[dict]) -> tuple[list[dict], list[dict]]:
-    """(rows, those that give a clip and its text again in another format); the format without losses is kept.
+    """Splits rows into (kept, the same clips and texts in another format); a lossless format is preferred.
 
-    Rows of the very same clip stay: whoever wrote a clip twice wants it twice.
+    Repeated rows of the same file are kept, since they are probably intended.
     """
     if len({os.path.splitext(row["audio"])[1] for row in rows if "audio" in row}) < 2:
         return rows, []

@@ -1,4 +1,4 @@
-"""Rows of JSON, JSONL and delimited tables, with or without a header; ambiguous rows are left out and counted."""
+"""Readers of JSON, JSONL and delimited tables, with or without a header; ambiguous rows are counted and left out."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from pathlib import Path
 from typing import Any
 
 from ...data.columns import plain
-from ...data.foreign import AUDIO_SUFFIXES, DELIMITERS, FILE_COLUMNS, TEXT_COLUMNS, KeyedOnce, lines_in, table_delimiter
+from ...data.foreign import AUDIO_SUFFIXES, DELIMITERS, FILE_COLUMNS, TEXT_COLUMNS, JsonDict, lines_in, table_delimiter
 from .found import Found
 from .guessed_columns import MEANINGS, guess_columns
 
-MOST_LINES = 100  # of one row, whose text may hold line breaks
-MOST_DIGITS = 100  # of a number that stays whole, as that of a speaker must
-MOST_ROWS = 10_000  # that are looked at, to tell columns apart
-ID_COLUMNS = ("id", "name", "file_id", "wav_id", "utt_id", "utterance_id")  # of clips where no column has their files
-_Records = Iterable[tuple[int, list[str] | None]]  # lines and their cells
-# Its objects know which of their keys were given twice.
+MOST_LINES = 100  # of one row, since texts may contain line breaks
+MOST_DIGITS = 100  # of a number that stays an integer, such as a speaker's
+MOST_ROWS = 10_000  # examined to guess the meaning of columns
+ID_COLUMNS = ("id", "name", "file_id", "wav_id", "utt_id", "utterance_id")  # used if no column has the clips' files
+_Records = Iterable[tuple[int, list[str] | None]]  # line and cells; None for an unreadable line
+# Its objects record duplicate keys.
 DECODER = json.JSONDecoder(
-    object_pairs_hook=KeyedOnce,
+    object_pairs_hook=JsonDict,
     parse_int=lambda digits: int(digits) if len(digits) <= MOST_DIGITS else float(digits),
 )
 
 
 def json_rows(path: Path, found: Found) -> Iterator[tuple[str, dict]]:
-    """(`file:line`, object) of JSONL or a JSON array; lines and elements that are no objects are left out.
+    """Yields (`file:line`, object) of JSONL or a JSON array; counts and leaves out other values.
 
     Raises:
-        ValueError: an array that is not JSON, or not a single line that is.
+        ValueError: an invalid JSON array, or a file without any line of JSON.
     """
     text = path.read_text(encoding="utf-8-sig")
     is_array = text.lstrip().startswith("[")
@@ -41,7 +41,7 @@ def json_rows(path: Path, found: Found) -> Iterator[tuple[str, dict]]:
         if isinstance(value, dict):
             yield origin, value
         else:
-            found.leave_out("rows that are no JSON objects", origin)
+            found.leave_out("rows that are not JSON objects", origin)
 
 
 def _json_lines(path: Path, text: str, found: Found) -> Iterator[tuple[int, Any]]:
@@ -58,19 +58,19 @@ def _json_lines(path: Path, text: str, found: Found) -> Iterator[tuple[int, Any]
             is_any = True
             yield number, value
     if problems and not is_any:
-        raise ValueError(f"no line of it is JSON ({problems[0]})")
+        raise ValueError(f"no line is JSON ({problems[0]})")
 
 
 def table_rows(path: Path, found: Found) -> Iterator[tuple[str, dict[str, str]]]:
-    """(`file:line`, cells by the plain names of their columns) of a table with commas, tabs, semicolons or `|`.
+    """Yields (`file:line`, cells by normalised column name) of a table with commas, tabs, semicolons or `|`.
 
-    The columns are those of its header, else told by what they hold. Left out: rows whose quotes do not close or
-    swallow further rows, and those with more or fewer cells than columns. With commas and semicolons quotes enclose a
-    cell. With tabs and `|` they do so where they can; where they cannot, and where the table has no header, they are
-    part of the text, unless the table doubles quotes within others, as a writer does that encloses cells.
+    Columns are named by the header, or guessed from their values. Rows with an unclosed quote, with a quote that spans
+    other rows, or with a wrong number of cells are counted and left out. With commas and semicolons, quotes enclose
+    cells. With tabs and `|`, quotes that cannot enclose a cell, and all quotes in a table without a header, are part
+    of the text, unless the table doubles quotes inside quotes, which shows that its writer encloses cells.
 
     Raises:
-        ValueError: a header that has a column twice, or columns that cannot be told apart.
+        ValueError: a duplicate column in the header, or ambiguous columns.
     """
     text = path.read_text(encoding="utf-8-sig")
     lines = [f"{line}\n" for line in lines_in(text)]
@@ -94,19 +94,19 @@ def table_rows(path: Path, found: Found) -> Iterator[tuple[str, dict[str, str]]]
             cells = lines[number - 1].removesuffix("\n").split(delimiter)
         origin = f"{path}:{number}"
         if cells is None:
-            found.leave_out("rows whose quotes do not close, or close in another row", origin)
+            found.leave_out("rows with an unclosed quote, or one that spans other rows", origin)
             continue
         while len(cells) > len(names) and not cells[-1].strip():
             cells.pop()
         if len(cells) != len(names):
-            reason = "rows with another number of cells than the table has columns"
+            reason = "rows with more or fewer cells than columns"
             found.leave_out(reason, f"{origin}: {len(cells)} instead of {len(names)}")
         else:
             yield origin, {name: cell for name, cell in zip(names, cells, strict=True) if name}
 
 
 def _without_header(path: Path, rows: _Records, found: Found) -> tuple[list[str], _Records]:
-    """(names of the columns by what they hold, rows in which an empty text is the one before it was normalised)."""
+    """Returns (guessed column names, rows); an empty normalised text is replaced by the raw text."""
     held = [(number, cells and [cell.strip() for cell in cells]) for number, cells in rows]
     names = guess_columns([cells for _, cells in held[:MOST_ROWS] if cells and len(cells) > 1])
     if len(names) > 2:
@@ -123,7 +123,7 @@ def _without_header(path: Path, rows: _Records, found: Found) -> tuple[list[str]
 
 
 def _header(line: str, delimiter: str, origin: str) -> list[str]:
-    """Plain names of the columns; none for a line that does not name a clip and a text."""
+    """Returns the normalised column names of a header; [] for a line that does not name a clip and a text."""
     names = [plain(name) for name in next(csv.reader([line], delimiter=delimiter))]
     while names and not names[-1]:
         names.pop()
@@ -131,12 +131,12 @@ def _header(line: str, delimiter: str, origin: str) -> list[str]:
     if clip is None or not {*names} & {*TEXT_COLUMNS}:
         return []
     if doubled := next((name for name in names if name and names.count(name) > 1), None):
-        raise ValueError(f"{origin} has the column `{doubled}` twice; rename or remove one")
+        raise ValueError(f"{origin} has a duplicate column `{doubled}`; rename or remove one")
     return ["audio" if name == clip and clip in ID_COLUMNS else name for name in names]
 
 
 def _records(lines: list[str], at: int, delimiter: str, width: int) -> Iterator[tuple[int, list[str] | None]]:
-    """(line, cells) of every row; None for a line that cannot be read for its quotes, behind which reading goes on."""
+    """Yields (line, cells) of every row; cells are None for a line with bad quotes, and reading continues after it."""
     limit = csv.field_size_limit()
     while at < len(lines):
         line, at = lines[at], at + 1
@@ -150,18 +150,18 @@ def _records(lines: list[str], at: int, delimiter: str, width: int) -> Iterator[
             cells = next(reader)
         except csv.Error:  # also a field of more than 131,072 characters
             cells = None
-        if cells is None or (reader.line_num > 1 and _hold_row(cells, delimiter, width)):
+        if cells is None or (reader.line_num > 1 and _contain_row(cells, delimiter, width)):
             yield at, None
         else:
             yield at, cells
             at += reader.line_num - 1
 
 
-def _hold_row(cells: list[str], delimiter: str, width: int) -> bool:
-    """True if a text over several lines holds another row of the table, as after an unclosed quote.
+def _contain_row(cells: list[str], delimiter: str, width: int) -> bool:
+    """Returns True if a text over several lines contains another row of the table, as after an unclosed quote.
 
-    A row is known by the name of its clip; where clips have no endings, and with tabs and `|`, which are rare in texts,
-    by its number of cells alone.
+    A row is recognised by its clip's file name, or by its number of cells alone if clips have no suffix or the
+    delimiter is a tab or `|`, which are rare in texts.
     """
     by_width = delimiter in "\t|" or not any(map(_is_clip, cells))
     for line in (line for cell in cells if "\n" in cell for line in cell.split("\n")):

@@ -82,7 +82,7 @@ def test_every_control_tag_is_one_token_and_an_unknown_one_is_text(v3_base):
     controls = control_tokens(v3_base.tokenizer)
     text = "<|sfx:laughter|>Ha <|sfx:laugh|>, <|prosody:pause|>then"
     assert find_control(text, controls) is None and without_tags(text, controls) == "Ha <|sfx:laugh|>, then"
-    assert find_control("a <|ref_audio|>", controls).startswith("holds <|ref_audio|>")
+    assert find_control("a <|ref_audio|>", controls).startswith("contains <|ref_audio|>")
 
 
 def test_a_tag_that_the_model_does_not_know_is_warned_of_and_others_are_not(v3_base, tmp_path):

@@ -1,4 +1,4 @@
-"""train-higgs-audio's samples and folders of clips with texts, in the forms in which people have them."""
+"""train-higgs-audio's samples and folders of clips with texts, in their usual forms."""
 
 import json
 import os
@@ -27,7 +27,7 @@ SPEAKERS = [
 
 
 @pytest.mark.parametrize("scene", [None, "quiet_room"])
-def test_reference_speakers_are_turns_before_the_one_that_is_trained_on(clips, scene):
+def test_reference_speakers_become_turns_before_the_trained_one(clips, scene):
     text = "[SPEAKER0] So.\n[SPEAKER1] Well."
     found = samples(clips, {"samples": [sample(transcript=text, ref_speakers=SPEAKERS, scene=scene, speaker_id="x")]})
     assert found.left_out == {} and not found.columns
@@ -48,19 +48,19 @@ def test_reference_speakers_are_turns_before_the_one_that_is_trained_on(clips, s
     [
         (
             [*SPEAKERS, {"ref_transcript": "No clip."}],
-            "rows with `ref_speakers` of which one has no clip or no transcript",
+            "rows with `ref_speakers` where a clip or transcript is missing",
         ),
-        ([{"ref_audio_file": "b.wav"}], "rows with `ref_speakers` of which one has no clip or no transcript"),
-        ("b.wav", "rows with `ref_speakers` of which one has no clip or no transcript"),
+        ([{"ref_audio_file": "b.wav"}], "rows with `ref_speakers` where a clip or transcript is missing"),
+        ("b.wav", "rows with `ref_speakers` where a clip or transcript is missing"),
         ([{"ref_audio_file": "gone.wav", "ref_transcript": "So."}], "clips that do not exist"),
     ],
 )
-def test_a_reference_speaker_that_is_not_there_costs_the_row(clips, speakers, reason):
+def test_row_with_a_missing_reference_speaker_is_left_out(clips, speakers, reason):
     found = samples(clips, {"samples": [sample(ref_speakers=speakers), sample()]})
     assert len(found.rows) == 1 and dict(found.left_out) == {reason: 1}
 
 
-def test_lengths_and_references_are_carried_over_and_other_columns_named(clips):
+def test_lengths_and_references_are_kept_and_other_columns_reported(clips):
     row = sample(duration=2.5, emotion="neutral", language="en", ref_audio_file="b.wav", ref_transcript_file="b.txt")
     own = sample(ref_audio_file="a.wav", ref_transcript_file="a.txt", emotion="")
     found = samples(clips, {"samples": [row, own]})
@@ -68,12 +68,12 @@ def test_lengths_and_references_are_carried_over_and_other_columns_named(clips):
     assert found.rows == [{**speech, "ref_audio": f"{clips}/b.wav", "ref_text": "Text b.", "duration": 2.5}, speech]
     assert found.lines(clips) == [
         f"{clips}: emotion, language: not read, in 1 row",
-        "left out: 1 × references that are the spoken clip itself (their rows are kept), e.g. "
+        "left out: 1 × references that are the row's own clip (their rows are kept), e.g. "
         f"{clips}/metadata.json: samples[1]",
     ]
 
 
-def test_samples_alone_and_one_a_line(clips):
+def test_samples_as_a_list_and_one_per_line(clips):
     text = {"audio": f"{clips}/a.wav", "text": "Text a."}
     assert samples(clips, [sample(), 5]).rows == [text]
     assert read_foreign(clips, None)[0] == "train-higgs-audio"
@@ -85,7 +85,7 @@ def test_samples_alone_and_one_a_line(clips):
     (clips / "metadata.json").write_text(json.dumps(sample()))
     assert read_foreign(clips, None)[1].rows == [text]
     for value in ("x", 5, {"samples": 5}, {"a": []}, None):
-        with pytest.raises(ConfigError, match="it has no list of `samples`"):
+        with pytest.raises(ConfigError, match="it has no list `samples`"):
             samples(clips, value)
 
 
@@ -93,14 +93,14 @@ def folder(tmp_path, *names):
     for name in names:
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        text = "words" if path.stem[0].isdigit() else path.stem  # an id alone is no text
+        text = "words" if path.stem[0].isdigit() else path.stem  # an id alone is not a text
         path.write_bytes(b"RIFF" if path.suffix.lower() in (".wav", ".flac") else text.encode())
     kind, found = read_foreign(tmp_path, None)
     assert kind == "folder"
     return [(row["audio"].removeprefix(f"{tmp_path}/"), row["text"], row.get("speaker")) for row in found.rows]
 
 
-def test_texts_under_other_endings(tmp_path):
+def test_texts_with_other_suffixes(tmp_path):
     names = "a.wav a.normalized.txt a.original.txt b.WAV b.TXT c.flac c.Lab d.wav d.original.txt d.txt .e.wav .e.txt"
     names += " f.original.wav f.original.txt g.wav g.original.txt"
     assert folder(tmp_path, *names.split(), ".cache/f.wav", ".cache/f.txt") == [
@@ -122,19 +122,19 @@ def test_texts_under_other_endings(tmp_path):
         ("train/c dev/c", "- -"),
         ("anna/c bert/train/c", "anna bert"),
         ("anna/wavs/c anna/happy/c", "- -"),
-        ("anna/x/c anna/y/c", "x y"),  # maybe one speaker's, but never two speakers as one
+        ("anna/x/c anna/y/c", "x y"),  # may split one speaker, but never merges two
         ("en/anna/c en/bob/c de_DE/female/carla/c", "carla anna bob"),
         ("s1/anna/c s1/bob/c s2/anna/c", "s1/anna bob s2/anna"),
         ("book/anna/c diary/bob/c", "anna bob"),
         ("en/c de/c", "- -"),
     ],
 )
-def test_a_folder_is_a_speakers_if_it_tells_clips_apart(tmp_path, clips, speakers):
+def test_folder_is_a_speaker_if_it_distinguishes_clips(tmp_path, clips, speakers):
     rows = folder(tmp_path, *(f"{clip}{suffix}" for clip in clips.split() for suffix in (".wav", ".txt")))
     assert [speaker or "-" for *_, speaker in rows] == speakers.split()
 
 
-def test_a_file_name_that_is_no_text_is_left_out(tmp_path):
+def test_file_name_that_is_not_utf8_is_left_out(tmp_path):
     for name in (b"\xff\xe9.wav", b"\xff\xe9.txt", b"b.wav", b"b.txt"):
         with open(os.fsencode(tmp_path) + b"/" + name, "wb") as file:
             file.write(b"Text.")

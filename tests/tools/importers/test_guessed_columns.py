@@ -1,4 +1,4 @@
-"""Which column of a table without a header is the text: as trainers of speech publish their file lists."""
+"""Columns of tables without a header, as in published file lists of speech trainers."""
 
 import re
 
@@ -22,7 +22,7 @@ NAMES = ["anna", "bert", "anna", "cleo"] * 3
 
 @pytest.fixture
 def table(tmp_path):
-    """The rows as (text, speaker), and what was said, of columns behind that of the clips."""
+    """Returns rows as (text, speaker), and the notes, for columns after that of the clips."""
     (tmp_path / "wavs").mkdir()
     for clip in CLIPS:
         (tmp_path / "wavs" / f"{clip}.wav").write_bytes(b"RIFF")
@@ -72,26 +72,26 @@ def by(texts, speakers=NAMES):
         ("text gender", (TEXTS, ["M", "F", "F"] * 4)),
     ],
 )
-def test_a_text_is_told_from_its_other_forms_and_a_speaker_is_who_comes_again(table, names, columns, count):
+def test_text_and_speaker_columns_are_recognised(table, names, columns, count):
     held = dict(zip(names.split(), columns, strict=True))
     assert table(*columns, count=count)[0] == by(held["text"], held.get("speaker", [None] * 12))[:count]
 
 
-def test_a_single_row_has_a_text(table):
+def test_single_row_has_a_text(table):
     assert table(SPANISH, PHONEMES, count=1)[0] == [(SPANISH[0], None)]
 
 
-def test_speakers_with_blanks_and_sentences_that_all_say(table):
+def test_speakers_with_blanks_and_shared_sentences(table):
     names = ["Anna Berg", "Bert", "Cleo Dahl"] * 4
     sentences = [text for text in TEXTS[:4] for _ in range(3)]
     assert table(names, sentences)[0] == by(sentences, names)
 
 
-def test_columns_that_cannot_be_told_apart_are_asked_for(table, tmp_path):
+def test_ambiguous_columns_are_refused(table, tmp_path):
     people = ["Anna Berg", "Bert", "Cleo", "Dora Eck", "Ernst", "Fay", "Gil", "Hal", "Ines", "Jan", "Kit", "Lea Ott"]
     sounds = [name.upper() for name in "ɑnə bɚt klio doɹə ɚnst feɪ gɪl hæl ines jæn kɪt leə".split()]
-    for column in (TEXTS, sounds):  # of people, each with one row, or of words with their phonemes
-        with pytest.raises(ConfigError, match="column 2 may hold names or a few words each"):
+    for column in (TEXTS, sounds):  # people with one row each, or words with their phonemes
+        with pytest.raises(ConfigError, match="column 2 may contain names or short texts"):
             table(people, column)
     words = ["yes", "no"] * 6
     with pytest.raises(ConfigError, match=r"the text column is ambiguous; .* `id\|speaker\|text`"):
@@ -113,7 +113,7 @@ def test_columns_that_cannot_be_told_apart_are_asked_for(table, tmp_path):
         ((SPANISH, NUMBERS, SPELT), "id|other1|other2|text"),
     ],
 )
-def test_columns_that_compete_are_refused_with_the_header_to_write(table, tmp_path, columns, header):
+def test_competing_columns_are_refused_with_a_header_to_add(table, tmp_path, columns, header):
     with pytest.raises(ConfigError, match=f"such as `{re.escape(header)}`"):
         table(*columns)
     path = tmp_path / "metadata.csv"
@@ -126,28 +126,28 @@ def test_columns_that_compete_are_refused_with_the_header_to_write(table, tmp_pa
 
 
 @pytest.mark.parametrize("phones", ["HH AH0 L OW1", "ka2 er2 pu3 pei2", "hɛlˈoʊ wˈɜːld", "12 45 7 8"])
-def test_phonemes_are_no_text(table, phones):
+def test_phonemes_are_not_text(table, phones):
     phones = [f"{phones}{'' if phones[-1].isdigit() else chr(97 + i)}" for i in range(12)]
     assert table(phones, TEXTS)[0] == alone(TEXTS)
-    with pytest.raises(ConfigError, match="column 2 holds phonemes"):
+    with pytest.raises(ConfigError, match="column 2 contains phonemes"):
         table(phones)
 
 
-def test_lines_with_other_columns_are_left_out_and_the_columns_named(table, tmp_path):
+def test_lines_with_other_columns_are_left_out_and_columns_reported(table, tmp_path):
     more = ["c00|Hello | world|x", "c01|two", "none at all"]
     rows, found = table(NAMES, TEXTS, more=more)
     assert rows == by(TEXTS)
     where = f"{tmp_path}/metadata.csv"
     assert found.lines(tmp_path) == [
         f"{where}: columns: 1 clip, 2 speaker, 3 text; if that is wrong, add a header line, such as `id|text|speaker`",
-        f"left out: 3 × rows with another number of cells than the table has columns, e.g. {where}:13: 4 instead of 3",
+        f"left out: 3 × rows with more or fewer cells than columns, e.g. {where}:13: 4 instead of 3",
     ]
     rows, found = table(TEXTS, more=["c00|Hello | world"])
     assert rows == alone(TEXTS) and list(found.left_out.values()) == [1]
 
 
 @pytest.mark.parametrize("header", ["audio_file|text|speaker_name", "ID|Transcription|Speaker ID", "wav|sentence|spk"])
-def test_a_header_is_believed(table, tmp_path, header):
+def test_header_takes_precedence(table, tmp_path, header):
     table(TEXTS, NAMES)
     path = tmp_path / "metadata.csv"
     path.write_text(f"{header}\n{path.read_text()}")
@@ -155,7 +155,7 @@ def test_a_header_is_believed(table, tmp_path, header):
         _, found = read_foreign(tmp_path, kind)
         assert [(row["text"], row["speaker"]) for row in found.rows] == by(TEXTS) and not found.left_out
     path.write_text(f"id|text|text\n{path.read_text()}")
-    with pytest.raises(ConfigError, match="has the column `text` twice"):
+    with pytest.raises(ConfigError, match="has a duplicate column `text`"):
         read_foreign(tmp_path, None)
 
 

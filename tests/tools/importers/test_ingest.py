@@ -1,4 +1,4 @@
-"""Imports of what people have; each file is written as its tool writes it, and what comes out is read as a manifest."""
+"""Imports of users' files, written as by their tools; the result is read as a manifest."""
 
 import csv
 import json
@@ -38,7 +38,7 @@ def names(folder):
 
 
 def imported(capsys, path, output, *flags):
-    """(training rows, validation rows, what was said) of `python -m higgs_ds import`."""
+    """Runs `python -m higgs_ds import`; returns (training rows, validation rows, output)."""
     assert main(["import", str(path), "--output", str(output), *flags]) == 0, capsys.readouterr().err
     said = capsys.readouterr().out
     sides = []
@@ -139,7 +139,7 @@ def test_every_format_becomes_a_manifest(corpus, tmp_path, capsys, kind, write, 
 
 
 @pytest.mark.parametrize(("kind", "write", "_"), FORMATS[:-1])
-def test_given_to_training_it_is_answered_with_the_very_command(corpus, tmp_path, capsys, kind, write, _):
+def test_training_refuses_the_format_with_the_import_command(corpus, tmp_path, capsys, kind, write, _):
     path = write(corpus) or next(p for p in corpus.rglob("metadata.*"))
     _, [fault] = read_manifest(path)
     command = fault.problem[fault.problem.index("python -m higgs_ds ") :].replace("DIR", str(tmp_path / "out"))
@@ -147,7 +147,7 @@ def test_given_to_training_it_is_answered_with_the_very_command(corpus, tmp_path
     assert len(read_manifest(tmp_path / "out" / "train.jsonl")[0]) == 5
 
 
-def test_a_conversation_with_several_clips_stays_one(corpus, tmp_path, capsys):
+def test_conversation_with_several_clips_stays_one(corpus, tmp_path, capsys):
     talk = [("system", "You speak."), ("user", "Hello <audio> there."), ("assistant", "<audio>"), ("user", "So?")]
     messages = [{"role": role, "content": content} for role, content in [*talk, ("assistant", "Well: <audio>")]]
     audios = [f"wavs/{name}.wav" for name in names(corpus)[:3]]
@@ -178,7 +178,7 @@ def test_no_text_is_on_both_sides_and_the_split_is_seeded(corpus, tmp_path, caps
 
 
 def said(user, clip, answer=""):
-    """A ChatML row in which a clip answers a user's words."""
+    """A ChatML row with a clip as the answer to a user's words."""
     content = [{"type": "audio", "audio_url": clip}, *([{"type": "text", "text": answer}] if answer else [])]
     user = [{"type": "text", "text": user}] if isinstance(user, str) else user
     return {"messages": [{"role": "user", "content": user}, {"role": "assistant", "content": content}]}
@@ -194,7 +194,7 @@ def said(user, clip, answer=""):
         (said("Say it.", "a.wav", "So."), said("Now you.", "b.wav", "so")),
     ],
 )
-def test_the_same_words_in_another_dress_are_on_one_side(one, other):
+def test_equal_texts_in_other_spelling_are_on_one_side(one, other):
     assert len(set(text_keys([one, other]))) == 1
 
 
@@ -209,11 +209,11 @@ def test_the_same_words_in_another_dress_are_on_one_side(one, other):
         tuple(said([{"type": "audio", "audio_url": q}, {"type": "text", "text": "Go on."}], "a.wav") for q in "qr"),
     ],
 )
-def test_other_words_are_other_texts(one, other):
+def test_different_words_are_different_texts(one, other):
     assert len(set(text_keys([one, other]))) == 2
 
 
-def test_a_prompt_that_all_conversations_share_is_no_text():
+def test_shared_prompt_is_not_a_spoken_text():
     rows = [said("Tell me something.", f"{i}.wav") for i in range(20)]
     train, val, notes = split(rows, val_share=0.2, val_speakers=None, seed=0)
     assert len(train) == 16 and len(val) == 4 and notes == []
@@ -222,16 +222,16 @@ def test_a_prompt_that_all_conversations_share_is_no_text():
     assert len(train) == 20 and val == [] and notes[0].startswith("no validation rows: ")
 
 
-def test_by_speaker(corpus, tmp_path, capsys):
+def test_split_by_speaker(corpus, tmp_path, capsys):
     ljspeech("speaker")(corpus)
     with (corpus / "metadata.csv").open("a") as file:
-        file.write("\na0|a|Ten.")  # which b says too
+        file.write("\na0|a|Ten.")  # b has this text too
     train, val, said = imported(capsys, corpus, tmp_path / "1", "--val_speakers", "a")
     assert {row.speaker for row in train} == {"b"} and texts_of(val) == TEXTS[:2]
-    assert "left out of validation: 1 row whose text is trained on too" in said
+    assert "left out of validation: 1 row with a text that is also trained on" in said
     train, val, _ = imported(capsys, corpus, tmp_path / "2", "--val_speakers", "1")
     assert len({row.speaker for row in val}) == 1 and not {r.speaker for r in val} & {r.speaker for r in train}
-    for named, words in (("c", "c: no such speaker; the speakers are a, b"), ("2", "no row is left to train on")):
+    for named, words in (("c", "c: not found; the speakers are a, b"), ("2", "no rows left to train on")):
         assert main(["import", str(corpus), "--output", str(tmp_path / "3"), "--val_speakers", named]) == 2
         assert f"--val_speakers: {words}" in capsys.readouterr().err
 
@@ -251,7 +251,7 @@ def test_new_clips_are_trimmed_resampled_and_equally_loud(corpus, tmp_path, caps
     assert len(train) == 6
 
 
-def test_a_new_clip_is_the_slice_that_its_row_names(corpus, tmp_path, capsys):
+def test_new_clip_is_the_slice_of_its_row(corpus, tmp_path, capsys):
     lines = ["file_name,text,offset,duration", "a0.wav,One.,0.5,0.25", "a0.wav,Two.,1.0,0.5", "a1.wav,Three.,,2.0"]
     (corpus / "wavs" / "metadata.csv").write_text("\n".join(lines))
     flags = ("--val_share", "0", "--resample", "24000")
@@ -265,14 +265,14 @@ def test_a_new_clip_is_the_slice_that_its_row_names(corpus, tmp_path, capsys):
     assert [row.audio_refs[0][1].offset_sec for row in rows] == [0.5, 1.0, None]
 
 
-def test_a_clip_that_cannot_be_read_is_left_out_and_said(corpus, tmp_path, capsys):
+def test_unreadable_clip_is_left_out_and_reported(corpus, tmp_path, capsys):
     ljspeech(2)(corpus)
     (corpus / "wavs" / "a1.wav").write_bytes(b"no audio")
     train, _, said = imported(capsys, corpus, tmp_path / "out", "--val_share", "0", "--trim")
     assert len(train) == 5 and "1 × clips that cannot be used, e.g. " in said and "a1.wav: cannot be decoded" in said
 
 
-def test_only_what_an_editor_calls_a_line_is_one(corpus, tmp_path, capsys):
+def test_only_line_breaks_end_a_line(corpus, tmp_path, capsys):
     texts = ["One\u2028or two.", "Two\x0bor three.", "A\x1cb.", "C\x85d.", "Five.", "Six."]
     lines = [f"{name}|{text}" for name, text in zip(names(corpus), texts, strict=True)]
     (corpus / "metadata.csv").write_text("\r\n".join(lines), encoding="utf-8", newline="")
@@ -280,7 +280,7 @@ def test_only_what_an_editor_calls_a_line_is_one(corpus, tmp_path, capsys):
     assert texts_of(train) == [" ".join(text.split()) for text in texts] and "left out" not in said
 
 
-def test_texts_and_names_that_cannot_be_read_are_left_out_each(corpus, tmp_path, capsys):
+def test_unreadable_texts_and_names_are_left_out(corpus, tmp_path, capsys):
     for name, text in zip(names(corpus), TEXTS, strict=True):
         (corpus / "wavs" / f"{name}.txt").write_text(text)
     (corpus / "wavs" / "a1.txt").write_bytes("Über".encode("latin-1"))
@@ -292,7 +292,7 @@ def test_texts_and_names_that_cannot_be_read_are_left_out_each(corpus, tmp_path,
     assert len(train) == 5 and "not UTF-8" in said
 
 
-def test_clips_of_one_name_get_numbers_and_nothing_is_written_for_speakers_that_are_not_there(tmp_path, capsys):
+def test_clips_of_one_name_get_numbers_and_unknown_speakers_write_nothing(tmp_path, capsys):
     for speaker in ("a", "b", "c"):
         (tmp_path / "in" / speaker).mkdir(parents=True)
         for name in ("x", "x-2"):
@@ -306,23 +306,23 @@ def test_clips_of_one_name_get_numbers_and_nothing_is_written_for_speakers_that_
     assert clips == ["x-2-2.wav", "x-2-3.wav", "x-2.wav", "x-3.wav", "x-4.wav", "x.wav"]
 
 
-def test_what_cannot_be_imported_is_one_message(corpus, tmp_path, capsys):
+def test_import_error_is_one_message(corpus, tmp_path, capsys):
     ljspeech(2)(corpus)
     (tmp_path / "x.json").write_text(json.dumps({"a": [1, 2]}, indent=1))
     (tmp_path / "half.csv").write_text("gone|a\ngone2|b\n")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "train.jsonl").write_text("")
     for path, output, flags, words in (
-        (tmp_path / "none", "o", [], "does not exist"),
-        (tmp_path / "x.json", "o", [], "x.json: its format is not known"),
+        (tmp_path / "none", "o", [], "not found"),
+        (tmp_path / "x.json", "o", [], "x.json: unknown format"),
         (
             tmp_path / "x.json",
             "o",
             ["--from", "train-higgs-audio"],
             "x.json: cannot be read as train-higgs-audio's metadata.json",
         ),
-        (tmp_path / "half.csv", "o", [], "no row is left, read as ljspeech"),
-        (corpus, "out", [], "out already holds train.jsonl"),
+        (tmp_path / "half.csv", "o", [], "no rows left, read as ljspeech"),
+        (corpus, "out", [], "out already has train.jsonl"),
     ):
         assert main(["import", str(path), "--output", str(tmp_path / output), *flags]) == 2
         assert words in capsys.readouterr().err

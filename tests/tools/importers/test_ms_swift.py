@@ -1,4 +1,4 @@
-"""ms-swift's rows as its documentation and its users have them; what comes out is read as a manifest."""
+"""Rows of ms-swift, as in its documentation and from users; the result is read as a manifest."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from higgs_ds.tools.importers.formats import read_foreign
 
 @pytest.fixture
 def read(tmp_path, clips):
-    """Rows and the reasons for which others were left out, of rows beside the clips a.wav to c.wav."""
+    """Reads rows beside clips a.wav to c.wav; returns rows and the reasons for leaving others out."""
 
     def read(*rows):
         (tmp_path / "s.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -28,7 +28,7 @@ def read(tmp_path, clips):
 
 
 def talk(*turns, **more):
-    """A row of (role, content) or whole messages."""
+    """Returns a row of (role, content) or complete messages."""
     messages = [turn if isinstance(turn, dict) else {"role": turn[0], "content": turn[1]} for turn in turns]
     return {"messages": messages, "audios": ["a.wav"]} | more
 
@@ -38,7 +38,7 @@ SPEECH = {"audio": "a.wav", "text": "Hi."}
 
 
 @pytest.mark.parametrize(("row", "outcome"), json.loads(Path(__file__).with_name("ms_swift.json").read_text()))
-def test_a_pair_becomes_a_speech_row_and_what_would_be_trained_falsely_is_left_out(read, row, outcome):
+def test_pair_becomes_a_speech_row_and_unsuitable_rows_are_left_out(read, row, outcome):
     rows, left_out, found = read(row)
     if isinstance(outcome, str):
         assert rows == [] and [reason.startswith(outcome) for reason in left_out] == [True]
@@ -53,23 +53,23 @@ def test_turns_without_loss_are_context(read):
     assert dict(found.columns) == {"x": 1}
 
 
-def test_what_is_taken_for_a_transcript_and_what_is_not_read_is_said(read, tmp_path):
+def test_assumed_transcripts_and_unread_turns_are_reported(read, tmp_path):
     _, _, found = read(talk(("user", "<audio>"), ("assistant", "Hi.")), talk(("system", "Low."), ASK, ANSWER))
     notes = found.lines(tmp_path)
-    assert "s.jsonl: 1 × a user's clip with the assistant's text" in notes[0]
-    assert "s.jsonl: 1 × a system turn" in notes[1] and len(notes) == 2
+    assert "s.jsonl: 1 × user's clip, with the assistant's text" in notes[0]
+    assert "s.jsonl: 1 × system turn" in notes[1] and len(notes) == 2
 
 
-def test_a_key_that_is_there_twice_is_not_guessed(tmp_path):
+def test_row_with_a_duplicate_key_is_left_out(tmp_path):
     (tmp_path / "a.wav").write_bytes(b"RIFF")
     row = json.dumps(talk(ASK, ANSWER))
     rows = [row, row.replace('"audios"', '"audios": [], "audios"'), row.replace('"content"', '"content": 1, "content"')]
     (tmp_path / "s.jsonl").write_text("\n".join(rows))
     _, found = read_foreign(tmp_path / "s.jsonl", None)
-    assert len(found.rows) == 1 and found.left_out == {"rows that have a column twice": 2}
+    assert len(found.rows) == 1 and found.left_out == {"rows with a duplicate column": 2}
 
 
-def test_a_row_among_a_manifests_is_a_fault_that_names_the_command(tmp_path):
+def test_row_in_a_manifest_is_a_fault_with_the_import_command(tmp_path):
     (tmp_path / "a.wav").write_bytes(b"RIFF")
     plain = talk(ASK, ("assistant", [{"type": "audio", "audio_url": "a.wav"}]), audios=[])
     untagged = talk(ASK, ("assistant", "So."))
@@ -80,12 +80,12 @@ def test_a_row_among_a_manifests_is_a_fault_that_names_the_command(tmp_path):
     command = f"python -m higgs_ds import --from ms-swift {path} --output DIR"
     assert [(fault.line, fault.field) for fault in faults] == [(2, "audios"), (3, "audios")]
     assert all(command in fault.problem for fault in faults)
-    kind, found = read_foreign(path, None)  # though its first row is plain
+    kind, found = read_foreign(path, None)  # although its first row is a manifest's
     assert kind == "ms-swift" and len(found.rows) == 3
 
 
 @pytest.mark.parametrize("whole", [True, False])
-def test_the_first_rows_of_an_array_are_looked_at(tmp_path, whole):
+def test_first_rows_of_an_array_determine_the_format(tmp_path, whole):
     (tmp_path / "a.wav").write_bytes(b"RIFF")
     plain = {"messages": talk(ASK, ("assistant", "So."))["messages"]}
     text = json.dumps([5, *[plain] * 15, talk(ASK, ANSWER)], indent=1)

@@ -1,4 +1,4 @@
-"""Tables as people write them by hand and by script: what cannot be told for sure is left out and counted."""
+"""Tables written by hand or by script: ambiguous rows are left out and counted."""
 
 import json
 from pathlib import Path
@@ -9,12 +9,12 @@ from higgs_ds.errors import ConfigError
 from higgs_ds.tools.importers.formats import read_foreign
 
 CASES = Path(__file__).with_name("tables.json")
-OTHER_WIDTH = "rows with another number of cells than the table has columns"
+OTHER_WIDTH = "rows with more or fewer cells than columns"
 
 
 @pytest.fixture
 def read(tmp_path, clips):
-    """Rows as (clip's name, text), and what was left out by reason, of a table beside the clips."""
+    """Reads a table beside the clips; returns rows as (clip's name, text), and counts by reason of the others."""
 
     def read(name, content):
         (tmp_path / name).write_text(content, encoding="utf-8", newline="")
@@ -25,16 +25,16 @@ def read(tmp_path, clips):
 
 
 @pytest.mark.parametrize(("name", "content", "rows", "left_out"), json.loads(CASES.read_text()))
-def test_a_row_takes_no_other_row_and_no_cell_is_lost(read, name, content, rows, left_out):
+def test_bad_quotes_cost_no_other_row_or_cell(read, name, content, rows, left_out):
     assert read(name, content) == (list(rows.items()), left_out)
 
 
-def test_a_cell_that_is_longer_than_csv_reads_costs_its_row_alone(read):
+def test_cell_over_the_limit_of_csv_costs_only_its_row(read):
     rows, left_out = read("m.csv", f"file_name,text\na.wav,{'x' * 140_000}\nb.wav,One")
     assert rows == [("b", "One")] and [*left_out.values()] == [1]
 
 
-def test_what_is_left_out_is_named_with_its_line(tmp_path, clips):
+def test_left_out_rows_are_reported_with_their_line(tmp_path, clips):
     (tmp_path / "m.jsonl").write_text('{"file_name": "a.wav", "text": "One"}\n\n{"file_name": "b.wav" "text": "Two"}')
     _, found = read_foreign(tmp_path / "m.jsonl", None)
     assert found.lines(tmp_path) == [
@@ -45,19 +45,19 @@ def test_what_is_left_out_is_named_with_its_line(tmp_path, clips):
     assert found.lines(tmp_path) == [f"left out: 1 × {OTHER_WIDTH}, e.g. {tmp_path}/m.csv:4: 3 instead of 2"]
 
 
-def test_two_texts_of_which_none_is_called_so(read):
-    with pytest.raises(ConfigError, match="`sentence`, `raw_text`: which is the text"):
+def test_two_text_columns_without_the_name_text(read):
+    with pytest.raises(ConfigError, match="`sentence`, `raw_text`: which one is the text"):
         read("m.csv", "file_name,sentence,raw_text\na.wav,One,Two\n")
     assert read("m.csv", "file_name,sentence,raw_text\na.wav,One,One\n")[0] == [("a", "One")]
 
 
 @pytest.mark.parametrize("header", ["file_name,text,Text", "file_name,text,Speaker ID,speaker-id"])
-def test_a_column_that_is_there_twice(read, header):
-    with pytest.raises(ConfigError, match="m.csv:1 has the column `(text|speaker_id)` twice"):
+def test_duplicate_column(read, header):
+    with pytest.raises(ConfigError, match="m.csv:1 has a duplicate column `(text|speaker_id)`"):
         read("m.csv", f"{header}\na.wav,One,a,b\n")
 
 
-def test_columns_are_carried_over_and_the_others_named_once(tmp_path, clips):
+def test_known_columns_are_kept_and_others_reported_once(tmp_path, clips):
     header = "file_name,text,Speaker ID,scene,ref_audio,ref_text,offset,duration,language,sentence"
     lines = [
         "a.wav,One.,anna,A quiet room.,b.wav,Two.,0,0.5,en,",
@@ -80,9 +80,9 @@ def test_columns_are_carried_over_and_the_others_named_once(tmp_path, clips):
     assert [line.split(", e.g. ")[0] for line in found.lines(tmp_path)] == [
         f"{tmp_path}: language: not read, in 4 rows",
         f"{tmp_path}: sentence, duration: not read, in 1 row",
-        "left out: 1 × references whose clip or text is not there (their rows are kept)",
-        "left out: 1 × references that are the spoken clip itself (their rows are kept)",
-        "left out: 1 × rows with a slice that cannot be (`offset`, `duration`)",
+        "left out: 1 × references without a clip or text (their rows are kept)",
+        "left out: 1 × references that are the row's own clip (their rows are kept)",
+        "left out: 1 × rows with an invalid slice (`offset`, `duration`)",
     ]
 
 
@@ -99,7 +99,7 @@ def test_columns_are_carried_over_and_the_others_named_once(tmp_path, clips):
         ("channel,ch", "0,1", "`ch`: "),
     ],
 )
-def test_a_slice_is_one_under_every_name_or_the_table_is_refused(tmp_path, clips, columns, cells, row):
+def test_slice_under_any_name_is_read_or_the_table_is_refused(tmp_path, clips, columns, cells, row):
     (tmp_path / "m.csv").write_text(f"file_name,text,{columns}\na.wav,One.,{cells}\n")
     if isinstance(row, str):
         with pytest.raises(ConfigError, match=row):
@@ -110,7 +110,7 @@ def test_a_slice_is_one_under_every_name_or_the_table_is_refused(tmp_path, clips
         assert [*found.left_out.values()] == ([1] if row is None else [])
 
 
-def test_a_table_without_a_header_may_have_other_delimiters(tmp_path, clips):
+def test_table_without_a_header_may_have_other_delimiters(tmp_path, clips):
     for delimiter in "|\t,":
         rows = [["a", "anna", "One, two."], ["b", "bert", 'Say "so".'], ["c", "anna", "Three."]]
         quoted = [[cells[0], cells[1], f'"{cells[2].replace(chr(34), chr(34) * 2)}"'] for cells in rows]
@@ -122,13 +122,13 @@ def test_a_table_without_a_header_may_have_other_delimiters(tmp_path, clips):
         ]
 
 
-def test_a_speaker_may_be_number_0(tmp_path, clips):
+def test_speaker_may_be_number_0(tmp_path, clips):
     (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "a.wav", "text": "One.", "speaker": 0}))
     _, found = read_foreign(tmp_path, None)
     assert found.rows == [{"audio": f"{clips}/a.wav", "text": "One.", "speaker": "0"}] and found.lines(tmp_path) == []
 
 
-def test_nan_is_what_pandas_writes_for_nothing(tmp_path, clips):
+def test_nan_counts_as_missing(tmp_path, clips):
     row = {"file_name": "a.wav", "text": "One."} | dict.fromkeys(
         ("speaker", "offset", "duration", "lang"), float("nan")
     )
@@ -137,18 +137,18 @@ def test_nan_is_what_pandas_writes_for_nothing(tmp_path, clips):
     assert found.rows == [{"audio": f"{clips}/a.wav", "text": "One."}] and found.lines(tmp_path) == []
 
 
-def test_of_two_tables_in_a_folder_one_is_read(tmp_path, read):
+def test_one_of_two_tables_in_a_folder_is_read(tmp_path, read):
     read("metadata.csv", "file_name,text\na.wav,One\n")
     rows, _ = read("metadata.jsonl", json.dumps({"file_name": "a.wav", "text": "One"}))
     _, found = read_foreign(tmp_path, None)
     assert len(rows) == len(found.rows) == 1
-    assert found.left_out == {"tables beside a metadata.csv that is read": 1}
+    assert found.left_out == {"further tables in a folder with a metadata.csv": 1}
     (tmp_path / "metadata.csv").write_text("other,columns\n1,2\n")
     _, found = read_foreign(tmp_path, "audiofolder")
-    assert len(found.rows) == 1 and found.left_out == {"tables beside a metadata.jsonl that is read": 1}
+    assert len(found.rows) == 1 and found.left_out == {"further tables in a folder with a metadata.jsonl": 1}
 
 
-def test_a_table_deep_in_a_folder_is_found_and_hidden_ones_are_not(tmp_path):
+def test_nested_table_is_found_but_hidden_ones_are_not(tmp_path):
     for folder in ("data/train", ".ipynb_checkpoints"):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "a.wav").write_bytes(b"RIFF")

@@ -172,7 +172,7 @@ def test_a_clip_that_cannot_be_judged_is_said_and_left_out(recordings, said, tmp
             "--stop: stop rules are compared",
         ),
         (["--manifest", SPEECH, "--speaker", "nobody"], "--speaker: "),
-        (["--manifest", SPEECH, "--words", "no/such/model"], "--words: 'no/such/model' cannot be loaded"),
+        (["--manifest", SPEECH, "--words", "no/such/model"], "--words: cannot load 'no/such/model'"),
         (
             ["--manifest", SPEECH, "--words", "pocketsphinx", "--voice", "."],
             "--voice: . has no preprocessor_config",

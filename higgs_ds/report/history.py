@@ -18,7 +18,7 @@ MAX_RANK_POINTS = 64  # per rank, since W&B's chart has all ranks
 
 
 class Series:
-    """A metric over steps in bounded memory: from `2 * max_points` on, a point is the mean of 2, then 4, 8, … values."""
+    """A metric over steps. Beyond `2 * max_points` values, each point is the mean of 2, then 4, 8, … values."""
 
     def __init__(self, max_points: int = MAX_POINTS):
         self._max_points = max_points

@@ -47,7 +47,7 @@ def test_an_adapters_card_runs_as_printed(trained, tiny_dir, codec_dir, tmp_path
     exec(python, names)
     assert type(names["model"]).__name__ == "HiggsAudioModel"
     generate, merge = blocks(readme, "bash")
-    assert run(generate.strip() + " --max_new_tokens 40") in (0, 1)  # after one step of training the answer may be silent
+    assert run(generate.strip() + " --max_new_tokens 40") in (0, 1)  # 1 if the barely trained voice is silent
     assert "--sampler served" in readme and "Prompts:" not in readme
     assert run(merge) == 0
     merged = (trained / "adapter-merged/README.md").read_text()

@@ -229,7 +229,7 @@ def test_a_killed_wandb_affects_only_its_own_curves(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert "W&B failed and is left out" in done.stderr and "W&B failed during the run" in done.stderr
+    assert "W&B failed and is disabled" in done.stderr and "W&B failed during the run" in done.stderr
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 39
     assert_png(tmp_path / "loss.png")
 

@@ -36,7 +36,7 @@ CLIPS = "clips"
 
 
 def add_judge(verbs) -> None:
-    """The flags of `judge`."""
+    """Adds the verb `judge`."""
     parser = verbs.add_parser("judge", help="measure words, voice, sound and endings of a voice or a folder of clips")
     add, number = parser.add_argument, flag_types.number
     add("--manifest", type=flag_types.path, metavar="FILE", help="held-out rows: texts, speakers and recordings")

@@ -88,7 +88,7 @@ def test_noise_is_detected_by_dnsmos(recordings, said, tmp_path):
     flags = ["--clips", tmp_path / "clips", "--manifest", SPEECH, "--words", "none", "--voice", "none"]
     code, lines = said("judge", *flags, "--output_dir", tmp_path / "out")
     assert code == 0, lines
-    assert lines[0] == "--clips: 31 of 32 texts have no clip; they are left out"
+    assert lines[0] == "--clips: 31 of 32 texts have no clip and are skipped"
     found = lines_of(tmp_path / "out")
     assert found["clips", 0]["dnsmos_background"] < found["recordings", 0]["dnsmos_background"] - 1
     assert found["clips", 0]["dnsmos"] < found["recordings", 0]["dnsmos"] - 0.5

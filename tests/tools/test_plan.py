@@ -127,7 +127,7 @@ def test_a_run_is_planned_without_weights(bases, family, tmp_path, capsys):
         assert run["tokens"] == 3 * tokens.sum() and run["hours"]["H100"] > run["hours"]["B200"] > 0
     stages = {(row["deepspeed_config"].split("/")[-1], row["gpus"]): row for row in found["memory"]}
     assert len(stages) == 5 * 4 and found["notes"][1].startswith("on 1, 2, 4, 8 GPUs: ds_configs/zero0.json: ")
-    assert found["notes"][0] == f"{tmp_path / 'train.jsonl'}: 1 row left out, faulty or too long (see describe)"
+    assert found["notes"][0] == f"{tmp_path / 'train.jsonl'}: 1 row skipped, faulty or too long (see describe)"
     for row in stages.values():
         assert row["total"] == pytest.approx(sum(row["parts"].values()))
     whole, shared = (stages["zero3.json", gpus]["parts"] for gpus in (1, 8))

@@ -177,7 +177,7 @@ def test_a_merged_folder_speaks_as_its_base(layout, voice, said, codec_dir, tmp_
     assert code == 0 and lines[0] == f"prompt style boson, as {tmp_path / 'm'} was trained"
     assert (tmp_path / "boson.wav").read_bytes() != (tmp_path / "merged.wav").read_bytes()
     code, lines = said("generate", "--merged", tmp_path / "no", *more, "--output_file", tmp_path / "x.wav")
-    assert code == 2 and lines == [f"--merged: {tmp_path / 'no'} is not a folder; `merge` makes one"]
+    assert code == 2 and lines == [f"--merged: {tmp_path / 'no'} is not a folder; create one with `merge`"]
 
 
 @pytest.fixture(scope="module")

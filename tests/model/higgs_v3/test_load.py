@@ -71,7 +71,7 @@ def test_both_forms_of_rope_parameters_are_read(change, theta):
     [
         ("text_config", {"rope_parameters": {"rope_theta": 1e6, "rope_type": "yarn"}}, "rope_type"),
         ("text_config", {"attention_bias": True}, "attention_bias"),
-        ("text_config", {"num_key_value_heads": 7}, "do not divide"),
+        ("text_config", {"num_key_value_heads": 7}, "must be a multiple"),
         ("text_config", {"hidden_size": "2560"}, "hidden_size"),
         ("audio_encoder_config", {"tie_word_embeddings": False}, "tie_word_embeddings"),
         ("audio_encoder_config", {"encoder_type": "whisper"}, "encoder_type"),

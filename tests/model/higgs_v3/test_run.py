@@ -109,7 +109,7 @@ def test_judge_speaks_with_the_familys_rules(v3_dir, codec_dir, tmp_path, capsys
     names = {json.loads(line)["set"] for line in (tmp_path / "a/judged.jsonl").read_text().splitlines()}
     assert {name.rsplit(", ", 1)[0] for name in names if ", " in name} == {"greedy, sglang", "served, sglang"}
     assert main([*flags, str(tmp_path / "b"), "--sampler", "greedy", "--stop", "boson"]) == 2
-    assert "--stop: boson is no rule" in capsys.readouterr().err
+    assert "--stop: this model has no rule boson" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,7 @@ def test_folders_in_place_of_what_a_run_only_tells(forks, flags_of, tmp_path):
     assert result.returncode == 0, result.output[-2000:]
     assert weights_of(folder / "adapter") and steps_of(folder) == [2]
     said = result.output
-    assert said.count("WARNING: W&B failed and is left out") == said.count("W&B failed during the run") == 1
+    assert said.count("WARNING: W&B failed and is disabled") == said.count("W&B failed during the run") == 1
     assert "WARNING: the resolved options are not in the run's folder: " in said and "loss.png failed during" in said
     assert (folder / "wandb").read_text() == "mine" and (folder / "stopped.json").is_dir()
 

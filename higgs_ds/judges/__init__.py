@@ -1,1 +1,1 @@
-"""Judges of synthesised speech: its words, its voice, its sound, its end; one file each."""
+"""Judges of synthesised speech, one file each: words, voice, sound, endings."""

@@ -1,4 +1,4 @@
-"""All judges of a clip; one that fails on it is reported, and left out of its line."""
+"""All judges of a clip; a judge that fails on a clip is reported, and its fields are omitted."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NONE = "none"
 
 @dataclass
 class Panel:
-    """The judges that were asked for."""
+    """The selected judges."""
 
     words: Words | None = None
     voice: Voice | None = None
@@ -26,45 +26,45 @@ class Panel:
     stops: Stops = field(default_factory=Stops)
 
     def enrol(self, recording: Clip) -> str | None:
-        """Learns a speaker's voice and pace; returns a line where the voice cannot be had."""
+        """Learns a speaker's voice and pace; returns a message if the voice model fails on the recording."""
         self.stops.enrol(recording)
         try:
             with reading(recording.sentence.origin):
                 if self.voice is not None:
                     self.voice.enrol(recording)
         except ConfigError as error:
-            return f"{error}; left out of the speaker's recordings"
+            return f"{error}; recording ignored"
         return None
 
     def line(self, name: str, file: str, clip: Clip) -> tuple[dict[str, object], dict[str, str]]:
-        """A clip's line in judged.jsonl, of the set `name`, and what failed, see `judge`."""
+        """Judges a clip of the set `name`; returns its line of judged.jsonl, and the failures as in `judge`."""
         fields, failed = self.judge(clip)
-        said = clip.sentence
-        about = {"set": name, "file": file, "row": said.origin, "speaker": said.speaker, "text": said.text}
+        sentence = clip.sentence
+        about = {"set": name, "file": file, "row": sentence.origin, "speaker": sentence.speaker, "text": sentence.text}
         return about | fields | ({"failed": failed} if failed else {}), failed
 
     def judge(self, clip: Clip) -> tuple[dict[str, object], dict[str, str]]:
-        """Fields of a clip's line, and by judge the words in which it failed."""
+        """Judges a clip; returns the measured fields, and an error message for each judge that failed."""
         judges: dict[str, Callable[[Clip], dict[str, object]]] = {"stops": self.stops.judge, "levels": levels}
         for name, judge in (("words", self.words), ("voice", self.voice), ("sound", self.sound)):
             if judge is not None:
                 judges[name] = judge.judge
         fields: dict[str, object] = {}
         failed: dict[str, str] = {}
-        for name, ask in judges.items():
+        for name, measure in judges.items():
             try:
                 with reading(name):
-                    fields |= ask(clip)
+                    fields |= measure(clip)
             except ConfigError as error:
                 failed[name] = str(error).removeprefix(f"{name}: ")
         return fields, failed
 
 
 def open_panel(words: str, voice: str, sound: str, device: str) -> Panel:
-    """The judges of these names, loaded; NONE leaves one out.
+    """Loads the judges of these names; NONE omits a judge.
 
     Raises:
-        ConfigError: a library that is missing or a model that cannot be loaded; all of them, a line each.
+        ConfigError: libraries are missing or models cannot be loaded; one line per judge.
     """
     openers: dict[str, Callable[[], Any]] = {
         "words": lambda: None if words == NONE else Words(words, device),

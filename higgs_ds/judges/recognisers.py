@@ -1,4 +1,4 @@
-"""Speech recognisers, chosen by name: Whisper through transformers or faster-whisper, or pocketsphinx."""
+"""Speech recognisers by name: Whisper through transformers or faster-whisper, or pocketsphinx."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from ..errors import ConfigError, reading
 from .clips import JUDGE_RATE, library
 
 SPHINX = "pocketsphinx"
-WINDOW_SEC = 30  # that Whisper hears at once
+WINDOW_SEC = 30  # Whisper's window
 
 
 class Recogniser(Protocol):
-    """A model that writes down what it hears."""
+    """A speech recogniser."""
 
-    spellings: dict[str, str]  # of English, as its normaliser takes them: British to American
+    spellings: dict[str, str]  # British to American English, for the text normaliser
 
     def hear(self, waveform: np.ndarray, language: str | None) -> tuple[str, str]:
-        """Text of a waveform float32 [samples] at JUDGE_RATE, and its language, told by the model if it is None.
+        """Transcribes a waveform, float32 [samples] at JUDGE_RATE; detects the language if it is None.
 
-        Raises whatever its library does.
+        Returns (text, language). Raises any error of its library.
         """
 
 
 def open_recogniser(name: str, device: str) -> Recogniser:
-    """`pocketsphinx`, a folder (of faster-whisper where it holds model.bin), or transformers' Whisper by hub id.
+    """Loads a recogniser: `pocketsphinx`, a folder (faster-whisper's if it has a model.bin), or a hub id of a Whisper.
 
     Raises:
-        ConfigError: its library is missing, or the model cannot be loaded.
+        ConfigError: the library is missing, or the model cannot be loaded.
     """
-    with reading(f"--words: {name!r} cannot be loaded (a folder is looked for first, then the hub)"):
+    with reading(f"--words: cannot load {name!r} as a folder or from the hub"):
         if name == SPHINX:
             return PocketSphinx()
         if (Path(name) / "model.bin").is_file():
@@ -42,7 +42,7 @@ def open_recogniser(name: str, device: str) -> Recogniser:
 
 
 def language_code(language: str | None) -> str | None:
-    """`en` for `en-US`, `EN_us` and `en`; names (`english`) stay as they are, in small letters."""
+    """Normalises a language code: `en` for `en-US`, `EN_us` and `en`; names such as `English` become lower case."""
     plain = (language or "").strip().lower()
     return (plain if len(plain) > 8 else re.split("[-_]", plain)[0]) or None
 
@@ -72,15 +72,15 @@ class Whisper:
             _only_english(language)
             asked = {}
         else:
-            language = language or self._told(features)
+            language = language or self._detected(features)
             asked = {"language": language, "task": "transcribe"}
         ids = self._model.generate(
             features, attention_mask=inputs.attention_mask, return_timestamps=is_long or None, do_sample=False, **asked
         )
         return self._processor.batch_decode(ids, skip_special_tokens=True)[0].strip(), language or "en"
 
-    def _told(self, features: Any) -> str:
-        """The language of the first 30 seconds."""
+    def _detected(self, features: Any) -> str:
+        """Language of the first 30 seconds."""
         found = int(self._model.detect_language(features[:, :, :3000])[0])
         return next(token for token, number in self._languages.items() if number == found).strip("<|>")
 
@@ -90,7 +90,7 @@ class FasterWhisper:
 
     def __init__(self, folder: Path, device: str):
         faster_whisper = library("faster_whisper", "--words", "faster-whisper")
-        if not (folder / "tokenizer.json").is_file():  # which the library would fetch
+        if not (folder / "tokenizer.json").is_file():  # the library would download one
             raise ConfigError([f"--words: {folder} has no tokenizer.json; convert the model with its tokenizer"])
         self._model = faster_whisper.WhisperModel(str(folder), device=device.partition(":")[0], local_files_only=True)
         self.spellings: dict[str, str] = {}
@@ -99,7 +99,7 @@ class FasterWhisper:
         """See `Recogniser`."""
         if not self._model.model.is_multilingual:
             _only_english(language)
-        # One temperature, and no text of its own as context: the same clip is heard the same, and loops are the clip's.
+        # A single temperature makes transcripts reproducible; without its own text as context Whisper does not loop.
         parts, about = self._model.transcribe(
             waveform, language=language, temperature=0.0, condition_on_previous_text=False
         )
@@ -107,11 +107,11 @@ class FasterWhisper:
 
 
 class PocketSphinx:
-    """The English model of pocketsphinx's wheel: small, offline, and wrong in every fourth word."""
+    """The English model in pocketsphinx's wheel: small and offline, but about one word in four is wrong."""
 
     def __init__(self) -> None:
         self.spellings: dict[str, str] = {}
-        # Each clip is normalised by itself: with the default the order of the clips would change what is heard.
+        # Normalises each clip on its own; by default the transcript depends on the clips before.
         self._decoder = library("pocketsphinx", "--words", "pocketsphinx").Decoder(
             samprate=JUDGE_RATE, cmn="batch", loglevel="FATAL"
         )
@@ -131,4 +131,4 @@ class PocketSphinx:
 
 def _only_english(language: str | None) -> None:
     if language not in (None, "en", "english"):
-        raise ConfigError([f"the recogniser knows English alone, and this is {language!r}"])
+        raise ConfigError([f"the recogniser supports English only, and the language is {language!r}"])

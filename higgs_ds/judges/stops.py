@@ -1,4 +1,4 @@
-"""Endings: the length of a clip against the pace of the recordings."""
+"""Endings: whether the model ended a clip itself, and its length relative to the pace of the recordings."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from .clips import Clip
 
 
 class Stops:
-    """The judge of the end."""
+    """Judges a clip's length and ending."""
 
     def __init__(self) -> None:
-        self._pace: dict[str | None, tuple[int, float]] = {}  # by speaker: characters, seconds
+        self._pace: dict[str | None, tuple[int, float]] = {}  # (characters, seconds) by speaker
 
     def enrol(self, recording: Clip) -> None:
         """Learns the speaker's pace."""
@@ -18,7 +18,7 @@ class Stops:
         self._pace[sentence.speaker] = characters + len(sentence.text), seconds + recording.seconds
 
     def judge(self, clip: Clip) -> dict[str, object]:
-        """Fields of a clip's line; `length` is its seconds over those that its text takes at the speaker's pace."""
+        """Returns a clip's fields; `length` is its duration relative to that of its text at the speaker's pace."""
         characters, seconds = self._pace.get(clip.sentence.speaker, (0, 0.0))
         expected = len(clip.sentence.text) * seconds / characters if characters else 0.0
         length = clip.seconds / expected if expected else None

@@ -1,4 +1,4 @@
-"""All figures of several sets of clips as a table, and their differences from the recordings."""
+"""Figures of several sets of clips as a table, and their differences from the recordings."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 
 from .figures import Bootstrap, Figure, Ratios, Unit
 
-RECORDINGS, CODEC = "recordings", "codec"  # sets beside those of a voice
-COLUMNS = 3  # sets side by side
+RECORDINGS, CODEC = "recordings", "codec"  # reference sets
+COLUMNS = 3  # sets per table on the console
 
-Line = dict  # fields of a clip, see `Panel.judge`
+Line = dict  # a clip's fields, see `Panel.judge`
 Judged = Sequence[tuple[Unit, Line]]
 
 
@@ -17,7 +17,7 @@ def _mean(field: str) -> Callable[[Line], tuple[float, float] | None]:
     return lambda line: (line[field], 1) if line.get(field) is not None else None
 
 
-def _of_words(field: str) -> Callable[[Line], tuple[float, float] | None]:
+def _per_word(field: str) -> Callable[[Line], tuple[float, float] | None]:
     return lambda line: (line[field], line["units"]) if "units" in line else None
 
 
@@ -26,13 +26,13 @@ def _wer(line: Line) -> tuple[float, float] | None:
     return None if line.get("wer") is None else (errors, line["units"])
 
 
-# Each with 1 where more of it is better, -1 where less is, 0 where neither.
+# Each with 1 if higher is better, -1 if lower is better, 0 if neither.
 MEASURES: dict[str, tuple[Callable[[Line], tuple[float, float] | None], int]] = {
     "WER": (_wer, -1),
     "CER": (lambda line: (line["cer"] * line["characters"], line["characters"]) if "cer" in line else None, -1),
-    "words dropped": (_of_words("dropped"), 0),
-    "words inserted": (_of_words("inserted"), 0),
-    "words looped": (_of_words("looped"), 0),
+    "words dropped": (_per_word("dropped"), 0),
+    "words inserted": (_per_word("inserted"), 0),
+    "words looped": (_per_word("looped"), 0),
     "similarity": (_mean("similarity"), 1),
     "DNSMOS": (_mean("dnsmos"), 1),
     "loudness, LUFS": (_mean("loudness"), 0),
@@ -51,19 +51,19 @@ def _ratios(judged: Judged, measure: str) -> Ratios:
 
 
 def value_of(judged: Judged, measure: str) -> float | None:
-    """The figure of a set, sum over sum; None if no clip has it."""
+    """Computes a set's figure, sum of numerators / sum of denominators; None if no clip has it."""
     ratios = [ratio for _, ratio in _ratios(judged, measure)]
-    below = sum(count for _, count in ratios)
-    return sum(amount for amount, _ in ratios) / below if below else None
+    denominator = sum(count for _, count in ratios)
+    return sum(amount for amount, _ in ratios) / denominator if denominator else None
 
 
 def bootstrap_of(sets: Mapping[str, Judged]) -> Bootstrap:
-    """Draws for all figures of these sets."""
+    """Makes the bootstrap for all figures of these sets."""
     return Bootstrap([unit for judged in sets.values() for unit, _ in judged])
 
 
 def table(sets: Mapping[str, Judged], bootstrap: Bootstrap) -> list[tuple[str, list[str]]]:
-    """Rows of a table with a column a set: a measure, and its figures with their intervals."""
+    """Makes the rows of a table: a measure, and its figure with interval for each set."""
     rows = [("clips", [str(len(judged)) for judged in sets.values()])]
     for measure in MEASURES:
         figures = [bootstrap.figure(_ratios(judged, measure)) for judged in sets.values()]
@@ -73,7 +73,7 @@ def table(sets: Mapping[str, Judged], bootstrap: Bootstrap) -> list[tuple[str, l
 
 
 def compared(sets: Mapping[str, Judged], bootstrap: Bootstrap) -> list[str]:
-    """A line of each set on its differences from the recordings of the same texts."""
+    """Describes each set's differences from the recordings of the same texts, one line per set."""
     lines = []
     for name in (name for name in sets if name != RECORDINGS and RECORDINGS in sets):
         found = []
@@ -89,7 +89,7 @@ def compared(sets: Mapping[str, Judged], bootstrap: Bootstrap) -> list[str]:
 
 
 def summary(sets: Mapping[str, Judged]) -> list[str]:
-    """Lines for a console, of the sets by name; that of the `RECORDINGS` is compared with the others."""
+    """Summarises the sets for the console: tables of figures, then the differences from the recordings."""
     bootstrap, names, lines = bootstrap_of(sets), list(sets), []
     for first in range(0, len(names), COLUMNS):
         shown = names[first : first + COLUMNS]

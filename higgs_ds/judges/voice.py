@@ -1,4 +1,4 @@
-"""Speaker similarity: cosine similarity of a clip to its speaker's recordings, those of the same sentence left out."""
+"""Speaker similarity: mean cosine similarity of a clip to its speaker's recordings of other sentences."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ RESEMBLYZER = "resemblyzer"
 
 
 class Embedder(Protocol):
-    """A model that tells voices apart."""
+    """A speaker embedding model."""
 
     def embed(self, clip: Clip) -> np.ndarray:
-        """Vector [dimensions] of a clip's voice, of any length. Raises whatever its library does."""
+        """Returns a clip's speaker embedding [dimensions], not normalised. Raises any error of its library."""
 
 
 def open_embedder(name: str, device: str) -> Embedder:
-    """`resemblyzer`, or transformers' x-vector model (WavLM's) in a folder or on the hub.
+    """Loads a model: `resemblyzer`, or an x-vector model (WavLM) of transformers from a folder or the hub.
 
     Raises:
-        ConfigError: its library is missing, or the model cannot be loaded.
+        ConfigError: the library is missing, or the model cannot be loaded.
     """
-    with reading(f"--voice: {name!r} cannot be loaded (a folder is looked for first, then the hub)"):
+    with reading(f"--voice: cannot load {name!r} as a folder or from the hub"):
         return Resemblyzer(device) if name == RESEMBLYZER else XVector(name, device)
 
 
 class Resemblyzer:
-    """The d-vectors of resemblyzer, whose weights are in its wheel."""
+    """Resemblyzer's d-vectors; the weights are in its wheel."""
 
     def __init__(self, device: str):
         self._library = library("resemblyzer", "--voice", "resemblyzer")
@@ -49,11 +49,12 @@ class XVector:
         from transformers import AutoFeatureExtractor, AutoModelForAudioXVector
 
         if Path(name).is_dir() and not (Path(name) / "preprocessor_config.json").is_file():
-            raise ConfigError([f"--voice: {name} has no preprocessor_config.json; it is no x-vector model's folder"])
+            raise ConfigError([f"--voice: {name} is not an x-vector model: it has no preprocessor_config.json"])
         self._extractor = AutoFeatureExtractor.from_pretrained(name, trust_remote_code=False)
         model, about = AutoModelForAudioXVector.from_pretrained(name, trust_remote_code=False, output_loading_info=True)
         if missing := [key for key in about["missing_keys"] if "parametrizations" not in key]:
-            raise ConfigError([f"--voice: {name} lacks {missing[0]} and {len(missing) - 1} more; it has no x-vector"])
+            more = f" and {len(missing) - 1} more" * (len(missing) > 1)
+            raise ConfigError([f"--voice: {name} is not an x-vector model: it has no {missing[0]}{more}"])
         self._model: Any = model.to(device).eval()
 
     def embed(self, clip: Clip) -> np.ndarray:
@@ -66,12 +67,12 @@ class XVector:
 
 
 class Voice:
-    """The judge of the voice."""
+    """Judges a clip's similarity to its speaker."""
 
     def __init__(self, name: str, device: str):
         """Raises ConfigError as `open_embedder`."""
         self._embedder = open_embedder(name, device)
-        self._enrolled: dict[str | None, dict[str, np.ndarray]] = {}  # by speaker, by the sentence's origin
+        self._enrolled: dict[str | None, dict[str, np.ndarray]] = {}  # unit vectors by speaker and origin
 
     def enrol(self, recording: Clip) -> None:
         """Learns the speaker's voice. Raises as `judge`."""
@@ -79,10 +80,10 @@ class Voice:
         self._enrolled.setdefault(sentence.speaker, {})[sentence.origin] = self._unit(recording)
 
     def judge(self, clip: Clip) -> dict[str, object]:
-        """Fields of a clip's line; none where nothing is said, or there is no recording to compare with.
+        """Returns a clip's fields, none if it is silent or its speaker has no recording.
 
-        Without another recording of the speaker a clip is compared with that of its own sentence. Raises whatever the
-        embedder does, and ConfigError where it hears no voice.
+        A clip is compared with the recording of its own sentence only if the speaker has no other. Raises any error of
+        the embedder, and ConfigError if it detects no voice.
         """
         origin, known = clip.sentence.origin, self._enrolled.get(clip.sentence.speaker, {})
         others = [vector for where, vector in known.items() if where != origin]
@@ -97,5 +98,5 @@ class Voice:
         vector = self._embedder.embed(clip).astype(np.float64)
         length = float(np.linalg.norm(vector))
         if not length > 0 or not np.isfinite(length):
-            raise ConfigError([f"{clip.sentence.origin}: no voice is heard in it"])
+            raise ConfigError([f"{clip.sentence.origin}: no voice detected in the clip"])
         return vector / length

@@ -1,8 +1,8 @@
-"""Memory of a rank by its parts, by arithmetic: from the model's shapes, the resolved options and a micro-batch's size.
+"""Memory of a rank by part, computed from the model's shapes, the resolved options and the micro-batch's size.
 
-What is kept for the backward is counted tensor by tensor as `higgs_v2.layers`, `fused_lora` and `fused_mlp` keep it;
-`benchmarks/memory.py` counts the same on the model itself. Masters, moments, gradients and buffers are as DeepSpeed
-0.19.8 holds them. All sizes are bytes; a GB is 10⁹ of them.
+Tensors saved for the backward are counted one by one as in `higgs_v2.layers`, `fused_lora` and `fused_mlp`;
+`benchmarks/memory.py` measures them on the model. Masters, moments, gradients and buffers are those of DeepSpeed
+0.19.8. All sizes are in bytes; a GB is 10⁹ bytes.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ if TYPE_CHECKING:
     from .family import Family
     from .spec import ModelSpec
 
-NF4_BYTES = 0.5625  # a weight: 4 bits, and a float32 scale for 64 of them
+NF4_BYTES = 0.5625  # per weight: 4 bits, and a float32 scale per 64 weights
 # Allowances, not measured on a GPU: CUDA's context with the libraries' workspaces, and NCCL's channels to other ranks.
 DRIVER_BYTES, NCCL_BYTES = 0.6e9, 0.5e9
 PROCESS_BYTES = 0.76e9  # resident in a rank on a CPU, once torch and DeepSpeed are imported
-LIVE_PARAMETERS = 10**9  # DeepSpeed's own stage3_max_live_parameters
-CODEC_BYTES = 0.8e9  # Boson's, which turns samples into sound
+LIVE_PARAMETERS = 10**9  # DeepSpeed's default of stage3_max_live_parameters
+CODEC_BYTES = 0.8e9  # Boson's codec, to decode samples
 SAMPLE_TOKENS = 1000  # prompt and 30 seconds
-GRAIN, MOST_TOKENS = 128, 2**20  # of a token budget
-OUTSIDE = "driver, NCCL"  # the part that is none of torch's tensors
+GRAIN, MOST_TOKENS = 128, 2**20  # step and maximum of a token budget
+OUTSIDE = "driver, NCCL"  # memory outside torch's allocator
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Numbers of values."""
+    """Parameter counts."""
 
     base: int  # of the checkpoint
     lora: int
@@ -45,7 +45,7 @@ class Weights:
 
     @classmethod
     def of(cls, family: Family, base_config: Any, config: TrainConfig) -> Weights:
-        """Of a model as these options train it."""
+        """Counts the parameters of a model trained with these options."""
         modules, (linears, savable) = family.modules, family.adaptable_modules(base_config)
         adapted = layers_named(modules.targets(config.lora.lora_target_modules), linears)
         whole = layers_named(
@@ -62,22 +62,22 @@ class Weights:
 
 @dataclass(frozen=True)
 class Load:
-    """Sizes of a micro-batch that memory depends on."""
+    """Sizes of a micro-batch that determine its memory."""
 
     tokens: int
-    learned: float = 0.8  # share of its tokens that a head predicts from
-    padding: float = 1.0  # places of attention, by tokens
+    learned: float = 0.8  # share of tokens with a label
+    padding: float = 1.0  # padded tokens in attention per token
 
     @classmethod
     def of(cls, index: BatchIndex) -> Load:
-        """Of a batch that the padding-free forward takes."""
+        """Reads the sizes of a batch for the padding-free forward."""
         rows = index.num_rows
         return cls(rows, len(index.output_rows) / rows, len(index.pack_index) / rows)
 
 
 @dataclass(frozen=True)
 class RankMemory:
-    """A run's memory on one of its ranks; `ds_config` as resolved for so many ranks."""
+    """Memory of one rank; `ds_config` is resolved for `world_size` ranks."""
 
     config: TrainConfig
     spec: ModelSpec
@@ -88,14 +88,14 @@ class RankMemory:
 
     @property
     def _size(self) -> int:
-        """Bytes of a value that is computed with."""
+        """Bytes per value in the compute dtype."""
         return DTYPES[self.config.model.dtype].itemsize
 
     def parts(self, batch: Load) -> dict[str, float]:
-        """Bytes by part, at the moment in which a step or a sample takes most; all together they are the rank's."""
+        """Returns bytes by part at the peak of a step or sample; their sum is the rank's memory."""
         (weights, lora, gradients, optimizer), _ = self.held()
         activations, heads = self._activations(batch), self._heads(batch)
-        samples = max(0.0, self._samples() - activations - heads)  # spoken when activations are gone
+        samples = max(0.0, self._samples() - activations - heads)  # activations are freed before sampling
         ranks = NCCL_BYTES if self.world_size > 1 else 0.0
         return {
             "weights": weights + self._gathered(),
@@ -109,26 +109,26 @@ class RankMemory:
         }
 
     def total(self, batch: Load) -> float:
-        """Bytes of all parts."""
+        """Returns the bytes of all parts."""
         return sum(self.parts(batch).values())
 
     def measured(self, batch: Load) -> float:
-        """Bytes that `peak_memory_gib` will find: of torch's tensors, on a CPU of the process."""
+        """Returns the bytes that `peak_memory_gib` measures: torch's tensors, or on a CPU the whole process."""
         return self.total(batch) - self.on_gpu * self.parts(batch)[OUTSIDE]
 
     def largest(self, limit: float, like: Load) -> int:
-        """The tokens of the largest micro-batch whose total is at most so many bytes, a multiple of `GRAIN`."""
+        """Finds the tokens, a multiple of `GRAIN`, of the largest micro-batch that fits in `limit` bytes."""
         sizes = range(0, MOST_TOKENS, GRAIN)
         fit = bisect.bisect(sizes, limit, key=lambda tokens: self.total(replace(like, tokens=tokens)))
         return max(0, fit - 1) * GRAIN
 
     @property
     def host(self) -> float:
-        """Bytes that are offloaded to the host's memory."""
+        """Bytes offloaded to the host's memory."""
         return sum(self.held()[1])
 
     def held(self) -> tuple[list[float], list[float]]:
-        """(weights, LoRA and all that trains, gradients, optimizer) between steps: on the device, and offloaded."""
+        """Returns bytes of (weights, trained parameters, gradients, optimizer) between steps: on device, offloaded."""
         zero, size, ranks = self.ds_config["zero_optimization"], self._size, self.world_size
         stage, count = zero["stage"], self.weights
         trained = count.lora + count.whole
@@ -139,14 +139,14 @@ class RankMemory:
         shares = ranks if stage else 1
         lora, masters = float(size * trained), 0.0 if plain else 4 * trained / shares
         moments = 8 * trained / shares
-        # Stage 1 adds up whole gradients in float32 beside the backward's own, later stages a rank's share.
+        # Stage 1 accumulates full gradients in float32 next to the backward's, later stages a rank's share.
         gradients = 4 * trained if plain else (4 + size) * trained if stage < 2 else 4 * trained / ranks
         bucket = zero.get("reduce_bucket_size", 0) * (4 if stage == 3 else size) if stage >= 2 else 0
         if stage < 3 and not self.on_gpu and self.config.model.dtype == "bf16":
-            weights -= size * self.spec.vocab_size * self.spec.hidden_size  # mapped, and few of its rows are read
+            weights -= size * self.spec.vocab_size * self.spec.hidden_size  # memory-mapped, and few rows are read
         if stage == 3:
             weights /= ranks
-            lora += size * trained / ranks  # LoRA's matrices stay whole on every rank, beside their shards
+            lora += size * trained / ranks  # every rank holds LoRA's full matrices and its shards
         device, host = [weights, lora, gradients + bucket, masters + moments], [0.0] * 4
         if _offloads(zero, "optimizer"):
             device[2:], host[2:] = [bucket, 0.0], [2 * gradients, masters + moments]
@@ -155,9 +155,9 @@ class RankMemory:
         return device, host
 
     def _gathered(self) -> float:
-        """Whole weights that a rank holds for a moment: a projection's beside its B, made of 4 bits before.
+        """Bytes of temporary full weights: of the largest projection, twice if it is dequantized from 4 bits.
 
-        Under ZeRO-3 also as many as DeepSpeed keeps gathered for their next use.
+        Under ZeRO-3 also the parameters that DeepSpeed keeps gathered for their next use.
         """
         size, spec = self._size, self.spec
         copies = (1 + bool(self.config.model.base_dtype)) * size * max(a * b for _, a, b in projections(spec))
@@ -166,7 +166,7 @@ class RankMemory:
         return copies + size * min(live, self.weights.base)
 
     def kept_by_layer(self, batch: Load, *, last: bool = False) -> float:
-        """Bytes that a decoder layer keeps for the backward, the last one of learned rows behind its attention."""
+        """Returns the bytes a layer saves for the backward; the last one has only labelled rows after its attention."""
         config, spec, size = self.config, self.spec, self._size
         hidden, ffn = spec.hidden_size, spec.ffn_size
         queries, keys = spec.num_heads * spec.head_dim, spec.num_key_value_heads * spec.head_dim
@@ -175,7 +175,7 @@ class RankMemory:
             adapted = len(self.weights.adapted.intersection(names))
             return bool(adapted) * (width * bool(config.lora.lora_dropout) + adapted * config.lora.lora_r * size)
 
-        # A GPU's norm keeps its input, a CPU's a copy in float32.
+        # On a GPU a norm saves its input, on a CPU a float32 copy.
         norm = hidden * (size if self.on_gpu else 4) + 4
         key_heads = keys if self.on_gpu and size < 4 else queries  # see `flat_rows.causal_attention`
         attention = norm + hidden * size + lora(hidden, "q_proj", "k_proj", "v_proj")
@@ -187,7 +187,7 @@ class RankMemory:
         return batch.tokens * (attention + batch.padding * padded + (batch.learned if last else 1.0) * behind)
 
     def kept(self, batch: Load) -> list[float]:
-        """Bytes that are kept for the backward by each decoder layer, the first with what is kept beside them."""
+        """Returns the bytes saved for the backward by each layer; the first includes tensors outside the layers."""
         spec, every = self.spec, self.config.model.checkpoint_every
         around = batch.tokens * self._size * (2 * spec.hidden_size * batch.learned + 2 * spec.head_dim)
         whole = [self.kept_by_layer(batch, last=n == spec.num_layers - 1) for n in range(spec.num_layers)]
@@ -198,7 +198,7 @@ class RankMemory:
         return batch.tokens * self.spec.hidden_size * self._size
 
     def _activations(self, batch: Load) -> float:
-        """The most that the backward holds: what is left of `kept`, and one layer at work, made again where it must."""
+        """Peak of the backward: the rest of `kept`, and the current layer's temporaries, recomputed if checkpointed."""
         spec, every, left, most = self.spec, self.config.model.checkpoint_every, self.kept(batch), 0.0
         while left:
             last = len(left) == spec.num_layers
@@ -211,7 +211,7 @@ class RankMemory:
         return most
 
     def _heads(self, batch: Load) -> float:
-        """Logits of a chunk of rows, beyond what the backward takes, and the gradient of heads that train."""
+        """Bytes of a chunk's logits, as far as they exceed the backward's peak, and of gradients of trained heads."""
         spec, size, rows = self.spec, self._size, batch.tokens * batch.learned
         classes = spec.num_codebooks * spec.num_classes
         chunk = min(4 * rows * classes, CHUNK_BYTES)
@@ -221,7 +221,7 @@ class RankMemory:
         return max(0.0, sum(self.kept(batch)) + logits - self._activations(batch)) + trained
 
     def _samples(self) -> float:
-        """Bytes to speak with: keys and values, the codec, and under ZeRO-3 a whole copy of the model."""
+        """Bytes for sampling: keys and values, the codec, and under ZeRO-3 a full copy of the model."""
         run, spec = self.config.run, self.spec
         if not (run.sample_every or run.sample_texts or run.sample_count):
             return 0.0

@@ -1,1 +1,1 @@
-"""Outputs of a run's numbers: JSON lines, curves, the console, Weights & Biases, report.html."""
+"""Outputs of a run's metrics: JSONL files, curves, console, Weights & Biases, report.html, model cards."""

@@ -29,14 +29,14 @@ SPEAK = "--text 'All circuits are busy now.' --output_file speech.wav --overwrit
 
 
 def pinned(name: str, revision: str | None) -> tuple[str, str | None]:
-    """A base's name and revision for a snippet: a local folder as an absolute path, Boson's with its revision."""
+    """Returns a base's name and revision for a snippet: an absolute path, or a hub id with its revision."""
     if os.path.isdir(name):
         return os.path.abspath(name), None
     return name, revision_of(name, revision)
 
 
 def prompt_details(rows: Sequence[Row]) -> dict[str, object]:
-    """Rows of a card on the training prompts, counted over the first rows."""
+    """Counts features of the training prompts over the first rows, as rows of a card."""
     counted = [rows[place] for place in islice(range(len(rows)), COUNTED_ROWS)]
     clips = [sum(isinstance(p, AudioRef) for turn in row.messages for p in turn.content) for row in counted]
     scenes = sum(row.has_scene for row in counted)
@@ -47,10 +47,10 @@ def prompt_details(rows: Sequence[Row]) -> dict[str, object]:
 
 
 def adapter_card(table: dict[str, object], *, base: str, revision: str | None, folder: Path, **more: Any) -> str:
-    """The card of a LoRA adapter.
+    """Renders the card of a LoRA adapter.
 
     Args:
-        table: training details, a row each.
+        table: training details by name.
         base: from `pinned`, with `revision`.
         folder: the adapter's folder.
         more: `layout` of the base; `codec`, a hub id or folder, with `codec_revision`.
@@ -61,7 +61,7 @@ def adapter_card(table: dict[str, object], *, base: str, revision: str | None, f
 
 
 def merged_card(table: dict[str, object], *, base: str, revision: str | None, folder: Path, **more: Any) -> str:
-    """The card of a merged checkpoint; arguments as in `adapter_card`, with `layout` of the folder."""
+    """Renders the card of a merged checkpoint; arguments as in `adapter_card`, with `layout` of the folder."""
     at = f" at revision `{revision}`" if revision else ""
     rows = {"base": f"`{base}`{at}", **table, "layout": more["layout"]}
     return _card("merged", {"rows": rows, "base": base}, folder, **more)
@@ -82,7 +82,7 @@ def _card(
 
 @cache
 def _templates() -> jinja2.Environment:
-    """Templates of Markdown and code: no HTML escaping; values are quoted by `repr` and `quote`."""
+    """Loads the templates, Markdown with code: no HTML escaping; values are quoted by `repr` and `quote`."""
     loader = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
     blocks: dict[str, Any] = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
     environment = jinja2.Environment(loader=loader, undefined=jinja2.StrictUndefined, **blocks)
@@ -91,7 +91,7 @@ def _templates() -> jinja2.Environment:
 
 
 def _is_served(codec: str) -> bool:
-    """True if transformers' processor can load the codec; it cannot load the sample codec or Boson's own folder."""
+    """Checks if transformers' processor can load the codec; it cannot load the sample codec or Boson's own folder."""
     from ..model.higgs_v2.processor_files import codec_reference
 
     try:

@@ -1,4 +1,4 @@
-"""A run's progress on the console: a bar on a terminal, a plain line every few seconds elsewhere."""
+"""A run's progress on the console."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PLAIN_LINE_INTERVAL_SEC = 5.0
 
 
 def format_figures(figures: dict[str, float | str]) -> str:
-    """{"loss": 5.1, "lr": 1e-4, "tok_per_sec": 812.3} becomes "loss 5.1000  lr 1.00e-04  812 tok/s"."""
+    """Formats {"loss": 5.1, "lr": 1e-4, "tok_per_sec": 812.3} as "loss 5.1000  lr 1.00e-04  812 tok/s"."""
     parts = []
     for name, value in figures.items():
         name = name.replace("_per_sec", "/s")

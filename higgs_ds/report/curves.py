@@ -22,8 +22,8 @@ def draw_curves(metrics_jsonl: Path, png: Path, title: str) -> None:
     """Draws the curves of a metrics.jsonl, of a finished or running training; see `make_figure`.
 
     Raises:
-        FileNotFoundError: no such metrics file.
-        ValueError: no losses in it, or a line that is not JSON.
+        FileNotFoundError: the metrics file is missing.
+        ValueError: the file has no losses, or a line that is not JSON.
     """
     history = History()
     for row in read_rows(Path(metrics_jsonl)):
@@ -41,14 +41,14 @@ def draw_history(history: History, png: Path, title: str) -> None:
 
 
 def make_figure(history: History, title: str):
-    """A run's history as a matplotlib Figure of 1600 x 1000 pixels.
+    """Draws a run's history as a matplotlib Figure of 1600 x 1000 pixels.
 
     Top: audio loss with validation, and loss by codebook. Bottom: text loss, total loss, gradient norm, learning rate,
     and judges' figures of the samples. Thin lines are logged values, thick lines are smoothed, circles are validations,
-    a star marks the best, and dotted verticals mark resumes. Each y axis fits the smoothed curves, so that spikes may
-    leave it, and is logarithmic if they span more than 1.5 decades.
+    a star marks the best, and dotted verticals mark resumes. Each y axis fits the smoothed curves, so spikes may be cut
+    off; it is logarithmic if they span more than 1.5 decades.
     """
-    # matplotlib's object interface has no global state; imported on the first plot only.
+    # Imported on the first plot only; matplotlib's object interface has no global state.
     from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -92,7 +92,7 @@ def make_figure(history: History, title: str):
 
 
 class _Panel:
-    """A pair of axes, and the values that its y axis must show."""
+    """A pair of axes, and the values to fit its y axis to."""
 
     def __init__(self, axes, history: History, heading: str, *, small: bool = False):
         self._axes = axes

@@ -10,15 +10,15 @@ CODEBOOK_METRICS = tuple(f"train/codebook_loss/{codebook}" for codebook in range
 PLOTTED_METRICS = {f"{part}/{loss}" for part in ("train", "eval") for loss in ("loss", "text_loss", "audio_loss")}
 JUDGED_METRICS = ("eval/wer", "eval/similarity", "eval/stops")
 PLOTTED_METRICS |= {*CODEBOOK_METRICS, *JUDGED_METRICS, "train/learning_rate", "train/grad_norm"}
-RESUMED = "resumed_after"  # in a resumed run's first row: the step that it continues from
+RESUMED = "resumed_after"  # in a resumed run's first row: the step it continues from
 
 # A series holds up to twice as many points.
 MAX_POINTS = 2048  # plots are about 700 pixels wide
-MAX_RANK_POINTS = 64  # of each rank's loss, in a table of all ranks
+MAX_RANK_POINTS = 64  # per rank, since W&B's chart has all ranks
 
 
 class Series:
-    """A metric over steps. Beyond `2 * max_points` values, a point is the mean of 2, then 4, 8, … values."""
+    """A metric over steps. Beyond `2 * max_points` values, each point is the mean of 2, then 4, 8, … values."""
 
     def __init__(self, max_points: int = MAX_POINTS):
         self._max_points = max_points
@@ -28,7 +28,7 @@ class Series:
         self._last_step = 0
 
     def add(self, step: int, value: float) -> None:
-        """Appends the value of a later step."""
+        """Appends a value; steps must increase."""
         self._last_step = step
         self._pending.append(value)
         if len(self._pending) == self._stride:
@@ -42,7 +42,7 @@ class Series:
             self._stride *= 2
 
     def points(self) -> tuple[array, array]:
-        """Steps (the last one of each point) and values (means over finite values, else NaN)."""
+        """Returns steps (the last of each point) and values (means over finite values, else NaN)."""
         steps, values = self._steps[:], self._values[:]
         if self._pending:
             steps.append(self._last_step)
@@ -51,7 +51,7 @@ class Series:
 
 
 def _mean(values) -> float:
-    """The mean of the finite values; a single value is returned unchanged."""
+    """Averages the finite values; a single value is returned unchanged."""
     if len(values) == 1:
         return values[0]
     finite = [value for value in values if math.isfinite(value)]
@@ -82,7 +82,7 @@ class History:
                 self._ranks[rank].add(step, float(loss))
 
     def rank_losses(self) -> list[tuple[list[int], list[float]]]:
-        """Steps and finite losses of each rank."""
+        """Returns steps and finite losses of each rank."""
         parts = [zip(*series.points(), strict=True) for series in self._ranks]
         finite = [[(step, loss) for step, loss in part if math.isfinite(loss)] for part in parts]
         return [([step for step, _ in points], [loss for _, loss in points]) for points in finite]

@@ -18,11 +18,11 @@ class Kept:
     """The part of a file kept by `rows_until`."""
 
     rows: int = 0
-    end: int = 0  # offset in bytes of the end of the last one
+    end: int = 0  # byte offset after the last row
 
 
 def strict(value: Any) -> Any:
-    """A strict JSON value: NaN and infinities become strings that `float` can read, also in lists."""
+    """Converts a value to strict JSON: NaN and infinities, also in lists, become strings that `float` can read."""
     if isinstance(value, list):
         return [strict(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
@@ -51,7 +51,7 @@ def read_rows(path: Path) -> Iterator[dict]:
 def rows_until(path: Path, last_step: int, kept: Kept) -> Iterator[dict]:
     """Yields the rows before the first one after `last_step`, and counts them in `kept`.
 
-    Reads the whole file, to find damaged later lines too; a missing file has no rows.
+    Reads the whole file, to find damaged later lines as well; a missing file has no rows.
 
     Raises:
         ConfigError: a row is not a JSON object, or has no `global_step`.
@@ -62,7 +62,7 @@ def rows_until(path: Path, last_step: int, kept: Kept) -> Iterator[dict]:
     for number, (row, end) in enumerate(_rows_with_ends(path), start=1):
         step = row.get("global_step")
         if type(step) is not int:
-            raise ConfigError([f"{path}, line {number}, to be repaired or deleted: it has no global_step"])
+            raise ConfigError([f"{path}, line {number}: has no global_step; repair or delete the line"])
         within = within and step <= last_step
         if within:
             kept.rows += 1
@@ -86,7 +86,7 @@ def _rows_with_ends(path: Path) -> Iterator[tuple[dict, int]]:
             if not line.endswith(b"\n"):
                 break
             end += len(line)
-            with reading(f"{path}, line {line_number}, to be repaired or deleted"):
+            with reading(f"{path}, line {line_number} (repair or delete it)"):
                 row = json.loads(line)
                 if not isinstance(row, dict):
                     raise ValueError("not a JSON object")

@@ -15,10 +15,10 @@ from ..step_stats import RankStep, StepSums
 
 
 class StepClock:
-    """Times a step on this rank up to its exchange, which carries the time to the other ranks.
+    """Times a step on this rank up to its exchange, which sends the time to the other ranks.
 
-    A step's time runs from reading its batches to its exchange, plus the previous step's update. So every second of the
-    loop counts once, except logging, validation and saving.
+    A step's time lasts from reading its batches to its exchange, plus the previous step's update. So every second of
+    the loop counts once, except logging, validation and saving.
     """
 
     def __init__(self):
@@ -35,7 +35,7 @@ class StepClock:
         self.data_sec = time.perf_counter() - self._began
 
     def step_sec(self) -> float:
-        """Seconds of the step, at its exchange; the time from here to `end` is its update."""
+        """Call at the exchange; returns the step's seconds. The time from here to `end` is its update."""
         now = time.perf_counter()
         took, self._update_sec = now - self._began + self._update_sec, 0.0
         self._exchanged = now
@@ -49,8 +49,8 @@ class StepClock:
 class Window:
     """Sums over the optimizer steps since the last logged point.
 
-    Losses are over all labels of the window, counts are summed; gradient norm, `perf/step_sec` and `perf/data_sec` are
-    means over its steps. For a single step they are exactly that step's.
+    Losses are over all labels of the window, counts are sums; gradient norm, `perf/step_sec` and `perf/data_sec` are
+    means over its steps. For a single step they equal that step's values exactly.
     """
 
     def __init__(self):
@@ -62,7 +62,7 @@ class Window:
         self._step_sec = self._data_sec = self._peak_gib = self._reserved_gib = 0.0
 
     def add(self, ranks: list[RankStep], grad_norm: float) -> None:
-        """Adds a trained step: times of the slowest rank in seconds, memory of the fullest rank in GiB."""
+        """Adds a trained step: seconds of the slowest rank, GiB of the rank with the highest peak memory."""
         new = [rank.sums for rank in ranks]
         self._sums = [StepSums.total(list(pair)) for pair in zip(self._sums, new, strict=True)] if self._sums else new
         self._grad_norms.append(grad_norm)
@@ -81,7 +81,7 @@ class Window:
         if not self._sums:
             return {}
         total, steps = StepSums.total(self._sums), len(self._grad_norms)
-        # fp16 drops steps with overflow by design; they must not hide the other norms.
+        # fp16 skips steps with overflow by design; their norms must not make the mean infinite.
         norms = [norm for norm in self._grad_norms if math.isfinite(norm)] or self._grad_norms[-1:]
         tokens_per_sec = total.tokens / self._step_sec
         metrics: dict[str, float | list] = {f"train/{name}": loss for name, loss in total.losses(weights).items()}
@@ -109,13 +109,12 @@ class Window:
 
 
 def _seven_digits(loss: float | None) -> float | None:
-    """Rounds to float32's precision, which halves a line of 64 ranks."""
+    """Rounds to float32's precision, which halves the length of a line with 64 ranks."""
     return None if loss is None else float(f"{loss:.7g}")
 
 
 def guard_metrics(ranks: list[RankStep]) -> dict[str, float | list]:
-    """Counts of the guards of all ranks since the run began: failed checks in total (0 if every loss was real), and by
-    rank for each check that ever failed."""
+    """Counts the guard's failed checks since the run began: in total, and by rank for each check that ever failed."""
     failed = {check: [int(rank.failed[i]) for rank in ranks] for i, check in enumerate(CHECKS)}
     metrics: dict[str, float | list] = {
         "guard/failed_checks": sum(map(sum, failed.values())),
@@ -125,23 +124,20 @@ def guard_metrics(ranks: list[RankStep]) -> dict[str, float | list]:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Peak memory of this process so far: allocated on the GPU, or resident without one."""
+    """Returns this process's peak memory so far: allocated on the GPU, or resident on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # kilobytes
 
 
 def reserved_memory_gib(device: torch.device) -> float:
-    """Peak memory reserved by torch's allocator on the GPU so far, fragmentation included.
-
-    Without a GPU, the same as `peak_memory_gib`.
-    """
+    """Returns the peak GPU memory reserved by torch's allocator, including fragmentation; on the CPU as above."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device) / 2**30
     return peak_memory_gib(device)
 
 
 def restart_peak_memory(device: torch.device) -> None:
-    """Resets the peaks; possible on a GPU only."""
+    """Resets the peaks; does nothing on the CPU."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

@@ -1,7 +1,7 @@
-"""A run, or several, as one HTML file that opens without a network: settings, curves, guard, clips to play.
+"""One or several runs as a self-contained HTML file: settings, curves, guard, and clips to play.
 
-Curves are plotly's. Whatever comes from a run's files is data to the page: text is escaped, numbers travel as JSON, and
-the page's own policy (Content-Security-Policy) allows no request to anywhere.
+Curves are drawn by plotly. Content of a run's files is treated as data: text is escaped, numbers are embedded as JSON,
+and the page's Content-Security-Policy forbids all requests.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from .jsonl import read_rows
 
 PAGE, METRICS, RANK_LOSS = "report.html", "metrics.jsonl", "rank/loss"
 JUDGED, TRAINED_ON = "judged.jsonl", "trained_on.json"
-# What bounds a page, of one run or of several together: with plotly's 4.8 MB it stays below 10 MB.
+# Limits of a page, shared by its runs: with plotly's 4.8 MB it stays below 10 MB.
 MOST_SOUND = 3_200_000  # characters of MP3 in base64: about 160 clips of two seconds
-MOST_POINTS = 1024  # of a curve
-MOST_ROWS = 160  # of a table of clips
-MOST_STEPS = 6  # whose judged samples stand side by side
+MOST_POINTS = 1024  # per curve
+MOST_ROWS = 160  # per table of clips
+MOST_STEPS = 6  # columns in the table of judged samples
 LONGEST_CLIP_SEC = 30.0
 COLOURS = ("#c8550a", "#1f77b4", "#2a7f3f", "#8450a8", "#b8860b", "#444444")
 
@@ -47,10 +47,10 @@ SECTIONS: dict[str, tuple[Chart, ...]] = {
         ("Audio loss by codebook", "nats", {name: str(k) for k, name in enumerate(CODEBOOK_METRICS)}),
         ("Loss of each rank: lowest and highest", "nats", {"rank/lowest": "lowest", "rank/highest": "highest"}),
     ),
-    "Words, voice, ends": (
+    "Words, voice, endings": (
         ("Error rate of the samples", "", {"eval/wer": "words", "eval/cer": "characters"}),
         ("Similarity of the samples to their speaker", "", {"eval/similarity": "similarity"}),
-        ("Samples that ended by themselves", "", {"eval/stops": "ended"}),
+        ("Share of samples ended by the model", "", {"eval/stops": "ended"}),
     ),
     "Learning": (
         ("Gradient norm", "", {"train/grad_norm": "gradient norm"}),
@@ -59,7 +59,7 @@ SECTIONS: dict[str, tuple[Chart, ...]] = {
     "Speed and memory": (
         ("Tokens per second", "", {"perf/tokens_per_sec": "tokens per second"}),
         ("Step and data time", "s", {"perf/step_sec": "step", "perf/data_sec": "waiting for data"}),
-        ("Peak memory of the fullest rank", "GiB", {"memory/peak_gib": "peak", "memory/reserved_gib": "reserved"}),
+        ("Highest peak memory of a rank", "GiB", {"memory/peak_gib": "peak", "memory/reserved_gib": "reserved"}),
     ),
 }
 WANTED = {metric for charts in SECTIONS.values() for _, _, lines in charts for metric in lines}
@@ -70,12 +70,12 @@ Table = list[tuple[str, list[str]]]  # rows: a name, and a cell for each column
 
 @dataclass
 class Sounds:
-    """Clips as base64 of MP3, as long as there is room for them."""
+    """Encodes clips as MP3 in base64, up to a total size."""
 
-    room: int = 0  # characters
+    room: int = 0  # remaining characters
 
     def of(self, path: Path | None) -> str:
-        """Empty where the file is gone, or there is no room for it."""
+        """Encodes a clip; returns "" if the file is missing or there is no room left."""
         if path is None or not path.is_file() or self.room <= 0:
             return ""
         waveform, rate = soundfile.read(path, frames=round(LONGEST_CLIP_SEC * 48000), dtype="float32", always_2d=True)
@@ -88,7 +88,7 @@ class Sounds:
 
 @dataclass
 class Clips:
-    """Clips beside their recordings, the worst first, and the figures of all of them."""
+    """Clips with their recordings, worst first, and figures over all clips."""
 
     heading: str
     rows: list[dict[str, str]]
@@ -99,22 +99,22 @@ class Clips:
 
 @dataclass
 class Run:
-    """The files of one `--output_dir`, as far as the page shows them."""
+    """Content of one `--output_dir` for the page."""
 
     name: str
     series: dict[str, Series]
-    last: dict[str, Any]  # the newest value of every metric
+    last: dict[str, Any]  # latest value of each metric
     settings: dict[str, Any]
     failures: list[dict] = field(default_factory=list)
     stopped: dict[str, Any] = field(default_factory=dict)
     trained_on: dict[str, Any] = field(default_factory=dict)
-    samples: list[dict[str, Any]] = field(default_factory=list)  # a text each, with its clips by step
+    samples: list[dict[str, Any]] = field(default_factory=list)  # one per text, with its clips by step
     sample_figures: Table = field(default_factory=list)
     clips: list[Clips] = field(default_factory=list)
 
     @property
     def summary(self) -> dict[str, str]:
-        """The first lines that a reader wants: how far the run came, its losses, whether every loss was real."""
+        """Key facts of the run: steps, losses, failed loss checks, speed, reason of a stop."""
         last = self.last
         lines = {"steps": f"{last.get('global_step', 0):,}"}
         for name in HEADLINES:
@@ -132,13 +132,13 @@ class Run:
 
 
 def read_run(folder: Path, runs: int = 1) -> Run:
-    """Reads a run's folder; a training that still goes on is shown as far as it is.
+    """Reads a run's folder, also while the run is in progress.
 
     Args:
-        runs: on the page, which share its room.
+        runs: number of runs on the page, which share its limits.
 
     Raises:
-        ConfigError: no metrics.jsonl, or a file that is damaged.
+        ConfigError: metrics.jsonl is missing, or a file is damaged.
     """
     series = {name: Series(MOST_POINTS // 2 // runs) for name in WANTED | {"eval/loss"}}
     last: dict[str, Any] = {}
@@ -172,7 +172,7 @@ def read_run(folder: Path, runs: int = 1) -> Run:
 
 
 def write_page(runs: Sequence[Run], path: Path) -> None:
-    """Writes the page of these runs, complete or not at all. Raises OSError."""
+    """Writes the page of these runs atomically. Raises OSError."""
     from plotly.offline import get_plotlyjs
 
     sections = [
@@ -198,7 +198,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _figures(runs: Sequence[Run], charts: Sequence[Chart]) -> Iterator[tuple[str, dict]]:
-    """Heading and plotly figure of each chart that has a point. Several runs share a chart, a colour a run."""
+    """Yields heading and plotly figure of each chart with data. Runs share a chart, with one colour each."""
     for heading, unit, lines in charts:
         traces = []
         for number, run in enumerate(runs):
@@ -224,7 +224,7 @@ def _figures(runs: Sequence[Run], charts: Sequence[Chart]) -> Iterator[tuple[str
 
 
 def _compared(of_runs: Sequence[dict[str, Any]]) -> list[tuple[str, list[str], bool]]:
-    """(name, its value in each run, whether the runs differ), the differences first."""
+    """Compares the runs' values by name; returns (name, value in each run, True if they differ), differences first."""
     rows = []
     for name in dict.fromkeys(name for of_run in of_runs for name in of_run):
         values = [_shown(of_run.get(name)) for of_run in of_runs]
@@ -237,17 +237,17 @@ def _shown(value: Any) -> str:
 
 
 def _samples(folder: Path, most: int, sounds: Sounds) -> tuple[list[dict[str, Any]], Table]:
-    """Each sampled text with its recording and its clips, by step: the first, the last, and what has room between.
+    """Reads the samples: each text with its recording and its clips at the first, the last and some steps between.
 
-    Where samples were judged, those that are worst at the last step come first, and a table has the figures of steps.
+    Judged samples are sorted worst first, by the last step; the table has the figures of some steps.
     """
     steps = [(path.parent, list(read_rows(path))) for path in sorted(folder.glob(f"step-*/{samples.LIST}"))]
     if not steps:
         return [], []
     texts: dict[str, dict[str, Any]] = {}
-    sets: dict[Any, list] = {}  # by step, or by their name
+    sets: dict[Any, list] = {}  # by step; reference sets by name
     shown = _spread(steps, most // max(1, len(steps[0][1])))
-    for at, rows in [shown[-1], *shown[:-1]]:  # the last step, before there is no room for sounds any more
+    for at, rows in [shown[-1], *shown[:-1]]:  # the last step first, while there is room for its clips
         lines = list(read_rows(at / JUDGED)) if (at / JUDGED).exists() else []
         of_row = {line["row"]: line for line in lines if line["set"] not in (RECORDINGS, CODEC)}
         step = int(at.name.removeprefix("step-"))
@@ -263,7 +263,7 @@ def _samples(folder: Path, most: int, sounds: Sounds) -> tuple[list[dict[str, An
             sets.setdefault(line["set"] if line["set"] in (RECORDINGS, CODEC) else step, []).append(_unit_and(line))
     for text in texts.values():
         text["steps"].sort(key=lambda clip: clip["step"])
-    ceilings = {  # every step has the same ones
+    ceilings = {  # equal at all steps
         name: list({line["row"]: (unit, line) for unit, line in sets.pop(name)}.values())
         for name in (RECORDINGS, CODEC)
         if name in sets
@@ -273,13 +273,13 @@ def _samples(folder: Path, most: int, sounds: Sounds) -> tuple[list[dict[str, An
 
 
 def _spread(items: Sequence[Any], most: int) -> list[Any]:
-    """At most so many of the items, but two: the first, the last, and some between."""
+    """Selects at most max(2, most) items, evenly spaced, including the first and the last."""
     places = np.linspace(0, len(items) - 1, min(max(2, most), len(items))).round().astype(int)
     return [items[place] for place in np.unique(places).tolist()]
 
 
 def _judged(folder: Path, path: Path, most: int, sounds: Sounds) -> Clips:
-    """Clips and figures that `judge` wrote into a folder of the run."""
+    """Reads the clips and figures that `judge` wrote into a folder of the run."""
     sets: dict[str, list] = {}
     lines = list(read_rows(path))
     for line in lines:
@@ -298,11 +298,11 @@ def _judged(folder: Path, path: Path, most: int, sounds: Sounds) -> Clips:
         for line in spoken[:most]
     ]
     notes = compared(sets, bootstrap_of(sets)) if sets else []
-    return Clips(f"{path.parent.name}: as the judges hear it", rows, len(spoken) - len(rows), _figures_of(sets), notes)
+    return Clips(f"{path.parent.name}: judged clips", rows, len(spoken) - len(rows), _figures_of(sets), notes)
 
 
 def _unit_and(line: dict[str, Any]) -> tuple[tuple[Any, Any], dict[str, Any]]:
-    return (line.get("speaker"), line.get("text")), line  # a clip that could not be read has neither
+    return (line.get("speaker"), line.get("text")), line  # an unreadable clip has neither
 
 
 def _figures_of(sets: dict[str, list]) -> Table:
@@ -310,7 +310,7 @@ def _figures_of(sets: dict[str, list]) -> Table:
 
 
 def _badness(line: dict[str, Any]) -> tuple[float, float]:
-    """Sorts clips: most words wrong first, then the least similar voice."""
+    """Sort key: highest error rate first, then the lowest similarity."""
     errors = line["cer"] if line.get("wer") is None and "cer" in line else line.get("wer", 0.0)
     return -float(errors), float(line.get("similarity", 1.0))
 
@@ -321,21 +321,21 @@ def _measured(line: dict[str, Any]) -> str:
 
 
 def _within(folder: Path, file: str) -> Path | None:
-    """A file of the run's folder, by the longest end of its path that is in there: runs are moved and copied."""
+    """Finds a file by the longest suffix of its path that exists in the run's folder, which may have been moved."""
     parts = [part for part in Path(file).parts if part not in ("..", os.sep)]
-    ends = (folder.joinpath(*parts[first:]) for first in range(len(parts)))
-    return next((path for path in ends if path.is_file()), None)
+    paths = (folder.joinpath(*parts[first:]) for first in range(len(parts)))
+    return next((path for path in paths if path.is_file()), None)
 
 
 def _recited(folder: Path, path: Path, most: int, sounds: Sounds) -> Clips:
-    """Clips that `reproduce` wrote into a folder of the run."""
+    """Reads the clips that `reproduce` wrote into a folder of the run."""
     recited = sorted(json.loads(path.read_text(encoding="utf-8")), key=lambda row: row["share"])
     rows = []
     for row in recited[:most]:
-        spoken = os.path.basename(row["file"])  # a name in this folder, never a path out of it
+        spoken = os.path.basename(row["file"])  # never a path outside this folder
         original = spoken.replace(".spoken.", ".original.")
         found = {"text": str(row["text"]), "origin": str(row["origin"]), "heard": ""}
-        found["measured"] = f"{100 * float(row['share']):.1f} % of the codes given back"
+        found["measured"] = f"{100 * float(row['share']):.1f} % of the codes reproduced"
         sides = {side: sounds.of(path.parent / name) for side, name in (("spoken", spoken), ("original", original))}
         rows.append(found | sides)
-    return Clips(f"{path.parent.name}: training rows as the voice speaks them", rows, len(recited) - len(rows))
+    return Clips(f"{path.parent.name}: training rows reproduced", rows, len(recited) - len(rows))

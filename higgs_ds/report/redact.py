@@ -1,4 +1,4 @@
-"""Remove secrets from the config shown in W&B; a DeepSpeed file may contain some."""
+"""Removal of secrets from the config shown in W&B; a DeepSpeed file may contain some."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ SECRET_KEY = re.compile(r"api[_-]?key|access[_-]?key|private[_-]?key|secret|pass
 
 
 def redact(value: Any, key: str = "") -> Any:
-    """Copies a config, with "[redacted]" for values whose key suggests a key, token, secret or password."""
+    """Copies a config, with "[redacted]" for values under keys that suggest a key, token, secret or password."""
     if isinstance(value, dict):
         return {name: redact(inner, str(name)) for name, inner in value.items()}
     if isinstance(value, (list, tuple)):

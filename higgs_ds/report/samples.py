@@ -1,8 +1,8 @@
-"""Samples of the voice while it is trained: the same few texts at every step that is asked for, beside the recordings.
+"""Samples of the voice during training: the same few texts every N steps, to compare with the recordings.
 
-The ranks share the texts. Nothing of the training moves: generators are put back and no weight is touched. A voice
-that fails is said and left out. Files: `samples/step-000500/01-name.wav`, each with a line in `samples.jsonl` beside
-it, and `samples/recordings/01-name.wav`.
+The ranks share the texts. Training is unaffected: random generators are restored and weights are not touched. Failures
+are reported and skipped. Files: `samples/step-000500/01-name.wav`, each with a line in `samples.jsonl` in the same
+folder, and `samples/recordings/01-name.wav`.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ if TYPE_CHECKING:
     from ..judges.in_run import RunJudges
 
 FOLDER, LIST, RECORDINGS, JUDGED = "samples", "samples.jsonl", "recordings", "judged.jsonl"
-COUNT = 4  # of validation rows, where nobody said how many
-# A clip that does not stop is cut at twice the recording's frames and a bit, or at 15 s where there is none.
+COUNT = 4  # default number of validation rows
+# A clip is cut at twice the recording's frames plus SPARE_FRAMES, or at MOST_FRAMES (15 s) without a recording.
 SPARE_FRAMES, MOST_FRAMES = 64, 375
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """A text to speak, and the recording to hold it against."""
+    """A text to speak, and its recording for comparison."""
 
-    name: str  # of its files
+    name: str  # stem of its files
     text: str
     origin: str  # file and line
     turns: tuple[Turn, ...]
@@ -47,7 +47,7 @@ class Prompt:
 
     @property
     def most_frames(self) -> int:
-        """Frames after which the answer is cut."""
+        """Length limit of the answer, in frames."""
         return MOST_FRAMES if self.recorded_frames is None else 2 * self.recorded_frames + SPARE_FRAMES
 
 
@@ -59,32 +59,32 @@ class Sample:
     name: str
     text: str
     origin: str
-    file: str | None  # None: the model answered without audio, or failed
+    file: str | None  # None if the model failed or answered without audio
     seconds: float
     recorded_sec: float | None
-    ended: bool  # by the model, and not cut
+    ended: bool  # by the model rather than cut
     problem: str | None = None
 
 
 @dataclass
 class Spoken:
-    """A step's samples of all ranks, in the prompts' order, and what the judges say of them."""
+    """A step's samples of all ranks, in the prompts' order, and the judges' results."""
 
     samples: list[Sample]
-    seconds: float  # that they took
-    lines: list[dict[str, Any]] = field(default_factory=list)  # of judged.jsonl, on rank 0
+    seconds: float  # wall time of speaking
+    lines: list[dict[str, Any]] = field(default_factory=list)  # for judged.jsonl, on rank 0
     judging_sec: float = 0.0
-    failed: dict[str, str] = field(default_factory=dict)  # judges that are left out from now on, and why
-    figures: dict[str, float] = field(default_factory=dict)  # metrics `eval/*`, the same on every rank
+    failed: dict[str, str] = field(default_factory=dict)  # reason by disabled judge
+    figures: dict[str, float] = field(default_factory=dict)  # metrics `eval/*`, equal on all ranks
 
 
 def folder_of(samples: Path, step: int) -> Path:
-    """The folder of a step's samples."""
+    """Returns the folder of a step's samples."""
     return samples / f"step-{step:06d}"
 
 
 def write_lists(spoken: Spoken, folder: Path) -> None:
-    """`samples.jsonl` of a step, and `judged.jsonl`. Raises OSError."""
+    """Writes a step's `samples.jsonl`, and `judged.jsonl` if it was judged. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / LIST, "".join(json.dumps(dataclasses.asdict(sample)) + "\n" for sample in spoken.samples))
     if spoken.lines:
@@ -93,21 +93,21 @@ def write_lists(spoken: Spoken, folder: Path) -> None:
 
 
 class Voice(Protocol):
-    """The part of a family's speaker that samples need."""
+    """The part of a family's `Speaker` used for samples."""
 
     codec: Any
 
     def sample(
         self, turns: Sequence[Turn], context: Sequence[np.ndarray], *, most_frames: int, seed: int
     ) -> tuple[np.ndarray | None, bool]:
-        """Codes int16 [codebooks, frames] or None, and whether the model ended by itself."""
+        """Returns codes int16 [codebooks, frames] or None, and True if the model ended the answer itself."""
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
-        """Waveform float32 [samples]."""
+        """Returns the waveform of codes, float32 [samples]."""
 
 
 def prompts_from_rows(rows: Sequence[Row], count: int, codes_of: Callable[[AudioRef], np.ndarray]) -> list[Prompt]:
-    """Rows that end with a clip, spread evenly over the manifest, at most `count`."""
+    """Makes prompts of at most `count` rows, evenly spaced over the manifest; skips rows that end without a clip."""
     picked = np.unique(np.linspace(0, len(rows) - 1, num=min(count, len(rows))).round().astype(int)).tolist()
     prompts: list[Prompt] = []
     for row in (rows[place] for place in picked):
@@ -124,7 +124,7 @@ def prompts_from_rows(rows: Sequence[Row], count: int, codes_of: Callable[[Audio
 
 
 def prompts_from_file(path: Path, prompt_style: str) -> list[Prompt]:
-    """A text a line, spoken without a reference clip. Raises ConfigError."""
+    """Makes a prompt of each non-empty line, without a reference clip. Raises ConfigError."""
     with reading(f"--sample_texts: {path}"):
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     prompts = []
@@ -133,12 +133,12 @@ def prompts_from_file(path: Path, prompt_style: str) -> list[Prompt]:
             turns, _ = speech_messages(text, None, prompt_style=prompt_style)
             prompts.append(Prompt(f"text-{number:02d}", text, f"{path}:{number}", turns))
     if not prompts:
-        raise ConfigError([f"--sample_texts: {path} holds no text; put one on each line"])
+        raise ConfigError([f"--sample_texts: {path} contains no text; write one text per line"])
     return prompts
 
 
 class Sampler:
-    """Speaks the prompts at a step; every rank must call it."""
+    """Speaks the prompts; every rank must call it at the same step."""
 
     def __init__(
         self,
@@ -154,11 +154,11 @@ class Sampler:
     ):
         """
         Args:
-            voice: opens the model in training as a voice, on every rank; None where it cannot speak, which it has said.
-            seed: of every sample's draw, the same at every step.
-            progressed: told after every clip.
-            stop_requested: whether this rank was asked to stop, which leaves out the clips that are still to come.
-            judges: rank 0's, where the samples are judged.
+            voice: opens the model in training for speaking, on every rank; gives None, already reported, on failure.
+            seed: seed of every sample, the same at every step.
+            progressed: called after every clip.
+            stop_requested: returns True once the run should stop; the remaining clips are then skipped.
+            judges: judges of the samples, on rank 0.
         """
         self.prompts = list(prompts)
         self.folder = output_dir / FOLDER
@@ -168,11 +168,8 @@ class Sampler:
         self.is_on = True
 
     def speak(self, step: int) -> Spoken:
-        """Speaks at this step, and has rank 0's judges listen.
-
-        Generators are as before when it returns, on the CPU and on the rank's device.
-        """
-        import torch  # the curves of a run need none
+        """Speaks this step's samples and judges them on rank 0; restores the random generators of CPU and device."""
+        import torch  # not at the top: curves can be drawn without torch
 
         began = time.monotonic()
         device = self._ranks.device
@@ -201,7 +198,7 @@ class Sampler:
         for sample in spoken.samples:
             file = folder / sample.file if sample.file else None
             if file is not None:
-                patiently(file.exists, bool)  # another host's
+                patiently(file.exists, bool)  # files of other hosts appear late on a network file system
             if not sample.problem:
                 clips.append((sample.origin, file, sample.ended))
         verdicts = judges.judge(clips, self._progressed, self._stop_requested)
@@ -215,7 +212,7 @@ class Sampler:
             write_wav(file, *read_audio(prompt.recording))
 
     def _speak_mine(self, voice: Voice, step: int) -> Iterator[Sample]:
-        """This rank's prompts, one by one; whatever fails is the sample's problem and nobody else's."""
+        """Yields this rank's samples; a failure is recorded in the sample's `problem`."""
         folder = folder_of(self.folder, step)
         for prompt in self.prompts[self._ranks.rank :: self._ranks.world_size]:
             if self._stop_requested():

@@ -1,4 +1,4 @@
-"""The sinks of a run's numbers: JSON lines, a plot, the console, and Weights & Biases. Used on rank 0 only."""
+"""Sinks of a run's metrics: JSONL files, a plot, the console, and Weights & Biases. Used on rank 0 only."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from .wandb_run import WandbChoice, WandbRun
 METRICS_FILE = "metrics.jsonl"
 FAILURES_FILE = "guard_failures.jsonl"
 PLOT_FILE = "loss.png"
-VALIDATED, JUDGED = "eval/loss", "eval/stops"  # a metric of every validation, and of all judged samples
+VALIDATED, JUDGED = "eval/loss", "eval/stops"  # metrics present in every validation, and in all judged samples
 
 FIRST_PLOT_SEC = 10.0
 PLOT_INTERVAL_SEC = 30.0
-PLOTS_SHARE = 1 / 200  # of the run's time at most, however long a plot takes
-# Each of these is sent with all that was before, so that it costs more as the run goes.
+PLOTS_SHARE = 1 / 200  # largest share of the run's time spent on plots
+# Tables and charts are sent whole each time, so they cost more as the run goes on.
 TABLE_INTERVAL_SEC = 30.0
-TABLE_ROWS = 1000  # the newest failures
-CATCH_UP_VALUES = 500_000  # that a resumed run gives to W&B again: some ten seconds
+TABLE_ROWS = 1000  # newest failures in the table
+CATCH_UP_VALUES = 500_000  # sent again to W&B by a resumed run, in about ten seconds
 FIRST_CHART_SEC, CHART_GROWTH = 60.0, 1.5
 
 
@@ -47,17 +47,18 @@ def open_tracker(
     """Opens every sink of a run.
 
     Args:
-        output_dir: receives metrics.jsonl, loss.png, guard_failures.jsonl, wandb/ and wandb_run.json; made if absent.
-        config: the resolved config, shown in W&B after `redact`.
-        total_steps: optimizer steps of the whole run, those before `first_step` included.
-        run_name: shown in W&B and over the plot; None takes WANDB_NAME, or else the name of `output_dir`.
+        output_dir: folder for metrics.jsonl, loss.png, guard_failures.jsonl, wandb/ and wandb_run.json; created if
+            missing.
+        config: resolved config, shown in W&B after `redact`.
+        total_steps: optimizer steps of the whole run, including those before `first_step`.
+        run_name: title in W&B and of the plot; None means WANDB_NAME, or else the name of `output_dir`.
         wandb_project: None means WANDB_PROJECT, or else "higgs-ds".
-        first_step: optimizer steps already done. Above 0 the files of `output_dir` and the W&B run are continued, and
-            rows of later steps are dropped from the files; at 0 they are replaced.
+        first_step: optimizer steps already done. If above 0, the files of `output_dir` and the W&B run are continued,
+            and rows of later steps are dropped from the files. At 0 they are replaced.
 
     Raises:
-        ConfigError: wandb does not start, and is to be online whatever happens; a metrics.jsonl to continue that is
-            damaged or cannot be read.
+        ConfigError: wandb does not start and --wandb_mode is online; the metrics.jsonl to continue is damaged or
+            cannot be read.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
     title = run_name or os.environ.get("WANDB_NAME") or output_dir.resolve().name
@@ -67,7 +68,7 @@ def open_tracker(
             earlier.history.add(row)
             earlier.evaluated |= dict.fromkeys(earlier.evaluated.keys() & row.keys(), row["global_step"])
         earlier.failure_rows.extend(rows_until(output_dir / FAILURES_FILE, first_step, earlier.failures))
-    # Files are cut last: if W&B does not start, those of an earlier run in output_dir are still whole.
+    # Files are truncated last, so that an earlier run's stay intact if W&B does not start.
     wandb_run, no_wandb = None, ""
     if wandb.mode != "disabled":
         try:
@@ -75,7 +76,7 @@ def open_tracker(
                 output_dir, config, run_name=title, project=wandb_project, choice=wandb, resumed=first_step > 0
             )
         except RuntimeError as error:
-            if wandb.mode == "online" and not wandb.may_fall_back:  # as the user insists
+            if wandb.mode == "online" and not wandb.may_fall_back:
                 raise ConfigError([str(error)]) from error
             no_wandb = str(error)
     tracker = Tracker(output_dir, title, Console(total_steps, first_step), wandb_run, earlier)
@@ -86,28 +87,27 @@ def open_tracker(
 
 @dataclass
 class Earlier:
-    """The part of a run before this start, as its files hold it."""
+    """The part of a run before this start, read from its files."""
 
     first_step: int
     history: History = field(default_factory=History)
     failure_rows: deque[dict] = field(default_factory=lambda: deque(maxlen=TABLE_ROWS))
-    # The last step with a validation, and with judged samples.
-    evaluated: dict[str, int] = field(default_factory=lambda: {VALIDATED: -1, JUDGED: -1})
+    evaluated: dict[str, int] = field(default_factory=lambda: {VALIDATED: -1, JUDGED: -1})  # last step by metric
     metrics: Kept = field(default_factory=Kept)
     failures: Kept = field(default_factory=Kept)
 
 
 class Tracker:
-    """The sinks of one run; made by `open_tracker`, used as a context manager.
+    """Sinks of one run; made by `open_tracker`, used as a context manager.
 
-    A sink that fails (a full disk, a process that died, a network that is gone) says so once, is left out from there on
-    and named again at the end. It never ends the run: nothing that a plot or a server does is worth an adapter.
+    A sink that fails (full disk, dead process, lost network) never ends the run. The failure is reported, the sink is
+    disabled, and a message at the end names it again.
 
-    An exception that leaves the `with` block closes the tracker with exit code 1, SystemExit with its own code.
+    An exception from the `with` block closes the tracker with exit code 1, SystemExit with its own code.
     """
 
     def __init__(self, output_dir: Path, title: str, console: Console, wandb_run: WandbRun | None, earlier: Earlier):
-        """Cuts the files to the earlier part, and gives W&B what it lacks of it."""
+        """Truncates the files to the earlier part, and sends W&B the steps missing there."""
         self.metrics_path = output_dir / METRICS_FILE
         self.failures_path = output_dir / FAILURES_FILE
         self.plot_path = output_dir / PLOT_FILE
@@ -127,7 +127,7 @@ class Tracker:
         self._last_table_time = -math.inf
         self._table_is_stale = False
         self._closed = False
-        self._failed: dict[str, str] = {}  # sinks that are left out, and why
+        self._failed: dict[str, str] = {}  # reason by disabled sink
         self._sink(METRICS_FILE, cut, self.metrics_path, earlier.metrics.end)
         self._sink(FAILURES_FILE, cut, self.failures_path, earlier.failures.end)
         if wandb_run and wandb_run.note:
@@ -136,7 +136,7 @@ class Tracker:
             self._sink("W&B", self._catch_up, wandb_run, earlier.metrics.rows)
 
     def _catch_up(self, wandb_run: WandbRun, rows: int) -> None:
-        """Gives W&B the steps that it lacks, or, of very many, every so manieth and all validations."""
+        """Sends W&B the missing steps; of very many, all evaluations and every n-th other row."""
         stride = 1
         for number, row in enumerate(read_rows(self.metrics_path)):
             if number == 0:
@@ -149,26 +149,26 @@ class Tracker:
         wandb_run.has_caught_up()
 
     def _sink(self, name: str, action: Callable[..., object], *args: object) -> None:
-        """`action(*args)`, once more a sink that has not failed yet."""
+        """Calls `action(*args)` unless the sink is disabled, and disables it on failure."""
         if name in self._failed:
             return
         try:
             action(*args)
-        except Exception as error:  # whatever a sink's library raises
+        except Exception as error:  # any error of the sink's library
             self.leave_out(name, f"{type(error).__name__}: {error}")
 
     def leave_out(self, name: str, reason: str) -> None:
-        """Says that a sink failed, now and at the end; nothing goes there any more."""
+        """Disables a failed sink and prints a warning, repeated at the end of the run."""
         self._failed[name] = reason
-        self.message(f"WARNING: {name} failed and is left out from here on: {reason}")
+        self.message(f"WARNING: {name} failed and is disabled for the rest of the run: {reason}")
 
     def log(self, metrics: Mapping[str, float | list], step: int) -> None:
-        """Sends the metrics of optimizer step `step`, or of those up to it since the last call, to every sink.
+        """Sends metrics to every sink: those of optimizer step `step`, or over the steps since the last call.
 
-        The JSONL line is {"global_step", *metrics, "time" in unix seconds}; in the first one of a resumed run,
-        "resumed_after" is the step that it went on from. A list has a value a rank, None where a rank has none.
+        The JSONL line is {"global_step", *metrics, "time" in unix seconds}. The first line of a resumed run also has
+        "resumed_after", the step it continues from. A list has one value per rank, None for a rank without one.
         """
-        # Of an earlier part that was killed between an evaluation and the checkpoint that tells of it.
+        # Already logged by an earlier part, killed between this evaluation and its checkpoint.
         if any(step <= last for name, last in self._evaluated.items() if name in metrics):
             return
         self._global_step = step
@@ -180,7 +180,7 @@ class Tracker:
         self._history.add(row)
         wandb_run = self._wandb_run
         if wandb_run:
-            # Of the step that the run was resumed after there is a validation that a stop had broken off.
+            # A run resumed after `first_step` may repeat that step's interrupted validation.
             owed = step == self._first_step
             self._sink("W&B", lambda: wandb_run.log(metrics, step, owed=owed))
         now = time.monotonic()
@@ -190,7 +190,7 @@ class Tracker:
             self._send_rank_losses()
 
     def progress(self, step: int, **figures: float | str) -> None:
-        """Shows that optimizer step `step` is done; without figures those of the call before stay on show."""
+        """Shows that optimizer step `step` is done; without figures the previous ones stay visible."""
         self._console.progress(step, figures)
 
     def message(self, text: str) -> None:
@@ -198,15 +198,15 @@ class Tracker:
         self._console.message(text)
 
     def alert(self, title: str, text: str) -> None:
-        """Prints a warning and sends it as a W&B alert (mail or Slack, as the user set it up there)."""
+        """Prints a warning and sends it as a W&B alert (mail or Slack, by the user's settings there)."""
         self._console.message(f"ALERT {title}: {text}")
         if self._wandb_run:
             self._sink("W&B", self._wandb_run.alert, title, text)
 
     def failures(self, rows: list[dict]) -> None:
-        """Records failures that the loss guard found, each with the step last logged unless it has a "step".
+        """Records failures of the loss guard; a row without "step" gets the last logged step.
 
-        A row becomes a line of guard_failures.jsonl at once, and one of W&B's table guard/failures within 30 s.
+        Rows are appended to guard_failures.jsonl at once, and to W&B's table guard/failures within 30 s.
         """
         rows = [{"global_step": row.get("step", self._global_step), **row} for row in rows]
         self._sink(FAILURES_FILE, append_rows, self.failures_path, rows)
@@ -215,35 +215,35 @@ class Tracker:
         if time.monotonic() - self._last_table_time >= TABLE_INTERVAL_SEC:
             self._send_failures()
 
-    def samples(self, told: Spoken, step: int) -> None:
-        """Say what the voice spoke at this step and how it was judged; W&B gets it as a table with sounds."""
-        samples = told.samples
+    def samples(self, spoken: Spoken, step: int) -> None:
+        """Records and prints a step's samples and the judges' results; W&B gets a table with audio."""
+        samples = spoken.samples
         problems = [f"{sample.name}: {sample.problem}" for sample in samples if sample.problem]
-        spoken = sum(sample.file is not None for sample in samples)
+        count = sum(sample.file is not None for sample in samples)
         ended = sum(sample.ended for sample in samples if sample.file)
         folder = folder_of(self.metrics_path.parent / FOLDER, step)
         if samples:
-            self._sink("samples", write_lists, told, folder)
-            about = f"{ended} ended by themselves; {told.seconds:.1f} s"
-            self.message(f"step {step}: {spoken} samples in {folder} ({about})")
+            self._sink("samples", write_lists, spoken, folder)
+            about = f"{ended} ended by the model; {spoken.seconds:.1f} s"
+            self.message(f"step {step}: {count} samples in {folder} ({about})")
         if problems:
             self.message("\n".join(f"WARNING: sample {problem}" for problem in first_of(problems)))
-        if told.lines:
-            figures = "  ".join(f"{name.removeprefix('eval/')} {value:.4f}" for name, value in told.figures.items())
-            self.message(f"step {step}: samples judged  {figures}  ({told.judging_sec:.1f} s)")
-            wrong = [f"{line['file']}: {why}" for line in told.lines for why in line.get("failed", {}).values()]
-            if wrong:
-                self.message("\n".join(f"WARNING: judging {problem}" for problem in first_of(wrong)))
-        for judge, reason in told.failed.items():
+        if spoken.lines:
+            figures = "  ".join(f"{name.removeprefix('eval/')} {value:.4f}" for name, value in spoken.figures.items())
+            self.message(f"step {step}: samples judged  {figures}  ({spoken.judging_sec:.1f} s)")
+            errors = [f"{line['file']}: {why}" for line in spoken.lines for why in line.get("failed", {}).values()]
+            if errors:
+                self.message("\n".join(f"WARNING: judging {error}" for error in first_of(errors)))
+        for judge, reason in spoken.failed.items():
             if (name := "judging" if judge == "all" else f"judging of {judge}") not in self._failed:
                 self.leave_out(name, reason)
-        if told.figures:
-            self.log(told.figures, step)
-        if self._wandb_run and spoken and step > self._evaluated[JUDGED if told.figures else VALIDATED]:
-            self._sink("W&B", self._wandb_run.log_samples, told, folder, step)
+        if spoken.figures:
+            self.log(spoken.figures, step)
+        if self._wandb_run and count and step > self._evaluated[JUDGED if spoken.figures else VALIDATED]:
+            self._sink("W&B", self._wandb_run.log_samples, spoken, folder, step)
 
     def close(self, exit_code: int = 0) -> None:
-        """Draws the plot, ends the progress bar and the W&B run, says where to look. A second call does nothing."""
+        """Draws the plot, ends progress bar and W&B run, prints the paths of outputs. A second call does nothing."""
         if self._closed:
             return
         self._closed = True
@@ -257,7 +257,7 @@ class Tracker:
         self._say_where_to_look()
 
     def _write_page(self) -> None:
-        """The run's page, over what its folder holds."""
+        """Writes report.html from the files in the run's folder."""
         if self.metrics_path.exists():
             write_page([read_run(self.metrics_path.parent)], self.metrics_path.parent / PAGE)
 
@@ -275,14 +275,14 @@ class Tracker:
         if self._history:
             self._sink(PLOT_FILE, draw_history, self._history, self.plot_path, self._title)
         now = time.monotonic()
-        took = now - began if self._drawn else 0.0  # the first one imports matplotlib as well
+        took = now - began if self._drawn else 0.0  # the first plot also imports matplotlib
         self._drawn = True
         self._next_plot_time = now + max(PLOT_INTERVAL_SEC, took / PLOTS_SHARE)
 
     def _send_rank_losses(self) -> None:
         by_rank = self._history.rank_losses()
         if self._wandb_run and len(by_rank) > 1 and self._wandb_run.takes_tables():
-            self._sink("W&B's chart of the ranks", self._wandb_run.log_rank_losses, by_rank, self._global_step)
+            self._sink("W&B's chart of rank losses", self._wandb_run.log_rank_losses, by_rank, self._global_step)
         self._chart_after_sec *= CHART_GROWTH
         self._next_chart_time = time.monotonic() + self._chart_after_sec
 
@@ -307,4 +307,4 @@ class Tracker:
         if wandb_run:
             self._sink("W&B", lambda: self.message(wandb_run.where_to_look()))
         for name, reason in self._failed.items():
-            self.message(f"WARNING: {name} failed during the run and is not complete: {reason}")
+            self.message(f"WARNING: {name} failed during the run and is incomplete: {reason}")

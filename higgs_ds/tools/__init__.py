@@ -1,1 +1,1 @@
-"""The verbs beside training, `python -m higgs_ds VERB`. They import the trainer; the trainer imports none of them."""
+"""The verbs other than training, `python -m higgs_ds VERB`. They import the trainer, never the reverse."""

@@ -49,14 +49,14 @@ def main(argv: list[str]) -> int:
             return plan(argv[1:])
         args = build_parser().parse_args(argv)
         given = [word.split("=")[0] for word in argv if word.startswith("--")]
-        if argv[:1] == ["import"]:  # whose --output is --output_dir too
+        if argv[:1] == ["import"]:  # there --output is an alias of --output_dir
             given = [name.removesuffix("_dir") for name in given]
-        if twice := {name: None for name in given if given.count(name) > 1}:  # of which argparse keeps the last
+        if twice := {name: None for name in given if given.count(name) > 1}:  # argparse would take the last
             raise ConfigError([f"{name}: given twice; leave one out" for name in twice])
         return args.verb(args)
     except (ConfigError, AudioError, FileExistsError) as error:
         return tell(error, argv)
-    except Exception as error:  # nobody foresaw it: a damaged file that nobody named, a full disk, or a bug
+    except Exception as error:  # unforeseen: a damaged file, a full disk, or a bug
         tell(ConfigError([f"{' '.join(argv[:1])}: {words_of(error)} (--debug shows where)"]), [])
         if "--debug" in argv:
             traceback.print_exception(error)
@@ -64,7 +64,7 @@ def main(argv: list[str]) -> int:
 
 
 def _check(argv: list[str]) -> int:
-    """Takes the flags of train_ds.py as they are."""
+    """Runs `check` with the flags of train_ds.py."""
     from ..distributed.device import name_accelerator
     from ..distributed.ds_config import read_deepspeed_config
     from ..distributed.launch_env import grow_segments
@@ -79,15 +79,15 @@ def _check(argv: list[str]) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Of every verb; those of `LIKE_TRAINING` are only listed here, they take the flags of train_ds.py."""
+    """Builds the parser of all verbs; those of `LIKE_TRAINING` are only listed, they have the flags of train_ds.py."""
     about = "Prepare data, check a run, and use a trained voice."
     parser = argparse.ArgumentParser(prog="python -m higgs_ds", description=about, allow_abbrev=False)
     verbs = parser.add_subparsers(required=True, metavar="VERB")
-    tiny = verbs.add_parser("tiny", help="write a small, randomly initialised base checkpoint for trying things out")
+    tiny = verbs.add_parser("tiny", help="write a small, randomly initialised base checkpoint for experiments")
     family_help = "model family: v2 is Higgs Audio v2 (default), v3 Higgs TTS 3"
     flag_types.adder(tiny)("--family", family_help, ("v2", "v3"), default="v2")
     codec = verbs.add_parser("sample-codec", help="fit the sample codec to the clips of a manifest")
-    flag_types.adder(codec)("--train_manifest FILE", "names the clips", flag_types.name, required=True)
+    flag_types.adder(codec)("--train_manifest FILE", "manifest with the clips", flag_types.name, required=True)
     for verb, run in ((tiny, _tiny), (codec, _sample_codec)):
         flag_types.adder(verb)("--output_dir DIR", "folder to write to", flag_types.path, required=True)
         flag_types.adder(verb)("--seed", "random seed (default: 0)", int, default=0)
@@ -97,7 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
     verbs.add_parser("prepare", help="encode all clips and count all tokens in advance; takes the flags of train_ds.py")
     verbs.add_parser("check", help="run the loss checks on the first batches; takes the flags of train_ds.py")
     verbs.add_parser(
-        "plan", help="memory, token budgets and hours of a run; takes the flags of train_ds.py, and --json"
+        "plan", help="estimate memory, token budgets and hours of a run; takes the flags of train_ds.py, and --json"
     )
     add_generate(verbs)
     add_reproduce(verbs)
@@ -106,7 +106,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_export(verbs)
     add_report(verbs)
     for name, verb in verbs.choices.items():
-        if name not in LIKE_TRAINING:  # which have it from the options of a run
+        if name not in LIKE_TRAINING:  # those have it already
             verb.add_argument("--debug", action="store_true", help="print the traceback behind an error message")
     return parser
 

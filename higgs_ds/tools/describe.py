@@ -1,6 +1,6 @@
-"""`python -m higgs_ds describe`: summary of a manifest, estimate of the training time, and the ten oddest clips.
+"""`python -m higgs_ds describe`: summarises a manifest, estimates the training time, and plays the ten oddest clips.
 
-Lengths come from the clips' headers, so that hours of speech take seconds; nothing is decoded but the clips to play.
+Lengths are read from the clips' headers, so hours of speech take seconds; only the clips to play are decoded.
 """
 
 from __future__ import annotations
@@ -30,30 +30,29 @@ from . import flag_types
 if TYPE_CHECKING:
     from ..model.base import BaseCheckpoint
 
-# Boson's codec and the model's stream around each clip: BOS, EOS and the delay of 8 codebooks.
-FRAMES_PER_SEC, FRAMES_AROUND = 25, 9
-BYTES_PER_TOKEN = 3.5  # of text under Boson's tokenizer, roughly, where no tokenizer is given
+FRAMES_PER_SEC, FRAMES_AROUND = 25, 9  # of Boson's codec; added per clip: BOS, EOS and the delay of 8 codebooks
+BYTES_PER_TOKEN = 3.5  # of text, estimated for Boson's tokenizer
 TOKENS_PER_TURN = 5
-# benchmarks/roofline.py: the 5.8 B model in bf16, LoRA rank 16. Arithmetic at what large kernels reach, not measured.
+# benchmarks/roofline.py: the 5.8 B model in bf16, LoRA rank 16; calculated from large kernels' speed, not measured.
 CARD, TOKENS_PER_SEC = "H100", 32_000
-ODDEST = 10  # rows that the page plays
+ODDEST = 10  # number of clips to play
 
 
 @dataclass
 class Described:
-    """A manifest's usable rows, with what is known of each, one entry a row."""
+    """A manifest's usable rows with their sizes, and its faults."""
 
     speech: SpeechStats
     rows: list[Row]
-    seconds: np.ndarray  # float64 [rows], of all clips of a row
+    seconds: np.ndarray  # float64 [rows], sum over a row's clips
     tokens: np.ndarray  # int64 [rows]
     faults: list[Fault]
     notes: list[str] = field(default_factory=list)
-    warnings: list[Fault] = field(default_factory=list)  # of all texts together
+    warnings: list[Fault] = field(default_factory=list)  # about the texts as a whole
 
 
 def oddest(found: Described) -> list[int]:
-    """The rows, at most ten, whose texts are spoken the most unlike the others; of few rows, the oddest lengths."""
+    """Finds the rows, at most ten, with the oddest speaking rates; of few rows, those with the oddest lengths."""
     speech = found.speech
     there = np.flatnonzero(speech.seconds > 0)
     score = abs(oddness(speech)[there])
@@ -64,9 +63,9 @@ def oddest(found: Described) -> list[int]:
 
 
 def describe(path: str, *, base: BaseCheckpoint | None = None, **read_as: Any) -> Described:
-    """Reads a manifest and its clips' headers. With a base checkpoint tokens are counted, else estimated.
+    """Reads a manifest and its clips' headers; counts tokens with a base checkpoint, else estimates them.
 
-    `read_as` are `Manifest`'s own options.
+    `read_as` are options of `Manifest`.
     """
     from ..data.controls import DEFAULT_CONTROLS, control_tokens
 
@@ -114,7 +113,7 @@ def describe(path: str, *, base: BaseCheckpoint | None = None, **read_as: Any) -
 
 
 def frames_of(seconds: float) -> int:
-    """Positions that a clip takes of the model, by its length."""
+    """Computes the number of positions in the model for a clip of this length."""
     return math.ceil(seconds * FRAMES_PER_SEC) + FRAMES_AROUND
 
 
@@ -130,7 +129,7 @@ def _tokens(row: Row, lengths: dict[AudioRef, float], base: BaseCheckpoint | Non
 
 
 def lines_of(found: Described) -> list[str]:
-    """Summary of a manifest: its size, and the hours of each speaker."""
+    """Summarises a manifest: its size, and the hours of each speaker."""
     lines = first_lines(found.speech)
     hours: dict[str, float] = defaultdict(float)
     for row, seconds in zip(found.rows, found.speech.seconds.tolist(), strict=True):
@@ -144,7 +143,7 @@ def lines_of(found: Described) -> list[str]:
 def epoch_lines(
     described: list[Described], portions: list[Portion], *, max_tokens: int, epochs: float | None
 ) -> list[str]:
-    """Size of an epoch of these manifests by their weights; with `epochs`, the training time."""
+    """Describes an epoch of these manifests by their weights; with `epochs`, also the training time."""
     fits = [found.tokens <= max_tokens for found in described]
     tokens = np.concatenate([found.tokens[fit] for found, fit in zip(described, fits, strict=True)])
     counts = [int(fit.sum()) for fit in fits]
@@ -175,7 +174,7 @@ def _time(seconds: float) -> str:
 
 
 def add_describe(verbs: Any) -> None:
-    """The flags of `describe`."""
+    """Adds the verb `describe`."""
     parser = verbs.add_parser("describe", help="summarise a manifest and estimate the training time")
     add, name, number = flag_types.adder(parser), flag_types.name, flag_types.number
     train_help = "manifests, optionally with weights (FILE=WEIGHT) as in train_ds.py"
@@ -183,7 +182,7 @@ def add_describe(verbs: Any) -> None:
     add("--val_manifest FILE", "validation manifest", name)
     output_help = "write describe.html, describe.png and faults.jsonl here (default: print only)"
     add("--output_dir DIR", output_help, flag_types.path)
-    add("--audio_root DIR", "folder for clips, before the manifest's own", name)
+    add("--audio_root DIR", "folder to search for clips first, then the manifest's", name)
     add("--channel N", "channel of clips with several, from 0 (-1: all mixed)", number(int, -1))
     add("--audio_track N", "sound track of containers with several, from 0", number(int, 0))
     add("--base_ckpt", "count tokens with this checkpoint's tokenizer (default: estimate them)", name)
@@ -193,12 +192,12 @@ def add_describe(verbs: Any) -> None:
 
 
 def run_describe(args: argparse.Namespace) -> int:
-    """Says what the manifests hold; with `--output_dir`, describe.html, describe.png and faults.jsonl are left there.
+    """Prints a summary of the manifests; writes describe.html, describe.png and faults.jsonl to `--output_dir`.
 
     The page plays clips of the first manifest.
 
     Raises:
-        ConfigError: a manifest without a usable row, or a folder that cannot be written to.
+        ConfigError: a manifest has no usable row, or the folder is not writable.
     """
     read_as = {"audio_root": args.audio_root, "channel": args.channel, "audio_track": args.audio_track}
     if args.base_ckpt is not None:

@@ -1,4 +1,4 @@
-"""The picture and the page of `describe`: histograms, and the oddest clips to listen to, all in one file."""
+"""Plot and page of `describe`: histograms, and the oddest clips to play, in one self-contained file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PLAYED_SEC = 30.0
 
 
 def write_page(folder: Path, found: Described, said: list[str]) -> Path:
-    """describe.png and describe.html in a folder; returns the page's path. Raises OSError."""
+    """Writes describe.png and describe.html to a folder; returns the page's path. Raises OSError."""
     png = draw_histograms(found)
     with replacing(folder / "describe.png") as beside:
         beside.write_bytes(png)
@@ -37,7 +37,7 @@ def write_page(folder: Path, found: Described, said: list[str]) -> Path:
 
 
 def draw_histograms(found: Described) -> bytes:
-    """PNG of 1400 x 500 pixels: clip lengths on the left, characters per second on the right."""
+    """Draws a PNG of 1400 x 500 pixels: clip lengths on the left, characters per second on the right."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -62,10 +62,10 @@ def draw_histograms(found: Described) -> bytes:
 
 
 def _played(found: Described, i: int) -> dict[str, str]:
-    """A row of the page's table."""
+    """Makes a row of the page's table."""
     speech, row = found.speech, found.rows[i]
     said = row.target()
-    assert said is not None, "`oddest` gives rows that speak a clip"
+    assert said is not None, "`oddest` returns only rows with a clip"
     text, clip = said
     numbers = f"{int(speech.stats['chars'][i])} characters in {speech.seconds[i]:.2f} s"
     shown = {"origin": row.origin, "numbers": numbers, "text": text}

@@ -1,4 +1,4 @@
-"""Flags of the verbs: how they are added, and their types."""
+"""Types of the verbs' flags, and a shorthand to add them."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ DTYPES = ("bf16", "fp16", "fp32")
 
 
 def name(text: str) -> str:
-    """A name, folder, file or hub id. Raises ArgumentTypeError for an empty one, as an unset shell variable gives."""
+    """Parses a name, path or hub id. Raises ArgumentTypeError if it is empty, e.g. an unset shell variable."""
     if not text.strip():
-        raise argparse.ArgumentTypeError("is empty; give a value, or leave it out")
+        raise argparse.ArgumentTypeError("is empty; give a value, or omit the flag")
     return text
 
 
 def path(text: str) -> Path:
-    """A file or a folder. Raises ArgumentTypeError for an empty word, which pathlib takes for the working folder."""
+    """Parses a path. Raises ArgumentTypeError if it is empty, which pathlib would take as the working directory."""
     return Path(name(text))
 
 
 def adder(parser: argparse.ArgumentParser) -> Callable[..., None]:
-    """A function that adds a flag by its names with a metavar, its help, and its type.
+    """Returns a function that adds a flag: its names with an optional metavar, its help, and its type.
 
-    Choices are a tuple, a switch is a bool. More arguments are argparse's own.
+    The type is a tuple for choices, bool for a switch. Further arguments are passed to argparse.
     """
 
     def add(names: str, about: str, kind: Any = str, **more: Any) -> None:
@@ -43,7 +43,7 @@ def adder(parser: argparse.ArgumentParser) -> Callable[..., None]:
 
 
 def base_flags(parser: argparse.ArgumentParser, base_help: str, default: str | None = None) -> None:
-    """The base checkpoint, its revision, and whether an adapter may be of another one."""
+    """Adds the flags of the base checkpoint, its revision, and adapters of another base."""
     add = adder(parser)
     add("--base_ckpt", base_help, name, default=default)
     add("--base_revision", "revision of the base on the hub")
@@ -51,7 +51,7 @@ def base_flags(parser: argparse.ArgumentParser, base_help: str, default: str | N
 
 
 def number(kind: type, least: float, most: float = math.inf) -> Callable[[str], float]:
-    """A type for a number of this range, both ends included."""
+    """Returns a type for a number from `least` to `most`, both included."""
 
     def read(text: str) -> float:
         value = kind(text)
@@ -60,5 +60,5 @@ def number(kind: type, least: float, most: float = math.inf) -> Callable[[str], 
             raise argparse.ArgumentTypeError(f"{text} must be {limits}")
         return value
 
-    read.__name__ = kind.__name__  # which argparse quotes
+    read.__name__ = kind.__name__  # argparse prints it in error messages
     return read

@@ -1,4 +1,4 @@
-"""`python -m higgs_ds judge`: a voice, or a folder of clips, judged beside the recordings and the codec's copies."""
+"""`python -m higgs_ds judge`: judges a voice or a folder of clips, with recordings and codec copies for comparison."""
 
 from __future__ import annotations
 
@@ -36,15 +36,20 @@ CLIPS = "clips"
 
 
 def add_judge(verbs) -> None:
-    """The flags of `judge`."""
-    parser = verbs.add_parser("judge", help="measure words, voice, sound and ends of a voice or of a folder of clips")
+    """Adds the verb `judge`."""
+    parser = verbs.add_parser("judge", help="measure words, voice, sound and endings of a voice or a folder of clips")
     add, number = parser.add_argument, flag_types.number
     add("--manifest", type=flag_types.path, metavar="FILE", help="held-out rows: texts, speakers and recordings")
-    add("--audio_root", type=flag_types.name, metavar="DIR", help="folder for clips, before the manifest's own")
-    add("--texts", type=flag_types.path, metavar="FILE", help="speak these texts, one a line, instead of the rows'")
-    add("--speaker", type=flag_types.name, help="judge this speaker's rows, or --texts as in this speaker's voice")
-    add("--count", type=number(int, 1), metavar="N", help="judge N texts, evenly spread (default: all)")
-    clips_help = "judge these clips instead of a model's: named as the recordings, or by row or line: 0001.wav"
+    add(
+        "--audio_root",
+        type=flag_types.name,
+        metavar="DIR",
+        help="folder to search for clips first, then the manifest's",
+    )
+    add("--texts", type=flag_types.path, metavar="FILE", help="speak these texts, one per line, instead of the rows'")
+    add("--speaker", type=flag_types.name, help="judge this speaker's rows, or compare --texts with this speaker")
+    add("--count", type=number(int, 1), metavar="N", help="judge N texts, evenly spaced (default: all)")
+    clips_help = "judge these clips instead of a model's; named like the recordings, or by row or line number: 0001.wav"
     add("--clips", type=flag_types.path, metavar="DIR", help=clips_help)
     for name in ("words", "voice"):
         default, about = OPTIONS[name].default, str(OPTIONS[name].field.description)
@@ -53,8 +58,8 @@ def add_judge(verbs) -> None:
     add("--sound", choices=("dnsmos", "none"), default="dnsmos", help="judge of the sound (default: dnsmos)")
     flags.voice_flags(parser)
     reference_help = (
-        "clip to clone: the row's own, none, another one of the speaker's, or --ref_audio; several are judged one by "
-        "one (default: clip where --ref_audio is given, else row)"
+        "clip to clone: the row's own, none, another clip of the speaker, or --ref_audio; several values are judged "
+        "separately (default: clip if --ref_audio is given, else row)"
     )
     add("--reference", nargs="+", choices=REFERENCES, help=reference_help)
     add("--sampler", nargs="+", choices=flags.SAMPLERS, default=["greedy"], help="as in generate (default: greedy)")
@@ -68,7 +73,7 @@ def add_judge(verbs) -> None:
 
 
 def run_judge(args: argparse.Namespace) -> int:
-    """Speaks, judges, and says the figures; returns 1 if one of the judges failed on every clip."""
+    """Speaks and judges clips, prints the figures; returns 1 if a judge failed on every clip."""
     from ..judges.summary import CODEC
     from .judge_texts import asked_of, clips_in
 
@@ -76,8 +81,8 @@ def run_judge(args: argparse.Namespace) -> int:
     asked = asked_of(args, style)
     if args.clips is not None:
         clips = clips_in(args.clips, asked)
-        if lacking := len(asked.sentences) - len(clips):
-            say(f"--clips: {lacking} of {len(asked.sentences)} texts have no clip; they are left out")
+        if missing := len(asked.sentences) - len(clips):
+            say(f"--clips: {missing} of {len(asked.sentences)} texts have no clip and are skipped")
         asked.sentences = [made.sentence for made in clips]
     asked = asked.drawn(args.count)
     device = _device(args, asked, style)
@@ -106,7 +111,7 @@ def run_judge(args: argparse.Namespace) -> int:
 
 
 def _remove_earlier(folder: Path, keep: Path | None) -> None:
-    """Removes the clips of an earlier call: numbered files in the folders that `judge` names, and nothing else."""
+    """Removes an earlier call's clips: only numbered files, in folders with names that `judge` uses."""
     from ..judges.summary import CODEC, RECORDINGS
 
     spoken = map("-".join, product(flags.SAMPLERS, STOP_RULES, REFERENCES))
@@ -119,18 +124,18 @@ def _remove_earlier(folder: Path, keep: Path | None) -> None:
 
 
 def _check_flags(args: argparse.Namespace) -> str:
-    """Flags that exclude each other, and outputs that exist; fills in defaults. Returns the style of the prompts."""
+    """Checks for conflicting flags and existing outputs, fills in defaults; returns the prompt style."""
     problems = []
     if args.manifest is None and args.texts is None:
-        problems.append("--manifest, --texts: give one, for the texts to judge")
+        problems.append("--manifest, --texts: give one of them")
     results = [args.output_dir / "judged.jsonl", args.output_dir / CLIPS]
     there = [path for path in results if os.path.lexists(path)]
     if there and not args.overwrite:
-        problems.append(f"--output_dir: {there[0]} exists and is kept; --overwrite overwrites it")
+        problems.append(f"--output_dir: {there[0]} exists; add --overwrite to overwrite it")
     if args.clips is not None:
         speaks = ("base_ckpt", "adapter", "merged", "reference", "ref_audio")
         if given := [f"--{name}" for name in speaks if getattr(args, name)]:
-            problems.append(f"--clips: are judged as they are; leave {', '.join(given)} out")
+            problems.append(f"--clips: no model speaks; omit {', '.join(given)}")
         flags.refuse(problems)
         return PROMPT_STYLES[0]
     flags.refuse(problems)
@@ -138,9 +143,9 @@ def _check_flags(args: argparse.Namespace) -> str:
     args.reference = list(dict.fromkeys(args.reference or ["clip" if args.ref_audio else "row"]))
     args.sampler, args.stop = list(dict.fromkeys(args.sampler)), list(dict.fromkeys(args.stop or ()))
     if "greedy" not in args.sampler and args.stop not in ([], ["boson"], ["sglang"]):
-        problems.append("--stop: stop rules are compared with greedy decoding; leave it out, or add --sampler greedy")
+        problems.append("--stop: stop rules apply to greedy decoding only; omit it or add --sampler greedy")
     if ("clip" in args.reference) != (args.ref_audio is not None):
-        problems.append("--reference clip, --ref_audio: one needs the other")
+        problems.append("--reference clip, --ref_audio: one requires the other")
     flags.refuse(problems)
     ref = flags.reference_clip(args)
     flags.check_adapter(args)
@@ -148,7 +153,7 @@ def _check_flags(args: argparse.Namespace) -> str:
 
 
 def _device(args: argparse.Namespace, asked: Asked, style: str) -> str:
-    """The device to judge on, with the prompts checked; clips alone are judged on the CPU where there is no GPU."""
+    """Checks the prompts and returns the device to judge on; only --clips can be judged without a usable GPU."""
     from ..distributed.device import name_accelerator
 
     if args.clips is not None:
@@ -157,7 +162,7 @@ def _device(args: argparse.Namespace, asked: Asked, style: str) -> str:
         return "cuda" if torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu" else "cpu"
     from .judge_speech import prompt_of
 
-    device = str(name_accelerator())  # refused before anything is downloaded or loaded
+    device = str(name_accelerator())  # fails before anything is downloaded or loaded
     texts = [(sentence.origin, sentence.text) for sentence in asked.sentences]
     for reference in args.reference:
         prompts = [prompt_of(sentence, reference, asked, args, style) for sentence in asked.sentences]
@@ -166,33 +171,33 @@ def _device(args: argparse.Namespace, asked: Asked, style: str) -> str:
 
 
 def _panel(args: argparse.Namespace, asked: Asked, device: str) -> Panel:
-    """The judges, with the voices and the pace of the recordings learnt. Raises ConfigError."""
+    """Loads the judges and enrols the recordings. Raises ConfigError."""
     from ..judges.panel import NONE, open_panel
 
     if args.voice != NONE and not asked.corpus:
-        say("--voice: needs --manifest, for the speaker's recordings; similarity and lengths are left out")
+        say("--voice: similarity and lengths are not measured; they need --manifest, for the speaker's recordings")
         args.voice = NONE
     panel = open_panel(args.words, args.voice, args.sound, device)
     recordings = (_read(sentence, sentence.recording, is_recording=True) for sentence in asked.corpus)
-    left_out = [line for clip in recordings if clip is not None and (line := panel.enrol(clip))]
-    if left_out:
-        say("\n".join(first_of(left_out)))
+    problems = [line for clip in recordings if clip is not None and (line := panel.enrol(clip))]
+    if problems:
+        say("\n".join(first_of(problems)))
     return panel
 
 
 def _read(sentence: Sentence, ref: AudioRef | None, **about) -> Clip | None:
-    """A clip, empty where it has no file; None, and a line, for one that cannot be read."""
+    """Reads a clip, empty if `ref` is None; prints a message and returns None if it cannot be read."""
     from ..judges.clips import read_clip
 
     try:
         return read_clip(sentence, ref, **about)
     except ConfigError as error:
-        say(f"{error}; left out")
+        say(f"{error}; skipped")
         return None
 
 
 def _copies(asked: Asked, codec: Codec, codebooks: int | None, folder: Path) -> list[Made]:
-    """The recordings' codes decoded: no model that speaks in these codes can sound better."""
+    """Encodes and decodes the recordings: an upper bound on the quality of any model with this codec."""
     from .judge_texts import Made
 
     copies = []
@@ -213,7 +218,7 @@ def _written(folder: Path, number: int, waveform: np.ndarray, rate: int) -> Path
 
 
 def _clips(asked: Asked, sets: dict[str, list[Made]], folder: Path) -> Iterator[tuple[str, str, Clip]]:
-    """(set, file, clip) of everything to be judged, the recordings first, which are written beside the others."""
+    """Yields (set, file, clip) of all clips to judge, first the recordings, of which it writes copies."""
     from ..data.chatml import AudioRef
     from ..judges.summary import RECORDINGS
 
@@ -229,7 +234,7 @@ def _clips(asked: Asked, sets: dict[str, list[Made]], folder: Path) -> Iterator[
 
 
 def _judge(args: argparse.Namespace, clips: Iterator[tuple[str, str, Clip]], panel: Panel) -> int:
-    """Judges one clip after the other, each with its line in judged.jsonl, and says the figures."""
+    """Judges the clips one by one, appends each line to judged.jsonl, and prints the figures."""
     from ..judges.summary import summary
 
     sets: dict[str, list[tuple[tuple, Line]]] = {}
@@ -241,7 +246,7 @@ def _judge(args: argparse.Namespace, clips: Iterator[tuple[str, str, Clip]], pan
             line, failed = panel.line(name, file, clip)
             for judge, words in failed.items():
                 failures[judge] += 1
-                say(f"{file}: {judge}: {words}; left out")
+                say(f"{file}: {judge}: {words}; skipped")
             out.write(json.dumps(line, ensure_ascii=False) + "\n")
             out.flush()
             sets.setdefault(name, []).append((clip.sentence.unit, line))
@@ -249,6 +254,5 @@ def _judge(args: argparse.Namespace, clips: Iterator[tuple[str, str, Clip]], pan
     if not count:
         raise ConfigError(["nothing was judged: no clip can be read"])
     say("\n".join(summary(sets)))
-    say(f"{args.output_dir / 'judged.jsonl'}: {count} clips; figures with their 95 % intervals over texts and speakers")
-    silent = [judge for judge, number in failures.items() if number == count]
-    return ExitCode.FAILED if silent else ExitCode.OK
+    say(f"{args.output_dir / 'judged.jsonl'}: {count} clips; figures with 95 % intervals over texts and speakers")
+    return ExitCode.FAILED if count in failures.values() else ExitCode.OK

@@ -1,4 +1,4 @@
-"""Sentences spoken with every reference, sampler and stop rule asked for, as files to be judged."""
+"""Synthesis of the sentences to judge, with every selected reference, sampler and stop rule."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ GREEDY = "greedy"
 
 
 def prompt_of(sentence: Sentence, reference: str, asked: Asked, args: argparse.Namespace, style: str) -> list[Turn]:
-    """The turns before the answer. A reference that there is not is none."""
+    """Returns the prompt's turns. A missing reference clip counts as reference none."""
     row = asked.rows.get(sentence.origin)
     if reference == "row" and row is not None:
         return list(row.messages[:-1])
@@ -28,7 +28,7 @@ def prompt_of(sentence: Sentence, reference: str, asked: Asked, args: argparse.N
         more |= {"ref_text": args.ref_text, "ref_audio": AudioRef(args.ref_audio)}
     if reference == "speaker":
         of_speaker = [s for s in asked.corpus if s.speaker == sentence.speaker and s.origin != sentence.origin]
-        if of_speaker:  # of middle length, as `generate --speaker` takes
+        if of_speaker:  # the clip with the text of median length, as in `generate --speaker`
             chosen = sorted(of_speaker, key=lambda other: len(other.text))[len(of_speaker) // 2]
             more |= {"ref_text": chosen.text, "ref_audio": chosen.recording}
     return list(speech_messages(sentence.text, None, **more)[0])
@@ -37,7 +37,7 @@ def prompt_of(sentence: Sentence, reference: str, asked: Asked, args: argparse.N
 def speak_all(
     speaker: Speaker, asked: Asked, args: argparse.Namespace, style: str, folder: Path
 ) -> dict[str, list[Made]]:
-    """The sentences by set, `sampler, stop rule, reference`, written to a folder of that name. Raises OSError."""
+    """Speaks all sentences for each set (sampler, stop rule, reference), into one folder per set. Raises OSError."""
     spoken: dict[str, list[Made]] = {}
     asked_for = flags.rules_of(args, speaker, speaker.stop_rules[:1])
     given = {name: value for name in ("seed", "max_new_tokens") if (value := getattr(args, name)) is not None}
@@ -58,7 +58,7 @@ def speak_all(
 def _written(speaker: Speaker, answer: Answer, file: Path) -> Path | None:
     file.parent.mkdir(parents=True, exist_ok=True)
     if answer.codes is None or answer.codes.shape[1] == 0:
-        file.unlink(missing_ok=True)  # an earlier one's
+        file.unlink(missing_ok=True)  # from an earlier call
         return None
     write_wav(file, speaker.decode(answer.codes), speaker.codec.sample_rate)
     return file

@@ -1,4 +1,4 @@
-"""Sentences to be judged, from a manifest or a file of texts, and the clips of a folder that say them."""
+"""Sentences to judge, from a manifest or a file of texts, and their clips in a folder."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from . import speak_flags as flags
 
 @dataclass
 class Asked:
-    """Sentences, and what the manifest knows of them."""
+    """Sentences to judge, and their rows and recordings in the manifest."""
 
     sentences: list[Sentence]
-    corpus: list[Sentence] = field(default_factory=list)  # those with recordings, some of each speaker
+    corpus: list[Sentence] = field(default_factory=list)  # some recordings of each speaker
     rows: dict[str, Row] = field(default_factory=dict)  # by the sentence's origin
 
     def drawn(self, count: int | None) -> Asked:
-        """With `count` of the sentences, evenly spread."""
+        """Copies this with `count` of the sentences, evenly spaced; None keeps all."""
         return Asked(spread(self.sentences, count or len(self.sentences)), self.corpus, self.rows)
 
 
 @dataclass(frozen=True)
 class Made:
-    """A file that should say a sentence."""
+    """A clip's file and its sentence."""
 
     sentence: Sentence
-    file: Path | None  # None where the answer has no frame of audio
+    file: Path | None  # None if the answer has no frame of audio
     ended: bool | None = None
 
 
 def asked_of(args: argparse.Namespace, prompt_style: str) -> Asked:
-    """The sentences of `--texts`, else of `--manifest`. Raises ConfigError."""
+    """Reads the sentences of `--texts`, else of `--manifest`. Raises ConfigError."""
     known = _of_manifest(args, prompt_style) if args.manifest else Asked([])
     if args.texts is None:
         return known
@@ -47,7 +47,7 @@ def asked_of(args: argparse.Namespace, prompt_style: str) -> Asked:
     flags.refuse(flags.empty_texts(texts))
     speakers = sorted({sentence.speaker or "" for sentence in known.corpus})
     if len(speakers) > 1:
-        raise ConfigError([f"--speaker: name whose voice it should be: {', '.join(filter(None, speakers[:20]))}"])
+        raise ConfigError([f"--speaker: choose the speaker of --texts: {', '.join(filter(None, speakers[:20]))}"])
     speaker = known.corpus[0].speaker if known.corpus else args.speaker
     sentences = [Sentence(text, where.removeprefix("--texts: "), speaker) for where, text in texts]
     return Asked(sentences, known.corpus)
@@ -76,12 +76,12 @@ def _of_manifest(args: argparse.Namespace, prompt_style: str) -> Asked:
 
 
 def clips_in(folder: Path, asked: Asked) -> list[Made]:
-    """The clips of a folder, in the order of the sentences: named as the recording, or numbered as the row or line.
+    """Finds the sentences' clips in a folder, in order, by the recording's name or by the row or line number.
 
-    `x.wav`, `07-x.wav` and `07-x.spoken.wav` are named as the recording x; numbers count where no file is.
+    `x.wav`, `07-x.wav` and `07-x.spoken.wav` match the recording x. Numbers are used only if no name matches.
 
     Raises:
-        ConfigError: no file is either, or several are the same sentence's.
+        ConfigError: no file matches, or the match is ambiguous.
     """
     with reading(f"--clips: {folder}"):
         files = sorted(file for file in folder.iterdir() if file.suffix.lower() in SOUND_FORMATS)
@@ -98,12 +98,12 @@ def clips_in(folder: Path, asked: Asked) -> list[Made]:
     problems = []
     for file, origins in said.items():
         if len(origins) > 1:
-            problems.append(f"--clips: {file.name} may be {' or '.join(origins[:3])}; number the clips: 0001.wav")
+            problems.append(f"--clips: {file.name} matches {' and '.join(origins[:3])}; number the clips: 0001.wav")
         elif origins and origins[0] in found:
-            problems.append(f"--clips: {found[origins[0]].name} and {file.name} are both {origins[0]}; keep one")
+            problems.append(f"--clips: {found[origins[0]].name} and {file.name} both match {origins[0]}; keep one")
         elif origins:
             found[origins[0]] = file
     if problems or not found:
-        nothing = f"--clips: {folder} has no clip named as a recording, or by its row or line: 0001.wav"
+        nothing = f"--clips: {folder} has no clip named like a recording, or by row or line number: 0001.wav"
         raise ConfigError(first_of(problems) or [nothing])
     return [Made(sentence, found[sentence.origin]) for sentence in asked.sentences if sentence.origin in found]

@@ -1,4 +1,4 @@
-"""`python -m higgs_ds merge` and `export`: from an adapter to what other stacks load."""
+"""`python -m higgs_ds merge` and `export`: converts an adapter for use in other libraries and servers."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 
 def add_merge(verbs: Any) -> None:
-    """The flags of `merge`."""
+    """Adds the verb `merge`."""
     parser = verbs.add_parser("merge", help="merge an adapter into its base and write one checkpoint, in either layout")
     flag_types.base_flags(parser, f"folder or hub id (default: {DEFAULT_BASE})", DEFAULT_BASE)
     add = flag_types.adder(parser)
     add("--adapter DIR", "LoRA adapter (default: none)", flag_types.path)
     add("--output_dir DIR", "new or empty folder for the checkpoint", flag_types.path, required=True)
-    layout_help = "the library that will load the checkpoint; Higgs TTS 3 has one layout, native, and needs no flag"
+    layout_help = "library to load the checkpoint with; not needed for Higgs TTS 3, which has one layout, native"
     add("--layout", layout_help, (*LAYOUTS, NATIVE))
     add("--dtype", "data type of the weights (default: as in the base)", flag_types.DTYPES)
     codec_help = "audio tokenizer to load with the checkpoint: hub id, or folder in the same layout (default: its own)"
@@ -38,11 +38,11 @@ def add_merge(verbs: Any) -> None:
 
 
 def add_export(verbs: Any) -> None:
-    """The flags of `export`."""
+    """Adds the verb `export`."""
     parser = verbs.add_parser("export", help="rename an adapter's weights for use with transformers and PEFT")
     add = flag_types.adder(parser)
     add("--adapter DIR", "LoRA adapter to export", flag_types.path, required=True)
-    add("--layout", "the library that will load it", (TRANSFORMERS,), required=True)
+    add("--layout", "library to load the adapter with", (TRANSFORMERS,), required=True)
     add(
         "--output_dir DIR",
         "new or empty folder (default: the adapter's, with `-transformers` appended)",
@@ -53,7 +53,7 @@ def add_export(verbs: Any) -> None:
 
 
 def run_merge(args: argparse.Namespace) -> int:
-    """Checks the adapter's config before the base is looked for, and its weights before anything is written."""
+    """Merges; checks the adapter's config before the base is located, and its weights before anything is written."""
     from ..model.families import open_base
     from ..model.files.adapter_file import read_adapter
     from ..model.voice_record import RECORD, read_record, record_text
@@ -73,14 +73,14 @@ def run_merge(args: argparse.Namespace) -> int:
         table |= {"adapter": f"`{args.adapter.resolve()}`", **adapter.describe(), "layers merged": len(adapter.weights)}
     table |= record.table() if record else {}
     where = {"base": name, "revision": revision, "layout": args.layout, "folder": args.output_dir}
-    codec = args.codec or ("" if base.bundles_codec else DEFAULT_CODEC)  # its own needs no flag
+    codec = args.codec or ("" if base.bundles_codec else DEFAULT_CODEC)  # a bundled codec needs no flag
     where |= {"codec": codec, "codec_revision": args.codec_revision}
     texts = {"README.md": merged_card(table, **where)} | ({RECORD: record_text(record)} if record else {})
     for note in base.notes:
         say(note)
     size = family.merge(base, adapter, args.output_dir, args.layout, dtype=args.dtype, codec=codec, texts=texts)
     merged = f"{len(adapter.weights)} layers merged" if adapter else "nothing merged"
-    merged += f", {' and '.join(adapter.whole)} replaced whole" if adapter and adapter.whole else ""
+    merged += f", {' and '.join(adapter.whole)} replaced" if adapter and adapter.whole else ""
     say(
         f"{args.output_dir}: {len(base.stored)} weights, {size / 1e9:.2f} GB, {merged}; verified: every name, shape "
         "and dtype, the tokenizer, and a sample of the values"
@@ -89,7 +89,7 @@ def run_merge(args: argparse.Namespace) -> int:
 
 
 def _family_for(layout: str | None, base_name: str, revision: str | None) -> tuple[Path, Family]:
-    """The folder of a base, without its weights, and its family. Raises ConfigError where that has no such layout."""
+    """Locates a base without its weights; returns folder and family. Raises ConfigError if it has no such layout."""
     from ..model.base import locate_checkpoint
     from ..model.families import family_at
 
@@ -98,12 +98,12 @@ def _family_for(layout: str | None, base_name: str, revision: str | None) -> tup
     if layout is None and len(family.layouts) > 1:
         raise ConfigError([f"--layout: is required for {base_name}: {' or '.join(family.layouts)}"])
     if layout is not None and layout not in family.layouts:
-        raise ConfigError([f"--layout: {layout} is no layout of {base_name}, expected {' or '.join(family.layouts)}"])
+        raise ConfigError([f"--layout: {base_name} has no layout {layout}, expected {' or '.join(family.layouts)}"])
     return folder, family
 
 
 def run_export(args: argparse.Namespace) -> int:
-    """Renames a checked adapter's weights and layers."""
+    """Checks an adapter and renames its weights and layers."""
     from safetensors.torch import save_file
 
     from ..model.files.adapter_file import CONFIG, WEIGHTS, check_base, read_adapter, read_adapter_config, revision_for
@@ -135,9 +135,9 @@ def run_export(args: argparse.Namespace) -> int:
         "modules_to_save": [renamed(name) for name in adapter.whole] or None,
         "peft_type": "LORA",
         "r": lora.rank,
-        # Whole names: a suffix that boson_multimodal's names have may mean other layers there.
+        # Full names: suffixes of boson_multimodal's names may match other layers in transformers.
         "target_modules": sorted(renamed(name) for name in adapter.weights),
-        "task_type": None,  # PEFT's wrapper for language models passes arguments that this model does not take
+        "task_type": None,  # PEFT's wrapper for language models passes arguments this model does not accept
         "use_rslora": lora.rslora,
     }
     weights = {PREFIX + renamed(key.removeprefix(PREFIX)): value for key, value in adapter.state_dict().items()}

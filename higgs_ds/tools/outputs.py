@@ -1,4 +1,4 @@
-"""Folders that the tools write to."""
+"""Checks of the tools' output folders."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def writable_folder(folder: Path) -> None:
 
 
 def empty_place(folder: Path) -> Path:
-    """The whole path of `--output_dir`, links followed. Raises ConfigError unless it is new or an empty folder."""
+    """Resolves the path of `--output_dir`. Raises ConfigError unless it is new or an empty folder."""
     with writing(f"--output_dir: {folder}"):
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ConfigError([f"--output_dir: {folder} exists; it is not overwritten"])

@@ -1,6 +1,6 @@
-"""`python -m higgs_ds plan`: memory of a rank, the largest token budget and the hours of a run, before it is begun.
+"""`python -m higgs_ds plan`: estimates a rank's memory, the largest token budget and a run's hours in advance.
 
-Takes the flags of train_ds.py, and `--json`. Nothing is loaded but configs, tokenizer and the clips' headers.
+Takes the flags of train_ds.py, and `--json`. Only configs, the tokenizer and the clips' headers are read.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ if TYPE_CHECKING:
 PROG = "python -m higgs_ds plan"
 SHIPPED = tuple(f"ds_configs/{name}.json" for name in "zero0 zero1 zero2 zero2_offload zero3 zero3_offload".split())
 GPUS, CARD_GB = (1, 2, 4, 8), (16, 24, 40, 80, 141)
-FILLED = 0.95  # of a card, at most: the allocator leaves gaps
-PADDING = 1.03  # places of attention by tokens, of rows of similar length; benchmarks/batching.py
+FILLED = 0.95  # usable share of a card; the rest is lost to fragmentation
+PADDING = 1.03  # padded tokens in attention per token, for rows of similar length; benchmarks/batching.py
 CARDS = ("L4", "A10", "L40S", "A100-SXM4-80GB", "H100 80GB HBM3", "H200", "B200")  # of `flops.PEAK_FLOPS`
 SHARE_OF_PEAK = 0.37  # 32,000 tokens a second on an H100: benchmarks/roofline.py
 RESTS_ON = (
-    f"memory: counted from the model's shapes, within 15 % of what is measured on a CPU; the driver's and NCCL's are "
-    f"allowances; {1 - FILLED:.0%} of a card stay free for gaps",
-    f"hours: the run's FLOP at {SHARE_OF_PEAK:.0%} of a card's dense peak, which benchmarks/roofline.py calculates for "
-    "an H100 (not measured); without encoding, validation, samples and saving; offloading and ZeRO-3 take longer",
+    f"memory: computed from the model's shapes, within 15 % of measurements on a CPU; allowances for driver and NCCL; "
+    f"{1 - FILLED:.0%} of a card is reserved for fragmentation",
+    f"hours: the run's FLOP at {SHARE_OF_PEAK:.0%} of a card's dense peak, as benchmarks/roofline.py calculates for an "
+    "H100 (not measured); excludes encoding, validation, samples and saving; offloading and ZeRO-3 take longer",
 )
 
 
 def main(argv: list[str]) -> int:
-    """Plans the run of these flags; returns 0. Raises ConfigError for wrong flags and for manifests without a row."""
+    """Plans a run; returns 0. Raises ConfigError for wrong flags and for manifests without a usable row."""
     config = parse_args([word for word in argv if word != "--json"], may_lack=("output_dir",), prog=PROG)
     if config.model.forward_impl == "upstream":
-        raise ConfigError(["--forward_impl: plan knows the memory of padding_free alone"])
+        raise ConfigError(["--forward_impl: plan supports padding_free only"])
     from ..model.families import family_of, open_base
     from ..model.init_adapter import settle_lora
 
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> int:
 
 
 def planned(config: TrainConfig, base: BaseCheckpoint) -> dict[str, Any]:
-    """Memory by DeepSpeed file and GPUs, the run's steps and hours by GPUs, and notes; sizes in GB."""
+    """Plans memory by DeepSpeed file and number of GPUs, and steps and hours by number of GPUs; sizes in GB."""
     from ..model.families import family_of
     from ..model.flops import flop_per_token, mean_row_tokens, peak_flops
     from ..model.memory import Load, RankMemory, Weights
@@ -122,7 +122,7 @@ def planned(config: TrainConfig, base: BaseCheckpoint) -> dict[str, Any]:
 
 
 def read_rows(config: TrainConfig, base: BaseCheckpoint) -> tuple[list[int], np.ndarray, float, list[str]]:
-    """(usable rows of each manifest, their tokens, the share of these that is learned, notes), by clips' headers."""
+    """Reads the manifests; returns (usable rows of each, tokens of all rows, share of audio tokens, notes)."""
     data, optim, notes = config.data, config.optim, []
     limit = min(optim.max_tokens_per_batch or np.inf, data.max_row_tokens, base.spec.max_positions)
     read_as = {name: getattr(data, name) for name in ("audio_root", "channel", "audio_track", "prompt_style")}
@@ -131,7 +131,7 @@ def read_rows(config: TrainConfig, base: BaseCheckpoint) -> tuple[list[int], np.
         found = describe(portion.path, base=base, trains=True, **read_as)
         fits = found.tokens <= limit
         if left_out := len({fault.row for fault in found.faults}) + int((~fits).sum()):
-            notes.append(f"{portion.path}: {plural(left_out, 'row')} left out, faulty or too long (see describe)")
+            notes.append(f"{portion.path}: {plural(left_out, 'row')} skipped, faulty or too long (see describe)")
         if not fits.any():
             raise ConfigError([f"{portion.path}: no usable row"])
         counts.append(int(fits.sum()))
@@ -142,7 +142,7 @@ def read_rows(config: TrainConfig, base: BaseCheckpoint) -> tuple[list[int], np.
 
 
 def plan_of(config: TrainConfig, counts: list[int], tokens: np.ndarray, gpus: int) -> Plan:
-    """The order of the data on so many GPUs, as `load_data` makes it."""
+    """Makes the batch plan for `gpus` GPUs, as `load_data` does."""
     optim, portions = config.optim, config.data.portions
     mixture = Mixture(
         counts,
@@ -163,7 +163,7 @@ def plan_of(config: TrainConfig, counts: list[int], tokens: np.ndarray, gpus: in
 
 
 def sizes_of(rank: RankMemory, batch: Any, longest: int) -> dict[str, Any]:
-    """Parts of a rank's memory in GB, and the largest token budget by the GB of a card; None below the longest row."""
+    """Returns a rank's memory by part in GB, and the largest token budget by card size; None if a row does not fit."""
     budgets = {size: rank.largest(FILLED * size * 1e9, batch) for size in CARD_GB}
     return {
         "parts": {part: size / 1e9 for part, size in rank.parts(batch).items()},
@@ -174,7 +174,7 @@ def sizes_of(rank: RankMemory, batch: Any, longest: int) -> dict[str, Any]:
 
 
 def shown(found: dict[str, Any]) -> list[str]:
-    """The plan as lines: a table of memory and budgets, one of steps and hours, notes."""
+    """Formats the plan: a table of memory and token budgets, a table of steps and hours, notes."""
     memory, run = found["memory"], found["run"]
     used = [part for part in memory[0]["parts"] if any(row["parts"][part] for row in memory)]
     sums = ["total", *(["host"] if any(row["host"] for row in memory) else [])]
@@ -190,11 +190,11 @@ def shown(found: dict[str, Any]) -> list[str]:
         hours = [f"{value:.3g}" for value in row["hours"].values()]
         times.append(["", str(row["gpus"]), f"{row['steps']:,}", f"{row['tokens']:,}", *hours])
     return [
-        f"{found['base_ckpt']}: {found['trained']:,} of {found['parameters']:,} parameters train",
+        f"{found['base_ckpt']}: {found['trained']:,} of {found['parameters']:,} parameters are trained",
         f"memory of a rank in GB with micro-batches of {found['tokens']:,} tokens; the largest --max_tokens_per_batch "
-        "by the card's size",
+        "by card size",
         *_lines(table),
-        f"a run of {plural(found['rows'], 'row')}, {found['gflop_per_token']:.3g} GFLOP a token: its hours by card",
+        f"hours by card for {plural(found['rows'], 'row')} at {found['gflop_per_token']:.3g} GFLOP per token",
         *_lines(times),
         *found["notes"],
         *found["rests_on"],
@@ -202,7 +202,7 @@ def shown(found: dict[str, Any]) -> list[str]:
 
 
 def _lines(table: list[list[str]]) -> list[str]:
-    """Columns side by side, the first to the left, names that repeat left out."""
+    """Aligns the columns, the first to the left; omits repeated names."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     names = ["" if before and row[0] == before[0] else row[0] for before, row in zip([[], *table], table, strict=False)]
     return [

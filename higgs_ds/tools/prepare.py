@@ -1,6 +1,6 @@
-"""`python -m higgs_ds prepare`: encodes the clips and counts the tokens before training needs them.
+"""`python -m higgs_ds prepare`: encodes the clips and counts the tokens in advance of training.
 
-As a single process, or as several ranks under torchrun or the DeepSpeed launcher; DeepSpeed itself is not started.
+Runs as a single process, or as several ranks under torchrun or the DeepSpeed launcher, but without DeepSpeed itself.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from ..options.parse import parse_args
 from ..options.sections import TrainConfig
 from ..process import say
 
-# Ranks wait for the slowest, for hours if need be.
+# Timeout of collectives: ranks may wait hours for the slowest.
 PATIENCE = datetime.timedelta(days=2)
 
 
 def main(argv: list[str]) -> int:
     """Encodes the clips and counts the tokens of the manifests; takes the flags of train_ds.py.
 
-    Returns 0. Raises ConfigError for wrong flags, for no usable GPU unless DS_ACCELERATOR=cpu, and, without
-    --skip_bad_rows, for rows that cannot be used.
+    Returns 0. Raises ConfigError for wrong flags, if there is no usable GPU and DS_ACCELERATOR is not cpu, and for
+    faulty rows without --skip_bad_rows.
     """
     config = parse_args(argv, may_lack=("output_dir",), prog="python -m higgs_ds prepare")
     if config.data.codes_cache is None and config.run.output_dir is None:
-        raise ConfigError(["--codes_cache: is required here, or --output_dir, for the codes_cache in it"])
+        raise ConfigError(["--codes_cache: is required, or --output_dir to use its codes_cache folder"])
     from ..distributed.device import name_accelerator
 
     device = name_accelerator()
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
 
 
 def _prepare(config: TrainConfig, ranks: Ranks, device: str) -> str:
-    """Returns what was done, on rank 0."""
+    """Encodes and counts; returns a summary on rank 0, "" on others."""
     import numpy as np
 
     from ..batching.collate import Collator
@@ -73,7 +73,7 @@ def _prepare(config: TrainConfig, ranks: Ranks, device: str) -> str:
         device=device,
         collator=Collator(base.spec),
         count_tokens=True,
-        outcome="the other rows are prepared (--skip_bad_rows leaves these out)",
+        outcome="the other rows are prepared (--skip_bad_rows skips these)",
     )
     cache, codec, sets = corpus.cache, corpus.codec, (corpus.train_rows, corpus.val_rows)
     encoded = sum(ranks.gather(cache.encoded))
@@ -85,6 +85,6 @@ def _prepare(config: TrainConfig, ranks: Ranks, device: str) -> str:
     return (
         f"{codes_folder(config)}: {sum(map(len, sets)):,} rows, {len(clips):,} different clips of "
         f"{frames / codec.frame_rate / 3600:,.2f} hours, {frames * codec.num_codebooks * 2:,} bytes of codes, "
-        f"{tokens:,} tokens; {encoded:,} clips were encoded now, the others were cached "
+        f"{tokens:,} tokens; {encoded:,} clips encoded now, the others were cached "
         f"({time.monotonic() - began:.1f} s)"
     )

@@ -1,4 +1,4 @@
-"""`python -m higgs_ds report`: runs as one page that opens without a network."""
+"""`python -m higgs_ds report`: writes runs as one self-contained page."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from . import flag_types
 
 
 def add_report(verbs) -> None:
-    """The flags of `report`."""
+    """Adds the verb `report`."""
     about = "write runs as one HTML page: curves, guard, settings, clips to play"
     parser = verbs.add_parser("report", help=about)
     add = parser.add_argument
@@ -30,7 +30,7 @@ def add_report(verbs) -> None:
 
 def run_report(args: argparse.Namespace) -> int:
     """Writes the page; returns the exit code. Raises ConfigError."""
-    missing = [f"{folder}: no metrics.jsonl in it" for folder in args.runs if not (folder / "metrics.jsonl").is_file()]
+    missing = [f"{folder}: has no metrics.jsonl" for folder in args.runs if not (folder / "metrics.jsonl").is_file()]
     if missing:
         raise ConfigError(missing)
     output: Path = args.output_file or args.runs[0] / PAGE

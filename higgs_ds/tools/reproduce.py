@@ -1,4 +1,4 @@
-"""`python -m higgs_ds reproduce`: training rows synthesised again and compared with their codes."""
+"""`python -m higgs_ds reproduce`: synthesises training rows and compares the result with their codes."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ RESULTS = "recital.json"
 
 
 def add_reproduce(verbs: Any) -> None:
-    """The flags of `reproduce`."""
-    about = "synthesise the training rows again and report the share of their codes that is reproduced"
+    """Adds the verb `reproduce`."""
+    about = "synthesise the training rows and report the share of their codes reproduced"
     parser = verbs.add_parser("reproduce", help=about)
     flags.voice_flags(parser)
     flags.sampler_flags(parser)
     add = flag_types.adder(parser)
     add("--train_manifest FILE", "the training rows", required=True)
-    add("--texts FILE", "reproduce only the rows with these texts, one a line", flag_types.path)
+    add("--texts FILE", "reproduce only the rows with these texts, one per line", flag_types.path)
     add("--output_dir DIR", "folder for original and synthesised clips", flag_types.path, required=True)
     stop_help = (
         "stop rules: a clip ends at the end token of codebook 0 (vllm), of any codebook (transformers), or of the "
-        "lowest codebook with one (boson). Default: all three in turn; with a sampler, boson. Higgs TTS 3 has "
-        "sglang and vllm, as its two servers end a clip"
+        "lowest codebook with one (boson). Default: all three in turn; with a sampler, boson. Higgs TTS 3 has the "
+        "rules of its two servers, sglang and vllm"
     )
     add("--stop", stop_help, STOP_RULES, nargs="+")
     add("--overwrite", "overwrite earlier results in --output_dir", bool)
-    least_help = "exit with 1 if a clip reproduces a smaller share of its codes"
+    least_help = "exit with 1 if less than this share of a clip's codes is reproduced"
     add("--at_least SHARE", least_help, flag_types.number(float, 0, 1), default=0.0)
     parser.set_defaults(verb=run_reproduce, max_row_tokens=flags.MOST_TOKENS)
 
@@ -56,8 +56,8 @@ def run_reproduce(args: argparse.Namespace) -> int:
     flags.check_flags(args)
     sampled = bool(args.temperature or (args.sampler or "greedy") != "greedy")
     if sampled and args.stop not in (None, ["boson"], ["sglang"]):
-        take = "take boson, or sglang for Higgs TTS 3"
-        raise ConfigError([f"--stop: rules are compared with greedy decoding; leave the sampler out, or {take}"])
+        use = "use boson, or sglang for Higgs TTS 3"
+        raise ConfigError([f"--stop: stop rules apply to greedy decoding only; omit the sampler, or {use}"])
     ref = flags.reference_clip(args)
     earlier = [*sorted(args.output_dir.glob("*.spoken.wav")), args.output_dir / RESULTS]
     flags.keep_existing("--output_dir", earlier, args)
@@ -76,7 +76,7 @@ def run_reproduce(args: argparse.Namespace) -> int:
 
 
 def _chosen_rows(args: argparse.Namespace, prompt_style: str) -> list[Row]:
-    """The manifest's rows, or those of `--texts`; says which lines of that are in none of them."""
+    """Reads the manifest's rows, or those of `--texts`; prints the texts without a row."""
     wanted = [(where, text) for where, text in flags.texts_of(args) if text] if args.texts else None
     rows, faults = read_manifest(args.train_manifest, prompt_style=prompt_style)
     if faults:
@@ -97,16 +97,16 @@ def _chosen_rows(args: argparse.Namespace, prompt_style: str) -> list[Row]:
 
 @dataclass(frozen=True)
 class Ending:
-    """A clip as one stop rule ends it."""
+    """A clip's ending under one stop rule."""
 
     share: float  # of the training codes reproduced, over the longer of the two
     frames: int
-    ended: bool  # by itself, and not at the most frames that it was given
+    ended: bool  # by the model rather than at the frame limit
 
 
 @dataclass(frozen=True)
 class Reproduction:
-    """One training row synthesised again, as `recital.json` has it; `share` and `spoken_frames` by the first rule."""
+    """One row's result, an entry of `recital.json`; `share` and `spoken_frames` are those of the first rule."""
 
     origin: str
     text: str
@@ -132,9 +132,9 @@ def reproduce(
     Writes `<n>-<clip>.spoken.wav`, `<n>-<clip>.original.wav` and `recital.json`. Raises OSError.
 
     Args:
-        rules: the clip of the first one is written.
-        prompt: voice or scene for all rows, as `speech_messages` takes it; None keeps each row's own.
-        max_new_tokens: longest answer; None is twice the frames of the clip, plus 64.
+        rules: stop rules; the first one's clip is written.
+        prompt: options of `speech_messages` for all rows; None keeps each row's own prompt.
+        max_new_tokens: longest answer; None means twice the clip's frames plus 64.
     """
     clips = []
     for number, row in enumerate(rows, 1):
@@ -160,7 +160,7 @@ def reproduce(
         if codes is not None and first.frames:
             write_wav(file, speaker.decode(codes), speaker.codec.sample_rate)
         else:
-            file.unlink(missing_ok=True)  # of an earlier call
+            file.unlink(missing_ok=True)  # from an earlier call
         clips.append(Reproduction(row.origin, text, first.share, wanted.shape[1], first.frames, file.name, endings))
     results = [dataclasses.asdict(clip) for clip in clips]
     write_text(output_dir / RESULTS, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
@@ -168,7 +168,7 @@ def reproduce(
 
 
 def target_of(row: Row) -> AudioRef | None:
-    """The clip of a row's last assistant turn, or None."""
+    """Returns the clip of a row's last assistant turn, or None."""
     return next((piece for piece in row.messages[_answer_of(row)].content if isinstance(piece, AudioRef)), None)
 
 
@@ -179,7 +179,7 @@ def _answer_of(row: Row) -> int:
 def answers_by_rule(
     speaker: Speaker, turns: Sequence[Turn], sampling: Sampling, *, rules: Sequence[str], force_audio: bool = False
 ) -> dict[str, Answer]:
-    """The answer to a prompt by stop rule; generated once if all rules end it at the same frame."""
+    """Answers a prompt under each stop rule; generates once if all rules agree on the last frame."""
     clips = [piece for turn in turns for piece in turn.content if isinstance(piece, AudioRef)]
     context = [speaker.codec.encode(*read_audio(clip)) for clip in clips]
     answers: dict[str, Answer] = {}
@@ -190,7 +190,7 @@ def answers_by_rule(
 
 
 def table(clips: Sequence[Reproduction], rules: Sequence[str]) -> list[str]:
-    """A line for each clip, and one for each stop rule."""
+    """Formats one line per clip, and one per stop rule."""
     lines = []
     for clip in clips:
         right = clip.frames == clip.spoken_frames
@@ -211,7 +211,7 @@ def table(clips: Sequence[Reproduction], rules: Sequence[str]) -> list[str]:
 
 
 def share_reproduced(wanted: np.ndarray, codes: np.ndarray | None) -> float:
-    """Share of equal codes, 0 to 1, over the longer of the two clips."""
+    """Computes the share of equal codes, 0 to 1, relative to the longer clip."""
     if codes is None:
         return 0.0
     frames = min(wanted.shape[1], codes.shape[1])

@@ -1,4 +1,4 @@
-"""`python -m higgs_ds generate`: flags, texts and outputs are checked before a model is loaded."""
+"""`python -m higgs_ds generate`: synthesises texts, after checking flags, texts and outputs."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ ENDINGS = ("wav", "flac", "ogg", "mp3")
 
 
 def add_generate(verbs: Any) -> None:
-    """The flags of `generate`."""
+    """Adds the verb `generate`."""
     parser = verbs.add_parser("generate", help="synthesise speech for one text, or for a file of texts")
     flags.voice_flags(parser)
     flags.sampler_flags(parser)
     add, what = flag_types.adder(parser), flag_types.adder(parser.add_mutually_exclusive_group(required=True))
     what("--text", "text to speak")
-    what("--texts FILE", "one text a line; needs --output_dir", flag_types.path)
+    what("--texts FILE", "one text per line; requires --output_dir", flag_types.path)
     file_help = f"for --text; the suffix sets the format: {', '.join(ENDINGS)}"
     add("--output_file FILE", file_help, flag_types.path)
     dir_help = "for --texts; files are numbered by line: 0001.wav, 0002.wav, ..."
@@ -59,7 +59,7 @@ def run_generate(args: argparse.Namespace) -> int:
             silent += 1
             why = "the model ended its answer without a frame of audio"
             if not answer.ended:
-                why = f"--max_new_tokens {sampling.max_new_tokens} ended it before the first frame of audio; allow more"
+                why = f"cut off at --max_new_tokens {sampling.max_new_tokens} before the first frame of audio; raise it"
             say(f"{at}{output}: {why}; nothing was written", error=True)
             continue
         with writing(str(output)):
@@ -71,17 +71,17 @@ def run_generate(args: argparse.Namespace) -> int:
 
 
 def _outputs(args: argparse.Namespace, count: int) -> list[Path]:
-    """The file of each text."""
+    """Returns the output file of each text."""
     if args.texts:
         if args.output_dir is None or args.output_file is not None:
-            raise ConfigError(["--texts: needs --output_dir, and no --output_file, which is for --text"])
+            raise ConfigError(["--texts: requires --output_dir; --output_file is for --text"])
         width = max(4, len(str(count)))
         ending = args.format or "wav"
         outputs = [args.output_dir / f"{number:0{width}d}.{ending}" for number in range(1, count + 1)]
         flags.keep_existing("--output_dir", outputs, args)
         return outputs
     if args.output_file is None or args.output_dir is not None:
-        raise ConfigError(["--text: needs --output_file, and no --output_dir, which is for --texts"])
+        raise ConfigError(["--text: requires --output_file; --output_dir is for --texts"])
     if args.format is not None:
         raise ConfigError([f"--format: {args.format} is for --texts; the suffix of --output_file sets its format"])
     if args.output_file.suffix.lower().removeprefix(".") not in ENDINGS:
@@ -91,15 +91,15 @@ def _outputs(args: argparse.Namespace, count: int) -> list[Path]:
 
 
 def _take_speaker(args: argparse.Namespace) -> None:
-    """Takes `--ref_audio` and `--ref_text` from the speaker's row whose text is of middle length, always the same one.
+    """Sets `--ref_audio` and `--ref_text` from the speaker's row with the text of median length. Raises ConfigError.
 
-    A voice shows little in one word, and a long clip costs as much as it is long. Raises ConfigError.
+    A single word says little about a voice, and long clips are slow. The choice is deterministic.
     """
     name, manifest = args.speaker, args.train_manifest
     if name is None and manifest is None:
         return
     if name is None or manifest is None or args.ref_audio is not None or args.ref_text is not None:
-        both = "--speaker, --train_manifest: one needs the other, and they replace --ref_audio and --ref_text"
+        both = "--speaker, --train_manifest: one requires the other; they replace --ref_audio and --ref_text"
         raise ConfigError([both])
     rows, faults = read_manifest(manifest)
     speech = [row for row in rows if row.is_speech]
@@ -112,7 +112,7 @@ def _take_speaker(args: argparse.Namespace) -> None:
     args.ref_text, clip, row = sorted(said, key=lambda found: len(found[0]))[len(said) // 2]
     ref = row.audio_refs[clip][1]
     if ref.path is None or ref.offset_sec or ref.duration_sec:
-        part = f"--speaker: the clip of {name} is part of a longer file; give a file of its own as --ref_audio"
+        part = f"--speaker: the clip of {name} is part of a longer file; give a separate file as --ref_audio"
         raise ConfigError([part])
     args.ref_audio = ref.path
     say(f"reference clip of {name}: {ref.path}")

@@ -1,4 +1,4 @@
-"""Flags and checks of the verbs that speak, and the loading of the model that does."""
+"""Shared flags and checks of the verbs that speak, and loading of the model."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MOST_TOKENS = 1 << 20
 
 
 def voice_flags(parser: argparse.ArgumentParser) -> None:
-    """Base, adapter or merged folder, codec and dtype."""
+    """Adds flags for base, adapter or merged folder, codec, dtype and reference clip."""
     flag_types.base_flags(parser, f"folder or hub id (default: {DEFAULT_BASE})")
     add = flag_types.adder(parser)
     add("--adapter DIR", "LoRA adapter (default: none)", flag_types.name)
@@ -39,14 +39,14 @@ def voice_flags(parser: argparse.ArgumentParser) -> None:
     add("--codec", f"folder or hub id (default: the one in the checkpoint, else {DEFAULT_CODEC})", flag_types.name)
     add("--codec_revision", "revision of the codec on the hub")
     add("--dtype", "data type to compute in (default: bf16 on a GPU, fp32 on the CPU)", flag_types.DTYPES)
-    add("--prompt_style", "how prompts are built (default: as the voice was trained)", PROMPT_STYLES)
-    add("--ref_audio FILE", "clip of the voice to clone; needs --ref_text", flag_types.path)
+    add("--prompt_style", "how prompts are built (default: as in the voice's training)", PROMPT_STYLES)
+    add("--ref_audio FILE", "clip of the voice to clone; requires --ref_text", flag_types.path)
     add("--ref_text", "transcript of --ref_audio")
     add("--seed", "random seed of the sampler", flag_types.number(int, 0, (1 << 63) - 1))
 
 
 def sampler_flags(parser: argparse.ArgumentParser) -> None:
-    """Scene and one sampler."""
+    """Adds flags for the scene and one sampler."""
     add, number = flag_types.adder(parser), flag_types.number
     add("--scene", "scene description for the system message")
     sampler_help = (
@@ -67,14 +67,14 @@ def refuse(problems: list[str]) -> None:
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Fills in the base. Raises ConfigError for flags that exclude each other."""
+    """Fills in the default base. Raises ConfigError for conflicting flags."""
     given = [f"--{name}" for name in ("base_ckpt", "base_revision", "adapter", "other_base") if getattr(args, name)]
     if args.merged is None:
         args.base_ckpt = args.base_ckpt or DEFAULT_BASE
     elif given:
-        raise ConfigError([f"--merged: is base and adapter in one; leave {', '.join(given)} out"])
+        raise ConfigError([f"--merged: contains base and adapter; omit {', '.join(given)}"])
     elif not os.path.isdir(args.merged):
-        raise ConfigError([f"--merged: {args.merged} is not a folder; `merge` makes one"])
+        raise ConfigError([f"--merged: {args.merged} is not a folder; create one with `merge`"])
     is_greedy = args.sampler == "greedy"
     if args.temperature is not None and args.sampler and (args.temperature == 0) != is_greedy:
         raise ConfigError([f"--temperature: {args.temperature:g} and --sampler {args.sampler} exclude each other"])
@@ -85,14 +85,14 @@ def keep_existing(flag: str, files: list[Path], args: argparse.Namespace) -> Non
     there = [file for file in files if os.path.lexists(file)]
     if there and not args.overwrite:
         more = f" and {len(there) - 1} more" if len(there) > 1 else ""
-        raise ConfigError([f"{flag}: {there[0]}{more} exists and is kept; --overwrite overwrites it"])
+        raise ConfigError([f"{flag}: {there[0]}{more} exists; add --overwrite to overwrite"])
 
 
 def check_adapter(args: argparse.Namespace) -> AdapterConfig | None:
-    """The adapter's config, read before the base is looked for; fills in the base's revision.
+    """Reads the adapter's config, before the base is located; fills in the base's revision.
 
     Raises:
-        ConfigError: it is not plain LoRA, or was trained on another base.
+        ConfigError: the adapter is not plain LoRA, or was trained on another base.
     """
     if args.adapter is None:
         return None
@@ -109,42 +109,42 @@ def check_adapter(args: argparse.Namespace) -> AdapterConfig | None:
 
 
 def base_of(args: argparse.Namespace) -> tuple[str, str]:
-    """The checkpoint that speaks, and the flag that names it."""
+    """Returns the checkpoint's name and its flag."""
     return (args.base_ckpt, "--base_ckpt") if args.merged is None else (args.merged, "--merged")
 
 
 def empty_texts(texts: list[tuple[str, str]]) -> list[str]:
-    """Texts that cannot be spoken, each with its flag or line."""
+    """Reports texts that cannot be spoken, each with its flag or line."""
     return [
-        f"{where}: holds no letter and no digit" if text else f"{where}: is empty"
+        f"{where}: contains no letter or digit" if text else f"{where}: is empty"
         for where, text in texts
         if not is_visible(text)
     ]
 
 
 def texts_of(args: argparse.Namespace) -> list[tuple[str, str]]:
-    """(flag or line, text) of everything to be spoken."""
+    """Returns (flag or line, text) of all texts to speak."""
     if not args.texts:
         return _as_trained([("--text", args.text.strip())])
     with reading(f"--texts: {args.texts}"):
         lines = args.texts.read_text(encoding="utf-8-sig").rstrip().split("\n")
     if lines == [""]:
-        raise ConfigError([f"--texts: {args.texts} holds no text; put one on each line"])
+        raise ConfigError([f"--texts: {args.texts} contains no text; write one text per line"])
     return _as_trained([(f"--texts: {args.texts}:{number}", line.strip()) for number, line in enumerate(lines, 1)])
 
 
 def _as_trained(texts: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """The texts composed as those of a manifest are, which is said once."""
+    """Normalises texts like those of a manifest; prints a note if any text changes."""
     found = [(where, composed(text).strip()) for where, text in texts]
     if changed := [where for (where, text), (_, given) in zip(found, texts, strict=True) if text != given]:
-        say(f"{changed[0]}: read with composed letters (NFC) and blanks for line breaks, as in training")
+        say(f"{changed[0]}: normalised as in training (NFC, spaces for line breaks)")
     return found
 
 
 def reference_clip(args: argparse.Namespace) -> AudioRef | None:
-    """The clip of the voice to clone, read once so that a damaged one is refused before anything is loaded."""
+    """Checks the clip of the voice to clone by reading it, so that a damaged clip fails before anything is loaded."""
     if (args.ref_audio is None) != (args.ref_text is None):
-        raise ConfigError(["--ref_audio, --ref_text: one needs the other"])
+        raise ConfigError(["--ref_audio, --ref_text: one requires the other"])
     if args.ref_audio is None:
         return None
     refuse(empty_texts([("--ref_text", args.ref_text.strip())]))
@@ -155,7 +155,7 @@ def reference_clip(args: argparse.Namespace) -> AudioRef | None:
 
 
 def prompt_options(args: argparse.Namespace, ref: AudioRef | None) -> dict:
-    """For `speech_messages`; the prompt style is the voice's own."""
+    """Returns the options of `speech_messages`; the default prompt style is that of the voice's training."""
     from ..model.voice_record import read_record, settled_style
 
     flag = "--merged" if args.merged else "--adapter"
@@ -173,14 +173,14 @@ def check_prompts(args: argparse.Namespace, texts: list[tuple[str, str]], prompt
     """Checks texts as the rows of a manifest are checked.
 
     Raises:
-        ConfigError: the flag or line of a text that holds control tokens, or is too long with its reference clip.
+        ConfigError: a text contains control tokens, or is too long with its reference clip; names its flag or line.
     """
     from ..model.base import locate_checkpoint
     from ..model.families import family_at
 
     name, flag = base_of(args)
     folder = locate_checkpoint(name, args.base_revision, flag, weights=False)
-    family = family_at(folder, flag)  # a folder without a config.json has no tokenizer either, which says less
+    family = family_at(folder, flag)  # first, since its error for a folder without config.json is clearer
     tokenizer = family.load_tokenizer(folder, flag)
     controls = control_tokens(tokenizer)
     asked = [*texts, *((f"--{name}", text) for name in ("scene", "ref_text") if (text := getattr(args, name)))]
@@ -188,7 +188,7 @@ def check_prompts(args: argparse.Namespace, texts: list[tuple[str, str]], prompt
     for where, text in asked:
         for kind, example in oddities(without_tags(text, controls)):
             say(f"WARNING: {where}: {kind}, e.g. {example!r}, will be read aloud", error=True)
-    # A clip's frames stand in the place of its one token.
+    # A clip's frames replace its single token.
     clips = [piece for turn in (prompts[0] if prompts else ()) for piece in turn.content if not isinstance(piece, str)]
     frames = sum(frames_of(duration_sec(clip)) - 1 for clip in clips)
     counts = [len(family.tokenize(prompt, None, tokenizer)[0]) + frames for prompt in prompts]
@@ -202,15 +202,15 @@ def check_prompts(args: argparse.Namespace, texts: list[tuple[str, str]], prompt
 
 
 def open_checked(args: argparse.Namespace, texts: list[tuple[str, str]], prompts: list) -> tuple[Speaker, Sampling]:
-    """Base, adapter and codec, loaded when all that can be refused before is checked, and the sampler's settings.
+    """Checks everything that can be checked in advance, then loads base, adapter and codec, and settles the sampling.
 
     Raises:
-        ConfigError: a flag, text, adapter or folder that cannot be used.
+        ConfigError: a flag, text, adapter or folder is unusable.
     """
     from ..distributed.device import name_accelerator
 
     check_adapter(args)
-    name_accelerator()  # refused before anything is downloaded or loaded
+    name_accelerator()  # fails before anything is downloaded or loaded
     check_prompts(args, texts, prompts)
     if args.output_dir is not None:
         writable_folder(args.output_dir)
@@ -228,7 +228,7 @@ def open_checked(args: argparse.Namespace, texts: list[tuple[str, str]], prompts
 
 
 def open_speaker(args: argparse.Namespace) -> Speaker:
-    """Base, adapter and codec, loaded. Raises ConfigError."""
+    """Loads base, adapter and codec. Raises ConfigError."""
     from ..codec.load import load_codec
     from ..model.families import family_of, open_base
 
@@ -238,15 +238,15 @@ def open_speaker(args: argparse.Namespace) -> Speaker:
         say("\n".join(base.notes))
     most = base.spec.max_positions
     if args.max_new_tokens and args.max_new_tokens > most:
-        raise ConfigError([f"--max_new_tokens: {args.max_new_tokens} is over the model's {most} positions"])
+        raise ConfigError([f"--max_new_tokens: {args.max_new_tokens} exceeds the model's {most} positions"])
     is_given = args.codec or args.codec_revision
     codec = load_codec(*((args.codec or DEFAULT_CODEC, args.codec_revision) if is_given else base.codec))
     return family_of(base).speaker(base, args.adapter, codec, dtype=args.dtype, other_base=args.other_base)
 
 
 def rules_of(args: argparse.Namespace, speaker: Speaker, default: Sequence[str]) -> list[str]:
-    """The stop rules asked for. Raises ConfigError for one that the model does not have."""
+    """Returns the selected stop rules. Raises ConfigError for a rule that the model does not have."""
     rules = list(dict.fromkeys(args.stop or default))
-    if strange := [rule for rule in rules if rule not in speaker.stop_rules]:
-        raise ConfigError([f"--stop: {strange[0]} is no rule of this model, expected {', '.join(speaker.stop_rules)}"])
+    if unknown := [rule for rule in rules if rule not in speaker.stop_rules]:
+        raise ConfigError([f"--stop: this model has no rule {unknown[0]}, expected {', '.join(speaker.stop_rules)}"])
     return rules

@@ -1,4 +1,4 @@
-"""Voices that training broke, each told by its own measure: adapters of the quick start's kind, spoken and judged."""
+"""Voices broken in training, each detected by its own measure: adapters as in the quick start, spoken and judged."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def seconds(row) -> float:
 
 
 def manifest(file, rows, times=1):
-    """Rows whose audio is said so many times; their texts in a file beside."""
+    """Writes a manifest of rows with their audio repeated, and their texts to a file next to it."""
     lines = []
     for row in rows:
         speech, rate = read_audio(row.audio_refs[0][1])
@@ -36,7 +36,7 @@ def manifest(file, rows, times=1):
 
 @pytest.fixture(scope="module")
 def voices(forks, flags_of, codec_dir, tmp_path_factory):
-    """Last loss and judged lines of each voice, which was to be Allison's."""
+    """Last loss and judged lines of each voice; all are judged as Allison's."""
     folder = tmp_path_factory.mktemp("voices")
     base = ["--base_ckpt", str(folder / "base")]
     assert main(["tiny", "--output_dir", base[1]]) == 0
@@ -70,8 +70,8 @@ def voices(forks, flags_of, codec_dir, tmp_path_factory):
     return found
 
 
-def test_each_broken_voice_is_told_by_its_own_measure(voices):
-    told = {}
+def test_each_broken_voice_is_detected_by_its_own_measure(voices):
+    detected = {}
     for name, (loss, lines) in voices.items():
         wer, similarity, clipped, length = (
             mean(line[field] for line in lines) for field in ("wer", "similarity", "clipped", "length")
@@ -79,9 +79,9 @@ def test_each_broken_voice_is_told_by_its_own_measure(voices):
         measures = {
             "right": wer < 0.1 and similarity > 0.75 and 0.8 < length < 1.3 and all(line["ended"] for line in lines),
             "unshifted": loss < 0.1 and wer > 0.8 and not any(line["ended"] for line in lines),
-            "early": clipped > 0.1,  # noise at full scale, in which a word or two are heard
+            "early": clipped > 0.1,  # noise at full scale; the recogniser hears a word or two in it
             "other": similarity < 0.65 and wer < 0.3,
             "loop": all(line["looped"] >= line["units"] - 1 for line in lines) and length == pytest.approx(2, abs=0.3),
         }
-        told[name] = [way for way, is_so in measures.items() if is_so]
-    assert told == {name: [name] for name in voices}, voices
+        detected[name] = [fault for fault, is_found in measures.items() if is_found]
+    assert detected == {name: [name] for name in voices}, voices

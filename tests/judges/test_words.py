@@ -1,4 +1,4 @@
-"""Counts of words: against jiwer and Whisper's normaliser themselves, in scripts with and without blanks."""
+"""Word counts against jiwer and Whisper's normaliser, in scripts with and without spaces."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_words_are_counted_as_jiwer_counts_them(text, heard, counts):
 
 
 @pytest.mark.parametrize("language", ["zh", "yue", None])
-def test_a_script_without_blanks_has_an_error_rate_of_characters_alone(language):
+def test_a_script_without_spaces_has_a_character_error_rate_only(language):
     found = compare("今天天气很好。", "今天 天气好", language, {})
     assert found.wer is None and found.cer == jiwer.cer("今天天气很好", "今天天气好") == pytest.approx(1 / 6)
     assert (found.units, found.dropped, found.looped) == (6, 1, 0)
@@ -48,17 +48,17 @@ def test_another_language_keeps_its_letters_and_has_no_english_spellings():
     assert compare("The colour", "the color", "de", {"colour": "color"}).wer == 0.5
 
 
-def test_a_text_without_a_word_is_refused():
+def test_a_text_without_words_is_refused():
     with pytest.raises(ConfigError, match="no word"):
         compare("...", "hello", "en", {})
 
 
-def test_repeats_are_counted_by_the_longest_phrase_and_only_where_they_touch():
+def test_only_adjacent_repeats_count_and_the_longest_phrase_first():
     assert repeats("a b c a b c".split()) == 3 and repeats("a b x a b".split()) == 0
     assert repeats("a a a a".split()) == 3 and repeats([]) == 0
     assert repeats("aab", 2) == 0 and repeats("abab", 2) == 2
 
 
-def test_a_language_is_named_as_whisper_does():
+def test_language_codes_are_normalised_to_whispers():
     names = ("en-US", "EN_us", " de ", "english", "portuguese", "", None)
     assert [language_code(name) for name in names] == ["en", "en", "de", "english", "portuguese", None, None]

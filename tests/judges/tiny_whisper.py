@@ -1,4 +1,4 @@
-"""Whisper as transformers has it: tiny.en, from the same weights in CTranslate2's format, and a random turbo."""
+"""Whisper in transformers' format: tiny.en, converted from CTranslate2's format, and a random turbo."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ START, END, NO_TIMESTAMPS = 50257, 50256, 50362
 
 
 def variables(file: Path) -> dict[str, torch.Tensor]:
-    """The variables of a model.bin, in float32."""
+    """Reads the variables of a model.bin, in float32."""
     data, at, found = file.read_bytes(), 0, {}
 
     def take(form: str) -> int:
@@ -47,7 +47,7 @@ def variables(file: Path) -> dict[str, torch.Tensor]:
 
 
 def linears(name: str) -> list[str]:
-    """The names in transformers of what CTranslate2 has fused into one linear layer."""
+    """Returns transformers' names of the layers that CTranslate2 fuses into one linear layer."""
     kind, number = name.split("/")[-2:]
     heads = {"self_attention": (["q", "k", "v"], ["out"]), "attention": (["q"], ["k", "v"], ["out"])}
     if kind == "ffn":
@@ -57,7 +57,7 @@ def linears(name: str) -> list[str]:
 
 
 def weights(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same under transformers' names."""
+    """Renames and splits variables into transformers' state dict."""
     norms = {
         "self_attention": "self_attn_layer_norm",
         "attention": "encoder_attn_layer_norm",
@@ -81,11 +81,11 @@ def weights(found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             state[f"model.{side}.embed_positions.weight"] = value
         elif parts[0] == "embeddings":
             state["model.decoder.embed_tokens.weight"] = state["proj_out.weight"] = value
-    return {name: value for name, value in state.items() if not name.endswith("k_proj.bias")}  # which are zeros
+    return {name: value for name, value in state.items() if not name.endswith("k_proj.bias")}  # zeros
 
 
 def write(source: Path, folder: Path) -> Path:
-    """Model, tokenizer and feature extractor in a folder."""
+    """Writes model, tokenizer and feature extractor to a folder."""
     config = WhisperConfig(vocab_size=51864, max_source_positions=1500, decoder_start_token_id=START)
     model = WhisperForConditionalGeneration(config)
     model.load_state_dict(weights(variables(source / "model.bin")))
@@ -105,7 +105,7 @@ def write(source: Path, folder: Path) -> Path:
 
 
 def write_turbo(source: Path, folder: Path) -> Path:
-    """A random model of large-v3-turbo's kind: many languages, 128 mel bands, few decoder layers; ten tokens long."""
+    """Writes a random model like large-v3-turbo: multilingual, 128 mel bands, few decoder layers, 10 tokens at most."""
     small = dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads", "encoder_layers"), 4)
     small |= {"d_model": 64, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128, "decoder_layers": 1, "init_std": 0.3}
     torch.manual_seed(0)

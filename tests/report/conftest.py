@@ -7,12 +7,12 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def no_wandb_account(monkeypatch, tmp_path):
-    """The W&B account of whoever runs the tests must not be found, nor used; nor this process's W&B by a later one."""
+    """Hides the user's W&B account from the tests, and this process's W&B service from later processes."""
     for name in wandb_variables():
         monkeypatch.delenv(name)
     monkeypatch.setenv("NETRC", str(tmp_path / "no_netrc"))
     yield
-    for name in wandb_variables():  # wandb puts its service's socket there, for child processes
+    for name in wandb_variables():  # wandb stores its service's socket there, for child processes
         del os.environ[name]
 
 

@@ -1,4 +1,4 @@
-"""What the README.md of an adapter and of a merged checkpoint say, run as it is printed, from another folder."""
+"""Snippets in the README.md of adapters and merged checkpoints, run as printed, from another folder."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def run(command: str) -> int:
     return main(words[3:])
 
 
-def test_an_adapters_card_runs_as_it_is_printed(trained, tiny_dir, codec_dir, tmp_path, monkeypatch):
+def test_an_adapters_card_runs_as_printed(trained, tiny_dir, codec_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     readme = (trained / "adapter/README.md").read_text()
     assert f"| base | `{tiny_dir}` |" in readme and "| rows with a reference clip | 0 of 32 rows |" in readme
@@ -47,7 +47,7 @@ def test_an_adapters_card_runs_as_it_is_printed(trained, tiny_dir, codec_dir, tm
     exec(python, names)
     assert type(names["model"]).__name__ == "HiggsAudioModel"
     generate, merge = blocks(readme, "bash")
-    assert run(generate.strip() + " --max_new_tokens 40") in (0, 1)  # one step of training may answer with silence
+    assert run(generate.strip() + " --max_new_tokens 40") in (0, 1)  # 1 if the barely trained voice is silent
     assert "--sampler served" in readme and "Prompts:" not in readme
     assert run(merge) == 0
     merged = (trained / "adapter-merged/README.md").read_text()
@@ -59,7 +59,7 @@ def test_an_adapters_card_runs_as_it_is_printed(trained, tiny_dir, codec_dir, tm
 
 
 def test_a_merged_folders_card_speaks_in_boson_multimodal(trained, tiny_dir, codec_dir, tmp_path, monkeypatch):
-    """Upstream's engine and the printed lines; the sample codec stands in for the audio tokenizer on the hub."""
+    """Runs the printed lines on upstream's engine; the sample codec replaces the audio tokenizer on the hub."""
     from boson_multimodal.serve import serve_engine
 
     monkeypatch.chdir(tmp_path)
@@ -97,7 +97,7 @@ def test_a_merged_folders_card_speaks_in_boson_multimodal(trained, tiny_dir, cod
     assert rate == codec.sample_rate and len(waveform) > 0
 
 
-def test_a_base_is_named_so_that_it_is_found_again(tmp_path, monkeypatch):
+def test_a_base_is_named_by_absolute_path_or_hub_id(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "base").mkdir()
     assert pinned("base", "x") == (str(tmp_path / "base"), None)
@@ -115,13 +115,13 @@ def test_a_base_is_named_so_that_it_is_found_again(tmp_path, monkeypatch):
     assert "Prompts: built as in" in merged_card({"prompt style": "boson"}, **names)
 
 
-def test_a_small_loss_is_not_printed_as_one_that_is_not_there(tmp_path):
+def test_a_small_loss_is_not_printed_as_zero(tmp_path):
     losses = {"training text_loss": 4.114e-07, "training audio_loss": 0.03998, "validation loss": 0.0}
     card = adapter_card(
         losses, base="b", revision=None, layout="boson", codec="c", codec_revision=None, folder=tmp_path
     )
     assert "| training text_loss | 4.11e-07 |" in card and "| training audio_loss | 0.0400 |" in card
-    assert "| validation loss | 0.0000 |" in card  # which is exactly 0
+    assert "| validation loss | 0.0000 |" in card  # exactly 0
 
 
 def test_every_command_names_the_codec_and_its_revision(tmp_path, codec_dir):
@@ -132,7 +132,7 @@ def test_every_command_names_the_codec_and_its_revision(tmp_path, codec_dir):
     card = merged_card({}, **names, codec="d/e")
     (speak,) = blocks(card, "bash")
     assert shlex.split(speak)[6:10] == codec and "snapshot_download('d/e', revision='f')" in card
-    # A folder has no revision; the sample codec is none that a server loads.
+    # A folder has no revision; no server loads the sample codec.
     generate, merge = blocks(adapter_card({}, **names, codec=str(codec_dir)), "bash")
     assert f"--codec {codec_dir} --text" in generate and "--codec" not in merge
     renamed = tmp_path / "renamed"

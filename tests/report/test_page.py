@@ -1,4 +1,4 @@
-"""The page of a run: what it shows, that nothing of a run can become markup, and that a real browser opens it."""
+"""The page of a run: its content, the escaping of a run's texts, and how a real browser shows it."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ HOSTILE = "</script><img src=x onerror=\"document.title='taken'\"> {{ 7 * 7 }} &
 
 
 def _run(folder, *, lr="1e-3", offset=0.0, steps=300):
-    """A run's folder as training and `reproduce` leave it, its texts and names hostile."""
+    """Makes a run's folder as training and `reproduce` do, with hostile texts and names."""
     folder.mkdir()
     rows = []
     for step in range(1, steps + 1):
@@ -52,7 +52,7 @@ def _sound(file, hertz):
 
 
 def _judged(folder, of_set, number, wrong, file):
-    """A judged clip of eight words, and its line."""
+    """Writes a judged clip of eight words; returns its line."""
     _sound(folder / "clips" / "/".join(file.split("/")[-2:]) if "clips" in file else folder / "01-x.wav", 440)
     line = {"set": of_set, "file": file, "row": f"v.jsonl:{number}", "speaker": "a", "text": f"{number} {HOSTILE}"}
     line |= {"wer": wrong / 8, "cer": 0.5, "units": 8, "characters": 40, "dropped": 0, "inserted": 0}
@@ -61,7 +61,7 @@ def _judged(folder, of_set, number, wrong, file):
         lines.write(json.dumps(line) + "\n")
 
 
-def test_the_page_shows_a_run_and_nothing_of_it_is_markup(tmp_path):
+def test_the_page_shows_a_run_and_escapes_its_texts(tmp_path):
     run = _run(tmp_path / "out")
     assert cli.main(["report", str(run)]) == 0
     page = (run / "report.html").read_text()
@@ -97,7 +97,7 @@ def test_several_runs_share_charts_and_their_differences_come_first(tmp_path):
 
 
 def test_a_long_run_has_a_page_below_10_mb(tmp_path):
-    """Curves of every metric, and clips that take more room than there is: the worst are played."""
+    """Curves of every metric, and more clips than fit: the worst are included."""
     run, random = _run(tmp_path / "out"), np.random.default_rng(0)
     lines = [{"global_step": step} | dict(zip(WANTED, random.normal(size=50), strict=False)) for step in range(2000)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -116,7 +116,7 @@ def test_a_long_run_has_a_page_below_10_mb(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content"), [("metrics.jsonl", None), ("metrics.jsonl", "{]\n"), ("speech/recital.json", "[{}]")]
 )
-def test_a_folder_that_is_no_run_is_one_line(tmp_path, capsys, name, content):
+def test_a_damaged_run_is_reported_on_one_line(tmp_path, capsys, name, content):
     run = _run(tmp_path / "out")
     (run / name).unlink() if content is None else (run / name).write_text(content)
     assert cli.main(["report", str(run)]) == 2
@@ -148,7 +148,7 @@ def test_a_browser_draws_hovers_plays_and_asks_for_nothing(tmp_path):
         assert page.get_attribute("figure button >> nth=0", "aria-pressed") == "true"
         page.focus("audio >> nth=0")
         played = "a => a.play().then(() => new Promise(done => a.ontimeupdate = () => done(a.duration)))"
-        page.click("h1")  # a browser plays nothing before somebody has touched the page
+        page.click("h1")  # browsers play nothing before a user's click
         assert page.eval_on_selector("audio >> nth=0", played) == pytest.approx(1.0, abs=0.2)
         assert page.title() == "out" and not errors
         assert all(url.startswith(("file:", "data:", "blob:")) for url in requests)

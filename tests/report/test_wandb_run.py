@@ -1,4 +1,4 @@
-"""Weights & Biases: one run however often it is resumed, told by a server of our own and by W&B's own files."""
+"""Weights & Biases: one run however often it is resumed, checked on a local server and in W&B's files."""
 
 import json
 import re
@@ -24,7 +24,7 @@ API_KEY = "0123456789" * 4
 
 @pytest.fixture
 def anew(monkeypatch):
-    """wandb reads the environment once a process; here it reads it again."""
+    """Makes wandb read the environment again; by default it does so once per process."""
     import wandb
 
     wandb.teardown()
@@ -60,7 +60,7 @@ def test_online_a_resumed_run_is_the_same_run_and_has_every_step_once(tmp_path, 
     ]
     assert run.exit_code == 0 and [row["_step"] for row in run.history if "a_loss/eval/loss" in row] == [8]
 
-    # What the server lost is given to it again; a fresh start in the folder is a run of its own.
+    # Steps that the server lost are sent again; a fresh start in the folder is a new run.
     del run.history[8:]
     with start(tmp_path, wandb_mode="auto", first_step=10) as tracker:
         log(tracker, [11])
@@ -71,7 +71,7 @@ def test_online_a_resumed_run_is_the_same_run_and_has_every_step_once(tmp_path, 
 
 
 def test_offline_a_killed_and_resumed_run_is_one_folder_with_every_step_once(tmp_path, server, capsys):
-    """What wandb's process had not written when the run was killed is in metrics.jsonl."""
+    """Steps that wandb's process had not written when the run was killed come from metrics.jsonl."""
     code = (
         "import os, signal, sys, time; from pathlib import Path\n"
         "from tests.report.test_wandb_run import log, start\n"
@@ -103,7 +103,7 @@ def test_offline_a_killed_and_resumed_run_is_one_folder_with_every_step_once(tmp
     assert [row["_step"] for row in run.history] == list(range(1, 14)) and len(server.runs) == 1
 
 
-def test_of_very_many_steps_a_resumed_run_brings_some_and_all_validations(tmp_path, monkeypatch):
+def test_of_very_many_steps_a_resumed_run_sends_a_part_and_all_validations(tmp_path, monkeypatch):
     monkeypatch.setattr(tracking, "CATCH_UP_VALUES", 60)
     with start(tmp_path, wandb_mode="offline") as tracker:
         for step in range(1, 31):
@@ -114,7 +114,7 @@ def test_of_very_many_steps_a_resumed_run_brings_some_and_all_validations(tmp_pa
     assert steps[0] == 1 and steps[-1] == 30 and len(steps) < 12
 
 
-def test_the_environment_counts_below_flags_and_above_defaults(tmp_path, monkeypatch, anew):
+def test_flags_override_the_environment_which_overrides_defaults(tmp_path, monkeypatch, anew):
     for name in ("PROJECT", "NAME", "ENTITY", "RUN_ID"):
         monkeypatch.setenv(f"WANDB_{name}", f"environment-{name.lower()}")
     start(tmp_path / "a", wandb_mode="offline", run_name=None).close()
@@ -128,7 +128,7 @@ def test_the_environment_counts_below_flags_and_above_defaults(tmp_path, monkeyp
 
 
 def test_without_a_network_auto_is_offline_within_seconds(monkeypatch, anew):
-    """A server that takes the connection and says nothing."""
+    """The server accepts the connection but sends nothing."""
     monkeypatch.setattr(wandb_run, "PROBE_SEC", 0.5)
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
@@ -151,7 +151,7 @@ def test_a_run_is_refused_before_clips_are_encoded(forks, flags_of, tmp_path):
     assert "rows:" not in result.output
 
 
-def test_a_network_that_is_gone_at_the_end_does_not_hold_the_process(tmp_path, server):
+def test_a_network_lost_at_the_end_does_not_block_the_exit(tmp_path, server):
     code = (
         "import sys; from pathlib import Path\n"
         "from higgs_ds.process import end_process\n"
@@ -216,8 +216,8 @@ def test_redact():
     assert redact(harmless) == harmless
 
 
-def test_wandb_killed_in_the_middle_costs_its_own_curves_alone(tmp_path):
-    """In a process of its own: W&B's service is one for all runs of a process."""
+def test_a_killed_wandb_affects_only_its_own_curves(tmp_path):
+    """In a separate process, since all runs of a process share W&B's service."""
     code = (
         "import sys; from pathlib import Path; import psutil\n"
         "from tests.report.test_tracking import start, step_metrics\n"
@@ -229,7 +229,7 @@ def test_wandb_killed_in_the_middle_costs_its_own_curves_alone(tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code, tmp_path], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert "W&B failed and is left out" in done.stderr and "W&B failed during the run" in done.stderr
+    assert "W&B failed and is disabled" in done.stderr and "W&B failed during the run" in done.stderr
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 39
     assert_png(tmp_path / "loss.png")
 
@@ -243,12 +243,12 @@ def test_modes(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="environment variable WANDB_MODE is 'nope'"):
         start(tmp_path, wandb_mode="auto")
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert settle_mode("offline").mode == "offline"  # the flag counts before the environment
+    assert settle_mode("offline").mode == "offline"  # the flag overrides the environment
     start(tmp_path, wandb_mode="auto").close()
     assert not (tmp_path / "wandb").exists()
 
 
-def test_auto_is_offline_where_the_server_opens_no_run_and_online_ends(tmp_path, monkeypatch, server, capsys):
+def test_if_the_server_opens_no_run_auto_is_offline_and_online_an_error(tmp_path, monkeypatch, server, capsys):
     import wandb
 
     asked, real = [], wandb.init
@@ -264,14 +264,14 @@ def test_auto_is_offline_where_the_server_opens_no_run_and_online_ends(tmp_path,
     with pytest.raises(ConfigError, match=r"W&B could not start \(CommError: no such entity\).*--wandb_mode offline"):
         start(tmp_path, wandb_mode="online")
     assert (asked[0]["mode"], asked[0]["project"], asked[0]["name"]) == ("online", "higgs-ds", "test run")
-    # The run did not start: what an earlier one left is untouched.
+    # The run did not start, so the files of an earlier one are untouched.
     assert (tmp_path / "metrics.jsonl").read_text() == '{"global_step": 1}\n'
     start(tmp_path, wandb_mode="auto").close()
     assert [options["mode"] for options in asked[1:]] == ["online", "offline"]
     assert "no such entity" in capsys.readouterr().err
 
 
-def test_names_that_wandb_does_not_take_are_refused_before_anything_takes_long(monkeypatch, anew):
+def test_names_that_wandb_rejects_are_refused_early(monkeypatch, anew):
     with pytest.raises(ConfigError, match="--wandb_project: .*Invalid project name 'voices/anna'"):
         settle_mode("offline", "voices/anna")
     assert settle_mode("disabled", "voices/anna").mode == "disabled"

@@ -1,4 +1,4 @@
-"""What W&B wrote to its own file, by wandb's own reader."""
+"""Reader of W&B's offline file, by wandb's own library."""
 
 import contextlib
 import json
@@ -37,7 +37,7 @@ def _records_so_far(output_dir) -> list:
 
 
 def wandb_history(output_dir) -> list[dict]:
-    """What was logged to W&B, without the fields that wandb adds (they start with an underscore)."""
+    """Returns the rows logged to W&B, without wandb's own fields, which start with an underscore."""
     rows = []
     for record in wandb_records(output_dir):
         if record.WhichOneof("record_type") == "history":

@@ -1,4 +1,4 @@
-"""A W&B server in so many lines: it opens and resumes runs, and keeps the history that reaches it."""
+"""A minimal W&B server: it opens and resumes runs, and stores their history."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 @dataclass
 class ServerRun:
-    """What the server has of a run."""
+    """A run on the server."""
 
     project: str
     entity: str
@@ -43,7 +43,7 @@ class ServerRun:
 
 
 class _Server(ThreadingHTTPServer):
-    """One whose clients may be killed in the middle of a sentence, which is what some tests are about."""
+    """HTTP server for clients that are killed in the middle of a request, as some tests do."""
 
     def handle_error(self, request, client_address) -> None:
         if not isinstance(sys.exc_info()[1], ConnectionError):

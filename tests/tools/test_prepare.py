@@ -1,4 +1,4 @@
-"""`prepare`: real processes, alone and as ranks, killed in the middle and started again."""
+"""`prepare` in real processes: a single one and several ranks, killed and restarted."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def command(tiny_dir, codec_dir, tmp_path):
 
 @pytest.fixture
 def here(capsys):
-    """Runs a command's verb in this process, which saves the seconds that imports take."""
+    """Runs a verb in this process, which saves the time of imports."""
 
     def call(words):
         code = cli.main(words[2:])
@@ -57,7 +57,7 @@ def here(capsys):
 
 def said(text: str) -> dict:
     found = re.search(
-        r"([\d,]+) rows, ([\d,]+) different clips of .* ([\d,]+) tokens; ([\d,]+) clips were encoded", text
+        r"([\d,]+) rows, ([\d,]+) different clips of .* ([\d,]+) tokens; ([\d,]+) clips encoded now", text
     )
     assert found, text
     return dict(
@@ -75,7 +75,7 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
-def test_killed_in_the_middle_ranks_go_on_where_it_was(clips, command, here, codec_dir, tmp_path):
+def test_ranks_continue_the_work_of_a_killed_process(clips, command, here, codec_dir, tmp_path):
     words = command(clips, "--val_manifest", SPEECH)
     slow = [sys.executable, "-c", SLOW_CODEC, *words[2:]]
     process = subprocess.Popen(slow, cwd=ROOT, stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(ROOT)})
@@ -92,7 +92,7 @@ def test_killed_in_the_middle_ranks_go_on_where_it_was(clips, command, here, cod
     assert_all(results)
     counts = said(results[0].output)
     assert counts["clips"] == counts["rows"] == 92 and counts["encoded"] in (92 - there, 92 - there + 1)
-    assert "rows: 100%" in results[0].output and "clips were encoded" not in results[1].output
+    assert "rows: 100%" in results[0].output and "clips encoded now" not in results[1].output
     assert len(list(tmp_path.glob("cache/*/*.index"))) >= 3  # of the killed process and of both ranks
     codec = load_codec(str(codec_dir))
     cache = CodeCache(tmp_path / "cache", codec)
@@ -108,7 +108,7 @@ def encoded_in(folder) -> int:
     return sum(path.stat().st_size for path in folder.glob("cache/*/*.index")) // INDEX.itemsize
 
 
-def test_faults_are_told_by_line_and_the_rest_is_prepared(clips, command, here):
+def test_faults_are_reported_by_line_and_the_rest_is_prepared(clips, command, here):
     folder = clips.parent
     rows = clips.read_text().splitlines()[:4]
     (folder / "broken.wav").write_bytes(b"no audio")
@@ -122,22 +122,22 @@ def test_faults_are_told_by_line_and_the_rest_is_prepared(clips, command, here):
     lines = [line for line in result.stderr.splitlines() if line.strip()]
     assert any(line.startswith(f"{manifest}:2: audio: cannot be decoded") for line in lines)
     assert any(re.search(r":6: row: takes 1\d\d\d tokens, over --max_tokens_per_batch 400", line) for line in lines)
-    assert lines[-1] == "2 bad rows; the other rows are prepared (--skip_bad_rows leaves these out)"
+    assert lines[-1] == "2 bad rows; the other rows are prepared (--skip_bad_rows skips these)"
     result = here(command(manifest, *limit, "--skip_bad_rows"))
     assert result.returncode == 0 and said(result.stdout)["rows"] == 4 and said(result.stdout)["encoded"] == 0
 
 
-def test_where_to_is_asked_for_and_flags_are_checked(clips, here):
+def test_an_output_is_required_and_flags_are_checked(clips, here):
     for words, problem in (
         ([], "--train_manifest: is required"),
-        (["--train_manifest", str(clips)], "--codes_cache: is required here, or --output_dir"),
+        (["--train_manifest", str(clips)], "--codes_cache: is required, or --output_dir"),
         (["--train_manifest", str(clips), "--codec_cache", "x"], "(did you mean '--codes_cache'?)"),
     ):
         result = here(["-m", "higgs_ds", "prepare", *words])
         assert result.returncode == 2 and problem in result.stderr
 
 
-def test_a_folder_that_cannot_be_written_to_is_one_message(clips, command, here, tmp_path):
+def test_an_unwritable_folder_is_reported_once(clips, command, here, tmp_path):
     (tmp_path / "cache").write_text("a file")
     result = here(command(clips))
     assert result.returncode == 2 and "--codes_cache:" in result.stderr and "Traceback" not in result.stderr

@@ -1,4 +1,4 @@
-"""`generate` and `reproduce`: what they refuse before anything is loaded, what they write, and where a clip ends."""
+"""`generate` and `reproduce`: errors before anything is loaded, outputs, and stop rules."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def voice(tiny_dir, codec_dir):
     return ["--base_ckpt", str(tiny_dir), "--codec", str(codec_dir)]
 
 
-def test_the_names_that_the_parser_knows_are_those_that_there_are():
+def test_the_parsers_names_are_those_of_the_models():
     assert tuple(speaking.SAMPLERS) == tuple(v3_speaker.SAMPLERS) == speak_flags.SAMPLERS
     assert tuple(dict.fromkeys((*stop_rules.STOP_RULES, *v3_speaker.STOP_RULES))) == reproduce.STOP_RULES
 
@@ -43,16 +43,16 @@ def test_the_names_that_the_parser_knows_are_those_that_there_are():
         (["--text", "a <|eot_id|> b"], "--text: contains <|eot_id|>"),
         (["--scene", "<|scene_desc_end|>"], "--scene: contains <|scene_desc_end|>"),
         (["--max_row_tokens", "120", "--ref_audio", str(CLIP), "--ref_text", "x"], "--text: the prompt takes 1"),
-        (["--max_new_tokens", "1000000"], "--max_new_tokens: 1000000 is over the model's"),
+        (["--max_new_tokens", "1000000"], "--max_new_tokens: 1000000 exceeds the model's"),
         (["--output_file", "a.aac"], "--output_file: a.aac must end in .wav"),
         (["--output_file", "missing/a.wav"], "--output_file: missing/a.wav cannot be written"),
-        (["--output_file", "there.wav"], "--output_file: there.wav exists and is kept; --overwrite"),
+        (["--output_file", "there.wav"], "--output_file: there.wav exists; add --overwrite"),
         (["--ref_audio", "there.wav", "--ref_text", "x"], "--ref_audio: there.wav: "),
-        (["--merged", "nowhere"], "--merged: is base and adapter in one; leave --base_ckpt out"),
+        (["--merged", "nowhere"], "--merged: contains base and adapter; omit --base_ckpt"),
         (["--adapter", "boson", "--prompt_style", "served"], "--prompt_style: served"),
     ],
 )
-def test_what_cannot_be_spoken_is_one_line_before_anything_is_loaded(
+def test_wrong_input_is_reported_on_one_line_before_anything_is_loaded(
     flags, words, voice, said, tmp_path, monkeypatch, nothing_loads
 ):
     monkeypatch.chdir(tmp_path)
@@ -67,7 +67,7 @@ def test_what_cannot_be_spoken_is_one_line_before_anything_is_loaded(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["boson", "there.wav"]
 
 
-def test_weights_are_had_last_and_by_export_never(said, codec_dir, tiny_dir, tiny_config, tmp_path, monkeypatch):
+def test_weights_are_downloaded_last_and_never_by_export(said, codec_dir, tiny_dir, tiny_config, tmp_path, monkeypatch):
     asked = []
 
     def snapshot_download(name, *, revision, allow_patterns):
@@ -88,7 +88,7 @@ def test_weights_are_had_last_and_by_export_never(said, codec_dir, tiny_dir, tin
 
 
 @pytest.mark.parametrize("verb", ["generate", "reproduce", "merge"])
-def test_an_adapter_of_another_base_is_refused_before_that_is_had(verb, said, tiny_config, tmp_path, monkeypatch):
+def test_an_adapter_of_another_base_is_refused_before_the_download(verb, said, tiny_config, tmp_path, monkeypatch):
     def fetched(*_, **__):
         raise AssertionError("the base was looked for")
 
@@ -112,13 +112,13 @@ def test_an_adapter_of_another_base_is_refused_before_that_is_had(verb, said, ti
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("\ufeff\n\n".encode(), "holds no text"),
+        ("\ufeff\n\n".encode(), "contains no text"),
         (b"one\n\nthree\n", "t.txt:2: is empty"),
         (b"one\n<|eot_id|>\n", "t.txt:2: contains <|eot_id|>"),
         (b"\xff\xfe", "t.txt: 'utf-8' codec"),
     ],
 )
-def test_a_file_of_texts_is_checked_whole(content, words, voice, said, tmp_path, nothing_loads):
+def test_every_line_of_a_file_of_texts_is_checked(content, words, voice, said, tmp_path, nothing_loads):
     (tmp_path / "t.txt").write_bytes(content)
     code, lines = said("generate", *voice, "--texts", tmp_path / "t.txt", "--output_dir", tmp_path / "out")
     assert code == 2 and len(lines) == 1 and words in lines[0], lines
@@ -126,7 +126,7 @@ def test_a_file_of_texts_is_checked_whole(content, words, voice, said, tmp_path,
 
 
 def test_every_text_becomes_a_file_of_its_format(voice, said, tmp_path):
-    """An untrained model never ends by itself; the same seed gives the same samples."""
+    """An untrained model never ends a clip; the same seed gives the same samples."""
     (tmp_path / "t.txt").write_text(" Hello. \nWhere is the café?\n\n", encoding="utf-8")
     out = tmp_path / "made" / "here"
     flags = [*voice, "--sampler", "served", "--seed", 0, "--max_new_tokens", 30]
@@ -138,7 +138,7 @@ def test_every_text_becomes_a_file_of_its_format(voice, said, tmp_path):
     files = sorted(out.iterdir())
     assert [file.name for file in files] == ["0001.ogg", "0002.ogg"] and soundfile.info(files[0]).frames > 1000
     code, lines = said("generate", *several)
-    assert code == 2 and "0001" in lines[0] and "and 1 more exists and is kept" in lines[0]
+    assert code == 2 and "0001" in lines[0] and "and 1 more exists; add --overwrite" in lines[0]
     before = soundfile.read(files[1])[0]
     assert said("generate", *several, "--overwrite")[0] == 0
     assert np.array_equal(before, soundfile.read(files[1])[0])
@@ -148,7 +148,7 @@ def test_every_text_becomes_a_file_of_its_format(voice, said, tmp_path):
         assert soundfile.info(file).format == ending.upper() and soundfile.info(file).frames > 1000
 
 
-def test_what_a_merged_folder_lacks_is_said_of_the_flag_that_named_it(voice, said, tiny_dir, tmp_path, nothing_loads):
+def test_a_missing_file_of_a_merged_folder_is_reported_under_its_flag(voice, said, tiny_dir, tmp_path, nothing_loads):
     merged = shutil.copytree(tiny_dir, tmp_path / "m")
     flags = ["--merged", merged, *voice[2:], "--text", "Hello.", "--output_file", tmp_path / "a.wav"]
     for file in (next(merged.glob("model-00001-of-*.safetensors")).name, "tokenizer.json", "config.json"):
@@ -177,7 +177,7 @@ def test_a_merged_folder_speaks_as_its_base(layout, voice, said, codec_dir, tmp_
     assert code == 0 and lines[0] == f"prompt style boson, as {tmp_path / 'm'} was trained"
     assert (tmp_path / "boson.wav").read_bytes() != (tmp_path / "merged.wav").read_bytes()
     code, lines = said("generate", "--merged", tmp_path / "no", *more, "--output_file", tmp_path / "x.wav")
-    assert code == 2 and lines == [f"--merged: {tmp_path / 'no'} is not a folder; `merge` makes one"]
+    assert code == 2 and lines == [f"--merged: {tmp_path / 'no'} is not a folder; create one with `merge`"]
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +186,7 @@ def untrained(tiny_dir, codec_dir):
 
 
 def endings(speaker, eos_at: dict[int, list[int]]) -> dict[str, tuple[int, bool, bool]]:
-    """Frames, ended, and agreement by stop rule, where codebook k's logits are highest for EOS at the steps given.
+    """Frames, ended, and agreement by stop rule, if codebook k's logits are highest for EOS at the given steps.
 
     Upstream's own `generate`; the logits that its forward returns are set.
     """
@@ -213,24 +213,24 @@ def endings(speaker, eos_at: dict[int, list[int]]) -> dict[str, tuple[int, bool,
     return found
 
 
-def test_a_clip_that_ends_as_it_was_trained_ends_alike_by_every_rule(untrained):
+def test_all_stop_rules_agree_on_a_clip_that_ends_as_in_training(untrained):
     assert set(endings(untrained, {k: [20 + k] for k in range(8)}).values()) == {(20, True, True)}
 
 
-def test_each_stop_rule_is_its_stacks(untrained):
-    """Codebook 5 says EOS 10 steps early, which boson and transformers believe, each in its way."""
+def test_each_stop_rule_is_that_of_its_library(untrained):
+    """Codebook 5 predicts EOS 10 steps early; boson and transformers stop there, each in its own way."""
     found = endings(untrained, {0: [20], 1: [21], 2: [22], 3: [23], 4: [24], 5: [15, 25], 6: [26], 7: [27]})
     assert found["vllm"] == (20, True, False)
-    assert found["boson"] == (10, True, False)  # as if codebook 5 ended in its place: 5 frames before what it said
+    assert found["boson"] == (10, True, False)  # as if codebook 5 had its usual delay: 5 frames before its EOS
     assert found["transformers"] == (16, True, False)  # codebook k is forced at step 16 + k
-    # Two at once: boson believes the lowest, as if the other had not spoken.
+    # Two at once: boson follows the lowest and ignores the other.
     assert endings(untrained, {2: [15], 5: [15]})["boson"] == endings(untrained, {2: [15]})["boson"]
     never = endings(untrained, {})
     assert all(not ended for _, ended, _ in never.values())
 
 
-def test_an_answer_that_is_cut_off_before_its_first_frame_is_none(untrained, voice, said, tmp_path):
-    """Eight codebooks begin one after the other, and BOS stands before them."""
+def test_an_answer_cut_off_before_its_first_frame_is_an_error(untrained, voice, said, tmp_path):
+    """BOS and the delay of eight codebooks come before the first complete frame."""
     messages, _ = speech_messages("Hello.", None)
     for most in range(1, 12):
         answer = untrained.speak(messages, [], Sampling(max_new_tokens=most), force_audio=True)
@@ -241,7 +241,7 @@ def test_an_answer_that_is_cut_off_before_its_first_frame_is_none(untrained, voi
     flags = ["--text", "Hello.", "--output_file", file, "--max_new_tokens", 5, "--seed", 1, "--top_k", 3]
     code, lines = said("generate", *voice, *flags)
     assert code == 1 and lines[0].startswith("--top_k, --seed: no effect") and not file.exists()
-    assert lines[1].startswith(f"{file}: --max_new_tokens 5 ended it before the first frame")
+    assert lines[1].startswith(f"{file}: cut off at --max_new_tokens 5 before the first frame")
     (tmp_path / "t.txt").write_text(json.loads(SPEECH.read_text().splitlines()[0])["text"])
     flags = [*voice, "--train_manifest", SPEECH, "--output_dir", tmp_path / "out", "--texts", tmp_path / "t.txt"]
     code, lines = said("reproduce", *flags, "--max_new_tokens", 5, "--stop", "boson")
@@ -263,7 +263,7 @@ def test_reproduce_has_a_line_for_each_stop_rule(voice, said, tmp_path):
     earlier = tmp_path / "out" / clips[0]["file"]
     earlier.write_bytes(b"of another voice")
     code, lines = said("reproduce", *flags, "--max_new_tokens", 8)
-    assert code == 2 and f"{earlier} and 1 more exists and is kept" in lines[0]
+    assert code == 2 and f"{earlier} and 1 more exists; add --overwrite" in lines[0]
     assert (tmp_path / "out/recital.json").read_bytes() == before
     assert said("reproduce", *flags, "--max_new_tokens", 8, "--stop", "boson", "--overwrite")[0] == 0
     assert not earlier.exists()  # the answers were cut off before their first frame
@@ -272,7 +272,7 @@ def test_reproduce_has_a_line_for_each_stop_rule(voice, said, tmp_path):
     assert code == 2 and lines[0].startswith("--stop: ")
 
 
-def test_reproduce_says_which_texts_no_row_speaks_before_anything_is_loaded(voice, said, tmp_path, nothing_loads):
+def test_reproduce_reports_texts_without_a_row_before_anything_is_loaded(voice, said, tmp_path, nothing_loads):
     (tmp_path / "t.txt").write_text("Nobody says so.\n\nNor so.\n")
     flags = [*voice, "--train_manifest", SPEECH, "--output_dir", tmp_path / "out", "--texts", tmp_path / "t.txt"]
     code, lines = said("reproduce", *flags)
@@ -284,7 +284,7 @@ def test_reproduce_says_which_texts_no_row_speaks_before_anything_is_loaded(voic
     assert code == 2 and lines[0].startswith(f"{tmp_path}/m.jsonl: no row ends")
 
 
-def test_a_folder_that_cannot_be_written_to_is_one_line(said, tmp_path):
+def test_an_unwritable_folder_is_reported_on_one_line(said, tmp_path):
     (tmp_path / "file").write_bytes(b"")
     for verb in (["tiny"], ["sample-codec", "--train_manifest", SPEECH]):
         code, lines = said(*verb, "--output_dir", tmp_path / "file" / "x")

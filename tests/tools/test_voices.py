@@ -1,4 +1,4 @@
-"""A voice by its speaker's name: the reference that a manifest has of it."""
+"""A voice by its speaker's name: the reference clip from a manifest."""
 
 import json
 
@@ -35,15 +35,15 @@ def test_generate_speaks_with_a_clip_of_the_speaker(manifest, tiny_dir, codec_di
     [
         (["--speaker", "zoe"], "it has 7, anna, bert"),
         (["--speaker", "anna", "--ref_audio", "x.wav", "--ref_text", "x"], "they replace --ref_audio"),
-        ([], "one needs the other"),
+        ([], "one requires the other"),
     ],
 )
-def test_a_speaker_that_is_not_there_is_named_before_anything_is_loaded(manifest, flags, said, capsys):
+def test_an_unknown_speaker_is_reported_before_anything_is_loaded(manifest, flags, said, capsys):
     argv = ["generate", "--text", "Hello.", "--output_file", "x.wav", "--train_manifest", str(manifest), *flags]
     assert main(argv) == 2 and said in "".join(capsys.readouterr())
 
 
-def test_style_and_instruction_are_named_as_not_read(manifest):
+def test_style_and_instruction_are_reported_as_ignored(manifest):
     from higgs_ds.data.manifest import Manifest
 
     read = Manifest(manifest)

@@ -1,4 +1,4 @@
-"""config.json of Higgs TTS 3: the fields that change what is computed, checked, as one flat config."""
+"""config.json of Higgs TTS 3: checks the fields that affect the computation, and flattens them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ...errors import ConfigError
 from ..files.config_values import Count, Positive, Size, TokenId, checked
 
 MODEL_TYPE = "higgs_multimodal_qwen3"
-ROPE_THETA = 1_000_000.0  # where config.json has none; both servers take it then
+ROPE_THETA = 1_000_000.0  # default of both servers
 
 
 class RopeParameters(BaseModel):
@@ -23,7 +23,7 @@ class RopeParameters(BaseModel):
 
 
 class TextFields(BaseModel):
-    """Qwen3's fields; the sizes must be there, all else is as in the published checkpoint where it is left out."""
+    """Qwen3's fields; sizes are required, other fields default to the published checkpoint's values."""
 
     model_config = ConfigDict(strict=True)
     vocab_size: Size
@@ -46,7 +46,7 @@ class TextFields(BaseModel):
 
 
 class AudioFields(BaseModel):
-    """Fields of the codes' table; every code has a row in it, behind a codebook's codes stand BOC and EOC."""
+    """Fields of the table of codes: one row per code, each codebook's codes followed by BOC and EOC."""
 
     model_config = ConfigDict(strict=True)
     num_codebooks: Count = 8
@@ -57,7 +57,7 @@ class AudioFields(BaseModel):
 
 
 class Fields(BaseModel):
-    """The parts of config.json that are read."""
+    """The relevant parts of config.json."""
 
     text_config: TextFields
     audio_encoder_config: AudioFields
@@ -67,9 +67,9 @@ _FIELDS: TypeAdapter = TypeAdapter(Fields)
 
 
 class HiggsV3Config(PretrainedConfig):
-    """The checked fields, flat: Qwen3's under their own names, the table's as `num_codebooks` and `num_classes`.
+    """The checked fields in one config: Qwen3's under their own names, the table's `num_codebooks` and `num_classes`.
 
-    `audio_token` and `reference_token` are the text tokens before streams, `<|audio|>` and `<|ref_audio|>`.
+    `audio_token` and `reference_token` are the text tokens before a stream, `<|audio|>` and `<|ref_audio|>`.
     """
 
     model_type = MODEL_TYPE
@@ -83,33 +83,33 @@ class HiggsV3Config(PretrainedConfig):
         reference_token: int = 0,
         **fields: Any,
     ):
-        super().__init__(tie_word_embeddings=False)  # of transformers' own tying; the table is one module here
+        super().__init__(tie_word_embeddings=False)  # no tying by transformers; the table is a single module
         self.num_codebooks, self.num_classes = num_codebooks, num_classes
         self.audio_token, self.reference_token = audio_token, reference_token
-        self.mlp_bias, self.pretraining_tp = False, 1  # asked for by the feed-forward network
+        self.mlp_bias, self.pretraining_tp = False, 1  # required by LlamaMLP
         for name, value in fields.items():
             setattr(self, name, value)
 
     @property
     def boc(self) -> int:
-        """The code in a codebook before its first frame (1024)."""
+        """Code before a codebook's first frame (1024)."""
         return self.num_classes - 2
 
     @property
     def eoc(self) -> int:
-        """The code in a codebook after its last frame (1025)."""
+        """Code after a codebook's last frame (1025)."""
         return self.num_classes - 1
 
 
 def config_from(raw: dict, where: str) -> HiggsV3Config:
-    """The config of a parsed config.json; messages begin with `where`."""
+    """Checks a parsed config.json and returns the config. Raises ConfigError; messages begin with `where`."""
     if raw.get("model_type") != MODEL_TYPE:
         raise ConfigError([f"{where} says model_type {raw.get('model_type')!r}, expected {MODEL_TYPE!r}"])
     found: Fields = checked(_FIELDS, raw, where)
     text = found.text_config
     if text.num_attention_heads % text.num_key_value_heads or text.head_dim % 2:
-        heads = f"{text.num_attention_heads} heads of {text.head_dim} with {text.num_key_value_heads} for keys"
-        raise ConfigError([f"{where}: text_config has {heads}, which do not divide"])
+        heads = f"{text.num_attention_heads} heads of size {text.head_dim}, {text.num_key_value_heads} key heads"
+        raise ConfigError([f"{where}: text_config has {heads}; heads must be a multiple of key heads, their size even"])
     theta = text.rope_theta or ROPE_THETA
     if text.rope_parameters is not None:
         theta = text.rope_parameters.rope_theta

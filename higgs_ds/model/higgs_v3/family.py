@@ -1,4 +1,4 @@
-"""Higgs TTS 3 as the trainer sees it: each method is `family.Family`'s, and imports what it needs when called."""
+"""Interface of Higgs TTS 3 to the trainer: methods are documented in `family.Family`, and import on call."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LAYOUT = "native"
 _ATTENTION = tuple(f"self_attn.{name}_proj" for name in "qkvo")
 _MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 _TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-_TABLE = "modality_embeddings.0.embedding"  # embedding and head of the codes in one
+_TABLE = "modality_embeddings.0.embedding"  # both embedding and head of the codes
 MODULES = ModuleNames(_TARGETS, {"attention": _ATTENTION, "text_mlp": _MLP, "all": _TARGETS}, _TABLE, {"none": ()})
 
 
@@ -58,7 +58,7 @@ class HiggsV3:
         return open_base(name_or_path, revision, flag, folder, weights=weights)
 
     def check_forward(self, base: BaseCheckpoint) -> None:
-        """Nothing: whatever `open_base` lets pass is computed."""
+        """Does nothing: `open_base` has checked everything."""
 
     def adaptable_modules(self, config: Any) -> Adaptable:
         from .load import adaptable_modules
@@ -88,7 +88,7 @@ class HiggsV3:
         return tokenize(messages, start_index, tokenizer)
 
     def check_codec(self, codec: str, layout: str) -> None:
-        """Nothing: the codec is in the checkpoint."""
+        """Does nothing: the codec is in the checkpoint."""
 
     def merge(
         self, base: BaseCheckpoint, adapter: Adapter | None, output_dir: Path, layout: str, **options: Any

@@ -1,4 +1,4 @@
-"""The training forward's module, made of a model with LoRA; `layers` is where the model is computed."""
+"""Training module made from a model with LoRA; the computation itself is in `layers`."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def training_forward(
     checkpoint_every: int = 0,
     compiled: bool = False,
 ) -> nn.Module:
-    """The module that the engine runs; see the options of the same names.
+    """Makes the module for the engine; see the options of the same names.
 
     Raises:
-        ConfigError: an option that this family does not have.
+        ConfigError: this family does not support an option.
     """
     problems = []
     if forward_impl != "padding_free":

@@ -1,8 +1,8 @@
-"""Qwen3's decoder on flat rows, and Higgs TTS 3's one table of codes at both of its ends.
+"""Qwen3's decoder on flat rows, with Higgs TTS 3's table of codes as its embedding and head.
 
-Modules carry the checkpoint's own names. In training every token is computed once, without padding and without a wait
-for the device: rows are in the order of the batch's `BatchIndex`, and only labelled rows reach the head. In generation
-the same layers go on from the keys and values that they have kept.
+Modules have the checkpoint's names. Training computes each token once, without padding or synchronisation with the
+device: rows are in the order of the batch's `BatchIndex`, and only labelled rows reach the head. Generation uses the
+same layers with cached keys and values.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from ..training_forward import Objective, PaddingFreeOutput
 from .config import HiggsV3Config
 
 Rope = tuple[torch.Tensor, torch.Tensor]  # cosines and sines, [N, 1, head_dim] each
-Cache = list[tuple[torch.Tensor, torch.Tensor]]  # keys and values of a layer so far, [heads, positions, head_dim]
+Cache = list[tuple[torch.Tensor, torch.Tensor]]  # keys and values by layer, [heads, positions, head_dim] each
 
 
 class Attention(nn.Module):
-    """Qwen3's attention: queries and keys are normed, head by head, before they are rotated."""
+    """Qwen3's attention: queries and keys are normalised per head before the rotation."""
 
     def __init__(self, config: HiggsV3Config):
         super().__init__()
@@ -46,16 +46,16 @@ class Attention(nn.Module):
         self.k_norm = FusedRmsNorm(self.head_dim, config.rms_norm_eps)
 
     def heads(self, normed: torch.Tensor, rope: Rope) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Query, key and value of rows: [N, hidden] -> [N, heads, head_dim] each."""
+        """Computes rotated query and key, and value: [N, hidden] -> [N, heads, head_dim] each."""
         projected = project([self.q_proj, self.k_proj, self.v_proj], normed)
         query, key, value = (rows.unflatten(1, (-1, self.head_dim)) for rows in projected)
         return Rotate.apply(self.q_norm(query), *rope), Rotate.apply(self.k_norm(key), *rope), value
 
 
 class DecoderLayer(nn.Module):
-    """One of Qwen3's layers.
+    """One decoder layer.
 
-    Weights of several of its modules are used at once, so that under ZeRO-3 it is gathered as a whole (a leaf module).
+    It uses weights of several modules at once, so ZeRO-3 must gather it as a whole (a leaf module).
     """
 
     def __init__(self, config: HiggsV3Config):
@@ -66,14 +66,14 @@ class DecoderLayer(nn.Module):
         self.mlp = LlamaMLP(config)
 
     def forward(self, hidden: torch.Tensor, *, recompute: bool = False, **given: Any) -> torch.Tensor:
-        """Rows through the layer, see `on_rows`; with `recompute` they are computed again in the backward."""
+        """Computes `on_rows`; with `recompute`, again in the backward."""
         if recompute:
-            # Within the module: no hook of ZeRO-3's, which would give the weights back, between this and the gradients.
+            # Inside the module, so that no ZeRO-3 hook releases the weights between recomputation and gradients.
             return checkpoint(self.on_rows, hidden, **given, use_reentrant=False)
         return self.on_rows(hidden, **given)
 
     def on_rows(self, hidden: torch.Tensor, *, index: BatchIndex, rope: Rope, outputs_only: bool) -> torch.Tensor:
-        """[N, hidden] -> [N, hidden], or with `outputs_only` the index's output rows alone, [K, hidden]."""
+        """Computes rows [N, hidden] -> [N, hidden], or with `outputs_only` only the index's output rows [K, hidden]."""
         heads = self.self_attn.heads(self.input_layernorm(hidden), rope)
         places = index.unpack_index
         # Flat rows to padded sequences, attention, and back to flat rows.
@@ -81,10 +81,10 @@ class DecoderLayer(nn.Module):
         if outputs_only:
             hidden, places = (rows.index_select(0, index.output_rows) for rows in (hidden, places))
         attended = causal_attention(packed, index, dropout=self.self_attn.attention_dropout if self.training else 0.0)
-        return self._behind_attention(hidden, SequencesToRows.apply(attended, places))
+        return self._after_attention(hidden, SequencesToRows.apply(attended, places))
 
-    def go_on(self, hidden: torch.Tensor, rope: Rope, cache: Cache, number: int) -> torch.Tensor:
-        """The next rows of one sequence behind all that the cache holds, which then holds them too."""
+    def cached_forward(self, hidden: torch.Tensor, rope: Rope, cache: Cache, number: int) -> torch.Tensor:
+        """Computes a sequence's next rows with the cached ones, and adds them to the cache; `number` is the layer's."""
         query, key, value = (rows.transpose(0, 1) for rows in self.self_attn.heads(self.input_layernorm(hidden), rope))
         if number < len(cache):
             key, value = (torch.cat([kept, new], 1) for kept, new in zip(cache[number], (key, value), strict=True))
@@ -95,22 +95,22 @@ class DecoderLayer(nn.Module):
         seen = torch.ones(length, key.shape[1], dtype=torch.bool, device=query.device).tril(before)
         key, value = (rows.repeat_interleave(self.self_attn.num_key_value_groups, 0) for rows in (key, value))
         attended = F.scaled_dot_product_attention(query[None], key[None], value[None], attn_mask=seen)[0]
-        return self._behind_attention(hidden, attended.transpose(0, 1).flatten(1))
+        return self._after_attention(hidden, attended.transpose(0, 1).flatten(1))
 
-    def _behind_attention(self, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+    def _after_attention(self, hidden: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         (out,) = project([self.self_attn.o_proj], attended)
         hidden = hidden + out
         return add_mlps([self.mlp], self.post_attention_layernorm(hidden), hidden, [hidden.shape[0]])
 
 
 class CodeTable(FusedHead):
-    """The table of all codebooks' codes, [codebooks · classes, hidden]: embedding of codes, and head.
+    """Table of all codebooks' codes, [codebooks · classes, hidden]: both embedding and head.
 
-    Both go through the module's own call, so that under ZeRO-3 the one weight is gathered for each.
+    Both uses call the module itself, so that ZeRO-3 gathers the shared weight each time.
     """
 
     def forward(self, hidden: Any, rows: LabelledRows | None = None) -> Any:
-        """Codes, int64 [codebooks, frames], to the sums of their rows, [frames, hidden]; all else as in `FusedHead`."""
+        """Embeds codes, int64 [codebooks, frames] -> [frames, hidden], summed over codebooks; else as `FusedHead`."""
         if isinstance(hidden, torch.Tensor) and not hidden.is_floating_point():
             first = torch.arange(hidden.shape[0], device=hidden.device) * (self.out_features // hidden.shape[0])
             return F.embedding(hidden + first[:, None], self.weight).sum(0)
@@ -118,7 +118,7 @@ class CodeTable(FusedHead):
 
 
 class HiggsV3Model(PreTrainedModel):
-    """Higgs TTS 3 without its codec; called with a batch and its index it gives the loss."""
+    """Higgs TTS 3 without its codec; computes the loss of a batch."""
 
     config_class = HiggsV3Config
     config: HiggsV3Config
@@ -139,28 +139,28 @@ class HiggsV3Model(PreTrainedModel):
 
     @property
     def text_embedding(self) -> nn.Embedding:
-        """The embedding of text tokens."""
+        """Embedding of text tokens."""
         return self.get_submodule("tied.embedding.text_embedding")  # type: ignore[return-value]
 
     @property
     def code_table(self) -> CodeTable:
-        """The one table, embedding and head."""
+        """Table of codes, both embedding and head."""
         return self.get_submodule(TABLE)  # type: ignore[return-value]
 
     @property
     def layers(self) -> nn.ModuleList:
-        """The decoder's layers."""
+        """Decoder layers."""
         return self.get_submodule("body.layers")  # type: ignore[return-value]
 
     def get_input_embeddings(self) -> nn.Module:
-        """For transformers and PEFT."""
+        """Returns the text embedding, for transformers and PEFT."""
         return self.text_embedding
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Nothing: every weight comes from a file."""
+        """Does nothing: every weight comes from a file."""
 
     def rope(self, positions: torch.Tensor, dtype: torch.dtype) -> Rope:
-        """Cosines and sines at positions, [N] -> [N, 1, head_dim] each, rounded to what the rows are computed in."""
+        """Computes cosines and sines of positions, [N] -> [N, 1, head_dim] each, in `dtype`."""
         places = torch.arange(0, self.config.head_dim, 2, device=positions.device).float()
         frequencies = 1.0 / (self.config.rope_theta ** (places / self.config.head_dim))
         angles = positions.float()[:, None] * frequencies
@@ -179,18 +179,18 @@ class HiggsV3Model(PreTrainedModel):
         input_gradient: bool = False,
         **_unused: Any,
     ) -> PaddingFreeOutput:
-        """One micro-batch to its loss; `_unused` are fields of other families' batches, and what PEFT adds.
+        """Computes a micro-batch's loss; `_unused` are fields of other families' batches, and PEFT's additions.
 
         Args:
             input_ids: [batch, tokens], read at `index.text_index`.
             audio_out_ids, audio_in_ids: [codebooks, rows], see `prompt`.
-            checkpoint_every: N recomputes every N-th layer in the backward, from the first on; 0 for none.
-            input_gradient: whether the backward goes on to what enters the first layer, where nothing learns.
+            checkpoint_every: N recomputes every N-th layer in the backward, starting with the first; 0 for none.
+            input_gradient: True extends the backward to the first layer's input, even if it is not trained.
         """
         streams = [_codes(ids, self.config.num_codebooks, input_ids) for ids in (audio_out_ids, audio_in_ids)]
         num_frames = sum(ids.shape[1] for ids in streams)
         arrived = num_frames == index.num_frames
-        # What did not arrive is the guard's to report. Until it has, this rank computes as much as the others wait for.
+        # The guard reports missing frames. Until then this rank computes on zeros, so that the others do not hang.
         if not arrived:
             streams = [input_ids.new_zeros((self.config.num_codebooks, n)) for n in (index.num_frames, 0)]
         if tuple(input_ids.shape) != tuple(index.input_shape):
@@ -205,7 +205,7 @@ class HiggsV3Model(PreTrainedModel):
                 hidden,
                 index=index,
                 rope=rope,
-                # Behind the last attention nobody looks at a row that predicts nothing.
+                # After the last attention only rows with a label are needed.
                 outputs_only=number == last,
                 recompute=bool(checkpoint_every) and number % checkpoint_every == 0 and torch.is_grad_enabled(),
             )
@@ -213,26 +213,26 @@ class HiggsV3Model(PreTrainedModel):
         audio = labelled[index.num_head_rows[0] :]
         loss, sums, shape = _loss(self.code_table, audio, index, objective)
         if not arrived:
-            shape = (0, *shape[1:])  # nothing was computed from the frames that were meant
+            shape = (0, *shape[1:])  # tells the guard that the intended frames were not computed
         return PaddingFreeOutput(loss, sums, num_rows, num_frames, shape)
 
     def _embed(self, text: torch.Tensor, streams: list[torch.Tensor]) -> torch.Tensor:
-        """Text rows, then the rows of the targets' streams, then those of the references'. [N, hidden]"""
+        """Embeds text rows, then rows of the targets' streams, then of the references' streams: [N, hidden]"""
         before = text.new_tensor([self.config.audio_token, self.config.reference_token])
         embedded = self.text_embedding(torch.cat([text, before]))
         rows, tokens = embedded[: len(text)], embedded[len(text) :]
         codes = torch.cat(streams, 1)
-        # A row whose codes are all BOC is the text token before a stream; within one none is.
+        # A row with only BOC marks the text token before a stream; streams contain no such row.
         marked = (codes == self.config.boc).all(0)[:, None]
         tokens = torch.cat([tokens[n].expand(ids.shape[1], -1) for n, ids in enumerate(streams)])
         return torch.cat([rows, torch.where(marked, tokens, self.code_table(codes))])
 
     @torch.no_grad()
-    def go_on(self, text: torch.Tensor, codes: torch.Tensor | None, cache: Cache) -> torch.Tensor:
-        """The logits that follow one sequence's next rows: text ids [n], then rows of codes [codebooks, m].
+    def cached_forward(self, text: torch.Tensor, codes: torch.Tensor | None, cache: Cache) -> torch.Tensor:
+        """Appends rows to a sequence, text ids [n] then codes [codebooks, m], and computes the logits after them.
 
         Returns:
-            [codebooks, classes] float32; the cache then holds these rows too.
+            [codebooks, classes] float32; the rows are added to the cache.
         """
         hidden = self.text_embedding(text)
         if codes is not None:
@@ -240,7 +240,7 @@ class HiggsV3Model(PreTrainedModel):
         before = cache[0][0].shape[1] if cache else 0
         rope = self.rope(torch.arange(before, before + len(hidden), device=hidden.device), hidden.dtype)
         for number, layer in enumerate(self.layers):
-            hidden = layer.go_on(hidden, rope, cache, number)  # type: ignore[operator]
+            hidden = layer.cached_forward(hidden, rope, cache, number)  # type: ignore[operator]
         logits = self.code_table(self.body["norm"](hidden[-1:]))  # type: ignore[operator, index]
         return logits.view(self.config.num_codebooks, -1).float()
 
@@ -259,7 +259,7 @@ def _codes(ids: torch.Tensor | None, num_codebooks: int, like: torch.Tensor) -> 
 def _loss(
     table: CodeTable, audio: torch.Tensor, index: BatchIndex, objective: Objective
 ) -> tuple[torch.Tensor, HeadSums, tuple[int, ...]]:
-    """Loss, sums and the shape of what the head computed, from labelled rows after the last norm; text has no loss."""
+    """Computes loss, sums and the logits' shape from labelled rows after the last norm; text has no loss."""
     scales = objective.codebook_scales
     if objective.impl == "reference":
         logits = table(audio).unflatten(1, (scales.shape[0], -1))

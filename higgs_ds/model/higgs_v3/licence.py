@@ -1,4 +1,4 @@
-"""Sentences that the licence of Higgs TTS 3 asks for beside derivatives, as LoRA weights and merged models are."""
+"""Notices that the licence of Higgs TTS 3 requires for derivatives such as LoRA weights and merged models."""
 
 from __future__ import annotations
 

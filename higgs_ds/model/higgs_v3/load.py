@@ -1,6 +1,6 @@
-"""A Higgs TTS 3 checkpoint: what its folder holds, compared with what the model needs, and loaded.
+"""Checks and loads a Higgs TTS 3 checkpoint.
 
-The codec that is bundled with it and the tied copies of embedding and table are not this model's, and are left alone.
+The bundled codec and the tied copies of embedding and table are ignored.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from .layers import TABLE, HiggsV3Model
 from .prompt import AUDIO, PROMPT_TOKENS, REF_AUDIO
 from .spec import HiggsV3Spec
 
-COPIES = "tied.head."  # before those of copies that no index lists
+COPIES = "tied.head."  # prefix of the tied copies
 
 
 def open_base(
     name_or_path: str, revision: str | None, flag: str, folder: Path, *, weights: bool = True
 ) -> BaseCheckpoint:
-    """Everything that can be asked of a checkpoint's folder without loading it; without `weights`, beside them.
+    """Reads and checks a checkpoint's folder without loading weights; `weights` False skips their check.
 
     Raises:
-        ConfigError: weights or a tokenizer that do not fit its config; all that is wrong with it, a line each.
+        ConfigError: weights or tokenizer do not match the config; one line per problem.
     """
     config, tokenizer = read_config(folder, flag), load_tokenizer(folder, flag)
     ids = _prompt_ids(folder, tokenizer, config, flag)
@@ -51,24 +51,24 @@ def open_base(
 
 
 def read_config(folder: Path, flag: str = "--base_ckpt") -> HiggsV3Config:
-    """The checkpoint's config. Raises ConfigError."""
+    """Reads the checkpoint's config. Raises ConfigError."""
     file = folder / "config.json"
     return config_from(read_json(file, flag), f"{flag}: {file}")
 
 
 def load_tokenizer(folder: Path, flag: str = "--base_ckpt") -> PreTrainedTokenizerFast:
-    """The checkpoint's tokenizer.json by itself: what is written beside it is for a newer transformers."""
+    """Loads only tokenizer.json; the other tokenizer files require a newer transformers. Raises ConfigError."""
     file = folder / "tokenizer.json"
     with reading(f"{flag}: {file}: the tokenizer cannot be loaded"):
-        file.open("rb").close()  # a missing file is named by its path
+        file.open("rb").close()  # gives a clear error if the file is missing
         return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_file(str(file)))
 
 
 def _prompt_ids(folder: Path, tokenizer: PreTrainedTokenizerFast, config: HiggsV3Config, flag: str) -> dict[str, int]:
-    """Ids of the tokens that prompts are written with.
+    """Looks up the ids of the special tokens in prompts.
 
     Raises:
-        ConfigError: one of them is cut to pieces; ids beyond the model's vocabulary.
+        ConfigError: one of them is not a single token; the tokenizer exceeds the model's vocabulary.
     """
     problems, ids = [], {}
     for token in PROMPT_TOKENS:
@@ -76,7 +76,7 @@ def _prompt_ids(folder: Path, tokenizer: PreTrainedTokenizerFast, config: HiggsV
             encoded = tokenizer.encode(token, add_special_tokens=False)
         ids[token] = encoded[0] if encoded else 0
         if len(encoded) != 1:
-            problems.append(f"its tokenizer cuts {token} into {len(encoded)} tokens; it must be one special token")
+            problems.append(f"its tokenizer splits {token} into {len(encoded)} tokens; it must be one special token")
     if len(tokenizer) > config.vocab_size:
         problems.append(f"its tokenizer has {len(tokenizer)} tokens, the model {config.vocab_size}")
     refuse(problems, f"{flag}: {folder}")
@@ -84,12 +84,12 @@ def _prompt_ids(folder: Path, tokenizer: PreTrainedTokenizerFast, config: HiggsV
 
 
 def wanted_weights(config: HiggsV3Config, flag: str = "--base_ckpt") -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the weights that the model has, which are the checkpoint's."""
+    """Returns names and shapes of the model's weights, as expected in the checkpoint."""
     return {name: tuple(value.shape) for name, value in _without_memory(config, flag).state_dict().items()}
 
 
 def adaptable_modules(config: HiggsV3Config) -> Adaptable:
-    """LoRA may stand on the decoder's linear layers; the table of codes may be trained whole, as one tensor."""
+    """Lists the modules to adapt: linear layers of the decoder with LoRA, the table of codes as a whole."""
     model = _without_memory(config)
     linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
     shapes: dict[str, tuple[int, ...]] = {name: (one.out_features, one.in_features) for name, one in linears.items()}
@@ -102,16 +102,16 @@ def _without_memory(config: HiggsV3Config, flag: str = "--base_ckpt") -> HiggsV3
 
 
 def headers(folder: Path, flag: str = "--base_ckpt") -> dict[str, Stored]:
-    """All weights in the folder's files by their names, but for the tied copies."""
+    """Reads the headers of all weights in the folder by name, without the tied copies."""
     found = weight_headers(folder, flag=flag)
     return {name: one for name, one in found.items() if not name.startswith(COPIES)}
 
 
 def check_weights(folder: Path, config: HiggsV3Config, flag: str, found: dict[str, Stored]) -> dict[str, Stored]:
-    """The language model's weights of `headers`, in the model's order.
+    """Checks the weights of `headers` and returns those of the language model, in the model's order.
 
     Raises:
-        ConfigError: missing, extra, misshapen or quantized weights, each by its name; files that cannot be read.
+        ConfigError: missing, extra, misshapen or quantized weights, each by name; unreadable files.
     """
     wanted = wanted_weights(config, flag)
     stored = {name: one for name, one in found.items() if not name.startswith(CODEC)}
@@ -120,17 +120,17 @@ def check_weights(folder: Path, config: HiggsV3Config, flag: str, found: dict[st
 
 
 def empty_base(config: HiggsV3Config, dtype: str) -> HiggsV3Model:
-    """The model of `load_base` on the meta device: names and shapes, no weight."""
+    """Makes the model of `load_base` on the meta device: names and shapes without values."""
     return _without_memory(config).to(DTYPES[dtype])
 
 
 def load_base(
     folder: Path, config: HiggsV3Config, dtype: str, *, quantize_on: torch.device | None = None
 ) -> HiggsV3Model:
-    """The model, frozen, in `dtype` ("bf16", "fp16", "fp32"); after `check_weights`.
+    """Loads the frozen model in `dtype` ("bf16", "fp16", "fp32"); call `check_weights` first.
 
     Args:
-        quantize_on: keeps the linear layers of the decoder in NF4, made on this device; not under ZeRO-3.
+        quantize_on: device to quantize the decoder's linear layers to NF4; None for no quantization. Not with ZeRO-3.
     """
     kind = DTYPES[dtype]
     stored = {name: one for name, one in headers(folder).items() if not name.startswith(CODEC)}
@@ -143,6 +143,6 @@ def load_base(
             for name in adaptable_modules(config).linears:
                 weight = stored.pop(f"{name}.weight").read()
                 model.set_submodule(name, QuantizedLinear(weight, None, kind, quantize_on))
-        # Where the dtype is the file's, `to` gives the mapped tensor itself.
+        # If the dtype equals the file's, `to` returns the memory-mapped tensor itself.
         model.load_state_dict({name: one.read().to(kind) for name, one in stored.items()}, strict=True, assign=True)
     return model.eval().requires_grad_(False)

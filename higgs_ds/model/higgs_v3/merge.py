@@ -1,7 +1,7 @@
-"""`python -m higgs_ds merge` for Higgs TTS 3: base + scale · B·A under the published names, beside the codec as it was.
+"""`python -m higgs_ds merge` for Higgs TTS 3: base + scale · B·A under the published names, with the codec unchanged.
 
-vllm-omni refuses unknown and missing names, sglang-omni speaks noise without a word: so what was written is read again
-and compared. The tied copies, which neither server needs, are left out.
+With wrong or missing names vllm-omni fails, but sglang-omni produces noise without any error. So the files are read
+back and compared. The tied copies are omitted; neither server needs them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ..files.weight_files import (
 from .licence import NOTICE
 from .load import CODEC, headers, open_base
 
-# Copied as they are, where the base has them.
+# Copied unchanged if the base has them.
 FILES = (
     *("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "LICENSE*"),
     *("vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json"),
@@ -44,17 +44,17 @@ def merge(
     codec: str,
     texts: Mapping[str, str] | None = None,
 ) -> int:
-    """Writes the merged checkpoint, whole or not at all, and reads it back; bytes of weights written.
+    """Writes the merged checkpoint atomically and verifies it; returns the bytes of weights written.
 
     Args:
-        adapter: None rewrites the base as it is, or in another dtype.
-        layout, codec: of no effect; there is one layout, and the codec is in it.
-        dtype: of the language model's weights ("bf16", "fp16", "fp32"); None leaves each as the base has it.
-        texts: further files, by name.
+        adapter: None rewrites the base unchanged, or in another dtype.
+        layout, codec: ignored; there is one layout, which includes the codec.
+        dtype: data type of the language model's weights ("bf16", "fp16", "fp32"); None keeps that of the base.
+        texts: additional text files, by name.
 
     Raises:
-        ConfigError: `output_dir` cannot be written, a weight would be NaN or infinite, or the files read back differ
-            from what was computed.
+        ConfigError: `output_dir` is not writable, a weight would be NaN or infinite, or the files read back differ from
+            the computed weights.
     """
     found = headers(base.folder, base.flag)
     stored = base.stored | {name: one for name, one in found.items() if name.startswith(CODEC)}
@@ -73,30 +73,30 @@ def merge(
         for name, text in (texts or {}).items():
             (beside / name).write_text(text, encoding="utf-8")
         write_checkpoint_weights(beside, planned, lambda one: _rows(stored[one.name], adapter, one))
-        _prove(base, adapter, beside, stored, planned)
+        _verify(base, adapter, beside, stored, planned)
     return total
 
 
 def _notice(folder: Path) -> str:
-    """The base's NOTICE with this licence's line, once."""
+    """Returns the base's NOTICE, with this licence's notice added if missing."""
     own = folder / "NOTICE"
     text = own.read_text(encoding="utf-8", errors="replace") if own.is_file() else ""
     return text if NOTICE in text else f"{text.rstrip()}\n{NOTICE}\n".lstrip()
 
 
 def _rows(stored: Stored, adapter: Adapter | None, planned: Planned) -> Iterator[torch.Tensor]:
-    """The tensor to write; a buffer of the codec may hold an infinity, and is passed on as it was."""
+    """Yields the tensor to write; the codec's tensors are copied, even with infinities."""
     is_codec = planned.name.startswith(CODEC)
     return merged_rows(stored, planned.name.removesuffix(".weight"), adapter, planned, may_be_infinite=is_codec)
 
 
-def _prove(
+def _verify(
     base: BaseCheckpoint, adapter: Adapter | None, folder: Path, stored: dict[str, Stored], planned: list[Planned]
 ) -> None:
-    """Reads a written folder: every name, shape and value, and all that is asked of a base checkpoint.
+    """Verifies a written folder: every name, shape and value, and all checks of a base checkpoint.
 
     Raises:
-        ConfigError: a difference, named.
+        ConfigError: the differences.
     """
     where = f"--output_dir: {folder} failed verification (nothing is kept)"
     found = headers(folder, "--output_dir")

@@ -1,4 +1,4 @@
-"""Speaking with Higgs TTS 3: the training model's own layers with kept keys and values, and the servers' stop rules."""
+"""Generation with Higgs TTS 3: the training model's layers with cached keys and values, and the servers' stop rules."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .load import adaptable_modules, load_base
 from .prompt import AUDIO, delayed, tokenize
 from .stop_rules import SGLANG, STOP_RULES, Rows
 
-# boson: Boson's own recommendation, as sglang-omni's speech door has it; served: vllm-omni's.
+# boson: recommended by Boson, and default of sglang-omni's speech endpoint; served: vllm-omni's default.
 SAMPLERS = {"greedy": Sampling(), "boson": Sampling(0.8, 30, 0.8), "served": Sampling(1.0, 50, 0.95)}
 
 
@@ -39,7 +39,7 @@ class Speaker:
             model: a `HiggsV3Model`, with LoRA or merged, on `device`; in training too.
 
         Raises:
-            ConfigError: a codec of another model.
+            ConfigError: the codec does not fit the model.
         """
         check_fits(codec, base.spec.num_codebooks, base.spec.codebook_size)
         self.model: Any = model
@@ -48,7 +48,7 @@ class Speaker:
 
     @classmethod
     def load(cls, base: BaseCheckpoint, adapter: str | None, codec: Codec, **options: Any) -> Speaker:
-        """Of a base checkpoint, an adapter, and a codec; see `lora.load_voice`."""
+        """Loads a base checkpoint, an adapter, and a codec; see `lora.load_voice`."""
         modules = adaptable_modules(base.config)
         load = partial(load_base, base.folder, base.config)
         model, device, _ = load_voice(base, adapter, codec, modules, load, **options)
@@ -68,8 +68,8 @@ class Speaker:
 
         Args:
             messages: the prompt's turns.
-            context: codes of the reference clip, where the prompt has one.
-            force_audio: of no effect: this model answers with speech alone.
+            context: codes of the reference clip, if the prompt has one.
+            force_audio: ignored: this model answers only with speech.
             stop: one of `STOP_RULES`.
 
         Raises:
@@ -85,35 +85,35 @@ class Speaker:
             before = prompt.index(self.spec.audio_in_token) + 1
             codes = torch.from_numpy(np.asarray(context[0], np.int64))[: self.spec.num_codebooks]
             rows = delayed(codes, self.spec.stream_bos, self.spec.stream_eos)
-            self.model.go_on(ids[:before], rows.to(self.device), cache)
+            self.model.cached_forward(ids[:before], rows.to(self.device), cache)
             ids = ids[before:]
         answer = Rows(stop, self.spec.num_codebooks, self.spec.stream_bos)
         choose, none = chooser(sampling, self.device), ids[:0]
-        logits = self.model.go_on(ids, None, cache)
+        logits = self.model.cached_forward(ids, None, cache)
         for more in reversed(range(sampling.max_new_tokens)):
-            if not all_finite(logits * 1000):  # a temperature of 0.001 is the lowest that divides them
+            if not all_finite(logits * 1000):  # finite even at a temperature of 0.001
                 raise ConfigError(["--dtype: the model computes NaN or infinity; fp32 may hold it"])
             row = answer.add(logits, choose)
             if answer.ended or not more:
                 break
-            logits = self.model.go_on(none, row[:, None], cache)
+            logits = self.model.cached_forward(none, row[:, None], cache)
         return Answer(answer.frames().cpu().numpy().astype(np.int16), answer.ended)
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
-        """Waveform of codes, float32 [samples]; ids that the codec does not know are taken as its last."""
+        """Returns the waveform of codes, float32 [samples]; ids beyond the codec's are replaced with its last."""
         return self.codec.decode(np.minimum(codes, self.codec.codebook_size - 1))
 
     def sample(
         self, turns: Sequence[Turn], context: Sequence[np.ndarray], *, most_frames: int, seed: int
     ) -> tuple[np.ndarray | None, bool]:
-        """An answer by Boson's own sampler: codes int16 [codebooks, frames], and whether it ended by itself."""
+        """Answers with sampler `boson`: codes int16 [codebooks, frames], and True if the model ended the answer."""
         sampling = replace(SAMPLERS["boson"], seed=seed, max_new_tokens=most_frames + self.spec.num_codebooks)
         answer = self.speak(turns, context, sampling)
         return answer.codes, answer.ended
 
 
 def chooser(sampling: Sampling, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The choice of one code a codebook: [codebooks, classes] -> [codebooks]"""
+    """Returns a function that draws one code per codebook: [codebooks, classes] -> [codebooks]"""
     if sampling.temperature == 0:
         return lambda logits: logits.argmax(-1)
     generator = torch.Generator(device)
@@ -127,7 +127,7 @@ def chooser(sampling: Sampling, device: torch.device) -> Callable[[torch.Tensor]
         if sampling.top_k is not None:
             kept[:, sampling.top_k :] = -torch.inf
         shares = kept.softmax(-1)
-        # Codes from the likeliest on, as long as those before them have less than top_p together.
+        # Keeps the most likely codes until their total probability reaches top_p.
         shares = shares.masked_fill(shares.cumsum(-1) - shares >= sampling.top_p, 0.0)
         return order.gather(-1, torch.multinomial(shares, 1, generator=generator)).squeeze(-1)
 

@@ -1,4 +1,4 @@
-"""The spec of a Higgs TTS 3 checkpoint: sizes from its config, token ids from its tokenizer."""
+"""Spec of a Higgs TTS 3 checkpoint: sizes from its config, token ids from its tokenizer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class HiggsV3Spec(ModelSpec):
 
     @classmethod
     def from_config(cls, config: HiggsV3Config, token_ids: Mapping[str, int]) -> HiggsV3Spec:
-        """From the checked config and the ids of `prompt.PROMPT_TOKENS`."""
+        """Makes the spec from the checked config and the ids of `prompt.PROMPT_TOKENS`."""
         return cls(
             num_codebooks=config.num_codebooks,
             codebook_size=config.boc,
@@ -52,22 +52,22 @@ class HiggsV3Spec(ModelSpec):
         return prompt.tokenize(messages, start_index, tokenizer)
 
     def problem_of(self, messages: Sequence[Turn], start_index: int | None) -> str | None:
-        """See `prompt.said_in`."""
+        """See `prompt.parse_turns`."""
         try:
-            prompt.said_in(messages, start_index)
-        except prompt.UnsayableError as error:
+            prompt.parse_turns(messages, start_index)
+        except prompt.UnsupportedRowError as error:
             return error.problem
         return None
 
     def stream(self, codes: torch.Tensor) -> torch.Tensor:
-        """The row of the text token before it, then the delayed codes: [codebooks, frames + codebooks]"""
+        """Returns the row of the text token, then the delayed codes: [codebooks, frames + codebooks]"""
         return prompt.with_marker(prompt.delayed(codes, self.stream_bos, self.stream_eos), self.stream_bos)
 
     def stream_labels(self, codes: torch.Tensor, trained: bool) -> torch.Tensor:
-        """Each row's codes, EOC included; BOC is none, and neither is anything at the text token's row."""
+        """Returns the labels: codes and EOC, but not BOC; the text token's row has none."""
         labels = prompt.with_marker(prompt.delayed(codes, IGNORE, self.stream_eos), IGNORE)
         return labels if trained else torch.full_like(labels, IGNORE)
 
     def stream_length(self, frames: int) -> int:
-        """The width of `stream`: the text token, the frames, and the delay of the last codebook."""
+        """Returns the width of `stream`: the text token, the frames, and the delay of the last codebook."""
         return frames + self.num_codebooks

@@ -1,10 +1,10 @@
-"""The end of an answer, row by row, as each server has it; both let codebook 0 alone begin it.
+"""Stop rules of the two servers, row by row; in both, only codebook 0's EOC ends an answer.
 
-sglang  codebook 0's EOC counts from row 8 on, and the six rows behind it are chosen freely: T frames are T + 7 rows
-vllm    it counts in every row, the other codebooks cannot say EOC before it, and codebooks 0, 0-1, … are forced to EOC
-        in the seven rows behind it, a row later than they were learned: T frames are T + 8 rows, the last frame is none
+sglang  EOC counts from row 8 on; the six rows after it are chosen freely: T frames take T + 7 rows
+vllm    EOC counts in every row; other codebooks cannot choose EOC before it. In the seven rows after it, codebooks 0,
+        0-1, … are forced to EOC, one row later than in training: T frames take T + 8 rows, the last frame is dropped
 
-While the delay begins, both set the codebooks that have not begun to BOC.
+Both set codebooks that have not started yet, because of the delay, to BOC.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ STOP_RULES = SGLANG, VLLM = ("sglang", "vllm")
 
 
 class Rows:
-    """The rows of one answer by one of the rules."""
+    """Rows of one answer under one rule."""
 
     def __init__(self, rule: str, num_codebooks: int, boc: int):
         if rule not in STOP_RULES:
-            raise ValueError(f"no such stop rule: {rule!r}")
+            raise ValueError(f"unknown stop rule: {rule!r}")
         self._rule, self._books, self._boc, self._eoc = rule, num_codebooks, boc, boc + 1
         self._rows: list[torch.Tensor] = []
-        self._stop: int | None = None  # the row in which codebook 0 said EOC
+        self._stop: int | None = None  # row of codebook 0's EOC
 
     @property
     def ended(self) -> bool:
-        """True once the rule wants no further row."""
+        """True once the answer is complete."""
         behind = self._books - (2 if self._rule == SGLANG else 1)
         return self._stop is not None and len(self._rows) > self._stop + behind
 
     def add(self, logits: torch.Tensor, choose: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        """The next row, [codebooks], of its logits, [codebooks, classes], by a choice of codes."""
+        """Chooses the next row: logits [codebooks, classes] -> codes [codebooks]."""
         row = len(self._rows)
         if self._rule == VLLM:
             logits = self._masked(logits, row)
@@ -56,7 +56,7 @@ class Rows:
         return logits
 
     def frames(self) -> torch.Tensor:
-        """The answer's codes, [codebooks, frames]; what is no code in them is 0, as the servers have it."""
+        """Returns the answer's codes, [codebooks, frames]; BOC and EOC become 0, as in the servers."""
         if len(self._rows) < self._books:
             return torch.zeros((self._books, 0), dtype=torch.long)
         codes = undelayed(torch.stack(self._rows, 1))

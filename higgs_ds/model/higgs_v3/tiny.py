@@ -1,7 +1,8 @@
-"""Checkpoints of Higgs TTS 3's layout at any size: a small random one to try everything with, zeros at real size.
+"""Checkpoints in Higgs TTS 3's layout at any size: a small random one for experiments, zeros at real size.
 
-Names, config.json and the special tokens behind the vocabulary are the published checkpoint's, and weights are bf16 in
-one file. The random one is scaled so that LoRA alone can overfit: the logits of a frozen table of std 0.02 cannot grow.
+Names, config.json and the special tokens after the vocabulary are those of the published checkpoint; weights are bf16
+in one file. The random table has a larger std than usual, so that LoRA alone can overfit: with a frozen table of std
+0.02 logits stay small.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from .config import MODEL_TYPE, config_from
 from .load import COPIES, wanted_weights
 from .prompt import CONTROL_TAGS
 
-# Behind Qwen's 26 special tokens, from `<|endoftext|>` on; the rows behind them up to the vocabulary's end are unused.
+# Special tokens in order of their ids; the remaining rows of the vocabulary are unused.
 _QWEN = (
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>"),
     *("<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"),
@@ -44,7 +45,7 @@ TABLE_STD, EMBEDDING_STD = 0.15, 0.5
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes in which a checkpoint of this family may differ."""
+    """Sizes of a checkpoint; the defaults are those of the published one."""
 
     hidden_size: int = 2560
     num_layers: int = 36
@@ -57,13 +58,13 @@ class Sizes:
 
 
 def small_sizes(hidden_size: int = 256, num_layers: int = 4) -> Sizes:
-    """Heads of 64, whose width together is not the rows'; a vocabulary of the 256 bytes and the special tokens."""
+    """Returns small sizes: heads of 64, with a total width other than the hidden size, and a vocabulary of bytes."""
     heads = max(2, hidden_size // 32)
     return Sizes(hidden_size, num_layers, 4 * hidden_size, heads, heads // 2, 64, vocab_size=384, num_words=256)
 
 
 def base_config(sizes: Sizes) -> dict:
-    """config.json at these sizes, the rotary base where transformers 5 has it."""
+    """Makes config.json with these sizes, in the form of transformers 5."""
     first = sizes.num_words
     text = {
         "architectures": ["Qwen3ForCausalLM"],
@@ -112,7 +113,7 @@ def base_config(sizes: Sizes) -> dict:
 
 
 def byte_tokenizer(num_words: int = 256) -> Tokenizer:
-    """One token a byte, words that no text becomes up to `num_words`, and the special tokens behind them."""
+    """Makes a tokenizer: one token per byte, unused words up to `num_words`, then the special tokens."""
     words = sorted(pre_tokenizers.ByteLevel.alphabet())
     words += [f"<unused {i}>" for i in range(num_words - len(words))]
     tokenizer = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[]))
@@ -127,7 +128,7 @@ def write_tiny(output_dir: Path, *, seed: int = 0, hidden_size: int = 256, num_l
     """Writes a small random checkpoint without a codec; returns the number of parameters.
 
     Raises:
-        FileExistsError: the folder holds a checkpoint already.
+        FileExistsError: the folder already contains a checkpoint.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -146,7 +147,7 @@ def write_tiny(output_dir: Path, *, seed: int = 0, hidden_size: int = 256, num_l
 
 
 def write_zeros(output_dir: Path) -> int:
-    """The published checkpoint of zeros in a sparse file, with its codec and tied copies; its loss is ln 1026."""
+    """Writes a full-size checkpoint of zeros to a sparse file, with codec and tied copies; its loss is ln 1026."""
     from ...codec.boson_tokenizer import bundled_shapes
 
     def write(file: Path, tensors: list[Planned]) -> None:
@@ -172,7 +173,7 @@ def _write_checkpoint(
     total = sum(tensor.num_bytes for tensor in planned)
     write(output_dir / SINGLE, planned)
     write_index(output_dir, {SINGLE: planned})
-    _write_json(output_dir / "config.json", config)  # last: a folder with a config is whole
+    _write_json(output_dir / "config.json", config)  # last: marks the folder as complete
     return total // torch.bfloat16.itemsize
 
 

@@ -1,4 +1,4 @@
-"""The published checkpoint's names, shapes and forms of config; what fits none of them is one line."""
+"""Names, shapes and config of the published checkpoint; each mismatch is reported on one line."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_the_real_size_has_the_published_names_shapes_and_ids(tmp_path):
         ({"rope_parameters": None}, 1e6),
     ],
 )
-def test_either_form_of_rope_is_read(change, theta):
+def test_both_forms_of_rope_parameters_are_read(change, theta):
     raw = base_config(Sizes())
     raw["text_config"] |= change
     assert config_from(raw, "here").rope_theta == theta
@@ -71,20 +71,20 @@ def test_either_form_of_rope_is_read(change, theta):
     [
         ("text_config", {"rope_parameters": {"rope_theta": 1e6, "rope_type": "yarn"}}, "rope_type"),
         ("text_config", {"attention_bias": True}, "attention_bias"),
-        ("text_config", {"num_key_value_heads": 7}, "do not divide"),
+        ("text_config", {"num_key_value_heads": 7}, "must be a multiple"),
         ("text_config", {"hidden_size": "2560"}, "hidden_size"),
         ("audio_encoder_config", {"tie_word_embeddings": False}, "tie_word_embeddings"),
         ("audio_encoder_config", {"encoder_type": "whisper"}, "encoder_type"),
     ],
 )
-def test_another_model_is_refused_by_its_field(part, change, named):
+def test_another_model_is_refused_with_the_field_named(part, change, named):
     raw = base_config(Sizes())
     raw[part] |= change
     with pytest.raises(ConfigError, match=named):
         config_from(raw, "here")
 
 
-def test_codec_and_tied_copies_are_left_alone_and_other_names_are_refused(v3_dir, tmp_path):
+def test_codec_and_tied_copies_are_ignored_and_other_names_are_refused(v3_dir, tmp_path):
     folder = shutil.copytree(v3_dir, tmp_path / "copy")
     weights = load_file(folder / "model.safetensors")
     table = weights["tied.embedding.modality_embeddings.0.embedding.weight"]
@@ -110,7 +110,7 @@ def test_a_tokenizer_without_the_speech_tokens_is_refused(v3_dir, tmp_path):
     raw = json.loads((folder / "tokenizer.json").read_text())
     raw["added_tokens"] = [one for one in raw["added_tokens"] if one["content"] != "<|ref_audio|>"]
     (folder / "tokenizer.json").write_text(json.dumps(raw))
-    with pytest.raises(ConfigError, match=r"cuts <\|ref_audio\|> into 13 tokens"):
+    with pytest.raises(ConfigError, match=r"splits <\|ref_audio\|> into 13 tokens"):
         open_at(folder)
     (folder / "tokenizer.json").unlink()
     with pytest.raises(ConfigError, match=r"tokenizer\.json"):

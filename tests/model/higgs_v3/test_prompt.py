@@ -1,4 +1,4 @@
-"""Tokens, streams and labels of a row, and the rows that this format cannot say."""
+"""Tokens, streams and labels of a row, and rows that the format does not support."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ CLIPS = sorted(SPEECH.parent.rglob("*.wav")) + sorted(SPEECH.parent.rglob("*.fla
 B, E = 1024, 1025
 
 
-def test_rows_counted_one_after_the_other_are_as_long_as_each_alone(v3_base, codec_dir, tmp_path):
-    """Texts that rows share are encoded once; what a row makes of them stays its own."""
+def test_token_counts_do_not_depend_on_earlier_rows(v3_base, codec_dir, tmp_path):
+    """Shared texts are encoded only once; this must not mix up rows."""
     rows = read_manifest(SPEECH)[0][:6]
     cache = CodeCache(tmp_path, load_codec(str(codec_dir)))
     assert cache.ensure([ref for row in rows for _, ref in row.audio_refs]) == {}
@@ -34,14 +34,14 @@ def test_rows_counted_one_after_the_other_are_as_long_as_each_alone(v3_base, cod
 
 
 class Names:
-    """A tokenizer whose tokens can be read."""
+    """A tokenizer with readable tokens."""
 
     def encode(self, text, add_special_tokens):
         assert not add_special_tokens
         return [text]
 
 
-def test_prompts_are_pieces_encoded_apart():
+def test_pieces_of_a_prompt_are_encoded_separately():
     ids, labels, clips = tokenize(*speech_messages("Hello.", CLIP), Names())
     assert ids == ["<|tts|>", "<|text|>", "Hello.", "<|audio|>"] and clips == [CLIP]
     assert labels == [-100, -100, -100, "<|audio|>"]
@@ -51,7 +51,7 @@ def test_prompts_are_pieces_encoded_apart():
     assert clips == [REF, CLIP] and labels[:-1] == [-100] * 6 and labels[-1] == "<|audio|>"
     alone = (Turn("user", (REF, " as it is ")), Turn("assistant", (CLIP,)))
     assert tokenize(alone, None, Names())[0] == ["<|tts|>", "<|ref_audio|>", "<|text|>", " as it is ", "<|audio|>"]
-    assert tokenize(alone, 2, Names())[1] == [-100] * 5  # context from end to end
+    assert tokenize(alone, 2, Names())[1] == [-100] * 5  # all context
     assert tokenize(turns[:-1], None, Names())[0][-2:] == ["<|text|>", "Hello."]  # a prompt to speak from
 
 
@@ -67,7 +67,7 @@ def test_prompts_are_pieces_encoded_apart():
         ((Turn("user", ("x",)), Turn("user", ("y",)), Turn("assistant", (CLIP,))), None, "at most one reference"),
     ],
 )
-def test_rows_that_the_format_has_no_words_for_are_named(messages, start, words, v3_base):
+def test_unsupported_rows_are_refused_with_the_reason(messages, start, words, v3_base):
     with pytest.raises(ConfigError, match=words):
         tokenize(messages, start, Names())
     assert words in v3_base.spec.problem_of(messages, start)
@@ -85,7 +85,7 @@ def test_every_control_tag_is_one_token_and_an_unknown_one_is_text(v3_base):
     assert find_control("a <|ref_audio|>", controls).startswith("contains <|ref_audio|>")
 
 
-def test_a_tag_that_the_model_does_not_know_is_warned_of_and_others_are_not(v3_base, tmp_path):
+def test_only_unknown_tags_cause_a_warning(v3_base, tmp_path):
     rows = [{"text": text, "audio": str(CLIPS[0])} for text in ("<|style:singing|>La.", "<|style:humming|>Hm.")]
     manifest = tmp_path / "rows.jsonl"
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -101,14 +101,14 @@ def test_three_frames_are_ten_rows_behind_the_text_token(v3_base):
     assert rows.shape == labels.shape == (8, 11) and v3_base.spec.stream_length(3) == 11
     assert rows[0].tolist() == [B, 0, 1, 2, E, E, E, E, E, E, E]
     assert rows[3].tolist() == [B, B, B, B, 9, 10, 11, E, E, E, E]
-    assert rows[7].tolist() == [B, B, B, B, B, B, B, B, 21, 22, 23]  # the last codebook never says EOC
-    # Labels are the rows themselves: BOC is none, EOC is, and nothing is at the text token.
+    assert rows[7].tolist() == [B, B, B, B, B, B, B, B, 21, 22, 23]  # the last codebook has no EOC
+    # Labels equal the rows, without BOC and without the text token's row.
     assert (labels == torch.where(rows == B, -100, rows)).all() and (labels[:, 0] == -100).all()
     assert (v3_base.spec.stream_labels(codes, False) == -100).all()
     assert torch.equal(undelayed(rows[:, 1:]), codes)
 
 
-def test_a_batch_counts_what_the_format_says(v3_base):
+def test_the_counts_of_a_batch_follow_the_format(v3_base):
     from higgs_ds.batching.collate import Collator, Sample
 
     spec = v3_base.spec
@@ -116,6 +116,6 @@ def test_a_batch_counts_what_the_format_says(v3_base):
     codes = tuple(torch.zeros(8, frames, dtype=torch.long) for frames in (4, 9))
     batch = Collator(spec, round_to=1, with_index=True)([Sample(torch.tensor(ids), torch.tensor(labels), codes, "x")])
     assert batch.text_count == 0 and batch.codebook_counts == [9 + 7 - c for c in range(8)]
-    # <|tts|> <|ref_text|> a <|ref_audio|> 11 rows <|text|> H i <|audio|> 16 rows, the last of which predicts nothing.
+    # <|tts|> <|ref_text|> a <|ref_audio|> 11 rows <|text|> H i <|audio|> 16 rows; the last one predicts nothing.
     assert batch.num_tokens == batch.index.num_rows == 3 + 1 + 11 + 3 + 1 + 16
     assert spec.layer_parameters == 2 * 64 * 64 * (2 + 1) + 3 * 64 * 256

@@ -1,4 +1,4 @@
-"""Higgs TTS 3 through the whole program: real ranks train it, and every verb that follows takes what they wrote."""
+"""Higgs TTS 3 end to end: trained on real ranks, then used by every verb."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def losses(folder):
 
 @pytest.fixture(scope="module")
 def runs(v3_dir, flags_of, forks, tmp_path_factory):
-    """Three steps, the table of codes trained too: two ranks under ZeRO-2 and ZeRO-3, and one that accumulates."""
+    """Trains three steps, with the table of codes: two ranks under ZeRO-2 and ZeRO-3, and one with accumulation."""
     folder, found = tmp_path_factory.mktemp("runs"), {}
     for name, stage, ranks in ((2, 2, 2), (3, 3, 2), ("alone", 0, 1)):
         found[name] = folder / f"{name}"
@@ -52,20 +52,18 @@ def test_stages_ranks_and_accumulation_train_the_same_and_the_table_as_one_tenso
     table = first[f"base_model.model.{TABLE}.weight"]
     moved = (table - base[f"{TABLE}.weight"].float()).abs()
     assert moved.max() > 1e-4 and (moved.amax(1) > 0).float().mean() > 0.1
-    assert list(two.glob("samples/**/*.wav"))  # spoken while it was trained
+    assert list(two.glob("samples/**/*.wav"))  # samples in training
     card = (two / "adapter/README.md").read_text()
     assert DERIVED in card and NOTICE in card and "Higgs TTS 3" not in card.split("\n## Licence")[0]
 
 
-def test_interrupted_and_resumed_is_never_interrupted_bit_for_bit(v3_dir, flags_of, forks, tmp_path):
-    """As in tests/test_checkpoint.py: bf16, dropout on, the table of codes trained, references drawn anew."""
+def test_a_resumed_run_equals_an_uninterrupted_one_bitwise(v3_dir, flags_of, forks, tmp_path):
+    """As in tests/test_checkpoint.py: bf16, dropout, the table of codes trained, random references."""
     ours = resumed_to_the_bit(forks, flags_of, tmp_path, 3, base_ckpt=v3_dir, reference_rate=0.5)
     assert len(ours) == 2 * 7 * 2 + 1 and f"base_model.model.{TABLE}.weight" in ours
 
 
-def test_a_merged_folder_is_what_the_servers_load_and_speaks_as_base_and_adapter(
-    runs, v3_dir, codec_dir, tmp_path, capsys
-):
+def test_a_merged_folder_fits_the_servers_and_speaks_as_base_and_adapter(runs, v3_dir, codec_dir, tmp_path, capsys):
     adapter, merged = str(runs[2] / "adapter"), tmp_path / "voice"
     assert main(["merge", "--base_ckpt", str(v3_dir), "--adapter", adapter, "--output_dir", str(merged)]) == 0
     assert not (merged / "README.md").read_text().split("# ", 1)[1].startswith("Higgs TTS 3")
@@ -73,7 +71,7 @@ def test_a_merged_folder_is_what_the_servers_load_and_speaks_as_base_and_adapter
     assert DERIVED in (merged / "README.md").read_text()
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "LICENSE"):
         assert (merged / name).read_bytes() == (v3_dir / name).read_bytes()
-    # vllm-omni raises for a name that it does not know, and for each of the language model's that is missing.
+    # vllm-omni raises for unknown names, and for missing names of the language model.
     written, base = load_file(merged / "model.safetensors"), load_file(v3_dir / "model.safetensors")
     language = {name for name in written if not name.startswith((CODEC, "tied.head."))}
     assert language == base.keys() and {one.dtype for one in written.values()} == {torch.bfloat16}
@@ -92,7 +90,7 @@ def test_a_merged_folder_is_what_the_servers_load_and_speaks_as_base_and_adapter
     assert len(spoken[0]) > 1000
 
 
-def test_reproduce_knows_both_servers_rules_and_no_others(runs, v3_dir, codec_dir, tmp_path, capsys):
+def test_reproduce_has_only_the_two_servers_rules(runs, v3_dir, codec_dir, tmp_path, capsys):
     voice = ["--base_ckpt", str(v3_dir), "--adapter", str(runs[2] / "adapter"), "--codec", str(codec_dir)]
     texts = tmp_path / "texts.txt"
     texts.write_text("You are now muted.\n")
@@ -104,14 +102,14 @@ def test_reproduce_knows_both_servers_rules_and_no_others(runs, v3_dir, codec_di
     assert "--stop" in capsys.readouterr().err
 
 
-def test_judge_speaks_by_the_familys_own_rules(v3_dir, codec_dir, tmp_path, capsys):
+def test_judge_speaks_with_the_familys_rules(v3_dir, codec_dir, tmp_path, capsys):
     flags = ["judge", "--base_ckpt", str(v3_dir), "--codec", str(codec_dir), "--manifest", str(SPEECH), "--count", "1"]
     flags += ["--words", "none", "--voice", "none", "--sound", "none", "--max_new_tokens", "20", "--output_dir"]
     assert main([*flags, str(tmp_path / "a"), "--sampler", "greedy", "served"]) == 0
     names = {json.loads(line)["set"] for line in (tmp_path / "a/judged.jsonl").read_text().splitlines()}
     assert {name.rsplit(", ", 1)[0] for name in names if ", " in name} == {"greedy, sglang", "served, sglang"}
     assert main([*flags, str(tmp_path / "b"), "--sampler", "greedy", "--stop", "boson"]) == 2
-    assert "--stop: boson is no rule" in capsys.readouterr().err
+    assert "--stop: this model has no rule boson" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -123,7 +121,7 @@ def test_judge_speaks_by_the_familys_own_rules(v3_dir, codec_dir, tmp_path, caps
         ({"lora_target_modules": "audio_mlp"}, "--lora_target_modules"),
     ],
 )
-def test_what_this_family_does_not_have_is_one_line_and_code_2(changes, named, v3_dir, flags_of, forks, tmp_path):
+def test_an_unsupported_option_is_one_line_and_code_2(changes, named, v3_dir, flags_of, forks, tmp_path):
     (result,) = forks.run(flags_of(tmp_path / "out", base_ckpt=v3_dir, max_steps=1, **changes), 1)
     assert result.returncode == 2 and named in result.output and "Traceback" not in result.output
 

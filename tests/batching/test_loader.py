@@ -98,10 +98,15 @@ def test_a_stop_signal_that_comes_as_a_worker_begins_does_not_end_it(monkeypatch
 class Stuck(Echo):
     """One worker is suspended, another never returns, the third goes on."""
 
+    def __init__(self):
+        super().__init__()
+        self.never_returns = multiprocessing.Event()
+
     def __getitem__(self, micro_batch):
         if micro_batch.rows == (1,):
             os.kill(os.getpid(), signal.SIGSTOP)
         if micro_batch.rows == (2,):
+            self.never_returns.set()
             time.sleep(3600)
         return super().__getitem__(micro_batch)
 
@@ -113,9 +118,11 @@ def is_suspended(pid: int) -> bool:
 def test_workers_that_do_not_go_hold_nothing_up(monkeypatch):
     """`process.leave_now` kills them, see tests/test_faults.py."""
     monkeypatch.setattr(loader, "WORKERS_END_SEC", 1.0)
-    with load_steps(Stuck(), plans_of(99), num_workers=3) as loaded:
+    stuck = Stuck()
+    with load_steps(stuck, plans_of(99), num_workers=3) as loaded:
         assert next(loaded)[1][0].tolist() == [0]
         workers = multiprocessing.active_children()
+        assert stuck.never_returns.wait(60)  # before it does, a worker would still go
         while not any(is_suspended(worker.pid) for worker in workers):
             time.sleep(0.01)
         started = time.monotonic()
